@@ -1,0 +1,329 @@
+"""Every setting of a run. Importable without torch; an unknown key is an error that names the nearest known one.
+
+Names are TRL's where the meaning is the same (`beta` is the KL coefficient, `epsilon_high`, `num_generations`, …).
+The text in each field is its documentation: `docs/configuration.md` is made from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pact_fast.errors import PactError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=False)
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    path: str | None = Field(None, description="Model folder or hub name. Leave empty to start from random weights.")
+    random_init: dict[str, Any] | None = Field(
+        None,
+        description="A transformers configuration ({model_type: qwen3, hidden_size: 128, …}) for random weights. With an "
+        "empty `tokenizer`, a byte-level BPE of `vocab_size` is trained on the environment's own text.",
+    )
+    tokenizer: str | None = Field(None, description="Tokenizer folder or hub name; default: the model's own.")
+    chat_template: str | None = Field(None, description="A Jinja file that replaces the tokenizer's chat template.")
+    tool_format: Literal["auto", "hermes", "llama3_json"] = Field(
+        "auto", description="How tool calls are written; `auto` reads it off the chat template."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the weights during training.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+
+
+class DataConfig(Section):
+    """Where tasks come from. Without files, the environment makes them (toolchain)."""
+
+    train: str | None = Field(None, description="JSONL or parquet file of training tasks.")
+    eval: str | None = Field(None, description="JSONL or parquet file of held-out tasks.")
+    format: Literal["auto", "pact", "verl", "ftrl", "toolhop"] = Field(
+        "auto", description="Row format; `auto` recognises it by its columns."
+    )
+    expert: str | None = Field(
+        None, description="JSONL of expert traces ({id, expert_trace}) joined to the training tasks by id."
+    )
+    max_rows: int | None = Field(None, ge=1, description="Read only this many rows of each file.")
+    shuffle: bool = Field(True, description="New order of the tasks in each epoch, from the seed.")
+
+
+class EnvConfig(Section):
+    """The tools."""
+
+    name: Literal["auto", "toolchain", "python_tools"] = Field(
+        "auto",
+        description="`toolchain`: built-in multi-hop look-ups; `python_tools`: tools as Python sources (FTRL, ToolHop) in "
+        "separate limited processes; `auto`: by the data.",
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the environment, see docs/environments.md.")
+
+
+class RolloutConfig(Section):
+    """How trajectories are sampled: from the prompt only, several turns, with tools in between."""
+
+    engine: Literal["transformers"] = Field("transformers", description="What generates tokens.")
+    num_generations: int = Field(8, ge=1, description="Rollouts per prompt (K).")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; log-probs are taken at the same temperature.")
+    max_turns: int = Field(10, ge=1, description="Assistant turns per trajectory.")
+    max_turn_tokens: int = Field(1024, ge=1, description="Sampled tokens per assistant turn.")
+    max_completion_length: int = Field(4096, ge=1, description="Response tokens of a whole trajectory, observations included.")
+    max_prompt_length: int = Field(4096, ge=1, description="Longest prompt; a longer one is an error that names the task.")
+    max_observation_tokens: int = Field(1024, ge=16, description="Longer observations are cut, with a note.")
+    max_batch_size: int = Field(128, ge=1, description="Trajectories that generate at the same time.")
+    tool_timeout: float = Field(10.0, gt=0, description="Seconds per tool call.")
+
+
+class AnchorConfig(Section):
+    """Prompt-only anchoring (method, section 2)."""
+
+    mode: Literal["gate", "blend"] = Field(
+        "gate", description="`gate`: a coin per prompt and step chooses the context; `blend`: its expectation, both contexts."
+    )
+    q: float = Field(0.4, ge=0, le=1, description="Probability (gate) or share (blend) of the prompt-only route.")
+
+
+class TraceConfig(Section):
+    """How the expert trace enters the context of the surrogate."""
+
+    rendering: Literal["demonstration", "turns", "hint"] = Field(
+        "demonstration",
+        description="`demonstration`: the trace's turns, then the question restated; `turns`: the trace's turns only; `hint`: "
+        "the trace as text in the user turn.",
+    )
+    reasoning: Literal["full", "level"] = Field(
+        "full", description="Reasoning that stands in the context: all of it, or the current prefix level."
+    )
+    context_is: Literal["token", "sequence", "none"] = Field(
+        "token",
+        description="Stop-gradient weight min(cap, π(τ|x,h*)/π(τ|x)) on the trace-conditioned terms: per token, per sequence "
+        "(geometric mean), or none (as printed in the paper; unstable on small models).",
+    )
+    context_is_cap: float = Field(1.0, gt=0, description="Cap of that weight.")
+
+
+class SFTConfig(Section):
+    """Component-aware SFT on the expert trace."""
+
+    coef: float = Field(0.1, ge=0, description="Weight of the SFT loss (β in the paper; TRL's `beta` is the KL coefficient).")
+    lambda_start: float = Field(0.8, ge=0, description="Weight of tool-call tokens at step 0.")
+    lambda_end: float = Field(0.2, ge=0, description="Weight of tool-call tokens from the annealing horizon on.")
+    horizon: int | None = Field(None, ge=1, description="Annealing horizon S in steps; default: the run's steps.")
+    level_start: int = Field(4, ge=0, le=4, description="Reasoning prefix level at step 0 (4 = longest safe prefix, 0 = none).")
+    level_end: int = Field(0, ge=0, le=4, description="Reasoning prefix level at the horizon.")
+    normalizer: Literal["weighted", "count"] = Field(
+        "weighted", description="Divide by the sum of weights (as printed) or by the number of supervised tokens."
+    )
+
+
+class RewardConfig(Section):
+    """Rewards and advantages (method, section 3)."""
+
+    unmatched_penalty: float = Field(0.0, ge=0, description="λ_pen: an unmatched call earns −λ_pen.")
+    gamma: float = Field(0.9, ge=0, le=1, description="Discount of the turn-level return.")
+    combine: Literal["sum", "mean"] = Field("sum", description="Token advantage = group + turn advantage, or their mean.")
+    env_weight: float = Field(0.0, description="Weight of the environment's own outcome reward in the trajectory reward.")
+    match_weight: float = Field(1.0, ge=0, description="Weight of the matching turn rewards in the trajectory reward.")
+    functions: list[str] = Field(
+        default_factory=list,
+        description="User reward functions, `file.py:name` or `module:name`, with TRL's keyword signature.",
+    )
+
+
+class AlgorithmConfig(Section):
+    """What is optimised."""
+
+    name: Literal["pact", "grpo", "matchtir", "sft"] = Field("pact", description="One file each in pact_fast/algorithms.")
+    epsilon: float = Field(0.2, gt=0, description="Lower clip range of the ratio.")
+    epsilon_high: float | None = Field(None, gt=0, description="Upper clip range; default: epsilon.")
+    delta: float | None = Field(None, gt=1, description="Dual clip: ratio bound for negative advantages; off by default.")
+    beta: float = Field(0.0, ge=0, description="Coefficient of the KL to the frozen reference (k3 estimator).")
+    entropy_coef: float = Field(0.0, description="Entropy bonus.")
+    policy_loss: Literal["ppo", "cispo"] = Field("ppo", description="Clip rule.")
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = Field(
+        "grpo",
+        description="Aggregation: mean over tokens, then over rollouts (grpo); mean over all tokens of the batch (dapo); sum "
+        "divided by max_completion_length (dr_grpo).",
+    )
+    scale_rewards: bool = Field(True, description="Divide advantages by the group's standard deviation.")
+    mask_truncated_completions: bool = Field(False, description="Leave rollouts that hit a length limit out of the loss.")
+    anchor: AnchorConfig = Field(default_factory=AnchorConfig)
+    trace: TraceConfig = Field(default_factory=TraceConfig)
+    sft: SFTConfig = Field(default_factory=SFTConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+
+
+class TrainerConfig(Section):
+    """The loop."""
+
+    max_steps: int = Field(100, ge=1, description="Rollout-and-update steps.")
+    prompts_per_step: int = Field(16, ge=1, description="Prompts per step.")
+    prompts_per_update: int | None = Field(
+        None, ge=1, description="Prompts per optimizer step; default: all of them (strictly on-policy, no old log-prob pass)."
+    )
+    max_tokens_per_pack: int = Field(16384, ge=128, description="Token budget of one forward/backward.")
+    share_prefixes: bool = Field(True, description="Compute a prompt's shared prefix once for all of its rollouts.")
+    learning_rate: float = Field(1e-6, gt=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("constant")
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm clip.")
+    save_steps: int = Field(10, ge=1, description="Checkpoint every so many steps; the last step is always saved.")
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
+    eval_steps: int | None = Field(None, ge=1, description="Evaluate on held-out tasks every so many steps.")
+    eval_tasks: int = Field(200, ge=1, description="Held-out tasks per evaluation.")
+    log_completions: int = Field(4, ge=0, description="Sampled rollouts shown as a table at each evaluation.")
+    rollout_keep: int = Field(32, ge=0, description="Rollouts written to rollouts/ per step (for `pact-fast view`).")
+
+
+class PretrainConfig(Section):
+    """An SFT stage on noisy traces of the environment, before RL: makes the base model of the quickstart.
+
+    Noise makes a base that is sharp on grammar and copying but unsure of strategy, which RL can improve.
+    """
+
+    steps: int = Field(800, ge=1)
+    batch_size: int = Field(16, ge=1, description="Traces per step.")
+    learning_rate: float = Field(1e-3, gt=0)
+    final_lr_ratio: float = Field(0.03, ge=0, le=1, description="Learning rate at the end, relative to its peak.")
+    early_stop: float = Field(0.35, ge=0, lt=1, description="Probability a turn that the trace stops before its goal.")
+    wrong_relation: float = Field(0.15, ge=0, lt=1, description="Probability a hop that the trace follows a wrong relation.")
+
+
+class Config(Section):
+    """A run."""
+
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    output_dir: str = Field("runs/{recipe}", description="Run directory; `{recipe}` is the recipe's name.")
+    resume: Literal["auto", "never"] = Field(
+        "never", description="`auto` continues from the newest complete checkpoint of the run directory, if there is one."
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: all cores.")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    env: EnvConfig = Field(default_factory=EnvConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    pretrain: PretrainConfig | None = Field(None, description="Optional stage that makes the base model.")
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Config:
+        if (self.model.path is None) == (self.model.random_init is None):
+            raise ValueError("set exactly one of model.path (a trained model) and model.random_init (random weights)")
+        update, step = self.trainer.prompts_per_update, self.trainer.prompts_per_step
+        if update is not None and step % update:
+            raise ValueError(f"trainer.prompts_per_step ({step}) must be a multiple of trainer.prompts_per_update ({update})")
+        return self
+
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def load_config(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a shipped recipe (by name) or a YAML file, apply `key=value` overrides (dotted keys, YAML values), validate.
+
+    Raises PactError with one line that names the wrong key or value and the cure.
+    """
+    path = _find(source)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PactError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise PactError(f"{path}: the file must hold a mapping of settings, found {type(data).__name__}")
+    for override in overrides:
+        _apply(data, override)
+    config = parse_config(data, str(path))
+    config.output_dir = config.output_dir.replace("{recipe}", path.stem)
+    return config
+
+
+def parse_config(data: dict[str, Any], name: str = "config") -> Config:
+    """Validate a mapping; PactError with one line otherwise."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise PactError(f"{name}: " + "; ".join(_explain(item) for item in error.errors()[:3])) from None
+
+
+def recipes() -> dict[str, Path]:
+    """Shipped recipes by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All dotted keys."""
+    keys: list[str] = []
+    for name, info in model.model_fields.items():
+        keys.append(prefix + name)
+        section = section_of(info.annotation)
+        if section:
+            keys += known_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section class in an annotation such as `TrainerConfig` or `PretrainConfig | None`."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def _find(source: str) -> Path:
+    shipped = recipes()
+    if source in shipped:
+        return shipped[source]
+    path = Path(source)
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(source, shipped, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"recipes: {', '.join(shipped) or 'none'}"
+    raise PactError(f"no recipe and no file named '{source}'; {hint} (`pact-fast recipes` lists them)")
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise PactError(f"'{override}' is not a setting; write key=value, for example trainer.max_steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise PactError(f"'{override}': the value is not valid YAML; quote it if it holds special characters") from None
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, leaf = key.split(".")
+    node = data
+    for parent in parents:
+        if not isinstance(node.get(parent), dict):
+            node[parent] = {}
+        node = node[parent]
+    node[leaf] = value
+
+
+def _number(text: str) -> Any:
+    """YAML reads 1e-6 as a string (it wants 1.0e-6); users mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+        leaf = difflib.get_close_matches(key.split(".")[-1], [k.split(".")[-1] for k in known_keys()], n=1, cutoff=0.75)
+        if not close and leaf:
+            close = [k for k in known_keys() if k.split(".")[-1] == leaf[0]][:1]
+        return f"unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else "; see docs/configuration.md")
+    message = item["msg"].removeprefix("Value error, ")
+    return f"'{key}': {message} (found {item['input']!r})" if key else message

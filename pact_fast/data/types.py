@@ -1,0 +1,237 @@
+"""What flows through the trainer: tasks, expert traces and trajectories. No torch, no tokenizer."""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Message = dict[str, Any]  # OpenAI chat message: role, content, optionally tool_calls, reasoning_content, tool_call_id
+ToolSchema = dict[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
+
+
+class Component(enum.IntEnum):
+    """What a token is. The policy generates REASONING, TOOL_CALL and ANSWER; the rest is context only."""
+
+    TEMPLATE = 0
+    REASONING = 1
+    TOOL_CALL = 2
+    ANSWER = 3
+    OBSERVATION = 4
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call of a tool. `arguments` is JSON data, already parsed."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "arguments": self.arguments}
+
+    @classmethod
+    def from_message(cls, call: dict[str, Any]) -> ToolCall:
+        """From an OpenAI `tool_calls` entry or a bare {"name", "arguments"}; arguments may be a JSON string.
+
+        Raises ValueError that says what is wrong.
+        """
+        if not isinstance(call, dict):
+            raise ValueError(f"a tool call must be an object, not {type(call).__name__}")
+        body = call.get("function", call)
+        if not isinstance(body, dict) or not isinstance(body.get("name"), str):
+            raise ValueError("a tool call needs a string 'name'")
+        arguments = body.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"the arguments of '{body['name']}' are not JSON: {error}") from None
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, dict):
+            raise ValueError(f"the arguments of '{body['name']}' must be an object, not {type(arguments).__name__}")
+        return cls(body["name"], arguments)
+
+
+@dataclass(frozen=True)
+class ExpertTurn:
+    """One turn of an expert: reasoning, then calls, then what the tools answered (one observation a call)."""
+
+    reasoning: str
+    calls: tuple[ToolCall, ...]
+    observations: tuple[str, ...]
+    content: str = ""  # visible text before the calls, usually empty
+
+
+@dataclass(frozen=True)
+class ExpertTrace:
+    """An expert's way to the answer. `turns` never hold the final answer: h* must not leak it (method, notation)."""
+
+    turns: tuple[ExpertTurn, ...]
+    answer: str | None = None
+    answer_reasoning: str = ""
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return [call for turn in self.turns for call in turn.calls]
+
+    @classmethod
+    def from_messages(cls, messages: Sequence[Message]) -> ExpertTrace:
+        """From the assistant and tool messages after the prompt.
+
+        An assistant message without tool calls that ends the list is the final answer and is kept apart. Reasoning is
+        `reasoning_content`, or the text inside <think>…</think> of the content. Raises ValueError that says which message
+        is wrong.
+        """
+        turns: list[ExpertTurn] = []
+        answer, answer_reasoning = None, ""
+        index = 0
+        while index < len(messages):
+            message = messages[index]
+            if not isinstance(message, dict) or message.get("role") != "assistant":
+                role = message.get("role") if isinstance(message, dict) else type(message).__name__
+                raise ValueError(f"message {index}: expected an assistant turn, found {role!r}")
+            reasoning, content = split_reasoning(message)
+            calls = tuple(_calls(message, index))
+            index += 1
+            observations: list[str] = []
+            while index < len(messages) and isinstance(messages[index], dict) and messages[index].get("role") == "tool":
+                observations.append(text_of(messages[index].get("content")))
+                index += 1
+            if not calls:
+                if observations or index < len(messages):
+                    raise ValueError(f"message {index - 1}: an assistant turn without tool calls must be the last message")
+                answer, answer_reasoning = content, reasoning
+                break
+            if len(observations) != len(calls):
+                raise ValueError(
+                    f"message {index - 1}: {len(calls)} tool calls but {len(observations)} tool messages after them"
+                )
+            turns.append(ExpertTurn(reasoning, calls, tuple(observations), content))
+        return cls(tuple(turns), answer, answer_reasoning)
+
+    def to_messages(self) -> list[Message]:
+        """The inverse of `from_messages`, reasoning in `reasoning_content`."""
+        messages: list[Message] = []
+        for turn in self.turns:
+            message: Message = {"role": "assistant", "content": turn.content}
+            if turn.reasoning:
+                message["reasoning_content"] = turn.reasoning
+            message["tool_calls"] = [{"type": "function", "function": call.to_json()} for call in turn.calls]
+            messages.append(message)
+            messages += [
+                {"role": "tool", "name": call.name, "content": text}
+                for call, text in zip(turn.calls, turn.observations, strict=True)
+            ]
+        if self.answer is not None:
+            last: Message = {"role": "assistant", "content": self.answer}
+            if self.answer_reasoning:
+                last["reasoning_content"] = self.answer_reasoning
+            messages.append(last)
+        return messages
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content, which is a string, None, or a list of typed parts."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in content)
+    return json.dumps(content, ensure_ascii=False)
+
+
+def split_reasoning(message: Message) -> tuple[str, str]:
+    """(reasoning, visible content) of an assistant message."""
+    content = text_of(message.get("content"))
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+    if not reasoning and content.lstrip().startswith("<think>") and "</think>" in content:
+        inside, content = content.split("</think>", 1)
+        reasoning = inside.lstrip().removeprefix("<think>")
+    return str(reasoning).strip(), content.strip()
+
+
+def _calls(message: Message, index: int) -> list[ToolCall]:
+    try:
+        return [ToolCall.from_message(call) for call in message.get("tool_calls") or []]
+    except ValueError as error:
+        raise ValueError(f"message {index}: {error}") from None
+
+
+@dataclass
+class Task:
+    """One prompt and what is known about it.
+
+    `prompt` is the system and user messages (x together with `tools`). `expert`, `reference_calls` and `answer` are
+    training-time signal only; they never reach the sampler. `env_args` is what the environment needs to run the task;
+    `columns` keeps every further column of the data row, for user reward functions.
+    """
+
+    id: str
+    prompt: list[Message]
+    tools: list[ToolSchema] = field(default_factory=list)
+    expert: ExpertTrace | None = None
+    reference_calls: list[ToolCall] | None = None
+    answer: str | None = None
+    env: str | None = None
+    env_args: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TurnRecord:
+    """One assistant turn of a trajectory, parsed. `calls[i]` was answered by `observations[i]`.
+
+    A malformed call has no entry in `calls`; its error text stands in `errors` and was shown as an observation.
+    """
+
+    text: str
+    reasoning: str
+    content: str
+    calls: list[ToolCall] = field(default_factory=list)
+    observations: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Trajectory:
+    """One rollout τ: token ids as sampled, never re-tokenised.
+
+    All arrays have one entry per response token (the prompt is apart, in `prompt_ids`).
+
+    ids        [n] int64
+    components [n] uint8, see Component
+    turn_ids   [n] int16: index of the assistant turn a token belongs to; the observation after a turn has the turn's index
+    sampled    [n] bool: the policy generated this token (M_k of the method)
+    logprobs   [n] float32: sampler log-prob, after temperature; NaN where not sampled
+    versions   [n] int32: version of the weights that sampled the token; -1 where not sampled
+    """
+
+    task_id: str
+    prompt_ids: np.ndarray
+    ids: np.ndarray
+    components: np.ndarray
+    turn_ids: np.ndarray
+    sampled: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
+    turns: list[TurnRecord]
+    stop_reason: str  # answer | max_turns | max_completion_length | max_turn_tokens
+    turn_rewards: list[float] = field(default_factory=list)
+    reward: float = 0.0
+    reward_parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return [call for turn in self.turns for call in turn.calls]
+
+    @property
+    def answer(self) -> str:
+        """The visible text of the last turn if the trajectory ended with an answer, else ''."""
+        return self.turns[-1].content if self.turns and self.stop_reason == "answer" else ""
