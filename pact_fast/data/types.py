@@ -186,17 +186,25 @@ class Task:
 
 @dataclass
 class TurnRecord:
-    """One assistant turn of a trajectory, parsed. `calls[i]` was answered by `observations[i]`.
+    """One assistant turn of a trajectory, parsed.
 
-    A malformed call has no entry in `calls`; its error text stands in `errors` and was shown as an observation.
+    `attempts` are the calls in order; a malformed one is the text of its error. `attempts[i]` was answered by
+    `observations[i]`. `calls` and `errors` are the two kinds apart.
     """
 
     text: str
     reasoning: str
     content: str
-    calls: list[ToolCall] = field(default_factory=list)
+    attempts: list[ToolCall | str] = field(default_factory=list)
     observations: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return [a for a in self.attempts if isinstance(a, ToolCall)]
+
+    @property
+    def errors(self) -> list[str]:
+        return [a for a in self.attempts if isinstance(a, str)]
 
 
 @dataclass
@@ -230,6 +238,19 @@ class Trajectory:
     @property
     def calls(self) -> list[ToolCall]:
         return [call for turn in self.turns for call in turn.calls]
+
+    def to_messages(self) -> list[Message]:
+        """The assistant and tool messages of the response. A malformed call has only its tool message, the error."""
+        messages: list[Message] = []
+        for turn in self.turns:
+            message: Message = {"role": "assistant", "content": turn.content}
+            if turn.reasoning:
+                message["reasoning_content"] = turn.reasoning
+            if turn.calls:
+                message["tool_calls"] = [{"type": "function", "function": call.to_json()} for call in turn.calls]
+            messages.append(message)
+            messages += [{"role": "tool", "content": text} for text in turn.observations]
+        return messages
 
     @property
     def answer(self) -> str:

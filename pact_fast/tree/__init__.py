@@ -1,0 +1,19 @@
+"""Shared prefixes, computed once: token trees, packing, tree attention and the Hugging Face hook."""
+
+from pact_fast.tree.packing import PackedBatch, pack
+from pact_fast.tree.tree import Node, TokenTree
+
+__all__ = ["Node", "PackedBatch", "TokenTree", "pack", "tree_attention", "tree_forward"]
+
+
+def __getattr__(name: str):
+    # torch and transformers load only when the attention is used
+    if name == "tree_attention":
+        from pact_fast.tree.attention import tree_attention
+
+        return tree_attention
+    if name == "tree_forward":
+        from pact_fast.tree.hf import tree_forward
+
+        return tree_forward
+    raise AttributeError(name)

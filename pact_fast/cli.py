@@ -1,0 +1,157 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pact_fast import __version__
+from pact_fast.errors import PactError
+
+EPILOG = """\
+first steps:
+  pact-fast train quickstart              train a small tool-use agent on this machine, ten minutes on two cores
+  pact-fast view runs/quickstart          look at its rollouts
+  pact-fast recipes                       what else is shipped
+
+settings are dotted keys with YAML values: pact-fast train quickstart trainer.max_steps=20 seed=1
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status. A PactError is one line on standard error and status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except PactError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; continue with resume=auto", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: `pact-fast recipes | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pact-fast",
+        description="PACT: train multi-turn tool-use agents with expert traces.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pact-fast {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = _command(commands, "train", _train, "train from a recipe or a YAML file")
+    _recipe(train)
+    train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved settings, train nothing")
+
+    evaluate = _command(commands, "eval", _eval, "success of a model on held-out tasks, sampled and greedy")
+    _recipe(evaluate, "RUN|RECIPE|FILE", "run directory (its newest model), recipe name or YAML file")
+    evaluate.add_argument("--out", type=Path, help="also write the result as JSON here")
+
+    rollout = _command(commands, "rollout", _rollout, "sample trajectories and write them as JSONL")
+    _recipe(rollout, "RUN|RECIPE|FILE", "run directory (its newest model), recipe name or YAML file")
+    rollout.add_argument("--tasks", type=int, default=4, help="number of tasks (default: 4)")
+    rollout.add_argument("--split", choices=["train", "eval"], default="eval", help="which tasks (default: eval)")
+    rollout.add_argument("--out", type=Path, help="file to write (default: print them)")
+
+    doctor = _command(commands, "doctor", _doctor, "check template, parser, masks, environment and model before a run")
+    _recipe(doctor)
+
+    view = _command(commands, "view", _view, "an HTML page of a run's rollouts, coloured by component")
+    view.add_argument("run_dir", metavar="RUN", type=Path, help="run directory")
+    view.add_argument("--step", type=int, help="only this step (default: all)")
+    view.add_argument("--out", type=Path, help="file to write (default: RUN/rollouts.html)")
+
+    _command(commands, "recipes", _recipes, "list the shipped recipes")
+    bench = _command(commands, "bench", _bench, "how to run the benchmarks")
+    bench.add_argument("name", nargs="?", help="benchmark to run (default: list them)")
+    return parser
+
+
+def _command(commands, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _recipe(parser: argparse.ArgumentParser, metavar: str = "RECIPE|FILE", text: str = "recipe name or YAML file") -> None:
+    parser.add_argument("source", metavar=metavar, help=text)
+    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings that override it, for example seed=1")
+
+
+def _train(arguments) -> int:
+    from pact_fast.config import load_config
+
+    config = load_config(arguments.source, arguments.settings)
+    if arguments.dry_run:
+        from pact_fast.doctor import dry_run
+
+        return dry_run(config)
+    from pact_fast.trainer.loop import Trainer
+
+    Trainer(config).train()
+    return 0
+
+
+def _eval(arguments) -> int:
+    from pact_fast.trainer.inference import evaluate_command
+
+    return evaluate_command(arguments.source, arguments.settings, arguments.out)
+
+
+def _rollout(arguments) -> int:
+    from pact_fast.trainer.inference import rollout_command
+
+    return rollout_command(arguments.source, arguments.settings, arguments.tasks, arguments.split, arguments.out)
+
+
+def _doctor(arguments) -> int:
+    from pact_fast.config import load_config
+    from pact_fast.doctor import doctor
+
+    return doctor(load_config(arguments.source, arguments.settings))
+
+
+def _view(arguments) -> int:
+    from pact_fast.report import write_view
+
+    if not arguments.run_dir.is_dir():
+        raise PactError(f"{arguments.run_dir} is no run directory; pass the folder that `pact-fast train` printed")
+    print(write_view(arguments.run_dir, out=arguments.out, step=arguments.step))
+    return 0
+
+
+def _recipes(arguments) -> int:
+    from pact_fast.config import recipes
+
+    for name, path in recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(f"{name:14} {first}")
+    return 0
+
+
+def _bench(arguments) -> int:
+    folder = Path(__file__).parent.parent / "benchmarks"
+    found = sorted(path.stem for path in folder.glob("*.py")) if folder.is_dir() else []
+    if not found:
+        raise PactError("no benchmarks here: they are in the repository's benchmarks/ folder, not in the installed package")
+    if arguments.name is None:
+        print("\n".join(found))
+        return 0
+    if arguments.name not in found:
+        raise PactError(f"no benchmark '{arguments.name}'; there are: {', '.join(found)}")
+    import runpy
+
+    runpy.run_path(str(folder / f"{arguments.name}.py"), run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""Task files: JSONL, JSON arrays and parquet, in our own, TRL's, verl's, verifiers', FTRL's and ToolHop's columns."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pact_fast.data.row_formats import FORMATS, recognise
+from pact_fast.data.rows import (
+    OWN_FIELDS,
+    TRACE_FIELDS,
+    Row,
+    check_calls,
+    kind,
+    nearest,
+    one_line,
+    read_id,
+    read_json,
+    read_trace,
+    short,
+    task_from_row,
+)
+from pact_fast.data.types import ExpertTrace, Task, ToolSchema
+from pact_fast.errors import DataError, PactError
+
+__all__ = ["attach_traces", "read_tasks", "read_traces", "tool_schema", "write_tasks"]
+
+PARQUET_BATCH = 256  # rows that exist as Arrow and as Python at the same time
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+}
+
+
+def read_tasks(path: str | Path, format: str = "auto", max_rows: int | None = None) -> list[Task]:
+    """The tasks of a file, in file order.
+
+    `format` is `pact` (also TRL and verifiers), `verl`, `ftrl`, `toolhop`, or `auto`: recognised by the columns of the
+    first row. A task without an `id` gets f"{file stem}-{row}", FTRL f"ftrl-{row}", ToolHop f"toolhop-{row}"; these
+    rows count from 0. `max_rows` reads only that many rows.
+
+    Raises DataError, which names the file, the line (JSONL) or row (others), both from 1, and the field.
+    """
+    path = Path(path)
+    if format != "auto" and format not in FORMATS:
+        raise PactError(f"unknown data format {short(format)}{nearest(format, [*FORMATS, 'auto'])}")
+    chosen = FORMATS.get(format)
+    tasks: list[Task] = []
+    lines: dict[str, int] = {}
+    for line, row in itertools.islice(_rows(path), max_rows):
+        with _located(path, line):
+            chosen = chosen or recognise(row)
+            task = task_from_row(chosen.adapt(row), f"{chosen.id_prefix or path.stem}-{len(tasks)}")
+            if task.id in lines:
+                raise DataError(f"{short(task.id)} is also the id of row {lines[task.id]}; ids are unique", field="id")
+        lines[task.id] = line
+        tasks.append(task)
+    return tasks
+
+
+def read_traces(path: str | Path) -> dict[str, ExpertTrace]:
+    """Expert traces by task id, from rows of {id, expert_trace}; `trace` and `demo` are other names of the second.
+
+    Raises DataError as `read_tasks` does.
+    """
+    path = Path(path)
+    traces: dict[str, ExpertTrace] = {}
+    for line, row in _rows(path):
+        with _located(path, line):
+            task_id = read_id(row.get("id"))
+            if task_id in traces:
+                raise DataError(f"{short(task_id)} has a trace already; keep one per task", field="id")
+            field = next((name for name in TRACE_FIELDS if row.get(name) is not None), TRACE_FIELDS[0])
+            traces[task_id] = read_trace(row.get(field), field)
+    return traces
+
+
+def attach_traces(tasks: list[Task], traces: dict[str, ExpertTrace]) -> int:
+    """Give each trace to the task of its id, in place of one that the task may have; the number of traces.
+
+    Reference calls that the task does not have of its own become the trace's calls. Raises DataError, and changes
+    nothing, if an id is unknown or a trace calls a tool that its task does not list.
+    """
+    by_id = {task.id: task for task in tasks}
+    for task_id, trace in traces.items():
+        if task_id not in by_id:
+            raise DataError(f"no task has the id {short(task_id)} of an expert trace{nearest(task_id, list(by_id))}")
+        with _located(f"expert trace of task {short(task_id)}"):
+            # A task without tools takes them from its environment.
+            check_calls(trace.calls, by_id[task_id].tools or None, "expert_trace")
+    for task_id, trace in traces.items():
+        task = by_id[task_id]
+        if task.reference_calls is None or (task.expert and task.reference_calls == task.expert.calls):
+            task.reference_calls = trace.calls
+        task.expert = trace
+    return len(traces)
+
+
+def write_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
+    """Write JSONL that `read_tasks` reads back to equal tasks. Further columns stand beside our own.
+
+    Raises PactError if a task cannot be written so.
+    """
+    lines = [_line(task) for task in tasks]
+    try:
+        Path(path).write_bytes(b"".join(lines))
+    except OSError as error:
+        raise PactError(f"{path}: cannot write: {error.strerror}") from None
+
+
+def _line(task: Task) -> bytes:
+    taken = [name for name in OWN_FIELDS if name in task.columns]
+    if taken:
+        raise PactError(f"task {short(task.id)}: a further column may not be named '{taken[0]}'; rename it")
+    row = {
+        "id": task.id,
+        "prompt": task.prompt,
+        "tools": task.tools or None,
+        "expert_trace": task.expert.to_messages() if task.expert else None,
+        "reference_calls": None if task.reference_calls is None else [call.to_json() for call in task.reference_calls],
+        "answer": task.answer,
+        "env": task.env,
+        "env_args": task.env_args or None,
+    }
+    present = {name: value for name, value in row.items() if value is not None}
+    try:
+        return json.dumps(present | task.columns, ensure_ascii=False).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PactError(
+            f"task {short(task.id)}: not JSON data ({one_line(error)}); convert or drop the value"
+        ) from None
+
+
+def tool_schema(function: Callable[..., Any]) -> ToolSchema:
+    """The schema of a Python function, from its type hints and its Google-style docstring (every argument described).
+
+    Raises PactError that names the function and what its signature or docstring lacks.
+    """
+    from transformers.utils.chat_template_utils import (
+        DocstringParsingException,
+        TypeHintParsingException,
+        get_json_schema,
+    )
+
+    try:
+        schema = get_json_schema(function)
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        name = getattr(function, "__name__", repr(function))
+        raise PactError(
+            f"tool '{name}': {one_line(error)}; give type hints and a docstring with an Args section"
+        ) from None
+    schema["function"].pop("return", None)  # not part of OpenAI's schema, and templates would show it to the model
+    return schema
+
+
+@contextmanager
+def _located(place: str | Path, line: int | None = None) -> Iterator[None]:
+    """Say in which file (or other place) and line a DataError came up."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(error.problem, file=str(place), line=line, field=error.field) from None
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(line or row number from 1, row). The kind of file is told by its first bytes, not by its name."""
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in (".jsonl", ".json", ".parquet"))
+        raise DataError(f"is a folder; name a file in it{', such as ' + inside[0] if inside else ''}", file=str(path))
+    if not path.exists():
+        raise DataError(
+            "no such file; check the path (data.train, data.eval and data.expert name files)", file=str(path)
+        )
+    try:
+        with path.open("rb") as file:
+            yield from _not_empty(path, _rows_of(path, file))
+    except OSError as error:
+        raise DataError(f"cannot read: {one_line(error)}", file=str(path)) from None
+
+
+def _not_empty(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
+    first = next(rows, None)
+    if first is None:
+        raise DataError("holds no rows; give a file with at least one", file=str(path))
+    yield first
+    yield from rows
+
+
+def _rows_of(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+    head = file.read(64)
+    file.seek(0)
+    for magic, name in COMPRESSED.items():
+        if head.startswith(magic):
+            raise DataError(f"is {name}-compressed; decompress it first", file=str(path))
+    if head.startswith(b"PAR1"):
+        return _parquet_rows(path, file)
+    if path.suffix == ".parquet":
+        raise DataError("is not a parquet file; check that it was copied whole", file=str(path))
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        return _array_rows(path, file)
+    return _line_rows(path, file)
+
+
+def _line_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+    for line, raw in enumerate(file, 1):
+        with _located(path, line):
+            text = _decode(raw).strip()
+            if not text:
+                continue
+            row = _object(read_json(text, ""), "a line")
+        yield line, row
+
+
+def _array_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+    with _located(path):
+        rows = read_json(_decode(file.read()), "")
+    for number, entry in enumerate(rows, 1):
+        with _located(path, number):
+            row = _object(entry, "an entry of the array")
+        yield number, row
+
+
+def _object(value: Any, what: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{what} must be one JSON object, {{…}}, found {kind(value)}")
+    return value
+
+
+def _decode(raw: bytes) -> str:
+    if b"\0" in raw:
+        raise DataError("has NUL bytes; the file is damaged or UTF-16: save it as UTF-8")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
+
+
+def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        parquet = pq.ParquetFile(file)
+        names = [name for name in parquet.schema_arrow.names if not name.startswith("__index_level_")]
+        for batch in parquet.iter_batches(PARQUET_BATCH):
+            for row in range(batch.num_rows):
+                number += 1
+                with _located(path, number):
+                    values = {name: _value(batch.column(name)[row], name) for name in names}
+                yield number, values
+    except (pa.ArrowException, ValueError, KeyError) as error:
+        # Damaged metadata raises UnicodeDecodeError (a ValueError); a column name that occurs twice, KeyError.
+        raise DataError(f"is not a readable parquet file ({one_line(error)}); write it again", file=str(path)) from None
+
+
+def _value(scalar: Any, name: str) -> Any:
+    """Python data of an Arrow value. UnicodeDecodeError and out-of-range times are ValueErrors."""
+    try:
+        return _drop_nulls(scalar.as_py())
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"cannot be read: {one_line(error)}; write the column again", field=name) from None
+
+
+def _drop_nulls(value: Any) -> Any:
+    """Without the null entries of structs: Parquet gives every message and every schema the keys of all others."""
+    if isinstance(value, dict):
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_drop_nulls(item) for item in value]
+    return value

@@ -1,0 +1,269 @@
+"""Curves of a run as SVG geometry: which panels there are, and where every line goes. The template draws them."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+WIDTH, HEIGHT = 320, 150
+LEFT, RIGHT, TOP, BOTTOM = 40, 312, 8, 128  # the plotting area
+MAX_POINTS = 240  # of a series; more are invisible at this width
+
+Metrics = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A panel. `keys` maps metric patterns to legend labels; an empty label means: what the pattern's star matched."""
+
+    section: str
+    title: str
+    keys: dict[str, str]
+    percent: bool = False
+    full_scale: bool = False  # a share: axis from 0 to 1
+    stacked: bool = False
+    band: str = ""  # metric that is the half-width of a band round the first series
+    exclude: tuple[str, ...] = ()
+    unit: str = ""
+
+
+SPECS = (
+    Spec(
+        "Learning",
+        "Success",
+        {"success": "training", "eval/success": "held-out", "eval/greedy": "held-out, greedy"},
+        percent=True,
+        full_scale=True,
+    ),
+    Spec("Learning", "Reward, mean ± std", {"reward/mean": "mean"}, band="reward/std"),
+    Spec(
+        "Learning",
+        "Reward parts",
+        {"reward/*": ""},
+        exclude=("reward/mean", "reward/std", "reward/success", "reward/zero_advantage_groups"),
+    ),
+    Spec(
+        "Learning", "Groups without signal", {"reward/zero_advantage_groups": "share"}, percent=True, full_scale=True
+    ),
+    Spec("Optimisation", "Loss", {"loss": "total", "loss/rl": "policy", "loss/sft": "SFT"}),
+    Spec("Optimisation", "Entropy", {"entropy": "policy", "*/entropy": ""}, unit="nats"),
+    Spec("Optimisation", "Approximate KL", {"approx_kl": "policy", "*/approx_kl": ""}, unit="nats"),
+    Spec("Optimisation", "Clipped tokens", {"clip_fraction": "policy", "*/clip_fraction": ""}, percent=True),
+    Spec("Optimisation", "Gradient norm", {"grad_norm": "before clipping"}),
+    Spec("Optimisation", "Control-token probability", {"control_token_prob": "mean"}),
+    Spec(
+        "Behaviour",
+        "Completion length",
+        {"lengths/completion_mean": "completion", "lengths/sampled_mean": "of it sampled"},
+        unit="tokens",
+    ),
+    Spec("Behaviour", "Turns and calls", {"turns/mean": "turns", "tools/calls_mean": "calls"}, unit="per rollout"),
+    Spec("Behaviour", "Stop reasons", {"stop/*": ""}, percent=True, full_scale=True, stacked=True),
+    Spec("Behaviour", "Malformed calls", {"tools/malformed_share": "share"}, percent=True),
+    Spec("Speed", "Time per step", {"time/*": ""}, stacked=True, unit="s"),
+    Spec("Speed", "Throughput", {"tokens_per_second": "tokens/s"}),
+    Spec("Schedule", "Learning rate", {"learning_rate": "rate"}),
+    Spec("Schedule", "SFT weight λ of calls", {"lambda": "λ"}),
+    Spec("Schedule", "Reasoning level", {"level": "L"}),
+)
+
+
+@dataclass
+class Line:
+    """A drawn series. `path` is the curve, `raw` the unsmoothed one behind it, `area` a fill, `dots` (x, y)."""
+
+    label: str
+    texts: list[str | None]  # the value at every step of the panel, as shown by the readout
+    path: str = ""
+    raw: str = ""
+    area: str = ""
+    dots: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def last(self) -> str:
+        return next((text for text in reversed(self.texts) if text is not None), "–")
+
+
+@dataclass
+class Panel:
+    spec: Spec
+    lines: list[Line]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    steps: list[int]
+    xs: list[float]
+
+    @property
+    def readout(self) -> dict[str, Any]:
+        """What the page needs to show values under the pointer."""
+        return {"steps": self.steps, "x": self.xs, "texts": [line.texts for line in self.lines]}
+
+
+def panels(metrics: Metrics) -> list[Panel]:
+    """The panels for which there is data, in the order of SPECS."""
+    drawn = (_draw(spec, _thin(metrics)) for spec in SPECS)
+    return [panel for panel in drawn if panel]
+
+
+def _draw(spec: Spec, metrics: Metrics) -> Panel | None:
+    labels = _labels(spec, metrics)
+    rows = [row for row in metrics if any(key in row for key in labels)]
+    if not rows:
+        return None
+    steps = [row["step"] for row in rows]
+    columns = {key: [row.get(key) for row in rows] for key in labels}
+    if spec.stacked:
+        columns = {key: [value or 0.0 for value in column] for key, column in columns.items()}
+    x = _scale(steps[0], steps[-1], LEFT, RIGHT)
+    xs = [round(x(step), 1) for step in steps]
+    lower, upper = _edges(spec, rows, columns)
+    y_values = _axis([v for column in (*lower, *upper) for v in column if v is not None], spec.full_scale)
+    y = _scale(y_values[0], y_values[-1], BOTTOM, TOP)
+
+    lines = []
+    for index, (key, column) in enumerate(columns.items()):
+        line = Line(labels[key], [None if v is None else format_value(v, spec.percent) for v in column])
+        if spec.stacked or spec.band:
+            line.area = _area(xs, lower[index], upper[index], y)
+        if not spec.stacked:
+            _add_curve(line, xs, column, y)
+        lines.append(line)
+    y_ticks = [(round(y(v), 1), format_value(v, spec.percent)) for v in y_values]
+    x_ticks = [(round(x(v), 1), f"{v:,}") for v in _step_ticks(steps)]
+    return Panel(spec, lines, x_ticks, y_ticks, steps, xs)
+
+
+def _labels(spec: Spec, metrics: Metrics) -> dict[str, str]:
+    """Metric key → legend label, in legend order."""
+    keys = list(dict.fromkeys(key for row in metrics for key in row))
+    labels: dict[str, str] = {}
+    for pattern, label in spec.keys.items():
+        for key in fnmatch.filter(keys, pattern):
+            if key not in spec.exclude:
+                start, _, end = pattern.partition("*")
+                labels[key] = label or key.removeprefix(start).removesuffix(end).replace("_", " ")
+    return labels
+
+
+Column = list[float | None]
+
+
+def _edges(spec: Spec, rows: Metrics, columns: dict[str, Column]) -> tuple[list[Column], list[Column]]:
+    """Lower and upper edge of every series: of its layer, of its band, or both the curve itself."""
+    values = list(columns.values())
+    if spec.stacked:
+        lower, upper = [], []
+        base = [0.0] * len(rows)
+        for column in values:
+            lower.append(list(base))
+            base = [b + (v or 0.0) for b, v in zip(base, column, strict=True)]
+            upper.append(list(base))
+        return lower, upper
+    if spec.band:
+        half = [row.get(spec.band, 0.0) for row in rows]
+        lower = [[None if v is None else v - h for v, h in zip(c, half, strict=True)] for c in values]
+        upper = [[None if v is None else v + h for v, h in zip(c, half, strict=True)] for c in values]
+        return lower, upper
+    return values, values
+
+
+def _add_curve(line: Line, xs: list[float], column: Column, y) -> None:
+    known = [(x, v) for x, v in zip(xs, column, strict=True) if v is not None]
+    points = [(x, round(y(v), 1)) for x, v in known]
+    if len(known) <= max(12, len(xs) // 3):  # evaluations and short runs: the points themselves matter
+        line.dots = points
+    window = len(known) // 12
+    if window >= 3:
+        line.raw = _path(points)
+        smooth = _moving_mean([v for _, v in known], window)
+        points = [(x, round(y(v), 1)) for (x, _), v in zip(known, smooth, strict=True)]
+    line.path = _path(points)
+
+
+def _path(points: list[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
+
+
+def _area(xs: list[float], lower: Column, upper: Column, y) -> str:
+    known = [(x, y(a), y(b)) for x, a, b in zip(xs, lower, upper, strict=True) if a is not None and b is not None]
+    over = [(x, round(b, 1)) for x, _, b in known]
+    under = [(x, round(a, 1)) for x, a, _ in reversed(known)]
+    return _path(over + under) + "Z"
+
+
+def _moving_mean(values: list[float], window: int) -> list[float]:
+    """Centred; the window shrinks at the ends so that it stays centred."""
+    result = []
+    for i in range(len(values)):
+        half = min(window // 2, i, len(values) - 1 - i)
+        part = values[i - half : i + half + 1]
+        result.append(sum(part) / len(part))
+    return result
+
+
+def _thin(metrics: Metrics) -> Metrics:
+    """Means over runs of neighbouring steps, so that at most MAX_POINTS records are left."""
+    size = math.ceil(len(metrics) / MAX_POINTS)
+    if size <= 1:
+        return metrics
+    thinned = []
+    for start in range(0, len(metrics), size):
+        rows = metrics[start : start + size]
+        record: dict[str, Any] = {}
+        for key in dict.fromkeys(key for row in rows for key in row):
+            values = [row[key] for row in rows if key in row]
+            record[key] = sum(values) / len(values)
+        thinned.append(record | {"step": rows[-1]["step"]})
+    return thinned
+
+
+def _scale(a: float, b: float, start: float, end: float):
+    """The linear map of [a, b] to [start, end]; the middle when a = b."""
+    if a == b:
+        return lambda value: (start + end) / 2
+    return lambda value: start + (value - a) / (b - a) * (end - start)
+
+
+def _axis(values: list[float], full_scale: bool) -> list[float]:
+    """Round tick values that enclose the data, and zero when it is not far away."""
+    if full_scale:
+        return [0.0, 0.5, 1.0]
+    low, high = min(values), max(values)
+    if 0 <= low < 0.6 * high:
+        low = 0.0
+    if low == high:
+        low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
+    step = _round_step((high - low) / 3)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def _round_step(rough: float) -> float:
+    """The smallest of 1, 2, 5 times a power of ten that is not below `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+
+
+def _step_ticks(steps: list[int]) -> list[int]:
+    first, last = steps[0], steps[-1]
+    if last - first < 2:
+        return sorted({first, last})
+    size = max(1, int(_round_step((last - first) / 4)))
+    return [step for step in range(-(-first // size) * size, last + 1, size)]
+
+
+def format_value(value: float, as_percent: bool = False) -> str:
+    """Three significant digits, with a real minus."""
+    if as_percent:
+        text = f"{100 * value:.3g} %"
+    elif value and not 1e-3 <= abs(value) < 1e7:
+        mantissa, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else (f"{value:.2e}".split("e"))
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    elif abs(value) >= 1000:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.3g}"
+    return text.replace("-", "−")

@@ -1,0 +1,215 @@
+"""The agent loop: many trajectories at once, each advancing on its own, turn by turn."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pact_fast.config import RolloutConfig
+from pact_fast.data.formats import ParsedTurn, error_observation
+from pact_fast.data.rendering import ChatRenderer
+from pact_fast.data.types import Component, Message, Task, ToolCall, Trajectory, TurnRecord
+from pact_fast.envs.base import Environment
+from pact_fast.errors import PactError
+from pact_fast.rollout.engine import Completion, Engine, Request
+
+# A tool's answer is picked up exactly this many engine steps after the call, waited for if need be. Batches then never depend
+# on how fast a tool happened to be, and a run repeats bit for bit.
+TOOL_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trajectory to sample. `rng_key` fixes its randomness."""
+
+    task: Task
+    rng_key: tuple[int, ...]
+    temperature: float = 1.0
+
+
+@dataclass
+class _Running:
+    job: Job
+    env: Environment
+    prompt_ids: np.ndarray
+    ids: list[np.ndarray] = field(default_factory=list)
+    components: list[np.ndarray] = field(default_factory=list)
+    turn_ids: list[np.ndarray] = field(default_factory=list)
+    logprobs: list[np.ndarray] = field(default_factory=list)
+    versions: list[np.ndarray] = field(default_factory=list)
+    turns: list[TurnRecord] = field(default_factory=list)
+    length: int = 0
+
+    def append(self, ids: np.ndarray, components: np.ndarray, logprobs: np.ndarray | None, version: int) -> None:
+        n = len(ids)
+        self.ids.append(ids)
+        self.components.append(components)
+        self.turn_ids.append(np.full(n, len(self.turns) - 1, np.int16))
+        self.logprobs.append(np.full(n, np.nan, np.float32) if logprobs is None else logprobs)
+        self.versions.append(np.full(n, version, np.int32))
+        self.length += n
+
+    def finish(self, stop_reason: str) -> Trajectory:
+        logprobs = np.concatenate(self.logprobs)
+        versions = np.concatenate(self.versions)
+        return Trajectory(
+            task_id=self.job.task.id,
+            prompt_ids=self.prompt_ids,
+            ids=np.concatenate(self.ids),
+            components=np.concatenate(self.components).astype(np.uint8),
+            turn_ids=np.concatenate(self.turn_ids),
+            sampled=versions >= 0,
+            logprobs=logprobs,
+            versions=versions,
+            turns=self.turns,
+            stop_reason=stop_reason,
+        )
+
+
+class AgentLoop:
+    """Samples trajectories from the prompt only.
+
+        loop = AgentLoop(engine, renderer, make_env, config)
+        trajectories = loop.run([Job(task, rng_key=(seed, step, index)), …])     # in the order of the jobs
+    """
+
+    def __init__(self, engine: Engine, renderer: ChatRenderer, make_env: Callable[[], Environment], config: RolloutConfig):
+        self.engine, self.renderer, self.make_env, self.config = engine, renderer, make_env, config
+        self._pool: ThreadPoolExecutor | None = None
+
+    def prompt_ids(self, task: Task) -> np.ndarray:
+        """Ids of x; PactError if the prompt is longer than allowed."""
+        ids = self.renderer.prompt_ids(task.prompt, task.tools)
+        if len(ids) > self.config.max_prompt_length:
+            raise PactError(
+                f"task {task.id}: the prompt has {len(ids)} tokens, more than rollout.max_prompt_length="
+                f"{self.config.max_prompt_length}; raise it or drop the task"
+            )
+        return ids
+
+    def run(self, jobs: list[Job], on_finish: Callable[[int, Trajectory], None] | None = None) -> list[Trajectory]:
+        """Sample all jobs; `on_finish(index, trajectory)` is called as each one ends."""
+        results: list[Trajectory | None] = [None] * len(jobs)
+        running: dict[int, _Running] = {}
+        calls: deque[tuple[int, int, list[Future | str]]] = deque()  # (due at step, job, observations)
+        clock = 0
+        for index, job in enumerate(jobs):
+            running[index] = self._start(index, job)
+        generating = len(jobs)
+        while running:
+            if generating:
+                completions = self.engine.step()
+                clock += 1
+            else:  # everybody waits for tools
+                completions, clock = [], calls[0][0]
+            for completion in completions:
+                generating -= 1
+                state = running[completion.session]
+                stop, observations = self._take_turn(state, completion)
+                if stop is None:
+                    delay = TOOL_STEPS if state.env.blocking else 0
+                    calls.append((clock + delay, completion.session, observations))
+                else:
+                    results[completion.session] = self._end(running, completion.session, stop, on_finish)
+            for index, observations in _due(calls, clock):
+                stop = self._observe(index, running[index], observations)
+                if stop is None:
+                    generating += 1
+                else:
+                    results[index] = self._end(running, index, stop, on_finish)
+        return [trajectory for trajectory in results if trajectory is not None]
+
+    def close(self) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, index: int, job: Job) -> _Running:
+        env = self.make_env()
+        extra = env.reset(job.task)
+        task = job.task
+        if extra:
+            last = {**task.prompt[-1], "content": f"{task.prompt[-1]['content']}\n\n{extra}"}
+            task = Task(**{**task.__dict__, "prompt": [*task.prompt[:-1], last]})
+        ids = self.prompt_ids(task)
+        limit = min(self.config.max_turn_tokens, self.config.max_completion_length)
+        self.engine.submit(Request(index, ids, limit, job.rng_key, job.temperature))
+        return _Running(job, env, ids)
+
+    def _end(self, running, index: int, stop: str, on_finish) -> Trajectory:
+        self.engine.close(index)
+        state = running.pop(index)
+        trajectory = state.finish(stop)
+        # on the instance that served the calls: an environment may judge its own final state
+        trajectory.reward_parts = dict(state.env.reward(state.job.task, trajectory))
+        if on_finish:
+            on_finish(index, trajectory)
+        return trajectory
+
+    def _take_turn(self, state: _Running, completion: Completion) -> tuple[str | None, list[Future | str]]:
+        """Record a sampled turn and start its tool calls. Returns the stop reason, if any, and the pending observations."""
+        parsed = self.renderer.parse(completion.ids, state.job.task.tools)
+        record = _record(parsed)
+        state.turns.append(record)
+        state.append(completion.ids, parsed.components, completion.logprobs, self.engine.version)
+        if not completion.ended:
+            cut = state.length >= self.config.max_completion_length
+            return "max_completion_length" if cut else "max_turn_tokens", []
+        if not parsed.attempts:
+            return "answer", []
+        observations = [self._call(state, attempt) for attempt in parsed.attempts]
+        if len(state.turns) >= self.config.max_turns:
+            record.observations = [_text(o) for o in observations]
+            return "max_turns", []
+        return None, observations
+
+    def _call(self, state: _Running, attempt: ToolCall | str) -> Future | str:
+        if isinstance(attempt, str):
+            return error_observation(attempt)
+        if not state.env.blocking:
+            return state.env.call(attempt.name, attempt.arguments)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="tool")
+        return self._pool.submit(state.env.call, attempt.name, attempt.arguments)
+
+    def _observe(self, index: int, state: _Running, pending: list[Future | str]) -> str | None:
+        """Append the observations and ask for the next turn; or the stop reason if they do not fit."""
+        record = state.turns[-1]
+        texts = [self._fit(_text(o)) for o in pending]
+        record.observations = texts
+        ids, components = self.renderer.glue([_tool_message(a, t) for a, t in zip(record.attempts, texts, strict=True)])
+        room = self.config.max_completion_length - state.length - len(ids)
+        if room < 1:
+            return "max_completion_length"
+        state.append(ids, components, None, -1)
+        self.engine.submit(Request(index, ids, min(self.config.max_turn_tokens, room), temperature=state.job.temperature))
+        return None
+
+    def _fit(self, text: str) -> str:
+        """Cut an observation to the token limit, with a note. A token covers at least one byte, so short texts pass."""
+        limit = self.config.max_observation_tokens
+        if len(text.encode("utf-8", "replace")) <= limit:
+            return text
+        return self.renderer.truncate(text, limit)
+
+
+def _record(parsed: ParsedTurn) -> TurnRecord:
+    return TurnRecord(parsed.text, parsed.reasoning, parsed.content, list(parsed.attempts))
+
+
+def _tool_message(attempt: ToolCall | str, text: str) -> Message:
+    return {"role": "tool", "name": attempt.name if isinstance(attempt, ToolCall) else "error", "content": text}
+
+
+def _text(observation: Future | str) -> str:
+    return observation if isinstance(observation, str) else observation.result()
+
+
+def _due(calls: deque[tuple[int, int, list[Future | str]]], clock: int) -> Iterator[tuple[int, list[Future | str]]]:
+    ready = [entry for entry in calls if entry[0] <= clock]
+    for entry in ready:
+        calls.remove(entry)
+        yield entry[1], entry[2]

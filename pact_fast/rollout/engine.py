@@ -1,0 +1,48 @@
+"""What the agent loop needs of an inference engine. Token ids in, token ids out; text never crosses this line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Request:
+    """Generate one assistant turn of a session.
+
+    `ids` are the tokens to append to the session's context before sampling: the prompt at first, later the glue that follows
+    the last turn (the sampled tokens themselves are already in the context). `rng_key` seeds a session at its first request:
+    what is sampled then depends on the weights, the context and this key alone, not on what else runs in the batch.
+    """
+
+    session: int
+    ids: np.ndarray
+    max_new_tokens: int
+    rng_key: tuple[int, ...] = ()
+    temperature: float = 1.0  # 0 = greedy
+
+
+@dataclass(frozen=True)
+class Completion:
+    """ids int64 [n], end-of-turn included when sampled; logprobs float32 [n] at the request's temperature (greedy: at 1)."""
+
+    session: int
+    ids: np.ndarray
+    logprobs: np.ndarray
+    ended: bool  # by an end-of-turn token; otherwise max_new_tokens was reached
+
+
+class Engine(Protocol):
+    """Continuous batching over sessions; the key-value cache of a session lives until `close`."""
+
+    version: int  # of the weights; every sampled token is stamped with it
+
+    def submit(self, request: Request) -> None: ...
+
+    def step(self) -> list[Completion]:
+        """Advance every running session by at least one token; the turns that finished."""
+
+    def close(self, session: int) -> None:
+        """Forget the session. Must be called for every session."""

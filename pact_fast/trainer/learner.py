@@ -1,0 +1,205 @@
+"""One optimizer step: plans → packs → forward, loss, backward → clip → AdamW."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from pact_fast.algorithms.base import Plan, Scored, loss_tokens
+from pact_fast.config import AlgorithmConfig, TrainerConfig
+from pact_fast.kernels import linear_logprob, pact_loss
+from pact_fast.kernels.tokens import LossTokens, Stream
+from pact_fast.tree import PackedBatch, pack, tree_forward
+
+
+@dataclass
+class UpdateResult:
+    """stats add up over packs (see pact_fast.kernels.loss); the rest describes the optimizer step."""
+
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    stats: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: int = 0  # computed by the trunk
+    tokens_unshared: int = 0  # had every sequence run alone
+    supervised: int = 0
+    packs: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Learner:
+    """Owns the optimizer. `total_updates` is the horizon of the learning-rate schedule."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trainer: TrainerConfig,
+        algorithm: AlgorithmConfig,
+        *,
+        total_updates: int,
+        shares_batches: bool = False,
+        temperature: float = 1.0,
+        reference: PreTrainedModel | None = None,
+        autocast: AbstractContextManager | None = None,
+    ):
+        self.model, self.trainer, self.algorithm = model, trainer, algorithm
+        self.total_updates, self.temperature, self.reference = total_updates, temperature, reference
+        self.shares_batches = shares_batches  # several optimizer steps per rollout batch
+        self.updates = 0
+        self._autocast = autocast or nullcontext()
+        self.optimizer = make_optimizer(model, trainer)
+
+    def prepare(self, plans: list[Plan]) -> None:
+        """The passes without gradient, before the first optimizer step on a rollout batch.
+
+        π_old is needed only when several optimizer steps share the batch (otherwise the ratio is exactly 1) or for sequence-level
+        context weights; the reference only when there is a KL term.
+        """
+        batches = self._pack(plans, UpdateResult())
+        scored = [s for plan in plans for s in plan.scored]
+        sequence_weights = self.algorithm.name == "pact" and self.algorithm.trace.context_is == "sequence"
+        if self.shares_batches or sequence_weights:
+            self._fill(batches, scored, self.model, "old_logprob")
+        if sequence_weights:
+            _fold_sequence_weights(scored, self.algorithm.trace.context_is_cap)
+        if self.reference is not None:
+            self._fill(batches, scored, self.reference, "ref_logprob")
+
+    def update(self, plans: list[Plan]) -> UpdateResult:
+        """One optimizer step on the plans."""
+        result = UpdateResult()
+        scored = [s for plan in plans for s in plan.scored]
+        batches = self._pack(plans, result)
+        started = time.perf_counter()
+        self.model.train()
+        for batch in batches:
+            self._backward(batch, scored, result)
+        result.seconds["forward_backward"] = time.perf_counter() - started
+        started = time.perf_counter()
+        result.grad_norm = self.step()
+        result.seconds["optimizer"] = time.perf_counter() - started
+        return result
+
+    def step(self) -> float:
+        """Clip, set the learning rate, step, clear. Returns the gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.trainer.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        return float(norm)
+
+    def learning_rate(self) -> float:
+        return self.trainer.learning_rate * schedule(
+            self.updates, self.total_updates, self.trainer.lr_scheduler_type, self.trainer.warmup_steps
+        )
+
+    def _pack(self, plans: list[Plan], result: UpdateResult) -> list[PackedBatch]:
+        trees = [tree for plan in plans for tree in plan.trees]
+        batches = pack(trees, max_tokens=self.trainer.max_tokens_per_pack, share=self.trainer.share_prefixes)
+        result.tokens = sum(len(batch) for batch in batches)
+        result.tokens_unshared = sum(leaf.end for tree in trees for leaf in tree.leaves())
+        result.packs = len(batches)
+        return batches
+
+    @torch.no_grad()
+    def _fill(self, batches: list[PackedBatch], scored: list[Scored], model: PreTrainedModel, name: str) -> None:
+        """Log-probs of all scored rollout tokens under `model`, written to their field `name`."""
+        model.eval()
+        for batch in batches:
+            tokens, here = loss_tokens(batch, [s for s in scored if s.stream != Stream.EXPERT])
+            if not len(tokens):
+                continue
+            tokens = tokens.to(self._device())
+            with self._autocast:
+                hidden = tree_forward(model, batch)
+            weight, bias, softcap = head_of(model)
+            logprob = linear_logprob(
+                hidden[tokens.row], weight, tokens.target, bias=bias, softcap=softcap, temperature=self.temperature
+            ).logprob.cpu().numpy()  # fmt: skip
+            for s, part in zip(here, np.split(logprob, np.cumsum([len(s.index) for s in here])[:-1]), strict=True):
+                setattr(s, name, part)
+
+    def _backward(self, batch: PackedBatch, scored: list[Scored], result: UpdateResult) -> None:
+        tokens, _ = loss_tokens(batch, scored, reference=self.reference is not None)
+        if not len(tokens):
+            return
+        with self._autocast:
+            hidden = tree_forward(self.model, batch)
+        output = self.loss(hidden, tokens.to(self._device()))
+        output.loss.backward()
+        result.loss += float(output.loss.detach())
+        result.supervised += len(tokens)
+        for key, value in output.stats.items():
+            result.stats[key] = result.stats[key] + value if key in result.stats else value
+
+    def loss(self, hidden: torch.Tensor, tokens: LossTokens):
+        """pact_loss with this run's settings."""
+        weight, bias, softcap = head_of(self.model)
+        config = self.algorithm
+        temperature: float | torch.Tensor = self.temperature
+        if temperature != 1.0:  # expert tokens were not sampled
+            temperature = torch.where(tokens.stream == Stream.EXPERT, 1.0, self.temperature)
+        token_weights = config.name == "pact" and config.trace.context_is == "token"
+        return pact_loss(
+            hidden,
+            weight,
+            tokens,
+            policy_loss=config.policy_loss,
+            clip=(config.epsilon, config.epsilon_high or config.epsilon),
+            delta=config.delta,
+            kl_coef=config.beta,
+            entropy_coef=config.entropy_coef,
+            is_cap=config.trace.context_is_cap if token_weights else None,
+            temperature=temperature,
+            softcap=softcap,
+            bias=bias,
+        )
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def head_of(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
+    """(weight [V, D], bias, soft-cap) of the language-model head."""
+    head = model.get_output_embeddings()
+    return head.weight, getattr(head, "bias", None), getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def make_optimizer(model: torch.nn.Module, trainer: TrainerConfig) -> torch.optim.AdamW:
+    """AdamW; norms and biases are not decayed."""
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": trainer.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=trainer.learning_rate,
+        betas=(trainer.adam_beta1, trainer.adam_beta2),
+        eps=trainer.adam_epsilon,
+    )
+
+
+def schedule(update: int, total: int, kind: str, warmup: int) -> float:
+    """Learning-rate factor of optimizer step `update` (0-based) of `total`."""
+    if update < warmup:
+        return (update + 1) / warmup
+    progress = min((update - warmup) / max(total - warmup, 1), 1.0)
+    if kind == "linear":
+        return 1.0 - progress
+    if kind == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def _fold_sequence_weights(scored: list[Scored], cap: float) -> None:
+    """Multiply min(cap, geometric mean of π_old(τ|c)/π_old(τ|x)) into the policy weight of every trace-conditioned rollout."""
+    for s in scored:
+        if s.stream == Stream.TRACE and len(s.index):
+            gap = float(np.mean(s.old_logprob - s.sampler_logprob))
+            s.rl_weight = s.rl_weight * min(cap, math.exp(min(gap, 50.0)))

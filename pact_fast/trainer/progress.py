@@ -1,0 +1,98 @@
+"""What a person sees while a run goes on: progress bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+LINE_SECONDS = 10.0  # without a terminal, at most one line of progress in so many seconds
+
+
+class Progress:
+    """One bar for the run, one for what is going on inside the step."""
+
+    def __init__(self) -> None:
+        self.console = Console(file=sys.stderr)
+        self._live = self.console.is_terminal
+        self._bars = Bars(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[info]}"), console=self.console, transient=True,
+        )  # fmt: skip
+        self._run: Any = None
+        if self._live:
+            self._bars.start()
+
+    def close(self) -> None:
+        if self._live:
+            self._bars.stop()
+            self._live = False
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def print(self, renderable: RenderableType) -> None:
+        self.console.print(renderable)
+
+    def step(self, done: int, total: int, values: dict[str, Any]) -> None:
+        """A finished training step with its numbers."""
+        if self._live:
+            if self._run is None:
+                self._run = self._bars.add_task("training", total=total, info="")
+            self._bars.update(self._run, completed=done, info=_brief(values))
+        else:
+            self.note(f"step {done}/{total}  {_brief(values)}")
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Callable[[str], None]]:
+        """A stage of `total` parts; call the yielded function after each."""
+        task = self._bars.add_task(name, total=total, info="") if self._live else None
+        done, shown = 0, time.monotonic()
+
+        def advance(info: str = "") -> None:
+            nonlocal done, shown
+            done += 1
+            if task is not None:
+                self._bars.update(task, completed=done, info=info)
+            elif time.monotonic() - shown >= LINE_SECONDS or done == total:
+                shown = time.monotonic()
+                self.note(f"{name} {done}/{total}  {info}")
+
+        yield advance
+        if task is not None:
+            self._bars.remove_task(task)
+
+    @contextmanager
+    def rollouts(self, total: int, name: str = "rollouts") -> Iterator[Callable[[], None]]:
+        """Rollouts being sampled; silent without a terminal, where the step's own line follows soon."""
+        task = self._bars.add_task(f"  {name}", total=total, info="") if self._live else None
+
+        def advance() -> None:
+            if task is not None:
+                self._bars.advance(task)
+
+        yield advance
+        if task is not None:
+            self._bars.remove_task(task)
+
+
+def _brief(values: dict[str, Any]) -> str:
+    parts = []
+    for key, label, form in (
+        ("success", "success", "{:.2f}"),
+        ("reward/mean", "reward", "{:.2f}"),
+        ("loss", "loss", "{:.4f}"),
+        ("grad_norm", "grad", "{:.2f}"),
+        ("time/rollout", "rollout", "{:.1f}s"),
+        ("time/step", "step", "{:.1f}s"),
+        ("tokens_per_second", "tok/s", "{:.0f}"),
+    ):
+        if key in values:
+            parts.append(f"{label} {form.format(values[key])}")
+    return "  ".join(parts)

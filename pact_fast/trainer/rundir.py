@@ -1,0 +1,131 @@
+"""The run directory: config.yaml, metrics.jsonl, rollouts/, checkpoints/, base/, summary.json, report.html."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pact_fast.algorithms.base import Plan
+from pact_fast.config import Config
+from pact_fast.data.rendering import ChatRenderer
+from pact_fast.data.types import Task, Trajectory, text_of
+from pact_fast.errors import PactError
+
+
+def open_run(config: Config) -> Path:
+    """Create or reopen the run directory; refuses to mix two runs."""
+    run = Path(config.output_dir)
+    if (run / "metrics.jsonl").exists() and config.resume == "never":
+        raise PactError(f"{run} already holds a run; continue it with resume=auto, or choose another output_dir=")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "rollouts").mkdir(exist_ok=True)
+    write_text(run / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+    return run
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_rollouts(run: Path, step: int, kind: str, records: list[dict[str, Any]]) -> None:
+    """rollouts/step_N.jsonl (training) or rollouts/eval_N.jsonl; a resumed step overwrites its file."""
+    if records:
+        name = f"{'step' if kind == 'train' else 'eval'}_{step:06d}.jsonl"
+        write_text(run / "rollouts" / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
+def rollout_record(
+    renderer: ChatRenderer, task: Task, trajectory: Trajectory, *, step: int, kind: str, plan: Plan | None = None, k: int = 0
+) -> dict[str, Any]:
+    """Everything a viewer needs of one rollout, as JSON."""
+    weights = _weights(plan, trajectory, k) if plan else None
+    return {
+        "step": step,
+        "kind": kind,
+        "task_id": task.id,
+        "route": plan.route if plan else None,
+        "stop_reason": trajectory.stop_reason,
+        "reward": trajectory.reward,
+        "reward_parts": trajectory.reward_parts,
+        "turn_rewards": trajectory.turn_rewards,
+        "success": trajectory.reward_parts.get("success"),
+        "question": text_of(task.prompt[-1].get("content")),
+        "prompt": renderer.token_bytes.join(trajectory.prompt_ids).decode("utf-8", "replace"),
+        "tokens": token_texts(renderer, trajectory.ids),
+        "components": trajectory.components.tolist(),
+        "sampled": trajectory.sampled.astype(int).tolist(),
+        "turn_ids": trajectory.turn_ids.tolist(),
+        "logprobs": _floats(trajectory.logprobs),
+        "advantages": _floats(np.where(trajectory.sampled, plan.group.advantages[k], np.nan)) if plan else None,
+        "weights": _floats(weights) if weights is not None else None,
+        "expert": _expert(renderer, plan) if plan else None,
+    }
+
+
+def token_texts(renderer: ChatRenderer, ids: np.ndarray) -> list[str]:
+    """One string per token whose concatenation is the text; a character split over tokens stands at its last token."""
+    texts: list[str] = []
+    held = b""
+    for token in ids.tolist():
+        held += renderer.token_bytes.table[token]
+        try:
+            texts.append(held.decode("utf-8"))
+            held = b""
+        except UnicodeDecodeError as error:
+            if error.end < len(held) or len(held) > 4:  # not a prefix of a character: show what can be shown
+                texts.append(held.decode("utf-8", "replace"))
+                held = b""
+            else:
+                texts.append("")
+    return texts
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("pact-fast", "torch", "transformers", "tokenizers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _weights(plan: Plan, trajectory: Trajectory, k: int) -> np.ndarray:
+    """Policy-loss weight of every response token, summed over the contexts it is scored in."""
+    weights = np.full(len(trajectory.ids), np.nan)
+    weights[trajectory.sampled] = 0.0
+    rollouts = max(len(plan.group.trajectories), 1)
+    for s in plan.scored:
+        if s.sequence >= 0 and s.sequence // 2 == plan.group.index * rollouts + k:
+            weights[s.index] += s.rl_weight
+    return weights
+
+
+def _expert(renderer: ChatRenderer, plan: Plan) -> dict[str, Any] | None:
+    for s in plan.scored:
+        if s.sequence < 0:
+            weights = np.zeros(len(s.node.ids))
+            weights[s.index] = s.sft_weight
+            components = np.zeros(len(s.node.ids), int)
+            components[s.index] = s.component
+            return {
+                "tokens": token_texts(renderer, s.node.ids), "components": components.tolist(), "weights": _floats(weights),
+            }  # fmt: skip
+    return None
+
+
+def _floats(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(v) else round(float(v), 6) for v in values]

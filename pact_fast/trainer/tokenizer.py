@@ -1,0 +1,55 @@
+"""Train a small byte-level BPE on the spot, for runs that start from random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from pact_fast.data.formats import Hermes
+from pact_fast.data.templates import CHATML_HERMES
+from pact_fast.data.types import Task, text_of
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MARKERS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+
+
+def train_tokenizer(tasks: Iterable[Task], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A ChatML tokenizer with Hermes tool calls, of at most `vocab_size` tokens, trained on the tasks' own text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(MARKERS),
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(tasks), trainer)
+    # like Qwen's: markers are single tokens that models write and decoders keep
+    tokenizer.add_tokens([AddedToken(marker, special=False, normalized=False) for marker in MARKERS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHATML_HERMES,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _texts(tasks: Iterable[Task]) -> Iterator[str]:
+    hermes = Hermes()
+    for task in tasks:
+        yield "\n".join(json.dumps(tool) for tool in task.tools)
+        yield from (f"{m['role']}\n{text_of(m.get('content'))}" for m in task.prompt)
+        for turn in task.expert.turns if task.expert else ():
+            text = hermes.render(turn.reasoning, turn.content, turn.calls)
+            for marker in MARKERS:
+                text = text.replace(marker, " ")
+            yield f"assistant\n{text}"
+            yield from turn.observations
+        if task.expert and task.expert.answer:
+            yield task.expert.answer

@@ -1,0 +1,204 @@
+"""Lay trees out in packs under a token budget.
+
+A pack is one row of tokens in depth-first order. That order makes attention simple: the tokens that may see token k are
+exactly those between k and the end of k's subtree, so `subtree_end` [T] is the whole mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pact_fast.tree.tree import Node, TokenTree
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Query rows [start, end) that see each key range; the last range is their own, causal, the others are whole."""
+
+    start: int
+    end: int
+    prefix: tuple[tuple[int, int], ...]  # key ranges, seen by every query of the segment
+    causal: bool  # the segment also sees itself, causally
+
+
+@dataclass
+class PackedBatch:
+    """Trees in one row.
+
+    input_ids, position_ids  int64 [T]
+    subtree_end              int64 [T]: row k is seen by rows k ≤ q < subtree_end[k]
+    segments                 the same, as dense attention calls
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    subtree_end: np.ndarray
+    segments: list[Segment]
+    owned: list[Node]  # nodes whose tokens this pack accounts for; a node repeated by splitting is owned once
+    _first: dict[int, int] = field(repr=False)  # id(node) -> row of its first token
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def rows(self, node: Node) -> np.ndarray:
+        """[n] hidden row that predicts each token of `node`: the row before it on its path.
+
+        The first token of a path has no predecessor: row −1.
+        """
+        first = self._first[id(node)]
+        rows = np.arange(first - 1, first - 1 + len(node.ids), dtype=np.int64)
+        if len(rows):
+            rows[0] = self._row_before(node)
+        return rows
+
+    def _row_before(self, node: Node) -> int:
+        parent = node.parent
+        while parent is not None and not len(parent.ids):  # an empty node predicts nothing
+            parent = parent.parent
+        return -1 if parent is None else self._first[id(parent)] + len(parent.ids) - 1
+
+
+def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True) -> list[PackedBatch]:
+    """Pack trees, largest first, each into the first pack with room.
+
+    A tree over the budget is split by leaves into sub-trees that repeat the shared path; a single path over the budget gets a
+    pack of its own (nothing is ever cut). `share=False` gives every root-to-leaf path a copy of its own: the same numbers without
+    sharing.
+    """
+    pieces = [piece for tree in trees for piece in _split(tree, max_tokens if share else 0)]
+    order = sorted(range(len(pieces)), key=lambda i: -_size(pieces[i]))
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in order:
+        size = _size(pieces[index])
+        target = next((b for b, free in enumerate(room) if size <= free), None)
+        if target is None:
+            bins.append([])
+            room.append(max(max_tokens, size))
+            target = len(bins) - 1
+        bins[target].append(index)
+        room[target] -= size
+    owner: set[int] = set()
+    return [_lay_out([pieces[i] for i in sorted(members)], owner) for members in bins]
+
+
+Piece = list[Node]  # nodes of one tree in depth-first order, closed under parents
+
+
+def _size(piece: Piece) -> int:
+    return sum(len(node.ids) for node in piece)
+
+
+def _split(tree: TokenTree, budget: int) -> list[Piece]:
+    """Depth-first pieces of at most `budget` tokens; one leaf is the smallest piece."""
+    if not tree.nodes:
+        return []
+    if len(tree) <= budget:
+        return [_depth_first(tree.nodes[0], None)]
+    pieces: list[Piece] = []
+    chosen: set[int] = set()
+    size = 0
+    for leaf in (node for node in _depth_first(tree.nodes[0], None) if not node.children):
+        new = [node for node in leaf.path() if id(node) not in chosen]
+        extra = sum(len(node.ids) for node in new)
+        if chosen and size + extra > budget:
+            pieces.append(_depth_first(tree.nodes[0], chosen))
+            chosen, size, new = set(), 0, leaf.path()
+            extra = sum(len(node.ids) for node in new)
+        chosen |= {id(node) for node in new}
+        size += extra
+    return [*pieces, _depth_first(tree.nodes[0], chosen)]
+
+
+def _depth_first(root: Node, chosen: set[int] | None) -> Piece:
+    """Nodes of the (sub)tree, the child with the largest subtree first: it continues its parent's causal run."""
+    order: Piece = []
+    stack = [root]
+    weight = _subtree_sizes(root)
+    while stack:
+        node = stack.pop()
+        order.append(node)
+        children = [c for c in node.children if chosen is None or id(c) in chosen]
+        stack.extend(sorted(children, key=lambda c: weight[id(c)]))
+    return order
+
+
+def _subtree_sizes(root: Node) -> dict[int, int]:
+    sizes: dict[int, int] = {}
+    stack = [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            sizes[id(node)] = len(node.ids) + sum(sizes[id(c)] for c in node.children)
+        else:
+            stack.append((node, True))
+            stack.extend((c, False) for c in node.children)
+    return sizes
+
+
+def _lay_out(pieces: list[Piece], owner: set[int]) -> PackedBatch:
+    first: dict[int, int] = {}
+    end: dict[int, int] = {}
+    owned: list[Node] = []
+    segments: list[Segment] = []
+    row = 0
+    for piece in pieces:
+        for node in piece:
+            first[id(node)] = row
+            row += len(node.ids)
+            if id(node) not in owner:
+                owner.add(id(node))
+                owned.append(node)
+        for node in reversed(piece):
+            here = max(end.get(id(node), 0), first[id(node)] + len(node.ids))
+            end[id(node)] = here
+            if node.parent is not None:
+                end[id(node.parent)] = max(end.get(id(node.parent), 0), here)
+        segments += _segments(piece, first, end)
+    nodes = [node for piece in pieces for node in piece]
+    lengths = [len(node.ids) for node in nodes]
+    return PackedBatch(
+        input_ids=np.concatenate([node.ids for node in nodes]) if nodes else np.zeros(0, np.int64),
+        position_ids=np.concatenate([np.arange(node.start, node.end) for node in nodes]) if nodes else np.zeros(0, np.int64),
+        subtree_end=np.repeat(np.array([end[id(node)] for node in nodes], dtype=np.int64), lengths),
+        segments=segments,
+        owned=owned,
+        _first=first,
+    )
+
+
+def _segments(piece: Piece, first: dict[int, int], end: dict[int, int]) -> list[Segment]:
+    """Dense attention calls of one piece.
+
+    A *run* is a path of nodes that lie directly behind each other; it attends to itself causally. What branches off a node
+    lies contiguously behind the node's first child, and all of it sees the node's run up to that node: one call per
+    branching, whatever the number of branches.
+    """
+    run_start: dict[int, int] = {}
+    runs: list[list[int]] = []
+    segments: list[Segment] = []
+    follower: set[int] = set()
+    children: dict[int, list[Node]] = {}
+    for node in piece:
+        if node.parent is not None:
+            children.setdefault(id(node.parent), []).append(node)
+    for node in piece:
+        if id(node) in follower:
+            start = run_start[id(node)] = run_start[id(node.parent)]
+            runs[-1] = [start, first[id(node)] + len(node.ids)]
+        else:
+            start = run_start[id(node)] = first[id(node)]
+            runs.append([start, start + len(node.ids)])
+        kids = children.get(id(node), [])
+        if kids:
+            follower.add(id(kids[0]))
+            here = first[id(node)] + len(node.ids)
+            if len(kids) > 1 and here > start:
+                branch = end[id(kids[0])], end[id(node)]
+                if branch[1] > branch[0]:
+                    segments.append(Segment(branch[0], branch[1], ((start, here),), False))
+    segments += [Segment(a, b, (), True) for a, b in runs if b > a]
+    return segments

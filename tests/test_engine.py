@@ -1,0 +1,95 @@
+"""The embedded engine: log-probs, scheduling, determinism."""
+
+import numpy as np
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from pact_fast.rollout.engine import Request
+from pact_fast.rollout.transformers_engine import TransformersEngine
+
+EOT = 2
+
+
+def tiny_model() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, tie_word_embeddings=True,
+        )  # fmt: skip
+    ).eval()
+
+
+def run(model, slots: int, sessions: int, temperature: float = 1.0):
+    """Three turns per session with texts of random length between them; {session: [("text"|"turn", ids, logprobs)]}."""
+    engine = TransformersEngine(model, [EOT], slots=slots)
+    contexts: dict[int, list] = {}
+    texts = {s: [np.random.default_rng((s % 3, t)).integers(3, 64, 1 + 17 * ((s + t) % 3)) for t in range(3)] for s in range(sessions)}
+    for s in range(sessions):
+        contexts[s] = [("text", texts[s][0], None)]
+        engine.submit(Request(s, texts[s][0], 1 + s % 9, (7, s), temperature))
+    live = set(range(sessions))
+    while live:
+        for done in engine.step():
+            history = contexts[done.session]
+            history.append(("turn", done.ids, done.logprobs))
+            turn = sum(kind == "turn" for kind, *_ in history)
+            if turn == 3:
+                engine.close(done.session)
+                live.discard(done.session)
+            else:
+                history.append(("text", texts[done.session][turn], None))
+                engine.submit(Request(done.session, texts[done.session][turn], 12, temperature=temperature))
+    return contexts
+
+
+def test_sampler_logprobs_equal_a_plain_forward_over_the_whole_context():
+    model = tiny_model()
+    contexts = run(model, slots=4, sessions=9)
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        for history in contexts.values():
+            ids = np.concatenate([part for _, part, _ in history])
+            expected = torch.log_softmax(model(torch.as_tensor(ids)[None]).logits[0], -1)
+            position = 0
+            for kind, part, logprobs in history:
+                if kind == "turn":
+                    rows = torch.arange(position - 1, position - 1 + len(part))
+                    np.testing.assert_allclose(logprobs, expected[rows, torch.as_tensor(part)].numpy(), atol=2e-6)
+                position += len(part)
+
+
+def test_what_is_sampled_does_not_depend_on_what_else_runs():
+    model = tiny_model()
+    alone, crowded = run(model, slots=1, sessions=6), run(model, slots=6, sessions=6)
+    for s in range(6):
+        for (_, a, _), (_, b, _) in zip(alone[s], crowded[s], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_sampling_follows_the_model_distribution():
+    model = tiny_model()
+    engine = TransformersEngine(model, [EOT], slots=64)
+    prompt = np.array([5, 6, 7])
+    for s in range(4000):
+        engine.submit(Request(s, prompt, 1, (3, s)))
+    counts = np.zeros(64)
+    while counts.sum() < 4000:
+        for done in engine.step():
+            counts[done.ids[0]] += 1
+            engine.close(done.session)
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        p = torch.softmax(model(torch.as_tensor(prompt)[None]).logits[0, -1], -1).double().numpy()
+    chi2 = ((counts - 4000 * p) ** 2 / (4000 * p)).sum()
+    assert chi2 < 63 + 5 * np.sqrt(2 * 63)
+
+
+def test_greedy_takes_the_most_likely_token():
+    model = tiny_model()
+    contexts = run(model, slots=3, sessions=3, temperature=0.0)
+    model.set_attn_implementation("sdpa")
+    first = contexts[0]
+    with torch.no_grad():
+        best = model(torch.as_tensor(first[0][1])[None]).logits[0, -1].argmax()
+    assert first[1][1][0] == int(best)

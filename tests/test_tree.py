@@ -1,0 +1,114 @@
+"""Packing and tree attention against a dense mask and against every path alone."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from pact_fast.errors import PactError
+from pact_fast.tree import TokenTree, pack, tree_attention, tree_forward
+from pact_fast.tree.attention import TreeLayout, tree_mask
+from pact_fast.tree.hf import check_supported
+
+SHAPE = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+)  # fmt: skip
+
+
+def random_tree(rng: random.Random, nodes: int) -> TokenTree:
+    tree = TokenTree()
+    handles = [tree.add(np.array([rng.randrange(97) for _ in range(rng.randint(1, 6))]))]
+    for _ in range(nodes):
+        handles.append(tree.add(np.array([rng.randrange(97) for _ in range(rng.randint(0, 6))]), rng.choice(handles)))
+    return tree
+
+
+def path_ids(node) -> np.ndarray:
+    return np.concatenate([n.ids for n in node.path()])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_attention_equals_a_dense_mask_in_fp64(seed):
+    rng = random.Random(seed)
+    trees = [random_tree(rng, rng.randint(0, 15)) for _ in range(3)]
+    for batch in pack(trees, max_tokens=rng.choice([12, 60, 1000])):
+        shape = (1, 4, len(batch), 16)
+        q, k, v = (torch.randn(shape if i == 0 else (1, 2, *shape[2:]), dtype=torch.float64, requires_grad=True) for i in range(3))
+        mask = tree_mask(torch.as_tensor(batch.subtree_end))
+        scores = (q @ k.repeat_interleave(2, 1).mT * 0.25).masked_fill(~mask, -torch.inf)
+        expected = torch.softmax(scores, -1) @ v.repeat_interleave(2, 1)
+        out = tree_attention(q, k, v, TreeLayout(batch), scale=0.25)
+        upstream = torch.randn_like(out)
+        ours, theirs = (torch.autograd.grad(o, (q, k, v), upstream) for o in (out, expected))
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("kind", [(Qwen3Config, Qwen3ForCausalLM), (LlamaConfig, LlamaForCausalLM)])
+def test_hidden_states_and_parameter_gradients_equal_every_path_alone(kind, share):
+    torch.manual_seed(0)
+    model = kind[1](kind[0](**SHAPE)).double()
+    rng = random.Random(1)
+    trees = [random_tree(rng, 8) for _ in range(3)]
+    weights = {id(n): torch.randn(len(n.ids), dtype=torch.float64) for t in trees for n in t.nodes}
+
+    def gradients(total: torch.Tensor) -> torch.Tensor:
+        model.zero_grad()
+        total.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in pack(trees, max_tokens=40, share=share):
+        hidden = tree_forward(model, batch)
+        for node in batch.owned:
+            rows = batch.rows(node)
+            keep = rows >= 0  # the first token of a path is not predicted
+            total = total + (hidden[rows[keep]].sum(-1) * weights[id(node)][keep]).sum()
+    ours = gradients(total)
+
+    model.set_attn_implementation("sdpa")
+    total = torch.zeros((), dtype=torch.float64)
+    for node in (n for t in trees for n in t.nodes if len(n.ids)):
+        hidden = model.base_model(torch.as_tensor(path_ids(node))[None]).last_hidden_state[0]
+        rows = np.arange(node.start, node.end) - 1
+        keep = rows >= 0
+        total = total + (hidden[rows[keep]].sum(-1) * weights[id(node)][keep]).sum()
+    alone = gradients(total)
+    assert (ours - alone).norm() <= 2e-6 * alone.norm()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_node_is_owned_once_and_every_path_is_whole(seed):
+    rng = random.Random(seed)
+    trees = [random_tree(rng, 12) for _ in range(5)]
+    budget = rng.choice([10, 25, 80])
+    batches = pack(trees, max_tokens=budget)
+    owned = [id(node) for batch in batches for node in batch.owned]
+    assert sorted(owned) == sorted(id(node) for tree in trees for node in tree.nodes)
+    for batch in batches:
+        longest = max(node.end for node in batch.owned)
+        assert len(batch) <= max(budget, longest)
+        for node in batch.owned:
+            rows = batch.rows(node)
+            expected = path_ids(node)[node.start - 1 if node.start else 0 : node.end - 1]
+            got = batch.input_ids[rows[rows >= 0]]
+            np.testing.assert_array_equal(got[-len(expected) :] if len(expected) else got[:0], expected)
+
+
+def test_siblings_share_the_row_that_predicts_their_first_tokens():
+    tree = TokenTree()
+    x = tree.add([5, 6, 7])
+    a, b = tree.add([1, 2], x), tree.add([3], x)
+    (batch,) = pack([tree], max_tokens=100)
+    assert batch.rows(a)[0] == batch.rows(b)[0] == 2
+    assert len(batch) == 6
+
+
+def test_a_model_with_sliding_windows_is_refused_with_the_reason():
+    config = Qwen3Config(**SHAPE, layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=4)
+    with pytest.raises(PactError, match="sliding_attention"):
+        check_supported(Qwen3ForCausalLM(config))
