@@ -150,6 +150,13 @@ def test_content_parts_are_joined(jsonl):
     assert task.prompt == QUESTION
 
 
+def test_null_entries_of_messages_are_left_out(jsonl):
+    """A chat template that asks whether `tool_calls` is there must not find a null."""
+    message = {"role": "user", "content": "How warm is Oslo?", "tool_calls": None, "name": None}
+    (task,) = read_tasks(jsonl({"prompt": [message]}))
+    assert task.prompt == QUESTION
+
+
 def test_verifiers_rows(jsonl):
     tasks = read_tasks(
         jsonl(

@@ -171,8 +171,8 @@ def loss_tokens(batch: PackedBatch, scored: Iterable[Scored], *, reference: bool
         sequence=constant([numbers[s.sequence] for s in here]),
         advantage=column("advantage", torch.float32),
         old_logprob=column("old_logprob", torch.float32),
-        rl_weight=column("rl_weight", torch.float32),
-        sft_weight=column("sft_weight", torch.float32),
+        rl_weight=column("rl_weight", torch.float64),
+        sft_weight=column("sft_weight", torch.float64),
         ref_logprob=column("ref_logprob", torch.float32) if reference else None,
         sampler_logprob=column("sampler_logprob", torch.float32),
     )

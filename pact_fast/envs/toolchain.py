@@ -21,7 +21,7 @@ from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall, ToolSc
 from pact_fast.errors import PactError
 
 RELATIONS = ("boss", "city", "bank", "club", "road", "team", "shop", "port", "farm", "king", "lake", "band")
-SYLLABLES = tuple(c + v for c in "bdfgklmnprstvz" for v in "aeiou")
+SYLLABLES = tuple(c + v for c in "bdgklmnrst" for v in "aeiou")
 BUSY = "error: busy, try again"
 SYSTEM = "Use the tools."
 
@@ -150,7 +150,7 @@ def schema(relation: str) -> ToolSchema:
         "type": "function",
         "function": {
             "name": f"get_{relation}",
-            "description": f"Look up the {relation}.",
+            "description": f"the {relation}",
             "parameters": {"type": "object", "properties": {"of": {"type": "string"}}, "required": ["of"]},
         },
     }

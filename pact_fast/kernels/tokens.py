@@ -28,8 +28,8 @@ class LossTokens:
     sequence         int64    0 ≤ id < number of sequences; the unit of gspo and of sequence statistics
     advantage        float32  A; ignored where rl_weight = 0
     old_logprob      float32  log π_old under the token's own context; NaN = the current policy (ratio exactly 1)
-    rl_weight        float32  weight of the policy loss, every normaliser included
-    sft_weight       float32  weight of −log π, every normaliser included
+    rl_weight        float    weight of the policy loss, every normaliser included (float32 or float64)
+    sft_weight       float    weight of −log π, every normaliser included
     ref_logprob      float32  log π_ref, for the k3 KL term (None: no term)
     sampler_logprob  float32  log-prob under which the token was sampled, for `is_cap` (NaN: weight 1)
     """

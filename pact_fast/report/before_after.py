@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,7 @@ class Rate:
     """A success rate in [0, 1], or a difference of two in [-1, 1], with the ends of its 95 % interval if known."""
 
     mean: float
-    low: float | None = None
-    high: float | None = None
+    ends: tuple[float, float] | None = None
     n: int | None = None
 
     @classmethod
@@ -25,9 +25,11 @@ class Rate:
         mean, low, high, n = (number(fields.get(key)) for key in ("mean", "low", "high", "n"))
         if mean is None:
             return None
-        if low is None or high is None:
-            low = high = None
-        return cls(mean, low, high, None if n is None else int(n))
+        return cls(mean, None if low is None or high is None else (low, high), None if n is None else int(n))
+
+    def interval(self, form: Callable[[float], str]) -> str:
+        """`21.0 to 29.4`, or '' if unknown; `form` writes a number."""
+        return " to ".join(form(end).removesuffix(" %") for end in self.ends) if self.ends else ""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,19 @@ class Comparison:
         if a is None or b is None:
             return None
         change = b.mean - a.mean
-        if a.low is None or a.high is None or b.low is None or b.high is None:
+        if a.ends is None or b.ends is None:
             return Rate(change)
-        return Rate(
-            change,
-            change - math.hypot(b.mean - b.low, a.high - a.mean),
-            change + math.hypot(b.high - b.mean, a.mean - a.low),
-        )
+        low = change - math.hypot(b.mean - b.ends[0], a.ends[1] - a.mean)
+        high = change + math.hypot(b.ends[1] - b.mean, a.mean - a.ends[0])
+        return Rate(change, (low, high))
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 if the interval of the change leaves out zero, else 0."""
+        if self.change is None or self.change.ends is None:
+            return 0
+        low, high = self.change.ends
+        return (low > 0) - (high < 0)
 
     @property
     def verdict(self) -> str:
@@ -62,22 +70,13 @@ class Comparison:
         change = self.change
         if self.base is None or self.trained is None or change is None:
             return ""
-        start = f"{self.label} success"
-        ends = f"from {percent(self.base.mean)} to {percent(self.trained.mean)}"
-        if change.low is None or change.high is None:
-            return f"{start} went {ends}, {points(change.mean)} points; without intervals this may be chance."
-        interval = f"95 % interval {points(change.low)} to {points(change.high)}"
-        if self.sign == 0:
-            return f"{start} went {ends}, {points(change.mean)} points, which may be chance ({interval})."
-        return f"{start} {'rose' if self.sign > 0 else 'fell'} {ends}, {points(change.mean)} points ({interval})."
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 if the interval of the change leaves out zero, else 0."""
-        change = self.change
-        if change is None or change.low is None or change.high is None:
-            return 0
-        return (change.low > 0) - (change.high < 0)
+        verb = {1: "rose", 0: "went", -1: "fell"}[self.sign]
+        start = f"{self.label} success {verb} from {percent(self.base.mean)} to {percent(self.trained.mean)}"
+        by = f"{points(change.mean)} points"
+        if change.ends is None:
+            return f"{start}, {by}; without intervals this may be chance."
+        chance = "" if self.sign else ", which may be chance"
+        return f"{start}, {by}{chance} (95 % interval {change.interval(points)})."
 
 
 def comparisons(summary: dict[str, Any]) -> list[Comparison]:
@@ -94,10 +93,3 @@ def percent(value: float) -> str:
 def points(value: float) -> str:
     """Percentage points with a sign, and a real minus."""
     return f"{100 * value:+.1f}".replace("-", "−")
-
-
-def interval(rate: Rate | None) -> str:
-    """The 95 % interval of a rate in per cent, '' if unknown."""
-    if rate is None or rate.low is None or rate.high is None:
-        return ""
-    return f"{100 * rate.low:.1f} – {100 * rate.high:.1f}"

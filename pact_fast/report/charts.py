@@ -260,7 +260,7 @@ def format_value(value: float, as_percent: bool = False) -> str:
     if as_percent:
         text = f"{100 * value:.3g} %"
     elif value and not 1e-3 <= abs(value) < 1e7:
-        mantissa, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else (f"{value:.2e}".split("e"))
+        mantissa, exponent = f"{value:.2e}".split("e")
         text = f"{float(mantissa):g}e{int(exponent)}"
     elif abs(value) >= 1000:
         text = f"{value:,.0f}"

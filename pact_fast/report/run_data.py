@@ -157,7 +157,7 @@ def _read_rollouts(folder: Path, run: Run, limit: int, step: int | None) -> None
     run.rollouts_written = sum(sizes.values())
     files = [file for file in files if sizes[file]]
     # Few rollouts from many steps show progress; fewer than four of a step show too little of it.
-    per_step = max(4, math.ceil(limit / max(len(files), 1)))
+    per_step = max(4, limit // max(len(files), 1))
     torn = 0
     for file in reversed(spread(files, max(limit // per_step, 1))):
         records, skipped = _read_lines(file, set(spread(range(sizes[file]), min(per_step, limit))))

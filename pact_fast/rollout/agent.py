@@ -156,6 +156,7 @@ class AgentLoop:
         state.turns.append(record)
         state.append(completion.ids, parsed.components, completion.logprobs, self.engine.version)
         if not completion.ended:
+            record.attempts = []  # what was cut off is never run, and must not be rewarded
             cut = state.length >= self.config.max_completion_length
             return "max_completion_length" if cut else "max_turn_tokens", []
         if not parsed.attempts:

@@ -188,8 +188,9 @@ class Trainer:
         )
         for (task, trajectory), functions in zip(pairs, extra, strict=True):
             compute_rewards(self.config.algorithm.reward, task, trajectory, dict(trajectory.reward_parts), functions)
-            if not self.algorithm.turn_advantages:  # outcome only: the environment's verdict, if it has one
-                trajectory.reward = trajectory.reward_parts.get("success", trajectory.reward)
+            if not self.algorithm.turn_advantages and "success" in trajectory.reward_parts:
+                # outcome only: the environment's verdict instead of the matching
+                trajectory.reward = trajectory.reward_parts["success"] + sum(functions.values())
 
     def _advantages(self, group: Group) -> None:
         reward = self.config.algorithm.reward

@@ -56,7 +56,10 @@ class FileTasks:
         self._tasks = read_tasks(data.train, data.format, data.max_rows)
         self._eval = read_tasks(data.eval, data.format, data.max_rows) if data.eval else []
         if data.expert:
-            attach_traces(self._tasks, read_traces(data.expert))
+            known = {task.id for task in self._tasks}
+            traces = read_traces(data.expert)
+            # with max_rows the traces of rows left out are not an error
+            attach_traces(self._tasks, {i: t for i, t in traces.items() if i in known} if data.max_rows else traces)
         self._seed, self._shuffle = seed, data.shuffle
 
     def train(self, step: int, count: int) -> list[Task]:

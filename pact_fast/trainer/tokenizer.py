@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pact_fast.data.formats import Hermes
@@ -14,12 +14,19 @@ from pact_fast.data.types import Task, text_of
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKERS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+# words with their leading space, and whole runs of punctuation: JSON's skeleton becomes few tokens
+PIECES = r" ?\p{L}+|[^\p{L}]+?(?= ?\p{L}|$)"
 
 
 def train_tokenizer(tasks: Iterable[Task], vocab_size: int) -> PreTrainedTokenizerFast:
     """A ChatML tokenizer with Hermes tool calls, of at most `vocab_size` tokens, trained on the tasks' own text."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(MARKERS),

@@ -1,0 +1,77 @@
+"""Clip rules of the policy loss, k3 and importance weights: small pure functions on [N] tensors.
+
+Every rule gives, per token, the loss and its derivative by the token's log-prob, so that gradients can be formed in the
+pass that makes the logits. `log_ratio` is log π − log π_old; formulas: method, section 2, and docs/loss.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+Clip = tuple[float | None, float | None]
+
+
+class PolicyTerm(NamedTuple):
+    """All [N]: value, d value / d logprob, and where the bounds cut (bool)."""
+
+    value: torch.Tensor
+    slope: torch.Tensor
+    clipped_low: torch.Tensor
+    clipped_high: torch.Tensor
+
+
+def ppo(log_ratio: torch.Tensor, advantage: torch.Tensor, clip: Clip, delta: float | None = None) -> PolicyTerm:
+    """−min(min(r, delta)·A, clip(r, 1−low, 1+high)·A).
+
+    `delta` > 1 + high bounds the ratio of negative advantages (dual clip). A token is counted as clipped where a bound
+    takes its gradient away.
+    """
+    low, high = bounds(clip)
+    ratio = log_ratio.exp()
+    clipped_low = (ratio < low) & (advantage < 0)
+    clipped_high = (ratio > high) & (advantage > 0)
+    if delta is not None:
+        clipped_high = clipped_high | ((ratio > delta) & (advantage < 0))
+    used = ratio if delta is None else ratio.clamp(max=delta)
+    value = -torch.minimum(used * advantage, ratio.clamp(low, high) * advantage)
+    slope = torch.where(clipped_low | clipped_high, 0.0, -ratio * advantage)
+    return PolicyTerm(value, slope, clipped_low, clipped_high)
+
+
+def cispo(log_ratio: torch.Tensor, advantage: torch.Tensor, logprob: torch.Tensor, clip: Clip) -> PolicyTerm:
+    """−sg(clip(r, 1−low, 1+high))·A·log π: every token keeps a gradient, the bounds cap its weight."""
+    low, high = bounds(clip)
+    ratio = log_ratio.exp()
+    weight = ratio.clamp(low, high)
+    slope = -weight * advantage
+    return PolicyTerm(slope * logprob, slope, ratio < low, ratio > high)
+
+
+def bounds(clip: Clip) -> tuple[float, float]:
+    """(1 − low, 1 + high); None leaves a side open."""
+    low, high = clip
+    return (0.0 if low is None else 1.0 - low), (float("inf") if high is None else 1.0 + high)
+
+
+def sequence_mean(log_ratio: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Mean of log_ratio [N] over each group (int64 ids [N]), given back to its tokens.
+
+    exp of it is gspo's sequence ratio: the geometric mean of the token ratios.
+    """
+    _, inverse, count = group.unique(return_inverse=True, return_counts=True)
+    total = log_ratio.new_zeros(len(count)).index_add_(0, inverse, log_ratio)
+    return (total / count)[inverse]
+
+
+def k3(reference: torch.Tensor, logprob: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(d) − d − 1 with d = log π_ref − log π, and its derivative by log π. Both are 0 where the reference is NaN."""
+    d = torch.where(reference.isnan(), 0.0, reference - logprob)
+    grown = torch.expm1(d)
+    return grown - d, -grown
+
+
+def importance_weight(old: torch.Tensor, sampler: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(cap, exp(old − sampler)); 1 where the sampler's log-prob is NaN."""
+    return torch.where(sampler.isnan(), 1.0, (old - sampler).exp().clamp(max=cap))

@@ -1,0 +1,164 @@
+"""report.html and view.html of a run directory: one template, everything inline, nothing fetched.
+
+Rollouts are text written by a model and answers of tools, so they are untrusted. They reach the page only as JSON in a data
+block, and its script puts them into text nodes; a content security policy stands behind that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+
+from pact_fast.data.types import Component
+from pact_fast.report.before_after import comparisons, percent, points
+from pact_fast.report.charts import panels
+from pact_fast.report.run_data import Rollout, Run, Tokens, read_run
+
+REPORT_ROLLOUTS = 60
+VIEW_ROLLOUTS = 300
+TOKENS_PER_PAGE = 400_000  # about 15 MB of HTML; long rollouts lose their middle to stay below it
+PROMPT_CHARACTERS = 20_000
+
+T = TypeVar("T")
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write run_dir/report.html: before and after, curves, sampled rollouts. Returns its path.
+
+    Works on a run that is still going or was killed: what is missing is left out, what is torn is skipped and named.
+    Raises PactError if there is no such directory.
+    """
+    run_dir = Path(run_dir)
+    run = read_run(run_dir, rollouts=REPORT_ROLLOUTS)
+    return _write(run_dir / "report.html", run, report=True)
+
+
+def write_view(
+    run_dir: Path | str, out: Path | str | None = None, step: int | None = None, limit: int = VIEW_ROLLOUTS
+) -> Path:
+    """Write a page of at most `limit` rollouts, of all steps or of one, to `out` (default run_dir/view.html). Returns its path.
+
+    Raises PactError if there is no such directory, or no rollouts of `step`.
+    """
+    run_dir = Path(run_dir)
+    run = read_run(run_dir, rollouts=limit, step=step)
+    return _write(Path(out) if out else run_dir / "view.html", run, report=False)
+
+
+def _write(path: Path, run: Run, *, report: bool) -> Path:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals.update(percent=percent, points=points)
+    charts = panels(run.metrics) if report else []
+    cap = max(200, TOKENS_PER_PAGE // max(len(run.rollouts), 1))
+    data = {
+        "components": [component.name.lower().replace("_", " ") for component in Component],
+        "charts": [panel.readout for panel in charts],
+        "rollouts": [_rollout(rollout, cap) for rollout in run.rollouts],
+    }
+    embedded = embed_json(data)
+    html = environment.get_template("page.html").render(
+        run=run,
+        report=report,
+        comparisons=comparisons(run.summary) if report else [],
+        facts=_facts(run),
+        versions=_versions(run),
+        charts=charts,
+        data=embedded,
+        # The policy lets only scripts with this nonce run. What could be injected is part of the data, and no data can
+        # hold its own digest.
+        nonce=hashlib.sha256(embedded.encode()).hexdigest()[:32],
+    )
+    # Half a surrogate pair, which JSON may hold, cannot be encoded.
+    path.write_text(html, encoding="utf-8", errors="replace")
+    return path
+
+
+def embed_json(value: Any) -> str:
+    """JSON that is safe inside a <script> element: no '<', no '>', no '&', ASCII only."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _rollout(rollout: Rollout, cap: int) -> dict[str, Any]:
+    return {
+        "step": rollout.step,
+        "kind": rollout.kind,
+        "task": rollout.task_id,
+        "route": rollout.route,
+        "stop": rollout.stop_reason.replace("_", " "),
+        "reward": _round(rollout.reward),
+        "parts": {key: _round(value) for key, value in rollout.reward_parts.items()},
+        "turnRewards": [_round(value) for value in rollout.turn_rewards],
+        "success": rollout.success,
+        "question": rollout.question[:PROMPT_CHARACTERS],
+        "prompt": _middle_out(rollout.prompt),
+        "response": _columns(rollout.response, cap),
+        "expert": _columns(rollout.expert, cap) if rollout.expert and len(rollout.expert) else None,
+    }
+
+
+def _columns(tokens: Tokens, cap: int) -> dict[str, Any]:
+    """The columns without their middle if longer than `cap`; `gap` is [tokens kept before it, tokens left out]."""
+    dropped = max(0, len(tokens) - cap)
+    head = cap // 2
+
+    def cut(column: Sequence[T]) -> list[T]:
+        return [*column[:head], *column[head + dropped :]] if dropped else list(column)
+
+    return {
+        "text": cut(tokens.text),
+        "component": cut(tokens.components),
+        "sampled": [int(flag) for flag in cut(tokens.sampled)],
+        "turn": cut(tokens.turns),
+        "logprob": [_round(v) for v in cut(tokens.logprobs)],
+        "advantage": [_round(v) for v in cut(tokens.advantages)],
+        "weight": [_round(v) for v in cut(tokens.weights)],
+        "gap": [head, dropped] if dropped else None,
+    }
+
+
+def _middle_out(text: str) -> str:
+    left_out = len(text) - PROMPT_CHARACTERS
+    if left_out <= 0:
+        return text
+    head = PROMPT_CHARACTERS // 2
+    return f"{text[:head]}\n\n… {left_out:,} characters left out …\n\n{text[head + left_out :]}"
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """Label and value of the line under the title."""
+    summary = run.summary
+    last = run.metrics[-1]["step"] if run.metrics else None
+    seconds = summary.get("wall_seconds")
+    facts = [
+        ("recipe", summary.get("recipe")),
+        ("steps", summary.get("steps", last)),
+        ("wall time", duration(seconds) if isinstance(seconds, (int, float)) else None),
+        ("seed", summary.get("seed")),
+    ]
+    return [(label, str(value)) for label, value in facts if value is not None]
+
+
+def _versions(run: Run) -> list[tuple[str, str]]:
+    versions = run.summary.get("versions")
+    return [(str(k), str(v)) for k, v in versions.items()] if isinstance(versions, dict) else []
+
+
+def duration(seconds: float) -> str:
+    """`9 min 12 s`: the two largest units."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,63 @@
+"""Real tasks, trajectories and groups for tests, without a trained model: noisy traces stand in for sampled rollouts."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from pact_fast.algorithms.base import Group, Update
+from pact_fast.config import AlgorithmConfig
+from pact_fast.data.rendering import ChatRenderer
+from pact_fast.data.types import Component, Task, Trajectory, TurnRecord
+from pact_fast.envs.toolchain import Noise, ToolchainTasks, noisy_trace
+from pact_fast.rewards.advantages import token_advantages
+from pact_fast.rewards.trajectory import compute_rewards
+from pact_fast.trainer.tokenizer import train_tokenizer
+
+GENERATED = (Component.REASONING, Component.TOOL_CALL, Component.ANSWER)
+
+
+def toolchain_renderer(vocab_size: int = 512) -> ChatRenderer:
+    return ChatRenderer(train_tokenizer(ToolchainTasks("train", 0).tasks(100), vocab_size))
+
+
+def trajectory_of(renderer: ChatRenderer, task: Task, rng: random.Random) -> Trajectory:
+    """A trajectory whose tokens are those of a noisy trace."""
+    trace = noisy_trace(task, Noise(0.3, 0.3), rng)
+    parts = []
+    for index, turn in enumerate(trace.turns):
+        parts.append((index, *renderer.assistant_turn(turn.reasoning, turn.content, turn.calls)))
+        parts.append((index, *renderer.glue([{"role": "tool", "content": text} for text in turn.observations])))
+    parts.append((len(trace.turns), *renderer.assistant_turn(trace.answer_reasoning, trace.answer, [])))
+    ids = np.concatenate([ids for _, ids, _ in parts])
+    components = np.concatenate([components for _, _, components in parts]).astype(np.uint8)
+    sampled = np.isin(components, GENERATED)
+    logprobs = np.where(sampled, np.array([-rng.random() for _ in ids]), np.nan).astype(np.float32)
+    turns = [TurnRecord("", t.reasoning, t.content, list(t.calls), list(t.observations)) for t in trace.turns]
+    return Trajectory(
+        task_id=task.id, prompt_ids=renderer.prompt_ids(task.prompt, task.tools), ids=ids, components=components,
+        turn_ids=np.concatenate([np.full(len(i), t, np.int16) for t, i, _ in parts]), sampled=sampled, logprobs=logprobs,
+        versions=np.where(sampled, 0, -1).astype(np.int32), turns=[*turns, TurnRecord("", "", trace.answer)], stop_reason="answer",
+        reward_parts={"success": float(trace.answer == task.answer)},
+    )  # fmt: skip
+
+
+def make_groups(renderer: ChatRenderer, config: AlgorithmConfig, prompts: int, rollouts: int, seed: int = 0, use_turns: bool = True):
+    """Rewarded groups with advantages, as the training loop makes them."""
+    rng = random.Random(seed)
+    groups = []
+    for index, task in enumerate(ToolchainTasks("train", seed).tasks(prompts)):
+        trajectories = [trajectory_of(renderer, task, rng) for _ in range(rollouts)]
+        for t in trajectories:
+            compute_rewards(config.reward, task, t, dict(t.reward_parts), {})
+        advantages = token_advantages(trajectories, gamma=config.reward.gamma, combine="sum", scale=True, use_turns=use_turns)
+        groups.append(Group(task, index, renderer.prompt_ids(task.prompt, task.tools), trajectories, advantages))
+    return groups
+
+
+def update_of(renderer: ChatRenderer, config: AlgorithmConfig, groups: list[Group], step: int = 3, horizon: int = 10) -> Update:
+    return Update(
+        config=config, renderer=renderer, seed=0, step=step, horizon=horizon, prompts=len(groups),
+        sampled_tokens=sum(int(t.sampled.sum()) for g in groups for t in g.trajectories), max_completion_length=512,
+    )  # fmt: skip

@@ -1,0 +1,219 @@
+"""Every algorithm's loss and gradients against an independent fp64 recomputation from the formulas of the method.
+
+The oracle works on whole sequences, one at a time, in plain autograd; it knows nothing of trees, rows, packs or LossTokens. A
+hidden state is a random vector that belongs to a prefix of tokens, so both sides see the same hidden states by construction.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import GENERATED, make_groups, toolchain_renderer, update_of
+from pact_fast.algorithms import make_algorithm
+from pact_fast.algorithms.base import loss_tokens
+from pact_fast.algorithms.pact import prompt_share
+from pact_fast.config import AlgorithmConfig
+from pact_fast.data.types import Component
+from pact_fast.kernels import pact_loss
+from pact_fast.trainer.learner import _fold_sequence_weights
+from pact_fast.tree import pack
+
+D, V = 12, 512
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    return toolchain_renderer(V)
+
+
+class Hiddens:
+    """prefix of token ids → a leaf vector [D]."""
+
+    def __init__(self):
+        self.leaves: dict[tuple, torch.Tensor] = {}
+
+    def __call__(self, prefix) -> torch.Tensor:
+        key = tuple(int(i) for i in prefix)
+        if key not in self.leaves:
+            generator = torch.Generator().manual_seed(hash(key) % (1 << 62))
+            self.leaves[key] = torch.randn(D, dtype=torch.float64, generator=generator).requires_grad_()
+        return self.leaves[key]
+
+
+def log_pi(hiddens, weight, context, ids, n) -> torch.Tensor:
+    logits = hiddens(np.concatenate([context, ids[:n]])) @ weight.T
+    return torch.log_softmax(logits, -1)[int(ids[n])]
+
+
+def policy_loss(hiddens, weight, group, config, context, trace: bool) -> torch.Tensor:
+    """L_RL, from the formula: mean over rollouts of the mean over generated tokens of −w·min(rA, clip(r)A)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for trajectory, advantage in zip(group.trajectories, group.advantages, strict=True):
+        positions = [n for n in range(len(trajectory.ids)) if trajectory.components[n] in GENERATED]
+        logs = [log_pi(hiddens, weight, context, trajectory.ids, n) for n in positions]
+        gaps = [float(logp) - float(trajectory.logprobs[n]) for logp, n in zip(logs, positions, strict=True)]
+        for logp, gap, n in zip(logs, gaps, positions, strict=True):
+            ratio = torch.exp(logp - logp.detach())
+            a = float(advantage[n])
+            clipped = torch.clamp(ratio, 1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon))
+            term = -torch.minimum(ratio * a, clipped * a)
+            if trace and config.trace.context_is == "token":
+                term = term * min(config.trace.context_is_cap, np.exp(gap))
+            if trace and config.trace.context_is == "sequence":
+                term = term * min(config.trace.context_is_cap, np.exp(np.mean(gaps)))
+            total = total + term / len(positions) / len(group.trajectories)
+    return total
+
+
+def sft_loss(hiddens, weight, group, config, context_ids, components, levels, mask) -> torch.Tensor:
+    supervised = [(n, m) for n, m in enumerate(mask(components, levels)) if m]
+    if not supervised:
+        return torch.zeros((), dtype=torch.float64)
+    z = sum(m for _, m in supervised) if config.sft.normalizer == "weighted" else len(supervised)
+    return sum(-m * log_pi(hiddens, weight, group.prompt_ids, context_ids, n) for n, m in supervised) / z
+
+
+def oracle(hiddens, weight, groups, config, update, renderer) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for group in groups:
+        x = group.prompt_ids
+        if config.name in ("grpo", "matchtir"):
+            total = total + policy_loss(hiddens, weight, group, config, x, False)
+            continue
+        trace = group.task.expert
+        if config.name == "sft":
+            context = renderer.trace_context(group.task, trace, "turns")
+            mask = lambda c, _: [float(k in GENERATED) for k in c]  # noqa: E731
+            total = total + sft_loss(hiddens, weight, group, config, context.ids, context.components, context.level, mask)
+            continue
+        z = prompt_share(group, update)
+        progress = update.step / update.horizon
+        strength = config.sft.lambda_start - (config.sft.lambda_start - config.sft.lambda_end) * progress
+        level = round(config.sft.level_start + (config.sft.level_end - config.sft.level_start) * progress)
+        cut = level if config.trace.reasoning == "level" else None
+        hint = config.trace.rendering == "hint"
+        context = renderer.trace_context(group.task, trace, "turns" if hint else config.trace.rendering, cut)
+        conditioned = renderer.hint_prompt_ids(group.task, trace, cut) if hint else np.concatenate([x, context.ids])
+
+        def mask(components, levels, level=level, strength=strength):
+            for c, at in zip(components, levels, strict=True):
+                yield 1.0 if c == Component.REASONING and at <= level else strength if c == Component.TOOL_CALL else 0.0
+
+        if z < 1:
+            rl = policy_loss(hiddens, weight, group, config, conditioned, True)
+            sft = sft_loss(hiddens, weight, group, config, context.ids, context.components, context.level, mask)
+            total = total + (1 - z) * (rl + config.sft.coef * sft)
+        if z > 0:
+            total = total + z * policy_loss(hiddens, weight, group, config, x, False)
+    return total / len(groups)
+
+
+CASES = {
+    "grpo": {"name": "grpo"},
+    "matchtir": {"name": "matchtir", "epsilon_high": 0.3},
+    "sft": {"name": "sft"},
+    "pact": {"name": "pact"},
+    "pact blend": {"name": "pact", "anchor": {"mode": "blend", "q": 0.3}, "sft": {"normalizer": "count"}},
+    "pact turns as printed": {"name": "pact", "trace": {"rendering": "turns", "context_is": "none"}},
+    "pact hint sequence": {"name": "pact", "anchor": {"q": 0.0}, "trace": {"rendering": "hint", "context_is": "sequence"}},
+    "pact level": {"name": "pact", "anchor": {"q": 0.2}, "trace": {"reasoning": "level", "context_is_cap": 2.0}, "sft": {"coef": 0.7}},
+}
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["tree", "alone"])
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_equal_the_formulas(renderer, case, share):
+    config = AlgorithmConfig.model_validate(CASES[case])
+    algorithm = make_algorithm(config)
+    groups = make_groups(renderer, config, prompts=4, rollouts=3, use_turns=algorithm.turn_advantages)
+    update = update_of(renderer, config, groups)
+    torch.manual_seed(0)
+    weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+    hiddens = Hiddens()
+    expected = oracle(hiddens, weight, groups, config, update, renderer)
+    expected_weight, *expected_leaves = torch.autograd.grad(expected, [weight, *hiddens.leaves.values()])
+    by_prefix = dict(zip(hiddens.leaves, expected_leaves, strict=True))
+
+    plans = [algorithm.plan(group, update) for group in groups]
+    batches = pack([tree for plan in plans for tree in plan.trees], max_tokens=700, share=share)
+    scored = [s for plan in plans for s in plan.scored]
+    prefixes = [[tuple(batch.input_ids[: q + 1][batch.subtree_end[: q + 1] > q]) for q in range(len(batch))] for batch in batches]
+    rows = [torch.stack([hiddens(p).detach() for p in pack_prefixes]) for pack_prefixes in prefixes]
+    if config.name == "pact" and config.trace.context_is == "sequence":
+        fill_old(batches, scored, rows, weight)
+        _fold_sequence_weights(scored, config.trace.context_is_cap)
+    loss, weight_grad, leaf_grads = 0.0, torch.zeros_like(weight), {}
+    for batch, hidden, pack_prefixes in zip(batches, rows, prefixes, strict=True):
+        tokens, _ = loss_tokens(batch, scored)
+        hidden.requires_grad_()
+        cap = config.trace.context_is_cap if config.trace.context_is == "token" and config.name == "pact" else None
+        out = pact_loss(
+            hidden, weight, tokens, clip=(config.epsilon, config.epsilon_high or config.epsilon), is_cap=cap, backend="torch"
+        )
+        d_hidden, d_weight = torch.autograd.grad(out.loss, [hidden, weight])
+        loss += float(out.loss)
+        weight_grad += d_weight
+        for prefix, gradient in zip(pack_prefixes, d_hidden, strict=True):
+            leaf_grads[prefix] = leaf_grads.get(prefix, 0) + gradient
+
+    assert abs(float(expected)) > 1e-4  # the case exercises something
+    assert loss == pytest.approx(float(expected), rel=1e-10)
+    torch.testing.assert_close(weight_grad, expected_weight, rtol=1e-10, atol=1e-13)
+    zero = torch.zeros(D, dtype=torch.float64)
+    for prefix in set(leaf_grads) | set(by_prefix):
+        torch.testing.assert_close(leaf_grads.get(prefix, zero), by_prefix.get(prefix, zero), rtol=1e-10, atol=1e-13)
+
+
+def fill_old(batches, scored, rows, weight):
+    for batch, hidden in zip(batches, rows, strict=True):
+        for s in (s for s in scored if s.stream != 2 and any(s.node is node for node in batch.owned)):
+            logits = hidden[batch.rows(s.node)[s.index]] @ weight.detach().T
+            s.old_logprob = torch.log_softmax(logits, -1)[torch.arange(len(s.index)), torch.as_tensor(s.node.ids[s.index])].numpy()
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_weights_hold_the_normaliser_of_the_loss_type(renderer, loss_type):
+    config = AlgorithmConfig(name="matchtir", loss_type=loss_type)
+    groups = make_groups(renderer, config, prompts=3, rollouts=4)
+    update = update_of(renderer, config, groups)
+    scored = [s for group in groups for s in make_algorithm(config).plan(group, update).scored]
+    tokens = sum(len(s.index) for s in scored)
+    for s in scored:
+        expected = {"grpo": 1 / (12 * len(s.index)), "dapo": 1 / tokens, "dr_grpo": 1 / (12 * 512)}[loss_type]
+        np.testing.assert_allclose(s.rl_weight, expected, rtol=1e-12)
+
+
+def test_the_gate_is_a_fair_coin_of_the_prompt_and_step_alone(renderer):
+    config = AlgorithmConfig(name="pact")
+    group = make_groups(renderer, config, prompts=1, rollouts=1)[0]
+    draws = []
+    for step in range(2000):
+        update = update_of(renderer, config, [group], step=step, horizon=2000)
+        draws.append(prompt_share(group, update))
+        assert draws[-1] == prompt_share(group, update)
+    assert set(draws) == {0.0, 1.0}
+    assert 0.35 < np.mean(draws) < 0.45
+
+
+def test_a_prompt_without_a_trace_is_always_anchored(renderer):
+    config = AlgorithmConfig(name="pact", anchor={"q": 0.0})
+    group = make_groups(renderer, config, prompts=1, rollouts=2)[0]
+    group.task.expert = None
+    plan = make_algorithm(config).plan(group, update_of(renderer, config, [group]))
+    assert plan.route == "prompt"
+    assert sum(s.rl_weight.sum() for s in plan.scored) == pytest.approx(1.0)
+
+
+def test_the_final_answer_is_nowhere_in_the_trace_context(renderer):
+    config = AlgorithmConfig(name="pact", anchor={"q": 0.0})
+    for group in make_groups(renderer, config, prompts=20, rollouts=1):
+        context = renderer.trace_context(group.task, group.task.expert, "demonstration")
+        assert not (context.components == Component.ANSWER).any()
+
+
+def test_truncated_rollouts_can_be_left_out(renderer):
+    config = AlgorithmConfig(name="matchtir", mask_truncated_completions=True)
+    group = make_groups(renderer, config, prompts=1, rollouts=2)[0]
+    group.trajectories[0].stop_reason = "max_turns"
+    scored = make_algorithm(config).plan(group, update_of(renderer, config, [group])).scored
+    assert not scored[0].rl_weight.any() and scored[1].rl_weight.all()

@@ -1,0 +1,412 @@
+"""Checkpoints: complete or invisible, exact, and never the reason for losing an older one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pact_fast.errors import PactError
+from pact_fast.trainer import checkpoint
+
+
+def content(step: int) -> dict[str, Any]:
+    """Arguments of `save` that can be recognised again."""
+    generator = torch.Generator().manual_seed(step)
+    tensors = {"optimizer": {"w/exp_avg": torch.randn(16, 8, generator=generator), "w/step": torch.tensor(float(step))}}
+    return {"tensors": tensors, "state": {"updates": step}}
+
+
+def write_model(path: Path) -> None:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(bytes(1000))
+
+
+def save(root: Path, step: int, keep: int = 3) -> Path:
+    return checkpoint.save(root, step, **content(step), write_model=write_model, keep=keep)
+
+
+def check(path: Path) -> int:
+    """The checkpoint holds exactly what `save` was given; returns its step."""
+    loaded = checkpoint.load(path)
+    expected = content(loaded.step)
+    assert path.name == f"step_{loaded.step}"
+    assert loaded.state == expected["state"]
+    assert loaded.tensors.keys() == expected["tensors"].keys()
+    for name, tensor in expected["tensors"]["optimizer"].items():
+        assert torch.equal(loaded.tensors["optimizer"][name], tensor)
+    assert loaded.model_dir is not None
+    assert (loaded.model_dir / "model.safetensors").stat().st_size == 1000
+    return loaded.step
+
+
+def hidden(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.name.startswith("."))
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    path = save(root, 7)
+    assert path == root / "step_7"
+    assert check(path) == 7
+    assert checkpoint.latest(root, verify=True) == path
+    assert hidden(root) == []
+
+
+def test_without_a_model_there_is_no_model_folder(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, tensors={}, state={}, write_model=None, keep=1)
+    assert checkpoint.load(path).model_dir is None
+
+
+def test_no_checkpoints_no_latest(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path / "missing") is None
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_floats_of_the_state_are_exact_and_nan_is_refused(tmp_path: Path) -> None:
+    values = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, 2**53 + 1]
+    path = checkpoint.save(tmp_path, 1, tensors={}, state={"values": values}, write_model=None, keep=1)
+    loaded = checkpoint.load(path).state["values"]
+    assert [repr(v) for v in loaded] == [repr(v) for v in values]
+    with pytest.raises(ValueError, match="JSON compliant"):
+        checkpoint.save(tmp_path, 2, tensors={}, state={"value": float("nan")}, write_model=None, keep=1)
+    assert checkpoint.latest(tmp_path) == path
+    assert hidden(tmp_path) == []
+
+
+def test_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
+    for step in (8, 9, 10, 11):
+        save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_11"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_11"
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    (save(tmp_path, 5) / "extra").touch()
+    assert check(save(tmp_path, 5)) == 5
+    assert not (tmp_path / "step_5" / "extra").exists()
+    assert hidden(tmp_path) == []
+
+
+# damage
+
+
+def damage_nothing_visible(path: Path) -> str:
+    """One flipped bit: same size."""
+    file = path / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    return "optimizer.safetensors"
+
+
+def truncate(name: str) -> Any:
+    def damage(path: Path) -> str:
+        os.truncate(path / name, (path / name).stat().st_size - 1)
+        return name
+
+    return damage
+
+
+def remove(name: str) -> Any:
+    def damage(path: Path) -> str:
+        (path / name).unlink()
+        return name
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate("optimizer.safetensors"),
+        truncate("model/model.safetensors"),
+        truncate("state.json"),
+        truncate("manifest.json"),
+        remove("model/config.json"),
+        remove("manifest.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_the_file(
+    damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    name = damage(newer)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.latest(tmp_path) == older
+    assert len(caplog.messages) == 1
+    assert "step_2" in caplog.messages[0]
+    assert name in caplog.messages[0]
+    with pytest.raises(PactError, match=name):
+        checkpoint.load(newer)
+    assert check(older) == 1
+
+
+def test_a_flipped_bit_is_found_by_verify_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    name = damage_nothing_visible(newer)
+    assert checkpoint.latest(tmp_path) == newer
+    assert checkpoint.latest(tmp_path, verify=True) == older
+    assert name in caplog.messages[0]
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    truncate("state.json")(tmp_path / "step_3")
+    save(tmp_path, 4, keep=2)
+    # 2 and 4 are the newest complete ones
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_3", "step_4"]
+    save(tmp_path, 5, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_4", "step_5"]
+
+
+# crashes
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_complete_newest_checkpoint(tmp_path: Path) -> None:
+    """The writers are forks of this process, so that each costs milliseconds, not an import of torch."""
+    rng = random.Random(0)
+    root = tmp_path / "checkpoints"
+    started = time.perf_counter()
+    save(root, 1)
+    duration = time.perf_counter() - started
+    last, torn = 1, 0
+    for _ in range(25):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                step = last
+                while True:
+                    step += 1
+                    save(root, step, keep=2)
+            finally:
+                os._exit(1)
+        time.sleep(rng.uniform(0, 6 * duration))
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        assert os.WIFSIGNALED(status)
+        torn += bool(hidden(root))
+        for visible in root.glob("step_*"):
+            check(visible)
+        newest = checkpoint.latest(root, verify=True)
+        assert newest is not None
+        step = check(newest)
+        assert step >= last  # what was saved stays saved
+        last = step
+    assert torn >= 5  # otherwise the kills missed the saves
+    assert last > 1
+    save(root, last + 1, keep=2)
+    assert hidden(root) == []
+
+
+def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f".tmp-step_3-{dead.pid}", f".trash-step_1-{dead.pid}", f".tmp-step_3-{os.getpid()}"]
+    alive = f".tmp-step_3-{os.getppid()}"
+    for name in [*names, alive]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").touch()
+    (tmp_path / ".notes").touch()
+    save(tmp_path, 3)
+    assert hidden(tmp_path) == sorted([alive, ".notes"])
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["save_file", "_sync_tree", "_describe"])
+def test_a_full_disk_is_a_one_line_error_and_costs_nothing(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = save(tmp_path, 1, keep=1)
+    monkeypatch.setattr(checkpoint, where, full_disk)
+    with pytest.raises(PactError, match=r"step_2.*No space left on device.*free some space") as caught:
+        save(tmp_path, 2, keep=1)
+    assert "\n" not in str(caught.value)
+    assert check(before) == 1
+    assert os.listdir(tmp_path) == ["step_1"]  # the half-written one gave its space back
+
+
+def test_a_write_that_the_system_refuses_is_the_same_error(tmp_path: Path) -> None:
+    """For real: the process may not write files of more than 4 kB, which hits the safetensors writer."""
+    before = save(tmp_path, 1)
+    tensors = {"big": {"x": torch.zeros(100_000)}}
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+            checkpoint.save(tmp_path, 2, tensors=tensors, state={}, write_model=None, keep=1)
+        except PactError as error:
+            code = 42 if "step_2" in str(error) else 2
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 42
+    assert os.listdir(tmp_path) == ["step_1"]
+    assert check(before) == 1
+
+
+def test_a_failing_model_writer_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        write_model(path)
+        raise RuntimeError("interrupted")
+
+    save(tmp_path, 1)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        checkpoint.save(tmp_path, 2, **content(2), write_model=fail, keep=1)
+    assert os.listdir(tmp_path) == ["step_1"]
+
+
+# optimizer
+
+
+def model_and_optimizer() -> tuple[torch.nn.Module, torch.optim.AdamW, dict[torch.Tensor, str]]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3))
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    # the groups are not in the order of the model, and differ
+    optimizer = torch.optim.AdamW(
+        [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": 0.1, "lr": 3e-3}],
+        lr=1e-2,
+        betas=(0.8, 0.95),
+    )
+    return model, optimizer, {p: n for n, p in model.named_parameters()}
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.AdamW, first: int, steps: int) -> list[float]:
+    losses = []
+    for step in range(first, first + steps):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        loss = (model(x) ** 2).mean() + model(x).sum() * 0.01
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_adamw_continues_bit_for_bit(tmp_path: Path) -> None:
+    model, optimizer, names = model_and_optimizer()
+    train(model, optimizer, 0, 3)
+    optimizer.param_groups[1]["lr"] = 1 / 300  # as a schedule does
+    weights = copy.deepcopy(model.state_dict())
+    tensors, state = checkpoint.optimizer_tensors(optimizer, names)
+    path = checkpoint.save(
+        tmp_path, 3, tensors={"optimizer": tensors}, state={"optimizer": state}, write_model=None, keep=1
+    )
+    expected = train(model, optimizer, 3, 5)
+
+    resumed, fresh, fresh_names = model_and_optimizer()
+    resumed.load_state_dict(weights)
+    saved = checkpoint.load(path)
+    before = {name: tensor.clone() for name, tensor in saved.tensors["optimizer"].items()}
+    checkpoint.load_optimizer(fresh, fresh_names, saved.tensors["optimizer"], saved.state["optimizer"])
+    assert fresh.param_groups[0]["betas"] == (0.8, 0.95)
+    assert [group["lr"] for group in fresh.param_groups] == [1e-2, 1 / 300]
+    assert train(resumed, fresh, 3, 5) == expected
+    for name, weight in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], weight), name
+    old, new = (checkpoint.optimizer_tensors(o, n)[0] for o, n in ((optimizer, names), (fresh, fresh_names)))
+    assert old.keys() == new.keys() == before.keys()
+    assert all(torch.equal(old[name], new[name]) and old[name].dtype == new[name].dtype for name in old)
+    assert [entries["step"].item() for entries in fresh.state.values()] == [8.0] * 6
+    # training does not write into what was loaded
+    assert all(torch.equal(saved.tensors["optimizer"][name], tensor) for name, tensor in before.items())
+
+
+def test_an_optimizer_that_never_stepped_is_saved_too(tmp_path: Path) -> None:
+    _, optimizer, names = model_and_optimizer()
+    tensors, state = checkpoint.optimizer_tensors(optimizer, names)
+    assert tensors == {}
+    checkpoint.load_optimizer(optimizer, names, tensors, json.loads(json.dumps(state)))
+    assert len(optimizer.state) == 0
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    _, optimizer, names = model_and_optimizer()
+    tensors, state = checkpoint.optimizer_tensors(optimizer, names)
+    other = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    other_names: dict[torch.Tensor, str] = {p: n for n, p in other.named_parameters()}
+    with pytest.raises(PactError, match=r"'1\.bias' is only in one of them"):
+        checkpoint.load_optimizer(torch.optim.AdamW(other.parameters()), other_names, tensors, state)
+    regrouped = torch.optim.AdamW(names)
+    with pytest.raises(PactError, match="grouped differently"):
+        checkpoint.load_optimizer(regrouped, names, tensors, state)
+
+
+# generators
+
+
+def draws() -> list[float]:
+    return [random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.randn(()).item()]
+
+
+def test_generators_continue_where_they_were(tmp_path: Path) -> None:
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    draws()  # gauss and randn now hold a spare number each
+    state, tensors = checkpoint.rng_state()
+    path = checkpoint.save(tmp_path, 1, tensors={"rng": tensors}, state={"rng": state}, write_model=None, keep=1)
+    expected = [draws() for _ in range(3)]
+    saved = checkpoint.load(path)
+    checkpoint.set_rng_state(saved.state["rng"], saved.tensors["rng"])
+    assert [draws() for _ in range(3)] == expected
+    assert [draws() for _ in range(3)] != expected
+
+
+# metrics
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b'{"step": 4, "loss": 1',
+        b'{"step": 4, "loss": 1}\n{"st',
+        b'{"step": 4, "loss": 1}\n',
+        b"\0\0\0\0",
+        b"\xff\xfe",
+        b"",
+    ],
+)
+def test_metrics_are_cut_back_to_the_step(tail: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    head = b"".join(b'{"step": %d, "loss": 0.1}\n' % step for step in (0, 1, 2, 2, 3))
+    path.write_bytes(head + tail)
+    checkpoint.repair_metrics(path, 3)
+    assert path.read_bytes() == head
+    checkpoint.repair_metrics(path, 1)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_whole_last_record_without_its_newline_is_kept_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}')
+    checkpoint.repair_metrics(path, 2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_missing_metrics_stay_missing(tmp_path: Path) -> None:
+    checkpoint.repair_metrics(tmp_path / "metrics.jsonl", 3)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,451 @@
+"""The run report: reading incomplete runs, intervals, curve geometry, safe embedding, terminal tables.
+
+The sample run made here also serves the browser tests.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import re
+
+import pytest
+from rich.console import Console
+
+from pact_fast.errors import PactError
+from pact_fast.report import write_report, write_view
+from pact_fast.report.before_after import Comparison, Rate, comparisons
+from pact_fast.report.charts import format_value, panels
+from pact_fast.report.console import print_rollout, rollout_table, summary_table
+from pact_fast.report.html import duration, embed_json
+from pact_fast.report.run_data import Rollout, read_run, spread
+
+ATTACK = '</script><img src=x onerror="document.documentElement.dataset.attacked=1">'
+TEMPLATE, REASONING, CALL, ANSWER, OBSERVATION = range(5)
+
+SUMMARY = {
+    "recipe": "quickstart",
+    "steps": 60,
+    "seed": 0,
+    "wall_seconds": 552.4,
+    "base_success": {"mean": 0.25, "low": 0.21, "high": 0.294, "n": 400},
+    "success": {"mean": 0.61, "low": 0.561, "high": 0.657, "n": 400},
+    "base_greedy": {"mean": 0.99, "low": 0.975, "high": 0.996, "n": 400},
+    "greedy": {"mean": 0.985, "low": 0.968, "high": 0.993, "n": 400},
+    "versions": {"pact_fast": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+}
+
+
+# ---- a sample run that looks like a real one
+
+
+def sample_metrics(step: int, steps: int, rng: random.Random) -> dict[str, float]:
+    done = step / steps
+    success = 0.25 + 0.4 * (1 - math.exp(-3 * done))
+    values = {
+        "step": step,
+        "success": min(1.0, max(0.0, success + rng.gauss(0, 0.06))),
+        "reward/mean": 1.1 + 1.6 * success + rng.gauss(0, 0.12),
+        "reward/std": 0.6 - 0.2 * done,
+        "reward/match": 0.7 + 0.25 * done + rng.gauss(0, 0.02),
+        "reward/answer_f1": success + rng.gauss(0, 0.04),
+        "reward/zero_advantage_groups": 0.1 + 0.2 * done + rng.gauss(0, 0.02),
+        "loss": rng.gauss(0.02, 0.01),
+        "loss/rl": rng.gauss(-0.01, 0.008),
+        "loss/sft": 0.31 * math.exp(-done) + rng.gauss(0, 0.01),
+        "trace/approx_kl": abs(rng.gauss(2e-3, 6e-4)),
+        "prompt/approx_kl": abs(rng.gauss(8e-4, 3e-4)),
+        "trace/clip_fraction": abs(rng.gauss(0.03, 0.01)),
+        "prompt/clip_fraction": abs(rng.gauss(0.012, 0.004)),
+        "entropy": 0.55 - 0.3 * done + rng.gauss(0, 0.02),
+        "grad_norm": abs(rng.gauss(0.8, 0.2)),
+        "control_token_prob": 0.93 + 0.05 * done + rng.gauss(0, 0.005),
+        "lengths/completion_mean": 118 - 20 * done + rng.gauss(0, 4),
+        "lengths/sampled_mean": 84 - 12 * done + rng.gauss(0, 3),
+        "turns/mean": 3.4 - 0.2 * done + rng.gauss(0, 0.08),
+        "tools/calls_mean": 2.4 - 0.2 * done + rng.gauss(0, 0.06),
+        "stop/answer": 0.86 + 0.1 * done,
+        "stop/max_turns": 0.09 - 0.06 * done,
+        "stop/max_completion_length": 0.05 - 0.04 * done,
+        "time/rollout": abs(rng.gauss(2.4, 0.2)),
+        "time/rewards": abs(rng.gauss(0.1, 0.01)),
+        "time/update": abs(rng.gauss(1.6, 0.1)),
+        "time/sync": abs(rng.gauss(0.15, 0.02)),
+        "tokens_per_second": rng.gauss(5200, 260),
+        "learning_rate": 5e-5,
+        "lambda": 0.8 - 0.6 * done,
+        "level": float(4 - int(4.999 * done)),
+    }
+    if step % 10 == 0:
+        values |= {"eval/success": success, "eval/greedy": 0.99 - 0.005 * done}
+    return values
+
+
+def pieces(text: str) -> list[str]:
+    return re.findall(r"<[^>]*>|\s*\w{1,6}|\n|.", text)
+
+
+def sample_turns(rng: random.Random, hops: int) -> list[tuple[str, int, int]]:
+    """(text, component, sampled) segments of a rollout with `hops` calls."""
+    names = ["Ada Okoro", "Lindholm", "Port Vesna", "Gullmark Institute", "Tarn"]
+    segments: list[tuple[str, int, int]] = []
+    for hop in range(hops):
+        thought = f"I need the {['birthplace', 'mayor', 'founder', 'river'][hop % 4]} of {names[hop % 5]}."
+        call = json.dumps({"name": "lookup", "arguments": {"entity": names[hop % 5], "relation": "place_of_birth"}})
+        segments += [
+            ("<think>\n", REASONING, 1),
+            (thought, REASONING, 1),
+            ("\n</think>\n\n", REASONING, 1),
+            (f"<tool_call>\n{call}\n</tool_call>", CALL, 1),
+            ("<|im_end|>", CALL, 1),
+            ("\n<|im_start|>user\n<tool_response>\n", TEMPLATE, 0),
+            (json.dumps({"result": names[(hop + 1) % 5], "confidence": round(rng.random(), 2)}), OBSERVATION, 0),
+            ("\n</tool_response><|im_end|>\n<|im_start|>assistant\n", TEMPLATE, 0),
+        ]
+    return [
+        *segments,
+        ("<think>\nThe last result answers the question.\n</think>\n\n", REASONING, 1),
+        (f"<answer>{names[hops % 5]}</answer>", ANSWER, 1),
+        ("<|im_end|>", ANSWER, 1),
+    ]
+
+
+def sample_rollout(step: int, index: int, rng: random.Random, **changes) -> dict:
+    hops = 1 + index % 3
+    record: dict = {name: [] for name in ("tokens", "components", "sampled", "turn_ids", "logprobs", "advantages", "weights")}
+    advantages = [rng.gauss(0, 1.2) for _ in range(hops + 1)]
+    for number, (text, component, sampled) in enumerate(sample_turns(rng, hops)):
+        turn = min(number // 8, hops)
+        for token in pieces(text):
+            record["tokens"].append(token)
+            record["components"].append(component)
+            record["sampled"].append(sampled)
+            record["turn_ids"].append(turn)
+            record["logprobs"].append(-rng.expovariate(3) if sampled else None)
+            record["advantages"].append(advantages[turn] if sampled else None)
+            record["weights"].append(1 / (128 * 60) if sampled else None)
+    expert_tokens, expert_components, expert_weights = [], [], []
+    for text, component, _ in sample_turns(rng, hops)[: 8 * hops]:
+        for token in pieces(text):
+            expert_tokens.append(token)
+            expert_components.append(component)
+            expert_weights.append({REASONING: 1.0, CALL: 0.62}.get(component, 0.0) / 900)
+    success = float(rng.random() < 0.3 + step / 100)
+    return {
+        "step": step,
+        "kind": "train",
+        "task_id": f"chain-{hops}hop-{index:04d}",
+        "route": ["trace", "prompt", "trace"][index % 3],
+        "stop_reason": "answer",
+        "reward": round(hops * 0.8 + success, 3),
+        "reward_parts": {"match": 0.8, "answer_f1": success, "success": success},
+        "turn_rewards": [0.8] * hops + [success],
+        "success": success,
+        "question": "Who is the mayor of the place where the founder of the Gullmark Institute was born?",
+        "prompt": "<|im_start|>system\nYou can call tools.\n<|im_end|>\n<|im_start|>user\nWho is …?<|im_end|>\n",
+        "expert": {"tokens": expert_tokens, "components": expert_components, "weights": expert_weights},
+        **record,
+        **changes,
+    }
+
+
+def write_lines(path, records) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def write_sample_run(run, steps: int = 60):
+    rng = random.Random(0)
+    write_lines(run / "metrics.jsonl", [sample_metrics(step, steps, rng) for step in range(steps + 1)])
+    for step in range(0, steps + 1, 10):
+        write_lines(
+            run / f"rollouts/step_{step:06d}.jsonl",
+            [sample_rollout(step, index, rng) for index in range(12)]
+            + [sample_rollout(step, 12, rng, kind="eval", route=None, expert=None)],
+        )
+    (run / "summary.json").write_text(json.dumps(SUMMARY))
+    (run / "config.yaml").write_text("seed: 0\nalgorithm:\n  name: pact\n  # <script>alert(1)</script>\n")
+    return run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_sample_run(tmp_path / "quickstart")
+
+
+def embedded(path) -> dict:
+    """The data block of a page."""
+    html = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S).group(1))
+
+
+# ---- reading runs that are incomplete
+
+
+def test_torn_lines_are_skipped_and_counted(run):
+    path = run / "metrics.jsonl"
+    text = path.read_text()
+    path.write_text(text + '{"step": 61, "loss": 0.')
+    read = read_run(run, rollouts=5)
+    assert read.metrics[-1]["step"] == 60 and len(read.metrics) == 61
+    assert read.problems == ["metrics.jsonl: 1 torn line skipped."]
+
+
+def test_a_line_torn_inside_a_character_is_skipped(run):
+    path = run / "rollouts/step_000060.jsonl"
+    path.write_bytes(path.read_bytes() + '{"question": "é'.encode()[:-1])
+    read = read_run(run, rollouts=100, step=60)
+    assert len(read.rollouts) == 13 and read.rollouts_written == 14
+    assert "rollouts: 1 torn line skipped." in read.problems
+
+
+def test_a_repeated_step_of_a_resumed_run_counts_once_and_the_later_value_wins(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 1, "loss": 9.0}])
+    assert [(r["step"], r["loss"]) for r in read_run(tmp_path, rollouts=1).metrics] == [(1, 9.0), (2, 2.0)]
+
+
+def test_numbers_that_are_not_finite_are_named_not_drawn(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1.0}, {"step": 2, "loss": math.nan, "note": "x"}])
+    read = read_run(tmp_path, rollouts=1)
+    assert read.metrics[1] == {"step": 2}
+    assert read.problems == ["loss was not a finite number at step 2."]
+
+
+@pytest.mark.parametrize("kept", ["nothing", "config.yaml", "metrics.jsonl", "summary.json", "rollouts"])
+def test_a_report_is_written_whatever_the_run_holds(run, kept, tmp_path):
+    part = tmp_path / "part"
+    part.mkdir()
+    if kept != "nothing":
+        (run / kept).rename(part / kept)
+    html = write_report(part).read_text()
+    assert ("No result yet" in html) == (kept == "metrics.jsonl")
+    assert ("which may be chance" in html or "rose" in html) == (kept == "summary.json")
+    assert ("<h2>Curves" in html) == (kept == "metrics.jsonl")
+    assert ("None on disk" in html) == (kept != "rollouts")
+    write_view(part)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"success": "high", "versions": 3, "wall_seconds": "x"}'])
+def test_a_broken_summary_is_as_good_as_none(run, text):
+    (run / "summary.json").write_text(text)
+    assert 'class="rates"' not in write_report(run).read_text()
+
+
+def test_a_missing_directory_is_one_line_with_a_cure(tmp_path):
+    with pytest.raises(PactError, match="no run directory at .*give the output_dir"):
+        write_report(tmp_path / "absent")
+
+
+def test_an_unknown_step_is_refused(run):
+    with pytest.raises(PactError, match="no rollouts of step 7"):
+        write_view(run, step=7)
+
+
+def test_misshapen_rollouts_become_empty_fields_and_columns_of_one_length():
+    rollout = Rollout.from_record(
+        {"step": "x", "tokens": ["a", None, 3], "components": [9, 2], "sampled": [True], "logprobs": [math.inf, "y"],
+         "turn_ids": None, "reward": 10**400, "reward_parts": [1], "success": True, "expert": {"tokens": "ab"}}
+    )  # fmt: skip
+    response = rollout.response
+    assert response.text == ["a", "", "3"] and response.components == [0, 2, 0] and response.sampled == [True, False, False]
+    assert response.logprobs == [None] * 3 and response.turns == [0, 0, 0]
+    assert rollout.step == 0 and rollout.reward is None and rollout.reward_parts == {} and rollout.success is None
+    assert rollout.expert is not None and len(rollout.expert) == 0
+
+
+# ---- which rollouts are shown, and how large a page may become
+
+
+def test_spread_is_even_and_keeps_both_ends():
+    assert spread(range(10), 4) == [0, 3, 6, 9]
+    assert spread(range(3), 4) == [0, 1, 2]
+    assert spread(range(5), 1) == [4]
+
+
+def test_the_report_shows_at_most_sixty_rollouts_from_the_first_to_the_last_step(run):
+    for step in range(0, 400, 10):
+        write_lines(run / f"rollouts/step_{step:06d}.jsonl", [{"step": step, "tokens": ["a"], "task_id": str(i)} for i in range(30)])
+    path = write_report(run)
+    steps = [rollout["step"] for rollout in embedded(path)["rollouts"]]
+    assert len(steps) == 60 and steps[0] == 390 and steps[-1] == 0 and len(set(steps)) == 15
+    assert "60 of the 1,200 rollouts" in path.read_text()
+
+
+def test_a_view_honours_its_step_its_limit_and_its_place(run, tmp_path):
+    path = write_view(run, out=tmp_path / "page.html", step=20, limit=5)
+    rollouts = embedded(path)["rollouts"]
+    assert path == tmp_path / "page.html" and len(rollouts) == 5 and {r["step"] for r in rollouts} == {20}
+
+
+def test_long_rollouts_lose_their_middle_and_the_page_says_so(tmp_path):
+    n = 500_000
+    record = {"step": 1, "tokens": [str(i) for i in range(n)], "logprobs": [-0.123456] * n, "prompt": "p" * 50_000}
+    write_lines(tmp_path / "rollouts/step_000001.jsonl", [record])
+    shown = embedded(write_view(tmp_path))["rollouts"][0]
+    text, (kept, left_out) = shown["response"]["text"], shown["response"]["gap"]
+    assert len(text) == 400_000 and left_out == 100_000
+    assert text[kept - 1] == str(kept - 1) and text[kept] == str(kept + left_out) and text[-1] == str(n - 1)
+    assert shown["response"]["logprob"][0] == -0.1235
+    assert len(shown["prompt"]) < 20_100 and "30,000 characters left out" in shown["prompt"]
+
+
+# ---- nothing from a run can become part of the page
+
+
+def test_embedded_json_holds_no_markup_and_survives_the_round_trip():
+    value = {"a": ATTACK, "b": "<!--<script>", "c": "\u2028&amp;\ud800"}
+    text = embed_json(value)
+    assert not re.search(r"[<>&\u2028]", text) and text.isascii()
+    assert json.loads(text) == value
+
+
+def test_hostile_text_in_every_field_stays_text(run):
+    (run / "summary.json").write_text(json.dumps(SUMMARY | {"recipe": ATTACK, "seed": ATTACK, "versions": {ATTACK: ATTACK}}))
+    (run / "config.yaml").write_text(ATTACK)
+    write_lines(run / "metrics.jsonl", [{"step": 1, f"time/{ATTACK}": 1.0, f"reward/{ATTACK}": 1.0, f"x{ATTACK}": math.nan}])
+    changes = {key: ATTACK for key in ("kind", "task_id", "route", "stop_reason", "question", "prompt")}
+    hostile = sample_rollout(1, 0, random.Random(0), tokens=[ATTACK, "\ud800"], reward_parts={ATTACK: 1.0}, **changes)
+    write_lines(run / "rollouts/step_000001.jsonl", [hostile])
+    html = write_report(run).read_text(encoding="utf-8")
+    assert html.count("<script") == 2 and html.count("</script") == 2
+    assert "<img" not in html and "&lt;img" in html
+
+
+def test_the_page_names_no_outside_resource(run):
+    html = write_report(run).read_text()
+    assert "default-src 'none'" in html
+    assert not re.search(r"(https?:)?//[a-z]|<link|@import|url\(|\ssrc=", html)
+
+
+# ---- before and after
+
+
+def test_the_interval_of_a_change_agrees_with_the_published_example():
+    """56/70 against 48/80 (Newcombe 1998, Table II, column a): difference 0.2, method 10 gives 0.0524 to 0.3339."""
+
+    def wilson(k: int, n: int) -> Rate:
+        p, z = k / n, 1.959964
+        centre, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return Rate(p, ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)), n)
+
+    change = Comparison("Sampled", wilson(48, 80), wilson(56, 70)).change
+    assert change is not None and change.ends is not None
+    assert (change.mean, *change.ends) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+
+
+def test_verdicts_follow_the_interval():
+    def verdict(base, trained):
+        return comparisons({"base_success": base, "success": trained})[0].verdict
+
+    low, high = SUMMARY["base_success"], SUMMARY["success"]
+    assert verdict(low, high).startswith("Sampled success rose from 25.0 % to 61.0 %, +36.0 points (95 % interval +29")
+    assert verdict(high, low).startswith("Sampled success fell from 61.0 % to 25.0 %, −36.0 points")
+    assert "may be chance (95 % interval −" in verdict(low, low)
+    assert "without intervals" in verdict(0.25, 0.61)
+    assert verdict(None, high) == ""
+
+
+def test_rates_are_read_from_objects_and_bare_numbers():
+    assert Rate.read({"mean": 0.5, "low": 0.4, "high": 0.6, "n": 10}) == Rate(0.5, (0.4, 0.6), 10)
+    assert Rate.read(0.5) == Rate(0.5)
+    assert Rate.read({"mean": 0.5, "low": 0.4}) == Rate(0.5)
+    assert Rate.read("0.5") is None and Rate.read({"low": 0.1}) is None and Rate.read(True) is None
+
+
+# ---- curves
+
+
+def test_curves_follow_the_values():
+    panel = panels([{"step": s, "success": v} for s, v in [(0, 0.0), (5, 0.5), (10, 1.0)]])[0]
+    assert panel.lines[0].path == "M40 128L176 68L312 8"
+    assert panel.readout["steps"] == [0, 5, 10] and panel.readout["texts"] == [["0 %", "50 %", "100 %"]]
+
+
+def test_layers_of_a_stack_lie_on_each_other():
+    panel = panels([{"step": s, "time/rollout": 1.0, "time/update": 3.0} for s in (0, 1)])[0]
+    rollout, update = (line.area for line in panel.lines)
+    top_of_rollout, bottom_of_update = rollout[1:-1].split("L")[:2], update[1:-1].split("L")[2:]
+    assert sorted(top_of_rollout) == sorted(bottom_of_update)
+    assert panel.y_ticks[0] == (128, "0") and panel.y_ticks[-1] == (8, "4")
+
+
+def test_every_part_of_the_drawing_stays_inside_its_panel(run):
+    for panel in panels(read_run(run, rollouts=1).metrics):
+        for line in panel.lines:
+            for path in (line.path, line.raw, line.area):
+                for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path):
+                    assert 40 <= float(x) <= 312 and 8 <= float(y) <= 128, panel.spec.title
+
+
+def test_sparse_evaluations_are_dots_and_leave_gaps_in_the_readout(run):
+    success = panels(read_run(run, rollouts=1).metrics)[0]
+    train, held_out = success.lines[:2]
+    assert len(held_out.dots) == 7 and not train.dots
+    assert held_out.texts[0] and held_out.texts[1] is None and held_out.last == held_out.texts[-1]
+
+
+def test_long_runs_are_thinned_without_moving_their_mean():
+    panel = panels([{"step": s, "loss": float(s)} for s in range(10_000)])[0]
+    assert len(panel.steps) <= 240 and panel.steps[-1] == 9999
+    values = [float(t.replace(",", "").replace("−", "-")) for t in panel.readout["texts"][0]]
+    assert sum(values) / len(values) == pytest.approx(4999.5, rel=0.01)
+
+
+@pytest.mark.parametrize("rows", [[{"step": 3, "loss": 0.0}], [{"step": 0, "loss": -1e-9}, {"step": 1, "loss": 1e12}]])
+def test_odd_ranges_are_drawn(rows):
+    panel = panels(rows)[0]
+    assert all(8 <= y <= 128 for y, _ in panel.y_ticks) and len(panel.y_ticks) >= 2
+
+
+def test_numbers_are_short():
+    assert [format_value(v) for v in (0, 0.12345, 5432.1, 5e-5, -2)] == ["0", "0.123", "5,432", "5e−5", "−2"]
+    assert format_value(0.1234, True) == "12.3 %"
+    assert [duration(s) for s in (9.6, 552, 7300)] == ["10 s", "9 min 12 s", "2 h 1 min"]
+
+
+# ---- terminal
+
+
+def printed(thing) -> str:
+    console = Console(file=io.StringIO(), width=140, force_terminal=True, color_system="truecolor")
+    if isinstance(thing, Rollout):
+        print_rollout(thing, console)
+    else:
+        console.print(thing)
+    return console.file.getvalue()
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_the_table_shows_question_completion_and_rewards_and_cuts_them():
+    rollouts = [Rollout.from_record(sample_rollout(1, i, random.Random(i))) for i in range(6)]
+    text = plain(printed(rollout_table(rollouts, limit=2, width=120)))
+    assert text.count("match 0.8") == 2 and text.count("…") == 2
+    assert "Who is the mayor" in text and "tool_call" in text and "tool_response" not in text
+
+
+def test_a_printed_rollout_is_whole_and_coloured_by_component():
+    rollout = Rollout.from_record(sample_rollout(1, 2, random.Random(0)))
+    text = printed(rollout)
+    assert "expert trace" in text and "Gullmark Institute" in plain(text)
+    for style in ("36m", "4;33m", "1;32m", "3;35m"):
+        assert f"\x1b[{style}" in text
+
+
+def test_a_rollout_cannot_drive_the_terminal_nor_rich_markup():
+    text = "\x1b]0;owned\x07\x1b[2J [bold red]x[/] \u202eabc"
+    parts = {f"[link=x]{text}": 1.0}
+    record = sample_rollout(1, 0, random.Random(0), tokens=[text], question=text, task_id=text, stop_reason=text, reward_parts=parts)
+    for output in (printed(rollout_table([Rollout.from_record(record)])), printed(Rollout.from_record(record))):
+        assert "\x1b[2J" not in output and "\x1b]" not in output and "\u202e" not in output and "\x07" not in output
+        assert "[bold red]" in plain(output)
+
+
+def test_the_summary_table_shows_rates_and_intervals():
+    text = plain(printed(summary_table(SUMMARY)))
+    assert "61.0 %" in text and "56.1 to 65.7" in text and "+36.0" in text and "Greedy" in text
+    assert "–" in plain(printed(summary_table({"success": 0.5})))

@@ -1,0 +1,84 @@
+"""A run that is killed at any moment resumes, and its metrics equal those of a run that was left alone, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SETTINGS = [
+    "trainer.max_steps=8",
+    "trainer.save_steps=1",
+    "trainer.prompts_per_step=4",
+    "trainer.prompts_per_update=2",
+    "trainer.eval_tasks=6",
+    "trainer.eval_steps=4",
+    "trainer.learning_rate=1e-3",
+    "trainer.lr_scheduler_type=cosine",
+    "rollout.num_generations=2",
+    "rollout.max_turn_tokens=12",
+    "rollout.max_completion_length=40",
+    "algorithm.reward.gamma=0.8",
+    "algorithm.beta=0.01",
+    "pretrain.steps=3",
+    "pretrain.batch_size=2",
+    "model.random_init.hidden_size=32",
+    "model.random_init.intermediate_size=32",
+    "model.random_init.num_hidden_layers=2",
+    "model.random_init.head_dim=8",
+    "threads=1",
+]
+
+
+def command(run: Path) -> list[str]:
+    return [sys.executable, "-m", "pact_fast.cli", "train", "quickstart", f"output_dir={run}", "resume=auto", *SETTINGS]
+
+
+def metrics(run: Path) -> list[dict]:
+    """All records without what a clock decides."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "tokens_per_second"} for r in records]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    started = time.monotonic()
+    subprocess.run(command(run), check=True, capture_output=True, timeout=300)
+    return run, time.monotonic() - started
+
+
+def test_a_run_repeats_itself_and_moves_its_weights(undisturbed, tmp_path):
+    run, _ = undisturbed
+    first = metrics(run)
+    assert [r["step"] for r in first] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert len({r["loss"] for r in first if "loss" in r}) == 8
+
+
+def test_killed_at_five_random_moments_it_ends_with_the_same_metrics(undisturbed, tmp_path):
+    run, seconds = undisturbed
+    rng = random.Random(os.environ.get("PACT_KILL_SEED", "7"))
+    target, kills = tmp_path / "run", 0
+    # start-up takes most of such a short run: a kill lands anywhere from there to the end, saving included
+    while kills < 5:
+        process = subprocess.Popen(command(target), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            assert process.wait(rng.uniform(0.5, 0.95) * seconds) == 0
+            break  # it finished before the kill: nothing left to disturb
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills >= 2
+    subprocess.run(command(target), check=True, capture_output=True, timeout=300)
+    assert metrics(target) == metrics(run)
+    same = ("base_success", "success", "base_greedy", "greedy", "steps", "seed")
+    ours, theirs = (json.loads((r / "summary.json").read_text()) for r in (target, run))
+    assert {k: ours[k] for k in same} == {k: theirs[k] for k in same}
+    weights = [next((r / "checkpoints/step_8/model").glob("*.safetensors")).read_bytes() for r in (target, run)]
+    assert weights[0] == weights[1]
