@@ -114,7 +114,9 @@ def sample_turns(rng: random.Random, hops: int) -> list[tuple[str, int, int]]:
 
 def sample_rollout(step: int, index: int, rng: random.Random, **changes) -> dict:
     hops = 1 + index % 3
-    record: dict = {name: [] for name in ("tokens", "components", "sampled", "turn_ids", "logprobs", "advantages", "weights")}
+    record: dict = {
+        name: [] for name in ("tokens", "components", "sampled", "turn_ids", "logprobs", "advantages", "weights")
+    }
     advantages = [rng.gauss(0, 1.2) for _ in range(hops + 1)]
     for number, (text, component, sampled) in enumerate(sample_turns(rng, hops)):
         turn = min(number // 8, hops)
@@ -162,9 +164,10 @@ def write_sample_run(run, steps: int = 60):
     for step in range(0, steps + 1, 10):
         write_lines(
             run / f"rollouts/step_{step:06d}.jsonl",
-            [sample_rollout(step, index, rng) for index in range(12)]
-            + [sample_rollout(step, 12, rng, kind="eval", route=None, expert=None)],
+            [sample_rollout(step, index, rng) for index in range(12)],
         )
+        record = sample_rollout(step, 12, rng, kind="eval", route=None, expert=None, advantages=None, weights=None)
+        write_lines(run / f"rollouts/eval_{step:06d}.jsonl", [record])
     (run / "summary.json").write_text(json.dumps(SUMMARY))
     (run / "config.yaml").write_text("seed: 0\nalgorithm:\n  name: pact\n  # <script>alert(1)</script>\n")
     return run
@@ -202,7 +205,9 @@ def test_a_line_torn_inside_a_character_is_skipped(run):
 
 
 def test_a_repeated_step_of_a_resumed_run_counts_once_and_the_later_value_wins(tmp_path):
-    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 1, "loss": 9.0}])
+    write_lines(
+        tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 1, "loss": 9.0}]
+    )
     assert [(r["step"], r["loss"]) for r in read_run(tmp_path, rollouts=1).metrics] == [(1, 9.0), (2, 2.0)]
 
 
@@ -234,7 +239,7 @@ def test_a_broken_summary_is_as_good_as_none(run, text):
 
 
 def test_a_missing_directory_is_one_line_with_a_cure(tmp_path):
-    with pytest.raises(PactError, match="no run directory at .*give the output_dir"):
+    with pytest.raises(PactError, match=r"no run directory at .*give the output_dir"):
         write_report(tmp_path / "absent")
 
 
@@ -249,7 +254,11 @@ def test_misshapen_rollouts_become_empty_fields_and_columns_of_one_length():
          "turn_ids": None, "reward": 10**400, "reward_parts": [1], "success": True, "expert": {"tokens": "ab"}}
     )  # fmt: skip
     response = rollout.response
-    assert response.text == ["a", "", "3"] and response.components == [0, 2, 0] and response.sampled == [True, False, False]
+    assert (
+        response.text == ["a", "", "3"]
+        and response.components == [0, 2, 0]
+        and response.sampled == [True, False, False]
+    )
     assert response.logprobs == [None] * 3 and response.turns == [0, 0, 0]
     assert rollout.step == 0 and rollout.reward is None and rollout.reward_parts == {} and rollout.success is None
     assert rollout.expert is not None and len(rollout.expert) == 0
@@ -264,10 +273,13 @@ def test_spread_is_even_and_keeps_both_ends():
     assert spread(range(5), 1) == [4]
 
 
-def test_the_report_shows_at_most_sixty_rollouts_from_the_first_to_the_last_step(run):
+def test_the_report_shows_at_most_sixty_rollouts_from_the_first_to_the_last_step(tmp_path):
     for step in range(0, 400, 10):
-        write_lines(run / f"rollouts/step_{step:06d}.jsonl", [{"step": step, "tokens": ["a"], "task_id": str(i)} for i in range(30)])
-    path = write_report(run)
+        write_lines(
+            tmp_path / f"rollouts/step_{step:06d}.jsonl",
+            [{"step": step, "tokens": ["a"], "task_id": str(i)} for i in range(30)],
+        )
+    path = write_report(tmp_path)
     steps = [rollout["step"] for rollout in embedded(path)["rollouts"]]
     assert len(steps) == 60 and steps[0] == 390 and steps[-1] == 0 and len(set(steps)) == 15
     assert "60 of the 1,200 rollouts" in path.read_text()
@@ -302,9 +314,13 @@ def test_embedded_json_holds_no_markup_and_survives_the_round_trip():
 
 
 def test_hostile_text_in_every_field_stays_text(run):
-    (run / "summary.json").write_text(json.dumps(SUMMARY | {"recipe": ATTACK, "seed": ATTACK, "versions": {ATTACK: ATTACK}}))
+    (run / "summary.json").write_text(
+        json.dumps(SUMMARY | {"recipe": ATTACK, "seed": ATTACK, "versions": {ATTACK: ATTACK}})
+    )
     (run / "config.yaml").write_text(ATTACK)
-    write_lines(run / "metrics.jsonl", [{"step": 1, f"time/{ATTACK}": 1.0, f"reward/{ATTACK}": 1.0, f"x{ATTACK}": math.nan}])
+    tag = ATTACK.removeprefix("</script>")  # a slash would end the name of a series
+    metrics = {"step": 1, f"time/{tag}": 1.0, f"reward/{tag}": 1.0, f"x{ATTACK}": math.nan}
+    write_lines(run / "metrics.jsonl", [metrics])
     changes = {key: ATTACK for key in ("kind", "task_id", "route", "stop_reason", "question", "prompt")}
     hostile = sample_rollout(1, 0, random.Random(0), tokens=[ATTACK, "\ud800"], reward_parts={ATTACK: 1.0}, **changes)
     write_lines(run / "rollouts/step_000001.jsonl", [hostile])
@@ -337,7 +353,7 @@ def test_the_interval_of_a_change_agrees_with_the_published_example():
 
 def test_verdicts_follow_the_interval():
     def verdict(base, trained):
-        return comparisons({"base_success": base, "success": trained})[0].verdict
+        return comparisons({"base_success": base, "success": trained})[0].verdict.replace("\u00a0", " ")
 
     low, high = SUMMARY["base_success"], SUMMARY["success"]
     assert verdict(low, high).startswith("Sampled success rose from 25.0 % to 61.0 %, +36.0 points (95 % interval +29")
@@ -359,8 +375,14 @@ def test_rates_are_read_from_objects_and_bare_numbers():
 
 def test_curves_follow_the_values():
     panel = panels([{"step": s, "success": v} for s, v in [(0, 0.0), (5, 0.5), (10, 1.0)]])[0]
-    assert panel.lines[0].path == "M40 128L176 68L312 8"
-    assert panel.readout["steps"] == [0, 5, 10] and panel.readout["texts"] == [["0 %", "50 %", "100 %"]]
+    assert panel.lines[0].path == "M44 128L178 68L312 8"
+    assert panel.readout["steps"] == [0, 5, 10] and panel.readout["texts"] == [["0\u00a0%", "50\u00a0%", "100\u00a0%"]]
+
+
+def test_statistics_of_streams_are_drawn_but_not_of_their_components_nor_totals_as_a_layer():
+    row = {"step": 1, "trace/entropy": 1.0, "trace/tool_call/entropy": 2.0, "time/step": 9.0, "time/rollout": 1.0}
+    labels = {panel.spec.title: [line.label for line in panel.lines] for panel in panels([row])}
+    assert labels == {"Entropy": ["trace"], "Time per step": ["rollout"]}
 
 
 def test_layers_of_a_stack_lie_on_each_other():
@@ -376,7 +398,7 @@ def test_every_part_of_the_drawing_stays_inside_its_panel(run):
         for line in panel.lines:
             for path in (line.path, line.raw, line.area):
                 for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path):
-                    assert 40 <= float(x) <= 312 and 8 <= float(y) <= 128, panel.spec.title
+                    assert 44 <= float(x) <= 312 and 8 <= float(y) <= 128, panel.spec.title
 
 
 def test_sparse_evaluations_are_dots_and_leave_gaps_in_the_readout(run):
@@ -401,7 +423,7 @@ def test_odd_ranges_are_drawn(rows):
 
 def test_numbers_are_short():
     assert [format_value(v) for v in (0, 0.12345, 5432.1, 5e-5, -2)] == ["0", "0.123", "5,432", "5e−5", "−2"]
-    assert format_value(0.1234, True) == "12.3 %"
+    assert format_value(0.1234, True) == "12.3\u00a0%"
     assert [duration(s) for s in (9.6, 552, 7300)] == ["10 s", "9 min 12 s", "2 h 1 min"]
 
 
@@ -410,7 +432,7 @@ def test_numbers_are_short():
 
 def printed(thing) -> str:
     console = Console(file=io.StringIO(), width=140, force_terminal=True, color_system="truecolor")
-    if isinstance(thing, Rollout):
+    if isinstance(thing, dict):
         print_rollout(thing, console)
     else:
         console.print(thing)
@@ -418,19 +440,18 @@ def printed(thing) -> str:
 
 
 def plain(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).replace("\u00a0", " ")
 
 
 def test_the_table_shows_question_completion_and_rewards_and_cuts_them():
-    rollouts = [Rollout.from_record(sample_rollout(1, i, random.Random(i))) for i in range(6)]
-    text = plain(printed(rollout_table(rollouts, limit=2, width=120)))
+    records = [sample_rollout(1, i, random.Random(i)) for i in range(6)]
+    text = plain(printed(rollout_table(records, limit=2, width=120)))
     assert text.count("match 0.8") == 2 and text.count("…") == 2
     assert "Who is the mayor" in text and "tool_call" in text and "tool_response" not in text
 
 
 def test_a_printed_rollout_is_whole_and_coloured_by_component():
-    rollout = Rollout.from_record(sample_rollout(1, 2, random.Random(0)))
-    text = printed(rollout)
+    text = printed(sample_rollout(1, 2, random.Random(0)))
     assert "expert trace" in text and "Gullmark Institute" in plain(text)
     for style in ("36m", "4;33m", "1;32m", "3;35m"):
         assert f"\x1b[{style}" in text
@@ -439,8 +460,10 @@ def test_a_printed_rollout_is_whole_and_coloured_by_component():
 def test_a_rollout_cannot_drive_the_terminal_nor_rich_markup():
     text = "\x1b]0;owned\x07\x1b[2J [bold red]x[/] \u202eabc"
     parts = {f"[link=x]{text}": 1.0}
-    record = sample_rollout(1, 0, random.Random(0), tokens=[text], question=text, task_id=text, stop_reason=text, reward_parts=parts)
-    for output in (printed(rollout_table([Rollout.from_record(record)])), printed(Rollout.from_record(record))):
+    record = sample_rollout(
+        1, 0, random.Random(0), tokens=[text], question=text, task_id=text, stop_reason=text, reward_parts=parts
+    )
+    for output in (printed(rollout_table([record])), printed(record)):
         assert "\x1b[2J" not in output and "\x1b]" not in output and "\u202e" not in output and "\x07" not in output
         assert "[bold red]" in plain(output)
 

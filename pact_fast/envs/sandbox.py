@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -33,19 +34,20 @@ class SandboxPool:
     memory_mb   address space of a call's process, MiB
     max_output  characters of an observation; a longer one is cut, with a note
 
-    Every call gets a fresh process, forked from a worker that has the standard library loaded (and nothing else: no
-    site-packages). It starts in an empty folder that vanishes with it, with no environment, no open files, no input, and
-    limits on CPU time, memory, file size, open files and processes. `protections` names what else the system allowed:
+    Every call gets a fresh process, forked from a worker that has the common standard modules loaded; other standard
+    modules can be imported, site-packages cannot. It starts in an empty folder that vanishes with it, with no
+    environment, no open files, no input, and limits on CPU time, memory, file size, open files and processes.
+    `protections` names what else the system allowed:
 
     network    no network at all
     files      all else is read-only, /tmp and /proc are empty
     processes  its own process space: it sees and signals nothing outside, and nothing of it outlives the call
     identity   it runs as a user id that nobody has (only when the trainer is root)
 
-    This contains accidents and clumsy tools. It is not a security boundary: a tool can read every file that its user may
-    read (the trainer's own user, unless `identity` holds) and put it into an observation, can talk to local services through
-    socket files, can probe the kernel and the timing of its neighbours. Run code that you expect to be hostile in a virtual
-    machine. Without `processes`, a tool of the trainer's own user can even kill the trainer.
+    This contains accidents and clumsy tools. It is not a security boundary: a tool can read every file that its user
+    may read (the trainer's own user, unless `identity` holds) and put it into an observation, can talk to local
+    services through socket files, can probe the kernel and the timing of its neighbours. Run code that you expect to be
+    hostile in a virtual machine. Without `processes` and `identity`, a tool can even kill the trainer.
 
     Raises PactError where workers cannot start (not Linux, or a kernel older than 5.3).
     """
@@ -57,7 +59,9 @@ class SandboxPool:
         self._running: set[_Worker] = set()
         self._closed = False
         self._finalizer = weakref.finalize(self, _stop, self._running)  # also at exit
-        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()  # last in, first out: the warm ones are used first
+        self._slots: queue.LifoQueue[_Worker | None] = (
+            queue.LifoQueue()
+        )  # last in, first out: the warm ones are used first
         for _ in range(workers - 1):
             self._slots.put(None)
         first = self._start()
@@ -67,8 +71,9 @@ class SandboxPool:
     def call(self, source: str, function: str, arguments: dict[str, Any], timeout: float | None = None) -> str:
         """Run `source`, call `function(**arguments)`; the observation.
 
-        A dict or list comes as JSON, anything else as str; None as what was printed, if anything was. Whatever the tool does
-        wrong is an observation that starts with `error: `. Waits while all workers are busy. PactError if the pool is closed.
+        A dict or list comes as JSON, anything else as str; None as what was printed, if anything was. Whatever the tool
+        does wrong is an observation that starts with `error: `. Waits while all workers are busy. PactError if the pool
+        is closed.
         """
         timeout = self.timeout if timeout is None else timeout
         try:
@@ -78,6 +83,8 @@ class SandboxPool:
         request = {"source": source, "function": function, "arguments": encoded, "timeout": timeout}
         worker = self._slots.get()
         try:
+            if self._closed:
+                raise PactError("the tool pool is closed; make a new one")
             worker = worker or self._start()
             return worker.call(request, timeout + GRACE_SECONDS)
         except OSError:  # also a timeout, or the worker's end
@@ -101,8 +108,6 @@ class SandboxPool:
         self.close()
 
     def _start(self) -> _Worker:
-        if self._closed:
-            raise PactError("the tool pool is closed; make a new one")
         worker = _Worker(self._memory_mb, self._max_output)
         self._running.add(worker)
         return worker
@@ -115,14 +120,15 @@ class _Worker:
         if sys.platform != "linux":
             raise PactError(f"python_tools needs Linux to limit the tools' processes, and this is {sys.platform}")
         self._socket, theirs = socket.socketpair()
-        # -P -s -S: nothing but the standard library can be imported. Strings hash the same in every worker, so that a tool
-        # that walks over a set answers the same each time; -I would ignore that setting, and an empty environment serves as well.
+        # -P -s -S: nothing but the standard library can be imported. Strings hash the same in every worker, so a tool
+        # that walks over a set answers the same each time; -I would ignore that setting, and isolates no better than an
+        # empty environment.
         environment = {"PYTHONHASHSEED": "0"}
         if "LD_LIBRARY_PATH" in os.environ:  # some interpreters do not start without
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(WORKER), str(memory_mb), str(max_output)],
-            stdin=theirs,
+            stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=environment,
@@ -132,10 +138,16 @@ class _Worker:
         theirs.close()
         try:
             self.protections = frozenset(self._receive(time.monotonic() + START_SECONDS)["protections"])
+            answer = self.call(
+                {"source": "", "function": "len", "arguments": "{}", "timeout": START_SECONDS}, START_SECONDS
+            )
         except OSError:
             self._process.kill()
-            lines = self._process.communicate()[1].decode("utf-8", "replace").strip().splitlines() or ["no answer"]
-            raise PactError(f"a tool worker did not start: {lines[-1]}; python_tools needs Linux 5.3 or newer") from None
+            answer = self._process.communicate()[1].decode("utf-8", "replace").strip()
+        if not answer.startswith("error: NameError"):  # what a call without a source must bring
+            self.kill()
+            line = answer.splitlines()[-1] if answer else "no answer"
+            raise PactError(f"tool workers do not start here: {line}; python_tools needs Linux 5.3 or newer")
 
     def call(self, request: dict[str, Any], seconds: float) -> str:
         """OSError if the worker is dead or late."""
@@ -148,7 +160,8 @@ class _Worker:
 
     def hang_up(self) -> None:
         """Ask the server to end, in the middle of a call too."""
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it is gone already
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def kill(self, patience: float = 0.0) -> None:
         """The end of the server is the end of its call."""

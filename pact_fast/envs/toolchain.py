@@ -1,6 +1,6 @@
 """Built-in environment: multi-hop look-ups with tools, made from a seed.
 
-A task asks for the end of one or two chains of relations ("the city of the boss of kavo"). Every tool looks up one relation;
+A task asks for the end of one or two chains of relations ("from cleo follow boss, city"). Every tool looks up one relation;
 names and values are drawn anew for each task, so nothing can be memorised: the policy has to call, read and call again. Some
 tools are distractors, some look-ups are busy at the first try and must be repeated, and two chains are best looked up in
 parallel. Difficulty is the number of look-ups (hops).
@@ -21,7 +21,11 @@ from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall, ToolSc
 from pact_fast.errors import PactError
 
 RELATIONS = ("boss", "city", "bank", "club", "road", "team", "shop", "port", "farm", "king", "lake", "band")
-SYLLABLES = tuple(c + v for c in "bdgklmnrst" for v in "aeiou")
+NAMES = tuple(
+    """ada ben cleo dora emil fred gina hugo iris jack kira liam mona nils olga paul rita sven tess ugo vera will yara zoe
+    bert cora dean elsa finn greta hans lena"""
+    .split()
+)
 BUSY = "error: busy, try again"
 SYSTEM = "Use the tools."
 
@@ -84,7 +88,7 @@ class ToolchainTasks:
 
     def _draw(self, rng: random.Random, task_id: str) -> Task:
         hops = rng.randint(*self.hops)
-        names = _names(rng, 6)
+        names = rng.sample(NAMES, 6)
         relations = rng.sample(RELATIONS, hops + self.distractors)
         needed, offered = relations[:hops], sorted(relations)
         facts = {relation: {name: rng.choice([n for n in names if n != name]) for name in names} for relation in offered}
@@ -157,8 +161,7 @@ def schema(relation: str) -> ToolSchema:
 
 
 def question(chains: list[Chain]) -> str:
-    parts = ["the " + " of the ".join(reversed(chain.relations)) + f" of {chain.start}" for chain in chains]
-    return "Find " + " and ".join(parts) + "."
+    return " ".join(f"From {chain.start} follow {', '.join(chain.relations)}." for chain in chains)
 
 
 def split_of(task: Task) -> Split:
@@ -221,9 +224,3 @@ def _pick(right: str, facts: dict[str, dict[str, str]], noise: Noise | None, rng
         return rng.choice([relation for relation in facts if relation != right])
     return right
 
-
-def _names(rng: random.Random, count: int) -> list[str]:
-    names: set[str] = set()
-    while len(names) < count:
-        names.add(rng.choice(SYLLABLES) + rng.choice(SYLLABLES))
-    return sorted(names)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from pact_fast.errors import PactError
 from pact_fast.kernels.backend import require_backend
@@ -33,9 +32,9 @@ def linear_logprob(
     """log softmax(z)[target] and, if asked for, the entropy of softmax(z).
 
     z = softcap·tanh((hWᵀ + b)/softcap)/temperature. hidden [N, D], weight [V, D] and bias [V] in fp64, fp32, bf16 or
-    fp16; targets [N] int64; temperature a number or [N]. Logits and softmax are fp32 (fp64 for fp64 input). Differentiable
-    once in hidden, weight and bias; the backward pass computes the logits again, chunk by chunk. Raises PactError when
-    shapes do not fit or the back-end is not live.
+    fp16; targets [N] int64; temperature a number or [N]. Logits and softmax are fp32 (fp64 for fp64 input).
+    Differentiable once in hidden, weight and bias; the backward pass computes the logits again, chunk by chunk. Raises
+    PactError when shapes do not fit or the back-end is not live.
     """
     require_backend(backend)
     check_head(hidden, weight, bias)
@@ -66,6 +65,14 @@ def at(temperature: float | torch.Tensor, chunk: slice, dtype: torch.dtype) -> f
     return temperature[chunk].to(dtype) if isinstance(temperature, torch.Tensor) else temperature
 
 
+def refuse_second_derivatives() -> None:
+    """For backward passes: with create_graph=True, gradients without a graph would be silently wrong further on."""
+    if torch.is_grad_enabled():
+        raise PactError(
+            "linear_logprob and pact_loss have no second derivatives; call backward without create_graph=True"
+        )
+
+
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -94,8 +101,8 @@ class _LinearLogprob(torch.autograd.Function):
         return logprob, entropies
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: torch.Tensor | None, h: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_derivatives()
         hidden, weight, bias, targets, per_row = ctx.saved_tensors
         temperature = ctx.temperature if per_row is None else per_row
         dtype, total = accumulation_dtype(hidden), len(hidden)

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from pact_fast.errors import PactError
 from pact_fast.kernels import policy
 from pact_fast.kernels.backend import require_backend
 from pact_fast.kernels.head import ChunkedHead, accumulation_dtype
-from pact_fast.kernels.logprob import at, check_head, check_temperature, linear_logprob
+from pact_fast.kernels.logprob import at, check_head, check_temperature, linear_logprob, refuse_second_derivatives
 from pact_fast.kernels.stats import token_stats
 from pact_fast.kernels.tokens import LossTokens, Stream
 
@@ -115,7 +114,8 @@ def token_terms(
     """The loss of every token and its derivatives. `clip_log` [n]: gspo's sequence log-ratios; None: the tokens'."""
     dtype = logprob.dtype
     rl_weight, sft_weight, advantage = (t.to(dtype) for t in (tokens.rl_weight, tokens.sft_weight, tokens.advantage))
-    old, log_ratio = _log_ratio(tokens, logprob)
+    old = _old_logprob(tokens, logprob)
+    log_ratio = logprob - old
     if clip_log is None:
         clip_log = log_ratio
     # an advantage of 0 makes the term 0 even where the ratio overflows
@@ -145,15 +145,14 @@ def token_terms(
         clip_log=clip_log,
         weight=weight,
         old=old,
-        clipped_low=term.clipped_low & live,
-        clipped_high=term.clipped_high & live,
+        clipped_low=term.clipped_low,
+        clipped_high=term.clipped_high,
     )
 
 
-def _log_ratio(tokens: LossTokens, logprob: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log π_old, log π − log π_old); the ratio is exactly 1 where log π_old is NaN or the policy weight is 0."""
-    old = torch.where(tokens.old_logprob.isnan(), logprob, tokens.old_logprob.to(logprob.dtype))
-    return old, torch.where(tokens.rl_weight == 0, 0.0, logprob - old)
+def _old_logprob(tokens: LossTokens, logprob: torch.Tensor) -> torch.Tensor:
+    """log π_old [n]; where it is NaN, the current one, which makes the ratio exactly 1."""
+    return torch.where(tokens.old_logprob.isnan(), logprob, tokens.old_logprob.to(logprob.dtype))
 
 
 Gradients = list[torch.Tensor | None]
@@ -210,7 +209,7 @@ def _sequence_log_ratio(
         temperature=temperature[live] if isinstance(temperature, torch.Tensor) else temperature,
         softcap=settings.softcap,
     ).logprob
-    _, log_ratio = _log_ratio(tokens.select(live), logprob)
+    log_ratio = logprob - _old_logprob(tokens.select(live), logprob)
     group = tokens.sequence * len(Stream) + tokens.stream
     mean = logprob.new_zeros(len(tokens))
     mean[live] = policy.sequence_mean(log_ratio, group[live])
@@ -240,7 +239,7 @@ class _Attach(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_derivatives()
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return (None, None, *(None if g is None else (g * upstream).to(dtype) for g, dtype in pairs))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,13 +58,13 @@ class LossTokens:
         """The tokens at `index` (int64 or bool [N])."""
         return self._map(lambda t: t[index])
 
-    def _map(self, fn) -> LossTokens:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> LossTokens:
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return LossTokens(**{k: None if v is None else fn(v) for k, v in values.items()})
 
     @staticmethod
     def cat(parts: list[LossTokens]) -> LossTokens:
         """Concatenate; an optional field must be present in all parts or in none."""
         names = [f.name for f in dataclasses.fields(LossTokens)]
-        columns = {name: [getattr(part, name) for part in parts] for name in names}
+        columns: dict[str, Any] = {name: [getattr(part, name) for part in parts] for name in names}
         return LossTokens(**{k: None if v[0] is None else torch.cat(v) for k, v in columns.items()})

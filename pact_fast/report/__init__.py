@@ -1,4 +1,4 @@
-"""The report of a run and the rollout viewer: two HTML files without any outside reference, and tables for the terminal."""
+"""The report of a run and the rollout viewer: two self-contained HTML files, and tables for the terminal."""
 
 from pact_fast.report.html import write_report, write_view
 

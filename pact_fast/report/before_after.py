@@ -29,7 +29,7 @@ class Rate:
 
     def interval(self, form: Callable[[float], str]) -> str:
         """`21.0 to 29.4`, or '' if unknown; `form` writes a number."""
-        return " to ".join(form(end).removesuffix(" %") for end in self.ends) if self.ends else ""
+        return " to ".join(form(end).removesuffix("\u00a0%") for end in self.ends) if self.ends else ""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Comparison:
 
     @property
     def change(self) -> Rate | None:
-        """trained - base, with Newcombe's interval made from the two intervals (Statistics in Medicine 17, 1998, method 10).
+        """trained - base, with Newcombe's interval, made from the two intervals.
 
+        R. G. Newcombe, Statistics in Medicine 17 (1998) 873-890, method 10.
         It takes the two evaluations as independent. They use the same tasks, so it is rather too wide than too narrow.
         """
         a, b = self.base, self.trained
@@ -76,7 +77,7 @@ class Comparison:
         if change.ends is None:
             return f"{start}, {by}; without intervals this may be chance."
         chance = "" if self.sign else ", which may be chance"
-        return f"{start}, {by}{chance} (95 % interval {change.interval(points)})."
+        return f"{start}, {by}{chance} (95\u00a0% interval {change.interval(points)})."
 
 
 def comparisons(summary: dict[str, Any]) -> list[Comparison]:
@@ -87,7 +88,8 @@ def comparisons(summary: dict[str, Any]) -> list[Comparison]:
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    """`61.0 %`, with a space that never breaks."""
+    return f"{100 * value:.1f}\u00a0%"
 
 
 def points(value: float) -> str:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 WIDTH, HEIGHT = 320, 150
-LEFT, RIGHT, TOP, BOTTOM = 40, 312, 8, 128  # the plotting area
+LEFT, RIGHT, TOP, BOTTOM = 44, 312, 8, 128  # the plotting area
 MAX_POINTS = 240  # of a series; more are invisible at this width
 
 Metrics = Sequence[dict[str, Any]]
+Column = list[float | None]
+Scale = Callable[[float], float]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A panel. `keys` maps metric patterns to legend labels; an empty label means: what the pattern's star matched."""
+    """A panel. `keys` maps metric names to legend labels.
+
+    A name may hold a star, which matches anything but a slash; an empty label means: what the star matched.
+    """
 
     section: str
     title: str
@@ -25,6 +30,7 @@ class Spec:
     percent: bool = False
     full_scale: bool = False  # a share: axis from 0 to 1
     stacked: bool = False
+    exact: bool = False  # a schedule, which has no noise to smooth
     band: str = ""  # metric that is the half-width of a band round the first series
     exclude: tuple[str, ...] = ()
     unit: str = ""
@@ -45,13 +51,17 @@ SPECS = (
         {"reward/*": ""},
         exclude=("reward/mean", "reward/std", "reward/success", "reward/zero_advantage_groups"),
     ),
+    Spec("Learning", "Groups without signal", {"reward/zero_advantage_groups": "share"}, percent=True, full_scale=True),
     Spec(
-        "Learning", "Groups without signal", {"reward/zero_advantage_groups": "share"}, percent=True, full_scale=True
+        "Optimisation",
+        "Loss",
+        {"loss": "total", "loss/rl": "policy", "loss/sft": "SFT", "*/loss_rl": "", "expert/loss_sft": "SFT"},
     ),
-    Spec("Optimisation", "Loss", {"loss": "total", "loss/rl": "policy", "loss/sft": "SFT"}),
     Spec("Optimisation", "Entropy", {"entropy": "policy", "*/entropy": ""}, unit="nats"),
     Spec("Optimisation", "Approximate KL", {"approx_kl": "policy", "*/approx_kl": ""}, unit="nats"),
     Spec("Optimisation", "Clipped tokens", {"clip_fraction": "policy", "*/clip_fraction": ""}, percent=True),
+    Spec("Optimisation", "Gap between contexts, mean ± std", {"trace/gap": "mean"}, band="trace/gap_std", unit="nats"),
+    Spec("Optimisation", "Effective sample size", {"*/ess_share": ""}, percent=True, full_scale=True),
     Spec("Optimisation", "Gradient norm", {"grad_norm": "before clipping"}),
     Spec("Optimisation", "Control-token probability", {"control_token_prob": "mean"}),
     Spec(
@@ -63,11 +73,11 @@ SPECS = (
     Spec("Behaviour", "Turns and calls", {"turns/mean": "turns", "tools/calls_mean": "calls"}, unit="per rollout"),
     Spec("Behaviour", "Stop reasons", {"stop/*": ""}, percent=True, full_scale=True, stacked=True),
     Spec("Behaviour", "Malformed calls", {"tools/malformed_share": "share"}, percent=True),
-    Spec("Speed", "Time per step", {"time/*": ""}, stacked=True, unit="s"),
+    Spec("Speed", "Time per step", {"time/*": ""}, exclude=("time/step",), stacked=True, unit="s"),
     Spec("Speed", "Throughput", {"tokens_per_second": "tokens/s"}),
-    Spec("Schedule", "Learning rate", {"learning_rate": "rate"}),
-    Spec("Schedule", "SFT weight λ of calls", {"lambda": "λ"}),
-    Spec("Schedule", "Reasoning level", {"level": "L"}),
+    Spec("Schedule", "Learning rate", {"learning_rate": "rate"}, exact=True),
+    Spec("Schedule", "SFT weight λ of calls", {"lambda": "λ"}, exact=True),
+    Spec("Schedule", "Reasoning level", {"level": "L"}, exact=True),
 )
 
 
@@ -129,7 +139,7 @@ def _draw(spec: Spec, metrics: Metrics) -> Panel | None:
         if spec.stacked or spec.band:
             line.area = _area(xs, lower[index], upper[index], y)
         if not spec.stacked:
-            _add_curve(line, xs, column, y)
+            _add_curve(line, xs, column, y, smooth=not spec.exact)
         lines.append(line)
     y_ticks = [(round(y(v), 1), format_value(v, spec.percent)) for v in y_values]
     x_ticks = [(round(x(v), 1), f"{v:,}") for v in _step_ticks(steps)]
@@ -141,45 +151,42 @@ def _labels(spec: Spec, metrics: Metrics) -> dict[str, str]:
     keys = list(dict.fromkeys(key for row in metrics for key in row))
     labels: dict[str, str] = {}
     for pattern, label in spec.keys.items():
-        for key in fnmatch.filter(keys, pattern):
-            if key not in spec.exclude:
-                start, _, end = pattern.partition("*")
-                labels[key] = label or key.removeprefix(start).removesuffix(end).replace("_", " ")
+        regex = re.compile(re.escape(pattern).replace(r"\*", "([^/]+)"))
+        for key in keys:
+            match = regex.fullmatch(key)
+            if match and key not in spec.exclude:
+                labels[key] = label or match[1].replace("_", " ")
     return labels
-
-
-Column = list[float | None]
 
 
 def _edges(spec: Spec, rows: Metrics, columns: dict[str, Column]) -> tuple[list[Column], list[Column]]:
     """Lower and upper edge of every series: of its layer, of its band, or both the curve itself."""
     values = list(columns.values())
     if spec.stacked:
-        lower, upper = [], []
-        base = [0.0] * len(rows)
+        edges: list[Column] = [[0.0] * len(rows)]
         for column in values:
-            lower.append(list(base))
-            base = [b + (v or 0.0) for b, v in zip(base, column, strict=True)]
-            upper.append(list(base))
-        return lower, upper
+            edges.append([(a or 0.0) + (b or 0.0) for a, b in zip(edges[-1], column, strict=True)])
+        return edges[:-1], edges[1:]
     if spec.band:
         half = [row.get(spec.band, 0.0) for row in rows]
-        lower = [[None if v is None else v - h for v, h in zip(c, half, strict=True)] for c in values]
-        upper = [[None if v is None else v + h for v, h in zip(c, half, strict=True)] for c in values]
-        return lower, upper
+        return [_shifted(column, half, -1) for column in values], [_shifted(column, half, 1) for column in values]
     return values, values
 
 
-def _add_curve(line: Line, xs: list[float], column: Column, y) -> None:
+def _shifted(column: Column, by: list[float], sign: int) -> Column:
+    return [None if v is None else v + sign * h for v, h in zip(column, by, strict=True)]
+
+
+def _add_curve(line: Line, xs: list[float], column: Column, y: Scale, *, smooth: bool) -> None:
     known = [(x, v) for x, v in zip(xs, column, strict=True) if v is not None]
     points = [(x, round(y(v), 1)) for x, v in known]
     if len(known) <= max(12, len(xs) // 3):  # evaluations and short runs: the points themselves matter
         line.dots = points
     window = len(known) // 12
-    if window >= 3:
+    if smooth and window >= 3:
         line.raw = _path(points)
-        smooth = _moving_mean([v for _, v in known], window)
-        points = [(x, round(y(v), 1)) for (x, _), v in zip(known, smooth, strict=True)]
+        means = _moving_mean([v for _, v in known], window)
+        points = [(x, round(y(v), 1)) for (x, _), v in zip(known, means, strict=True)]
     line.path = _path(points)
 
 
@@ -187,7 +194,7 @@ def _path(points: list[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
 
 
-def _area(xs: list[float], lower: Column, upper: Column, y) -> str:
+def _area(xs: list[float], lower: Column, upper: Column, y: Scale) -> str:
     known = [(x, y(a), y(b)) for x, a, b in zip(xs, lower, upper, strict=True) if a is not None and b is not None]
     over = [(x, round(b, 1)) for x, _, b in known]
     under = [(x, round(a, 1)) for x, a, _ in reversed(known)]
@@ -195,13 +202,10 @@ def _area(xs: list[float], lower: Column, upper: Column, y) -> str:
 
 
 def _moving_mean(values: list[float], window: int) -> list[float]:
-    """Centred; the window shrinks at the ends so that it stays centred."""
-    result = []
-    for i in range(len(values)):
-        half = min(window // 2, i, len(values) - 1 - i)
-        part = values[i - half : i + half + 1]
-        result.append(sum(part) / len(part))
-    return result
+    """Centred; at the ends the mean of what is left of the window."""
+    half = window // 2
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
 
 def _thin(metrics: Metrics) -> Metrics:
@@ -220,7 +224,7 @@ def _thin(metrics: Metrics) -> Metrics:
     return thinned
 
 
-def _scale(a: float, b: float, start: float, end: float):
+def _scale(a: float, b: float, start: float, end: float) -> Scale:
     """The linear map of [a, b] to [start, end]; the middle when a = b."""
     if a == b:
         return lambda value: (start + end) / 2
@@ -258,7 +262,7 @@ def _step_ticks(steps: list[int]) -> list[int]:
 def format_value(value: float, as_percent: bool = False) -> str:
     """Three significant digits, with a real minus."""
     if as_percent:
-        text = f"{100 * value:.3g} %"
+        text = f"{100 * value:.3g}\u00a0%"
     elif value and not 1e-3 <= abs(value) < 1e7:
         mantissa, exponent = f"{value:.2e}".split("e")
         text = f"{float(mantissa):g}e{int(exponent)}"

@@ -1,4 +1,8 @@
-"""Rollouts and results in the terminal. All text from a run is untrusted: it never reaches rich's markup, nor the terminal raw."""
+"""Rollouts and results in the terminal.
+
+All text from a run is untrusted: it is never read as rich's markup, and control characters reach the terminal escaped.
+A record is what stands on a line of rollouts/step_N.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from rich.text import Text
 
 from pact_fast.data.types import Component
 from pact_fast.report.before_after import Rate, comparisons, percent, points
-from pact_fast.report.run_data import Rollout, Tokens
+from pact_fast.report.run_data import Record, Rollout, Tokens
 
 STYLES = {
     Component.TEMPLATE: "dim",
@@ -26,13 +30,16 @@ STYLES = {
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
-def rollout_table(rollouts: Sequence[Rollout], limit: int = 4, width: int = 400) -> Table:
-    """The first `limit` rollouts, one a row: question, completion (its first `width` characters, coloured by component), rewards."""
+def rollout_table(records: Sequence[Record], limit: int = 4, width: int = 400) -> Table:
+    """The first `limit` rollouts, one a row: question, completion, rewards.
+
+    The completion is coloured by component and cut to `width` characters.
+    """
     table = Table(show_lines=True, expand=True)
     table.add_column("question", ratio=2)
     table.add_column(_legend(), ratio=5)
     table.add_column("reward", no_wrap=True)
-    for rollout in rollouts[:limit]:
+    for rollout in map(Rollout.from_record, records[:limit]):
         completion = _coloured(rollout.response)
         if len(completion) > width:
             completion.truncate(width - 1)
@@ -41,9 +48,10 @@ def rollout_table(rollouts: Sequence[Rollout], limit: int = 4, width: int = 400)
     return table
 
 
-def print_rollout(rollout: Rollout, console: Console | None = None) -> None:
+def print_rollout(record: Record, console: Console | None = None) -> None:
     """Print a whole rollout, coloured by component, and its expert trace."""
     console = console or Console()
+    rollout = Rollout.from_record(record)
     title = Text(" · ".join(_heading(rollout)))
     parts: list[Any] = [Text(visible(rollout.question), style="bold"), Text(), _coloured(rollout.response)]
     if rollout.expert:
@@ -52,7 +60,7 @@ def print_rollout(rollout: Rollout, console: Console | None = None) -> None:
     console.print(_rewards(rollout))
 
 
-def summary_table(summary: dict[str, Any]) -> Table:
+def summary_table(summary: Record) -> Table:
     """Success before and after training with 95 % intervals, from the contents of summary.json."""
     table = Table()
     table.add_column("success")

@@ -1,7 +1,7 @@
 """report.html and view.html of a run directory: one template, everything inline, nothing fetched.
 
-Rollouts are text written by a model and answers of tools, so they are untrusted. They reach the page only as JSON in a data
-block, and its script puts them into text nodes; a content security policy stands behind that.
+Rollouts are written by a model and by tools, so they are untrusted. They reach the page only as JSON in a data block,
+and its script puts them into text nodes; a content security policy stands behind that.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import jinja2
 
 from pact_fast.data.types import Component
+from pact_fast.report import charts
 from pact_fast.report.before_after import comparisons, percent, points
-from pact_fast.report.charts import panels
 from pact_fast.report.run_data import Rollout, Run, Tokens, read_run
 
 REPORT_ROLLOUTS = 60
@@ -41,9 +41,9 @@ def write_report(run_dir: Path | str) -> Path:
 def write_view(
     run_dir: Path | str, out: Path | str | None = None, step: int | None = None, limit: int = VIEW_ROLLOUTS
 ) -> Path:
-    """Write a page of at most `limit` rollouts, of all steps or of one, to `out` (default run_dir/view.html). Returns its path.
+    """Write a page of at most `limit` rollouts, of all steps or of one, to `out` (default run_dir/view.html).
 
-    Raises PactError if there is no such directory, or no rollouts of `step`.
+    Returns its path. Raises PactError if there is no such directory, or no rollouts of `step`.
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir, rollouts=limit, step=step)
@@ -55,11 +55,11 @@ def _write(path: Path, run: Run, *, report: bool) -> Path:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals.update(percent=percent, points=points)
-    charts = panels(run.metrics) if report else []
+    panels = charts.panels(run.metrics) if report else []
     cap = max(200, TOKENS_PER_PAGE // max(len(run.rollouts), 1))
     data = {
         "components": [component.name.lower().replace("_", " ") for component in Component],
-        "charts": [panel.readout for panel in charts],
+        "charts": [panel.readout for panel in panels],
         "rollouts": [_rollout(rollout, cap) for rollout in run.rollouts],
     }
     embedded = embed_json(data)
@@ -69,7 +69,8 @@ def _write(path: Path, run: Run, *, report: bool) -> Path:
         comparisons=comparisons(run.summary) if report else [],
         facts=_facts(run),
         versions=_versions(run),
-        charts=charts,
+        frame=charts,
+        panels=panels,
         data=embedded,
         # The policy lets only scripts with this nonce run. What could be injected is part of the data, and no data can
         # hold its own digest.
@@ -83,7 +84,7 @@ def _write(path: Path, run: Run, *, report: bool) -> Path:
 def embed_json(value: Any) -> str:
     """JSON that is safe inside a <script> element: no '<', no '>', no '&', ASCII only."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return text.replace("&", "\\u0026").replace(">", "\\u003e")
 
 
 def _rollout(rollout: Rollout, cap: int) -> dict[str, Any]:
@@ -143,6 +144,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     seconds = summary.get("wall_seconds")
     facts = [
         ("recipe", summary.get("recipe")),
+        ("algorithm", summary.get("algorithm")),
         ("steps", summary.get("steps", last)),
         ("wall time", duration(seconds) if isinstance(seconds, (int, float)) else None),
         ("seed", summary.get("seed")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,8 @@ T = TypeVar("T")
 class Tokens:
     """A token sequence as columns, all of length n; None where a number does not apply.
 
-    `weights` are the policy-loss weights of a rollout, or the SFT weights of an expert trace; `sampled` marks the tokens
-    that the policy generated (of an expert trace: the supervised ones).
+    `weights` are the policy-loss weights of a rollout, or the SFT weights of an expert trace; `sampled` marks the
+    tokens that the policy generated (of an expert trace: the supervised ones).
     """
 
     text: list[str]
@@ -38,7 +39,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One line of rollouts/step_N.jsonl."""
+    """One line of rollouts/step_N.jsonl (training) or rollouts/eval_N.jsonl."""
 
     step: int
     kind: str  # train | eval
@@ -56,7 +57,7 @@ class Rollout:
 
     @classmethod
     def from_record(cls, record: Record) -> Rollout:
-        """From a decoded line. Total: a missing or misshapen field becomes empty, a short column is padded with None."""
+        """From a decoded line. A missing or misshapen field becomes empty, a short column is padded with None."""
         parts, turn_rewards = record.get("reward_parts"), record.get("turn_rewards")
         expert = record.get("expert")
         response = _tokens(record)
@@ -148,28 +149,38 @@ def _read_metrics(path: Path, run: Run) -> None:
 
 
 def _read_rollouts(folder: Path, run: Run, limit: int, step: int | None) -> None:
-    files = sorted(folder.glob("step_*.jsonl"))
+    places = _places(folder)
     if step is not None:
-        files = [file for file in files if file.stem == f"step_{step:06d}"]
-        if not files:
-            raise PactError(f"'{folder}' holds no rollouts of step {step}; trainer.rollout_keep says how many are written")
-    sizes = {file: _count_lines(file) for file in files}
-    run.rollouts_written = sum(sizes.values())
-    files = [file for file in files if sizes[file]]
+        if step not in places:
+            raise PactError(
+                f"'{folder}' holds no rollouts of step {step}; trainer.rollout_keep says how many are written"
+            )
+        places = {step: places[step]}
+    run.rollouts_written = sum(map(len, places.values()))
     # Few rollouts from many steps show progress; fewer than four of a step show too little of it.
-    per_step = max(4, limit // max(len(files), 1))
+    per_step = max(4, limit // max(len(places), 1))
     torn = 0
-    for file in reversed(spread(files, max(limit // per_step, 1))):
-        records, skipped = _read_lines(file, set(spread(range(sizes[file]), min(per_step, limit))))
-        run.rollouts += [Rollout.from_record(record) for record in records]
-        torn += skipped
+    for chosen in reversed(spread(list(places.values()), max(limit // per_step, 1))):
+        lines: dict[Path, set[int]] = {}
+        for file, index in spread(chosen, min(per_step, limit)):
+            lines.setdefault(file, set()).add(index)
+        for file, wanted in lines.items():
+            records, skipped = _read_lines(file, wanted)
+            run.rollouts += map(Rollout.from_record, records)
+            torn += skipped
     if torn:
         run.problems.append(f"rollouts: {torn} torn {'line' if torn == 1 else 'lines'} skipped.")
 
 
-def _count_lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for _ in file)
+def _places(folder: Path) -> dict[int, list[tuple[Path, int]]]:
+    """Step → where its rollouts are, as (file, line index); in the order of the steps."""
+    places: dict[int, list[tuple[Path, int]]] = {}
+    files = {file: re.fullmatch(r"(step|eval)_(\d+)", file.stem) for file in sorted(folder.glob("*.jsonl"))}
+    for file, match in files.items():
+        if match:
+            with file.open("rb") as lines:
+                places.setdefault(int(match[2]), []).extend((file, index) for index, _ in enumerate(lines))
+    return {step: places[step] for step in sorted(places) if places[step]}
 
 
 def _read_lines(path: Path, wanted: set[int] | None = None) -> tuple[list[Record], int]:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pact_fast.config import Config, DataConfig, EnvConfig, ModelConfig
@@ -21,7 +22,9 @@ from pact_fast.envs.toolchain import ToolchainTasks
 from pact_fast.errors import PactError
 from pact_fast.trainer.tokenizer import train_tokenizer
 
-TOKENIZER_TASKS = 400  # tasks whose text a new tokenizer is trained on
+transformers.logging.disable_progress_bar()  # the run has its own
+
+TOKENIZER_TASKS = 1000  # tasks whose text a new tokenizer is trained on
 
 
 class TaskSource(Protocol):

@@ -15,7 +15,7 @@ from pact_fast.data.types import Task, text_of
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKERS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 # words with their leading space, and whole runs of punctuation: JSON's skeleton becomes few tokens
-PIECES = r" ?\p{L}+|[^\p{L}]+?(?= ?\p{L}|$)"
+PIECES = r" ?[\p{L}_]+|[^\p{L}_]+?(?= ?[\p{L}_]|$)"
 
 
 def train_tokenizer(tasks: Iterable[Task], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -38,27 +38,20 @@ class PackedBatch:
     subtree_end: np.ndarray
     segments: list[Segment]
     owned: list[Node]  # nodes whose tokens this pack accounts for; a node repeated by splitting is owned once
-    _first: dict[int, int] = field(repr=False)  # id(node) -> row of its first token
+    _rows: dict[int, tuple[int, int]] = field(repr=False)  # id(owned node) -> (row of its first token, row before it)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def rows(self, node: Node) -> np.ndarray:
-        """[n] hidden row that predicts each token of `node`: the row before it on its path.
+        """[n] hidden row that predicts each token of an owned node: the row before it on its path.
 
         The first token of a path has no predecessor: row −1.
         """
-        first = self._first[id(node)]
+        first, before = self._rows[id(node)]
         rows = np.arange(first - 1, first - 1 + len(node.ids), dtype=np.int64)
-        if len(rows):
-            rows[0] = self._row_before(node)
+        rows[:1] = before
         return rows
-
-    def _row_before(self, node: Node) -> int:
-        parent = node.parent
-        while parent is not None and not len(parent.ids):  # an empty node predicts nothing
-            parent = parent.parent
-        return -1 if parent is None else self._first[id(parent)] + len(parent.ids) - 1
 
 
 def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True) -> list[PackedBatch]:
@@ -140,34 +133,46 @@ def _subtree_sizes(root: Node) -> dict[int, int]:
 
 
 def _lay_out(pieces: list[Piece], owner: set[int]) -> PackedBatch:
-    first: dict[int, int] = {}
-    end: dict[int, int] = {}
+    """Concatenate pieces. Two of them may repeat a node, so everything about rows is worked out piece by piece."""
+    rows: dict[int, tuple[int, int]] = {}
     owned: list[Node] = []
     segments: list[Segment] = []
+    subtree_ends: list[np.ndarray] = []
     row = 0
     for piece in pieces:
+        first: dict[int, int] = {}
+        before: dict[int, int] = {}  # the last row on the path up to and including a node
         for node in piece:
             first[id(node)] = row
+            previous = -1 if node.parent is None else before[id(node.parent)]
             row += len(node.ids)
+            before[id(node)] = row - 1 if len(node.ids) else previous
             if id(node) not in owner:
                 owner.add(id(node))
                 owned.append(node)
-        for node in reversed(piece):
-            here = max(end.get(id(node), 0), first[id(node)] + len(node.ids))
-            end[id(node)] = here
-            if node.parent is not None:
-                end[id(node.parent)] = max(end.get(id(node.parent), 0), here)
+                rows[id(node)] = first[id(node)], previous
+        end = _subtree_ends(piece, first)
+        subtree_ends += [np.full(len(node.ids), end[id(node)], np.int64) for node in piece]
         segments += _segments(piece, first, end)
     nodes = [node for piece in pieces for node in piece]
-    lengths = [len(node.ids) for node in nodes]
+    empty = [np.zeros(0, np.int64)]
     return PackedBatch(
-        input_ids=np.concatenate([node.ids for node in nodes]) if nodes else np.zeros(0, np.int64),
-        position_ids=np.concatenate([np.arange(node.start, node.end) for node in nodes]) if nodes else np.zeros(0, np.int64),
-        subtree_end=np.repeat(np.array([end[id(node)] for node in nodes], dtype=np.int64), lengths),
+        input_ids=np.concatenate(empty + [node.ids for node in nodes]),
+        position_ids=np.concatenate(empty + [np.arange(node.start, node.end) for node in nodes]),
+        subtree_end=np.concatenate(empty + subtree_ends),
         segments=segments,
         owned=owned,
-        _first=first,
+        _rows=rows,
     )
+
+
+def _subtree_ends(piece: Piece, first: dict[int, int]) -> dict[int, int]:
+    """Row after the last token of each node's subtree."""
+    end = {id(node): first[id(node)] + len(node.ids) for node in piece}
+    for node in reversed(piece):
+        if node.parent is not None:
+            end[id(node.parent)] = max(end[id(node.parent)], end[id(node)])
+    return end
 
 
 def _segments(piece: Piece, first: dict[int, int], end: dict[int, int]) -> list[Segment]:

@@ -1,0 +1,121 @@
+"""Text to token ids, with a say in which strings may become control tokens."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from pact_fast.errors import PactError
+
+
+_SHORT = 128  # characters; short texts come again and again (template text, tool names), so their ids are kept
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of text. Only the strings in `controls` become control tokens; anything else stays plain text."""
+
+    text: str
+    controls: re.Pattern[str] | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """ids, and the characters [start, end) of the joined text that each token covers; all [n] int64."""
+
+    ids: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+
+
+class Encoder:
+    """Encodes a sequence of parts as one text.
+
+    The parts are not encoded one by one: text between two control tokens is encoded as a whole, so the ids are those of
+    the tokenizer itself, whatever merges across the border of two parts. Text that came from a tool can nevertheless not
+    become a control token.
+    """
+
+    def __init__(self, tokenizer):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise PactError(f"{type(tokenizer).__name__} has no fast version; use a tokenizer with a tokenizer.json")
+        # content -> id of everything that structures a chat: special tokens, and added tokens that look like tags
+        self.control_ids: dict[str, int] = {
+            token.content: i
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special or re.fullmatch(r"<.*>|\[.*\]", token.content, re.DOTALL)
+        }
+        self.all_controls = self.pattern(self.control_ids)
+        self._plain = _without_controls(backend, self.control_ids)
+        self._short = functools.lru_cache(maxsize=1 << 14)(self._encode)
+        for content, i in self.control_ids.items():
+            if i in self._plain.encode(content, add_special_tokens=False).ids:
+                raise PactError(f"the tokenizer makes a control token of the plain text {content!r}; use a BPE tokenizer")
+
+    def pattern(self, contents: Collection[str]) -> re.Pattern[str] | None:
+        """Matches those of `contents` that are control tokens; None if none is."""
+        known = sorted((c for c in contents if c in self.control_ids), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, known))) if known else None
+
+    def encode(self, parts: Sequence[Part]) -> Encoded:
+        ids: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        pending: list[str] = []  # plain text not yet encoded; starts at character `done`
+        done = position = 0
+
+        def flush() -> None:
+            nonlocal done
+            text = "".join(pending)
+            if text:
+                found, offsets = self._short(text) if len(text) <= _SHORT else self._encode(text)
+                ids.extend(found)
+                starts.extend([done + start for start, _ in offsets])
+                ends.extend([done + end for _, end in offsets])
+            pending.clear()
+            done += len(text)
+
+        for part in parts:
+            last = 0
+            for match in part.controls.finditer(part.text) if part.controls else ():
+                pending.append(part.text[last : match.start()])
+                flush()
+                ids.append(self.control_ids[match.group()])
+                starts.append(done)
+                done = position + match.end()
+                ends.append(done)
+                last = match.end()
+            pending.append(part.text[last:])
+            position += len(part.text)
+        flush()
+        return Encoded(np.array(ids, np.int64), np.array(starts, np.int64), np.array(ends, np.int64))
+
+    def plain(self, text: str) -> list[int]:
+        """Ids of text in which nothing is a control token."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+
+def _without_controls(backend: Tokenizer, controls: Collection[str]) -> Tokenizer:
+    """A copy that reads control strings as plain text.
+
+    `encode_special_tokens` does this for special tokens, so exactly the controls are marked special in the copy. The
+    post-processor goes too: it would add tokens and shift offsets.
+    """
+    description = json.loads(backend.to_str())
+    for token in description["added_tokens"]:
+        token["special"] = token["content"] in controls
+    description.update(post_processor=None, truncation=None, padding=None)
+    plain = Tokenizer.from_str(json.dumps(description))
+    plain.encode_special_tokens = True
+    return plain
