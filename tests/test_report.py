@@ -375,7 +375,7 @@ def test_rates_are_read_from_objects_and_bare_numbers():
 
 def test_curves_follow_the_values():
     panel = panels([{"step": s, "success": v} for s, v in [(0, 0.0), (5, 0.5), (10, 1.0)]])[0]
-    assert panel.lines[0].path == "M44 128L178 68L312 8"
+    assert panel.lines[0].path == "M44 128L174 68L304 8"
     assert panel.readout["steps"] == [0, 5, 10] and panel.readout["texts"] == [["0\u00a0%", "50\u00a0%", "100\u00a0%"]]
 
 
@@ -398,7 +398,7 @@ def test_every_part_of_the_drawing_stays_inside_its_panel(run):
         for line in panel.lines:
             for path in (line.path, line.raw, line.area):
                 for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path):
-                    assert 44 <= float(x) <= 312 and 8 <= float(y) <= 128, panel.spec.title
+                    assert 44 <= float(x) <= 304 and 8 <= float(y) <= 128, panel.spec.title
 
 
 def test_sparse_evaluations_are_dots_and_leave_gaps_in_the_readout(run):
@@ -415,7 +415,14 @@ def test_long_runs_are_thinned_without_moving_their_mean():
     assert sum(values) / len(values) == pytest.approx(4999.5, rel=0.01)
 
 
-@pytest.mark.parametrize("rows", [[{"step": 3, "loss": 0.0}], [{"step": 0, "loss": -1e-9}, {"step": 1, "loss": 1e12}]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"step": 3, "loss": 0.0}],
+        [{"step": s, "loss": 5e-5 + s * 1e-20} for s in range(3)],
+        [{"step": 0, "loss": -1e-9}, {"step": 1, "loss": 1e12}],
+    ],
+)
 def test_odd_ranges_are_drawn(rows):
     panel = panels(rows)[0]
     assert all(8 <= y <= 128 for y, _ in panel.y_ticks) and len(panel.y_ticks) >= 2

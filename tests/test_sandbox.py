@@ -1,6 +1,7 @@
 """Hostile and clumsy tools: each costs one observation, leaves nothing behind, and the next call works."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -79,7 +80,7 @@ def tool(body: str) -> str:
 
 @pytest.fixture(scope="module")
 def pool():
-    with SandboxPool(workers=1, timeout=5.0, memory_mb=512, max_output=LIMIT) as pool:
+    with SandboxPool(workers=1, timeout=20.0, memory_mb=512, max_output=LIMIT) as pool:
         yield pool
 
 
@@ -94,7 +95,7 @@ def plain_pool(tmp_path_factory):
     python.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", str(python))
-        pool = SandboxPool(workers=1, timeout=5.0, memory_mb=512, max_output=LIMIT)
+        pool = SandboxPool(workers=1, timeout=20.0, memory_mb=512, max_output=LIMIT)
     with pool:
         yield pool
 
@@ -112,7 +113,20 @@ def alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def descendants(pid: int) -> list[int]:
+    below = children(pid)
+    return below + [lower for child in below for lower in descendants(child)]
+
+
+def tidy(pool: SandboxPool) -> bool:
+    """Only the processes that wait for the next call are left: keeper, init and tool, or the tool alone."""
+    return wait_for(lambda: len(descendants(server(pool))) == (3 if "processes" in pool.protections else 1))
 
 
 def running(marker: str) -> list[int]:
@@ -142,8 +156,8 @@ def test_a_nasty_tool_costs_one_observation(pool, name):
     observation = pool.call(tool(body), "f", {}, timeout=0.4 if expected == LATE else None)
     assert observation.startswith(expected)
     assert len(observation) <= LIMIT + 40
-    assert time.monotonic() - started < 4.0
-    assert server(pool) == before and children(before) == []
+    assert time.monotonic() - started < 5.0
+    assert tidy(pool) and server(pool) == before
     assert pool.call(tool("return len('ab')"), "f", {}) == "2"
 
 
@@ -154,7 +168,7 @@ def test_without_namespaces_a_nasty_tool_still_costs_one_observation(plain_pool,
     assert "processes" not in plain_pool.protections
     body, expected = NASTY[name]
     assert plain_pool.call(tool(body), "f", {}, timeout=0.4 if expected == LATE else None).startswith(expected)
-    assert children(server(plain_pool)) == []
+    assert tidy(plain_pool)
     assert plain_pool.call(tool("return 1"), "f", {}) == "1"
 
 
@@ -162,7 +176,7 @@ def test_without_namespaces_the_working_folder_is_removed(plain_pool):
     folder = Path(
         plain_pool.call(tool("import os\nos.mkdir('a')\nopen('a/b', 'w').close()\nreturn os.getcwd()"), "f", {})
     )
-    assert folder.name.startswith("pact-tool-") and not folder.exists()
+    assert folder.name.startswith("pact-tool-") and wait_for(lambda: not folder.exists())
 
 
 def test_results_come_as_json_or_text(pool):
@@ -231,7 +245,7 @@ def test_limits_hold(pool):
     names = ["RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_CORE"]
     body = f"import resource\nreturn [resource.getrlimit(getattr(resource, n)) for n in {names}]"
     limits = pool.call(tool(body), "f", {})
-    assert limits == f"[[{512 << 20}, {512 << 20}], [6, 6], [{16 << 20}, {16 << 20}], [64, 64], [0, 0]]"
+    assert limits == f"[[{512 << 20}, {512 << 20}], [21, 21], [{16 << 20}, {16 << 20}], [64, 64], [0, 0]]"
 
 
 def test_what_protections_promises_is_so(pool):
@@ -262,7 +276,7 @@ def test_a_tools_own_processes_end_with_the_call(pool):
     marker = f"9{os.getpid()}.25"
     body = f"import subprocess\nsubprocess.Popen(['sleep', '{marker}'], start_new_session=True)\nreturn 'started'"
     assert pool.call(tool(body), "f", {}) == "started"
-    assert running(marker) == []
+    assert wait_for(lambda: running(marker) == [])
 
 
 def test_a_dead_worker_costs_one_observation_and_is_replaced():
@@ -294,9 +308,9 @@ def test_threads_share_the_pool_and_get_their_own_answers():
 def test_calls_run_at_the_same_time():
     with SandboxPool(workers=3) as pool, ThreadPoolExecutor(3) as threads:
         list(threads.map(lambda _: pool.call("def f(): pass", "f", {}), range(3)))  # start the workers
-        started = time.monotonic()
-        list(threads.map(lambda _: pool.call(tool("import time; time.sleep(0.5)"), "f", {}), range(3)))
-        assert time.monotonic() - started < 1.2
+        body = "import time\nstart = time.monotonic(); time.sleep(0.7); return [start, time.monotonic()]"
+        spans = [json.loads(answer) for answer in threads.map(lambda _: pool.call(tool(body), "f", {}), range(3))]
+        assert max(start for start, _ in spans) < min(end for _, end in spans)
 
 
 def test_close_ends_running_calls_and_all_processes():
@@ -306,13 +320,13 @@ def test_close_ends_running_calls_and_all_processes():
     body = tool("import time; time.sleep(60)")
     thread = threading.Thread(target=lambda: answers.append(pool.call(body, "f", {})))
     thread.start()
-    assert wait_for(lambda: children(pid) != [])
-    inside = children(pid)
+    assert tidy(pool)
+    inside = descendants(pid)
     started = time.monotonic()
     pool.close()
     thread.join(5.0)
     assert answers == [BROKEN] and time.monotonic() - started < 3.0
-    assert not alive(pid) and not any(map(alive, inside))
+    assert not alive(pid) and wait_for(lambda: not any(map(alive, inside)))
     with pytest.raises(PactError, match="closed"):
         pool.call("def f(): return 1", "f", {})
     pool.close()
@@ -366,10 +380,14 @@ def test_a_warm_call_takes_a_few_milliseconds(pool):
 
     def median() -> float:
         times = []
-        for _ in range(21):
+        for _ in range(9):
+            time.sleep(0.01)  # as between calls that follow upon generated text
             started = time.perf_counter()
             assert pool.call(source, "f", {"a": 1, "b": 2}) == '{"sum": 3}'
             times.append(time.perf_counter() - started)
-        return sorted(times)[10]
+        return sorted(times)[4]
 
-    assert any(median() < 0.010 for _ in range(10))  # other programs may take the machine for a while
+    if not any(median() < 0.010 for _ in range(20)):
+        if os.getloadavg()[0] > len(os.sched_getaffinity(0)):
+            pytest.skip("other programs keep the machine busy")
+        pytest.fail("the median of a warm call is above 10 ms")

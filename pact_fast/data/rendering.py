@@ -124,9 +124,12 @@ class ChatRenderer:
         return self.parse(ids, ()).components
 
     def truncate(self, text: str, max_tokens: int) -> str:
-        """`text` cut to at most `max_tokens` tokens, with a note of how much is missing; unchanged if it fits."""
+        """`text` if it has at most `max_tokens` tokens, else its beginning and a note of how much is cut, which fit together.
+
+        The note itself stays whole, even where `max_tokens` has no room for it.
+        """
         text = _valid(text)
-        ids = self.encoder.plain(text[: 64 * max_tokens])  # no need to encode megabytes
+        ids = self.encoder.plain(text[: 64 * max_tokens])  # enough to fill the room, and megabytes need not be encoded
         if len(ids) <= max_tokens and len(text) <= 64 * max_tokens:
             return text
         room = max_tokens
@@ -201,11 +204,12 @@ class ChatRenderer:
 
     def _turn(self, reasoning: str, content: str, calls: Sequence[ToolCall]) -> tuple[Encoded, np.ndarray, int]:
         """(tokens without the end of turn, components, character at which the reasoning text starts)."""
-        pieces = self.format.pieces(_valid(reasoning), _valid(content), calls)
+        pieces = [(_valid(text), component) for text, component in self.format.pieces(reasoning, content, calls)]
         begin = len(f"{THINK}\n")
         if self._opened:
             if not reasoning:  # what the prompt has opened is closed at once
-                pieces = [(f"{THINK}\n\n{END_THINK}\n\n", Component.REASONING), *pieces]
+                (text, component), *rest = pieces or [("", Component.ANSWER)]
+                pieces = [(f"{THINK}\n\n{END_THINK}", Component.REASONING), (f"\n\n{text}", component), *rest]
             written = min(begin, len(self._opened))
             pieces[0] = (pieces[0][0][written:], Component.REASONING)
             begin -= written
@@ -225,10 +229,10 @@ class ChatRenderer:
         if reasoning:
             ends = prefix_ends(turn.reasoning, turn.calls)
             # A token is supervised when all of it lies in the prefix. The opening tag comes with the first segment, the
-            # closing tag only with a reasoning that is complete and safe to its end.
+            # closing tag only with a reasoning that is complete and safe to its end: a cut one must not teach to stop there.
+            complete = len(reasoning) == len(turn.reasoning) == ends[-1]
             position = np.maximum(encoded.end - begin, 1)
-            if len(reasoning) == len(turn.reasoning) == ends[-1]:
-                position = np.minimum(position, ends[-1])
+            position[position > len(reasoning)] = ends[-1] if complete else ends[-1] + 1
             levels = np.searchsorted(ends, position, side="left")
             inside = (components == Component.REASONING) & (levels < len(ends))
             level[:-1][inside] = levels[inside]

@@ -10,6 +10,7 @@ from pact_fast.errors import PactError
 
 # Embedding matrices are often padded beyond the tokenizer; a policy can sample such an id. It stands for no text.
 _PADDING = 1024
+_SAMPLE = 'Zoë paid 3.50 € for "naïve" 中文, жук and 🙂.\n\t{}'
 
 
 class TokenBytes:
@@ -32,7 +33,7 @@ class TokenBytes:
         for i, content in added.items():
             self.table[i] = content.encode("utf-8")
         self.lengths = np.fromiter((len(piece) for piece in self.table), np.int64, len(self.table))
-        _verify(self, tokenizer, sorted(vocabulary))
+        _verify(self, tokenizer)
 
     def join(self, ids: Iterable[int] | np.ndarray) -> bytes:
         """The bytes of a token sequence."""
@@ -73,18 +74,29 @@ def _sentencepiece(token: str) -> bytes:
     return token.replace("▁", " ").encode("utf-8")
 
 
-def _verify(table: TokenBytes, tokenizer, ids: list[int]) -> None:
-    """Compare with the tokenizer's decoder on runs of ids from all over the vocabulary.
+def _verify(table: TokenBytes, tokenizer) -> None:
+    """Compare with the tokenizer's decoder: on runs of ids from all over the vocabulary, and on a text in many scripts.
 
-    Decoders of sentencepiece models drop the first space of a text; that difference is theirs, not ours.
+    Runs are made of ids that stand for whole characters, because decoders differ in what they show for broken ones.
     """
+    added = tokenizer.added_tokens_decoder
+    whole = [i for i, piece in enumerate(table.table) if piece and i not in added and _is_text(piece)]
     rng = np.random.default_rng(0)
-    for _ in range(32):
-        run = rng.choice(ids, 8)
-        ours = table.join(run).decode("utf-8", "replace")
-        theirs = tokenizer.decode(run.tolist(), clean_up_tokenization_spaces=False)
+    runs = [rng.choice(whole, 8).tolist() for _ in range(32)]
+    for ids in [*runs, tokenizer.encode(_SAMPLE, add_special_tokens=False)]:
+        ours = table.join(ids).decode("utf-8", "replace")
+        theirs = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        # decoders of sentencepiece models drop the first space of a text; that difference is theirs
         if ours.removeprefix(" ") != theirs.removeprefix(" "):
             raise PactError(
-                f"the tokenizer cannot be mapped to bytes: ids {run.tolist()} decode to {theirs[:60]!r}, their bytes are "
+                f"the tokenizer cannot be mapped to bytes: ids {ids[:8]} decode to {theirs[:60]!r}, their bytes are "
                 f"{ours[:60]!r}; use a byte-level BPE or sentencepiece tokenizer"
             )
+
+
+def _is_text(piece: bytes) -> bool:
+    try:
+        piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -41,7 +41,7 @@ class SandboxPool:
 
     network    no network at all
     files      all else is read-only, /tmp and /proc are empty
-    processes  its own process space: it sees and signals nothing outside, and nothing of it outlives the call
+    processes  its own process space: it sees and signals nothing outside, and what it starts ends right after the call
     identity   it runs as a user id that nobody has (only when the trainer is root)
 
     This contains accidents and clumsy tools. It is not a security boundary: a tool can read every file that its user
@@ -145,7 +145,8 @@ class _Worker:
             self._process.kill()
             answer = self._process.communicate()[1].decode("utf-8", "replace").strip()
         if not answer.startswith("error: NameError"):  # what a call without a source must bring
-            self.kill()
+            self.hang_up()
+            self.kill(patience=5.0)
             line = answer.splitlines()[-1] if answer else "no answer"
             raise PactError(f"tool workers do not start here: {line}; python_tools needs Linux 5.3 or newer")
 
@@ -195,4 +196,4 @@ def _stop(workers: set[_Worker]) -> None:
     for worker in stopping:
         worker.hang_up()
     for worker in stopping:
-        worker.kill(patience=2.0)
+        worker.kill(patience=5.0)

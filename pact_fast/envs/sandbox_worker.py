@@ -1,14 +1,14 @@
-"""The process behind SandboxPool: imports the standard library once, then forks a fresh process for every call.
+"""The process behind SandboxPool: imports the common modules once, then forks a fresh process for every call.
 
 `pact_fast.envs.sandbox` runs this file as a script. It uses the standard library only, and nothing of this package.
 
     trainer ─ socket ─ server ─ fork ─ keeper ─ fork ─ init ─ fork ─ tool
                        (one per worker)        (a new PID namespace, if the system allows it)
 
-The server lives on; the other three serve one call. The tool's process runs untrusted source and reports one frame on
-a pipe; the server trusts nothing it reads there. When the call is over, the server kills the keeper, which takes init
-with it, and with init the kernel kills whatever the tool left in its namespace. Without namespaces the tool is the
-server's own child, and the server kills it and the orphans it leaves, one by one.
+The server lives on; the other three are made in advance, wait for a request and serve one call. The tool's process runs
+untrusted source and reports one frame on a pipe; the server trusts nothing it reads there. When it has answered, the
+server kills the keeper, which takes init with it, and with init the kernel kills whatever the tool left in its
+namespace. Without namespaces the tool is the server's own child, and the server kills all its descendants.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from typing import Any, NoReturn
 # fmt: off
 PRELOAD = (
     "_strptime", "base64", "bisect", "calendar", "cmath", "collections.abc", "copy", "dataclasses", "datetime",
-    "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "itertools", "json", "math", "operator", "random", "re",
-    "statistics", "string", "time", "typing", "unicodedata", "uuid", "zoneinfo",
+    "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "itertools", "json", "math", "operator", "random",
+    "re",     "statistics", "string", "time", "typing", "unicodedata", "uuid", "zoneinfo",
 )
 # fmt: on
 
@@ -89,7 +89,7 @@ class Server:
         gc.freeze()  # a collection in a child would touch, and so copy, every page
 
     def serve(self) -> None:
-        """Answer until the trainer is gone. The next call's processes are made while the trainer is busy with this answer."""
+        """Answer until the trainer is gone. The next call's processes are made while it is busy with this answer."""
         held = ["network", "files", "processes"] if self.work else []
         self._send({"protections": [*held, *(["identity"] if self.uid is not None else [])]})
         answered = True
@@ -129,7 +129,7 @@ class Server:
         return text is not None
 
     def _watch(self, chain: Chain, timeout: float) -> str | None:
-        """Read what the tool reports and prints until it is done, dead or late. The observation; None if nobody wants it."""
+        """Read what the tool reports and prints until it is done, dead or late. None: the trainer is gone."""
         deadline = time.monotonic() + timeout
         frame, printed = bytearray(), bytearray()
         poll = select.poll()
@@ -189,16 +189,16 @@ class Server:
                 # PID 1 of a namespace is spared signals of its own, so the tool must not be it: a tool may kill itself
                 if tool := os.fork():
                     mirror(tool)
-            # the pipes' own numbers are all higher: the server holds more than these open
+            os.chdir(work)
+            self._give_up_rights()
+            if not self.work:
+                die_with(self.process)  # a new user id cancels the first request
+            # the pipes' own numbers are all higher than these: the server holds more files open
             os.dup2(self.null, 0)
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.dup2(result, RESULT, inheritable=False)
             os.dup2(request, REQUEST)
-            os.chdir(work)
-            self._give_up_rights()
-            if not self.work:
-                die_with(self.process)  # a new user id cancels the first request
             os.closerange(REQUEST + 1, 1 << 16)
             with open(REQUEST, "rb") as file:
                 call = json.loads(file.read(LENGTH.unpack(file.read(LENGTH.size))[0]))
@@ -411,7 +411,7 @@ def cause_of_death(child: int) -> str:
 
 
 def halted_descendants() -> list[int]:
-    """All processes below this one, stopped. Stopped before they are killed: the dead make room for a fork bomb's next."""
+    """All processes below this one, stopped. Killing them at once would make room for a fork bomb's next ones."""
     halted: list[int] = []
     queue = children(os.getpid())
     while queue:

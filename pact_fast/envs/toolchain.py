@@ -1,9 +1,9 @@
 """Built-in environment: multi-hop look-ups with tools, made from a seed.
 
-A task asks for the end of one or two chains of relations ("from cleo follow boss, city"). Every tool looks up one relation;
-names and values are drawn anew for each task, so nothing can be memorised: the policy has to call, read and call again. Some
-tools are distractors, some look-ups are busy at the first try and must be repeated, and two chains are best looked up in
-parallel. Difficulty is the number of look-ups (hops).
+A task asks where a chain of relations leads ("From cleo follow boss, city."), from one start or from two at once. Every tool
+looks up one relation; what it answers is drawn anew for each task, so nothing can be memorised: the policy has to call, read
+and call again. Some tools are distractors, some are busy at the first try and must be called again, and two starts are looked
+up in parallel calls. Difficulty is the number of relations (hops).
 
 The generator also writes the expert trace of a task, and noisy traces (wrong relation, early stop) that make a base model
 which knows the grammar but not the strategy.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall, ToolSchema, Trajectory
@@ -32,12 +32,16 @@ SYSTEM = "Use the tools."
 Split = Literal["train", "eval"]
 
 
-@dataclass(frozen=True)
-class Chain:
-    """`relations` are followed from `start`, first to last."""
+Facts = dict[str, dict[str, str]]  # relation -> name -> value
 
-    start: str
+
+@dataclass(frozen=True)
+class Quest:
+    """`relations` are followed from every start, first to last. `busy` relations fail at the first try."""
+
+    starts: tuple[str, ...]
     relations: tuple[str, ...]
+    busy: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class ToolchainTasks:
     hops         range of look-ups per task, both ends included
     distractors  tools offered beyond those that the question needs
     flaky        probability that a look-up on the way is busy at its first try
-    parallel     probability that a task has two chains
+    parallel     probability that a task has two starts
     """
 
     def __init__(
@@ -92,24 +96,18 @@ class ToolchainTasks:
         relations = rng.sample(RELATIONS, hops + self.distractors)
         needed, offered = relations[:hops], sorted(relations)
         facts = {relation: {name: rng.choice([n for n in names if n != name]) for name in names} for relation in offered}
-        if hops >= 2 and rng.random() < self.parallel:
-            cut = rng.randint(1, hops - 1)
-            first, second = rng.sample(names, 2)
-            chains = [Chain(first, tuple(needed[:cut])), Chain(second, tuple(needed[cut:]))]
-        else:
-            chains = [Chain(rng.choice(names), tuple(needed))]
-        busy = [relation for relation in needed if rng.random() < self.flaky]
-        world = {"facts": facts, "busy": busy, "chains": [[c.start, list(c.relations)] for c in chains]}
-        expert = write_trace(chains, facts, busy)
+        starts = tuple(rng.sample(names, 2 if rng.random() < self.parallel else 1))
+        quest = Quest(starts, tuple(needed), tuple(relation for relation in needed if rng.random() < self.flaky))
+        expert = write_trace(quest, facts)
         return Task(
             id=task_id,
-            prompt=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": question(chains)}],
+            prompt=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": question(quest)}],
             tools=[schema(relation) for relation in offered],
             expert=expert,
             reference_calls=expert.calls,
             answer=expert.answer,
             env="toolchain",
-            env_args=world,
+            env_args={"facts": facts, **{key: list(value) for key, value in asdict(quest).items()}},
         )
 
 
@@ -119,12 +117,14 @@ class ToolchainEnvironment:
     blocking = False
 
     def __init__(self) -> None:
-        self._facts: dict[str, dict[str, str]] = {}
-        self._busy: set[str] = set()
+        self._facts: Facts = {}
+        self._busy: dict[str, int] = {}  # relation -> calls that still fail
 
     def reset(self, task: Task) -> str | None:
+        if "facts" not in task.env_args:
+            raise PactError(f"task {task.id} is no toolchain task (env_args has no 'facts'); set env.name for your data")
         self._facts = task.env_args["facts"]
-        self._busy = set(task.env_args["busy"])
+        self._busy = {relation: len(task.env_args["starts"]) for relation in task.env_args["busy"]}
         return None
 
     @property
@@ -132,11 +132,12 @@ class ToolchainEnvironment:
         return [schema(relation) for relation in self._facts]
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        table = self._facts.get(name.removeprefix("get_"))
+        relation = name.removeprefix("get_")
+        table = self._facts.get(relation)
         if table is None:
             return f"error: no tool {name}"
-        if name.removeprefix("get_") in self._busy:
-            self._busy.remove(name.removeprefix("get_"))
+        if self._busy.get(relation):
+            self._busy[relation] -= 1
             return BUSY
         return table.get(str(arguments.get("of")), "error: unknown name")
 
@@ -160,8 +161,8 @@ def schema(relation: str) -> ToolSchema:
     }
 
 
-def question(chains: list[Chain]) -> str:
-    return " ".join(f"From {chain.start} follow {', '.join(chain.relations)}." for chain in chains)
+def question(quest: Quest) -> str:
+    return f"From {' and '.join(quest.starts)} follow {', '.join(quest.relations)}."
 
 
 def split_of(task: Task) -> Split:
@@ -170,57 +171,36 @@ def split_of(task: Task) -> Split:
     return "eval" if zlib.crc32(key.encode()) % 8 == 0 else "train"
 
 
-def chains_of(task: Task) -> list[Chain]:
-    return [Chain(start, tuple(relations)) for start, relations in task.env_args["chains"]]
-
-
 def noisy_trace(task: Task, noise: Noise, rng: random.Random) -> ExpertTrace:
     """A trace of the task that errs as `noise` says; its answer is where it ended up."""
-    return write_trace(chains_of(task), task.env_args["facts"], task.env_args["busy"], noise, rng)
+    world = task.env_args
+    quest = Quest(tuple(world["starts"]), tuple(world["relations"]), tuple(world["busy"]))
+    return write_trace(quest, world["facts"], noise, rng)
 
 
-def write_trace(
-    chains: list[Chain],
-    facts: dict[str, dict[str, str]],
-    busy: list[str],
-    noise: Noise | None = None,
-    rng: random.Random | None = None,
-) -> ExpertTrace:
-    """Follow the chains turn by turn, unfinished chains in parallel, repeating busy look-ups.
+def write_trace(quest: Quest, facts: Facts, noise: Noise | None = None, rng: random.Random | None = None) -> ExpertTrace:
+    """Follow the relations turn by turn, all starts in parallel, repeating busy look-ups. Without noise this is the expert.
 
-    Each turn reasons in three sentences: where it stands, what is left, what it does next. Without noise this is the expert.
+    Each turn reasons in three sentences: where it stands, what is left, what it does next.
     """
-    at = [chain.start for chain in chains]
-    left = [list(chain.relations) for chain in chains]
-    waiting = set(busy)
+    noise, rng = noise or Noise(), rng or random.Random(0)
+    at, left, busy = list(quest.starts), list(quest.relations), set(quest.busy)
     turns: list[ExpertTurn] = []
-    while any(left):
-        if turns and noise and rng and rng.random() < noise.early_stop:
-            break
-        active = [i for i, relations in enumerate(left) if relations]
-        picks = [_pick(left[i][0], facts, noise, rng) for i in active]
-        calls = tuple(ToolCall(f"get_{pick}", {"of": at[i]}) for i, pick in zip(active, picks, strict=True))
-        observations = []
-        reasoning = _state(at, left) + f" Next: {' and '.join(picks)}."
-        for i, pick in zip(active, picks, strict=True):
-            if pick in waiting:
-                waiting.remove(pick)
-                observations.append(BUSY)
-                continue
-            at[i] = facts[pick][at[i]]
-            left[i].pop(0)
-            observations.append(at[i])
-        turns.append(ExpertTurn(reasoning, calls, tuple(observations)))
-    return ExpertTrace(tuple(turns), " and ".join(at), _state(at, left) + " Next: answer.")
+    while left and not (turns and rng.random() < noise.early_stop):
+        pick = left[0]
+        if rng.random() < noise.wrong_relation:
+            pick = rng.choice([relation for relation in facts if relation != pick])
+        reasoning = f"{_state(at, left)} Next: {pick}."
+        calls = tuple(ToolCall(f"get_{pick}", {"of": name}) for name in at)
+        if pick in busy:
+            busy.remove(pick)
+            turns.append(ExpertTurn(reasoning, calls, (BUSY,) * len(at)))
+            continue
+        at = [facts[pick][name] for name in at]
+        left.pop(0)
+        turns.append(ExpertTurn(reasoning, calls, tuple(at)))
+    return ExpertTrace(tuple(turns), " and ".join(at), f"{_state(at, left)} Next: answer.")
 
 
-def _state(at: list[str], left: list[list[str]]) -> str:
-    remaining = " and ".join(" ".join(relations) if relations else "none" for relations in left)
-    return f"At {' and '.join(at)}. Left: {remaining}."
-
-
-def _pick(right: str, facts: dict[str, dict[str, str]], noise: Noise | None, rng: random.Random | None) -> str:
-    if noise and rng and rng.random() < noise.wrong_relation:
-        return rng.choice([relation for relation in facts if relation != right])
-    return right
-
+def _state(at: list[str], left: list[str]) -> str:
+    return f"At {' and '.join(at)}. Left: {' '.join(left) or 'none'}."

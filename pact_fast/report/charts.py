@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WIDTH, HEIGHT = 320, 150
-LEFT, RIGHT, TOP, BOTTOM = 44, 312, 8, 128  # the plotting area
+LEFT, RIGHT, TOP, BOTTOM = 44, 304, 8, 128  # the plotting area
 MAX_POINTS = 240  # of a series; more are invisible at this width
 
 Metrics = Sequence[dict[str, Any]]
@@ -238,7 +238,7 @@ def _axis(values: list[float], full_scale: bool) -> list[float]:
     low, high = min(values), max(values)
     if 0 <= low < 0.6 * high:
         low = 0.0
-    if low == high:
+    if high - low <= 1e-9 * abs(high):  # one value, but for rounding
         low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
     step = _round_step((high - low) / 3)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -84,7 +84,7 @@ def _write(path: Path, run: Run, *, report: bool) -> Path:
 def embed_json(value: Any) -> str:
     """JSON that is safe inside a <script> element: no '<', no '>', no '&', ASCII only."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("&", "\\u0026").replace(">", "\\u003e")
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _rollout(rollout: Rollout, cap: int) -> dict[str, Any]:

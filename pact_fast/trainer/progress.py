@@ -35,7 +35,7 @@ class Progress:
             self._live = False
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def print(self, renderable: RenderableType) -> None:
         self.console.print(renderable)

@@ -1,0 +1,154 @@
+"""The agent loop with a scripted model: a real engine protocol, real environments, every way a trajectory can end."""
+
+import time
+
+import numpy as np
+import pytest
+
+from helpers import toolchain_renderer
+from pact_fast.config import RolloutConfig
+from pact_fast.data.types import Component, Task
+from pact_fast.envs.toolchain import ToolchainEnvironment, ToolchainTasks
+from pact_fast.errors import PactError
+from pact_fast.rollout.agent import AgentLoop, Job
+from pact_fast.rollout.engine import Completion
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    return toolchain_renderer()
+
+
+class Script:
+    """An engine that says what it is told, turn by turn; one turn per session and step."""
+
+    version = 3
+
+    def __init__(self, renderer, turns):
+        self.renderer, self.turns = renderer, turns
+        self.contexts, self.limits, self.closed, self.ready = {}, [], [], []
+
+    def submit(self, request):
+        self.contexts.setdefault(request.session, []).append(request.ids)
+        self.limits.append(request.max_new_tokens)
+        self.ready.append(request)
+
+    def step(self):
+        done, self.ready = self.ready, []
+        out = []
+        for request in done:
+            ids = np.array(self.turns[request.session].pop(0), np.int64)
+            ended = len(ids) <= request.max_new_tokens
+            ids = ids[: request.max_new_tokens]
+            self.contexts[request.session].append(ids)
+            out.append(Completion(request.session, ids, np.full(len(ids), -0.5, np.float32), ended))
+        return out
+
+    def close(self, session):
+        self.closed.append(session)
+
+
+def turn(renderer, text):
+    return [*renderer.tokenizer.encode(text, add_special_tokens=False), renderer.eot_id]
+
+
+def expert_turns(renderer, task):
+    turns = [renderer.assistant_turn(t.reasoning, t.content, t.calls)[0].tolist() for t in task.expert.turns]
+    return [*turns, renderer.assistant_turn(task.expert.answer_reasoning, task.expert.answer, [])[0].tolist()]
+
+
+def run(renderer, tasks, turns, env=ToolchainEnvironment, **config):
+    engine = Script(renderer, turns)
+    loop = AgentLoop(engine, renderer, env, RolloutConfig(**config))
+    trajectories = loop.run([Job(task, (0, i)) for i, task in enumerate(tasks)])
+    loop.close()
+    assert sorted(engine.closed) == list(range(len(tasks)))
+    return trajectories, engine
+
+
+def test_the_expert_solves_its_task_and_every_token_is_kept_as_sampled(renderer):
+    tasks = ToolchainTasks("train", 1, flaky=0.3, parallel=0.5).tasks(20)
+    trajectories, engine = run(renderer, tasks, [expert_turns(renderer, t) for t in tasks])
+    for index, (task, trajectory) in enumerate(zip(tasks, trajectories, strict=True)):
+        assert trajectory.stop_reason == "answer" and trajectory.reward_parts["success"] == 1.0
+        assert trajectory.calls == task.expert.calls
+        assert [tuple(t.observations) for t in trajectory.turns[:-1]] == [t.observations for t in task.expert.turns]
+        seen = np.concatenate(engine.contexts[index])
+        np.testing.assert_array_equal(np.concatenate([trajectory.prompt_ids, trajectory.ids]), seen)
+        assert (trajectory.sampled == np.isin(trajectory.components, [1, 2, 3])).all()
+        assert (np.isnan(trajectory.logprobs) == ~trajectory.sampled).all()
+        assert (trajectory.versions == np.where(trajectory.sampled, 3, -1)).all()
+        ends = np.flatnonzero(trajectory.sampled & (trajectory.ids == renderer.eot_id))
+        assert len(ends) == len(trajectory.turns)  # end-of-turn is the policy's own token
+
+
+def test_malformed_calls_become_error_observations(renderer):
+    task = ToolchainTasks("train", 1).task(0)
+    bad = [
+        "<tool_call>\n{not json}\n</tool_call>",
+        '<tool_call>\n{"name": "get_nothing", "arguments": {}}\n</tool_call>',
+        '<tool_call>\n{"name": "%s", "arguments": {"of": 3}}\n</tool_call>' % task.tools[0]["function"]["name"],
+        "<tool_call>\n{",
+        "done",
+    ]
+    (trajectory,), _ = run(renderer, [task], [[turn(renderer, text) for text in bad]])
+    assert trajectory.stop_reason == "answer" and trajectory.answer == "done"
+    assert [len(t.errors) for t in trajectory.turns] == [1, 1, 1, 1, 0]
+    assert all("error" in t.observations[0] for t in trajectory.turns[:4])
+    assert not trajectory.calls
+
+
+def test_limits_end_a_trajectory_with_the_reason(renderer):
+    task = ToolchainTasks("train", 1, hops=(4, 4), parallel=0.0).task(0)
+    script = expert_turns(renderer, task)
+    (two,), _ = run(renderer, [task], [list(script)], max_turns=2)
+    assert two.stop_reason == "max_turns" and len(two.turns) == 2 and two.turns[1].observations
+    (cut,), _ = run(renderer, [task], [list(script)], max_turn_tokens=10)
+    assert cut.stop_reason == "max_turn_tokens" and len(cut.ids) == 10 and not cut.calls
+    budget = len(script[0]) + 30
+    (full,), _ = run(renderer, [task], [list(script)], max_completion_length=budget)
+    assert full.stop_reason == "max_completion_length" and len(full.ids) <= budget
+
+
+def test_a_call_in_a_cut_turn_is_neither_run_nor_rewarded(renderer):
+    task = ToolchainTasks("train", 1).task(0)
+    whole = expert_turns(renderer, task)[0]
+    (cut,), _ = run(renderer, [task], [[whole]], max_turn_tokens=len(whole) - 1)
+    assert cut.stop_reason == "max_turn_tokens" and not cut.calls and not cut.turns[0].observations
+
+
+def test_long_observations_are_cut_with_a_note(renderer):
+    class Chatty(ToolchainEnvironment):
+        def call(self, name, arguments):
+            return "value " * 5000
+
+    task = ToolchainTasks("train", 1).task(0)
+    (trajectory,), _ = run(renderer, [task], [expert_turns(renderer, task)], env=Chatty, max_observation_tokens=40)
+    observed = trajectory.turns[0].observations[0]
+    assert "cut" in observed and len(observed) < 400
+    first = trajectory.turn_ids == 0
+    calls = len(trajectory.turns[0].calls)
+    assert (trajectory.components[first] == Component.OBSERVATION).sum() <= 41 * calls
+
+
+def test_slow_tools_run_while_others_generate_and_the_order_stays(renderer):
+    class Slow(ToolchainEnvironment):
+        blocking = True
+
+        def call(self, name, arguments):
+            time.sleep(0.05)
+            return super().call(name, arguments)
+
+    tasks = ToolchainTasks("train", 1, parallel=0.0).tasks(12)
+    started = time.monotonic()
+    trajectories, _ = run(renderer, tasks, [expert_turns(renderer, t) for t in tasks], env=Slow)
+    seconds = time.monotonic() - started
+    assert all(t.reward_parts["success"] == 1.0 for t in trajectories)
+    serial = 0.05 * sum(len(t.calls) for t in trajectories)
+    assert seconds < serial / 2
+
+
+def test_a_prompt_that_is_too_long_names_the_task_and_the_cure(renderer):
+    task = Task(id="row-7", prompt=[{"role": "user", "content": "word " * 500}], env_args={"facts": {}, "busy": [], "starts": []})
+    with pytest.raises(PactError, match=r"row-7.*max_prompt_length=64"):
+        run(renderer, [task], [[]], max_prompt_length=64)

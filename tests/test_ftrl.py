@@ -1,0 +1,167 @@
+"""FTRL and ToolHop scoring against independent definitions, and hand-written expert traces against the real tools."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pact_fast.data.types import ExpertTrace, ToolCall, Trajectory, TurnRecord
+from pact_fast.rewards.ftrl import mentions, solve_score
+from pact_fast.rewards.toolhop import is_correct
+
+EXPERT = Path(__file__).parent / "data" / "ftrl_expert.jsonl"
+
+
+def oracle(feedback, expected):
+    """(P, R, F1), by bookkeeping over (tool, place) instead of over shrinking lists."""
+
+    def same_case(text):
+        return "".join(c for c in text.lower() if c != ",").strip()
+
+    used = set()
+    for name, observation in feedback:
+        for place, text in enumerate(expected.get(name, ())):
+            parts = re.split(", ", text)
+            if (name, place) not in used and not [p for p in parts if same_case(observation).find(same_case(p)) < 0]:
+                used.add((name, place))
+                break
+    precision = len(used) / len(feedback) if feedback else 1.0
+    recall = len(used) / sum(len(texts) for texts in expected.values())
+    harmonic = 2 * precision * recall / (precision + recall) if used else 0.0
+    return precision, recall, harmonic
+
+
+def trajectory(turns, stop_reason="answer"):
+    empty = np.zeros(0, np.int64)
+    return Trajectory("t", empty, empty, empty, empty, empty, empty, empty, turns, stop_reason)
+
+
+def answered(content, observations=()):
+    calls = [ToolCall("f", {}) for _ in observations]
+    return [TurnRecord("", "", "", calls, list(observations)), TurnRecord("", "", content)]
+
+
+def test_scores_of_worked_examples():
+    expected = {"area": ["1,024 km", "Paris, France"], "price": ["30"]}
+
+    score = solve_score([], expected)
+    assert (score.precision, score.recall, score.f1) == (1.0, 0.0, 0.0)
+
+    # one of two calls solves one of three sub-questions: 1/2, 1/3, 2·1/(2+3)
+    score = solve_score([("area", "It has 1024 KM."), ("area", "unknown")], expected)
+    assert (score.precision, score.recall, score.f1) == pytest.approx((1 / 2, 1 / 3, 2 / 5))
+
+    # both at once in one observation count once, the other needs a call of its own
+    both = "1,024 km around Paris in France"
+    assert solve_score([("area", both)], expected).solved == 1
+    assert solve_score([("area", both)] * 2, expected).solved == 2
+    assert solve_score([("area", both)] * 3, expected).solved == 2
+
+    # another tool's observation does not count, whatever it says
+    assert solve_score([("price", both), ("area", "30")], expected).solved == 0
+
+
+def test_equal_sub_questions_need_a_call_each():
+    expected = {"spec": ["1,024", "1,024"]}
+    assert solve_score([("spec", "1,024 GB")], expected).recall == 0.5
+    assert solve_score([("spec", "1,024 GB"), ("spec", "1024 GB")], expected).f1 == 1.0
+
+
+@pytest.mark.parametrize(
+    ("expected", "text", "found"),
+    [
+        ("3,776", "3776 m", True),
+        ("3776", "3,776 m", True),
+        ("Paris, France", "FRANCE, capital Paris", True),
+        ("Paris, France", "Paris, Texas", False),
+        ("Paris,France", "paris france", False),  # a comma without a space separates nothing: "parisfrance" is sought
+        ("Paris,France", "ParisFrance", True),
+        ("a, ", "xax", True),  # an empty part is everywhere
+        (" 4 ", "category 4", True),
+        ("4", "category five", False),
+    ],
+)
+def test_mentions(expected, text, found):
+    assert mentions(expected, text) is found
+
+
+words = st.text("aB1,. ", max_size=6)
+names = st.sampled_from(["f", "g", "h"])
+
+
+@given(
+    st.lists(st.tuples(names, st.text("abB1,. ", max_size=12)), max_size=8),
+    st.dictionaries(names, st.lists(words, max_size=3), min_size=1).filter(lambda d: any(d.values())),
+)
+def test_scores_agree_with_the_oracle(feedback, expected):
+    before = json.dumps(expected)
+    score = solve_score(feedback, expected)
+    assert (score.precision, score.recall, score.f1) == pytest.approx(oracle(feedback, expected))
+    assert json.dumps(expected) == before
+
+
+def test_toolhop_wants_all_parts_in_the_answer_or_in_the_observation_before_it():
+    gold = "John Smith, 1,950"
+    assert is_correct(gold, trajectory(answered("<answer>JOHN SMITH in 1950</answer>")))
+    assert is_correct(gold, trajectory(answered("here it is", ["other", "1950: john smith"])))
+    assert not is_correct(gold, trajectory(answered("here it is", ["1950: john smith", "other"])))  # not the last one
+    assert not is_correct(gold, trajectory(answered("John Smith", ["1950"])))  # parts are not collected from both
+    assert not is_correct(gold, trajectory(answered("", ["1950: john smith"])))
+    assert not is_correct(gold, trajectory(answered("John Smith 1950"), stop_reason="max_turn_tokens"))
+    assert is_correct(gold, trajectory([TurnRecord("", "", "John Smith, 1,950")]))
+
+
+def experts():
+    return [json.loads(line) for line in EXPERT.read_text(encoding="utf-8").splitlines()]
+
+
+def test_expert_traces_reason_in_sentences_that_do_not_preview_the_call():
+    rows = experts()
+    assert len(rows) == len({row["id"] for row in rows}) == 10
+    for row in rows:
+        trace = ExpertTrace.from_messages(row["expert_trace"])
+        assert trace.to_messages() == row["expert_trace"] and trace.answer
+        for turn in trace.turns:
+            assert 2 <= len(re.findall(r"[.?!](?: |$)", turn.reasoning)) <= 4, (row["id"], turn.reasoning)
+            for call in turn.calls:
+                texts = [call.name, *(value for value in call.arguments.values() if isinstance(value, str))]
+                assert not [text for text in texts if text.lower() in turn.reasoning.lower()], row["id"]
+
+
+def test_expert_traces_solve_their_tasks_with_the_real_tools():
+    pq = pytest.importorskip("pyarrow.parquet")
+    if "PACT_TEST_DATA" not in os.environ:
+        pytest.skip("set PACT_TEST_DATA to a folder that holds ftrl/test.parquet")
+    from pact_fast.data.types import Task
+    from pact_fast.envs.python_tools import PythonToolsEnvironment
+    from pact_fast.envs.sandbox import SandboxPool
+
+    rows = pq.read_table(Path(os.environ["PACT_TEST_DATA"]) / "ftrl" / "test.parquet").to_pylist()
+    kinds, turns_with_several_calls = [], 0
+    with SandboxPool(workers=1) as pool:
+        for expert in experts():
+            row = rows[int(expert["id"].removeprefix("ftrl-"))]
+            env_args = {name: json.loads(row[name]) for name in ("codes", "unsolved_set")} | {"scoring": "ftrl"}
+            task = Task(
+                expert["id"], row["messages"], json.loads(row["tools"]), answer=row["answer"], env_args=env_args
+            )
+            trace = ExpertTrace.from_messages(expert["expert_trace"])
+            env = PythonToolsEnvironment(pool)
+            env.reset(task)
+            records = []
+            for turn in trace.turns:
+                observations = [env.call(call.name, call.arguments) for call in turn.calls]
+                assert observations == list(turn.observations), expert["id"]
+                records.append(TurnRecord("", turn.reasoning, "", list(turn.calls), observations))
+                turns_with_several_calls += len(turn.calls) > 1
+            records.append(TurnRecord("", "", str(trace.answer)))
+            rewards = env.reward(task, trajectory(records))
+            assert rewards == {"solve_p": 1.0, "solve_r": 1.0, "solve_f1": 1.0, "success": 1.0}, expert["id"]
+            assert trace.answer == row["answer"]
+            kinds.append(row["data_source"])
+    assert len(set(kinds)) == 4 and turns_with_several_calls >= 4
