@@ -1,7 +1,8 @@
-"""Writes docs/configuration.md from the configuration models: `python -m pact_fast.config_docs > docs/configuration.md`."""
+"""Writes the page of all settings: `python -m pact_fast.config_docs > docs/configuration.md`."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import types
@@ -15,71 +16,64 @@ from pact_fast.config import Config, Section, section_of
 INTRODUCTION = """\
 # Configuration
 
-<!-- Made from pact_fast/config.py by `python -m pact_fast.config_docs > docs/configuration.md`. Edit the source, not this page. -->
+<!-- Made by `python -m pact_fast.config_docs > docs/configuration.md`. Edit pact_fast/config.py, not this page. -->
 
-A run is described by one YAML file, a recipe, of the settings below. Any of them can be replaced on the command line by its dotted
-key and a YAML value: `pact-fast train quickstart trainer.max_steps=20 algorithm.anchor.mode=blend`. An unknown key is an error that names
-the nearest known one. A setting that is not given has the default shown here; the run directory's `config.yaml` holds all of them.
+A run is described by one YAML file of the settings below; the shipped ones are called recipes. On the command line, any
+of them can be replaced by its dotted key and a YAML value:
+
+    pact-fast train quickstart trainer.max_steps=20 algorithm.anchor.mode=blend
+
+An unknown key is an error that names the nearest known one. What is not given has the default shown here; `config.yaml`
+in the run directory holds the settings that a run really had.
 
 Names are TRL's where the meaning is the same. "Method" is [the method](method.md).
 """
 
-NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
+NAMES = {str: "text", int: "integer", float: "number", bool: "true or false"}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def configuration_page() -> str:
     """The page as Markdown: one table for each section."""
-    parts = [INTRODUCTION, *_section(Config, "")]
-    return "\n".join(parts)
+    return "\n".join([INTRODUCTION, *_section(Config, "")])
 
 
 def _section(section: type[Section], prefix: str) -> list[str]:
     """The section's table, then those of the sections inside it."""
     heading = f"`{prefix.rstrip('.')}`" if prefix else "Top level"
-    lines = [
-        f"## {heading}\n",
-        f"{section.__doc__}\n",
-        "| key | value | default | meaning |",
-        "| --- | --- | --- | --- |",
-    ]
+    table = [f"## {heading}\n", f"{inspect.getdoc(section)}\n", "| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     inner: list[str] = []
     for name, field in section.model_fields.items():
+        key = prefix + name
         nested = section_of(field.annotation)
-        if nested:
-            inner += _section(nested, f"{prefix}{name}.")
-        else:
-            cells = (f"`{prefix}{name}`", _value(field), _default(field), field.description or "")
-            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    optional = [
-        name for name, field in section.model_fields.items() if section_of(field.annotation) and field.default is None
-    ]
-    lines += [f"\n`{prefix}{name}` is left out by default." for name in optional]
-    return [*lines, "", *inner]
+        if nested is None:
+            table.append(_row(f"`{key}`", _value(field), _default(field), field.description or ""))
+            continue
+        inner += _section(nested, f"{key}.")
+        if field.default is None:  # otherwise the section's own keys say all
+            table.append(_row(f"`{key}`", "section or null", "`null`", field.description or ""))
+    return [*table, "", *inner]
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _value(field: FieldInfo) -> str:
-    """What may stand there: a type with its bounds, or the words that are allowed."""
-    bounds = [
-        f"{sign} {getattr(bound, name)}"
-        for bound in field.metadata
-        for name, sign in BOUNDS.items()
-        if hasattr(bound, name)
-    ]
-    return " ".join([_type(field.annotation), ", ".join(bounds)]).strip()
+    """What may stand there: the words that are allowed, or a type with its bounds."""
+    bounds = [f"{sign} {getattr(limit, name)}" for limit in field.metadata for name, sign in BOUNDS.items() if hasattr(limit, name)]
+    parts = typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
+    text = " or ".join(_type(part) for part in parts if part is not types.NoneType)
+    return " ".join([text, ", ".join(bounds)]).rstrip() + (" or null" if types.NoneType in parts else "")
 
 
 def _type(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{word}`" for word in arguments)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_type(part) for part in arguments)
     if origin is list:
         return f"list of {_type(arguments[0])}"
-    if origin is dict:
-        return "mapping"
-    return NAMES[annotation]
+    return "mapping" if origin is dict else NAMES[annotation]
 
 
 def _default(field: FieldInfo) -> str:

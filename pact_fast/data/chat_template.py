@@ -59,7 +59,9 @@ class ChatTemplate:
         """What the template writes after the text of an assistant turn; starts with the end-of-turn token."""
         text = self.text([QUESTION, {"role": "assistant", "content": _MARK}])
         if text.count(_MARK) != 1:
-            raise PactError("the chat template does not show what the assistant said; set model.chat_template to one that does")
+            raise PactError(
+                "the chat template does not show what the assistant said; set model.chat_template to one that does"
+            )
         return text.split(_MARK)[1]
 
     @functools.cached_property
@@ -68,8 +70,8 @@ class ChatTemplate:
         shown, asked = self.text([QUESTION]), self.text([QUESTION], generate=True)
         if not asked.startswith(shown) or asked == shown:
             raise PactError(
-                "the chat template has no generation prompt (add_generation_prompt changes nothing); set model.chat_template to "
-                "one that has"
+                "the chat template has no generation prompt (add_generation_prompt changes nothing); set "
+                "model.chat_template to one that has"
             )
         return asked[len(shown) :]
 
@@ -89,8 +91,8 @@ class ChatTemplate:
         if pieces is None or _join(pieces, changed) != self._after(pattern, probes, eot):
             roles = ", ".join(role for role, _ in pattern)
             raise PactError(
-                f"the chat template renders the messages ({roles}) differently depending on what they contain, so turns cannot "
-                "be appended; set model.chat_template to one that does not"
+                f"the chat template renders the messages ({roles}) differently depending on what they contain, so "
+                "turns cannot be appended; set model.chat_template to one that does not"
             )
         return pieces
 
@@ -103,7 +105,8 @@ class ChatTemplate:
             if pieces and all(_join(pieces, [change(p)]) == self._after(pattern, [p], eot) for p in _PROBES):
                 return change
         raise PactError(
-            f"the chat template does not show the content of a '{role}' message as it is; set model.chat_template to one that does"
+            f"the chat template does not show the content of a '{role}' message as it is; set model.chat_template to "
+            "one that does"
         )
 
     def _after(self, pattern: Pattern, contents: Sequence[str], eot: str) -> str:
@@ -119,8 +122,8 @@ class ChatTemplate:
         end = text.find(eot, start)
         if start < 0 or end < 0:
             raise PactError(
-                f"the chat template does not end an assistant turn with {eot!r} before a '{pattern[0][0]}' message; set "
-                "model.chat_template to one that does"
+                f"the chat template does not end an assistant turn with {eot!r} before a '{pattern[0][0]}' message; "
+                "set model.chat_template to one that does"
             )
         return text[end + len(eot) :]
 

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 
 from pact_fast.errors import PactError
 
-
 _SHORT = 128  # characters; short texts come again and again (template text, tool names), so their ids are kept
 
 
@@ -38,8 +37,8 @@ class Encoder:
     """Encodes a sequence of parts as one text.
 
     The parts are not encoded one by one: text between two control tokens is encoded as a whole, so the ids are those of
-    the tokenizer itself, whatever merges across the border of two parts. Text that came from a tool can nevertheless not
-    become a control token.
+    the tokenizer itself, whatever merges across the border of two parts. Nevertheless, text that came from a tool
+    cannot become a control token.
     """
 
     def __init__(self, tokenizer):
@@ -57,7 +56,9 @@ class Encoder:
         self._short = functools.lru_cache(maxsize=1 << 14)(self._encode)
         for content, i in self.control_ids.items():
             if i in self._plain.encode(content, add_special_tokens=False).ids:
-                raise PactError(f"the tokenizer makes a control token of the plain text {content!r}; use a BPE tokenizer")
+                raise PactError(
+                    f"the tokenizer makes a control token of the plain text {content!r}; use a BPE tokenizer"
+                )
 
     def pattern(self, contents: Collection[str]) -> re.Pattern[str] | None:
         """Matches those of `contents` that are control tokens; None if none is."""

@@ -135,7 +135,9 @@ class Hermes(ToolFormat):
                     found.append((opened.start(), tag.start(), "<tool_call> is not closed before the next <tool_call>"))
                 opened = tag
             elif opened:
-                found.append((opened.start(), tag.end(), _read_call(data[opened.end() : tag.start()], tools, "arguments")))
+                found.append(
+                    (opened.start(), tag.end(), _read_call(data[opened.end() : tag.start()], tools, "arguments"))
+                )
                 opened = None
             else:
                 found.append((tag.start(), tag.end(), "</tool_call> without <tool_call>"))
@@ -147,9 +149,9 @@ class Hermes(ToolFormat):
 class Llama3Json(ToolFormat):
     """{"name": …, "parameters": …}, several joined by "; "; Llama 3.1 and later.
 
-    The format has no markers. JSON is an attempt if it has the shape of a call: "parameters" or "arguments", or the name of
-    a known tool. JSON that is broken is an attempt where only a call can stand: at the start of the turn, after another
-    call, or after <|python_tag|>. Any other JSON is text of the answer.
+    The format has no markers. JSON is an attempt if it has the shape of a call: "parameters" or "arguments", or the
+    name of a known tool. JSON that is broken is an attempt where only a call can stand: at the start of the turn, after
+    another call, or after <|python_tag|>. Any other JSON is text of the answer.
     """
 
     name = "llama3_json"
@@ -204,8 +206,8 @@ def detect_format(tokenizer) -> ToolFormat:
         if tool_format.render("", "", [call]) in text:
             return tool_format
     raise PactError(
-        f"the chat template writes tool calls in none of the known formats ({', '.join(FORMATS)}); set model.chat_template to "
-        "a template that does"
+        f"the chat template writes tool calls in none of the known formats ({', '.join(FORMATS)}); set "
+        "model.chat_template to a template that does"
     )
 
 
@@ -230,7 +232,7 @@ def _read_reasoning(data: bytes, thinking: bool) -> tuple[int, str]:
 
 
 def _fill(data: bytes, spans: list[Span]) -> tuple[list[Span], str]:
-    """Spans without gaps, and the visible text. Whitespace belongs to what follows it; at the end, to what precedes it."""
+    """Spans without gaps, and the visible text. Blanks belong to what follows; at the end, to what precedes."""
     filled: list[Span] = []
     content: list[str] = []
     position = 0

@@ -19,7 +19,13 @@ from pact_fast.data.types import Component, ExpertTrace, ExpertTurn, Message, Ta
 from pact_fast.errors import PactError
 
 NO_LEVEL = 255
-_OTHER_ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")  # end a turn wherever they exist
+_OTHER_ENDS = (
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+)  # end a turn wherever they exist
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class TraceContext:
     ids         int64
     components  uint8, see Component
     turn_ids    int16: the expert's turn; what follows a turn (observations, restated question) has the turn's index
-    level       uint8: smallest prefix level (1 to 4) at which a reasoning token is supervised; 255 = never, or no reasoning
+    level       uint8: smallest prefix level (1 to 4) at which a reasoning token is supervised; 255 = never
     """
 
     ids: np.ndarray
@@ -73,10 +79,12 @@ class ChatRenderer:
         """(ids [n] int64, components [n] uint8) of what follows an end-of-turn token.
 
         `messages` are those after an assistant turn (tool or user); the assistant speaks next. Starts right after the
-        end-of-turn token and ends with the generation prompt. Contents are plain text: a string such as "<|im_end|>" in a
-        tool's answer does not become a control token. Tool contents are OBSERVATION, the rest TEMPLATE.
+        end-of-turn token and ends with the generation prompt. Contents are plain text: a string such as "<|im_end|>" in
+        a tool's answer does not become a control token. Tool contents are OBSERVATION, the rest TEMPLATE.
         """
-        texts, contents = self.template.glue([{**m, "content": _valid(text_of(m.get("content")))} for m in messages], self.eot)
+        texts, contents = self.template.glue(
+            [{**m, "content": _valid(text_of(m.get("content")))} for m in messages], self.eot
+        )
         parts = [Part(texts[0], self.encoder.all_controls)]
         owners = [Component.TEMPLATE]
         for message, content, text in zip(messages, contents, texts[1:], strict=True):
@@ -92,7 +100,7 @@ class ChatRenderer:
     def assistant_turn(
         self, reasoning: str, content: str, calls: Sequence[ToolCall], end: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [n] int64, components [n] uint8) of a turn after the generation prompt; with `end`, its end-of-turn token."""
+        """(ids [n] int64, components [n] uint8) of a turn after the generation prompt, with its end-of-turn token or not."""
         encoded, components, _ = self._turn(reasoning, content, calls)
         if not end:
             return encoded.ids, components
@@ -101,8 +109,8 @@ class ChatRenderer:
     def parse(self, ids: np.ndarray, tools: Sequence[ToolSchema]) -> ParsedTurn:
         """Read one sampled turn, with or without its end; `components` has one entry per id.
 
-        A token belongs to the span in which its first byte lies. An end-of-turn token belongs to the call that it follows,
-        otherwise to the answer.
+        A token belongs to the span in which its first byte lies. An end-of-turn token belongs to the call that it
+        follows, otherwise to the answer.
         """
         ids = np.asarray(ids, np.int64)
         n = len(ids)
@@ -124,7 +132,7 @@ class ChatRenderer:
         return self.parse(ids, ()).components
 
     def truncate(self, text: str, max_tokens: int) -> str:
-        """`text` if it has at most `max_tokens` tokens, else its beginning and a note of how much is cut, which fit together.
+        """`text` if it has at most `max_tokens` tokens, else as much of its beginning as fits with a note of the rest.
 
         The note itself stays whole, even where `max_tokens` has no room for it.
         """
@@ -166,7 +174,9 @@ class ChatRenderer:
             level = np.concatenate([level, np.full(len(glue), NO_LEVEL, np.uint8)])
             columns.append((ids, components, np.full(len(ids), index, np.int16), level))
         if not columns:
-            return TraceContext(np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(0, np.int16), np.zeros(0, np.uint8))
+            return TraceContext(
+                np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(0, np.int16), np.zeros(0, np.uint8)
+            )
         return TraceContext(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
     def hint_prompt_ids(self, task: Task, trace: ExpertTrace, reasoning_level: int | None = None) -> np.ndarray:
@@ -194,8 +204,8 @@ class ChatRenderer:
         match = self.encoder.all_controls.match(after) if self.encoder.all_controls else None
         if not match:
             raise PactError(
-                f"the chat template does not end an assistant turn with a special token (it writes {after[:20]!r}), so a model "
-                "cannot end its turn; set model.chat_template to one that does"
+                f"the chat template does not end an assistant turn with a special token (it writes {after[:20]!r}), so "
+                "a model cannot end its turn; set model.chat_template to one that does"
             )
         return match.group()
 
@@ -229,7 +239,7 @@ class ChatRenderer:
         if reasoning:
             ends = prefix_ends(turn.reasoning, turn.calls)
             # A token is supervised when all of it lies in the prefix. The opening tag comes with the first segment, the
-            # closing tag only with a reasoning that is complete and safe to its end: a cut one must not teach to stop there.
+            # closing tag only with a reasoning that is complete and safe: a cut one must not teach to stop there.
             complete = len(reasoning) == len(turn.reasoning) == ends[-1]
             position = np.maximum(encoded.end - begin, 1)
             position[position > len(reasoning)] = ends[-1] if complete else ends[-1] + 1
@@ -281,7 +291,7 @@ def _components(encoded: Encoded, texts: Sequence[str], owners: Sequence[Compone
 
 
 def _end_component(last: int | None) -> Component:
-    """Of an end-of-turn token, by the component before it: it ends a call, or it decides that the answer is complete."""
+    """Of an end-of-turn token, by the component before it: it ends a call, or says that the answer is complete."""
     return Component.TOOL_CALL if last == Component.TOOL_CALL else Component.ANSWER
 
 

@@ -29,9 +29,8 @@ _ABBREVIATIONS = (
     "jan feb mar apr jun jul aug sep sept oct nov dec a.m p.m u.s u.k"
 )
 # Before a full stop: an abbreviation, an initial ("J."), or the number of a list item at the start of a line ("2.").
-_NO_END = re.compile(
-    rf"(?:[\s(\[\"'](?:(?i:{'|'.join(map(re.escape, _ABBREVIATIONS.split()))})|[A-Z])|\n[ \t>*-]*(?:\d{{1,3}}|[A-Za-z]))\Z"
-)
+_ABBREVIATION = "|".join(map(re.escape, _ABBREVIATIONS.split()))
+_NO_END = re.compile(rf"(?:[\s(\[\"'](?:(?i:{_ABBREVIATION})|[A-Z])|\n[ \t>*-]*(?:\d{{1,3}}|[A-Za-z]))\Z")
 _LOOK_BACK = 24
 
 _SYNTAX = re.compile(r"</?tool_call>|<\|python_tag\|>")
@@ -60,14 +59,14 @@ def safe_length(reasoning: str, calls: Sequence[ToolCall]) -> int:
 
     A segment gives a call away if it holds call syntax (<tool_call>, a JSON object with a "name" or with the name of an
     argument), an argument with its value (key=value, "key": value), or the tool's name. A name that is an ordinary word
-    ("search") counts only where it is used as a name: in quotes, before "(", or beside "tool", "function", "API" or "call".
-    A value alone does not count: to name what the question names is what reasoning does.
+    ("search") counts only where it is used as a name: in quotes, before "(", or beside "tool", "function", "API" or
+    "call". A value alone does not count: to name what the question names is what reasoning does.
     """
     return _count_before(segments(reasoning), _first_preview(reasoning, calls))
 
 
 def prefix_ends(reasoning: str, calls: Sequence[ToolCall]) -> list[int]:
-    """[5] ends (characters) of the prefixes L0 … L4. L4 is the longest safe prefix, L1 to L3 split its segments evenly."""
+    """[5] ends (characters) of the prefixes L0 … L4. L4 is the longest safe prefix; its segments are split evenly."""
     spans = segments(reasoning)
     safe = _count_before(spans, _first_preview(reasoning, calls))
     counts = [-(-safe * level // LEVELS) for level in range(LEVELS + 1)]
@@ -140,7 +139,12 @@ def _names(text: str, name: str) -> Iterator[int]:
     ordinary = name.isalpha() and (name.islower() or name.istitle())
     for start, end in _words(text, name):
         quoted = text[start - 1 : start] in ('"', "'", "`") and text[end : end + 1] in ('"', "'", "`")
-        if not ordinary or quoted or _USED_AFTER.match(text, end) or _USED_BEFORE.search(text[max(0, start - 12) : start]):
+        if (
+            not ordinary
+            or quoted
+            or _USED_AFTER.match(text, end)
+            or _USED_BEFORE.search(text[max(0, start - 12) : start])
+        ):
             yield start
 
 

@@ -54,7 +54,9 @@ def _check_clock(renderer: ChatRenderer) -> None:
 
 def _check_tools(renderer: ChatRenderer) -> None:
     if "look_up" not in renderer.template.text(_PROMPT, [_TOOL]):
-        raise PactError("the chat template does not show the tools to the model; set model.chat_template to one that does")
+        raise PactError(
+            "the chat template does not show the tools to the model; set model.chat_template to one that does"
+        )
 
 
 def _check_round_trip(renderer: ChatRenderer) -> None:
@@ -65,21 +67,21 @@ def _check_round_trip(renderer: ChatRenderer) -> None:
         turn = renderer.parse(ids, [_TOOL])
         if (turn.reasoning, turn.content, turn.attempts) != (reasoning, content, made):
             raise PactError(
-                f"the tool format {renderer.format.name} does not read back what it writes with this tokenizer: {turn.text!r} "
-                f"gives {turn.attempts}; choose another model.tool_format"
+                f"the tool format {renderer.format.name} does not read back what it writes with this tokenizer: "
+                f"{turn.text!r} gives {turn.attempts}; choose another model.tool_format"
             )
         if not np.array_equal(turn.components, components):
             raise PactError(
-                "with this tokenizer, rendered and sampled tokens get different labels (it may change the text it encodes); "
-                "use a byte-level BPE tokenizer"
+                "with this tokenizer, rendered and sampled tokens get different labels (it may change the text it "
+                "encodes); use a byte-level BPE tokenizer"
             )
 
 
 def _check_texts(renderer: ChatRenderer) -> None:
     """Prompt, turns and glue, appended, are the template's own rendering of the conversation at every turn.
 
-    Templates keep, strip or blank the reasoning of earlier turns. So turns without reasoning are compared, and empty blocks
-    are ignored.
+    Templates keep, strip or blank the reasoning of earlier turns. So turns without reasoning are compared, and empty
+    blocks are ignored.
     """
     messages = list(_PROMPT)
     for number, following in enumerate(_TURNS, start=1):
@@ -87,7 +89,9 @@ def _check_texts(renderer: ChatRenderer) -> None:
         ours = _comparable(_text(renderer, _appended(renderer, "", number)))
         theirs = _comparable(renderer.template.text(messages, [_TOOL], generate=True))
         if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+            )
             raise PactError(
                 f"after turn {number} the chat template renders the conversation differently than before (it writes "
                 f"{theirs[at : at + 40]!r} where {ours[at : at + 40]!r} stands), so turns cannot be appended; set "
@@ -100,8 +104,8 @@ def _check_ids(renderer: ChatRenderer) -> None:
     ids = _appended(renderer, "Look.", len(_TURNS))
     if renderer.tokenizer.encode(_text(renderer, ids), add_special_tokens=False) != ids.tolist():
         raise PactError(
-            "appended turns do not have the token ids that the tokenizer gives the whole conversation (it may add a leading "
-            "space, or strip text around special tokens); use a byte-level BPE tokenizer"
+            "appended turns do not have the token ids that the tokenizer gives the whole conversation (it may add a "
+            "leading space, or strip text around special tokens); use a byte-level BPE tokenizer"
         )
 
 

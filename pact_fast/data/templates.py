@@ -1,6 +1,7 @@
 """A chat template of our own, for models that start from random weights."""
 
-# ChatML turns with Hermes tool calls. Tools are written as signatures (strings untyped), and reasoning of earlier turns is kept.
+# ChatML turns with Hermes tool calls. Tools are written as signatures (strings untyped), and reasoning of earlier turns
+# is kept.
 CHATML_HERMES = """\
 {%- if tools or messages[0].role == 'system' -%}
 <|im_start|>system
@@ -9,7 +10,8 @@ CHATML_HERMES = """\
 {%- set function = tool.function or tool %}
 {{ '\\n' + function.name + '(' }}
 {%- for name, schema in ((function.parameters or {}).properties or {}).items() %}
-{{- name + (': ' + schema.type if schema.type is string and schema.type != 'string' else '') + (', ' if not loop.last else '') }}
+{{- name + (': ' + schema.type if schema.type is string and schema.type != 'string' else '') }}
+{{- ', ' if not loop.last }}
 {%- endfor %}
 {{- ')' + (' ' + function.description if function.description else '') }}
 {%- endfor %}

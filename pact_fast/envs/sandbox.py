@@ -58,7 +58,7 @@ class SandboxPool:
         self.timeout, self._memory_mb, self._max_output = timeout, memory_mb, max_output
         self._running: set[_Worker] = set()
         self._closed = False
-        self._finalizer = weakref.finalize(self, _stop, self._running)  # also at exit
+        self._finalizer = weakref.finalize(self, _stop, self._running, os.getpid())  # also at exit
         self._slots: queue.LifoQueue[_Worker | None] = (
             queue.LifoQueue()
         )  # last in, first out: the warm ones are used first
@@ -190,7 +190,9 @@ class _Worker:
         return bytes(data)
 
 
-def _stop(workers: set[_Worker]) -> None:
+def _stop(workers: set[_Worker], owner: int) -> None:
+    if os.getpid() != owner:  # a forked child drops its copy of the pool
+        return
     stopping = list(workers)
     workers.clear()
     for worker in stopping:

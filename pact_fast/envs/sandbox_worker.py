@@ -40,7 +40,7 @@ from typing import Any, NoReturn
 PRELOAD = (
     "_strptime", "base64", "bisect", "calendar", "cmath", "collections.abc", "copy", "dataclasses", "datetime",
     "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "itertools", "json", "math", "operator", "random",
-    "re",     "statistics", "string", "time", "typing", "unicodedata", "uuid", "zoneinfo",
+    "re", "statistics", "string", "time", "typing", "unicodedata", "uuid", "zoneinfo",
 )
 # fmt: on
 
@@ -178,6 +178,8 @@ class Server:
     def _become_tool(self, request: int, result: int, output: int, work: str) -> NoReturn:
         """In the forked child: build the chain keeper, init, tool; the tool waits for its request. Never comes back."""
         try:
+            # the pipes' own numbers are all above REQUEST: the server holds more files open
+            os.dup2(result, RESULT, inheritable=False)
             os.setsid()
             die_with(self.process)
             if self.work:
@@ -193,11 +195,9 @@ class Server:
             self._give_up_rights()
             if not self.work:
                 die_with(self.process)  # a new user id cancels the first request
-            # the pipes' own numbers are all higher than these: the server holds more files open
             os.dup2(self.null, 0)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            os.dup2(result, RESULT, inheritable=False)
             os.dup2(request, REQUEST)
             os.closerange(REQUEST + 1, 1 << 16)
             with open(REQUEST, "rb") as file:

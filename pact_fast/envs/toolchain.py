@@ -1,6 +1,6 @@
 """Built-in environment: multi-hop look-ups with tools, made from a seed.
 
-A task asks where a chain of relations leads ("From cleo follow boss, city."), from one start or from two at once. Every tool
+A task asks where a chain of relations leads ("From cleo follow: boss city."), from one start or from two at once. Every tool
 looks up one relation; what it answers is drawn anew for each task, so nothing can be memorised: the policy has to call, read
 and call again. Some tools are distractors, some are busy at the first try and must be called again, and two starts are looked
 up in parallel calls. Difficulty is the number of relations (hops).
@@ -155,14 +155,14 @@ def schema(relation: str) -> ToolSchema:
         "type": "function",
         "function": {
             "name": f"get_{relation}",
-            "description": f"the {relation}",
+            "description": relation,
             "parameters": {"type": "object", "properties": {"of": {"type": "string"}}, "required": ["of"]},
         },
     }
 
 
 def question(quest: Quest) -> str:
-    return f"From {' and '.join(quest.starts)} follow {', '.join(quest.relations)}."
+    return f"From {' and '.join(quest.starts)} follow: {' '.join(quest.relations)}."
 
 
 def split_of(task: Task) -> Split:

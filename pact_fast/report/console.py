@@ -27,7 +27,7 @@ STYLES = {
     Component.OBSERVATION: "italic magenta",
 }
 # Escape sequences could drive the terminal; bidirectional controls could reorder what is read.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def rollout_table(records: Sequence[Record], limit: int = 4, width: int = 400) -> Table:

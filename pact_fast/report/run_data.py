@@ -173,9 +173,11 @@ def _read_rollouts(folder: Path, run: Run, limit: int, step: int | None) -> None
 
 
 def _places(folder: Path) -> dict[int, list[tuple[Path, int]]]:
-    """Step → where its rollouts are, as (file, line index); in the order of the steps."""
+    """Step → where its rollouts are, as (file, line index); in the order of the steps, training before evaluation."""
     places: dict[int, list[tuple[Path, int]]] = {}
-    files = {file: re.fullmatch(r"(step|eval)_(\d+)", file.stem) for file in sorted(folder.glob("*.jsonl"))}
+    files = {
+        file: re.fullmatch(r"(step|eval)_(\d+)", file.stem) for file in sorted(folder.glob("*.jsonl"), reverse=True)
+    }
     for file, match in files.items():
         if match:
             with file.open("rb") as lines:

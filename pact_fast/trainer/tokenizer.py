@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,8 +15,9 @@ from pact_fast.data.types import Task, text_of
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKERS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-# words with their leading space, and whole runs of punctuation: JSON's skeleton becomes few tokens
-PIECES = r" ?[\p{L}_]+|[^\p{L}_]+?(?= ?[\p{L}_]|$)"
+# Words and runs of punctuation, spaces included. A name is the same token wherever it stands, which makes copying easy to
+# learn, and JSON's skeleton becomes few tokens.
+PIECES = r"[\p{L}_]+|[^\p{L}_]+"
 
 
 def train_tokenizer(tasks: Iterable[Task], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -53,10 +55,9 @@ def _texts(tasks: Iterable[Task]) -> Iterator[str]:
         yield "\n".join(json.dumps(tool) for tool in task.tools)
         yield from (f"{m['role']}\n{text_of(m.get('content'))}" for m in task.prompt)
         for turn in task.expert.turns if task.expert else ():
-            text = hermes.render(turn.reasoning, turn.content, turn.calls)
-            for marker in MARKERS:
-                text = text.replace(marker, " ")
-            yield f"assistant\n{text}"
-            yield from turn.observations
+            yield "assistant\n"
+            # markers are tokens of their own, so what stands between them is what merges are learnt on
+            yield from re.split("|".join(MARKERS), hermes.render(turn.reasoning, turn.content, turn.calls))
+            yield from (f"\n{text}\n" for text in turn.observations)
         if task.expert and task.expert.answer:
             yield task.expert.answer

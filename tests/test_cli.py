@@ -1,0 +1,162 @@
+"""The command line: what a newcomer meets in the first ten minutes, mistakes included."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pact_fast.cli import main
+from pact_fast.config import Config, known_keys, load_config, recipes
+from pact_fast.errors import PactError
+
+TINY = {
+    "model": {
+        "random_init": {
+            "model_type": "qwen3", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
+        }
+    },
+    "env": {"name": "toolchain"},
+    "rollout": {"num_generations": 2, "max_turn_tokens": 8, "max_completion_length": 24, "max_prompt_length": 500},
+    "trainer": {"max_steps": 1, "prompts_per_step": 2, "eval_tasks": 3, "save_steps": 1},
+    "threads": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "run")}))
+    return path
+
+
+def error_of(capsys, *arguments: str) -> str:
+    assert main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in captured if line.startswith("error:")]) == 1 and captured[-1].startswith("error:")
+    return captured[-1]
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import pact_fast"], ["-m", "pact_fast.cli", "--help"]])
+def test_importing_and_help_are_quick(arguments):
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.5
+
+
+def test_every_shipped_recipe_is_valid():
+    for name in recipes():
+        assert load_config(name).output_dir.startswith("runs/")
+
+
+@pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ("trainer.learning_rat=1", "trainer.learning_rate"),
+        ("rollout.num_generation=1", "rollout.num_generations"),
+        ("learning_rate=1", "trainer.learning_rate"),
+        ("algorithm.trace.context_iss=token", "algorithm.trace.context_is"),
+        ("rollout.temperature=hot", "rollout.temperature"),
+        ("trainer.prompts_per_update=5", "multiple of trainer.prompts_per_update"),
+        ("seed", "key=value"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_the_right_one(capsys, setting, hint):
+    assert hint in error_of(capsys, "train", "quickstart", setting)
+
+
+def test_a_misspelt_recipe_names_the_nearest(capsys):
+    assert "did you mean 'quickstart'" in error_of(capsys, "train", "quickstrat")
+
+
+def test_a_missing_data_file_is_named(capsys, tiny, tmp_path):
+    message = error_of(capsys, "train", tiny, f"data.train={tmp_path / 'nothing.jsonl'}")
+    assert "nothing.jsonl" in message
+
+
+def test_a_bad_row_names_file_line_and_field(capsys, tiny, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "hi", "answer": "1"}\n{"prompt": 3}\n')
+    message = error_of(capsys, "train", tiny, f"data.train={rows}", "env.name=toolchain")
+    assert "rows.jsonl:2" in message and "prompt" in message
+
+
+def test_a_prompt_longer_than_the_limit_says_so(capsys, tiny):
+    assert "rollout.max_prompt_length" in error_of(capsys, "train", tiny, "rollout.max_prompt_length=20")
+
+
+def test_lengths_beyond_the_models_context_say_so(capsys, tiny):
+    assert "context of 1024" in error_of(capsys, "train", tiny, "rollout.max_completion_length=4000")
+
+
+def test_a_chat_template_without_tools_is_refused_with_the_cure(capsys, tiny, tmp_path):
+    template = tmp_path / "plain.jinja"
+    template.write_text("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n")
+    assert main(["train", str(tiny)]) == 0
+    model = next((tiny.parent / "run" / "checkpoints").glob("step_*/model"))
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({**TINY, "model": {"path": str(model)}, "output_dir": str(tmp_path / "run2")}))
+    capsys.readouterr()
+    assert "model.chat_template" in error_of(capsys, "train", own, f"model.chat_template={template}")
+
+
+def test_a_second_run_does_not_mix_with_the_first(capsys, tiny):
+    assert main(["train", str(tiny)]) == 0
+    capsys.readouterr()
+    assert "resume=auto" in error_of(capsys, "train", tiny)
+    assert main(["train", str(tiny), "resume=auto"]) == 0
+
+
+def test_a_run_leaves_what_the_docs_promise_and_can_be_looked_at(capsys, tiny):
+    assert main(["train", str(tiny)]) == 0
+    run = tiny.parent / "run"
+    for name in ("config.yaml", "metrics.jsonl", "rollouts", "checkpoints/step_1", "summary.json", "report.html", "tensorboard"):
+        assert (run / name).exists(), name
+    Config.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"base_success", "success", "base_greedy", "greedy", "wall_seconds", "seed", "versions"} <= set(summary)
+    capsys.readouterr()
+    assert main(["view", str(run)]) == 0
+    assert Path(capsys.readouterr().out.strip()).read_text().startswith("<!")
+    assert main(["eval", str(run), "trainer.eval_tasks=2"]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"] == 2
+    out = run.parent / "rollouts.jsonl"
+    assert main(["rollout", str(run), "--tasks", "2", "--out", str(out)]) == 0
+    assert len(out.read_text().splitlines()) == 2
+
+
+def test_doctor_and_dry_run_pass_on_the_quickstart_and_train_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "quickstart"]) == 0
+    assert main(["train", "quickstart", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "FAIL" not in shown and "max_steps" in shown
+    assert not os.listdir(tmp_path)
+
+
+def test_doctor_fails_with_the_reason(capsys):
+    assert main(["doctor", "quickstart", "rollout.max_prompt_length=30"]) == 1
+    assert "FAIL  prompts" in capsys.readouterr().out
+
+
+def test_overrides_read_numbers_and_lists(tmp_path):
+    config = load_config("quickstart", ["trainer.learning_rate=1e-5", "env.args.hops=[1, 2]", "algorithm.epsilon_high=0.28"])
+    assert config.trainer.learning_rate == 1e-5 and config.env.args["hops"] == [1, 2]
+    assert "algorithm.sft.coef" in known_keys()
+
+
+def test_an_empty_or_broken_config_file_is_one_line(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    for text, hint in [("- a\n- b\n", "mapping"), ("a: [1\n", "not valid YAML"), ("", "model.path")]:
+        bad.write_text(text)
+        with pytest.raises(PactError, match=hint) as caught:
+            load_config(str(bad))
+        assert "\n" not in str(caught.value)
