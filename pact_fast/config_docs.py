@@ -41,7 +41,12 @@ def configuration_page() -> str:
 def _section(section: type[Section], prefix: str) -> list[str]:
     """The section's table, then those of the sections inside it."""
     heading = f"`{prefix.rstrip('.')}`" if prefix else "Top level"
-    table = [f"## {heading}\n", f"{inspect.getdoc(section)}\n", "| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+    table = [
+        f"## {heading}\n",
+        f"{inspect.getdoc(section)}\n",
+        "| key | value | default | meaning |",
+        "| --- | --- | --- | --- |",
+    ]
     inner: list[str] = []
     for name, field in section.model_fields.items():
         key = prefix + name
@@ -61,7 +66,12 @@ def _row(*cells: str) -> str:
 
 def _value(field: FieldInfo) -> str:
     """What may stand there: the words that are allowed, or a type with its bounds."""
-    bounds = [f"{sign} {getattr(limit, name)}" for limit in field.metadata for name, sign in BOUNDS.items() if hasattr(limit, name)]
+    bounds = [
+        f"{sign} {getattr(limit, name)}"
+        for limit in field.metadata
+        for name, sign in BOUNDS.items()
+        if hasattr(limit, name)
+    ]
     parts = typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
     text = " or ".join(_type(part) for part in parts if part is not types.NoneType)
     return " ".join([text, ", ".join(bounds)]).rstrip() + (" or null" if types.NoneType in parts else "")

@@ -438,5 +438,13 @@ def test_real_tasks_render():
     for task in read_tasks(str(Path(os.environ["PACT_TEST_DATA"]) / "ftrl" / "test.parquet")):
         shown = text(r, r.prompt_ids(task.prompt, task.tools))
         assert all(tool["function"]["name"] in shown for tool in task.tools)
-        for call in task.reference_calls or []:
+        for tool in task.tools:
+            parameters = tool["function"]["parameters"]
+            kinds = {name: parameters["properties"][name] for name in parameters.get("required", [])}
+            call = ToolCall(tool["function"]["name"], {name: example(kind) for name, kind in kinds.items()})
             assert r.parse(r.assistant_turn("", "", [call])[0], task.tools).attempts == [call]
+
+
+def example(schema: dict):
+    values = {"integer": 3, "number": 0.5, "boolean": True, "array": [], "object": {}}
+    return schema["enum"][0] if "enum" in schema else values.get(schema.get("type"), "text")

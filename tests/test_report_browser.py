@@ -36,7 +36,7 @@ def browse(tmp_path_factory):
 
     def load(path, fragment: str = "") -> Page:
         command = [browser, *QUIET, f"--user-data-dir={profile}", "--dump-dom", f"{path.as_uri()}#{fragment}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         page = Page()
         page.feed(done.stdout)
         assert "data-ready" in page.root and "data-error" not in page.root, done.stderr[-2000:]

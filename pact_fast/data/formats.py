@@ -171,11 +171,11 @@ class Llama3Json(ToolFormat):
             if not opening:
                 break
             begin, brace = opening.start(), data.find(b"{", opening.start(), opening.end())
+            first = free if found and begin == expected else begin  # a separator belongs to the call that follows it
             if len(found) == MAX_CALLS:
-                found.append((begin, len(data), _TOO_MANY))
+                found.append((first, len(data), _TOO_MANY))
                 break
             value, position = _scan_json(text, brace) if brace >= 0 else (None, opening.end())
-            first = free if found and begin == expected else begin  # a separator belongs to the call that follows it
             if _call_shaped(value, names):
                 found.append((first, position, _read_call(data[brace:position], tools, "parameters")))
                 free, expected = position, _skip(data, position)

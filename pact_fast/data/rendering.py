@@ -100,7 +100,7 @@ class ChatRenderer:
     def assistant_turn(
         self, reasoning: str, content: str, calls: Sequence[ToolCall], end: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [n] int64, components [n] uint8) of a turn after the generation prompt, with its end-of-turn token or not."""
+        """(ids [n] int64, components [n] uint8) of a turn after the generation prompt; `end` adds its last token."""
         encoded, components, _ = self._turn(reasoning, content, calls)
         if not end:
             return encoded.ids, components

@@ -1,0 +1,118 @@
+"""Ten thousand broken model outputs: nothing raises, nothing hangs, every rejection says why."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+import pytest
+from tokenizers_for_tests import chatml_like, llama3_like
+
+from pact_fast.data.formats import Hermes, Llama3Json, ToolFormat, error_observation
+from pact_fast.data.rendering import ChatRenderer
+from pact_fast.data.types import Component, ToolCall
+
+SEEDS = [
+    ("Think about it.", "", [ToolCall("f", {"x": 1})]),
+    ("", "I look it up.", [ToolCall("get_weather", {"city": "Paris", "days": [1, 2.5, None]})] * 3),
+    ("Well.\n- one\n- two", "The answer is 42.", []),
+    ("", "", [ToolCall("f", {"x": {"deep": {"er": ["é", "\U0001f642", "\\u"]}}})]),
+]
+SPLICES = [
+    b"<tool_call>", b"</tool_call>", b"<think>", b"</think>", b"<|im_end|>", b"<|python_tag|>", b"{", b"}", b"[", b'"', b"\\", b":",
+    b",", b"; ", b'{"name": ', b'"arguments": ', b'"parameters": {}', b"NaN", b"-Infinity", b"1e999", b"\\ud800", b"\xff", b"\xc3",
+    b"\x00", b"null", b"\n", b"9" * 5000, b"[" * 3000, b'{"name":' * 500,
+]  # fmt: skip
+TOOLS = [
+    {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}, "required": ["x"]}}},
+    {"type": "function", "function": {"name": "get_weather", "parameters": {"properties": {"city": {"type": "string"}}}}},
+]  # fmt: skip
+
+
+def mutate(rng: random.Random, data: bytes) -> bytes:
+    for _ in range(rng.randint(1, 6)):
+        a, b = sorted(rng.choices(range(len(data) + 1), k=2))
+        kind = rng.randrange(6)
+        if kind == 0:  # truncate
+            data = data[:b]
+        elif kind == 1:  # delete
+            data = data[:a] + data[min(b, a + 12) :]
+        elif kind == 2:  # insert
+            data = data[:a] + rng.choice(SPLICES) + data[a:]
+        elif kind == 3:  # repeat
+            data = data[:a] + data[a:b] * rng.randint(2, 4) + data[b:]
+        elif kind == 4 and data:  # flip bits
+            place = rng.randrange(len(data))
+            data = data[:place] + bytes([data[place] ^ (1 << rng.randrange(8))]) + data[place + 1 :]
+        else:  # nest
+            data = data[:a] + data[a:b] + data[a:]
+        data = data[:20_000]
+    return data
+
+
+def check(turn, length: int) -> None:
+    position = 0
+    for start, end, component in turn.spans:
+        assert start == position < end and component in (Component.REASONING, Component.TOOL_CALL, Component.ANSWER)
+        position = end
+    assert position == length
+    # every attempt has its span, and a rejection has a reason that can be shown to the model
+    assert len(turn.attempts) <= sum(component is Component.TOOL_CALL for _, _, component in turn.spans)
+    for attempt in turn.attempts:
+        if isinstance(attempt, str):
+            assert 10 < len(attempt) < 1000
+            error_observation(attempt).encode()
+        else:
+            assert attempt.name in ("f", "get_weather")
+            str(attempt.to_json()).encode()
+
+
+@pytest.mark.parametrize("fmt", [Hermes(), Llama3Json()], ids=lambda f: f.name)
+def test_mutated_turns(fmt: ToolFormat):
+    rng = random.Random(7)
+    rejected = accepted = 0
+    for _ in range(4000):
+        data = mutate(rng, fmt.render(*rng.choice(SEEDS)).encode())
+        turn = fmt.parse(data, TOOLS, thinking=rng.random() < 0.1)
+        check(turn, len(data))
+        rejected += len(turn.errors)
+        accepted += len(turn.calls)
+    assert rejected > 500 and accepted > 500  # the mutations neither miss nor destroy everything
+
+
+@pytest.mark.parametrize("make", [chatml_like, llama3_like])
+def test_random_and_mutated_ids(make):
+    renderer = ChatRenderer(make())
+    rng, numbers = random.Random(1), np.random.default_rng(1)
+    turns = [renderer.assistant_turn(*seed)[0] for seed in SEEDS]
+    size = len(renderer.token_bytes.table) + 50
+    for _ in range(1000):
+        ids = rng.choice(turns).copy()
+        for _ in range(rng.randint(0, 8)):
+            place = rng.randrange(len(ids))
+            if rng.random() < 0.3:
+                ids[place] = rng.choice(sorted(renderer.control_ids))
+            else:
+                ids = np.concatenate([ids[:place], numbers.integers(0, size, rng.randint(0, 5)), ids[place + 1 :], [3]])
+        turn = renderer.parse(ids[: rng.randint(0, len(ids))] if rng.random() < 0.5 else ids, TOOLS)
+        check(turn, turn.spans[-1][1] if turn.spans else 0)
+        assert set(turn.components) <= {Component.REASONING, Component.TOOL_CALL, Component.ANSWER}
+
+
+MEGABYTE = 1_000_000
+LONG = [
+    b"<tool_call>", b"</tool_call>", b"<tool_call>{", b"<think>", b"{", b'{"name":', b'{"name":[', b'{"name": "f", "parameters": {"x": ',
+    b'{"name":"f","parameters":{}};', b'{"type":1,', b"<|python_tag|>", b"<|python_tag|> ", b"; ", b" ", b"\\", b'"', b"\xff", b'{"name":"a"}x',
+    b"{ ", b'{ "name" ', b'{"name":"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", [Hermes(), Llama3Json()], ids=lambda f: f.name)
+def test_a_megabyte_of_anything_takes_linear_time(fmt: ToolFormat):
+    for unit in LONG:
+        for head, tail in ((b"", b""), (b"text ", b"}"), (b"<tool_call>", b"</tool_call>")):
+            data = head + unit * (MEGABYTE // len(unit)) + tail
+            begin = time.process_time()
+            check(fmt.parse(data, TOOLS), len(data))
+            assert time.process_time() - begin < 1.0, unit
