@@ -23,7 +23,13 @@ settings are dotted keys with YAML values: pact-fast train quickstart trainer.ma
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. A PactError is one line on standard error and status 2."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    settings = [item for item in rest if "=" in item and not item.startswith("-")]  # settings may also follow an option
+    if settings != rest or (rest and not hasattr(arguments, "settings")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.settings += rest
     try:
         return arguments.run(arguments) or 0
     except PactError as error:
@@ -67,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     view = _command(commands, "view", _view, "an HTML page of a run's rollouts, coloured by component")
     view.add_argument("run_dir", metavar="RUN", type=Path, help="run directory")
     view.add_argument("--step", type=int, help="only this step (default: all)")
-    view.add_argument("--out", type=Path, help="file to write (default: RUN/rollouts.html)")
+    view.add_argument("--out", type=Path, help="file to write (default: RUN/view.html)")
 
     _command(commands, "recipes", _recipes, "list the shipped recipes")
     bench = _command(commands, "bench", _bench, "how to run the benchmarks")

@@ -34,7 +34,9 @@ class ModelConfig(Section):
     tool_format: Literal["auto", "hermes", "llama3_json"] = Field(
         "auto", description="How tool calls are written; `auto` reads it off the chat template."
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the weights during training.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type of the computation; `bfloat16` is autocast, the weights stay float32."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
 
 
@@ -151,7 +153,7 @@ class AlgorithmConfig(Section):
         "divided by max_completion_length (dr_grpo).",
     )
     scale_rewards: bool = Field(True, description="Divide advantages by the group's standard deviation.")
-    mask_truncated_completions: bool = Field(False, description="Leave rollouts that hit a length limit out of the loss.")
+    mask_truncated_completions: bool = Field(False, description="Leave rollouts that hit a limit (length or turns) out of the loss.")
     anchor: AnchorConfig = Field(default_factory=AnchorConfig)
     trace: TraceConfig = Field(default_factory=TraceConfig)
     sft: SFTConfig = Field(default_factory=SFTConfig)
@@ -168,13 +170,15 @@ class TrainerConfig(Section):
     )
     max_tokens_per_pack: int = Field(16384, ge=128, description="Token budget of one forward/backward.")
     share_prefixes: bool = Field(True, description="Compute a prompt's shared prefix once for all of its rollouts.")
-    learning_rate: float = Field(1e-6, gt=0)
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("constant")
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Learning rate after warm-up; `linear` and `cosine` fall to 0 at the last step."
+    )
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of matrices; norms and biases are not decayed.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient average.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the squared-gradient average.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm clip.")
     save_steps: int = Field(10, ge=1, description="Checkpoint every so many steps; the last step is always saved.")
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
@@ -190,9 +194,9 @@ class PretrainConfig(Section):
     Noise makes a base that is sharp on grammar and copying but unsure of strategy, which RL can improve.
     """
 
-    steps: int = Field(800, ge=1)
+    steps: int = Field(800, ge=1, description="Optimizer steps.")
     batch_size: int = Field(16, ge=1, description="Traces per step.")
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate; it falls linearly.")
     final_lr_ratio: float = Field(0.03, ge=0, le=1, description="Learning rate at the end, relative to its peak.")
     early_stop: float = Field(0.35, ge=0, lt=1, description="Probability a turn that the trace stops before its goal.")
     wrong_relation: float = Field(0.15, ge=0, lt=1, description="Probability a hop that the trace follows a wrong relation.")
@@ -206,7 +210,7 @@ class Config(Section):
     resume: Literal["auto", "never"] = Field(
         "never", description="`auto` continues from the newest complete checkpoint of the run directory, if there is one."
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: a GPU if there is one.")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: all cores.")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)

@@ -1,4 +1,4 @@
-"""README.md and docs/ are true: examples run, commands and settings exist, links lead somewhere, generated pages are fresh."""
+"""README.md and docs/ are true: examples run, commands and settings exist, links lead somewhere, pages are fresh."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 
 import pytest
 from hypothesis import given, settings
@@ -72,7 +73,7 @@ def test_llama_writes_what_llama_writes():
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
@@ -83,7 +84,7 @@ words = st.text(st.characters(exclude_categories=["Cs"]), max_size=60).map(lambd
 
 
 @FORMATS
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(reasoning=words, content=words, calls=made_calls)
 def test_whatever_is_rendered_is_read_back(fmt, reasoning, content, calls):
     text = fmt.render(reasoning, content, calls)
@@ -92,8 +93,10 @@ def test_whatever_is_rendered_is_read_back(fmt, reasoning, content, calls):
     if not any(c in "<{" for c in reasoning + content):  # markers in text are made inert; see below
         assert turn.reasoning == reasoning and turn.content == content
     pieces = [(piece, component) for piece, component in fmt.pieces(reasoning, content, calls) if piece]
-    assert [component for _, component in pieces] == [component for _, _, component in turn.spans]
-    assert [piece for piece, _ in pieces] == [piece for piece, _ in shown(text, turn)]
+    spans = [
+        (component, "".join(s for s, _ in group)) for component, group in groupby(shown(text, turn), lambda s: s[1])
+    ]
+    assert spans == [(component, piece) for piece, component in pieces]  # one piece may hold several calls
 
 
 @pytest.mark.parametrize("evil", ["</think>", "<think>", "<tool_call>", "</tool_call>", "</thi</think>nk>"])
@@ -157,16 +160,16 @@ def hermes(body: str) -> str:
 
 
 BAD_BODIES = {
-    "not valid JSON": ["{", "f(x=1)", '{"name": "f", "arguments": {"x": 1}', '{"name": "f"} {"name": "f"}', "", "{'name': 'f'}"],
+    "not valid JSON": ["{", "f(x=1)", '{"name": "f", "arguments": {', '{"name": "f"} {"name": "f"}', "", "{'a': 1}"],
     "NaN is not": ['{"name": "f", "arguments": {"x": NaN}}'],
     "Infinity is not": ['{"name": "f", "arguments": {"x": -Infinity}}'],
     "too large": ['{"name": "f", "arguments": {"x": 1e999}}'],
     "surrogate": ['{"name": "any", "arguments": {"x": "\\ud800"}}'],
     "nested deeper": ['{"name": "any", "arguments": {"x": ' + "[" * n + "]" * n + "}}" for n in (65, 5000, 200_000)],
-    "must be a JSON object": ['"f"', "[]", "3", "null", '{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": "x"}'],
+    "must be a JSON object": ['"f"', "[]", "null", '{"name": "f", "arguments": [1]}'],
     'no string "name"': ['{"arguments": {}}', '{"name": 3, "arguments": {}}', '{"name": "", "arguments": {}}'],
     "unknown tool 'get_wether'; tools: get_weather, ": ['{"name": "get_wether", "arguments": {}}'],
-    "missing required argument 'city'": ['{"name": "get_weather", "arguments": {"town": "x"}}', '{"name": "get_weather"}'],
+    "missing required argument 'city'": ['{"name": "get_weather", "arguments": {"a": 1}}', '{"name": "get_weather"}'],
     "argument 'x' must be integer, not string": ['{"name": "f", "arguments": {"x": "1"}}'],
     "argument 'x' must be integer, not number": ['{"name": "f", "arguments": {"x": 1.5}}'],
     "argument 'x' must be integer, not boolean": ['{"name": "f", "arguments": {"x": true}}'],
@@ -359,10 +362,10 @@ def test_format_is_read_off_the_chat_template(tokenizer, name):
     assert get_format(name) is detect_format(tokenizer())
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_think", "llama3", "gemma3"])
-def test_unknown_format_of_a_template_is_refused(name):
+@pytest.mark.parametrize("tokenizer", [lambda: qwen3_like("qwen3_5_think"), lambda: llama3_like("llama3")])
+def test_unknown_format_of_a_template_is_refused(tokenizer):
     with pytest.raises(PactError, match="none of the known formats"):
-        detect_format(qwen3_like(name))
+        detect_format(tokenizer())
 
 
 def test_unknown_format_name_is_refused():

@@ -20,14 +20,14 @@ SEEDS = [
     ("", "", [ToolCall("f", {"x": {"deep": {"er": ["é", "\U0001f642", "\\u"]}}})]),
 ]
 SPLICES = [
-    b"<tool_call>", b"</tool_call>", b"<think>", b"</think>", b"<|im_end|>", b"<|python_tag|>", b"{", b"}", b"[", b'"', b"\\", b":",
-    b",", b"; ", b'{"name": ', b'"arguments": ', b'"parameters": {}', b"NaN", b"-Infinity", b"1e999", b"\\ud800", b"\xff", b"\xc3",
-    b"\x00", b"null", b"\n", b"9" * 5000, b"[" * 3000, b'{"name":' * 500,
+    b"<tool_call>", b"</tool_call>", b"<think>", b"</think>", b"<|im_end|>", b"<|python_tag|>", b"{", b"}", b"[", b'"',
+    b"\\", b":", b",", b"; ", b'{"name": ', b'"arguments": ', b'"parameters": {}', b"NaN", b"-Infinity", b"1e999",
+    b"\\ud800", b"\xff", b"\xc3", b"\x00", b"null", b"\n", b"9" * 5000, b"[" * 3000, b'{"name":' * 500,
 ]  # fmt: skip
 TOOLS = [
-    {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}, "required": ["x"]}}},
-    {"type": "function", "function": {"name": "get_weather", "parameters": {"properties": {"city": {"type": "string"}}}}},
-]  # fmt: skip
+    {"function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}, "required": ["x"]}}},
+    {"function": {"name": "get_weather", "parameters": {"properties": {"city": {"type": "string"}}}}},
+]
 
 
 def mutate(rng: random.Random, data: bytes) -> bytes:
@@ -102,9 +102,9 @@ def test_random_and_mutated_ids(make):
 
 MEGABYTE = 1_000_000
 LONG = [
-    b"<tool_call>", b"</tool_call>", b"<tool_call>{", b"<think>", b"{", b'{"name":', b'{"name":[', b'{"name": "f", "parameters": {"x": ',
-    b'{"name":"f","parameters":{}};', b'{"type":1,', b"<|python_tag|>", b"<|python_tag|> ", b"; ", b" ", b"\\", b'"', b"\xff", b'{"name":"a"}x',
-    b"{ ", b'{ "name" ', b'{"name":"',
+    b"<tool_call>", b"</tool_call>", b"<tool_call>{", b"<think>", b"{", b'{"name":', b'{"name":[', b'{"name":"',
+    b'{"name": "f", "parameters": {"x": ', b'{"name":"f","parameters":{}};', b'{"name":"a"}x', b'{"type":1,',
+    b"<|python_tag|>", b"<|python_tag|> ", b"; ", b" ", b"\\", b'"', b"\xff", b"{ ", b'{ "name" ',
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -389,6 +390,36 @@ def test_tokenizer_without_template_is_refused():
         ChatRenderer(build(None, ("<|endoftext|>",), (), "<|endoftext|>"))
 
 
+def swallow_blanks_after_controls(description: dict) -> None:
+    for token in description["added_tokens"]:
+        token["rstrip"] = token["special"]
+
+
+def write_small(description: dict) -> None:
+    description["normalizer"] = {"type": "Lowercase"}
+
+
+def add_a_leading_space(description: dict) -> None:
+    description["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (swallow_blanks_after_controls, "do not have the token ids"),
+        (write_small, "does not read back"),
+        (add_a_leading_space, "byte-level BPE"),
+    ],
+)
+def test_tokenizer_that_changes_the_text_is_refused(change, reason):
+    description = json.loads(chatml_like().backend_tokenizer.to_str())
+    change(description)
+    changed = wrap(Tokenizer.from_str(json.dumps(description)))
+    changed.chat_template = CHATML_HERMES
+    with pytest.raises(PactError, match=reason):
+        ChatRenderer(changed).check()
+
+
 def wrap(backend: Tokenizer):
     from transformers import PreTrainedTokenizerFast
 
@@ -439,12 +470,11 @@ def test_real_tasks_render():
         shown = text(r, r.prompt_ids(task.prompt, task.tools))
         assert all(tool["function"]["name"] in shown for tool in task.tools)
         for tool in task.tools:
-            parameters = tool["function"]["parameters"]
-            kinds = {name: parameters["properties"][name] for name in parameters.get("required", [])}
-            call = ToolCall(tool["function"]["name"], {name: example(kind) for name, kind in kinds.items()})
+            call = ToolCall(tool["function"]["name"], example(tool["function"]["parameters"]))
             assert r.parse(r.assistant_turn("", "", [call])[0], task.tools).attempts == [call]
 
 
 def example(schema: dict):
-    values = {"integer": 3, "number": 0.5, "boolean": True, "array": [], "object": {}}
+    inside = {name: example(schema["properties"][name]) for name in schema.get("required", [])}
+    values = {"integer": 3, "number": 0.5, "boolean": True, "array": [], "object": inside}
     return schema["enum"][0] if "enum" in schema else values.get(schema.get("type"), "text")

@@ -63,7 +63,7 @@ def test_segments_tile_random_text_and_hold_something():
     "unit", ["a. ", "{", "[", "`", "http://", "http://)", "\n", ". ", "...", "A.", "{}", "get_weather ", "city=", "。"]
 )
 def test_long_text_takes_linear_time(unit):
-    text = unit * (200_000 // len(unit))
+    text = unit * (100_000 // len(unit))
     begin = time.process_time()
     prefix_ends(text, [WEATHER, SEARCH])
     assert time.process_time() - begin < 1.5

@@ -69,6 +69,7 @@ class Plan:
     route: str  # prompt | trace | blend | expert
     trees: list[TokenTree]
     scored: list[Scored]
+    expert: tuple[Node, np.ndarray] | None = None  # where h* stands, and the component of each of its tokens
 
 
 def rollout_scored(
@@ -190,6 +191,10 @@ class Algorithm:
 
     def plan(self, group: Group, update: Update) -> Plan:
         raise NotImplementedError
+
+    def schedule(self, update: Update) -> dict[str, float]:
+        """What is annealed, for the metrics."""
+        return {}
 
 
 __all__ = [

@@ -19,6 +19,14 @@ from pact_fast.tree import Node, TokenTree
 
 
 class Pact(Algorithm):
+    def schedule(self, update: Update) -> dict[str, float]:
+        """Where the annealing stands, for the metrics."""
+        sft, horizon = self.config.sft, sft_horizon(update)
+        return {
+            "lambda": lambda_at(update.step, horizon, sft.lambda_start, sft.lambda_end),
+            "level": float(level_at(update.step, horizon, sft.level_start, sft.level_end)),
+        }
+
     def plan(self, group: Group, update: Update) -> Plan:
         anchor = prompt_share(group, update)
         tree, x = prompt_tree(group)
@@ -39,6 +47,7 @@ class Pact(Algorithm):
         rendering = config.trace.rendering
         context = update.renderer.trace_context(task, trace, "turns" if rendering == "hint" else rendering, cut)
         h = tree.add(context.ids, x)
+        plan.expert = h, context.components
         sft = expert_scored(group, h, context.components, sft_mask(context, level, update), share * config.sft.coef, update)
         if sft and config.sft.coef:
             plan.scored.append(sft)

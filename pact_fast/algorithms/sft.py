@@ -21,4 +21,4 @@ class SFT(Algorithm):
         h = tree.add(context.ids, x)
         generated = np.isin(context.components, [Component.REASONING, Component.TOOL_CALL, Component.ANSWER])
         scored = expert_scored(group, h, context.components, generated.astype(np.float64), 1.0, update)
-        return Plan(group, "expert", [tree], [scored] if scored else [])
+        return Plan(group, "expert", [tree], [scored] if scored else [], (h, context.components))

@@ -36,8 +36,8 @@ def check_template(renderer: ChatRenderer) -> None:
     _check_clock(renderer)
     _check_tools(renderer)
     _check_round_trip(renderer)
-    _check_texts(renderer)
     _check_ids(renderer)
+    _check_texts(renderer)
 
 
 def _check_clock(renderer: ChatRenderer) -> None:

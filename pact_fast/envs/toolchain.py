@@ -1,6 +1,6 @@
 """Built-in environment: multi-hop look-ups with tools, made from a seed.
 
-A task asks where a chain of relations leads ("From cleo follow: boss city."), from one start or from two at once. Every tool
+A task asks where a chain of relations leads ("From @cleo follow: boss city."), from one start or from two at once. Every tool
 looks up one relation; what it answers is drawn anew for each task, so nothing can be memorised: the policy has to call, read
 and call again. Some tools are distractors, some are busy at the first try and must be called again, and two starts are looked
 up in parallel calls. Difficulty is the number of relations (hops).
@@ -21,10 +21,10 @@ from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall, ToolSc
 from pact_fast.errors import PactError
 
 RELATIONS = ("boss", "city", "bank", "club", "road", "team", "shop", "port", "farm", "king", "lake", "band")
-NAMES = tuple(
-    """ada ben cleo dora emil fred gina hugo iris jack kira liam mona nils olga paul rita sven tess ugo vera will yara zoe
-    bert cora dean elsa finn greta hans lena"""
-    .split()
+HANDLES = tuple(
+    f"@{name}"
+    for name in """ada ben cleo dora emil fred gina hugo iris jack kira liam mona nils olga paul rita sven tess ugo vera will yara zoe
+    bert cora dean elsa finn greta hans lena""".split()
 )
 BUSY = "error: busy, try again"
 SYSTEM = "Use the tools."
@@ -92,7 +92,7 @@ class ToolchainTasks:
 
     def _draw(self, rng: random.Random, task_id: str) -> Task:
         hops = rng.randint(*self.hops)
-        names = rng.sample(NAMES, 6)
+        names = rng.sample(HANDLES, 6)
         relations = rng.sample(RELATIONS, hops + self.distractors)
         needed, offered = relations[:hops], sorted(relations)
         facts = {relation: {name: rng.choice([n for n in names if n != name]) for name in names} for relation in offered}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from pact_fast.config import RolloutConfig
 from pact_fast.data.formats import ParsedTurn, error_observation
 from pact_fast.data.rendering import ChatRenderer
-from pact_fast.data.types import Component, Message, Task, ToolCall, Trajectory, TurnRecord
+from pact_fast.data.types import Message, Task, ToolCall, Trajectory, TurnRecord, text_of
 from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
 from pact_fast.rollout.engine import Completion, Engine, Request
@@ -127,13 +127,20 @@ class AgentLoop:
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _start(self, index: int, job: Job) -> _Running:
+    def prepare(self, task: Task) -> tuple[Task, Environment]:
+        """The task as the policy sees it, and its environment: what `reset` tells is added to the question, and the
+        environment's tools are offered where the task names none. Preparing a prepared task changes nothing.
+        """
         env = self.make_env()
-        extra = env.reset(job.task)
-        task = job.task
-        if extra:
-            last = {**task.prompt[-1], "content": f"{task.prompt[-1]['content']}\n\n{extra}"}
-            task = Task(**{**task.__dict__, "prompt": [*task.prompt[:-1], last]})
+        extra = env.reset(task)
+        question = text_of(task.prompt[-1].get("content"))
+        if extra and not question.endswith(extra):
+            task = replace(task, prompt=[*task.prompt[:-1], {**task.prompt[-1], "content": f"{question}\n\n{extra}"}])
+        return replace(task, tools=task.tools or env.tools), env
+
+    def _start(self, index: int, job: Job) -> _Running:
+        task, env = self.prepare(job.task)
+        job = replace(job, task=task)
         ids = self.prompt_ids(task)
         limit = min(self.config.max_turn_tokens, self.config.max_completion_length)
         self.engine.submit(Request(index, ids, limit, job.rng_key, job.temperature))

@@ -35,12 +35,13 @@ def load_policy(source: str, settings: Sequence[str]) -> Policy:
     """From a run directory (its newest complete checkpoint) or a recipe."""
     run = Path(source)
     weights: Path | None = None
+    saved: Path | None = None
     if run.is_dir():
         if not (run / "config.yaml").exists():
             raise PactError(f"{run} is no run directory: it has no config.yaml")
         config = load_config(str(run / "config.yaml"), list(settings))
         found = checkpoint.latest(run / "checkpoints")
-        weights = found / "model" if found else run / "base"
+        weights, saved = found / "model" if found else run / "base", run / "tokenizer"
         if not (weights / "config.json").exists():
             raise PactError(f"{run} has no complete checkpoint yet; wait for the first one (trainer.save_steps) or train it")
     else:
@@ -49,7 +50,7 @@ def load_policy(source: str, settings: Sequence[str]) -> Policy:
         torch.set_num_threads(config.threads)
     device = setup.pick_device(config)
     tasks = setup.make_tasks(config)
-    tokenizer = setup.make_tokenizer(config.model, tasks)
+    tokenizer = setup.make_tokenizer(config.model, tasks, saved)
     renderer = setup.make_renderer(config.model, tokenizer)
     renderer.check()
     model = setup.make_model(config.model, tokenizer, config.seed, weights).to(device).eval()

@@ -30,7 +30,7 @@ from pact_fast.trainer.learner import Learner, UpdateResult
 from pact_fast.trainer.metrics import MetricsWriter, control_token_prob, rollout_metrics, update_metrics
 from pact_fast.trainer.pretrain import pretrain
 from pact_fast.trainer.progress import Progress
-from pact_fast.trainer.rundir import open_run, rollout_record, versions, write_rollouts, write_text
+from pact_fast.trainer.rundir import open_run, rollout_record, save_whole, versions, write_rollouts, write_text
 
 
 class Trainer:
@@ -48,9 +48,12 @@ class Trainer:
         self.run = open_run(config)
         self.reward_functions = load_reward_functions(config.algorithm.reward.functions)
         self.make_env = setup.make_environments(config)
-        self.tokenizer = setup.make_tokenizer(config.model, self.tasks)
+        saved = self.run / "tokenizer"
+        self.tokenizer = setup.make_tokenizer(config.model, self.tasks, saved)
         self.renderer = setup.make_renderer(config.model, self.tokenizer)
         self.renderer.check()
+        if not saved.exists():
+            save_whole(self.tokenizer, saved)
         self.progress = Progress()
 
     def train(self) -> dict[str, Any]:
@@ -100,10 +103,7 @@ class Trainer:
         model = setup.make_model(config.model, self.tokenizer, config.seed).to(self.device)
         with self.progress.phase("base model", config.pretrain.steps) as advance:
             pretrain(config, model, self.renderer, self.tasks, lambda step, loss: advance(f"loss {loss:.3f}"))
-        temporary = target.with_name(".base.tmp")
-        model.save_pretrained(temporary)
-        self.tokenizer.save_pretrained(temporary)
-        temporary.rename(target)
+        save_whole(model, target)
 
     def _assemble(self, model, reference) -> None:
         config = self.config
@@ -144,13 +144,14 @@ class Trainer:
         tasks = self.tasks.train(step, config.trainer.prompts_per_step)
         groups = self._rollouts(step, tasks)
         rollout_seconds = time.perf_counter() - started
-        plans, results = self._update(step, groups)
+        plans, results, schedule = self._update(step, groups)
         seconds = time.perf_counter() - started
         sampled = sum(int(t.sampled.sum()) for g in groups for t in g.trajectories)
         values = {
             **rollout_metrics(groups),
             **control_token_prob(groups, self.renderer.control_ids),
             **update_metrics(results),
+            **schedule,
             "learning_rate": self.learner.learning_rate(),
             "routes/trace_share": float(np.mean([plan.route in ("trace", "blend") for plan in plans])),
             "time/rollout": rollout_seconds,
@@ -164,6 +165,7 @@ class Trainer:
     def _rollouts(self, step: int, tasks: list[Task]) -> list[Group]:
         """Sample, reward and compute advantages, prompt by prompt."""
         config = self.config
+        tasks = [self.loop.prepare(task)[0] for task in tasks]
         groups = [Group(task, index, self.loop.prompt_ids(task)) for index, task in enumerate(tasks)]
         if not self.algorithm.needs_rollouts:
             return groups
@@ -202,7 +204,7 @@ class Trainer:
             use_turns=self.algorithm.turn_advantages,
         )
 
-    def _update(self, step: int, groups: list[Group]) -> tuple[list[Plan], list[UpdateResult]]:
+    def _update(self, step: int, groups: list[Group]) -> tuple[list[Plan], list[UpdateResult], dict[str, float]]:
         config = self.config
         size = len(groups) // self.updates_per_step
         plans: list[Plan] = []
@@ -225,7 +227,7 @@ class Trainer:
         for start in range(0, len(groups), size):
             results.append(self.learner.update(plans[start : start + size]))
             self.engine.version += 1
-        return plans, results
+        return plans, results, self.algorithm.schedule(update)
 
     # -- between steps -------------------------------------------------------------------------------------------------------
 

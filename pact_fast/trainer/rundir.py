@@ -40,6 +40,13 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def save_whole(what: Any, folder: Path) -> None:
+    """`save_pretrained` into a folder that appears only when it is complete."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    what.save_pretrained(temporary)
+    temporary.rename(folder)
+
+
 def write_rollouts(run: Path, step: int, kind: str, records: list[dict[str, Any]]) -> None:
     """rollouts/step_N.jsonl (training) or rollouts/eval_N.jsonl; a resumed step overwrites its file."""
     if records:
@@ -115,17 +122,16 @@ def _weights(plan: Plan, trajectory: Trajectory, k: int) -> np.ndarray:
 
 
 def _expert(renderer: ChatRenderer, plan: Plan) -> dict[str, Any] | None:
+    """h* with the SFT weight of every token."""
+    if plan.expert is None:
+        return None
+    node, components = plan.expert
+    weights = np.zeros(len(node.ids))
     for s in plan.scored:
-        if s.sequence < 0:
-            weights = np.zeros(len(s.node.ids))
+        if s.node is node:
             weights[s.index] = s.sft_weight
-            components = np.zeros(len(s.node.ids), int)
-            components[s.index] = s.component
-            return {
-                "tokens": token_texts(renderer, s.node.ids), "components": components.tolist(), "weights": _floats(weights),
-            }  # fmt: skip
-    return None
+    return {"tokens": token_texts(renderer, node.ids), "components": components.tolist(), "weights": _floats(weights)}
 
 
 def _floats(values: np.ndarray) -> list[float | None]:
-    return [None if np.isnan(v) else round(float(v), 6) for v in values]
+    return [None if np.isnan(v) else float(f"{v:.4g}") for v in values]

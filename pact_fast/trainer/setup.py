@@ -103,8 +103,11 @@ def make_environments(config: Config) -> Callable[[], Environment]:
     return python_tools.factory({"timeout": config.rollout.tool_timeout, **config.env.args})
 
 
-def make_tokenizer(model: ModelConfig, tasks: TaskSource) -> PreTrainedTokenizerBase:
+def make_tokenizer(model: ModelConfig, tasks: TaskSource, saved: Path | None = None) -> PreTrainedTokenizerBase:
+    """The run's tokenizer. `saved` is where a run keeps its own: it counts from then on, whatever the settings become."""
     source = model.tokenizer or model.path
+    if saved and saved.is_dir():
+        return from_pretrained(AutoTokenizer, str(saved), "tokenizer")
     if source is None:
         assert model.random_init is not None
         size = int(model.random_init.get("vocab_size", 512))

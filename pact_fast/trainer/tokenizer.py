@@ -15,9 +15,9 @@ from pact_fast.data.types import Task, text_of
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKERS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-# Words and runs of punctuation, spaces included. A name is the same token wherever it stands, which makes copying easy to
-# learn, and JSON's skeleton becomes few tokens.
-PIECES = r"[\p{L}_]+|[^\p{L}_]+"
+# Words, runs of punctuation with their spaces, and "@" alone. A word is the same token wherever it stands and a handle such as
+# @ada always follows the same token, which makes copying easy to learn; JSON's skeleton becomes few tokens.
+PIECES = r"[\p{L}_]+|@|[^\p{L}_@]+"
 
 
 def train_tokenizer(tasks: Iterable[Task], vocab_size: int) -> PreTrainedTokenizerFast:
