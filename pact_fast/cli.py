@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", _train, "train from a recipe or a YAML file")
     _recipe(train)
-    train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved settings, train nothing")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the resolved settings, train nothing"
+    )
 
     evaluate = _command(commands, "eval", _eval, "success of a model on held-out tasks, sampled and greedy")
     _recipe(evaluate, "RUN|RECIPE|FILE", "run directory (its newest model), recipe name or YAML file")
@@ -87,9 +89,13 @@ def _command(commands, name: str, run: Callable, text: str) -> argparse.Argument
     return parser
 
 
-def _recipe(parser: argparse.ArgumentParser, metavar: str = "RECIPE|FILE", text: str = "recipe name or YAML file") -> None:
+def _recipe(
+    parser: argparse.ArgumentParser, metavar: str = "RECIPE|FILE", text: str = "recipe name or YAML file"
+) -> None:
     parser.add_argument("source", metavar=metavar, help=text)
-    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings that override it, for example seed=1")
+    parser.add_argument(
+        "settings", metavar="key=value", nargs="*", help="settings that override it, for example seed=1"
+    )
 
 
 def _train(arguments) -> int:
@@ -147,7 +153,9 @@ def _bench(arguments) -> int:
     folder = Path(__file__).parent.parent / "benchmarks"
     found = sorted(path.stem for path in folder.glob("*.py")) if folder.is_dir() else []
     if not found:
-        raise PactError("no benchmarks here: they are in the repository's benchmarks/ folder, not in the installed package")
+        raise PactError(
+            "no benchmarks here: they are in the repository's benchmarks/ folder, not in the installed package"
+        )
     if arguments.name is None:
         print("\n".join(found))
         return 0

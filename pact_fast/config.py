@@ -63,7 +63,9 @@ class EnvConfig(Section):
         description="`toolchain`: built-in multi-hop look-ups; `python_tools`: tools as Python sources (FTRL, ToolHop) in "
         "separate limited processes; `auto`: by the data.",
     )
-    args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the environment, see docs/environments.md.")
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of the environment, see docs/environments.md."
+    )
 
 
 class RolloutConfig(Section):
@@ -71,11 +73,17 @@ class RolloutConfig(Section):
 
     engine: Literal["transformers"] = Field("transformers", description="What generates tokens.")
     num_generations: int = Field(8, ge=1, description="Rollouts per prompt (K).")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature; log-probs are taken at the same temperature.")
+    temperature: float = Field(
+        1.0, gt=0, description="Sampling temperature; log-probs are taken at the same temperature."
+    )
     max_turns: int = Field(10, ge=1, description="Assistant turns per trajectory.")
     max_turn_tokens: int = Field(1024, ge=1, description="Sampled tokens per assistant turn.")
-    max_completion_length: int = Field(4096, ge=1, description="Response tokens of a whole trajectory, observations included.")
-    max_prompt_length: int = Field(4096, ge=1, description="Longest prompt; a longer one is an error that names the task.")
+    max_completion_length: int = Field(
+        4096, ge=1, description="Response tokens of a whole trajectory, observations included."
+    )
+    max_prompt_length: int = Field(
+        4096, ge=1, description="Longest prompt; a longer one is an error that names the task."
+    )
     max_observation_tokens: int = Field(1024, ge=16, description="Longer observations are cut, with a note.")
     max_batch_size: int = Field(128, ge=1, description="Trajectories that generate at the same time.")
     tool_timeout: float = Field(10.0, gt=0, description="Seconds per tool call.")
@@ -85,7 +93,8 @@ class AnchorConfig(Section):
     """Prompt-only anchoring (method, section 2)."""
 
     mode: Literal["gate", "blend"] = Field(
-        "gate", description="`gate`: a coin per prompt and step chooses the context; `blend`: its expectation, both contexts."
+        "gate",
+        description="`gate`: a coin per prompt and step chooses the context; `blend`: its expectation, both contexts.",
     )
     q: float = Field(0.4, ge=0, le=1, description="Probability (gate) or share (blend) of the prompt-only route.")
 
@@ -112,11 +121,15 @@ class TraceConfig(Section):
 class SFTConfig(Section):
     """Component-aware SFT on the expert trace."""
 
-    coef: float = Field(0.1, ge=0, description="Weight of the SFT loss (β in the paper; TRL's `beta` is the KL coefficient).")
+    coef: float = Field(
+        0.1, ge=0, description="Weight of the SFT loss (β in the paper; TRL's `beta` is the KL coefficient)."
+    )
     lambda_start: float = Field(0.8, ge=0, description="Weight of tool-call tokens at step 0.")
     lambda_end: float = Field(0.2, ge=0, description="Weight of tool-call tokens from the annealing horizon on.")
     horizon: int | None = Field(None, ge=1, description="Annealing horizon S in steps; default: the run's steps.")
-    level_start: int = Field(4, ge=0, le=4, description="Reasoning prefix level at step 0 (4 = longest safe prefix, 0 = none).")
+    level_start: int = Field(
+        4, ge=0, le=4, description="Reasoning prefix level at step 0 (4 = longest safe prefix, 0 = none)."
+    )
     level_end: int = Field(0, ge=0, le=4, description="Reasoning prefix level at the horizon.")
     normalizer: Literal["weighted", "count"] = Field(
         "weighted", description="Divide by the sum of weights (as printed) or by the number of supervised tokens."
@@ -128,8 +141,12 @@ class RewardConfig(Section):
 
     unmatched_penalty: float = Field(0.0, ge=0, description="λ_pen: an unmatched call earns −λ_pen.")
     gamma: float = Field(0.9, ge=0, le=1, description="Discount of the turn-level return.")
-    combine: Literal["sum", "mean"] = Field("sum", description="Token advantage = group + turn advantage, or their mean.")
-    env_weight: float = Field(0.0, description="Weight of the environment's own outcome reward in the trajectory reward.")
+    combine: Literal["sum", "mean"] = Field(
+        "sum", description="Token advantage = group + turn advantage, or their mean."
+    )
+    env_weight: float = Field(
+        0.0, description="Weight of the environment's own outcome reward in the trajectory reward."
+    )
     match_weight: float = Field(1.0, ge=0, description="Weight of the matching turn rewards in the trajectory reward.")
     functions: list[str] = Field(
         default_factory=list,
@@ -140,10 +157,14 @@ class RewardConfig(Section):
 class AlgorithmConfig(Section):
     """What is optimised."""
 
-    name: Literal["pact", "grpo", "matchtir", "sft"] = Field("pact", description="One file each in pact_fast/algorithms.")
+    name: Literal["pact", "grpo", "matchtir", "sft"] = Field(
+        "pact", description="One file each in pact_fast/algorithms."
+    )
     epsilon: float = Field(0.2, gt=0, description="Lower clip range of the ratio.")
     epsilon_high: float | None = Field(None, gt=0, description="Upper clip range; default: epsilon.")
-    delta: float | None = Field(None, gt=1, description="Dual clip: ratio bound for negative advantages; off by default.")
+    delta: float | None = Field(
+        None, gt=1, description="Dual clip: ratio bound for negative advantages; off by default."
+    )
     beta: float = Field(0.0, ge=0, description="Coefficient of the KL to the frozen reference (k3 estimator).")
     entropy_coef: float = Field(0.0, description="Entropy bonus.")
     policy_loss: Literal["ppo", "cispo"] = Field("ppo", description="Clip rule.")
@@ -153,7 +174,9 @@ class AlgorithmConfig(Section):
         "divided by max_completion_length (dr_grpo).",
     )
     scale_rewards: bool = Field(True, description="Divide advantages by the group's standard deviation.")
-    mask_truncated_completions: bool = Field(False, description="Leave rollouts that hit a limit (length or turns) out of the loss.")
+    mask_truncated_completions: bool = Field(
+        False, description="Leave rollouts that hit a limit (length or turns) out of the loss."
+    )
     anchor: AnchorConfig = Field(default_factory=AnchorConfig)
     trace: TraceConfig = Field(default_factory=TraceConfig)
     sft: SFTConfig = Field(default_factory=SFTConfig)
@@ -166,7 +189,9 @@ class TrainerConfig(Section):
     max_steps: int = Field(100, ge=1, description="Rollout-and-update steps.")
     prompts_per_step: int = Field(16, ge=1, description="Prompts per step.")
     prompts_per_update: int | None = Field(
-        None, ge=1, description="Prompts per optimizer step; default: all of them (strictly on-policy, no old log-prob pass)."
+        None,
+        ge=1,
+        description="Prompts per optimizer step; default: all of them (strictly on-policy, no old log-prob pass).",
     )
     max_tokens_per_pack: int = Field(16384, ge=128, description="Token budget of one forward/backward.")
     share_prefixes: bool = Field(True, description="Compute a prompt's shared prefix once for all of its rollouts.")
@@ -199,7 +224,9 @@ class PretrainConfig(Section):
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate; it falls linearly.")
     final_lr_ratio: float = Field(0.03, ge=0, le=1, description="Learning rate at the end, relative to its peak.")
     early_stop: float = Field(0.35, ge=0, lt=1, description="Probability a turn that the trace stops before its goal.")
-    wrong_relation: float = Field(0.15, ge=0, lt=1, description="Probability a hop that the trace follows a wrong relation.")
+    wrong_relation: float = Field(
+        0.15, ge=0, lt=1, description="Probability a hop that the trace follows a wrong relation."
+    )
 
 
 class Config(Section):
@@ -208,7 +235,8 @@ class Config(Section):
     seed: int = Field(0, ge=0, description="Seed of everything random.")
     output_dir: str = Field("runs/{recipe}", description="Run directory; `{recipe}` is the recipe's name.")
     resume: Literal["auto", "never"] = Field(
-        "never", description="`auto` continues from the newest complete checkpoint of the run directory, if there is one."
+        "never",
+        description="`auto` continues from the newest complete checkpoint of the run directory, if there is one.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: a GPU if there is one.")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: all cores.")
@@ -226,7 +254,9 @@ class Config(Section):
             raise ValueError("set exactly one of model.path (a trained model) and model.random_init (random weights)")
         update, step = self.trainer.prompts_per_update, self.trainer.prompts_per_step
         if update is not None and step % update:
-            raise ValueError(f"trainer.prompts_per_step ({step}) must be a multiple of trainer.prompts_per_update ({update})")
+            raise ValueError(
+                f"trainer.prompts_per_step ({step}) must be a multiple of trainer.prompts_per_update ({update})"
+            )
         return self
 
 

@@ -78,7 +78,9 @@ class _Checks:
         ends = context.components[[int(i) in self.renderer.eot_ids for i in context.ids]]
         if not (ends == Component.TOOL_CALL).any():
             raise PactError("the end-of-turn token after a tool call is not supervised; check the chat template")
-        return "tokens of a trace by component: " + ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        return "tokens of a trace by component: " + ", ".join(
+            f"{name} {count}" for name, count in counts.items() if count
+        )
 
     def environment(self) -> str:
         from pact_fast.trainer.setup import make_environments
@@ -94,7 +96,8 @@ class _Checks:
                 failed += env.call(call.name, call.arguments).lower().startswith(("error", '{"error'))
         if not offered:
             raise PactError("the first tasks offer no tools; a tool-use agent needs the column `tools` in its data")
-        return f"{offered} tools in the first {min(8, len(self.sample))} tasks; {calls} expert calls run, {failed} returned an error"
+        tasks = min(8, len(self.sample))
+        return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {failed} returned an error"
 
     def prompts(self) -> str:
         limit = self.config.rollout.max_prompt_length
@@ -124,8 +127,10 @@ class _Checks:
         setup.check_context(self.config, model)
         check_supported(model)
         count = sum(p.numel() for p in model.parameters())
-        # float32 weights, gradients and two AdamW moments
-        return f"{model.config.model_type}, {count / 1e6:,.1f} M parameters; weights and optimizer take {count * 16 / 2**30:.2f} GiB"
+        memory = count * 16 / 2**30  # float32 weights, gradients and two AdamW moments
+        return (
+            f"{model.config.model_type}, {count / 1e6:,.1f} M parameters; weights and optimizer take {memory:.2f} GiB"
+        )
 
     def kernels(self) -> str:
         from pact_fast.kernels import backends

@@ -36,14 +36,23 @@ def trajectory_of(renderer: ChatRenderer, task: Task, rng: random.Random) -> Tra
     logprobs = np.where(sampled, np.array([-rng.random() for _ in ids]), np.nan).astype(np.float32)
     turns = [TurnRecord("", t.reasoning, t.content, list(t.calls), list(t.observations)) for t in trace.turns]
     return Trajectory(
-        task_id=task.id, prompt_ids=renderer.prompt_ids(task.prompt, task.tools), ids=ids, components=components,
-        turn_ids=np.concatenate([np.full(len(i), t, np.int16) for t, i, _ in parts]), sampled=sampled, logprobs=logprobs,
-        versions=np.where(sampled, 0, -1).astype(np.int32), turns=[*turns, TurnRecord("", "", trace.answer)], stop_reason="answer",
+        task_id=task.id,
+        prompt_ids=renderer.prompt_ids(task.prompt, task.tools),
+        ids=ids,
+        components=components,
+        turn_ids=np.concatenate([np.full(len(i), t, np.int16) for t, i, _ in parts]),
+        sampled=sampled,
+        logprobs=logprobs,
+        versions=np.where(sampled, 0, -1).astype(np.int32),
+        turns=[*turns, TurnRecord("", "", trace.answer)],
+        stop_reason="answer",
         reward_parts={"success": float(trace.answer == task.answer)},
-    )  # fmt: skip
+    )
 
 
-def make_groups(renderer: ChatRenderer, config: AlgorithmConfig, prompts: int, rollouts: int, seed: int = 0, use_turns: bool = True):
+def make_groups(
+    renderer: ChatRenderer, config: AlgorithmConfig, prompts: int, rollouts: int, seed: int = 0, use_turns: bool = True
+):
     """Rewarded groups with advantages, as the training loop makes them."""
     rng = random.Random(seed)
     groups = []
@@ -51,13 +60,23 @@ def make_groups(renderer: ChatRenderer, config: AlgorithmConfig, prompts: int, r
         trajectories = [trajectory_of(renderer, task, rng) for _ in range(rollouts)]
         for t in trajectories:
             compute_rewards(config.reward, task, t, dict(t.reward_parts), {})
-        advantages = token_advantages(trajectories, gamma=config.reward.gamma, combine="sum", scale=True, use_turns=use_turns)
+        advantages = token_advantages(
+            trajectories, gamma=config.reward.gamma, combine="sum", scale=True, use_turns=use_turns
+        )
         groups.append(Group(task, index, renderer.prompt_ids(task.prompt, task.tools), trajectories, advantages))
     return groups
 
 
-def update_of(renderer: ChatRenderer, config: AlgorithmConfig, groups: list[Group], step: int = 3, horizon: int = 10) -> Update:
+def update_of(
+    renderer: ChatRenderer, config: AlgorithmConfig, groups: list[Group], step: int = 3, horizon: int = 10
+) -> Update:
     return Update(
-        config=config, renderer=renderer, seed=0, step=step, horizon=horizon, prompts=len(groups),
-        sampled_tokens=sum(int(t.sampled.sum()) for g in groups for t in g.trajectories), max_completion_length=512,
-    )  # fmt: skip
+        config=config,
+        renderer=renderer,
+        seed=0,
+        step=step,
+        horizon=horizon,
+        prompts=len(groups),
+        sampled_tokens=sum(int(t.sampled.sum()) for g in groups for t in g.trajectories),
+        max_completion_length=512,
+    )

@@ -4,8 +4,8 @@ import time
 
 import numpy as np
 import pytest
-
 from helpers import toolchain_renderer
+
 from pact_fast.config import RolloutConfig
 from pact_fast.data.types import Component, Task
 from pact_fast.envs.toolchain import ToolchainEnvironment, ToolchainTasks
@@ -87,7 +87,9 @@ def test_malformed_calls_become_error_observations(renderer):
     bad = [
         "<tool_call>\n{not json}\n</tool_call>",
         '<tool_call>\n{"name": "get_nothing", "arguments": {}}\n</tool_call>',
-        '<tool_call>\n{"name": "%s", "arguments": {"of": 3}}\n</tool_call>' % task.tools[0]["function"]["name"],
+        '<tool_call>\n{"name": "%s", "arguments": {"of": 3}}\n</tool_call>'.replace(
+            "%s", task.tools[0]["function"]["name"]
+        ),
         "<tool_call>\n{",
         "done",
     ]
@@ -149,6 +151,10 @@ def test_slow_tools_run_while_others_generate_and_the_order_stays(renderer):
 
 
 def test_a_prompt_that_is_too_long_names_the_task_and_the_cure(renderer):
-    task = Task(id="row-7", prompt=[{"role": "user", "content": "word " * 500}], env_args={"facts": {}, "busy": [], "starts": []})
+    task = Task(
+        id="row-7",
+        prompt=[{"role": "user", "content": "word " * 500}],
+        env_args={"facts": {}, "busy": [], "starts": []},
+    )
     with pytest.raises(PactError, match=r"row-7.*max_prompt_length=64"):
         run(renderer, [task], [[]], max_prompt_length=64)

@@ -7,8 +7,8 @@ hidden state is a random vector that belongs to a prefix of tokens, so both side
 import numpy as np
 import pytest
 import torch
-
 from helpers import GENERATED, make_groups, toolchain_renderer, update_of
+
 from pact_fast.algorithms import make_algorithm
 from pact_fast.algorithms.base import loss_tokens
 from pact_fast.algorithms.pact import prompt_share
@@ -84,7 +84,9 @@ def oracle(hiddens, weight, groups, config, update, renderer) -> torch.Tensor:
         if config.name == "sft":
             context = renderer.trace_context(group.task, trace, "turns")
             mask = lambda c, _: [float(k in GENERATED) for k in c]  # noqa: E731
-            total = total + sft_loss(hiddens, weight, group, config, context.ids, context.components, context.level, mask)
+            total = total + sft_loss(
+                hiddens, weight, group, config, context.ids, context.components, context.level, mask
+            )
             continue
         z = prompt_share(group, update)
         progress = update.step / update.horizon
@@ -115,8 +117,17 @@ CASES = {
     "pact": {"name": "pact"},
     "pact blend": {"name": "pact", "anchor": {"mode": "blend", "q": 0.3}, "sft": {"normalizer": "count"}},
     "pact turns as printed": {"name": "pact", "trace": {"rendering": "turns", "context_is": "none"}},
-    "pact hint sequence": {"name": "pact", "anchor": {"q": 0.0}, "trace": {"rendering": "hint", "context_is": "sequence"}},
-    "pact level": {"name": "pact", "anchor": {"q": 0.2}, "trace": {"reasoning": "level", "context_is_cap": 2.0}, "sft": {"coef": 0.7}},
+    "pact hint sequence": {
+        "name": "pact",
+        "anchor": {"q": 0.0},
+        "trace": {"rendering": "hint", "context_is": "sequence"},
+    },
+    "pact level": {
+        "name": "pact",
+        "anchor": {"q": 0.2},
+        "trace": {"reasoning": "level", "context_is_cap": 2.0},
+        "sft": {"coef": 0.7},
+    },
 }
 
 
@@ -137,7 +148,10 @@ def test_loss_and_gradients_equal_the_formulas(renderer, case, share):
     plans = [algorithm.plan(group, update) for group in groups]
     batches = pack([tree for plan in plans for tree in plan.trees], max_tokens=700, share=share)
     scored = [s for plan in plans for s in plan.scored]
-    prefixes = [[tuple(batch.input_ids[: q + 1][batch.subtree_end[: q + 1] > q]) for q in range(len(batch))] for batch in batches]
+    prefixes = [
+        [tuple(batch.input_ids[: q + 1][batch.subtree_end[: q + 1] > q]) for q in range(len(batch))]
+        for batch in batches
+    ]
     rows = [torch.stack([hiddens(p).detach() for p in pack_prefixes]) for pack_prefixes in prefixes]
     if config.name == "pact" and config.trace.context_is == "sequence":
         fill_old(batches, scored, rows, weight)
@@ -148,7 +162,12 @@ def test_loss_and_gradients_equal_the_formulas(renderer, case, share):
         hidden.requires_grad_()
         cap = config.trace.context_is_cap if config.trace.context_is == "token" and config.name == "pact" else None
         out = pact_loss(
-            hidden, weight, tokens, clip=(config.epsilon, config.epsilon_high or config.epsilon), is_cap=cap, backend="torch"
+            hidden,
+            weight,
+            tokens,
+            clip=(config.epsilon, config.epsilon_high or config.epsilon),
+            is_cap=cap,
+            backend="torch",
         )
         d_hidden, d_weight = torch.autograd.grad(out.loss, [hidden, weight])
         loss += float(out.loss.detach())
@@ -169,7 +188,9 @@ def fill_old(batches, scored, rows, weight):
     for batch, hidden in zip(batches, rows, strict=True):
         for s in (s for s in scored if s.stream != 2 and any(s.node is node for node in batch.owned)):
             logits = hidden[batch.rows(s.node)[s.index]] @ weight.detach().T
-            s.old_logprob = torch.log_softmax(logits, -1)[torch.arange(len(s.index)), torch.as_tensor(s.node.ids[s.index])].numpy()
+            s.old_logprob = torch.log_softmax(logits, -1)[
+                torch.arange(len(s.index)), torch.as_tensor(s.node.ids[s.index])
+            ].numpy()
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])

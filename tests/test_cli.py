@@ -99,7 +99,9 @@ def test_lengths_beyond_the_models_context_say_so(capsys, tiny):
 
 def test_a_chat_template_without_tools_is_refused_with_the_cure(capsys, tiny, tmp_path):
     template = tmp_path / "plain.jinja"
-    template.write_text("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n")
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    )
     assert main(["train", str(tiny)]) == 0
     model = next((tiny.parent / "run" / "checkpoints").glob("step_*/model"))
     own = tmp_path / "own.yaml"
@@ -118,7 +120,15 @@ def test_a_second_run_does_not_mix_with_the_first(capsys, tiny):
 def test_a_run_leaves_what_the_docs_promise_and_can_be_looked_at(capsys, tiny):
     assert main(["train", str(tiny)]) == 0
     run = tiny.parent / "run"
-    for name in ("config.yaml", "metrics.jsonl", "rollouts", "checkpoints/step_1", "summary.json", "report.html", "tensorboard"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "rollouts",
+        "checkpoints/step_1",
+        "summary.json",
+        "report.html",
+        "tensorboard",
+    ):
         assert (run / name).exists(), name
     Config.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
     summary = json.loads((run / "summary.json").read_text())
@@ -148,7 +158,9 @@ def test_doctor_fails_with_the_reason(capsys):
 
 
 def test_overrides_read_numbers_and_lists(tmp_path):
-    config = load_config("quickstart", ["trainer.learning_rate=1e-5", "env.args.hops=[1, 2]", "algorithm.epsilon_high=0.28"])
+    config = load_config(
+        "quickstart", ["trainer.learning_rate=1e-5", "env.args.hops=[1, 2]", "algorithm.epsilon_high=0.28"]
+    )
     assert config.trainer.learning_rate == 1e-5 and config.env.args["hops"] == [1, 2]
     assert "algorithm.sft.coef" in known_keys()
 

@@ -14,9 +14,15 @@ def tiny_model() -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=8, tie_word_embeddings=True,
-        )  # fmt: skip
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            tie_word_embeddings=True,
+        )
     ).eval()
 
 
@@ -24,7 +30,10 @@ def run(model, slots: int, sessions: int, temperature: float = 1.0):
     """Three turns per session with texts of random length between them; {session: [("text"|"turn", ids, logprobs)]}."""
     engine = TransformersEngine(model, [EOT], slots=slots)
     contexts: dict[int, list] = {}
-    texts = {s: [np.random.default_rng((s % 3, t)).integers(3, 64, 1 + 17 * ((s + t) % 3)) for t in range(3)] for s in range(sessions)}
+    texts = {
+        s: [np.random.default_rng((s % 3, t)).integers(3, 64, 1 + 17 * ((s + t) % 3)) for t in range(3)]
+        for s in range(sessions)
+    }
     for s in range(sessions):
         contexts[s] = [("text", texts[s][0], None)]
         engine.submit(Request(s, texts[s][0], 1 + s % 9, (7, s), temperature))

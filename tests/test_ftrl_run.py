@@ -21,19 +21,30 @@ def recipe(tmp_path) -> Path:
         "output_dir": str(tmp_path / "run"),
         "model": {
             "random_init": {
-                "model_type": "qwen3", "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 32768,
+                "model_type": "qwen3",
+                "vocab_size": 2048,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "head_dim": 32,
+                "max_position_embeddings": 32768,
             }
         },
         "data": {"train": file, "eval": file},
         "rollout": {
-            "num_generations": 2, "max_turns": 3, "max_turn_tokens": 24, "max_completion_length": 96, "max_prompt_length": 16384,
+            "num_generations": 2,
+            "max_turns": 3,
+            "max_turn_tokens": 24,
+            "max_completion_length": 96,
+            "max_prompt_length": 16384,
             "max_batch_size": 16,
         },
         "algorithm": {"name": "pact"},
         "trainer": {"max_steps": 2, "prompts_per_step": 10, "eval_tasks": 4, "learning_rate": 1e-3},
         "threads": 1,
-    }  # fmt: skip
+    }
     path = tmp_path / "ftrl.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -54,7 +65,12 @@ def test_rollout_and_eval_run_over_all_hundred_tasks(recipe, capsys):
 def test_two_full_pact_steps_with_expert_traces(recipe, tmp_path):
     ids = [json.loads(line)["id"] for line in EXPERT.read_text().splitlines()]
     assert len(ids) == 10
-    arguments = [f"data.expert={EXPERT}", "algorithm.anchor.mode=blend", "data.shuffle=false", "trainer.prompts_per_step=50"]
+    arguments = [
+        f"data.expert={EXPERT}",
+        "algorithm.anchor.mode=blend",
+        "data.shuffle=false",
+        "trainer.prompts_per_step=50",
+    ]
     assert main(["train", str(recipe), *arguments, "rollout.num_generations=2"]) == 0
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [s for s in steps if "loss" in s]

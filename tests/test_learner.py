@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from helpers import make_groups, toolchain_renderer, update_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import make_groups, toolchain_renderer, update_of
 from pact_fast.algorithms import make_algorithm
 from pact_fast.config import AlgorithmConfig, TrainerConfig
 from pact_fast.trainer.learner import Learner, schedule
@@ -50,7 +50,13 @@ def test_every_split_gives_the_same_parameter_gradients(renderer, name, kind):
     model = tiny_model(renderer, kind)
     whole = gradients(renderer, model, config, 4, max_tokens_per_pack=100_000)
     assert whole.norm() > 1e-4
-    for chunks, budget, share in [(1, 100_000, True), (2, 600, True), (4, 256, True), (4, 100_000, False), (1, 700, False)]:
+    for chunks, budget, share in [
+        (1, 100_000, True),
+        (2, 600, True),
+        (4, 256, True),
+        (4, 100_000, False),
+        (1, 700, False),
+    ]:
         split = gradients(renderer, model, config, chunks, max_tokens_per_pack=budget, share_prefixes=share)
         assert (split - whole).norm() <= 2e-6 * whole.norm()
 
@@ -64,7 +70,9 @@ def test_old_logprobs_of_the_current_policy_change_nothing(renderer):
     for shares in (False, True):
         groups = make_groups(renderer, config, prompts=3, rollouts=2)
         update = update_of(renderer, config, groups)
-        learner = Learner(model, TrainerConfig(), config, total_updates=1, temperature=TEMPERATURE, shares_batches=shares)
+        learner = Learner(
+            model, TrainerConfig(), config, total_updates=1, temperature=TEMPERATURE, shares_batches=shares
+        )
         plans = [algorithm.plan(group, update) for group in groups]
         learner.prepare(plans)
         filled = np.concatenate([s.old_logprob for p in plans for s in p.scored if s.stream != 2])
@@ -79,9 +87,7 @@ def test_old_logprobs_of_the_current_policy_change_nothing(renderer):
 def test_the_kl_term_pulls_towards_the_reference(renderer):
     config = AlgorithmConfig(name="matchtir", beta=5.0, epsilon=1e-9)
     model, reference = tiny_model(renderer, seed=0).float(), tiny_model(renderer, seed=1).float().requires_grad_(False)
-    learner = Learner(
-        model, TrainerConfig(learning_rate=3e-3), config, total_updates=30, reference=reference
-    )
+    learner = Learner(model, TrainerConfig(learning_rate=3e-3), config, total_updates=30, reference=reference)
     algorithm = make_algorithm(config)
     groups = make_groups(renderer, config, prompts=2, rollouts=2)
     for group in groups:

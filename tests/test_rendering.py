@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers_for_tests import build, chatml_like, llama3_like, qwen3_like, template
 
 from pact_fast.data.chat_template import calling
-from pact_fast.data.formats import get_format
+from pact_fast.data.formats import Hermes, get_format
 from pact_fast.data.rendering import NO_LEVEL, ChatRenderer
 from pact_fast.data.segments import prefix_ends
 from pact_fast.data.templates import CHATML_HERMES
@@ -385,6 +385,15 @@ def test_format_that_the_tokenizer_does_not_speak_is_refused():
         ChatRenderer(chatml_like(), get_format("llama3_json")).check()
 
 
+def test_format_that_does_not_read_what_it_writes_is_refused():
+    class Broken(Hermes):
+        def _calls_text(self, calls):
+            return "<tool_call>" + " ".join(call.name for call in calls) + "</tool_call>"
+
+    with pytest.raises(PactError, match="does not read back"):
+        ChatRenderer(chatml_like(), Broken()).check()
+
+
 def test_tokenizer_without_template_is_refused():
     with pytest.raises(PactError, match="no chat template"):
         ChatRenderer(build(None, ("<|endoftext|>",), (), "<|endoftext|>"))
@@ -407,8 +416,8 @@ def add_a_leading_space(description: dict) -> None:
     ("change", "reason"),
     [
         (swallow_blanks_after_controls, "do not have the token ids"),
-        (write_small, "does not read back"),
-        (add_a_leading_space, "byte-level BPE"),
+        (write_small, "changes the text"),
+        (add_a_leading_space, "changes the text"),
     ],
 )
 def test_tokenizer_that_changes_the_text_is_refused(change, reason):

@@ -13,8 +13,14 @@ from pact_fast.tree.attention import TreeLayout, tree_mask
 from pact_fast.tree.hf import check_supported
 
 SHAPE = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
-)  # fmt: skip
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
 
 
 def random_tree(rng: random.Random, nodes: int) -> TokenTree:
@@ -35,7 +41,10 @@ def test_attention_equals_a_dense_mask_in_fp64(seed):
     trees = [random_tree(rng, rng.randint(0, 15)) for _ in range(3)]
     for batch in pack(trees, max_tokens=rng.choice([12, 60, 1000])):
         shape = (1, 4, len(batch), 16)
-        q, k, v = (torch.randn(shape if i == 0 else (1, 2, *shape[2:]), dtype=torch.float64, requires_grad=True) for i in range(3))
+        q, k, v = (
+            torch.randn(shape if i == 0 else (1, 2, *shape[2:]), dtype=torch.float64, requires_grad=True)
+            for i in range(3)
+        )
         mask = tree_mask(torch.as_tensor(batch.subtree_end))
         scores = (q @ k.repeat_interleave(2, 1).mT * 0.25).masked_fill(~mask, -torch.inf)
         expected = torch.softmax(scores, -1) @ v.repeat_interleave(2, 1)
@@ -109,6 +118,8 @@ def test_siblings_share_the_row_that_predicts_their_first_tokens():
 
 
 def test_a_model_with_sliding_windows_is_refused_with_the_reason():
-    config = Qwen3Config(**SHAPE, layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=4)
+    config = Qwen3Config(
+        **SHAPE, layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=4
+    )
     with pytest.raises(PactError, match="sliding_attention"):
         check_supported(Qwen3ForCausalLM(config))

@@ -14,7 +14,7 @@ import torch
 
 from pact_fast.config import AlgorithmConfig
 from pact_fast.data.rendering import ChatRenderer
-from pact_fast.data.types import Component, Task, Trajectory
+from pact_fast.data.types import Task, Trajectory
 from pact_fast.kernels.tokens import LossTokens, Stream
 from pact_fast.tree import Node, PackedBatch, TokenTree
 
@@ -110,7 +110,9 @@ def _token_weight(group: Group, tokens: int, update: Update) -> float:
     return 1.0 / (rollouts * max(tokens, 1))
 
 
-def expert_scored(group: Group, node: Node, components: np.ndarray, mask: np.ndarray, share: float, update: Update) -> Scored | None:
+def expert_scored(
+    group: Group, node: Node, components: np.ndarray, mask: np.ndarray, share: float, update: Update
+) -> Scored | None:
     """Expert tokens with component-aware weights `mask` [n] (m_n of the method); None when nothing is supervised (Z = 0)."""
     index = np.flatnonzero(mask)
     if not len(index):
@@ -148,7 +150,9 @@ def add_rollouts(
     ]
 
 
-def loss_tokens(batch: PackedBatch, scored: Iterable[Scored], *, reference: bool = False) -> tuple[LossTokens, list[Scored]]:
+def loss_tokens(
+    batch: PackedBatch, scored: Iterable[Scored], *, reference: bool = False
+) -> tuple[LossTokens, list[Scored]]:
     """The loss table of a pack, and the scored nodes in its order. Nodes owned by other packs are left to them."""
     owned = {id(node) for node in batch.owned}
     here = [s for s in scored if id(s.node) in owned and len(s.index)]
@@ -195,8 +199,3 @@ class Algorithm:
     def schedule(self, update: Update) -> dict[str, float]:
         """What is annealed, for the metrics."""
         return {}
-
-
-__all__ = [
-    "Algorithm", "Component", "Group", "Plan", "Scored", "Update", "add_rollouts", "expert_scored", "loss_tokens", "prompt_tree",
-]  # fmt: skip

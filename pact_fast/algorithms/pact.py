@@ -1,7 +1,7 @@
 """PACT (method, section 2): trace-conditioned policy loss + component-aware SFT, anchored to the prompt alone.
 
-    L = (1 − z)·(L_RL^h + β·L_SFT) + z·L_RL^x,   z ~ Bernoulli(q) per prompt and step   (gate)
-    the same with z = q                                                                  (blend)
+L = (1 − z)·(L_RL^h + β·L_SFT) + z·L_RL^x,   z ~ Bernoulli(q) per prompt and step   (gate)
+the same with z = q                                                                  (blend)
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Pact(Algorithm):
         context = update.renderer.trace_context(task, trace, "turns" if rendering == "hint" else rendering, cut)
         h = tree.add(context.ids, x)
         plan.expert = h, context.components
-        sft = expert_scored(group, h, context.components, sft_mask(context, level, update), share * config.sft.coef, update)
+        sft = expert_scored(
+            group, h, context.components, sft_mask(context, level, update), share * config.sft.coef, update
+        )
         if sft and config.sft.coef:
             plan.scored.append(sft)
         parent = h

@@ -15,7 +15,9 @@ class SFT(Algorithm):
     def plan(self, group: Group, update: Update) -> Plan:
         task = group.task
         if task.expert is None or not task.expert.turns:
-            raise PactError(f"task {task.id}: algorithm.name=sft needs an expert trace in every row; drop the row or add one")
+            raise PactError(
+                f"task {task.id}: algorithm.name=sft needs an expert trace in every row; drop the row or add one"
+            )
         tree, x = prompt_tree(group)
         context = update.renderer.trace_context(task, task.expert, "turns")
         h = tree.add(context.ids, x)

@@ -139,12 +139,8 @@ def _names(text: str, name: str) -> Iterator[int]:
     ordinary = name.isalpha() and (name.islower() or name.istitle())
     for start, end in _words(text, name):
         quoted = text[start - 1 : start] in ('"', "'", "`") and text[end : end + 1] in ('"', "'", "`")
-        if (
-            not ordinary
-            or quoted
-            or _USED_AFTER.match(text, end)
-            or _USED_BEFORE.search(text[max(0, start - 12) : start])
-        ):
+        beside = _USED_AFTER.match(text, end) or _USED_BEFORE.search(text[max(0, start - 12) : start])
+        if not ordinary or quoted or beside:
             yield start
 
 

@@ -35,6 +35,7 @@ def check_template(renderer: ChatRenderer) -> None:
     """PactError with the reason and the cure if the template, the tokenizer and the tool format do not go together."""
     _check_clock(renderer)
     _check_tools(renderer)
+    _check_plain(renderer)
     _check_round_trip(renderer)
     _check_ids(renderer)
     _check_texts(renderer)
@@ -59,6 +60,16 @@ def _check_tools(renderer: ChatRenderer) -> None:
         )
 
 
+def _check_plain(renderer: ChatRenderer) -> None:
+    text = 'Look: "é"\n{}'
+    encoded = renderer.token_bytes.join(renderer.encoder.plain(text)).decode("utf-8", "replace")
+    if encoded != text:
+        raise PactError(
+            f"the tokenizer changes the text that it encodes ({text!r} becomes {encoded!r}), so turns cannot be put "
+            "together from parts; use a byte-level BPE tokenizer"
+        )
+
+
 def _check_round_trip(renderer: ChatRenderer) -> None:
     """What is rendered is read back, and its tokens carry the same labels."""
     calls = [ToolCall("look_up", {"key": 'a "b" é'}), ToolCall("look_up", {"key": "1"})]
@@ -67,13 +78,12 @@ def _check_round_trip(renderer: ChatRenderer) -> None:
         turn = renderer.parse(ids, [_TOOL])
         if (turn.reasoning, turn.content, turn.attempts) != (reasoning, content, made):
             raise PactError(
-                f"the tool format {renderer.format.name} does not read back what it writes with this tokenizer: "
-                f"{turn.text!r} gives {turn.attempts}; choose another model.tool_format"
+                f"the tool format {renderer.format.name} does not read back what it writes: {turn.text!r} gives "
+                f"{turn.attempts}; choose another model.tool_format"
             )
         if not np.array_equal(turn.components, components):
             raise PactError(
-                "with this tokenizer, rendered and sampled tokens get different labels (it may change the text it "
-                "encodes); use a byte-level BPE tokenizer"
+                "with this tokenizer, rendered and sampled tokens get different labels; use a byte-level BPE tokenizer"
             )
 
 
@@ -104,8 +114,8 @@ def _check_ids(renderer: ChatRenderer) -> None:
     ids = _appended(renderer, "Look.", len(_TURNS))
     if renderer.tokenizer.encode(_text(renderer, ids), add_special_tokens=False) != ids.tolist():
         raise PactError(
-            "appended turns do not have the token ids that the tokenizer gives the whole conversation (it may add a "
-            "leading space, or strip text around special tokens); use a byte-level BPE tokenizer"
+            "appended turns do not have the token ids that the tokenizer gives the whole conversation (it may strip "
+            "blanks around special tokens); use a byte-level BPE tokenizer"
         )
 
 

@@ -105,7 +105,9 @@ class ExpertTrace:
                 index += 1
             if not calls:
                 if observations or index < len(messages):
-                    raise ValueError(f"message {index - 1}: an assistant turn without tool calls must be the last message")
+                    raise ValueError(
+                        f"message {index - 1}: an assistant turn without tool calls must be the last message"
+                    )
                 answer, answer_reasoning = content, reasoning
                 break
             if len(observations) != len(calls):

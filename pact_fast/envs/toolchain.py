@@ -21,11 +21,9 @@ from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall, ToolSc
 from pact_fast.errors import PactError
 
 RELATIONS = ("boss", "city", "bank", "club", "road", "team", "shop", "port", "farm", "king", "lake", "band")
-HANDLES = tuple(
-    f"@{name}"
-    for name in """ada ben cleo dora emil fred gina hugo iris jack kira liam mona nils olga paul rita sven tess ugo vera will yara zoe
-    bert cora dean elsa finn greta hans lena""".split()
-)
+_NAMES = """ada ben bert cleo cora dean dora elsa emil finn fred gina greta hans hugo iris
+    jack kira lena liam mona nils olga paul rita sven tess ugo vera will yara zoe"""
+HANDLES = tuple(f"@{name}" for name in _NAMES.split())
 BUSY = "error: busy, try again"
 SYSTEM = "Use the tools."
 
@@ -95,7 +93,9 @@ class ToolchainTasks:
         names = rng.sample(HANDLES, 6)
         relations = rng.sample(RELATIONS, hops + self.distractors)
         needed, offered = relations[:hops], sorted(relations)
-        facts = {relation: {name: rng.choice([n for n in names if n != name]) for name in names} for relation in offered}
+        facts = {
+            relation: {name: rng.choice([n for n in names if n != name]) for name in names} for relation in offered
+        }
         starts = tuple(rng.sample(names, 2 if rng.random() < self.parallel else 1))
         quest = Quest(starts, tuple(needed), tuple(relation for relation in needed if rng.random() < self.flaky))
         expert = write_trace(quest, facts)
@@ -122,7 +122,9 @@ class ToolchainEnvironment:
 
     def reset(self, task: Task) -> str | None:
         if "facts" not in task.env_args:
-            raise PactError(f"task {task.id} is no toolchain task (env_args has no 'facts'); set env.name for your data")
+            raise PactError(
+                f"task {task.id} is no toolchain task (env_args has no 'facts'); set env.name for your data"
+            )
         self._facts = task.env_args["facts"]
         self._busy = {relation: len(task.env_args["starts"]) for relation in task.env_args["busy"]}
         return None
@@ -178,7 +180,9 @@ def noisy_trace(task: Task, noise: Noise, rng: random.Random) -> ExpertTrace:
     return write_trace(quest, world["facts"], noise, rng)
 
 
-def write_trace(quest: Quest, facts: Facts, noise: Noise | None = None, rng: random.Random | None = None) -> ExpertTrace:
+def write_trace(
+    quest: Quest, facts: Facts, noise: Noise | None = None, rng: random.Random | None = None
+) -> ExpertTrace:
     """Follow the relations turn by turn, all starts in parallel, repeating busy look-ups. Without noise this is the expert.
 
     Each turn reasons in three sentences: where it stands, what is left, what it does next.

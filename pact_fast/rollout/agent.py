@@ -73,11 +73,13 @@ class _Running:
 class AgentLoop:
     """Samples trajectories from the prompt only.
 
-        loop = AgentLoop(engine, renderer, make_env, config)
-        trajectories = loop.run([Job(task, rng_key=(seed, step, index)), …])     # in the order of the jobs
+    loop = AgentLoop(engine, renderer, make_env, config)
+    trajectories = loop.run([Job(task, rng_key=(seed, step, index)), …])     # in the order of the jobs
     """
 
-    def __init__(self, engine: Engine, renderer: ChatRenderer, make_env: Callable[[], Environment], config: RolloutConfig):
+    def __init__(
+        self, engine: Engine, renderer: ChatRenderer, make_env: Callable[[], Environment], config: RolloutConfig
+    ):
         self.engine, self.renderer, self.make_env, self.config = engine, renderer, make_env, config
         self._pool: ThreadPoolExecutor | None = None
 
@@ -193,7 +195,9 @@ class AgentLoop:
         if room < 1:
             return "max_completion_length"
         state.append(ids, components, None, -1)
-        self.engine.submit(Request(index, ids, min(self.config.max_turn_tokens, room), temperature=state.job.temperature))
+        self.engine.submit(
+            Request(index, ids, min(self.config.max_turn_tokens, room), temperature=state.job.temperature)
+        )
         return None
 
     def _fit(self, text: str) -> str:

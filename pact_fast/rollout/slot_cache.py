@@ -86,7 +86,9 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
-def forward(model: PreTrainedModel, cache: SlotCache, rows: torch.Tensor | slice, ids: torch.Tensor, positions: torch.Tensor):
+def forward(
+    model: PreTrainedModel, cache: SlotCache, rows: torch.Tensor | slice, ids: torch.Tensor, positions: torch.Tensor
+):
     """Hidden states [b, n, D] of tokens `ids` [b, n] at `positions` [b, n] of the slots `rows`; extends the cache."""
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)

@@ -134,7 +134,11 @@ class TransformersEngine:
         ids = np.array([s.pending[0] if s.request else 0 for s in self._slots], dtype=np.int64)
         positions = np.array([s.length for s in self._slots], dtype=np.int64)
         hidden = forward(
-            self.model, self._cache, slice(0, len(self._slots)), self._tensor(ids)[:, None], self._tensor(positions)[:, None]
+            self.model,
+            self._cache,
+            slice(0, len(self._slots)),
+            self._tensor(ids)[:, None],
+            self._tensor(positions)[:, None],
         )
         sampling: list[_Session] = []
         for session in self._slots:
@@ -157,7 +161,9 @@ class TransformersEngine:
         logp = torch.log_softmax(logits / scale[:, None], -1)
         cdf = logp.double().exp().cumsum(-1)
         uniform = torch.tensor([s.generator.random() for s in sessions], dtype=torch.float64, device=logits.device)
-        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
+        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(
+            max=logits.shape[1] - 1
+        )
         greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
         tokens = torch.where(greedy, logits.argmax(-1), tokens)
         return tokens.tolist(), logp.gather(1, tokens[:, None])[:, 0].tolist()

@@ -43,7 +43,9 @@ def load_policy(source: str, settings: Sequence[str]) -> Policy:
         found = checkpoint.latest(run / "checkpoints")
         weights, saved = found / "model" if found else run / "base", run / "tokenizer"
         if not (weights / "config.json").exists():
-            raise PactError(f"{run} has no complete checkpoint yet; wait for the first one (trainer.save_steps) or train it")
+            raise PactError(
+                f"{run} has no complete checkpoint yet; wait for the first one (trainer.save_steps) or train it"
+            )
     else:
         config = load_config(source, list(settings))
     if config.threads:
@@ -73,7 +75,9 @@ def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> 
             )
         rate = success_rate(trajectories)
         result[name] = {"success": rate.to_json(), **reward_means(trajectories)}
-        progress.note(f"{name:8} success {rate}  " + "  ".join(f"{k} {v:.3f}" for k, v in reward_means(trajectories).items()))
+        progress.note(
+            f"{name:8} success {rate}  " + "  ".join(f"{k} {v:.3f}" for k, v in reward_means(trajectories).items())
+        )
     progress.close()
     policy.loop.close()
     print(json.dumps(result, indent=2))
@@ -94,7 +98,8 @@ def rollout_command(source: str, settings: Sequence[str], count: int, split: str
     progress.close()
     policy.loop.close()
     records = [
-        rollout_record(policy.renderer, task, t, step=0, kind="eval") for task, t in zip(tasks, trajectories, strict=True)
+        rollout_record(policy.renderer, task, t, step=0, kind="eval")
+        for task, t in zip(tasks, trajectories, strict=True)
     ]
     if out:
         out.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")

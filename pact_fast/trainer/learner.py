@@ -57,8 +57,8 @@ class Learner:
     def prepare(self, plans: list[Plan]) -> None:
         """The passes without gradient, before the first optimizer step on a rollout batch.
 
-        π_old is needed only when several optimizer steps share the batch (otherwise the ratio is exactly 1) or for sequence-level
-        context weights; the reference only when there is a KL term.
+        π_old is needed only when several optimizer steps share the batch (otherwise the ratio is exactly 1) or for
+        sequence-level context weights; the reference only when there is a KL term.
         """
         batches = self._pack(plans, UpdateResult())
         scored = [s for plan in plans for s in plan.scored]
@@ -169,7 +169,11 @@ class Learner:
 def head_of(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
     """(weight [V, D], bias, soft-cap) of the language-model head."""
     head = model.get_output_embeddings()
-    return head.weight, getattr(head, "bias", None), getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return (
+        head.weight,
+        getattr(head, "bias", None),
+        getattr(model.config.get_text_config(), "final_logit_softcapping", None),
+    )
 
 
 def make_optimizer(model: torch.nn.Module, trainer: TrainerConfig) -> torch.optim.AdamW:

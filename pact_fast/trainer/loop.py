@@ -36,7 +36,7 @@ from pact_fast.trainer.rundir import open_run, rollout_record, save_whole, versi
 class Trainer:
     """Builds a run from its configuration and trains it.
 
-        summary = Trainer(load_config("quickstart")).train()
+    summary = Trainer(load_config("quickstart")).train()
     """
 
     def __init__(self, config: Config):
@@ -93,7 +93,12 @@ class Trainer:
         setup.check_context(config, model)
         reference = None
         if config.algorithm.beta:
-            reference = setup.make_model(config.model, self.tokenizer, config.seed, start).to(self.device).eval().requires_grad_(False)
+            reference = (
+                setup.make_model(config.model, self.tokenizer, config.seed, start)
+                .to(self.device)
+                .eval()
+                .requires_grad_(False)
+            )
         return model.to(self.device), reference, None
 
     def _pretrain(self, target: Path) -> None:
@@ -109,7 +114,9 @@ class Trainer:
         config = self.config
         autocast = setup.precision(config, self.device)
         self.model = model
-        self.engine = TransformersEngine(model, self.renderer.eot_ids, slots=config.rollout.max_batch_size, autocast=autocast)
+        self.engine = TransformersEngine(
+            model, self.renderer.eot_ids, slots=config.rollout.max_batch_size, autocast=autocast
+        )
         self.loop = AgentLoop(self.engine, self.renderer, self.make_env, config.rollout)
         self.algorithm = make_algorithm(config.algorithm)
         per_update = config.trainer.prompts_per_update or config.trainer.prompts_per_step
@@ -171,7 +178,9 @@ class Trainer:
             return groups
         count = config.rollout.num_generations
         jobs = [
-            Job(group.task, (config.seed, step, group.index, k), config.rollout.temperature) for group in groups for k in range(count)
+            Job(group.task, (config.seed, step, group.index, k), config.rollout.temperature)
+            for group in groups
+            for k in range(count)
         ]
         with self.progress.rollouts(len(jobs)) as advance:
             trajectories = self.loop.run(jobs, lambda index, trajectory: advance())
@@ -248,8 +257,12 @@ class Trainer:
             self.tokenizer.save_pretrained(path)
 
         state = {
-            "optimizer": optimizer, "rng": rng_state, "updates": self.learner.updates, "wall_seconds": wall_seconds, "base": base,
-        }  # fmt: skip
+            "optimizer": optimizer,
+            "rng": rng_state,
+            "updates": self.learner.updates,
+            "wall_seconds": wall_seconds,
+            "base": base,
+        }
         checkpoint.save(
             self.run / "checkpoints", step, tensors={"optimizer": tensors, "rng": rng_tensors}, state=state,
             write_model=write_model, keep=self.config.trainer.save_total_limit,
@@ -269,7 +282,9 @@ class Trainer:
                 )
             results[name] = success_rate(trajectories)
             values |= {f"eval/{name}": results[name].mean}
-            values |= {f"eval/{name}/{key}": value for key, value in reward_means(trajectories).items() if key != "success"}
+            values |= {
+                f"eval/{name}/{key}": value for key, value in reward_means(trajectories).items() if key != "success"
+            }
             if name == "success":
                 self._show(step, tasks, trajectories)
         self.metrics.write(step, values)
@@ -291,7 +306,13 @@ class Trainer:
         places = sorted((k, p) for p, plan in enumerate(plans) for k in range(len(plan.group.trajectories)))
         records = [
             rollout_record(
-                self.renderer, plans[p].group.task, plans[p].group.trajectories[k], step=step, kind="train", plan=plans[p], k=k
+                self.renderer,
+                plans[p].group.task,
+                plans[p].group.trajectories[k],
+                step=step,
+                kind="train",
+                plan=plans[p],
+                k=k,
             )
             for k, p in places[: self.config.trainer.rollout_keep]
         ]

@@ -52,7 +52,9 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         "lengths/sampled_mean": float(np.mean([t.sampled.sum() for t in trajectories])),
         "turns/mean": float(np.mean([len(t.turns) for t in trajectories])),
         "tools/calls_mean": float(np.mean([len(t.calls) for t in trajectories])),
-        "tools/malformed_share": _share([isinstance(a, str) for t in trajectories for turn in t.turns for a in turn.attempts]),
+        "tools/malformed_share": _share(
+            [isinstance(a, str) for t in trajectories for turn in t.turns for a in turn.attempts]
+        ),
     }
     for part in sorted({key for t in trajectories for key in t.reward_parts}):
         values[f"reward/{part}"] = float(np.mean([t.reward_parts.get(part, 0.0) for t in trajectories]))
@@ -87,7 +89,7 @@ def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
 
 
 def control_token_prob(groups: list[Group], control: frozenset[int]) -> dict[str, float]:
-    """Mean sampler probability of sampled control tokens (end of turn, tool-call markers): it falls first when a policy breaks."""
+    """Mean sampler probability of sampled control tokens (end of turn, markers): it falls first when a policy breaks."""
     ids = np.array(sorted(control))
     probabilities = [
         np.exp(t.logprobs[t.sampled & np.isin(t.ids, ids)]) for group in groups for t in group.trajectories

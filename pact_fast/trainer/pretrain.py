@@ -24,7 +24,11 @@ from pact_fast.tree import TokenTree
 
 
 def pretrain(
-    config: Config, model: PreTrainedModel, renderer: ChatRenderer, tasks: TaskSource, on_step: Callable[[int, float], None]
+    config: Config,
+    model: PreTrainedModel,
+    renderer: ChatRenderer,
+    tasks: TaskSource,
+    on_step: Callable[[int, float], None],
 ) -> None:
     """Train `model` in place; `on_step(step, loss)` after every step. A pure function of the seed."""
     assert config.pretrain is not None

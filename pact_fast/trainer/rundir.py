@@ -55,7 +55,14 @@ def write_rollouts(run: Path, step: int, kind: str, records: list[dict[str, Any]
 
 
 def rollout_record(
-    renderer: ChatRenderer, task: Task, trajectory: Trajectory, *, step: int, kind: str, plan: Plan | None = None, k: int = 0
+    renderer: ChatRenderer,
+    task: Task,
+    trajectory: Trajectory,
+    *,
+    step: int,
+    kind: str,
+    plan: Plan | None = None,
+    k: int = 0,
 ) -> dict[str, Any]:
     """Everything a viewer needs of one rollout, as JSON."""
     weights = _weights(plan, trajectory, k) if plan else None

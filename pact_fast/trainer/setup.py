@@ -122,8 +122,10 @@ def make_renderer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Cha
     return ChatRenderer(tokenizer, None if model.tool_format == "auto" else get_format(model.tool_format))
 
 
-def make_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int, path: str | Path | None = None) -> PreTrainedModel:
-    """The policy in float32 (bfloat16 is a matter of autocast: the weights keep full precision). `path` overrides the source."""
+def make_model(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int, path: str | Path | None = None
+) -> PreTrainedModel:
+    """The policy in float32; bfloat16 is a matter of autocast, the weights keep full precision. `path` overrides."""
     source = str(path) if path else model.path
     if source is None:
         settings = dict(model.random_init or {})
@@ -131,7 +133,11 @@ def make_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
         settings["vocab_size"] = len(tokenizer)
         try:
             architecture = AutoConfig.for_model(
-                kind, **settings, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None
+                kind,
+                **settings,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=None,
             )
         except (ValueError, TypeError, KeyError) as error:
             raise PactError(f"model.random_init: {' '.join(str(error).split())[:200]}") from None

@@ -30,7 +30,9 @@ def check_supported(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds - {"full_attention"}:
-        raise PactError(f"{config.model_type}: tree attention needs full attention in every layer, found {', '.join(sorted(kinds))}")
+        raise PactError(
+            f"{config.model_type}: tree attention needs full attention in every layer, found {', '.join(sorted(kinds))}"
+        )
     if getattr(config, "attn_logit_softcapping", None):
         raise PactError(f"{config.model_type}: tree attention does not support soft-capped attention scores")
 

@@ -58,8 +58,8 @@ def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True) -> 
     """Pack trees, largest first, each into the first pack with room.
 
     A tree over the budget is split by leaves into sub-trees that repeat the shared path; a single path over the budget gets a
-    pack of its own (nothing is ever cut). `share=False` gives every root-to-leaf path a copy of its own: the same numbers without
-    sharing.
+    pack of its own (nothing is ever cut). `share=False` gives every root-to-leaf path a copy of its own: the same numbers
+    without sharing.
     """
     pieces = [piece for tree in trees for piece in _split(tree, max_tokens if share else 0)]
     order = sorted(range(len(pieces)), key=lambda i: -_size(pieces[i]))

@@ -39,9 +39,9 @@ class Node:
 class TokenTree:
     """x → {τ…}, x → h* → x′ → {τ…}, or any other tree.
 
-        tree = TokenTree()
-        x = tree.add(prompt_ids)
-        y = tree.add(rollout_ids, parent=x)
+    tree = TokenTree()
+    x = tree.add(prompt_ids)
+    y = tree.add(rollout_ids, parent=x)
     """
 
     def __init__(self) -> None:
