@@ -123,7 +123,7 @@ class _Checks:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(architecture)
         else:
-            model = setup.make_model(self.config.model, self.tokens, self.config.seed)
+            model = setup.make_model(self.config, self.tokens)
         setup.check_context(self.config, model)
         check_supported(model)
         count = sum(p.numel() for p in model.parameters())

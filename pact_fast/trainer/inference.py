@@ -55,7 +55,7 @@ def load_policy(source: str, settings: Sequence[str]) -> Policy:
     tokenizer = setup.make_tokenizer(config.model, tasks, saved)
     renderer = setup.make_renderer(config.model, tokenizer)
     renderer.check()
-    model = setup.make_model(config.model, tokenizer, config.seed, weights).to(device).eval()
+    model = setup.make_model(config, tokenizer, path=weights, device=device).eval()
     setup.check_context(config, model)
     engine = TransformersEngine(
         model, renderer.eot_ids, slots=config.rollout.max_batch_size, autocast=setup.precision(config, device)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from pact_fast.algorithms import make_algorithm
 from pact_fast.algorithms.base import Group, Plan, Update
@@ -60,9 +61,8 @@ class Trainer:
         """Train to the end; returns (and writes) the summary."""
         started = time.time()
         found = checkpoint.latest(self.run / "checkpoints") if self.config.resume == "auto" else None
-        model, reference, base = self._model(found)
-        self._assemble(model, reference)
-        first, elapsed = 0, 0.0
+        self._assemble(*self._models(found))
+        first, elapsed, base = 0, 0.0, None
         if found:
             first, elapsed, base = self._restore(found)
         else:
@@ -82,35 +82,30 @@ class Trainer:
 
     # -- building ------------------------------------------------------------------------------------------------------------
 
-    def _model(self, found: Path | None):
-        """(policy, frozen reference, base evaluation so far)."""
+    def _models(self, found: Path | None) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+        """The policy, from a checkpoint or from the start, and the frozen reference if there is a KL term."""
         config = self.config
         base_dir = self.run / "base"
         if config.pretrain and not (base_dir / "config.json").exists():
             self._pretrain(base_dir)
         start = base_dir if config.pretrain else None
-        model = setup.make_model(config.model, self.tokenizer, config.seed, found / "model" if found else start)
+        model = setup.make_model(config, self.tokenizer, path=found / "model" if found else start, device=self.device)
         setup.check_context(config, model)
-        reference = None
-        if config.algorithm.beta:
-            reference = (
-                setup.make_model(config.model, self.tokenizer, config.seed, start)
-                .to(self.device)
-                .eval()
-                .requires_grad_(False)
-            )
-        return model.to(self.device), reference, None
+        if not config.algorithm.beta:
+            return model, None
+        reference = setup.make_model(config, self.tokenizer, path=start, device=self.device)
+        return model, reference.eval().requires_grad_(False)
 
     def _pretrain(self, target: Path) -> None:
         """Make the base model; the folder appears only when it is complete."""
         config = self.config
         assert config.pretrain is not None
-        model = setup.make_model(config.model, self.tokenizer, config.seed).to(self.device)
+        model = setup.make_model(config, self.tokenizer, device=self.device)
         with self.progress.phase("base model", config.pretrain.steps) as advance:
             pretrain(config, model, self.renderer, self.tasks, lambda step, loss: advance(f"loss {loss:.3f}"))
         save_whole(model, target)
 
-    def _assemble(self, model, reference) -> None:
+    def _assemble(self, model: PreTrainedModel, reference: PreTrainedModel | None) -> None:
         config = self.config
         autocast = setup.precision(config, self.device)
         self.model = model

@@ -123,12 +123,19 @@ def make_renderer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Cha
 
 
 def make_model(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int, path: str | Path | None = None
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    path: str | Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """The policy in float32; bfloat16 is a matter of autocast, the weights keep full precision. `path` overrides."""
-    source = str(path) if path else model.path
+    """The policy in float32; bfloat16 is a matter of autocast, the weights keep full precision.
+
+    From `path`, else as the configuration says: a trained model, or random weights from the seed.
+    """
+    source = str(path) if path else config.model.path
     if source is None:
-        settings = dict(model.random_init or {})
+        settings = dict(config.model.random_init or {})
         kind = settings.pop("model_type", "qwen3")
         settings["vocab_size"] = len(tokenizer)
         try:
@@ -141,12 +148,13 @@ def make_model(
             )
         except (ValueError, TypeError, KeyError) as error:
             raise PactError(f"model.random_init: {' '.join(str(error).split())[:200]}") from None
-        torch.manual_seed(seed)
+        torch.manual_seed(config.seed)
         built = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
     else:
         built = from_pretrained(AutoModelForCausalLM, source, "model", dtype=torch.float32)
-    if model.gradient_checkpointing:
+    if config.model.gradient_checkpointing:
         built.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.nn.Module.to(built, device)  # in place
     return built
 
 
