@@ -60,11 +60,13 @@ class LossTokens:
 
     def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> LossTokens:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return LossTokens(**{k: None if v is None else fn(v) for k, v in values.items()})
+        mapped: dict[str, Any] = {k: None if v is None else fn(v) for k, v in values.items()}
+        return LossTokens(**mapped)
 
     @staticmethod
     def cat(parts: list[LossTokens]) -> LossTokens:
         """Concatenate; an optional field must be present in all parts or in none."""
         names = [f.name for f in dataclasses.fields(LossTokens)]
         columns: dict[str, Any] = {name: [getattr(part, name) for part in parts] for name in names}
-        return LossTokens(**{k: None if v[0] is None else torch.cat(v) for k, v in columns.items()})
+        joined: dict[str, Any] = {k: None if v[0] is None else torch.cat(v) for k, v in columns.items()}
+        return LossTokens(**joined)

@@ -41,6 +41,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config):
+        self.started = time.time()
         self.config = config
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -59,7 +60,7 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Train to the end; returns (and writes) the summary."""
-        started = time.time()
+        started = self.started
         found = checkpoint.latest(self.run / "checkpoints") if self.config.resume == "auto" else None
         self._assemble(*self._models(found))
         first, elapsed, base = 0, 0.0, None
@@ -129,7 +130,7 @@ class Trainer:
 
     def _restore(self, found: Path) -> tuple[int, float, dict[str, Any] | None]:
         saved = checkpoint.load(found)
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names = self._parameter_names()
         checkpoint.load_optimizer(self.learner.optimizer, names, saved.tensors["optimizer"], saved.state["optimizer"])
         checkpoint.set_rng_state(saved.state["rng"], saved.tensors["rng"])
         self.learner.updates = saved.state["updates"]
@@ -137,6 +138,9 @@ class Trainer:
         checkpoint.repair_metrics(self.run / "metrics.jsonl", saved.step)
         self.progress.note(f"resuming {self.run} from step {saved.step}")
         return saved.step, saved.state["wall_seconds"], saved.state["base"]
+
+    def _parameter_names(self) -> dict[torch.Tensor, str]:
+        return {parameter: name for name, parameter in self.model.named_parameters()}
 
     # -- one step ------------------------------------------------------------------------------------------------------------
 
@@ -243,7 +247,7 @@ class Trainer:
             self._save(done, base, wall_seconds)
 
     def _save(self, step: int, base: dict[str, Any] | None, wall_seconds: float) -> None:
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names = self._parameter_names()
         tensors, optimizer = checkpoint.optimizer_tensors(self.learner.optimizer, names)
         rng_state, rng_tensors = checkpoint.rng_state()
 
