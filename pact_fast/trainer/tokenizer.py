@@ -15,9 +15,9 @@ from pact_fast.data.types import Task, text_of
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKERS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-# Words, runs of punctuation with their spaces, and "@" alone. A word is the same token wherever it stands and a handle such as
-# @ada always follows the same token, which makes copying easy to learn; JSON's skeleton becomes few tokens.
-PIECES = r"[\p{L}_]+|@|[^\p{L}_@]+"
+# Words with their leading space, runs of punctuation, and "@" alone. Listed words follow each other directly, and a handle
+# such as @ada always follows the same token: both make copying easy to learn. JSON's skeleton becomes few tokens.
+PIECES = r" ?[\p{L}_]+|@|\n+|[^\p{L}_@]+?(?= ?[\p{L}_@]|$)"
 
 
 def train_tokenizer(tasks: Iterable[Task], vocab_size: int) -> PreTrainedTokenizerFast:
