@@ -60,21 +60,26 @@ def test_a_run_repeats_itself_and_moves_its_weights(undisturbed, tmp_path):
     assert len({r["loss"] for r in first if "loss" in r}) == 8
 
 
+def kill_at(run: Path, lines: int, delay: float) -> None:
+    """Start or resume the run, and SIGKILL it `delay` seconds after its metrics have so many lines."""
+    process = subprocess.Popen(command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not (file.exists() and file.read_bytes().count(b"\n") >= lines):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(delay)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 def test_killed_at_five_random_moments_it_ends_with_the_same_metrics(undisturbed, tmp_path):
-    run, seconds = undisturbed
+    run, _ = undisturbed
     rng = random.Random(os.environ.get("PACT_KILL_SEED", "7"))
-    target, kills = tmp_path / "run", 0
-    # start-up takes most of such a short run: a kill lands anywhere from there to the end, saving included
-    while kills < 5:
-        process = subprocess.Popen(command(target), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            assert process.wait(rng.uniform(0.5, 0.95) * seconds) == 0
-            break  # it finished before the kill: nothing left to disturb
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert kills >= 2
+    target = tmp_path / "run"
+    for lines in sorted(rng.sample(range(10), 5)):  # of the run's 11 lines, so that every life ends by a kill
+        kill_at(target, lines, rng.uniform(0.0, 0.15))
     subprocess.run(command(target), check=True, capture_output=True, timeout=300)
     assert metrics(target) == metrics(run)
     same = ("base_success", "success", "base_greedy", "greedy", "steps", "seed")

@@ -190,26 +190,19 @@ def set_rng_state(state: dict[str, Any], tensors: Tensors) -> None:
 # -- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def repair_metrics(path: Path, step: int) -> None:
-    """Cut metrics.jsonl back to the records of steps ≤ `step`, whole or not at all; torn lines go too.
+def rewind_metrics(path: Path, size: int) -> None:
+    """Cut metrics.jsonl back to the `size` bytes that it had at a checkpoint.
 
-    A resumed run repeats the steps after its checkpoint, which would otherwise stand there twice.
+    A resumed run repeats what came after, which would otherwise stand there twice. If the file has lost bytes since (a full
+    disk, a torn copy), its whole lines are kept.
     """
     if not path.exists():
         return
-    kept = [line + b"\n" for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(b"".join(kept))
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _step_of(line: bytes) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # torn: belongs to no step
+    data = path.read_bytes()
+    if len(data) < size:
+        size = data.rfind(b"\n") + 1
+    os.truncate(path, size)
+    _sync(path)
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------

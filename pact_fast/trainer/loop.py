@@ -67,8 +67,8 @@ class Trainer:
         if found:
             first, elapsed, base = self._restore(found)
         else:
-            checkpoint.repair_metrics(self.run / "metrics.jsonl", 0)
-        self.metrics = MetricsWriter(self.run)
+            checkpoint.rewind_metrics(self.run / "metrics.jsonl", 0)
+        self.metrics = MetricsWriter(self.run, first)
         try:
             if base is None:
                 base = self._evaluate(0, "base")
@@ -135,7 +135,7 @@ class Trainer:
         checkpoint.set_rng_state(saved.state["rng"], saved.tensors["rng"])
         self.learner.updates = saved.state["updates"]
         self.engine.version = saved.state["updates"]
-        checkpoint.repair_metrics(self.run / "metrics.jsonl", saved.step)
+        checkpoint.rewind_metrics(self.run / "metrics.jsonl", saved.state["metrics_bytes"])
         self.progress.note(f"resuming {self.run} from step {saved.step}")
         return saved.step, saved.state["wall_seconds"], saved.state["base"]
 
@@ -261,6 +261,7 @@ class Trainer:
             "updates": self.learner.updates,
             "wall_seconds": wall_seconds,
             "base": base,
+            "metrics_bytes": (self.run / "metrics.jsonl").stat().st_size,
         }
         checkpoint.save(
             self.run / "checkpoints", step, tensors={"optimizer": tensors, "rng": rng_tensors}, state=state,

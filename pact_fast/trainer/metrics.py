@@ -16,13 +16,13 @@ from pact_fast.trainer.learner import UpdateResult
 
 
 class MetricsWriter:
-    """Appends to run/metrics.jsonl, flushed per record, and to TensorBoard in run/tensorboard."""
+    """Appends to run/metrics.jsonl, flushed per record, and to TensorBoard in run/tensorboard, from step `first` on."""
 
-    def __init__(self, run: Path):
+    def __init__(self, run: Path, first: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"))
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1 if first else None)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
