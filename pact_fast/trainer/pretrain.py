@@ -1,7 +1,7 @@
 """The base model of the quickstart: SFT on noisy toolchain traces, from random weights.
 
-The noise (wrong relations, early stops) makes a base that is sharp on grammar and copying but unsure of strategy: nearly
-always right when greedy, mostly wrong when sampled. That is the gap which reinforcement learning can close in minutes.
+The noise (wrong relations, early stops) makes a base that is sharp on grammar and copying but unsure of strategy, so that it is
+mostly wrong when sampled. That is the gap which reinforcement learning can close in minutes.
 """
 
 from __future__ import annotations
