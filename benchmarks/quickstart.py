@@ -1,7 +1,7 @@
 """Does the quickstart keep its promise? Runs it for several seeds, one after the other, and checks the success band.
 
-    python benchmarks/quickstart.py                    seeds 0, 1, 2; half an hour on two cores
-    python benchmarks/quickstart.py --seeds 3 --out results.json
+python benchmarks/quickstart.py                    seeds 0, 1, 2; half an hour on two cores
+python benchmarks/quickstart.py --seeds 3 --out results.json
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROMISE = {"base_success": "at most 0.35", "success": "at least 0.85", "greedy": "not below the base", "minutes": "at most 10"}
+PROMISE = {
+    "base_success": "at most 0.35",
+    "success": "at least 0.85",
+    "greedy": "not below the base",
+    "minutes": "at most 10",
+}
 
 
 def run(seed: int, folder: Path) -> dict:
