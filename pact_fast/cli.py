@@ -13,7 +13,7 @@ from pact_fast.errors import PactError
 
 EPILOG = """\
 first steps:
-  pact-fast train quickstart              train a small tool-use agent on this machine, ten minutes on two cores
+  pact-fast train quickstart              train a small tool-use agent on this machine, on the CPU
   pact-fast view runs/quickstart          look at its rollouts
   pact-fast recipes                       what else is shipped
 
