@@ -125,8 +125,8 @@ def descendants(pid: int) -> list[int]:
 
 
 def tidy(pool: SandboxPool) -> bool:
-    """No more processes are left than wait for the next call: keeper, init and tool, or the tool alone."""
-    return wait_for(lambda: len(descendants(server(pool))) <= (3 if "processes" in pool.protections else 1))
+    """Only the processes that wait for the next call are left: keeper, init and tool, or the tool alone."""
+    return wait_for(lambda: len(descendants(server(pool))) == (3 if "processes" in pool.protections else 1))
 
 
 def running(marker: str) -> list[int]:
