@@ -1,6 +1,6 @@
 """Does the quickstart keep its promise? Runs it for several seeds, one after the other, and checks the success band.
 
-python benchmarks/quickstart.py                    seeds 0, 1, 2; half an hour on two cores
+python benchmarks/quickstart.py                    seeds 0, 1, 2; under half an hour on two cores
 python benchmarks/quickstart.py --seeds 3 --out results.json
 """
 
