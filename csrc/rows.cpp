@@ -3,7 +3,9 @@
 // A chunk of logits z [n, V] (fp32) is read once by `head_rows_forward`, which leaves the final logits
 //     z ← softcap·tanh((z + b)/softcap)/T
 // in place and gives log-probs, entropies and log-sum-exps, and once by `head_rows_backward`, which replaces them by
-//     dz = [g·(onehot − p) − h·p·(log p + H)]·(1 − (z·T/softcap)²)/T,      p = exp(z − lse).
+//     dz = [g·(onehot − p) − h·p·(log p + H) + pair]·(1 − (z·T/softcap)²)/T,      p = exp(z − lse),
+// where `pair` is the gradient of a divergence between this row's softmax and another one's. Formulas and shapes:
+// pact_fast/kernels/rows_torch.py, the twin in plain torch.
 // One thread owns a row and adds in a fixed order, so that results do not depend on the number of threads.
 //
 // LibTorch stable ABI: one build serves every torch from 2.11 on.
@@ -29,7 +31,7 @@ constexpr int64_t kBlock = 2048;  // logits worked on at a time: 8 KiB, read aga
 inline float exp_fast(float x) {
   const float bounded = std::max(x, -87.0f);
   const float n = std::nearbyintf(bounded * 1.44269504088896341f);
-  const float r = std::fmaf(n, 1.42860682030941723e-6f, std::fmaf(n, -0.693145751953125f, bounded));  // x − n·ln 2
+  const float r = std::fmaf(n, -1.42860682030941723e-6f, std::fmaf(n, -0.693145751953125f, bounded));  // x − n·ln 2
   float y = 1.9875691500e-4f;
   y = std::fmaf(y, r, 1.3981999507e-3f);
   y = std::fmaf(y, r, 8.3334519073e-3f);
@@ -41,6 +43,14 @@ inline float exp_fast(float x) {
   float power;
   std::memcpy(&power, &bits, sizeof power);
   return x < -87.0f ? 0.0f : y * power;
+}
+
+// log(1 + u) for 0 ≤ u ≤ 1 as 2·artanh(u/(2 + u)).
+inline float log1p_fast(float u) {
+  const float s = u / (2.0f + u), q = s * s;
+  float y = 1.0f / 13.0f;
+  for (const float c : {1.0f / 11.0f, 1.0f / 9.0f, 1.0f / 7.0f, 1.0f / 5.0f, 1.0f / 3.0f, 1.0f}) y = std::fmaf(y, q, c);
+  return 2.0f * s * y;
 }
 
 // tanh(x) within 3 ulp.
@@ -68,7 +78,7 @@ float finish_logits(float* z, const float* bias, int64_t n, float softcap, float
   if (inverse_temperature != 1.0f) {
     for (int64_t i = 0; i < n; ++i) z[i] *= inverse_temperature;
   }
-  float top = -std::numeric_limits<float>::infinity();
+  float top = std::numeric_limits<float>::lowest();
 #pragma omp simd reduction(max : top)
   for (int64_t i = 0; i < n; ++i) top = std::max(top, z[i]);
   return top;
@@ -76,7 +86,7 @@ float finish_logits(float* z, const float* bias, int64_t n, float softcap, float
 
 // One read of the row: online maximum m, Σ exp(z − m) and Σ exp(z − m)·(z − m). Sums over blocks are fp64.
 Row row_forward(float* z, const float* bias, int64_t vocab, int64_t target, float softcap, float inverse_temperature) {
-  float m = -std::numeric_limits<float>::infinity();
+  float m = std::numeric_limits<float>::lowest();
   double sum = 0.0, weighted = 0.0;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = std::min(kBlock, vocab - start);
@@ -84,8 +94,7 @@ Row row_forward(float* z, const float* bias, int64_t vocab, int64_t target, floa
     const float top = finish_logits(block, bias == nullptr ? nullptr : bias + start, n, softcap, inverse_temperature);
     if (top > m) {
       const double shift = static_cast<double>(m) - top, scale = std::exp(shift);
-      // Σ e^(z−m')·(z−m') with m' = top; the first block has nothing to scale
-      weighted = sum > 0.0 ? scale * (weighted + shift * sum) : 0.0;
+      weighted = scale * (weighted + shift * sum);  // both sums move to the new maximum
       sum *= scale;
       m = top;
     }
@@ -103,24 +112,80 @@ Row row_forward(float* z, const float* bias, int64_t vocab, int64_t target, floa
   return {z[target], static_cast<float>(m + log_sum), static_cast<float>(log_sum - weighted / sum)};
 }
 
-// dz of one row from its final logits; `out` may be `z`.
-void row_backward(const float* z, float* out, int64_t vocab, int64_t target, float lse, float entropy, float g, float h,
-                  float softcap, float temperature) {
-  const float inverse = 1.0f / temperature, to_tanh = softcap > 0.0f ? temperature / softcap : 0.0f;
-  const float log_p = z[target] - lse;
-  const float slope = 1.0f - (z[target] * to_tanh) * (z[target] * to_tanh);
-  // 1 − p by expm1: where p → 1, g − g·p would lose every digit
-  const float at_target = (-g * std::expm1(log_p) - h * std::exp(log_p) * (log_p + entropy)) * inverse * slope;
-  const float gt = g * inverse, ht = h * inverse;
-  if (ht == 0.0f && softcap <= 0.0f) {
-    for (int64_t i = 0; i < vocab; ++i) out[i] = -gt * exp_fast(z[i] - lse);
+// log((p + q)/2) from log p and log q.
+inline float log_mean(float a, float b) {
+  const float top = std::max(a, b), low = std::min(a, b);
+  return top + log1p_fast(exp_fast(low - top)) - 0.693147180559945f;
+}
+
+// KL(p ‖ q) in nats, or KL(p ‖ (p + q)/2) if `to_mean`, of the softmax of two rows of final logits.
+double row_divergence(const float* z, const float* other, int64_t vocab, float lse, float other_lse, bool to_mean) {
+  double total = 0.0;
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t stop = std::min(vocab, start + kBlock);
+    float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = start; i < stop; ++i) {
+      const float l = z[i] - lse, k = other[i] - other_lse;
+      part += exp_fast(l) * (l - (to_mean ? log_mean(l, k) : k));
+    }
+    total += part;
+  }
+  return total;
+}
+
+struct Pair {
+  const float* other;  // final logits of the partner; nullptr: none
+  float lse, divergence, own, cross;
+  bool to_mean;
+};
+
+// What one row's gradient is made of.
+struct RowGrad {
+  int64_t target;
+  float logprob, lse, entropy, g, h, softcap, temperature;
+  Pair pair;
+};
+
+// dz of n ≤ kBlock logits z that begin at `start` of the row.
+void block_backward(const float* z, float* out, int64_t start, int64_t n, const RowGrad& r) {
+  const float inverse = 1.0f / r.temperature, g = r.g * inverse, h = r.h * inverse;
+  if (h == 0.0f) {
+    for (int64_t i = 0; i < n; ++i) out[i] = -g * exp_fast(z[i] - r.lse);
   } else {
-    for (int64_t i = 0; i < vocab; ++i) {
-      const float l = z[i] - lse, t = z[i] * to_tanh;
-      out[i] = -exp_fast(l) * (gt + ht * (l + entropy)) * (1.0f - t * t);
+    for (int64_t i = 0; i < n; ++i) {
+      const float l = z[i] - r.lse;
+      out[i] = -exp_fast(l) * (g + h * (l + r.entropy));
     }
   }
-  out[target] = at_target;
+  if (r.target >= start && r.target < start + n) {
+    // 1 − p by expm1: where p → 1, g − g·p would lose every digit
+    const float l = r.logprob;
+    out[r.target - start] = -g * std::expm1(l) - h * std::exp(l) * (l + r.entropy);
+  }
+  if (r.pair.other != nullptr) {
+    const float own = r.pair.own * inverse, cross = r.pair.cross * inverse;
+    const float* other = r.pair.other + start;
+    for (int64_t i = 0; i < n; ++i) {
+      const float l = z[i] - r.lse, k = other[i] - r.pair.lse, p = exp_fast(l);
+      const float reference = r.pair.to_mean ? log_mean(l, k) : k;
+      out[i] += own * p * (l - reference - r.pair.divergence) + cross * (p - exp_fast(k));
+    }
+  }
+  if (r.softcap > 0.0f) {
+    const float to_tanh = r.temperature / r.softcap;
+    for (int64_t i = 0; i < n; ++i) out[i] *= 1.0f - (z[i] * to_tanh) * (z[i] * to_tanh);
+  }
+}
+
+// dz of one row from its final logits z; `out` may be z if there is no partner.
+void row_backward(const float* z, float* out, int64_t vocab, const RowGrad& r) {
+  float block[kBlock];  // a copy, for `out` overwrites z while the slope of the soft-cap still needs it
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t n = std::min(kBlock, vocab - start);
+    std::copy_n(z + start, n, block);
+    block_backward(block, out + start, start, n, r);
+  }
 }
 
 template <typename T>
@@ -154,18 +219,42 @@ void head_rows_forward(Tensor z, const Tensor target, const std::optional<Tensor
   });
 }
 
-// Row j of z becomes dz of row source[j] (m ≤ n rows). A row that moves goes to a place whose own row is not among the
-// sources, so rows can be worked on in any order. lse, entropy, g, h, target, temperature: [n], by source row.
-void head_rows_backward(Tensor z, const Tensor source, const Tensor target, const Tensor temperature, double softcap,
-                        const Tensor lse, const Tensor entropy, const Tensor g, const std::optional<Tensor> h) {
-  const int64_t rows = source.size(0), vocab = z.size(1), stride = z.stride(0);
-  const float* h_data = data<float>(h);
+// [n] ← divergence of every row to its partner; 0 where partner is −1.
+void head_rows_divergence(const Tensor z, const Tensor lse, const Tensor partner, bool to_mean, Tensor result) {
+  const int64_t rows = z.size(0), vocab = z.size(1), stride = z.stride(0);
+  const float* lses = data<float>(lse);
+  torch::stable::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k = data<int64_t>(partner)[i];
+      const float *own = data<float>(z) + i * stride, *other = data<float>(z) + k * stride;
+      data<float>(result)[i] =
+          k < 0 ? 0.0f : static_cast<float>(row_divergence(own, other, vocab, lses[i], lses[k], to_mean));
+    }
+  });
+}
+
+// Row j of out becomes dz of row source[j] of z (m ≤ n rows), both fp32 [·, V]. `out` may be z if no row has a partner
+// and every row that moves goes to a place whose own row is not among the sources (rows_torch.compact): then rows can be
+// worked on in any order. The other tensors are [n], by row of z; h and the pairing may be missing.
+void head_rows_backward(Tensor z, Tensor out, const Tensor source, const Tensor target, const Tensor temperature,
+                        double softcap, const Tensor logprob, const Tensor lse, const Tensor entropy, const Tensor g,
+                        const std::optional<Tensor> h, const std::optional<Tensor> partner,
+                        const std::optional<Tensor> divergence, const std::optional<Tensor> own,
+                        const std::optional<Tensor> cross, bool to_mean) {
+  const int64_t rows = source.size(0), vocab = z.size(1), stride = z.stride(0), out_stride = out.stride(0);
+  const float *base = data<float>(z), *lses = data<float>(lse), *hs = data<float>(h);
+  const int64_t* partners = data<int64_t>(partner);
   torch::stable::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
-      const int64_t i = data<int64_t>(source)[j];
-      row_backward(data<float>(z) + i * stride, data<float>(z) + j * stride, vocab, data<int64_t>(target)[i],
-                   data<float>(lse)[i], data<float>(entropy)[i], data<float>(g)[i], h_data == nullptr ? 0.0f : h_data[i],
-                   static_cast<float>(softcap), data<float>(temperature)[i]);
+      const int64_t i = data<int64_t>(source)[j], k = partners == nullptr ? -1 : partners[i];
+      Pair pair{};
+      if (k >= 0) {
+        pair = {base + k * stride, lses[k], data<float>(divergence)[i], data<float>(own)[i], data<float>(cross)[i], to_mean};
+      }
+      const RowGrad row{data<int64_t>(target)[i], data<float>(logprob)[i], lses[i],
+                        data<float>(entropy)[i],  data<float>(g)[i],       hs == nullptr ? 0.0f : hs[i],
+                        static_cast<float>(softcap), data<float>(temperature)[i], pair};
+      row_backward(base + i * stride, data<float>(out) + j * out_stride, vocab, row);
     }
   });
 }
@@ -174,12 +263,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pact_fast, m) {
   m.def(
       "head_rows_forward(Tensor(a!) z, Tensor target, Tensor? bias, Tensor temperature, float softcap, "
       "Tensor(b!) logprob, Tensor(c!) lse, Tensor(d!) entropy) -> ()");
+  m.def("head_rows_divergence(Tensor z, Tensor lse, Tensor partner, bool to_mean, Tensor(a!) result) -> ()");
   m.def(
-      "head_rows_backward(Tensor(a!) z, Tensor source, Tensor target, Tensor temperature, float softcap, Tensor lse, "
-      "Tensor entropy, Tensor g, Tensor? h) -> ()");
+      "head_rows_backward(Tensor(a!) z, Tensor(b!) out, Tensor source, Tensor target, Tensor temperature, float softcap, "
+      "Tensor logprob, Tensor lse, Tensor entropy, Tensor g, Tensor? h, Tensor? partner, Tensor? divergence, Tensor? own, "
+      "Tensor? cross, bool to_mean) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pact_fast, CPU, m) {
   m.impl("head_rows_forward", TORCH_BOX(&head_rows_forward));
+  m.impl("head_rows_divergence", TORCH_BOX(&head_rows_divergence));
   m.impl("head_rows_backward", TORCH_BOX(&head_rows_backward));
 }

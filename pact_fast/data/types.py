@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,18 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from pact_fast.components import Component as Component
+
 Message = dict[str, Any]  # OpenAI chat message: role, content, optionally tool_calls, reasoning_content, tool_call_id
 ToolSchema = dict[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
 
-
-class Component(enum.IntEnum):
-    """What a token is. The policy generates REASONING, TOOL_CALL and ANSWER; the rest is context only."""
-
-    TEMPLATE = 0
-    REASONING = 1
-    TOOL_CALL = 2
-    ANSWER = 3
-    OBSERVATION = 4
 
 
 @dataclass(frozen=True)

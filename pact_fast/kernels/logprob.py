@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from pact_fast.errors import PactError
-from pact_fast.kernels.backend import require_backend
-from pact_fast.kernels.head import ChunkedHead, accumulation_dtype
+from pact_fast.kernels.backend import resolve
+from pact_fast.kernels.head import ChunkedHead
+from pact_fast.kernels.products import accumulation_dtype
 
 
 class LogProbs(NamedTuple):
@@ -34,17 +36,19 @@ def linear_logprob(
     z = softcap·tanh((hWᵀ + b)/softcap)/temperature. hidden [N, D], weight [V, D] and bias [V] in fp64, fp32, bf16 or
     fp16; targets [N] int64; temperature a number or [N]. Logits and softmax are fp32 (fp64 for fp64 input).
     Differentiable once in hidden, weight and bias; the backward pass computes the logits again, chunk by chunk. Raises
-    PactError when shapes do not fit or the back-end is not live.
+    PactError when shapes do not fit, a target is no token id, or the back-end cannot serve.
     """
-    require_backend(backend)
     check_head(hidden, weight, bias)
     if targets.shape != hidden.shape[:1]:
         raise PactError(
             f"linear_logprob: targets {list(targets.shape)} must be one token id per row of hidden {list(hidden.shape)}"
         )
-    check_temperature(temperature, len(targets))
-    logprob, entropies = _LinearLogprob.apply(hidden, weight, bias, targets, temperature, softcap, entropy)
-    return LogProbs(logprob, entropies)
+    check_targets(targets, len(weight))
+    logprob, entropies = _linear_logprob(
+        hidden, weight, bias, targets, per_token(temperature, targets), softcap,
+        resolve(backend, hidden.device, torch.promote_types(hidden.dtype, weight.dtype)),
+    )  # fmt: skip
+    return LogProbs(logprob, entropies if entropy else None)
 
 
 def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -55,14 +59,28 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         raise PactError(f"bias {list(bias.shape)} must have one entry per row of weight {list(weight.shape)}")
 
 
-def check_temperature(temperature: float | torch.Tensor, count: int) -> None:
-    if isinstance(temperature, torch.Tensor) and temperature.shape != (count,):
-        raise PactError(f"temperature {list(temperature.shape)} must be a number or one entry per token [{count}]")
+def check_targets(targets: torch.Tensor, vocab: int) -> None:
+    """Targets are ids of the vocabulary: the row passes read logits at these places."""
+    if torch.compiler.is_compiling() or not len(targets):
+        return
+    outside = (targets < 0) | (targets >= vocab)
+    if targets.is_cuda:
+        torch._assert_async(~outside.any(), "pact_fast: a target is outside the vocabulary")
+    elif outside.any():
+        place = int(outside.nonzero()[0])
+        raise PactError(
+            f"target {int(targets[place])} of token {place} is outside the vocabulary of {vocab} (rows of weight); "
+            "leave out tokens without a loss instead of marking them with an id like -100"
+        )
 
 
-def at(temperature: float | torch.Tensor, chunk: slice, dtype: torch.dtype) -> float | torch.Tensor:
-    """The temperature of a chunk of tokens."""
-    return temperature[chunk].to(dtype) if isinstance(temperature, torch.Tensor) else temperature
+def per_token(temperature: float | torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The temperature of every token [N]. PactError if a tensor is given and has another shape."""
+    if not isinstance(temperature, torch.Tensor):
+        return torch.full(targets.shape, temperature, dtype=torch.float64, device=targets.device)
+    if temperature.shape != targets.shape:
+        raise PactError(f"temperature {list(temperature.shape)} must be a number or one entry per token [{len(targets)}]")
+    return temperature
 
 
 def refuse_second_derivatives() -> None:
@@ -73,50 +91,103 @@ def refuse_second_derivatives() -> None:
         )
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        temperature: float | torch.Tensor,
-        softcap: float | None,
-        entropy: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        per_row = temperature if isinstance(temperature, torch.Tensor) else None
-        ctx.save_for_backward(hidden, weight, bias, targets, per_row)
-        ctx.temperature, ctx.softcap = None if per_row is not None else temperature, softcap
-        ctx.set_materialize_grads(False)
-        dtype, total = accumulation_dtype(hidden), len(hidden)
-        logprob = torch.empty(total, dtype=dtype, device=hidden.device)
-        entropies = torch.empty_like(logprob) if entropy else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = ChunkedHead(hidden, weight, bias, softcap, total)
-            for chunk in head.chunks():
-                logprob[chunk] = head.forward(hidden[chunk].to(dtype), targets[chunk], at(temperature, chunk, dtype))
-                if entropies is not None:
-                    entropies[chunk] = head.entropy()
-        return logprob, entropies
+def gradient_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """The parameter's own; fp32 for fp16, whose small gradients only a loss scale saves, and that comes later."""
+    return torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
 
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor | None, h: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        refuse_second_derivatives()
-        hidden, weight, bias, targets, per_row = ctx.saved_tensors
-        temperature = ctx.temperature if per_row is None else per_row
-        dtype, total = accumulation_dtype(hidden), len(hidden)
-        if g is None:
-            g = torch.zeros(total, dtype=dtype, device=hidden.device)
-        grads = ctx.needs_input_grad[:3]
-        d_hidden = torch.zeros_like(hidden) if grads[0] else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = ChunkedHead(hidden, weight, bias, ctx.softcap, total, grads)
-            for chunk in head.chunks():
-                head.forward(hidden[chunk].to(dtype), targets[chunk], at(temperature, chunk, dtype))
-                active, dx = head.backward(g[chunk], None if h is None else h[chunk])
-                if d_hidden is not None and dx is not None:
-                    d_hidden[chunk.start + active] = dx.to(hidden.dtype)
-        d_weight = None if head.d_weight is None else head.d_weight.to(weight.dtype)
-        d_bias = None if head.d_bias is None else head.d_bias.to(bias.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None
+
+@torch.library.custom_op("pact_fast::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    softcap: float | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logprob, entropy) [N]."""
+    logprob = torch.empty(len(hidden), dtype=accumulation_dtype(hidden, weight), device=hidden.device)
+    entropy = torch.empty_like(logprob)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = ChunkedHead(backend, hidden, weight, bias, softcap, len(hidden))
+        for chunk in head.chunks():
+            stats = head.forward(hidden[chunk], targets[chunk], temperature[chunk])
+            logprob[chunk], entropy[chunk] = stats.logprob, stats.entropy
+    return logprob, entropy
+
+
+@torch.library.custom_op("pact_fast::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    g: torch.Tensor,
+    h: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    softcap: float | None,
+    backend: str,
+    grads: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden, weight and bias; empty where `grads` says that none is wanted."""
+    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if grads[0] else hidden.new_empty(0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = ChunkedHead(backend, hidden, weight, bias, softcap, len(hidden), (grads[0], grads[1], grads[2]))
+        for chunk in head.chunks():
+            head.forward(hidden[chunk], targets[chunk], temperature[chunk])
+            source, dx = head.backward(g[chunk], None if h is None else h[chunk])
+            if dx is not None:
+                d_hidden[chunk.start + source] = dx.to(hidden.dtype)
+    d_weight, d_bias = head.weight_grads()
+    return d_hidden, finished(d_weight, weight), finished(d_bias, bias if bias is not None else weight)
+
+
+def finished(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor:
+    """A gradient as an op gives it: cast once; an empty tensor for None."""
+    if gradient is None:
+        return parameter.new_empty(0, dtype=gradient_dtype(parameter))
+    return gradient.to(gradient_dtype(parameter))
+
+
+@_linear_logprob.register_fake
+def _(hidden, weight, bias, targets, temperature, softcap, backend):
+    logprob = hidden.new_empty(len(hidden), dtype=accumulation_dtype(hidden, weight))
+    return logprob, torch.empty_like(logprob)
+
+
+@_linear_logprob_backward.register_fake
+def _(g, h, hidden, weight, bias, targets, temperature, softcap, backend, grads):
+    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if grads[0] else hidden.new_empty(0)
+    return d_hidden, *fake_weight_grads(weight, bias, grads)
+
+
+def fake_weight_grads(weight: torch.Tensor, bias: torch.Tensor | None, grads: Sequence[bool]) -> list[torch.Tensor]:
+    parameters = [weight, bias if bias is not None else weight]
+    return [
+        p.new_empty(p.shape if wanted else (0,), dtype=gradient_dtype(p))
+        for p, wanted in zip(parameters, grads[1:], strict=True)
+    ]
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, bias, targets, temperature, ctx.softcap, ctx.backend = inputs
+    ctx.save_for_backward(hidden, weight, bias, targets, temperature)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, g: torch.Tensor | None, h: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    refuse_second_derivatives()
+    hidden, weight, bias, targets, temperature = ctx.saved_tensors
+    if g is None:
+        g = torch.zeros_like(targets, dtype=accumulation_dtype(hidden, weight))
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = _linear_logprob_backward(
+        g, h, hidden, weight, bias, targets, temperature, ctx.softcap, ctx.backend, wanted
+    )  # fmt: skip
+    parameters = (hidden, weight, bias)
+    given = [d.to(p.dtype) if want else None for d, p, want in zip(gradients, parameters, wanted, strict=True)]
+    return *given, None, None, None, None
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_setup)

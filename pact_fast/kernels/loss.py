@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -9,11 +10,22 @@ import torch
 
 from pact_fast.errors import PactError
 from pact_fast.kernels import policy
-from pact_fast.kernels.backend import require_backend
-from pact_fast.kernels.head import ChunkedHead, accumulation_dtype
-from pact_fast.kernels.logprob import at, check_head, check_temperature, linear_logprob, refuse_second_derivatives
-from pact_fast.kernels.stats import token_stats
-from pact_fast.kernels.tokens import LossTokens, Stream
+from pact_fast.kernels.backend import resolve
+from pact_fast.kernels.head import ChunkedHead
+from pact_fast.kernels.logprob import (
+    _linear_logprob,
+    check_head,
+    check_targets,
+    fake_weight_grads,
+    finished,
+    gradient_dtype,
+    per_token,
+    refuse_second_derivatives,
+)
+from pact_fast.kernels.pairs import DIVERGENCES, TokenPairs, pair_values, pairing
+from pact_fast.kernels.products import accumulation_dtype
+from pact_fast.kernels.stats import SUMS, token_stats
+from pact_fast.kernels.tokens import COMPONENTS, LossTokens, Stream
 
 POLICY_LOSSES = ("ppo", "cispo", "gspo")
 
@@ -23,12 +35,14 @@ class LossOutput:
     """loss: scalar, differentiable once in hidden, weight and bias. logprob, entropy: [N], detached.
 
     stats: sums per stream and component, see `pact_fast.kernels.stats`; those of micro-batches add up.
+    divergence: [M], of each pair, unweighted and detached; None without pairs.
     """
 
     loss: torch.Tensor
     logprob: torch.Tensor
     entropy: torch.Tensor
     stats: dict[str, torch.Tensor]
+    divergence: torch.Tensor | None = None
 
 
 def pact_loss(
@@ -45,6 +59,7 @@ def pact_loss(
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     bias: torch.Tensor | None = None,
+    pairs: TokenPairs | None = None,
     backend: str = "auto",
 ) -> LossOutput:
     """Σ rl_weight·(w·policy + kl_coef·k3 − entropy_coef·H) − Σ sft_weight·log π over the N tokens (method, section 2).
@@ -57,25 +72,29 @@ def pact_loss(
     delta     ppo, gspo: bound of the ratio where A < 0 (dual clip), more than 1 + high
     is_cap    policy terms are weighted by w = min(is_cap, exp(old − sampler)), without gradient; None: w = 1
     gspo      one ratio per (sequence, stream): all policy tokens of a sequence must be in the same call
+    pairs     adds Σ pair weight·divergence between the next-token distributions of two tokens, see `TokenPairs`
 
     A token of weight 0 contributes exactly 0, whatever its ratio. Raises PactError for settings that contradict each
-    other, for shapes that do not fit, and for a back-end that is not live.
+    other, for shapes that do not fit, for a target that is no token id, and for a back-end that cannot serve.
     """
-    require_backend(backend)
     check_head(hidden, weight, bias)
-    check_temperature(temperature, len(tokens))
-    settings = Settings(policy_loss, clip, delta, kl_coef, entropy_coef, is_cap, temperature, softcap)
+    check_targets(tokens.target, len(weight))
+    settings = Settings(policy_loss, clip, delta, kl_coef, entropy_coef, is_cap, softcap)
     _check(settings, tokens)
-    grads = (_needs_grad(hidden), _needs_grad(weight), _needs_grad(bias))
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        loss, logprob, entropy, stats, gradients = _evaluate(hidden, weight, bias, tokens, settings, grads)
-    if any(grads):
-        loss = _Attach.apply(loss, gradients, hidden, weight, bias)
-    return LossOutput(loss, logprob, entropy, stats)
-
-
-def _needs_grad(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+    if pairs is not None:
+        pairs.check(len(tokens))
+    loss, logprob, entropy, divergence, stats, *_ = _pact_loss(
+        hidden, weight, bias, *tokens.columns(), per_token(temperature, tokens.target),
+        *((None, None) if pairs is None else (pairs.index, pairs.weight)),
+        policy_loss=policy_loss, clip_low=clip[0], clip_high=clip[1], delta=delta, kl_coef=kl_coef,
+        entropy_coef=entropy_coef, is_cap=is_cap, softcap=softcap,
+        divergence=DIVERGENCES[0] if pairs is None else pairs.divergence,
+        second_grad=pairs is not None and pairs.second_grad,
+        backend=resolve(backend, hidden.device, torch.promote_types(hidden.dtype, weight.dtype)),
+        grads=[t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)],
+    )  # fmt: skip
+    sums = dict(zip(SUMS, stats.detach().unbind(), strict=True))
+    return LossOutput(loss, logprob.detach(), entropy.detach(), sums, None if pairs is None else divergence.detach())
 
 
 class Settings(NamedTuple):
@@ -85,7 +104,6 @@ class Settings(NamedTuple):
     kl_coef: float
     entropy_coef: float
     is_cap: float | None
-    temperature: float | torch.Tensor
     softcap: float | None
 
 
@@ -155,7 +173,56 @@ def _old_logprob(tokens: LossTokens, logprob: torch.Tensor) -> torch.Tensor:
     return torch.where(tokens.old_logprob.isnan(), logprob, tokens.old_logprob.to(logprob.dtype))
 
 
-Gradients = list[torch.Tensor | None]
+@torch.library.custom_op("pact_fast::pact_loss", mutates_args=())
+def _pact_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    row: torch.Tensor,
+    target: torch.Tensor,
+    stream: torch.Tensor,
+    component: torch.Tensor,
+    sequence: torch.Tensor,
+    advantage: torch.Tensor,
+    old_logprob: torch.Tensor,
+    rl_weight: torch.Tensor,
+    sft_weight: torch.Tensor,
+    ref_logprob: torch.Tensor | None,
+    sampler_logprob: torch.Tensor | None,
+    temperature: torch.Tensor,
+    pair_index: torch.Tensor | None,
+    pair_weight: torch.Tensor | None,
+    *,
+    policy_loss: str,
+    clip_low: float | None,
+    clip_high: float | None,
+    delta: float | None,
+    kl_coef: float,
+    entropy_coef: float,
+    is_cap: float | None,
+    softcap: float | None,
+    divergence: str,
+    second_grad: bool,
+    backend: str,
+    grads: Sequence[bool],
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:
+    """(loss, logprob [N], entropy [N], divergence [M], stats, d_hidden, d_weight, d_bias): one pass over the logits.
+
+    Gradients are those of the loss; empty tensors where `grads` says that none is wanted.
+    """
+    tokens = LossTokens(
+        row, target, stream, component, sequence, advantage, old_logprob, rl_weight, sft_weight, ref_logprob, sampler_logprob
+    )  # fmt: skip
+    settings = Settings(policy_loss, (clip_low, clip_high), delta, kl_coef, entropy_coef, is_cap, softcap)
+    pairs = None
+    if pair_index is not None and pair_weight is not None:
+        pairs = TokenPairs(pair_index, pair_weight, divergence, second_grad)  # type: ignore[arg-type]
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _evaluate(
+            hidden, weight, bias, tokens, temperature, settings, pairs, backend, (grads[0], grads[1], grads[2])
+        )  # fmt: skip
 
 
 def _evaluate(
@@ -163,52 +230,73 @@ def _evaluate(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     tokens: LossTokens,
+    temperature: torch.Tensor,
     settings: Settings,
+    pairs: TokenPairs | None,
+    backend: str,
     grads: tuple[bool, bool, bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor], Gradients]:
-    """(loss, logprob, entropy, stats, gradients of hidden, weight and bias), one pass over the logits (gspo: two)."""
-    dtype, total = accumulation_dtype(hidden), len(tokens)
-    logprob = torch.empty(total, dtype=dtype, device=hidden.device)
-    entropy = torch.empty_like(logprob)
-    sequence_log = (
-        _sequence_log_ratio(hidden, weight, bias, tokens, settings) if settings.policy_loss == "gspo" else None
-    )
-    d_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if grads[0] else None
-    head = ChunkedHead(hidden, weight, bias, settings.softcap, total, grads)
-    parts: list[TokenTerms] = []
+) -> tuple[torch.Tensor, ...]:
+    """What `_pact_loss` gives; tokens of a pair are taken next to each other."""
+    dtype, total = accumulation_dtype(hidden, weight), len(tokens)
+    clip_log = None
+    if settings.policy_loss == "gspo":
+        clip_log = _sequence_log_ratio(hidden, weight, bias, tokens, temperature, settings, backend)
+    # a token's place in the pass, and back
+    order = torch.arange(total, device=hidden.device) if pairs is None else pairs.order(total)
+    head = ChunkedHead(backend, hidden, weight, bias, settings.softcap, total, grads, paired=pairs is not None)
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if grads[0] else None
+    parts = []
     for chunk in head.chunks():
-        part = tokens.select(torch.arange(chunk.start, chunk.stop, device=tokens.row.device))
-        x = hidden.index_select(0, part.row).to(dtype)
-        logprob[chunk] = head.forward(x, part.target, at(settings.temperature, chunk, dtype))
-        entropy[chunk] = head.entropy()
-        clip_log = None if sequence_log is None else sequence_log[chunk]
-        terms = token_terms(part, logprob[chunk], entropy[chunk], settings, clip_log)
-        parts.append(terms)
+        here = order[chunk]
+        part = tokens.select(here)
+        stats = head.forward(hidden.index_select(0, part.row), part.target, temperature[here])
+        coupled = None if pairs is None else pairing(pairs, chunk, head)
+        terms = token_terms(part, stats.logprob, stats.entropy, settings, None if clip_log is None else clip_log[here])
+        parts.append((stats.logprob, stats.entropy, pair_values(coupled, pairs, terms.g), terms))
         if any(grads):
-            active, dx = head.backward(terms.g, terms.h if settings.entropy_coef else None)
+            source, dx = head.backward(terms.g, terms.h if settings.entropy_coef else None, coupled)
             if d_hidden is not None and dx is not None:
-                d_hidden.index_add_(0, part.row[active], dx)
-    terms = TokenTerms(*(torch.cat(column) for column in zip(*parts, strict=True)))
+                _add_rows(d_hidden, part.row[source], dx)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(total, device=order.device)
+    logprob, entropy, divergence = (torch.cat([part[i] for part in parts])[back] for i in range(3))
+    terms = TokenTerms(*(torch.cat(column)[back] for column in zip(*(part[3] for part in parts), strict=True)))
     # summed in fp64: tens of thousands of terms of both signs
-    loss = (terms.rl.double().sum() + terms.sft.double().sum()).to(dtype)
-    return loss, logprob, entropy, token_stats(tokens, logprob, entropy, terms), [d_hidden, head.d_weight, head.d_bias]
+    loss = terms.rl.double().sum() + terms.sft.double().sum()
+    of_pairs = logprob.new_zeros(0)
+    if pairs is not None:
+        of_pairs = divergence[pairs.index[:, 0]]
+        loss = loss + (pairs.weight.double() * of_pairs.double()).sum()
+    d_weight, d_bias = head.weight_grads()
+    return (
+        loss.to(dtype), logprob, entropy, of_pairs, token_stats(tokens, logprob, entropy, terms, divergence),
+        finished(d_hidden, hidden), finished(d_weight, weight), finished(d_bias, weight if bias is None else bias),
+    )  # fmt: skip
+
+
+def _add_rows(total: torch.Tensor, row: torch.Tensor, values: torch.Tensor) -> None:
+    """total[row] += values, rows may repeat; in a fixed order."""
+    if total.is_cuda:
+        total.index_put_((row,), values, accumulate=True)  # sorts; index_add_ would race there
+    else:
+        total.index_add_(0, row, values)
 
 
 def _sequence_log_ratio(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: LossTokens, settings: Settings
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tokens: LossTokens,
+    temperature: torch.Tensor,
+    settings: Settings,
+    backend: str,
 ) -> torch.Tensor:
     """gspo: mean log-ratio of the policy tokens of each (sequence, stream) [N], from a forward pass of its own."""
     live = tokens.rl_weight != 0
-    temperature = settings.temperature
     # SFT and masked tokens have no share in any ratio
-    logprob = linear_logprob(
-        hidden[tokens.row[live]],
-        weight,
-        tokens.target[live],
-        bias=bias,
-        temperature=temperature[live] if isinstance(temperature, torch.Tensor) else temperature,
-        softcap=settings.softcap,
-    ).logprob
+    logprob, _ = _linear_logprob(
+        hidden[tokens.row[live]], weight, bias, tokens.target[live], temperature[live], settings.softcap, backend
+    )  # fmt: skip
     log_ratio = logprob - _old_logprob(tokens.select(live), logprob)
     group = tokens.sequence * len(Stream) + tokens.stream
     mean = logprob.new_zeros(len(tokens))
@@ -229,17 +317,42 @@ def _check(settings: Settings, tokens: LossTokens) -> None:
         raise PactError("is_cap needs tokens.sampler_logprob; fill it with the sampler's log-probs or set is_cap=None")
 
 
-class _Attach(torch.autograd.Function):
-    """A loss whose gradients are known already: the backward pass only scales them."""
+@_pact_loss.register_fake
+def _(hidden, weight, bias, row, *columns, grads, **settings):
+    total, pair_index = len(row), columns[-2]
+    logprob = hidden.new_empty(total, dtype=accumulation_dtype(hidden, weight))
+    d_hidden = hidden.new_empty(hidden.shape if grads[0] else (0,), dtype=gradient_dtype(hidden))
+    return (
+        logprob.new_empty(()), logprob, torch.empty_like(logprob),
+        logprob.new_empty(0 if pair_index is None else len(pair_index)),
+        logprob.new_empty((len(SUMS), len(Stream), COMPONENTS), dtype=torch.float64),
+        d_hidden, *fake_weight_grads(weight, bias, grads),
+    )  # fmt: skip
 
-    @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, gradients: Gradients, *inputs: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
-        return loss.clone()
 
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        refuse_second_derivatives()
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (None, None, *(None if g is None else (g * upstream).to(dtype) for g, dtype in pairs))
+def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
+    ctx.save_for_backward(*output[-3:])
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
+    ctx.wanted, ctx.inputs = keyword_only_inputs["grads"], len(inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The gradients are known already and only scaled; the loss alone has one."""
+    refuse_second_derivatives()
+    given: list[torch.Tensor | None] = [None] * ctx.inputs
+    if upstream is not None:
+        for i, gradient in enumerate(ctx.saved_tensors):
+            if ctx.wanted[i]:
+                given[i] = _scaled(gradient, upstream).to(ctx.dtypes[i])
+    return tuple(given)
+
+
+def _scaled(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+    """gradient·upstream, in the gradient's own memory if this backward pass is the last one that needs it."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * upstream
+    return gradient.detach().mul_(upstream)
+
+
+_pact_loss.register_autograd(_backward, setup_context=_setup)

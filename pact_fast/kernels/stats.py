@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pact_fast.data.types import Component
+from pact_fast.components import Component
 from pact_fast.kernels.tokens import LossTokens, Stream
 
 if TYPE_CHECKING:
@@ -25,13 +25,22 @@ MEANS = {
     "kl": ("kl", "ref_count"),
     "is_weight": ("is_weight", "sampler_count"),
     "gap": ("gap", "sampler_count"),
+    "divergence": ("divergence", "pair_count"),
 }
+# The sums of `token_stats`, in order.
+SUMS = (
+    "count", "rl_count", "sft_count", "ref_count", "sampler_count", "pair_count", "loss_rl", "loss_sft", "logprob",
+    "prob", "entropy", "ratio", "approx_kl", "clipped", "clipped_low", "clipped_high", "kl", "is_weight",
+    "is_weight_sq", "gap", "gap_sq", "divergence",
+)  # fmt: skip
 
 
 def token_stats(
-    tokens: LossTokens, logprob: torch.Tensor, entropy: torch.Tensor, terms: TokenTerms
-) -> dict[str, torch.Tensor]:
-    """Sums over the tokens, each fp64 [3 streams, 5 components]; those of micro-batches add up.
+    tokens: LossTokens, logprob: torch.Tensor, entropy: torch.Tensor, terms: TokenTerms, divergence: torch.Tensor
+) -> torch.Tensor:
+    """Sums over the tokens, fp64 [len(SUMS), 3 streams, 5 components]; those of micro-batches add up.
+
+    divergence [N]: of pairs, at their first token; NaN elsewhere.
 
     Over all tokens    count, loss_rl and loss_sft (weighted, as in the loss), logprob, prob, entropy
     rl_weight ≠ 0      rl_count, ratio (of the clip rule), approx_kl (k3 of π_old against π: r − 1 − log r),
@@ -39,6 +48,7 @@ def token_stats(
     sft_weight ≠ 0     sft_count
     rl, reference known  ref_count, kl (k3 against the reference)
     rl, sampler known  sampler_count, is_weight, is_weight_sq, gap and gap_sq (of log π_old − sampler's log-prob)
+    first of a pair    pair_count, divergence
     """
     rl = tokens.rl_weight != 0
     ref = rl & ~tokens.ref_logprob.isnan() if tokens.ref_logprob is not None else torch.zeros_like(rl)
@@ -46,13 +56,14 @@ def token_stats(
     sampled = rl & ~sampler.isnan() if sampler is not None else torch.zeros_like(rl)
     gap = terms.old - sampler if sampler is not None else torch.zeros_like(logprob)
     log_ratio = terms.log_ratio.double()
-    everything = torch.ones_like(rl)
+    everything, pair = torch.ones_like(rl), ~divergence.isnan()
     columns = {
         "count": (everything, everything),
         "rl_count": (rl, everything),
         "sft_count": (tokens.sft_weight != 0, everything),
         "ref_count": (ref, everything),
         "sampler_count": (sampled, everything),
+        "pair_count": (pair, everything),
         "loss_rl": (everything, terms.rl),
         "loss_sft": (everything, terms.sft),
         "logprob": (everything, logprob),
@@ -68,13 +79,13 @@ def token_stats(
         "is_weight_sq": (sampled, terms.weight.square()),
         "gap": (sampled, gap),
         "gap_sq": (sampled, gap.square()),
+        "divergence": (pair, divergence),
     }
     # a product with 0/1 cells adds in a fixed order on every device, unlike scattered additions
-    values = torch.stack([torch.where(mask, value.double(), 0.0) for mask, value in columns.values()])
+    values = torch.stack([torch.where(mask, value.double(), 0.0) for mask, value in (columns[name] for name in SUMS)])
     cell = tokens.stream * len(Component) + tokens.component
     cells = torch.nn.functional.one_hot(cell, len(Stream) * len(Component)).double()
-    sums = (values @ cells).view(-1, len(Stream), len(Component))
-    return dict(zip(columns, sums, strict=True))
+    return (values @ cells).view(len(SUMS), len(Stream), len(Component))
 
 
 def summarise(stats: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 
+from pact_fast.components import Component
+
+COMPONENTS = len(Component)
+
 
 class Stream(enum.IntEnum):
     """Under which context a token is scored, and by which loss."""
@@ -26,7 +30,7 @@ class LossTokens:
     row              int64    index into hidden; several tokens may share one row
     target           int64    token id that the row predicts
     stream           int64    see Stream
-    component        int64    pact_fast.data.types.Component; for statistics
+    component        int64    pact_fast.components.Component; for statistics
     sequence         int64    0 ≤ id < number of sequences; the unit of gspo and of sequence statistics
     advantage        float32  A; ignored where rl_weight = 0
     old_logprob      float32  log π_old under the token's own context; NaN = the current policy (ratio exactly 1)
@@ -50,6 +54,10 @@ class LossTokens:
 
     def __len__(self) -> int:
         return self.row.shape[0]
+
+    def columns(self) -> list[torch.Tensor | None]:
+        """All fields in order."""
+        return [getattr(self, f.name) for f in dataclasses.fields(self)]
 
     def to(self, device: torch.device | str) -> LossTokens:
         return self._map(lambda t: t.to(device))

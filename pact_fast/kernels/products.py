@@ -1,0 +1,102 @@
+"""The three matrix products of the head, x·Wᵀ, dz·W and dzᵀ·x, with results in the accumulation dtype.
+
+Logits rounded to bf16 would cost 0.03 nats of log-prob, and a weight gradient that is rounded once per chunk loses digits
+with every chunk. So products of bf16 and fp16 leave their fp32 accumulator as fp32, whatever the device offers for it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+BLOCK = 2048  # rows of W converted at a time, where the device has no product of 16-bit numbers with an fp32 result
+
+
+def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """fp64 if one is fp64, else fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+class Products:
+    """For weights in the accumulation dtype. W [V, D]; x [n, D] and dz [m, V] as `operand` and `z_view` say."""
+
+    def __init__(self, weight: torch.Tensor, needs_weight_grad: bool):
+        self.weight = weight.detach()
+        self.operand = self.weight.dtype  # of x
+        dtype = accumulation_dtype(weight)
+        self.d_weight = torch.zeros_like(self.weight, dtype=dtype) if needs_weight_grad else None  # grows by chunks
+
+    def dz_view(self, z: torch.Tensor) -> torch.Tensor:
+        """Where dz is to be written: z itself, or a view of its memory in a smaller dtype."""
+        return z
+
+    def scale(self, g: torch.Tensor) -> float:
+        """A power of 2 that dz is to be multiplied with; the products divide by it."""
+        return 1.0
+
+    def logits(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """out [n, V] ← x·Wᵀ."""
+        torch.mm(x, self.weight.t(), out=out)
+
+    def input_grad(self, dz: torch.Tensor, scale: float) -> torch.Tensor:
+        """dz·W/scale [m, D]."""
+        return torch.mm(dz, self.weight)
+
+    def add_weight_grad(self, dz: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+        """d_weight += dzᵀ·x/scale."""
+        assert self.d_weight is not None
+        self.d_weight.addmm_(dz.t(), x)
+
+
+class BlockedProducts(Products):
+    """16-bit weights on CPU: blocks of W are converted to fp32 for each product, never all of it."""
+
+    def __init__(self, weight: torch.Tensor, needs_weight_grad: bool):
+        super().__init__(weight, needs_weight_grad)
+        self.operand = torch.float32
+
+    def logits(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        for start in range(0, len(self.weight), BLOCK):
+            block = self.weight[start : start + BLOCK].float()
+            # into a block of columns: mm's out= would copy, addmm's accumulation writes through the stride
+            torch.addmm(out[:, start : start + BLOCK], x, block.t(), beta=0.0, out=out[:, start : start + BLOCK])
+
+    def input_grad(self, dz: torch.Tensor, scale: float) -> torch.Tensor:
+        dx = dz.new_zeros(len(dz), self.weight.shape[1])
+        for start in range(0, len(self.weight), BLOCK):
+            dx.addmm_(dz[:, start : start + BLOCK], self.weight[start : start + BLOCK].float())
+        return dx
+
+
+class CudaProducts(Products):
+    """16-bit weights on CUDA: tensor cores with fp32 results; dz takes the front half of every row of z."""
+
+    def dz_view(self, z: torch.Tensor) -> torch.Tensor:
+        return z.view(self.operand)[:, : z.shape[1]]
+
+    def scale(self, g: torch.Tensor) -> float:
+        if self.operand != torch.float16 or not len(g):
+            return 1.0
+        # fp16 ends at 6e-8: bring the largest coefficient near 1, or small ones vanish before any loss scaling
+        top = float(g.abs().max())
+        return 2.0 ** -math.floor(math.log2(top)) if 0.0 < top < math.inf else 1.0
+
+    def logits(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mm(x, self.weight.t(), out_dtype=torch.float32, out=out)
+
+    def input_grad(self, dz: torch.Tensor, scale: float) -> torch.Tensor:
+        return torch.mm(dz, self.weight, out_dtype=torch.float32).div_(scale)
+
+    def add_weight_grad(self, dz: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+        assert self.d_weight is not None
+        torch.addmm(self.d_weight, dz.t(), x, out_dtype=torch.float32, alpha=1.0 / scale, out=self.d_weight)
+
+
+def products(hidden: torch.Tensor, weight: torch.Tensor, needs_weight_grad: bool) -> Products:
+    """The products for these tensors; if their dtypes differ, the wider one counts."""
+    weight = weight.detach().to(torch.promote_types(hidden.dtype, weight.dtype))
+    if weight.dtype.itemsize > 2:
+        return Products(weight, needs_weight_grad)
+    kind = CudaProducts if weight.is_cuda else BlockedProducts
+    return kind(weight, needs_weight_grad)
