@@ -3,6 +3,7 @@
 from pact_fast.kernels.backend import backends
 from pact_fast.kernels.logprob import LogProbs, linear_logprob
 from pact_fast.kernels.loss import LossOutput, pact_loss
+from pact_fast.kernels.pairs import TokenPairs
 from pact_fast.kernels.stats import summarise
 from pact_fast.kernels.tokens import LossTokens, Stream
 
@@ -11,6 +12,7 @@ __all__ = [
     "LossOutput",
     "LossTokens",
     "Stream",
+    "TokenPairs",
     "backends",
     "linear_logprob",
     "pact_loss",

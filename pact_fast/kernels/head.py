@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 import torch
 
-from pact_fast.kernels.backend import row_pass
+from pact_fast.kernels.backend import resolve, row_pass
 from pact_fast.kernels.products import accumulation_dtype, products
 from pact_fast.kernels.rows_torch import Pairing, RowStats, compact
 
 LOGITS_BUDGET = 1 << 30  # bytes of all [rows, V] buffers together
 CACHED_LOGITS = 4 << 20  # bytes of one buffer; on CPU, chunks beyond the cache only cost bandwidth
-EFFICIENT_ROWS = 256  # on CPU, fewer rows than this make the matrix products slow
+EFFICIENT_ROWS = 512  # on CPU, fewer rows than this make the matrix products slow
 
 
 def chunk_rows(vocab: int, row_bytes: int, device: torch.device) -> int:
@@ -47,10 +47,11 @@ class ChunkedHead:
         paired: bool = False,
     ):
         dtype, vocab = accumulation_dtype(hidden, weight), weight.shape[0]
+        backend = resolve(backend, hidden.device, torch.promote_types(hidden.dtype, weight.dtype))
         self._pass = row_pass(backend)
         self._x_grad, weight_grad, bias_grad = grads
         self._products = products(hidden, weight, weight_grad)
-        self._bias = None if bias is None else bias.detach().to(dtype)
+        self._bias = None if bias is None else bias.detach().to(dtype).contiguous()
         self._d_bias = hidden.new_zeros(vocab, dtype=dtype) if bias_grad else None
         self._softcap, self._total = softcap, total
         buffers = 2 if paired else 1
@@ -65,11 +66,12 @@ class ChunkedHead:
 
     def forward(self, x: torch.Tensor, target: torch.Tensor, temperature: torch.Tensor) -> RowStats:
         """Statistics [n] of rows x [n, D]; target [n] int64, temperature [n]."""
-        self._x, self._target = x.to(self._products.operand), target
-        self._temperature = temperature.to(self._buffers[0].dtype)
+        # row passes read [n] tensors entry after entry, and a gradient like that of a sum is one expanded number
+        self._x, self._target = x.to(self._products.operand), target.contiguous()
+        self._temperature = temperature.to(self._buffers[0].dtype).contiguous()
         z = self._buffers[0][: len(x)]
         self._products.logits(self._x, z)
-        self._stats = self._pass.forward(z, target, self._bias, self._temperature, self._softcap)
+        self._stats = self._pass.forward(z, self._target, self._bias, self._temperature, self._softcap)
         return self._stats
 
     def divergence(self, partner: torch.Tensor, kind: str) -> torch.Tensor:
@@ -88,7 +90,7 @@ class ChunkedHead:
         source = compact(torch.stack(coefficients).ne(0).any(0))
         if not len(source):
             return source, None
-        z = self._buffers[0][: len(g)]
+        z, g, h = self._buffers[0][: len(g)], g.contiguous(), None if h is None else h.contiguous()
         scale = self._products.scale(g)
         if scale != 1.0:
             g, h = g * scale, None if h is None else h * scale

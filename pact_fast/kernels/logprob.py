@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 
 from pact_fast.errors import PactError
-from pact_fast.kernels.backend import resolve
 from pact_fast.kernels.head import ChunkedHead
 from pact_fast.kernels.products import accumulation_dtype
 
@@ -45,8 +44,7 @@ def linear_logprob(
         )
     check_targets(targets, len(weight))
     logprob, entropies = _linear_logprob(
-        hidden, weight, bias, targets, per_token(temperature, targets), softcap,
-        resolve(backend, hidden.device, torch.promote_types(hidden.dtype, weight.dtype)),
+        hidden, weight, bias, targets, per_token(temperature, targets), softcap, backend
     )  # fmt: skip
     return LogProbs(logprob, entropies if entropy else None)
 

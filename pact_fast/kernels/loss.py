@@ -10,7 +10,6 @@ import torch
 
 from pact_fast.errors import PactError
 from pact_fast.kernels import policy
-from pact_fast.kernels.backend import resolve
 from pact_fast.kernels.head import ChunkedHead
 from pact_fast.kernels.logprob import (
     _linear_logprob,
@@ -90,7 +89,7 @@ def pact_loss(
         entropy_coef=entropy_coef, is_cap=is_cap, softcap=softcap,
         divergence=DIVERGENCES[0] if pairs is None else pairs.divergence,
         second_grad=pairs is not None and pairs.second_grad,
-        backend=resolve(backend, hidden.device, torch.promote_types(hidden.dtype, weight.dtype)),
+        backend=backend,
         grads=[t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)],
     )  # fmt: skip
     sums = dict(zip(SUMS, stats.detach().unbind(), strict=True))
@@ -350,7 +349,8 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, *_: torch.Tensor | None) 
 
 def _scaled(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
     """gradient·upstream, in the gradient's own memory if this backward pass is the last one that needs it."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    traced = type(gradient) is not torch.Tensor
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * upstream
     return gradient.detach().mul_(upstream)
 

@@ -1,0 +1,182 @@
+"""The kernels as torch operators: opcheck, torch.compile, DDP, gathered and tied weights, a second backward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pact_fast.kernels import LossTokens, TokenPairs, linear_logprob, loss, pact_loss
+
+ROWS, WIDTH, VOCAB = 12, 6, 31
+
+
+def inputs(dtype: torch.dtype = torch.float32, grad: bool = True) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = (ROWS, WIDTH), (VOCAB, WIDTH), (VOCAB,)
+    return [torch.randn(*shape).to(dtype).requires_grad_(grad) for shape in shapes]
+
+
+def tokens(n: int = 20, seed: int = 0) -> LossTokens:
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform() -> torch.Tensor:
+        return torch.rand(n, generator=generator)
+
+    stream = torch.arange(n) % 3
+    return LossTokens(
+        row=torch.randint(ROWS, (n,), generator=generator),
+        target=torch.randint(VOCAB, (n,), generator=generator),
+        stream=stream,
+        component=torch.arange(n) % 5,
+        sequence=torch.arange(n) // 4,
+        advantage=uniform() - 0.5,
+        old_logprob=-4.0 * uniform(),
+        rl_weight=uniform() * (stream < 2),
+        sft_weight=uniform() * (stream == 2),
+        ref_logprob=-4.0 * uniform(),
+        sampler_logprob=-4.0 * uniform(),
+    )
+
+
+OPTIONS = dict(kl_coef=0.1, entropy_coef=0.05, is_cap=2.0, temperature=0.8, softcap=10.0)
+
+
+@pytest.mark.parametrize("dtype, backend", [(torch.float64, "torch"), (torch.float32, "auto")])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_opcheck_of_linear_logprob(dtype, backend, with_bias):
+    from pact_fast.kernels.logprob import _linear_logprob
+
+    hidden, weight, bias = inputs(dtype)
+    targets = torch.randint(VOCAB, (ROWS,))
+    arguments = (hidden, weight, bias if with_bias else None, targets, torch.ones(ROWS), 10.0, backend)
+    torch.library.opcheck(_linear_logprob, arguments)
+
+
+@pytest.mark.parametrize("dtype, backend", [(torch.float64, "torch"), (torch.float32, "auto")])
+@pytest.mark.parametrize("coupled", [True, False])
+def test_opcheck_of_pact_loss(dtype, backend, coupled, monkeypatch):
+    """With the arguments that pact_loss itself passes on."""
+    seen = {}
+    real = loss._pact_loss
+
+    def spy(*arguments, **settings):
+        seen.update(arguments=arguments, settings=settings)
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(loss, "_pact_loss", spy)
+    hidden, weight, bias = inputs(dtype)
+    pairs = TokenPairs(torch.tensor([[0, 1], [3, 4]]), torch.ones(2)) if coupled else None
+    pact_loss(hidden, weight, tokens(), bias=bias, pairs=pairs, backend=backend, **OPTIONS)
+    torch.library.opcheck(real, seen["arguments"], seen["settings"])
+
+
+@pytest.mark.parametrize("policy_loss", ["ppo", "cispo", "gspo"])
+def test_compiled_losses_and_gradients_are_the_eager_ones(policy_loss):
+    table = tokens()
+
+    def run(hidden, weight, bias):
+        x = torch.nn.functional.rms_norm(hidden, (WIDTH,))  # something to fuse before and after the operator
+        value = pact_loss(x, weight, table, policy_loss=policy_loss, bias=bias, **OPTIONS).loss
+        logprob = linear_logprob(x, weight, torch.arange(ROWS), bias=bias).logprob
+        return 0.5 * value + logprob.sigmoid().sum()
+
+    def gradients(function):
+        torch._dynamo.reset()
+        arguments = inputs()
+        value = function(*arguments)
+        return [value.detach(), *torch.autograd.grad(value, arguments)]
+
+    compiled = gradients(torch.compile(run, fullgraph=True))
+    for a, b in zip(compiled, gradients(run), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_backward_pass_gives_the_same_gradients():
+    arguments = inputs()
+    value = 3.0 * pact_loss(*arguments[:2], tokens(), bias=arguments[2]).loss
+    first = torch.autograd.grad(value, arguments, retain_graph=True)
+    first = [g.clone() for g in first]
+    second = torch.autograd.grad(value, arguments)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(value, arguments)
+
+
+def test_the_last_backward_pass_hands_its_gradient_over_without_a_copy():
+    hidden, weight, _ = inputs()
+    value = pact_loss(hidden, weight, tokens()).loss
+    made = {t.data_ptr() for t in value.grad_fn.saved_tensors}
+    value.backward()
+    assert weight.grad.data_ptr() in made and hidden.grad.data_ptr() in made
+
+
+def test_small_fp16_gradients_survive_until_the_loss_scale_comes():
+    scale = 2.0**16
+    table = tokens()
+    table.rl_weight, table.sft_weight = table.rl_weight * 1e-7, table.sft_weight * 1e-7
+
+    def gradients(dtype):
+        arguments = [t.detach().half().to(dtype).requires_grad_() for t in inputs()]
+        return torch.autograd.grad(scale * pact_loss(*arguments[:2], table).loss, arguments[:2])
+
+    for a, b in zip(gradients(torch.float16), gradients(torch.float64), strict=True):
+        assert (a.double() - b).norm() <= 2e-3 * b.norm()
+
+
+def test_tied_embeddings_get_both_gradients():
+    hidden, weight, _ = inputs(torch.float64)
+    table = tokens()
+    ids = torch.arange(ROWS)
+    tied = torch.autograd.grad(pact_loss(hidden * weight[ids], weight, table).loss, weight)[0]
+    embedding, head = (weight.detach().clone().requires_grad_() for _ in range(2))
+    apart = torch.autograd.grad(pact_loss(hidden * embedding[ids], head, table).loss, (embedding, head))
+    torch.testing.assert_close(tied, sum(apart), rtol=1e-12, atol=1e-12)
+
+
+def test_weights_that_are_gathered_for_the_forward_pass_alone():
+    """As ZeRO-3 does: the full weight is gone again by the time of the backward pass, pact_loss needs it no more."""
+    hidden, weight, _ = inputs()
+    expected = torch.autograd.grad(pact_loss(hidden, weight, tokens()).loss, (hidden, weight))
+    value = pact_loss(hidden, weight, tokens()).loss
+    weight.data = torch.empty_like(weight).fill_(torch.nan)  # released
+    given = torch.autograd.grad(value, (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+
+
+class Policy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        _, weight, _ = inputs()
+        self.trunk = torch.nn.Linear(WIDTH, WIDTH)
+        torch.nn.init.eye_(self.trunk.weight)
+        torch.nn.init.zeros_(self.trunk.bias)
+        self.head = torch.nn.Parameter(weight.detach())
+
+    def forward(self, hidden, table):
+        return pact_loss(self.trunk(hidden), self.head, table).loss
+
+
+def one_rank(rank: int, store: str, results) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(Policy())
+    model(inputs(grad=False)[0], tokens(seed=rank)).backward()
+    if rank == 0:
+        results.put([p.grad.numpy() for p in model.parameters()])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ddp_averages_the_gradients_of_both_ranks(tmp_path):
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    ranks = mp.spawn(one_rank, args=(str(tmp_path / "store"), results), nprocs=2, join=False)
+    shared = [torch.from_numpy(g) for g in results.get()]
+    ranks.join()
+    model = Policy()
+    for seed in range(2):
+        (model(inputs(grad=False)[0], tokens(seed=seed)) / 2).backward()
+    for a, p in zip(shared, model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-5, atol=1e-7)
