@@ -15,7 +15,6 @@ Message = dict[str, Any]  # OpenAI chat message: role, content, optionally tool_
 ToolSchema = dict[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
 
 
-
 @dataclass(frozen=True)
 class ToolCall:
     """One call of a tool. `arguments` is JSON data, already parsed."""

@@ -20,10 +20,11 @@ import torch
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 # No -ffast-math: it would also make the loaded library flush denormals for the whole process.
-FLAGS = (
-    "-std=c++20 -O3 -march=native -fopenmp-simd -fno-math-errno -fno-trapping-math -fno-signed-zeros "
-    "-fPIC -shared -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020b000000000000"  # stable ABI of torch 2.11
-).split()
+FLAGS = [
+    *("-std=c++20", "-O3", "-march=native", "-fopenmp-simd", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # stable ABI of torch 2.11
+]
 
 
 class BuildError(RuntimeError):
@@ -32,7 +33,7 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def status() -> str:
-    """"ready" once the library is loaded (compiling it first if need be), or the reason why it is not."""
+    """ "ready" once the library is loaded (compiling it first if need be), or the reason why it is not."""
     try:
         torch.ops.load_library(str(build()))
     except (BuildError, OSError) as error:

@@ -77,7 +77,9 @@ def per_token(temperature: float | torch.Tensor, targets: torch.Tensor) -> torch
     if not isinstance(temperature, torch.Tensor):
         return torch.full(targets.shape, temperature, dtype=torch.float64, device=targets.device)
     if temperature.shape != targets.shape:
-        raise PactError(f"temperature {list(temperature.shape)} must be a number or one entry per token [{len(targets)}]")
+        raise PactError(
+            f"temperature {list(temperature.shape)} must be a number or one entry per token [{len(targets)}]"
+        )
     return temperature
 
 

@@ -234,7 +234,7 @@ def _evaluate(
     pairs: TokenPairs | None,
     backend: str,
     grads: tuple[bool, bool, bool],
-) -> tuple[torch.Tensor, ...]:
+) -> Any:
     """What `_pact_loss` gives; tokens of a pair are taken next to each other."""
     dtype, total = accumulation_dtype(hidden, weight), len(tokens)
     clip_log = None
@@ -244,22 +244,24 @@ def _evaluate(
     order = torch.arange(total, device=hidden.device) if pairs is None else pairs.order(total)
     head = ChunkedHead(backend, hidden, weight, bias, settings.softcap, total, grads, paired=pairs is not None)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if grads[0] else None
-    parts = []
+    values: list[tuple[torch.Tensor, ...]] = []
+    parts: list[TokenTerms] = []
     for chunk in head.chunks():
         here = order[chunk]
         part = tokens.select(here)
         stats = head.forward(hidden.index_select(0, part.row), part.target, temperature[here])
         coupled = None if pairs is None else pairing(pairs, chunk, head)
         terms = token_terms(part, stats.logprob, stats.entropy, settings, None if clip_log is None else clip_log[here])
-        parts.append((stats.logprob, stats.entropy, pair_values(coupled, pairs, terms.g), terms))
+        values.append((stats.logprob, stats.entropy, pair_values(coupled, pairs, terms.g)))
+        parts.append(terms)
         if any(grads):
             source, dx = head.backward(terms.g, terms.h if settings.entropy_coef else None, coupled)
             if d_hidden is not None and dx is not None:
                 _add_rows(d_hidden, part.row[source], dx)
     back = torch.empty_like(order)
     back[order] = torch.arange(total, device=order.device)
-    logprob, entropy, divergence = (torch.cat([part[i] for part in parts])[back] for i in range(3))
-    terms = TokenTerms(*(torch.cat(column)[back] for column in zip(*(part[3] for part in parts), strict=True)))
+    logprob, entropy, divergence = (torch.cat(column)[back] for column in zip(*values, strict=True))
+    terms = TokenTerms(*(torch.cat(column)[back] for column in zip(*parts, strict=True)))
     # summed in fp64: tens of thousands of terms of both signs
     loss = terms.rl.double().sum() + terms.sft.double().sum()
     of_pairs = logprob.new_zeros(0)

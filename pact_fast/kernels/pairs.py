@@ -43,7 +43,7 @@ class TokenPairs:
             )
         if torch.compiler.is_compiling():
             return
-        if len(self.index) and not (0 <= int(self.index.min()) and int(self.index.max()) < tokens):
+        if ((self.index < 0) | (self.index >= tokens)).any():
             raise PactError(f"pairs.index points outside the table of {tokens} tokens")
         if len(self.index.unique()) < self.index.numel():
             raise PactError("pairs.index: a token is in two pairs; add the token to the table once more")
