@@ -1,0 +1,81 @@
+"""The C++ library: compiled once, by several processes at a time if need be, and done without when it cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pact_fast.kernels import build
+
+USE = """
+import warnings, torch
+from pact_fast.kernels import backends, linear_logprob
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        print(linear_logprob(torch.ones(3, 4), torch.ones(5, 4), torch.arange(3)).logprob.tolist())
+print(backends()["cpp"])
+print(*[w.message for w in caught if "pact_fast" in str(w.message)], sep="|")
+"""
+
+
+def start(cache: Path, **environment: str) -> subprocess.Popen:
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", USE], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+
+
+def lines(process: subprocess.Popen) -> tuple[list[str], str]:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return out.splitlines(), err
+
+
+def needs_compiler():
+    try:
+        build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_processes_that_compile_at_once_all_get_a_whole_library_and_later_ones_find_it(tmp_path):
+    needs_compiler()
+    for process in [start(tmp_path) for _ in range(2)]:
+        out, err = lines(process)
+        assert out[2] == "ready" and "compiling" in err
+    assert len(list(tmp_path.rglob("*.so"))) == 1
+    out, err = lines(start(tmp_path))
+    assert out[2] == "ready" and "compiling" not in err
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
+def test_without_a_working_compiler_torch_serves_after_one_line(compiler, tmp_path):
+    out, _ = lines(start(tmp_path, CXX=compiler))
+    assert out[0] == out[1] and out[0].startswith("[-1.609")
+    assert compiler in out[2] and out[2] != "ready"
+    assert out[3].count("plain torch serves") == 1 and compiler in out[3]
+
+
+def test_a_failed_build_leaves_the_compilers_messages(tmp_path):
+    lines(start(tmp_path, CXX="false"))
+    log = next(tmp_path.rglob("*.log"))
+    assert "rows.cpp" in log.read_text()
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    needs_compiler()
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    out, _ = lines(start(blocked))
+    assert str(blocked) in out[2] and "XDG_CACHE_HOME" in out[2]
+
+
+def test_the_sources_are_part_of_the_package():
+    assert "rows.cpp" in {path.name for path in build.SOURCES.glob("*.cpp")}
