@@ -1,23 +1,26 @@
 """Attention over a packed tree, exact in forward and backward.
 
-Each segment is a dense attention call; a row that takes part in several has its partial results merged by log-sum-exp.
-Autograd through that merge would be silently wrong, because flash kernels drop the gradient of the log-sum-exp. Instead each
-kernel's raw backward gets the *merged* output and the merged log-sum-exp: its softmax is then the global one, and dQ, dK, dV
-simply add up.
+The tree's mask falls apart into dense calls (`PackedBatch.calls`): one causal call over all runs, and one whole call for each
+further level of ancestors. A row that takes part in several has its partial results merged by log-sum-exp. Autograd through
+that merge would be silently wrong, because flash kernels drop the gradient of the log-sum-exp. Instead each kernel's raw
+backward gets the *merged* output and the merged log-sum-exp: its softmax is then the global one, and dQ, dK, dV simply add up.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from pact_fast.tree.packing import PackedBatch, Segment
+from pact_fast.tree.flash import Flash, flash_for
+from pact_fast.tree.packing import Call, PackedBatch
 
 
 class TreeLayout:
-    """What attention needs of a PackedBatch: the segments (CPU flash calls) and the mask (elsewhere)."""
+    """What attention needs of a PackedBatch."""
 
     def __init__(self, batch: PackedBatch, device: torch.device | str = "cpu"):
-        self.segments = batch.segments
+        self.calls = [call for call in batch.calls if call.spans]
         self._subtree_end = torch.as_tensor(batch.subtree_end, device=device)
         self._mask: torch.Tensor | None = None
 
@@ -35,66 +38,60 @@ def tree_mask(subtree_end: torch.Tensor) -> torch.Tensor:
 
 
 def tree_attention(
-    q: torch.Tensor,  # [B, Hq, T, D]
-    k: torch.Tensor,  # [B, Hkv, T, D]
-    v: torch.Tensor,  # [B, Hkv, T, D]
+    q: torch.Tensor,  # [1, Hq, T, D]
+    k: torch.Tensor,  # [1, Hkv, T, D]
+    v: torch.Tensor,  # [1, Hkv, T, D]
     layout: TreeLayout,
     *,
     scale: float,
-) -> torch.Tensor:  # [B, Hq, T, D]
-    """softmax(scale · q kᵀ + tree mask) v. Hkv divides Hq (grouped queries)."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    if q.device.type == "cpu":
-        return _SegmentAttention.apply(q, k, v, layout.segments, scale)
+) -> torch.Tensor:  # [1, Hq, T, D]
+    """softmax(scale · q kᵀ + tree mask) v. Hkv divides Hq (grouped queries).
+
+    Flash kernels serve CPU (any float dtype) and CUDA (bf16, fp16); a dense mask everything else.
+    """
+    flash = flash_for(q)
+    if flash is not None:
+        return _TreeAttention.apply(q, k, v, layout.calls, scale, flash)
     mask = layout.mask()
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
-class _SegmentAttention(torch.autograd.Function):
-    """CPU: one flash call per segment, merged."""
-
+class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, segments: list[Segment], scale: float):
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        accumulate = torch.promote_types(q.dtype, torch.float32)
-        out = torch.zeros(q.shape, dtype=accumulate)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=accumulate)
-        for s in segments:
-            queries = q[:, :, s.start : s.end]
-            for a, b, causal in _ranges(s):
-                part, part_lse = flash(queries, k[:, :, a:b], v[:, :, a:b], 0.0, causal, scale=scale)
-                old = lse[:, :, s.start : s.end]
-                merged = torch.logaddexp(old, part_lse.to(accumulate))
-                here = out[:, :, s.start : s.end]
-                here.mul_((old - merged).exp_()[..., None]).add_(part * (part_lse - merged).exp_()[..., None])
-                lse[:, :, s.start : s.end] = merged
-        out = out.to(q.dtype)
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, calls: list[Call], scale: float, flash: Flash
+    ) -> torch.Tensor:
+        first, *levels = calls
+        out, lse = flash.forward(q, k, v, first, scale)
+        if levels:
+            lse = lse.to(torch.promote_types(q.dtype, torch.float32), copy=True)
+            total = out.to(lse.dtype)
+            for call in levels:
+                rows = flash.rows(call)
+                _merge(total, lse, rows, *flash.forward(q, k, v, call, scale))
+            out = total.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.segments, ctx.scale = segments, scale
+        ctx.calls, ctx.scale, ctx.flash = calls, scale, flash
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, dk, dv = (torch.zeros(t.shape, dtype=lse.dtype) for t in (q, k, v))
-        grad = grad.contiguous()
-        for s in ctx.segments:
-            rows = slice(s.start, s.end)
-            for a, b, causal in _ranges(s):
-                parts = flash_backward(
-                    grad[:, :, rows], q[:, :, rows], k[:, :, a:b], v[:, :, a:b],
-                    out[:, :, rows], lse[:, :, rows], 0.0, causal, scale=ctx.scale,
-                )  # fmt: skip
-                dq[:, :, rows] += parts[0]
-                dk[:, :, a:b] += parts[1]
-                dv[:, :, a:b] += parts[2]
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        sums = [torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (q, k, v)]
+        for call in ctx.calls:
+            ctx.flash.backward(grad, q, k, v, out, lse, call, ctx.scale, *sums)
+        return *(d.to(q.dtype) for d in sums), None, None, None
 
 
-def _ranges(segment: Segment) -> list[tuple[int, int, bool]]:
-    ranges = [(a, b, False) for a, b in segment.prefix]
-    return [*ranges, (segment.start, segment.end, True)] if segment.causal else ranges
+def _merge(
+    total: torch.Tensor, lse: torch.Tensor, rows: slice | torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
+) -> None:
+    """Fold a partial result [1, H, n, D] with its log-sum-exp [1, H, n] into the rows of (total, lse), in fp32 or fp64."""
+    old = lse[:, :, rows]
+    merged = torch.logaddexp(old, part_lse.to(lse.dtype))
+    kept = total[:, :, rows] * (old - merged).exp_()[..., None]
+    total[:, :, rows] = kept.addcmul_(part.to(total.dtype), (part_lse - merged).exp_()[..., None])
+    lse[:, :, rows] = merged

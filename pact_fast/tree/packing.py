@@ -8,20 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from pact_fast.tree.tree import Node, TokenTree
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Query rows [start, end) that see each key range; the last range is their own, causal, the others are whole."""
+class Span(NamedTuple):
+    """Query rows [q0, q1) see key rows [k0, k1)."""
 
-    start: int
-    end: int
-    prefix: tuple[tuple[int, int], ...]  # key ranges, seen by every query of the segment
-    causal: bool  # the segment also sees itself, causally
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+
+
+class Call(NamedTuple):
+    """One dense attention call: spans in order of their rows, which they share with no other span of the call.
+
+    causal: every span is its own key range, seen causally; otherwise key ranges are seen whole.
+    """
+
+    spans: list[Span]
+    causal: bool
 
 
 @dataclass
@@ -30,13 +40,14 @@ class PackedBatch:
 
     input_ids, position_ids  int64 [T]
     subtree_end              int64 [T]: row k is seen by rows k ≤ q < subtree_end[k]
-    segments                 the same, as dense attention calls
+    calls                    the same, as dense attention calls: the first is causal and covers every row, each of the others
+                             adds what rows see of one more level of ancestors
     """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
     subtree_end: np.ndarray
-    segments: list[Segment]
+    calls: list[Call]
     owned: list[Node]  # nodes whose tokens this pack accounts for; a node repeated by splitting is owned once
     _rows: dict[int, tuple[int, int]] = field(repr=False)  # id(owned node) -> (row of its first token, row before it)
 
@@ -136,7 +147,8 @@ def _lay_out(pieces: list[Piece], owner: set[int]) -> PackedBatch:
     """Concatenate pieces. Two of them may repeat a node, so everything about rows is worked out piece by piece."""
     rows: dict[int, tuple[int, int]] = {}
     owned: list[Node] = []
-    segments: list[Segment] = []
+    runs: list[Span] = []
+    branches: list[Span] = []
     subtree_ends: list[np.ndarray] = []
     row = 0
     for piece in pieces:
@@ -153,14 +165,16 @@ def _lay_out(pieces: list[Piece], owner: set[int]) -> PackedBatch:
                 rows[id(node)] = first[id(node)], previous
         end = _subtree_ends(piece, first)
         subtree_ends += [np.full(len(node.ids), end[id(node)], np.int64) for node in piece]
-        segments += _segments(piece, first, end)
+        own_runs, own_branches = _spans(piece, first, end)
+        runs += own_runs
+        branches += own_branches
     nodes = [node for piece in pieces for node in piece]
     empty = [np.zeros(0, np.int64)]
     return PackedBatch(
         input_ids=np.concatenate(empty + [node.ids for node in nodes]),
         position_ids=np.concatenate(empty + [np.arange(node.start, node.end) for node in nodes]),
         subtree_end=np.concatenate(empty + subtree_ends),
-        segments=segments,
+        calls=[Call(runs, True), *_levels(branches)],
         owned=owned,
         _rows=rows,
     )
@@ -175,35 +189,48 @@ def _subtree_ends(piece: Piece, first: dict[int, int]) -> dict[int, int]:
     return end
 
 
-def _segments(piece: Piece, first: dict[int, int], end: dict[int, int]) -> list[Segment]:
-    """Dense attention calls of one piece.
+def _spans(piece: Piece, first: dict[int, int], end: dict[int, int]) -> tuple[list[Span], list[Span]]:
+    """(runs, branches) of one piece.
 
-    A *run* is a path of nodes that lie directly behind each other; it attends to itself causally. What branches off a node
-    lies contiguously behind the node's first child, and all of it sees the node's run up to that node: one call per
-    branching, whatever the number of branches.
+    A *run* is a path of nodes that lie directly behind each other; it attends to itself causally, and every row is in
+    one. What branches off a node lies contiguously behind the node's first child, and all of it sees the node's run up to
+    that node: one span per branching, whatever the number of branches.
     """
     run_start: dict[int, int] = {}
-    runs: list[list[int]] = []
-    segments: list[Segment] = []
+    runs: list[tuple[int, int]] = []
+    branches: list[Span] = []
     follower: set[int] = set()
     children: dict[int, list[Node]] = {}
     for node in piece:
         if node.parent is not None:
             children.setdefault(id(node.parent), []).append(node)
     for node in piece:
+        here = first[id(node)] + len(node.ids)
         if id(node) in follower:
             start = run_start[id(node)] = run_start[id(node.parent)]
-            runs[-1] = [start, first[id(node)] + len(node.ids)]
+            runs[-1] = start, here
         else:
             start = run_start[id(node)] = first[id(node)]
-            runs.append([start, start + len(node.ids)])
+            runs.append((start, here))
         kids = children.get(id(node), [])
-        if kids:
-            follower.add(id(kids[0]))
-            here = first[id(node)] + len(node.ids)
-            if len(kids) > 1 and here > start:
-                branch = end[id(kids[0])], end[id(node)]
-                if branch[1] > branch[0]:
-                    segments.append(Segment(branch[0], branch[1], ((start, here),), False))
-    segments += [Segment(a, b, (), True) for a, b in runs if b > a]
-    return segments
+        if not kids:
+            continue
+        follower.add(id(kids[0]))
+        branch = end[id(kids[0])], end[id(node)]
+        if branch[1] > branch[0] and here > start:
+            branches.append(Span(*branch, start, here))
+    return [Span(a, b, a, b) for a, b in runs if b > a], branches
+
+
+def _levels(branches: list[Span]) -> list[Call]:
+    """Branches lie in each other or apart. Those of one level of nesting share no rows: one call each level."""
+    levels: list[list[Span]] = []
+    open_until: list[int] = []  # where the branches end that hold the current row
+    for span in sorted(branches, key=lambda s: (s.q0, -s.q1)):
+        while open_until and open_until[-1] <= span.q0:
+            open_until.pop()
+        if len(levels) == len(open_until):
+            levels.append([])
+        levels[len(open_until)].append(span)
+        open_until.append(span.q1)
+    return [Call(spans, False) for spans in levels]

@@ -1,0 +1,97 @@
+"""Flash kernels behind two functions: forward gives (out, log-sum-exp), backward takes the merged ones.
+
+A kernel runs one `Call`. What comes out has the call's rows in the order of its spans.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import torch
+
+from pact_fast.tree.packing import Call, Span
+
+
+class Flash(Protocol):
+    """q [1, Hq, T, D]; k, v [1, Hkv, T, D]."""
+
+    def rows(self, call: Call) -> slice | torch.Tensor:
+        """The rows of q that the call's results belong to."""
+        ...
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out [1, Hq, n, D], log-sum-exp [1, Hq, n])."""
+        ...
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        call: Call,
+        scale: float,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+    ) -> None:
+        """Add the call's share to dq, dk and dv. grad, out and lse are of all T rows, out and lse merged."""
+        ...
+
+
+def flash_for(q: torch.Tensor) -> Flash | None:
+    """The kernel that serves tensors like q; None: a dense mask has to."""
+    if q.device.type == "cpu":
+        return CpuFlash()
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
+        return _cuda_flash(q.device)
+    return None
+
+
+@functools.cache
+def _cuda_flash(device: torch.device) -> Flash:
+    from pact_fast.tree.flash_cuda import CudaFlash
+
+    return CudaFlash(device)
+
+
+def covered(spans: list[Span]) -> slice | None:
+    """The rows of spans that follow each other without a gap, else None."""
+    gaps = any(a.q1 != b.q0 for a, b in zip(spans, spans[1:], strict=False))
+    return None if gaps else slice(spans[0].q0, spans[-1].q1)
+
+
+class CpuFlash:
+    """torch's flash attention for CPU, once per span, on slices: nothing is gathered."""
+
+    def rows(self, call: Call) -> slice | torch.Tensor:
+        whole = covered(call.spans)
+        return whole if whole is not None else torch.cat([torch.arange(s.q0, s.q1) for s in call.spans])
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        parts = [
+            flash(q[:, :, s.q0 : s.q1], k[:, :, s.k0 : s.k1], v[:, :, s.k0 : s.k1], 0.0, call.causal, scale=scale)
+            for s in call.spans
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+    def backward(self, grad, q, k, v, out, lse, call, scale, dq, dk, dv):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        for q0, q1, k0, k1 in call.spans:
+            parts = flash(
+                grad[:, :, q0:q1].contiguous(), q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1],
+                out[:, :, q0:q1], lse[:, :, q0:q1], 0.0, call.causal, scale=scale,
+            )  # fmt: skip
+            dq[:, :, q0:q1] += parts[0]
+            dk[:, :, k0:k1] += parts[1]
+            dv[:, :, k0:k1] += parts[2]
