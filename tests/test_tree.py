@@ -56,6 +56,68 @@ def test_attention_equals_a_dense_mask_in_fp64(seed):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def varlen(function):
+    """A variable-length kernel in fp64 from one dense call per sequence; what CudaFlash expects of the one on CUDA."""
+
+    def run(*tensors, plan, causal, scale):
+        parts = []
+        for i in range(len(plan.cu_q) - 1):
+            (q0, q1), (k0, k1) = (tuple(int(c) for c in cu[i : i + 2]) for cu in (plan.cu_q, plan.cu_k))
+            assert q1 - q0 <= plan.max_q and k1 - k0 <= plan.max_k
+            parts.append(function(*tensors, q0, q1, k0, k1, causal, scale))
+        return parts
+
+    return run
+
+
+def packed(t: torch.Tensor) -> torch.Tensor:
+    return t.transpose(0, 1)[None]
+
+
+@varlen
+def forward_parts(q, k, v, q0, q1, k0, k1, causal, scale):
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(packed(q[q0:q1]), packed(k[k0:k1]), packed(v[k0:k1]), 0.0, causal, scale=scale)
+
+
+@varlen
+def backward_parts(grad, q, k, v, out, lse, q0, q1, k0, k1, causal, scale):
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    rows = [packed(t[q0:q1]) for t in (grad, q)]
+    keys = [packed(t[k0:k1]) for t in (k, v)]
+    return flash(*rows, *keys, packed(out[q0:q1]), lse[None, :, q0:q1], 0.0, causal, scale=scale)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_variable_length_calls_add_up_to_the_tree(seed, monkeypatch):
+    """Everything about the CUDA path but the kernel: rows, gathered keys, merging, sums over overlapping key ranges."""
+    from pact_fast.tree import flash_cuda
+
+    def forward(q, k, v, plan, causal, scale):
+        parts = forward_parts(q, k, v, plan=plan, causal=causal, scale=scale)
+        return torch.cat([o[0] for o, _ in parts], 1).transpose(0, 1), torch.cat([lse[0] for _, lse in parts], 1)
+
+    def backward(grad, q, k, v, out, lse, plan, causal, scale):
+        parts = backward_parts(grad, q, k, v, out, lse, plan=plan, causal=causal, scale=scale)
+        return tuple(torch.cat([part[i][0] for part in parts], 1).transpose(0, 1) for i in range(3))
+
+    monkeypatch.setattr(flash_cuda, "varlen_forward", forward)
+    monkeypatch.setattr(flash_cuda, "varlen_backward", backward)
+    rng = random.Random(seed)
+    trees = [random_tree(rng, rng.randint(0, 15)) for _ in range(3)]
+    for batch in pack(trees, max_tokens=rng.choice([12, 60, 1000])):
+        q, k, v = (torch.randn(1, h, len(batch), 16, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+        expected = tree_attention(q, k, v, TreeLayout(batch), scale=0.25)
+        layout = TreeLayout(batch)
+        monkeypatch.setattr(layout, "flash", lambda _, flash=flash_cuda.CudaFlash(torch.device("cpu")): flash)
+        out = tree_attention(q, k, v, layout, scale=0.25)
+        upstream = torch.randn_like(out)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        ours, theirs = (torch.autograd.grad(o, (q, k, v), upstream) for o in (out, expected))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("kind", [(Qwen3Config, Qwen3ForCausalLM), (LlamaConfig, LlamaForCausalLM)])
 def test_hidden_states_and_parameter_gradients_equal_every_path_alone(kind, share):

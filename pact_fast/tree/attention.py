@@ -23,6 +23,13 @@ class TreeLayout:
         self.calls = [call for call in batch.calls if call.spans]
         self._subtree_end = torch.as_tensor(batch.subtree_end, device=device)
         self._mask: torch.Tensor | None = None
+        self._flash: tuple[torch.dtype, Flash | None] | None = None
+
+    def flash(self, q: torch.Tensor) -> Flash | None:
+        """The kernel for queries like q, the same for all layers; None: `mask` has to serve."""
+        if self._flash is None or self._flash[0] != q.dtype:
+            self._flash = q.dtype, flash_for(q)
+        return self._flash[1]
 
     def mask(self) -> torch.Tensor:
         """bool [T, T]: row q sees row k."""
@@ -49,7 +56,7 @@ def tree_attention(
 
     Flash kernels serve CPU (any float dtype) and CUDA (bf16, fp16); a dense mask everything else.
     """
-    flash = flash_for(q)
+    flash = layout.flash(q)
     if flash is not None:
         return _TreeAttention.apply(q, k, v, layout.calls, scale, flash)
     mask = layout.mask()

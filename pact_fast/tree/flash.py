@@ -5,7 +5,7 @@ A kernel runs one `Call`. What comes out has the call's rows in the order of its
 
 from __future__ import annotations
 
-import functools
+import itertools
 from typing import Protocol
 
 import torch
@@ -45,24 +45,19 @@ class Flash(Protocol):
 
 
 def flash_for(q: torch.Tensor) -> Flash | None:
-    """The kernel that serves tensors like q; None: a dense mask has to."""
+    """A kernel for one packed batch whose queries are like q; None: a dense mask has to serve."""
     if q.device.type == "cpu":
         return CpuFlash()
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
-        return _cuda_flash(q.device)
+        from pact_fast.tree.flash_cuda import CudaFlash
+
+        return CudaFlash(q.device)
     return None
-
-
-@functools.cache
-def _cuda_flash(device: torch.device) -> Flash:
-    from pact_fast.tree.flash_cuda import CudaFlash
-
-    return CudaFlash(device)
 
 
 def covered(spans: list[Span]) -> slice | None:
     """The rows of spans that follow each other without a gap, else None."""
-    gaps = any(a.q1 != b.q0 for a, b in zip(spans, spans[1:], strict=False))
+    gaps = any(a.q1 != b.q0 for a, b in itertools.pairwise(spans))
     return None if gaps else slice(spans[0].q0, spans[-1].q1)
 
 
