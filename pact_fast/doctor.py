@@ -114,7 +114,6 @@ class _Checks:
         import torch
 
         from pact_fast.trainer import setup
-        from pact_fast.tree.hf import check_supported
 
         if self.config.model.path:  # reading the configuration is enough, weights may be large
             from transformers import AutoConfig, AutoModelForCausalLM
@@ -125,7 +124,7 @@ class _Checks:
         else:
             model = setup.make_model(self.config, self.tokens)
         setup.check_context(self.config, model)
-        check_supported(model)
+        setup.check_engine(model)
         count = sum(p.numel() for p in model.parameters())
         memory = count * 16 / 2**30  # float32 weights, gradients and two AdamW moments
         return (

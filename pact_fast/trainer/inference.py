@@ -57,6 +57,7 @@ def load_policy(source: str, settings: Sequence[str]) -> Policy:
     renderer.check()
     model = setup.make_model(config, tokenizer, path=weights, device=device).eval()
     setup.check_context(config, model)
+    setup.check_engine(model)
     engine = TransformersEngine(
         model, renderer.eot_ids, slots=config.rollout.max_batch_size, autocast=setup.precision(config, device)
     )

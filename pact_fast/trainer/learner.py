@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -15,7 +16,8 @@ from pact_fast.algorithms.base import Plan, Scored, loss_tokens
 from pact_fast.config import AlgorithmConfig, TrainerConfig
 from pact_fast.kernels import linear_logprob, pact_loss
 from pact_fast.kernels.tokens import LossTokens, Stream
-from pact_fast.tree import PackedBatch, pack, tree_forward
+from pact_fast.tree import PackedBatch, pack, paths_forward, tree_forward
+from pact_fast.tree.hf import unsupported
 
 
 @dataclass
@@ -53,6 +55,11 @@ class Learner:
         self.updates = 0
         self._autocast = autocast or nullcontext()
         self.optimizer = make_optimizer(model, trainer)
+        reason = unsupported(model)
+        if reason is not None:
+            warnings.warn(f"prefixes are not shared, every sequence is computed whole: {reason}", stacklevel=2)
+        self._forward = tree_forward if reason is None else paths_forward
+        self._share = trainer.share_prefixes and reason is None
 
     def prepare(self, plans: list[Plan]) -> None:
         """The passes without gradient, before the first optimizer step on a rollout batch.
@@ -102,7 +109,7 @@ class Learner:
 
     def _pack(self, plans: list[Plan], result: UpdateResult) -> list[PackedBatch]:
         trees = [tree for plan in plans for tree in plan.trees]
-        batches = pack(trees, max_tokens=self.trainer.max_tokens_per_pack, share=self.trainer.share_prefixes)
+        batches = pack(trees, max_tokens=self.trainer.max_tokens_per_pack, share=self._share)
         result.tokens = sum(len(batch) for batch in batches)
         result.tokens_unshared = sum(leaf.end for tree in trees for leaf in tree.leaves())
         result.packs = len(batches)
@@ -118,7 +125,7 @@ class Learner:
                 continue
             tokens = tokens.to(self._device())
             with self._autocast:
-                hidden = tree_forward(model, batch)
+                hidden = self._forward(model, batch)
             weight, bias, softcap = head_of(model)
             logprob = linear_logprob(
                 hidden[tokens.row], weight, tokens.target, bias=bias, softcap=softcap, temperature=self.temperature
@@ -131,7 +138,7 @@ class Learner:
         if not len(tokens):
             return
         with self._autocast:
-            hidden = tree_forward(self.model, batch)
+            hidden = self._forward(self.model, batch)
         output = self.loss(hidden, tokens.to(self._device()))
         output.loss.backward()
         result.loss += float(output.loss.detach())

@@ -92,6 +92,7 @@ class Trainer:
         start = base_dir if config.pretrain else None
         model = setup.make_model(config, self.tokenizer, path=found / "model" if found else start, device=self.device)
         setup.check_context(config, model)
+        setup.check_engine(model)
         if not config.algorithm.beta:
             return model, None
         reference = setup.make_model(config, self.tokenizer, path=start, device=self.device)

@@ -3,7 +3,7 @@
 from pact_fast.tree.packing import PackedBatch, pack
 from pact_fast.tree.tree import Node, TokenTree
 
-__all__ = ["Node", "PackedBatch", "TokenTree", "pack", "tree_attention", "tree_forward"]
+__all__ = ["Node", "PackedBatch", "TokenTree", "pack", "paths_forward", "tree_attention", "tree_forward"]
 
 
 def __getattr__(name: str):
@@ -12,8 +12,8 @@ def __getattr__(name: str):
         from pact_fast.tree.attention import tree_attention
 
         return tree_attention
-    if name == "tree_forward":
-        from pact_fast.tree.hf import tree_forward
+    if name in ("paths_forward", "tree_forward"):
+        from pact_fast.tree import hf
 
-        return tree_forward
+        return getattr(hf, name)
     raise AttributeError(name)

@@ -44,6 +44,7 @@ def tree_mask(subtree_end: torch.Tensor) -> torch.Tensor:
     return (rows[None] <= rows[:, None]) & (rows[:, None] < subtree_end[None])
 
 
+@torch.compiler.disable  # raw kernels and their raw backwards: nothing for a compiler to fuse
 def tree_attention(
     q: torch.Tensor,  # [1, Hq, T, D]
     k: torch.Tensor,  # [1, Hkv, T, D]
@@ -56,6 +57,9 @@ def tree_attention(
 
     Flash kernels serve CPU (any float dtype) and CUDA (bf16, fp16); a dense mask everything else.
     """
+    if torch.is_autocast_enabled(q.device.type):  # norms leave q and k in fp32 there
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     flash = layout.flash(q)
     if flash is not None:
         return _TreeAttention.apply(q, k, v, layout.calls, scale, flash)

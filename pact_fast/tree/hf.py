@@ -25,28 +25,59 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # the layout is the mask
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """PactError with the reason if the model's attention cannot be expressed as a tree."""
+def unsupported(model: PreTrainedModel) -> str | None:
+    """Why the model's attention cannot be expressed as a tree; None if it can."""
     config = model.config.get_text_config()
+    if not model._supports_attention_backend:
+        return f"{config.model_type}: its transformers code does not take an attention function"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds - {"full_attention"}:
-        raise PactError(
-            f"{config.model_type}: tree attention needs full attention in every layer, found {', '.join(sorted(kinds))}"
-        )
+        return f"{config.model_type}: needs full attention in every layer, found {', '.join(sorted(kinds))}"
+    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+        return f"{config.model_type}: attends to a window of {config.sliding_window} tokens"
     if getattr(config, "attn_logit_softcapping", None):
-        raise PactError(f"{config.model_type}: tree attention does not support soft-capped attention scores")
+        return f"{config.model_type}: soft-caps its attention scores"
+    return None
 
 
 def tree_forward(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    """Hidden states [T, D] after the final norm: the same numbers as running every root-to-leaf path alone."""
-    device = next(model.parameters()).device
+    """Hidden states [T, D] after the final norm: the same numbers as running every root-to-leaf path alone.
+
+    `model` may be wrapped by peft. Raises PactError with the reason if its attention cannot be expressed as a tree;
+    `paths_forward` serves such models.
+    """
     if model.config._attn_implementation != NAME:
-        check_supported(model)
+        reason = unsupported(model)
+        if reason is not None:
+            raise PactError(f"tree attention: {reason}; pack with share=False and use paths_forward")
         model.set_attn_implementation(NAME)
-    output = model.base_model(
+    device = next(model.parameters()).device
+    output = _trunk(model)(
         input_ids=torch.as_tensor(batch.input_ids, device=device)[None],
         position_ids=torch.as_tensor(batch.position_ids, device=device)[None],
         tree_layout=TreeLayout(batch, device),
         use_cache=False,
     )
     return output.last_hidden_state[0]
+
+
+def paths_forward(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+    """Hidden states [T, D] of a pack made with share=False, by the model's own attention on a padded batch of paths.
+
+    For models that tree attention does not serve. Right padding: no path sees it.
+    """
+    if any(call.spans for call in batch.calls[1:]):
+        raise ValueError("paths_forward needs a pack without sharing: pack(…, share=False)")
+    device = next(model.parameters()).device
+    ids = torch.as_tensor(batch.input_ids, device=device)
+    lengths = [span.q1 - span.q0 for span in batch.calls[0].spans]
+    mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    padded = torch.zeros(mask.shape, dtype=ids.dtype, device=device).masked_scatter(mask, ids)
+    output = _trunk(model)(input_ids=padded, attention_mask=mask.long(), use_cache=False)
+    return output.last_hidden_state[mask]
+
+
+def _trunk(model: PreTrainedModel) -> torch.nn.Module:
+    """The decoder below the language-model head."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
+    return inner.base_model

@@ -1,0 +1,166 @@
+"""Tree attention inside real decoders: many architectures, checkpointing, compiled layers, autocast, LoRA, small types."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_tree import SHAPE, path_ids, random_tree
+
+from pact_fast.errors import PactError
+from pact_fast.tree import TokenTree, pack, paths_forward, tree_forward
+from pact_fast.tree.hf import unsupported
+
+KINDS = {
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "phi": {},
+    "phi3": {"pad_token_id": 0},
+    "gemma": {},
+    "olmo2": {},
+}
+
+
+def make(kind: str, **changes) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **KINDS.get(kind, {}), **changes})
+    # grouped products of experts take no fp64
+    options = {"experts_implementation": "eager"} if kind == "qwen3_moe" else {}
+    model = transformers.AutoModelForCausalLM.from_config(config, **options).double()
+    for parameter in model.parameters():  # away from the symmetric start: norms of 1, biases of 0
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def trees(seed: int = 0) -> list[TokenTree]:
+    rng = random.Random(seed)
+    return [random_tree(rng, 7), random_tree(rng, 4), random_tree(rng, 0)]
+
+
+def weights_of(trees: list[TokenTree]) -> dict[int, torch.Tensor]:
+    torch.manual_seed(1)
+    return {id(n): torch.randn(len(n.ids), dtype=torch.float64) for t in trees for n in t.nodes}
+
+
+def gradients(model, total: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    total.backward()
+    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+
+def as_tree(model, trees: list[TokenTree], share: bool = True, forward=tree_forward) -> torch.Tensor:
+    """A weighted sum over the hidden states that predict every token."""
+    weights = weights_of(trees)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in pack(trees, max_tokens=60, share=share):
+        hidden = forward(model, batch)
+        for node in batch.owned:
+            rows = batch.rows(node)
+            keep = rows >= 0
+            total = total + (hidden[rows[keep]].double().sum(-1) * weights[id(node)][keep]).sum()
+    return total
+
+
+def alone(model, trees: list[TokenTree]) -> torch.Tensor:
+    """The same from every path by itself, through the model's own attention."""
+    model.set_attn_implementation("eager")
+    weights = weights_of(trees)
+    total = torch.zeros((), dtype=torch.float64)
+    for node in (n for t in trees for n in t.nodes if len(n.ids)):
+        hidden = model.base_model(torch.as_tensor(path_ids(node))[None]).last_hidden_state[0]
+        rows = np.arange(node.start, node.end) - 1
+        keep = rows >= 0
+        total = total + (hidden[rows[keep]].double().sum(-1) * weights[id(node)][keep]).sum()
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameter_gradients_equal_every_path_alone(kind):
+    model, forest = make(kind), trees()
+    ours = gradients(model, as_tree(model, forest))
+    theirs = gradients(model, alone(model, forest))
+    assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
+
+
+def test_bf16_errors_are_within_twice_those_of_the_models_own_attention():
+    model, forest = make("qwen3"), trees()
+    truth = gradients(model, alone(model, forest))
+    small = make("qwen3").bfloat16()
+    error = {
+        "tree": (gradients(small, as_tree(small, forest)) - truth).norm(),
+        "alone": (gradients(small, alone(small, forest)) - truth).norm(),
+    }
+    assert error["tree"] <= 2 * error["alone"]
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, forest = make("qwen3"), trees()
+    plain = gradients(model, as_tree(model, forest))
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(gradients(model, as_tree(model, forest)), plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_nothing():
+    model, forest = make("qwen3"), trees()
+    plain = gradients(model, as_tree(model, forest))
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=True)
+    compiled = gradients(model, as_tree(model, forest))
+    assert (compiled - plain).norm() <= 2e-6 * plain.norm()
+
+
+def test_autocast_computes_as_the_models_own_attention_does():
+    model, forest = make("qwen3").float(), trees()
+    truth = gradients(model, alone(model, forest))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = as_tree(model, forest)
+    ours = gradients(model, ours)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = alone(model, forest)
+    theirs = gradients(model, theirs)
+    assert 0 < (ours - truth).norm() <= 2 * (theirs - truth).norm()
+
+
+def test_lora_adapters_get_the_gradients_of_every_path_alone():
+    peft = pytest.importorskip("peft", reason="needs the extra lora: pip install 'pact-fast[lora]'")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model, forest = peft.get_peft_model(make("qwen3"), settings).double(), trees()
+    ours = gradients(model, as_tree(model, forest))
+    inner = model.get_base_model()
+    theirs = gradients(model, alone(inner, forest))
+    assert len(ours) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
+
+
+SLIDING = dict(layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=4)
+
+
+@pytest.mark.parametrize(
+    "kind, changes, reason",
+    [
+        ("qwen3", SLIDING, "sliding_attention"),
+        ("mistral", {"sliding_window": 4}, "window of 4|sliding_attention"),
+        ("gemma2", {}, "sliding_attention"),
+    ],
+)
+def test_what_is_no_tree_is_refused_with_the_reason_and_computed_path_by_path(kind, changes, reason):
+    model, forest = make(kind, **changes), trees()
+    assert unsupported(model)
+    with pytest.raises(PactError, match=reason):
+        as_tree(model, forest)
+    ours = gradients(model, as_tree(model, forest, share=False, forward=paths_forward))
+    theirs = gradients(model, alone(model, forest))
+    assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
+
+
+def test_paths_forward_refuses_a_pack_with_shared_prefixes():
+    with pytest.raises(ValueError, match="share=False"):
+        paths_forward(make("qwen3"), pack(trees(), max_tokens=60)[0])
