@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from pact_fast.tree import TokenTree, pack, tree_attention, tree_forward
 from pact_fast.tree.attention import TreeLayout, tree_mask
+from pact_fast.tree.cost import trunk_flops, work_of_packs, work_of_paths
 
 SHAPE = dict(
     vocab_size=97,
@@ -175,3 +176,30 @@ def test_siblings_share_the_row_that_predicts_their_first_tokens():
     (batch,) = pack([tree], max_tokens=100)
     assert batch.rows(a)[0] == batch.rows(b)[0] == 2
     assert len(batch) == 6
+
+
+def test_work_counts_every_pair_of_the_mask_and_every_path():
+    rng = random.Random(3)
+    forest = [random_tree(rng, 9), random_tree(rng, 5)]
+    batches = pack(forest, max_tokens=25)
+    masks = [tree_mask(torch.as_tensor(batch.subtree_end)) for batch in batches]
+    work = work_of_packs(batches)
+    assert work.tokens == sum(len(batch) for batch in batches)
+    assert work.pairs == sum(int(mask.sum()) for mask in masks)
+    alone = pack(forest, max_tokens=25, share=False)
+    assert work_of_paths(forest) == work_of_packs(alone)
+
+
+def test_flops_are_those_that_torch_counts():
+    """Forward and backward of the trunk by torch's own counter, on one path: no recomputation, no padding."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
+    model.set_attn_implementation("eager")
+    tree = TokenTree()
+    tree.add(np.arange(40))
+    with FlopCounterMode(display=False) as counter:
+        model.base_model(torch.arange(40)[None]).last_hidden_state.sum().backward()
+    counted = trunk_flops(model, work_of_paths([tree]))
+    causal = 12.0 * 2 * 4 * 8 * (40 * 40 - 40 * 41 / 2)  # eager attention computes the upper half, too
+    assert counted + causal == pytest.approx(counter.get_total_flops(), rel=0.05)

@@ -17,6 +17,7 @@ from pact_fast.config import AlgorithmConfig, TrainerConfig
 from pact_fast.kernels import linear_logprob, pact_loss
 from pact_fast.kernels.tokens import LossTokens, Stream
 from pact_fast.tree import PackedBatch, pack, paths_forward, tree_forward
+from pact_fast.tree.cost import trunk_flops, work_of_packs, work_of_paths
 from pact_fast.tree.hf import unsupported
 
 
@@ -29,6 +30,9 @@ class UpdateResult:
     stats: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0  # computed by the trunk
     tokens_unshared: int = 0  # had every sequence run alone
+    flops: float = 0.0  # of the trunk, forward and backward
+    flops_unshared: float = 0.0
+    capacity: int = 0  # tokens that the packs had room for
     supervised: int = 0
     packs: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -110,8 +114,10 @@ class Learner:
     def _pack(self, plans: list[Plan], result: UpdateResult) -> list[PackedBatch]:
         trees = [tree for plan in plans for tree in plan.trees]
         batches = pack(trees, max_tokens=self.trainer.max_tokens_per_pack, share=self._share)
-        result.tokens = sum(len(batch) for batch in batches)
-        result.tokens_unshared = sum(leaf.end for tree in trees for leaf in tree.leaves())
+        work, alone = work_of_packs(batches), work_of_paths(trees)
+        result.tokens, result.tokens_unshared = work.tokens, alone.tokens
+        result.flops, result.flops_unshared = trunk_flops(self.model, work), trunk_flops(self.model, alone)
+        result.capacity = sum(max(len(batch), self.trainer.max_tokens_per_pack) for batch in batches)
         result.packs = len(batches)
         return batches
 

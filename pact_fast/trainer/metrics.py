@@ -82,6 +82,8 @@ def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
         "tokens/unshared": float(sum(r.tokens_unshared for r in results)),
         "tokens/supervised": float(sum(r.supervised for r in results)),
         "tokens/packs": float(sum(r.packs for r in results)),
+        "tree/flops_saved": 1.0 - _ratio(sum(r.flops for r in results), sum(r.flops_unshared for r in results)),
+        "tree/pack_efficiency": _ratio(tokens, sum(r.capacity for r in results)),
     }
     for phase in results[0].seconds if results else ():
         values[f"time/{phase}"] = sum(r.seconds[phase] for r in results)
@@ -96,6 +98,10 @@ def control_token_prob(groups: list[Group], control: frozenset[int]) -> dict[str
     ]
     found = np.concatenate(probabilities) if probabilities else np.zeros(0)
     return {"control_token_prob": float(found.mean())} if len(found) else {}
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
 
 
 def _share(flags: list[bool]) -> float:

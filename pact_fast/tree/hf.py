@@ -79,5 +79,5 @@ def paths_forward(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
 
 def _trunk(model: PreTrainedModel) -> torch.nn.Module:
     """The decoder below the language-model head."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
-    return inner.base_model
+    get_inner = getattr(model, "get_base_model", None)  # peft
+    return (get_inner() if get_inner else model).base_model

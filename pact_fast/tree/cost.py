@@ -1,0 +1,49 @@
+"""What sharing saves: tokens, attention pairs and FLOPs of a step, with prefixes computed once and as if every path ran alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from pact_fast.tree.packing import PackedBatch
+from pact_fast.tree.tree import TokenTree
+
+
+class Work(NamedTuple):
+    """tokens that the trunk computes; pairs: query-key pairs that attention computes in each layer and head."""
+
+    tokens: int
+    pairs: int
+
+
+def work_of_packs(batches: Sequence[PackedBatch]) -> Work:
+    """The pairs follow from the mask: row k is seen by the rows up to the end of its subtree."""
+    pairs = sum(int((batch.subtree_end - np.arange(len(batch))).sum()) for batch in batches)
+    return Work(sum(len(batch) for batch in batches), pairs)
+
+
+def work_of_paths(trees: Sequence[TokenTree]) -> Work:
+    """Every root-to-leaf path alone."""
+    lengths = [leaf.end for tree in trees for leaf in tree.leaves()]
+    return Work(sum(lengths), sum(n * (n + 1) // 2 for n in lengths))
+
+
+def trunk_flops(model: PreTrainedModel, work: Work) -> float:
+    """Forward and backward FLOPs of the trunk: 6 for each weight and token, 12·head width for each pair and head.
+
+    The head and the embedding are left out, and mixtures of experts count the experts that a token visits.
+    """
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    visited = config.num_experts_per_tok / experts if experts else 1.0
+    weights = sum(
+        p.numel() * (visited if ".experts." in name else 1.0)
+        for name, p in model.named_parameters()
+        if p.ndim >= 2 and "embed" not in name and "lm_head" not in name
+    )
+    attention = config.num_hidden_layers * config.num_attention_heads * head_dim
+    return 6.0 * weights * work.tokens + 12.0 * attention * work.pairs
