@@ -1,0 +1,350 @@
+// The three products of the fused head for bf16 values, with fp32 results, on CPUs with bf16 instructions.
+//
+//     z[n, V] = x·Wᵀ        dx[n, D] = bf16(dz)·W        dW[V, D] += bf16(dz)ᵀ·x
+//
+// PyTorch has no such matrix product on CPU: its bf16 one rounds the result, and an fp32 one takes twice the time. Inside
+// it is oneDNN's block product C (+)= A·B (`brgemm`: AMX or AVX512-BF16, fp32 sums), which we call here. It wants A by
+// rows and B as pairs of rows, B[K/2][N][2]; this file makes those, and decides who works on what:
+//
+//  * B comes in panels of 64 columns: four registers of sums, what the block product is built for. A panel of at most
+//    2048 rows takes 256 KiB, so that it stays in the second-level cache (1 MiB) while all of A streams past it.
+//  * dz is worked on in slabs of 1024 columns, rounded once and written twice: by rows, as A of dx, and by columns, as A
+//    of dW. With up to 1024 rows at a time that is 2 × 2 MiB for all threads together; the packed x has its own size.
+//  * One thread owns an element of a result in every slab, and sums go in the order of K, whatever the number of threads.
+//
+// `brgemm` is exported by libtorch_cpu but not part of its stable ABI, hence the weak symbol and `ready`: where it is not
+// there, or does not do what we expect of it, callers have to take another way.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <new>
+#include <optional>
+
+#ifdef __AVX512BF16__  // every CPU with AMX has it, too
+#include <immintrin.h>
+
+namespace at::native::cpublas {
+[[gnu::weak]] void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                          const c10::BFloat16* a, const c10::BFloat16* b, float* c, bool pairs);
+[[gnu::weak]] void brgemm_release(bool pairs);
+}  // namespace at::native::cpublas
+#endif
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+#ifdef __AVX512BF16__
+
+namespace blas = at::native::cpublas;
+
+constexpr int64_t kPanel = 64;    // columns of B
+constexpr int64_t kDepth = 2048;  // rows of a panel in z = x·Wᵀ
+constexpr int64_t kSlab = 1024;   // columns of dz worked on at a time
+constexpr int64_t kRows = 1024;   // rows of dz worked on at a time
+
+using Bits = uint16_t;  // a bf16 number
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+std::unique_ptr<Bits[], Free> buffer(int64_t count) {
+  void* p = std::aligned_alloc(64, round_up(count * sizeof(Bits), 64));
+  if (p == nullptr && count > 0) throw std::bad_alloc();
+  return std::unique_ptr<Bits[], Free>(static_cast<Bits*>(p));
+}
+
+// AMX tiles stay configured after a product. A thread of torch's pool has to be left without: the configuration is part of
+// its state, slows down every switch between threads, and is not the one that other users of the tiles expect.
+struct Tiles {
+  ~Tiles() { blas::brgemm_release(true); }
+};
+
+// C[m, n] (+)= A[m, k]·B, B one panel; k even. `brgemm` compiles code for every shape it meets and keeps it (~0.1 ms and
+// 0.1 MB, per thread): pieces of 64 rows, at most one of 16, 32 or 48 and one below bound the number of shapes.
+void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const Bits* b, float* c, int64_t ldc, bool add) {
+  for (int64_t i = 0; i < m;) {
+    const int64_t left = m - i, rows = left >= 64 ? 64 : left >= 16 ? left & ~15 : left;
+    blas::brgemm(rows, n, k, lda, kPanel, ldc, add, reinterpret_cast<const c10::BFloat16*>(a + i * lda),
+                 reinterpret_cast<const c10::BFloat16*>(b), c + i * ldc, true);
+    i += rows;
+  }
+}
+
+// The first `count` of up to 32 lanes.
+uint32_t lanes(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
+
+// One step of the transposition: swaps the off-diagonal blocks of S×S in every block of 2S×2S.
+template <int S>
+void swap_blocks(__m512i (&rows)[16]) {
+  alignas(64) int32_t low[16], high[16];
+  for (int i = 0; i < 16; ++i) {
+    low[i] = i & S ? 16 + i - S : i;
+    high[i] = i & S ? 16 + i : i + S;
+  }
+  const __m512i to_low = _mm512_load_si512(low), to_high = _mm512_load_si512(high);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (i & S) continue;
+    const __m512i a = rows[i], b = rows[i + S];
+    rows[i] = _mm512_permutex2var_epi32(a, to_low, b);
+    rows[i + S] = _mm512_permutex2var_epi32(a, to_high, b);
+  }
+}
+
+// 16×16 pairs of bf16 numbers.
+void transpose(__m512i (&rows)[16]) {
+  swap_blocks<8>(rows);
+  swap_blocks<4>(rows);
+  swap_blocks<2>(rows);
+  swap_blocks<1>(rows);
+}
+
+// A panel whose columns are rows of w: w is [rows, depth], rows ≤ 64; the panel gets zeros up to 64 columns and an even
+// depth. Room for a multiple of 32 in depth.
+void pack_transposed(const Bits* w, int64_t ld, int64_t rows, int64_t depth, Bits* panel) {
+  for (int64_t n = 0; n < kPanel; n += 16) {
+    for (int64_t k = 0; k < depth; k += 32) {
+      __m512i block[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        block[i] = _mm512_maskz_loadu_epi16(n + i < rows ? lanes(depth - k) : 0, w + (n + i) * ld + k);
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(panel + (k + 2 * i) * kPanel + 2 * n, block[i]);
+    }
+  }
+}
+
+__m512i pairs(__m256i first, __m256i second) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+}
+
+// A panel of `columns` ≤ 64 columns of b [rows, ·]; zeros up to 64 columns and up to `depth` (even) rows.
+void pack(const Bits* b, int64_t ld, int64_t rows, int64_t columns, int64_t depth, Bits* panel) {
+  for (int64_t k = 0; k < depth; k += 2) {
+    for (int64_t n = 0; n < kPanel; n += 16) {
+      const auto mask = static_cast<__mmask16>(lanes(columns - n));
+      const Bits* source = b + k * ld + n;
+      const __m256i first = _mm256_maskz_loadu_epi16(k < rows ? mask : 0, source);
+      const __m256i second = _mm256_maskz_loadu_epi16(k + 1 < rows ? mask : 0, source + ld);
+      _mm512_store_si512(panel + k * kPanel + 2 * n, pairs(first, second));
+    }
+  }
+}
+
+// 32×16 numbers of dz [rows, columns], rounded: into a [·, kSlab] and, transposed, into at [·, depth]. What lies outside
+// of dz is zero. Either target may be null.
+void round_tile(const float* dz, int64_t ld, int64_t rows, int64_t columns, Bits* a, Bits* at, int64_t depth) {
+  const auto mask = static_cast<__mmask16>(lanes(columns));
+  __m512i block[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    __m256i half[2];
+    for (int j = 0; j < 2; ++j) {
+      const int64_t row = 2 * i + j;
+      const __m512 values = _mm512_maskz_loadu_ps(row < rows ? mask : 0, dz + row * ld);
+      half[j] = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
+      if (a != nullptr) _mm256_store_si256(reinterpret_cast<__m256i*>(a + row * kSlab), half[j]);
+    }
+    block[i] = pairs(half[0], half[1]);
+  }
+  if (at == nullptr) return;
+  transpose(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(at + i * depth, block[i]);
+}
+
+// Whether the block product is there and means by its arguments what we mean.
+bool ready() {
+  if (blas::brgemm == nullptr || blas::brgemm_release == nullptr) return false;
+  alignas(64) Bits a[2 * 4], b[4 * kPanel];
+  float c[2 * 5];
+  const auto bits = [](int value) { return c10::BFloat16(static_cast<float>(value)).x; };
+  for (int i = 0; i < 8; ++i) a[i] = bits(i + 1);
+  for (int k = 0; k < 4; ++k) {
+    for (int j = 0; j < kPanel; ++j) b[(k & ~1) * kPanel + 2 * j + (k & 1)] = bits((k + 1) * (j - 2));
+  }
+  std::fill(c, c + 10, 1.0f);
+  try {
+    const Tiles tiles;
+    product(2, 5, 4, a, 4, b, c, 5, true);
+  } catch (const std::exception&) {  // without oneDNN: switched off by the user, or not built in
+    return false;
+  }
+  for (int i = 0; i < 10; ++i) {
+    const int row_sum = i < 5 ? 1 + 4 + 9 + 16 : 5 + 12 + 21 + 32;
+    if (c[i] != static_cast<float>(1 + row_sum * (i % 5 - 2))) return false;
+  }
+  return true;
+}
+
+void logits(const Bits* x, const Bits* weight, float* z, int64_t rows, int64_t vocab, int64_t width, int64_t z_stride) {
+  const int64_t ld = round_up(width, 2);
+  std::unique_ptr<Bits[], Free> even;  // x with an even number of columns
+  if (ld != width) {
+    even = buffer(rows * ld);
+    for (int64_t i = 0; i < rows; ++i) {
+      std::copy_n(x + i * width, width, &even[i * ld]);
+      even[i * ld + width] = 0;
+    }
+    x = even.get();
+  }
+  torch::stable::parallel_for(0, ceil_div(vocab, kPanel), 1, [&](int64_t begin, int64_t end) {
+    const Tiles tiles;
+    const auto panel = buffer(std::min(round_up(width, 32), kDepth) * kPanel);
+    for (int64_t v = begin * kPanel; v < std::min(end * kPanel, vocab); v += kPanel) {
+      const int64_t columns = std::min(kPanel, vocab - v);
+      for (int64_t k = 0; k < width; k += kDepth) {
+        const int64_t depth = std::min(kDepth, width - k);
+        pack_transposed(weight + v * width + k, width, columns, depth, panel.get());
+        product(rows, columns, round_up(depth, 2), x + k, ld, panel.get(), z + v, z_stride, k > 0);
+      }
+    }
+  });
+}
+
+// dx and d_weight from up to kRows rows of dz. Either may be null.
+void grads(const float* dz, int64_t dz_stride, const Bits* x, const Bits* weight, float* dx, float* d_weight, int64_t rows,
+           int64_t vocab, int64_t width) {
+  const int64_t depth = round_up(rows, 32), panels = ceil_div(width, kPanel);
+  const auto a = buffer(dx == nullptr ? 0 : depth * kSlab);
+  const auto at = buffer(d_weight == nullptr ? 0 : kSlab * depth);
+  const auto x_panels = buffer(d_weight == nullptr ? 0 : panels * kPanel * depth);
+  if (d_weight != nullptr) {
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        pack(x + p * kPanel, width, rows, std::min(kPanel, width - p * kPanel), depth, &x_panels[p * kPanel * depth]);
+      }
+    });
+  }
+  // A unit of work: one panel of columns of both results. Where these are too few for the threads, their rows are split,
+  // but no finer than 128, as every part packs the panel of W again.
+  const int64_t wanted = ceil_div(4 * torch::stable::get_num_threads(), panels);
+  const int64_t parts = std::clamp<int64_t>(wanted, 1, ceil_div(std::max(rows, int64_t{1}), 128));
+  for (int64_t v = 0; v < vocab; v += kSlab) {
+    const int64_t slab = std::min(kSlab, vocab - v), across = ceil_div(slab, 16);
+    torch::stable::parallel_for(0, depth / 32 * across, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t i = t / across * 32, j = t % across * 16;
+        round_tile(dz + i * dz_stride + v + j, dz_stride, rows - i, slab - j, dx == nullptr ? nullptr : &a[i * kSlab + j],
+                   d_weight == nullptr ? nullptr : &at[j * depth + i], depth);
+      }
+    });
+    torch::stable::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+      const Tiles tiles;
+      const auto panel = buffer(dx == nullptr ? 0 : kSlab * kPanel);
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t p = u / parts, column = p * kPanel, columns = std::min(kPanel, width - column);
+        // the rows of a result that are this part's
+        const auto mine = [&, part = u % parts](int64_t all, auto&& work) {
+          const int64_t size = round_up(ceil_div(all, parts), 64), first = part * size;
+          if (first < all) work(first, std::min(size, all - first));
+        };
+        if (dx != nullptr) {
+          mine(rows, [&](int64_t i, int64_t m) {
+            const int64_t k = round_up(slab, 2);
+            pack(weight + v * width + column, width, slab, columns, k, panel.get());
+            product(m, columns, k, &a[i * kSlab], kSlab, panel.get(), dx + i * width + column, width, v > 0);
+          });
+        }
+        if (d_weight != nullptr) {
+          mine(slab, [&](int64_t i, int64_t m) {
+            product(m, columns, depth, &at[i * depth], depth, &x_panels[p * kPanel * depth],
+                    d_weight + (v + i) * width + column, width, true);
+          });
+        }
+      }
+    });
+  }
+}
+
+#else  // callers ask bf16_products_ready first
+
+constexpr int64_t kRows = 1024;
+using Bits = uint16_t;
+
+bool ready() { return false; }
+void logits(const Bits*, const Bits*, float*, int64_t, int64_t, int64_t, int64_t) {}
+void grads(const float*, int64_t, const Bits*, const Bits*, float*, float*, int64_t, int64_t, int64_t) {}
+
+#endif
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+bool is(const Tensor& t, ScalarType type, int64_t rows, int64_t columns) {
+  return t.scalar_type() == type && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && columns > 0;
+}
+
+// Rows may be further apart than they are long.
+bool is_rows(const Tensor& t, int64_t rows, int64_t columns) {
+  return is(t, ScalarType::Float, rows, columns) && t.stride(1) == 1;
+}
+
+bool is_whole(const Tensor& t, ScalarType type, int64_t rows, int64_t columns) {
+  return is(t, type, rows, columns) && t.is_contiguous();
+}
+
+}  // namespace
+
+bool bf16_products_ready() { return ready(); }
+
+// z ← x·Wᵀ: x [n, D], weight [V, D] bf16, contiguous; z [n, V] fp32, rows contiguous.
+void bf16_logits(const Tensor x, const Tensor weight, Tensor z) {
+  const int64_t rows = x.size(0), vocab = weight.size(0), width = x.size(1);
+  STD_TORCH_CHECK(ready(), "no bf16 products here");
+  STD_TORCH_CHECK(is_whole(x, ScalarType::BFloat16, rows, width) && is_whole(weight, ScalarType::BFloat16, vocab, width),
+                  "x and weight: contiguous bf16 matrices of one width");
+  STD_TORCH_CHECK(is_rows(z, rows, vocab), "z: fp32, a row for each of x, a column for each row of weight");
+  logits(data<Bits>(x), data<Bits>(weight), data<float>(z), rows, vocab, width, z.stride(0));
+}
+
+// dx ← dz·W and d_weight += dzᵀ·x, dz [n, V] fp32 (rows contiguous) rounded to bf16; dx [n, D], d_weight [V, D] fp32.
+void bf16_grads(const Tensor dz, const Tensor x, const Tensor weight, std::optional<Tensor> dx,
+                std::optional<Tensor> d_weight) {
+  const int64_t rows = x.size(0), vocab = weight.size(0), width = x.size(1);
+  STD_TORCH_CHECK(ready(), "no bf16 products here");
+  STD_TORCH_CHECK(is_whole(x, ScalarType::BFloat16, rows, width) && is_whole(weight, ScalarType::BFloat16, vocab, width),
+                  "x and weight: contiguous bf16 matrices of one width");
+  STD_TORCH_CHECK(is_rows(dz, rows, vocab), "dz: fp32, a row for each of x, a column for each row of weight");
+  STD_TORCH_CHECK((!dx || is_whole(*dx, ScalarType::Float, rows, width)) &&
+                      (!d_weight || is_whole(*d_weight, ScalarType::Float, vocab, width)),
+                  "dx and d_weight: contiguous, fp32, of the shapes of x and weight");
+  for (int64_t i = 0; i < rows; i += kRows) {
+    grads(data<float>(dz) + i * dz.stride(0), dz.stride(0), data<Bits>(x) + i * width, data<Bits>(weight),
+          dx ? data<float>(*dx) + i * width : nullptr, d_weight ? data<float>(*d_weight) : nullptr,
+          std::min(kRows, rows - i), vocab, width);
+  }
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pact_fast, m) {
+  m.def("bf16_products_ready() -> bool");
+  m.def("bf16_logits(Tensor x, Tensor weight, Tensor(a!) z) -> ()");
+  m.def("bf16_grads(Tensor dz, Tensor x, Tensor weight, Tensor(a!)? dx, Tensor(b!)? d_weight) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pact_fast, CompositeExplicitAutograd, m) {
+  m.impl("bf16_products_ready", TORCH_BOX(&bf16_products_ready));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pact_fast, CPU, m) {
+  m.impl("bf16_logits", TORCH_BOX(&bf16_logits));
+  m.impl("bf16_grads", TORCH_BOX(&bf16_grads));
+}

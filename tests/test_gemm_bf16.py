@@ -1,0 +1,135 @@
+"""The bf16 products with fp32 results (csrc/gemm_bf16.cpp): exact on integers, at every odd shape; fp32 sums; threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pact_fast.kernels import build
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ops():
+    if (status := build.status()) != "ready":
+        pytest.skip(f"no C++ library: {status}")
+    if not torch.ops.pact_fast.bf16_products_ready():
+        pytest.skip("no bf16 products: no AVX512-BF16, or a torch without brgemm")
+    return torch.ops.pact_fast
+
+
+def integers(*shape: int) -> torch.Tensor:
+    """Small enough for sums of thousands of products to be exact in fp32, whatever their order."""
+    return torch.randint(-8, 9, shape).float()
+
+
+def with_gap(t: torch.Tensor, gap: int = 3) -> torch.Tensor:
+    """t as part of a wider matrix: its row stride is larger than its rows, and NaN lies between them."""
+    return torch.full((t.shape[0], t.shape[1] + gap), torch.nan)[:, : t.shape[1]].copy_(t)
+
+
+SMALL = [(n, width, vocab) for n in (1, 3, 17) for width in (1, 8, 64, 101, 896) for vocab in (5, 1003, 4099)]
+# beyond a block in each direction: rows (1024), depth (2048), slabs of dz (1024), and exactly as large
+LARGE = [(1100, 100, 70), (1024, 64, 1024), (33, 2051, 65), (2, 4099, 3), (95, 130, 2050)]
+
+
+@pytest.mark.parametrize("n, width, vocab", SMALL + LARGE)
+def test_products_of_integers_are_exact(n, width, vocab, ops):
+    torch.manual_seed(0)
+    x, weight, dz = integers(n, width).bfloat16(), integers(vocab, width).bfloat16(), with_gap(integers(n, vocab))
+    z, dx = with_gap(torch.full((n, vocab), torch.nan)), torch.full((n, width), torch.nan)
+    d_weight = integers(vocab, width)
+    grown = d_weight.double() + dz.double().T @ x.double()
+
+    ops.bf16_logits(x, weight, z)
+    assert torch.equal(z.double(), x.double() @ weight.double().T)
+    assert z.as_strided((n - 1, 3), z.stride(), vocab).isnan().all()  # between the rows
+
+    ops.bf16_grads(dz, x, weight, dx, d_weight)
+    assert torch.equal(dx.double(), dz.double() @ weight.double())
+    assert torch.equal(d_weight.double(), grown)
+
+    alone = torch.full_like(dx, torch.nan), torch.zeros_like(d_weight)
+    ops.bf16_grads(dz, x, weight, alone[0], None)
+    ops.bf16_grads(dz, x, weight, None, alone[1])
+    assert torch.equal(alone[0], dx) and torch.equal(alone[1].double(), dz.double().T @ x.double())
+
+
+@pytest.mark.parametrize("n, width, vocab", [(17, 896, 4099), (300, 2500, 1003), (1100, 101, 77)])
+def test_sums_are_fp32_and_only_dz_is_rounded(n, width, vocab, ops):
+    torch.manual_seed(0)
+    x, weight = torch.randn(n, width).bfloat16(), torch.randn(vocab, width).bfloat16()
+    dz = torch.randn(n, vocab) * torch.logspace(-8, 0, vocab)
+    z, dx, d_weight = torch.empty(n, vocab), torch.empty(n, width), torch.zeros(vocab, width)
+    ops.bf16_logits(x, weight, z)
+    ops.bf16_grads(dz, x, weight, dx, d_weight)
+    rounded = dz.bfloat16().double()
+    for mine, a, b in ((z, x, weight.T), (dx, rounded, weight), (d_weight, rounded.T, x)):
+        a, b = a.double(), b.double()
+        # per element, against the terms that were added; bf16 results would be off by 2e-3 of the largest
+        assert ((mine - a @ b).abs() <= 1e-6 * (a.abs() @ b.abs())).all()
+        assert (mine - a @ b).norm() <= 1e-6 * (a @ b).norm()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so(bad, ops):
+    x, weight = torch.ones(40, 8).bfloat16(), torch.ones(50, 8).bfloat16()
+    dz, dx, d_weight = torch.ones(40, 50), torch.empty(40, 8), torch.zeros(50, 8)
+    dz[35, 43] = bad
+    ops.bf16_grads(dz, x, weight, dx, d_weight)
+    assert (~dx.isfinite()).nonzero()[:, 0].unique().tolist() == [35]
+    assert (~d_weight.isfinite()).nonzero()[:, 0].unique().tolist() == [43]
+
+
+@pytest.mark.parametrize("n, width, vocab", [(513, 64, 1500), (1100, 200, 1003), (70, 896, 333)])
+def test_results_do_not_depend_on_the_number_of_threads(n, width, vocab, ops):
+    torch.manual_seed(0)
+    x, weight, dz = torch.randn(n, width).bfloat16(), torch.randn(vocab, width).bfloat16(), torch.randn(n, vocab)
+
+    def results(threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(threads)
+        out = [torch.empty(n, vocab), torch.empty(n, width), torch.zeros(vocab, width)]
+        ops.bf16_logits(x, weight, out[0])
+        ops.bf16_grads(dz, x, weight, *out[1:])
+        return out
+
+    before = torch.get_num_threads()
+    try:
+        first = results(1)
+        for threads in (2, 3, 8):
+            assert all(map(torch.equal, results(threads), first))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_rows(ops):
+    x, weight, d_weight = torch.empty(0, 8).bfloat16(), torch.ones(5, 8).bfloat16(), torch.ones(5, 8)
+    ops.bf16_logits(x, weight, torch.empty(0, 5))
+    ops.bf16_grads(torch.empty(0, 5), x, weight, torch.empty(0, 8), d_weight)
+    assert (d_weight == 1).all()
+
+
+def test_tensors_that_do_not_fit_are_refused(ops):
+    x, weight, z = torch.ones(3, 8).bfloat16(), torch.ones(5, 8).bfloat16(), torch.empty(3, 5)
+    dx, d_weight = torch.empty(3, 8), torch.zeros(5, 8)
+    for arguments in ((x.float(), weight, z), (x, weight[:, :7], z), (x, weight, z[:2]), (x, weight, z.bfloat16()),
+                      (x, weight.T.contiguous().T, z), (x, weight, torch.empty(5, 3).T)):  # fmt: skip
+        with pytest.raises(RuntimeError, match=r"x and weight|z: fp32"):
+            ops.bf16_logits(*arguments)
+    for arguments in (
+        (z, x, weight, dx.T, None),
+        (z, x, weight, None, d_weight[:4]),
+        (z.double(), x, weight, dx, None),
+    ):
+        with pytest.raises(RuntimeError, match=r"dx and d_weight|dz: fp32"):
+            ops.bf16_grads(*arguments)
+
+
+def test_without_onednn_they_say_that_they_are_not_ready(ops):
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        assert not ops.bf16_products_ready()
+        with pytest.raises(RuntimeError, match="no bf16 products"):
+            ops.bf16_logits(torch.ones(3, 8).bfloat16(), torch.ones(5, 8).bfloat16(), torch.empty(3, 5))
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
