@@ -50,7 +50,7 @@ class ChunkedHead:
         backend = resolve(backend, hidden.device, torch.promote_types(hidden.dtype, weight.dtype))
         self._pass = row_pass(backend)
         self._x_grad, weight_grad, bias_grad = grads
-        self._products = products(hidden, weight, weight_grad)
+        self._products = products(backend, hidden, weight, weight_grad)
         self._bias = None if bias is None else bias.detach().to(dtype).contiguous()
         self._d_bias = hidden.new_zeros(vocab, dtype=dtype) if bias_grad else None
         self._softcap, self._total = softcap, total
@@ -98,11 +98,9 @@ class ChunkedHead:
         out = self._products.dz_view(self._buffers[-1][: len(g)])
         self._pass.backward(z, out, source, self._target, self._temperature, self._softcap, self._stats, g, h, pairing)
         dz = out[: len(source)]
-        if self._products.d_weight is not None:
-            self._products.add_weight_grad(dz, self._x[source], scale)
         if self._d_bias is not None:
             self._d_bias.add_(dz.sum(0, dtype=self._d_bias.dtype), alpha=1.0 / scale)
-        return source, self._products.input_grad(dz, scale) if self._x_grad else None
+        return source, self._products.backward(dz, self._x[source], scale, self._x_grad)
 
     def weight_grads(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(dL/dW, dL/db) in the accumulation dtype."""

@@ -1,4 +1,4 @@
-"""What sharing saves: tokens, attention pairs and FLOPs of a step, with prefixes computed once and as if every path ran alone."""
+"""What sharing saves: tokens, attention pairs and FLOPs, with prefixes computed once against every path alone."""
 
 from __future__ import annotations
 
