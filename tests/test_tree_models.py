@@ -11,7 +11,7 @@ import transformers
 from test_tree import SHAPE, path_ids, random_tree
 
 from pact_fast.errors import PactError
-from pact_fast.tree import TokenTree, pack, paths_forward, tree_forward
+from pact_fast.tree import PathCache, TokenTree, branches_forward, pack, paths_forward, tree_forward
 from pact_fast.tree.hf import unsupported
 
 KINDS = {
@@ -164,3 +164,36 @@ def test_what_is_no_tree_is_refused_with_the_reason_and_computed_path_by_path(ki
 def test_paths_forward_refuses_a_pack_with_shared_prefixes():
     with pytest.raises(ValueError, match="share=False"):
         paths_forward(make("qwen3"), pack(trees(), max_tokens=60)[0])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_branches_over_a_kept_path_have_the_hidden_states_of_the_whole_tree(dense, monkeypatch):
+    """The teacher's stream: rollouts after x → h* over the keys and values that the pass over x → h*, x → {τ} has made."""
+    if dense:  # what serves where there is no flash kernel
+        monkeypatch.setattr("pact_fast.tree.attention.flash_for", lambda q: None)
+    model, rng = make("qwen3"), random.Random(5)
+    x, h, *rollouts = (np.array([rng.randrange(97) for _ in range(n)]) for n in (7, 5, 4, 1, 6))
+    whole = TokenTree()
+    root = whole.add(x)
+    trace = whole.add(h, root)
+    under_trace = [whole.add(y, trace) for y in rollouts]
+    (batch,) = pack([whole], max_tokens=1000)
+    full = tree_forward(model, batch)
+
+    student = TokenTree()
+    root = student.add(x)
+    trace = student.add(h, root)
+    for y in rollouts:
+        student.add(y, root)
+    (first,) = pack([student], max_tokens=1000)
+    cache = PathCache(first, trace)
+    tree_forward(model, first, keep=cache)
+    teacher = TokenTree(start=len(cache))
+    stem = teacher.add([])
+    nodes = [teacher.add(y, stem) for y in rollouts]
+    (second,) = pack([teacher], max_tokens=1000)
+    hidden = branches_forward(model, cache, second)
+    assert not hidden.requires_grad and len(second) == sum(map(len, rollouts))
+    for node, expected in zip(nodes, under_trace, strict=True):
+        given, wanted = hidden[second.rows(node)], full[batch.rows(expected)]
+        assert (given - wanted).norm() <= 2e-6 * wanted.norm()

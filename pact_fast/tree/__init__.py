@@ -3,7 +3,17 @@
 from pact_fast.tree.packing import PackedBatch, pack
 from pact_fast.tree.tree import Node, TokenTree
 
-__all__ = ["Node", "PackedBatch", "TokenTree", "pack", "paths_forward", "tree_attention", "tree_forward"]
+__all__ = [
+    "Node",
+    "PackedBatch",
+    "PathCache",
+    "TokenTree",
+    "branches_forward",
+    "pack",
+    "paths_forward",
+    "tree_attention",
+    "tree_forward",
+]
 
 
 def __getattr__(name: str):
@@ -12,7 +22,11 @@ def __getattr__(name: str):
         from pact_fast.tree.attention import tree_attention
 
         return tree_attention
-    if name in ("paths_forward", "tree_forward"):
+    if name == "PathCache":
+        from pact_fast.tree.cache import PathCache
+
+        return PathCache
+    if name in ("branches_forward", "paths_forward", "tree_forward"):
         from pact_fast.tree import hf
 
         return getattr(hf, name)

@@ -12,15 +12,22 @@ from typing import Any
 
 import torch
 
+from pact_fast.tree.cache import PathCache
 from pact_fast.tree.flash import Flash, flash_for
-from pact_fast.tree.packing import Call, PackedBatch
+from pact_fast.tree.packing import Call, PackedBatch, Span
 
 
 class TreeLayout:
-    """What attention needs of a PackedBatch."""
+    """What attention needs of a PackedBatch. `after`: so many keys of a kept path come first, and every row sees them."""
 
-    def __init__(self, batch: PackedBatch, device: torch.device | str = "cpu"):
+    def __init__(self, batch: PackedBatch, device: torch.device | str = "cpu", after: int = 0):
         self.calls = [call for call in batch.calls if call.spans]
+        if after:
+            shifted = [Call([Span(*s[:2], s.k0 + after, s.k1 + after) for s in c.spans], c.causal) for c in self.calls]
+            self.calls = [*shifted, Call([Span(0, len(batch), 0, after)], False)]
+        self.keep: PathCache | None = None  # where to store keys and values, see tree_forward
+        self.cache: PathCache | None = None  # whose keys come first, see branches_forward
+        self._after = after
         self._subtree_end = torch.as_tensor(batch.subtree_end, device=device)
         self._mask: torch.Tensor | None = None
         self._flash: tuple[torch.dtype, Flash | None] | None = None
@@ -32,9 +39,9 @@ class TreeLayout:
         return self._flash[1]
 
     def mask(self) -> torch.Tensor:
-        """bool [T, T]: row q sees row k."""
+        """bool [T, after + T]: row q sees key k."""
         if self._mask is None:
-            self._mask = tree_mask(self._subtree_end)
+            self._mask = torch.nn.functional.pad(tree_mask(self._subtree_end), (self._after, 0), value=True)
         return self._mask
 
 

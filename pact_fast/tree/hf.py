@@ -8,6 +8,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from pact_fast.errors import PactError
 from pact_fast.tree.attention import TreeLayout, tree_attention
+from pact_fast.tree.cache import PathCache
 from pact_fast.tree.packing import PackedBatch
 
 NAME = "pact_tree"
@@ -17,6 +18,10 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     if tree_layout is None:
         raise RuntimeError("attention 'pact_tree' needs tree_layout=; call the model through tree_forward")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if tree_layout.cache is not None:
+        key, value = tree_layout.cache.extend(module.layer_idx, key, value)
+    if tree_layout.keep is not None:
+        tree_layout.keep.store(module.layer_idx, key, value)
     out = tree_attention(query, key, value, tree_layout, scale=scale)
     return out.transpose(1, 2).contiguous(), None
 
@@ -40,8 +45,10 @@ def unsupported(model: PreTrainedModel) -> str | None:
     return None
 
 
-def tree_forward(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+def tree_forward(model: PreTrainedModel, batch: PackedBatch, keep: PathCache | None = None) -> torch.Tensor:
     """Hidden states [T, D] after the final norm: the same numbers as running every root-to-leaf path alone.
+
+    `keep` stores the detached keys and values of one path for `branches_forward`.
 
     `model` may be wrapped by peft. Raises PactError with the reason if its attention cannot be expressed as a tree;
     `paths_forward` serves such models.
@@ -51,11 +58,33 @@ def tree_forward(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
         if reason is not None:
             raise PactError(f"tree attention: {reason}; pack with share=False and use paths_forward")
         model.set_attn_implementation(NAME)
+    layout = TreeLayout(batch, next(model.parameters()).device)
+    layout.keep = keep
+    hidden = _run(model, batch, layout)
+    if keep is not None:
+        keep.last_hidden = hidden[keep.rows[-1]].detach()
+    return hidden
+
+
+@torch.no_grad()
+def branches_forward(model: PreTrainedModel, cache: PathCache, batch: PackedBatch) -> torch.Tensor:
+    """Hidden states [T + 1, D], without gradient, of a tree that goes on where a kept path ends.
+
+    `batch` packs one tree made as TokenTree(start=len(cache)). Row −1 is the kept path's last hidden state, so that
+    hidden[batch.rows(node)] is right for the first tokens, too. The branches cost their own tokens alone: this is how a
+    teacher that takes no gradient is scored over the prefix that the student's pass has computed already.
+    """
+    layout = TreeLayout(batch, next(model.parameters()).device, after=len(cache))
+    layout.cache = cache
+    return torch.cat([_run(model, batch, layout), cache.last_hidden[None]])
+
+
+def _run(model: PreTrainedModel, batch: PackedBatch, layout: TreeLayout) -> torch.Tensor:
     device = next(model.parameters()).device
     output = _trunk(model)(
         input_ids=torch.as_tensor(batch.input_ids, device=device)[None],
         position_ids=torch.as_tensor(batch.position_ids, device=device)[None],
-        tree_layout=TreeLayout(batch, device),
+        tree_layout=layout,
         use_cache=False,
     )
     return output.last_hidden_state[0]

@@ -64,6 +64,11 @@ class PackedBatch:
         rows[:1] = before
         return rows
 
+    def path_rows(self, node: Node) -> np.ndarray:
+        """[n] the row of every token on the path to a node; all of its nodes must be owned by this pack."""
+        owned = [self._rows[id(n)][0] + np.arange(len(n.ids)) for n in node.path()]
+        return np.concatenate(owned).astype(np.int64)
+
 
 def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True) -> list[PackedBatch]:
     """Pack trees, largest first, each into the first pack with room.

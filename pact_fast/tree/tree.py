@@ -20,7 +20,7 @@ class Node:
     @property
     def start(self) -> int:
         """Position of the first token on its path."""
-        return 0 if self.parent is None else self.parent.end
+        return self.tree.start if self.parent is None else self.parent.end
 
     @property
     def end(self) -> int:
@@ -42,9 +42,12 @@ class TokenTree:
     tree = TokenTree()
     x = tree.add(prompt_ids)
     y = tree.add(rollout_ids, parent=x)
+
+    `start`: the position of the root's first token; not 0 for a tree that goes on after a kept path (PathCache).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: int = 0) -> None:
+        self.start = start
         self.nodes: list[Node] = []
 
     def add(self, ids: np.ndarray, parent: Node | None = None) -> Node:
