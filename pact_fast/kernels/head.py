@@ -16,6 +16,7 @@ from pact_fast.kernels.rows_torch import Pairing, RowStats, compact
 
 LOGITS_BUDGET = 1 << 30  # bytes of all [rows, V] buffers together
 CACHED_LOGITS = 4 << 20  # bytes of one buffer; on CPU, chunks beyond the cache only cost bandwidth
+ALIGNED = 16  # logits; on CUDA, rows begin at multiples of this, or 16-byte accesses fall apart
 EFFICIENT_ROWS = 512  # on CPU, fewer rows than this make the matrix products slow
 
 
@@ -57,7 +58,9 @@ class ChunkedHead:
         buffers = 2 if paired else 1
         held = buffers + (4 if backend == "torch" else 0)  # plain torch needs room for its intermediate results
         self._rows = min(max(total, 1), chunk_rows(vocab, held * vocab * dtype.itemsize, hidden.device))
-        self._buffers = [hidden.new_empty(self._rows, vocab, dtype=dtype) for _ in range(buffers)]
+        padded = -(-vocab // ALIGNED) * ALIGNED
+        shape = self._rows, padded if hidden.is_cuda else vocab
+        self._buffers = [hidden.new_empty(shape, dtype=dtype)[:, :vocab] for _ in range(buffers)]
 
     def chunks(self) -> Iterator[slice]:
         """The rows in order; one empty chunk when there are none."""
