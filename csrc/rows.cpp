@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
@@ -48,8 +49,12 @@ inline float exp_fast(float x) {
 // log(1 + u) for 0 ≤ u ≤ 1 as 2·artanh(u/(2 + u)).
 inline float log1p_fast(float u) {
   const float s = u / (2.0f + u), q = s * s;
-  float y = 1.0f / 13.0f;
-  for (const float c : {1.0f / 11.0f, 1.0f / 9.0f, 1.0f / 7.0f, 1.0f / 5.0f, 1.0f / 3.0f, 1.0f}) y = std::fmaf(y, q, c);
+  float y = std::fmaf(1.0f / 13.0f, q, 1.0f / 11.0f);
+  y = std::fmaf(y, q, 1.0f / 9.0f);
+  y = std::fmaf(y, q, 1.0f / 7.0f);
+  y = std::fmaf(y, q, 1.0f / 5.0f);
+  y = std::fmaf(y, q, 1.0f / 3.0f);
+  y = std::fmaf(y, q, 1.0f);
   return 2.0f * s * y;
 }
 
@@ -118,20 +123,30 @@ inline float log_mean(float a, float b) {
   return top + log1p_fast(exp_fast(low - top)) - 0.693147180559945f;
 }
 
-// KL(p ‖ q) in nats, or KL(p ‖ (p + q)/2) if `to_mean`, of the softmax of two rows of final logits.
-double row_divergence(const float* z, const float* other, int64_t vocab, float lse, float other_lse, bool to_mean) {
-  double total = 0.0;
+template <bool to_mean>
+inline float reference(float log_p, float log_q) {
+  if constexpr (to_mean) return log_mean(log_p, log_q);
+  return log_q;
+}
+
+// KL(p ‖ q) in nats, or KL(p ‖ (p + q)/2) if `to_mean`, of the softmax of two rows of final logits. Divided by Σp, which
+// is not quite 1 after lse was rounded.
+template <bool to_mean>
+double row_divergence(const float* z, const float* other, int64_t vocab, float lse, float other_lse) {
+  double total = 0.0, mass = 0.0;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t stop = std::min(vocab, start + kBlock);
-    float part = 0.0f;
-#pragma omp simd reduction(+ : part)
+    float part = 0.0f, weight = 0.0f;
+#pragma omp simd reduction(+ : part, weight)
     for (int64_t i = start; i < stop; ++i) {
-      const float l = z[i] - lse, k = other[i] - other_lse;
-      part += exp_fast(l) * (l - (to_mean ? log_mean(l, k) : k));
+      const float l = z[i] - lse, k = other[i] - other_lse, p = exp_fast(l);
+      part += p * (l - reference<to_mean>(l, k));
+      weight += p;
     }
     total += part;
+    mass += weight;
   }
-  return total;
+  return total / mass;
 }
 
 struct Pair {
@@ -147,34 +162,48 @@ struct RowGrad {
   Pair pair;
 };
 
+// What multiplies p in dz, but for g; `other` is the partner's log-prob. Without a pair own and cross are 0.
+template <bool to_mean>
+inline float softmax_factor(float l, float other, const RowGrad& r) {
+  const float leaning = l - reference<to_mean>(l, other) - r.pair.divergence;
+  return r.pair.own * leaning + r.pair.cross - r.h * (l + r.entropy);
+}
+
+template <bool to_mean>
+void paired_block(const float* z, const float* other, float* out, int64_t n, const RowGrad& r) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float l = z[i] - r.lse, k = other[i] - r.pair.lse;
+    out[i] = exp_fast(l) * (softmax_factor<to_mean>(l, k, r) - r.g) - r.pair.cross * exp_fast(k);
+  }
+}
+
 // dz of n ≤ kBlock logits z that begin at `start` of the row.
 void block_backward(const float* z, float* out, int64_t start, int64_t n, const RowGrad& r) {
-  const float inverse = 1.0f / r.temperature, g = r.g * inverse, h = r.h * inverse;
-  if (h == 0.0f) {
-    for (int64_t i = 0; i < n; ++i) out[i] = -g * exp_fast(z[i] - r.lse);
-  } else {
+  const float* other = r.pair.other == nullptr ? nullptr : r.pair.other + start;
+  if (other != nullptr) {
+    (r.pair.to_mean ? paired_block<true> : paired_block<false>)(z, other, out, n, r);
+  } else if (r.h != 0.0f) {
+    const float g = r.g, h = r.h, lse = r.lse, entropy = r.entropy;  // copies, which `out` cannot alias
     for (int64_t i = 0; i < n; ++i) {
-      const float l = z[i] - r.lse;
-      out[i] = -exp_fast(l) * (g + h * (l + r.entropy));
+      const float l = z[i] - lse;
+      out[i] = -exp_fast(l) * (g + h * (l + entropy));
     }
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = -r.g * exp_fast(z[i] - r.lse);
   }
   if (r.target >= start && r.target < start + n) {
     // 1 − p by expm1: where p → 1, g − g·p would lose every digit
-    const float l = r.logprob;
-    out[r.target - start] = -g * std::expm1(l) - h * std::exp(l) * (l + r.entropy);
+    const float l = r.logprob, k = other == nullptr ? l : other[r.target - start] - r.pair.lse;
+    const float factor = r.pair.to_mean ? softmax_factor<true>(l, k, r) : softmax_factor<false>(l, k, r);
+    const float rest = std::exp(l) * factor - r.pair.cross * std::exp(k);
+    out[r.target - start] = rest - r.g * std::expm1(l);
   }
-  if (r.pair.other != nullptr) {
-    const float own = r.pair.own * inverse, cross = r.pair.cross * inverse;
-    const float* other = r.pair.other + start;
-    for (int64_t i = 0; i < n; ++i) {
-      const float l = z[i] - r.lse, k = other[i] - r.pair.lse, p = exp_fast(l);
-      const float reference = r.pair.to_mean ? log_mean(l, k) : k;
-      out[i] += own * p * (l - reference - r.pair.divergence) + cross * (p - exp_fast(k));
-    }
-  }
+  const float inverse = 1.0f / r.temperature;
   if (r.softcap > 0.0f) {
     const float to_tanh = r.temperature / r.softcap;
-    for (int64_t i = 0; i < n; ++i) out[i] *= 1.0f - (z[i] * to_tanh) * (z[i] * to_tanh);
+    for (int64_t i = 0; i < n; ++i) out[i] *= inverse * (1.0f - (z[i] * to_tanh) * (z[i] * to_tanh));
+  } else if (inverse != 1.0f) {
+    for (int64_t i = 0; i < n; ++i) out[i] *= inverse;
   }
 }
 
@@ -198,6 +227,21 @@ T* data(const std::optional<Tensor>& t) {
   return t.has_value() ? data<T>(*t) : nullptr;
 }
 
+using torch::headeronly::ScalarType;
+
+// Rows of logits: fp32 and contiguous by themselves.
+void check_logits(const Tensor& z) {
+  STD_TORCH_CHECK(z.dim() == 2 && z.scalar_type() == ScalarType::Float && (z.size(1) == 0 || z.stride(1) == 1),
+                  "head rows: logits must be fp32 [n, V] with contiguous rows");
+}
+
+// One entry for each of n rows, one after the other.
+void check_vector(const std::optional<Tensor>& t, int64_t n, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(!t.has_value() || (t->dim() == 1 && t->size(0) == n && t->scalar_type() == type && t->is_contiguous()),
+                  "head rows: ", name, " must be a contiguous [", n, "] of ",
+                  type == ScalarType::Long ? "int64" : "fp32");
+}
+
 // A row is some microseconds of work: enough for a thread to start on.
 constexpr int64_t grain(int64_t vocab) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(vocab, 1)); }
 
@@ -207,7 +251,11 @@ constexpr int64_t grain(int64_t vocab) { return std::max<int64_t>(1, 32768 / std
 // out: logprob, lse, entropy [n] fp32. softcap 0: none.
 void head_rows_forward(Tensor z, const Tensor target, const std::optional<Tensor> bias, const Tensor temperature,
                        double softcap, Tensor logprob, Tensor lse, Tensor entropy) {
+  check_logits(z);
   const int64_t rows = z.size(0), vocab = z.size(1), stride = z.stride(0);
+  check_vector(target, rows, ScalarType::Long, "target");
+  check_vector(bias, vocab, ScalarType::Float, "bias");
+  check_vector(temperature, rows, ScalarType::Float, "temperature");
   torch::stable::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Row row = row_forward(data<float>(z) + i * stride, data<float>(bias), vocab, data<int64_t>(target)[i],
@@ -221,14 +269,18 @@ void head_rows_forward(Tensor z, const Tensor target, const std::optional<Tensor
 
 // [n] ← divergence of every row to its partner; 0 where partner is −1.
 void head_rows_divergence(const Tensor z, const Tensor lse, const Tensor partner, bool to_mean, Tensor result) {
+  check_logits(z);
   const int64_t rows = z.size(0), vocab = z.size(1), stride = z.stride(0);
+  check_vector(lse, rows, ScalarType::Float, "lse");
+  check_vector(partner, rows, ScalarType::Long, "partner");
   const float* lses = data<float>(lse);
+  const auto divergence = to_mean ? row_divergence<true> : row_divergence<false>;
   torch::stable::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = data<int64_t>(partner)[i];
       const float *own = data<float>(z) + i * stride, *other = data<float>(z) + k * stride;
       data<float>(result)[i] =
-          k < 0 ? 0.0f : static_cast<float>(row_divergence(own, other, vocab, lses[i], lses[k], to_mean));
+          k < 0 ? 0.0f : static_cast<float>(divergence(own, other, vocab, lses[i], lses[k]));
     }
   });
 }
@@ -241,7 +293,17 @@ void head_rows_backward(Tensor z, Tensor out, const Tensor source, const Tensor 
                         const std::optional<Tensor> h, const std::optional<Tensor> partner,
                         const std::optional<Tensor> divergence, const std::optional<Tensor> own,
                         const std::optional<Tensor> cross, bool to_mean) {
+  check_logits(z);
+  check_logits(out);
   const int64_t rows = source.size(0), vocab = z.size(1), stride = z.stride(0), out_stride = out.stride(0);
+  STD_TORCH_CHECK(out.size(0) >= rows && out.size(1) == vocab, "head rows: out is too small");
+  check_vector(source, rows, ScalarType::Long, "source");
+  check_vector(target, z.size(0), ScalarType::Long, "target");
+  check_vector(partner, z.size(0), ScalarType::Long, "partner");
+  for (const auto& t : {std::optional(temperature), std::optional(logprob), std::optional(lse), std::optional(entropy),
+                        std::optional(g), h, divergence, own, cross}) {
+    check_vector(t, z.size(0), ScalarType::Float, "a vector by row");
+  }
   const float *base = data<float>(z), *lses = data<float>(lse), *hs = data<float>(h);
   const int64_t* partners = data<int64_t>(partner);
   torch::stable::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
