@@ -218,9 +218,9 @@ void logits(const Bits* x, const Bits* weight, float* z, int64_t rows, int64_t v
   });
 }
 
-// dx and d_weight from up to kRows rows of dz. Either may be null.
-void grads(const float* dz, int64_t dz_stride, const Bits* x, const Bits* weight, float* dx, float* d_weight, int64_t rows,
-           int64_t vocab, int64_t width) {
+// dx and d_weight (added to what is there, or not) from up to kRows rows of dz. Either may be null.
+void grads(const float* dz, int64_t dz_stride, const Bits* x, const Bits* weight, float* dx, float* d_weight, bool add,
+           int64_t rows, int64_t vocab, int64_t width) {
   const int64_t depth = round_up(rows, 32), panels = ceil_div(width, kPanel);
   const auto a = buffer(dx == nullptr ? 0 : depth * kSlab);
   const auto at = buffer(d_weight == nullptr ? 0 : kSlab * depth);
@@ -265,7 +265,7 @@ void grads(const float* dz, int64_t dz_stride, const Bits* x, const Bits* weight
         if (d_weight != nullptr) {
           mine(slab, [&](int64_t i, int64_t m) {
             product(m, columns, depth, &at[i * depth], depth, &x_panels[p * kPanel * depth],
-                    d_weight + (v + i) * width + column, width, true);
+                    d_weight + (v + i) * width + column, width, add);
           });
         }
       }
@@ -280,7 +280,7 @@ using Bits = uint16_t;
 
 bool ready() { return false; }
 void logits(const Bits*, const Bits*, float*, int64_t, int64_t, int64_t, int64_t) {}
-void grads(const float*, int64_t, const Bits*, const Bits*, float*, float*, int64_t, int64_t, int64_t) {}
+void grads(const float*, int64_t, const Bits*, const Bits*, float*, float*, bool, int64_t, int64_t, int64_t) {}
 
 #endif
 
@@ -316,9 +316,9 @@ void bf16_logits(const Tensor x, const Tensor weight, Tensor z) {
   logits(data<Bits>(x), data<Bits>(weight), data<float>(z), rows, vocab, width, z.stride(0));
 }
 
-// dx ← dz·W and d_weight += dzᵀ·x, dz [n, V] fp32 (rows contiguous) rounded to bf16; dx [n, D], d_weight [V, D] fp32.
+// dx ← dz·W and d_weight ← or, if `add`, += dzᵀ·x, dz [n, V] fp32 (rows contiguous) rounded to bf16; dx [n, D], d_weight [V, D] fp32.
 void bf16_grads(const Tensor dz, const Tensor x, const Tensor weight, std::optional<Tensor> dx,
-                std::optional<Tensor> d_weight) {
+                std::optional<Tensor> d_weight, bool add) {
   const int64_t rows = x.size(0), vocab = weight.size(0), width = x.size(1);
   STD_TORCH_CHECK(ready(), "no bf16 products here");
   STD_TORCH_CHECK(is_whole(x, ScalarType::BFloat16, rows, width) && is_whole(weight, ScalarType::BFloat16, vocab, width),
@@ -329,7 +329,7 @@ void bf16_grads(const Tensor dz, const Tensor x, const Tensor weight, std::optio
                   "dx and d_weight: contiguous, fp32, of the shapes of x and weight");
   for (int64_t i = 0; i < rows; i += kRows) {
     grads(data<float>(dz) + i * dz.stride(0), dz.stride(0), data<Bits>(x) + i * width, data<Bits>(weight),
-          dx ? data<float>(*dx) + i * width : nullptr, d_weight ? data<float>(*d_weight) : nullptr,
+          dx ? data<float>(*dx) + i * width : nullptr, d_weight ? data<float>(*d_weight) : nullptr, add || i > 0,
           std::min(kRows, rows - i), vocab, width);
   }
 }
@@ -337,7 +337,7 @@ void bf16_grads(const Tensor dz, const Tensor x, const Tensor weight, std::optio
 STABLE_TORCH_LIBRARY_FRAGMENT(pact_fast, m) {
   m.def("bf16_products_ready() -> bool");
   m.def("bf16_logits(Tensor x, Tensor weight, Tensor(a!) z) -> ()");
-  m.def("bf16_grads(Tensor dz, Tensor x, Tensor weight, Tensor(a!)? dx, Tensor(b!)? d_weight) -> ()");
+  m.def("bf16_grads(Tensor dz, Tensor x, Tensor weight, Tensor(a!)? dx, Tensor(b!)? d_weight, bool add=True) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pact_fast, CompositeExplicitAutograd, m) {

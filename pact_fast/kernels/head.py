@@ -107,4 +107,4 @@ class ChunkedHead:
 
     def weight_grads(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(dL/dW, dL/db) in the accumulation dtype."""
-        return self._products.d_weight, self._d_bias
+        return self._products.weight_grad(), self._d_bias

@@ -235,13 +235,12 @@ def _evaluate(
     backend: str,
     grads: tuple[bool, bool, bool],
 ) -> Any:
-    """What `_pact_loss` gives; tokens of a pair are taken next to each other."""
+    """What `_pact_loss` gives."""
     dtype, total = accumulation_dtype(hidden, weight), len(tokens)
     clip_log = None
     if settings.policy_loss == "gspo":
         clip_log = _sequence_log_ratio(hidden, weight, bias, tokens, temperature, settings, backend)
-    # a token's place in the pass, and back
-    order = torch.arange(total, device=hidden.device) if pairs is None else pairs.order(total)
+    order = _order(tokens, settings, pairs)
     head = ChunkedHead(backend, hidden, weight, bias, settings.softcap, total, grads, paired=pairs is not None)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if grads[0] else None
     values: list[tuple[torch.Tensor, ...]] = []
@@ -273,6 +272,23 @@ def _evaluate(
         loss.to(dtype), logprob, entropy, of_pairs, token_stats(tokens, logprob, entropy, terms, divergence),
         finished(d_hidden, hidden), finished(d_weight, weight), finished(d_bias, weight if bias is None else bias),
     )  # fmt: skip
+
+
+def _order(tokens: LossTokens, settings: Settings, pairs: TokenPairs | None) -> torch.Tensor:
+    """[N] tokens in the order in which the pass takes them.
+
+    Those of a pair lie next to each other. Tokens that cannot have a gradient come last, so that the others fill whole
+    chunks: small products are slow ones.
+    """
+    silent = (tokens.rl_weight == 0) & (tokens.sft_weight == 0)
+    if not settings.kl_coef and not settings.entropy_coef:
+        silent |= (tokens.advantage == 0) & (tokens.sft_weight == 0)
+    if pairs is None:
+        return torch.argsort(silent, stable=True)
+    order = pairs.order(len(tokens))
+    coupled = pairs.index.numel()
+    rest = order[coupled:]
+    return torch.cat([order[:coupled], rest[torch.argsort(silent[rest], stable=True)]])
 
 
 def _add_rows(total: torch.Tensor, row: torch.Tensor, values: torch.Tensor) -> None:
@@ -351,6 +367,8 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, *_: torch.Tensor | None) 
 
 def _scaled(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
     """gradient·upstream, in the gradient's own memory if this backward pass is the last one that needs it."""
+    if upstream.device.type == "cpu" and type(upstream) is torch.Tensor and upstream == 1.0:
+        return gradient
     traced = type(gradient) is not torch.Tensor
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * upstream

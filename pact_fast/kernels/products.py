@@ -24,8 +24,14 @@ class Products:
     def __init__(self, weight: torch.Tensor, needs_weight_grad: bool):
         self.weight = weight.detach()
         self.operand = self.weight.dtype  # of x
-        dtype = accumulation_dtype(weight)
-        self.d_weight = torch.zeros_like(self.weight, dtype=dtype) if needs_weight_grad else None  # grows by chunks
+        self._needs_weight_grad = needs_weight_grad
+        self._d_weight: torch.Tensor | None = None  # grows by chunks from the first one on
+
+    def weight_grad(self) -> torch.Tensor | None:
+        """dL/dW in the accumulation dtype; None if not wanted."""
+        if self._d_weight is None and self._needs_weight_grad:
+            return torch.zeros_like(self.weight, dtype=accumulation_dtype(self.weight))
+        return self._d_weight
 
     def dz_view(self, z: torch.Tensor) -> torch.Tensor:
         """Where dz is to be written: z itself, or a view of its memory in a smaller dtype."""
@@ -40,10 +46,15 @@ class Products:
         torch.mm(x, self.weight.t(), out=out)
 
     def backward(self, dz: torch.Tensor, x: torch.Tensor, scale: float, input_grad: bool) -> torch.Tensor | None:
-        """d_weight += dzᵀ·x/scale, if wanted; returns dz·W/scale [m, D], if `input_grad`."""
-        if self.d_weight is not None:
-            self.d_weight.addmm_(dz.t(), x)
+        """The weight gradient grows by dzᵀ·x/scale, if wanted; returns dz·W/scale [m, D], if `input_grad`."""
+        self._add_weight_grad(dz, x)
         return torch.mm(dz, self.weight) if input_grad else None
+
+    def _add_weight_grad(self, dz: torch.Tensor, x: torch.Tensor) -> None:
+        if self._d_weight is not None:
+            self._d_weight.addmm_(dz.t(), x)
+        elif self._needs_weight_grad:
+            self._d_weight = torch.mm(dz.t(), x)
 
 
 class BlockedProducts(Products):
@@ -60,8 +71,7 @@ class BlockedProducts(Products):
             torch.addmm(out[:, start : start + BLOCK], x, block.t(), beta=0.0, out=out[:, start : start + BLOCK])
 
     def backward(self, dz: torch.Tensor, x: torch.Tensor, scale: float, input_grad: bool) -> torch.Tensor | None:
-        if self.d_weight is not None:
-            self.d_weight.addmm_(dz.t(), x)
+        self._add_weight_grad(dz, x)
         if not input_grad:
             return None
         dx = dz.new_zeros(len(dz), self.weight.shape[1])
@@ -81,7 +91,10 @@ class CpuBf16Products(Products):
 
     def backward(self, dz: torch.Tensor, x: torch.Tensor, scale: float, input_grad: bool) -> torch.Tensor | None:
         dx = dz.new_empty(len(dz), self.weight.shape[1]) if input_grad else None
-        torch.ops.pact_fast.bf16_grads(dz, x.contiguous(), self.weight, dx, self.d_weight)
+        add = self._d_weight is not None
+        if self._needs_weight_grad and not add:
+            self._d_weight = dz.new_empty(self.weight.shape)
+        torch.ops.pact_fast.bf16_grads(dz, x.contiguous(), self.weight, dx, self._d_weight, add)
         return dx
 
 
@@ -102,9 +115,11 @@ class CudaProducts(Products):
         torch.mm(x, self.weight.t(), out_dtype=torch.float32, out=out)
 
     def backward(self, dz: torch.Tensor, x: torch.Tensor, scale: float, input_grad: bool) -> torch.Tensor | None:
-        if self.d_weight is not None:
-            total = self.d_weight
+        total = self._d_weight
+        if total is not None:
             torch.addmm(total, dz.t(), x, out_dtype=torch.float32, alpha=1.0 / scale, out=total)
+        elif self._needs_weight_grad:
+            self._d_weight = torch.mm(dz.t(), x, out_dtype=torch.float32).div_(scale)
         return torch.mm(dz, self.weight, out_dtype=torch.float32).div_(scale) if input_grad else None
 
 
