@@ -81,7 +81,10 @@ def measure_case(
     torch_own = _errors(METHODS["eager"], {}, problem, references)
     for name in live:
         if METHODS[name].kind != "floor":
-            rows[name]["errors"] = _errors(METHODS[name], rows[name]["setting"], problem, references)
+            try:
+                rows[name]["errors"] = _errors(METHODS[name], rows[name]["setting"], problem, references)
+            except Exception as error:
+                rows[name] |= _failed(error)
     buffer.cache_clear()
     failures = [failure for name in names if METHODS[name].ours for failure in _judge(name, rows[name], torch_own)]
     n, d, v = case.shape
@@ -118,12 +121,17 @@ def _prepare(name: str, case: Case, problem: Problem, memory: bool) -> dict[str,
             row |= _extra(method, setting, problem, held) if cuda else _extra_in_process(name, setting, case, problem)
         return row
     except Exception as error:  # a peer's failure is a row of the table
-        return {"status": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}"}
+        return _failed(error)
     finally:
         problem.clear()
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    first = next(iter(str(error).strip().splitlines()), "")
+    return {"status": f"{type(error).__name__}: {first[:160]}", "failed": True}
 
 
 def _forward(method: Method, problem: Problem, setting: dict[str, Any]) -> torch.Tensor | None:
@@ -231,7 +239,7 @@ def _errors(method: Method, setting: dict[str, Any], problem: Problem, reference
 def _judge(name: str, row: dict[str, Any], torch_own: Errors) -> list[str]:
     """Why this row of ours is wrong; empty where it is right or its back-end is not live here."""
     if row["status"] != "ok":
-        return [f"{name}: {row['status']}"] if "Error" in row["status"] else []
+        return [f"{name}: {row['status']}"] if row.get("failed") else []
     failures = []
     for key, own in torch_own.items():
         limit = max(ERROR_FACTOR * (own or 0.0), ERROR_FLOOR)
@@ -341,10 +349,15 @@ def main(argv: list[str] | None = None) -> int:
             log(f"\n{case}")
             if before is None or (before.shape, before.dtype) != (case.shape, case.dtype):
                 torch._dynamo.reset()  # else the compiled code of many shapes runs into the recompile limit
-            result = measure_case(case, torch.device(args.device), args.methods, args.rounds, not args.no_memory, log)
-            print(table(result), flush=True)
-            report["cases"].append(result)
-            report["failures"] += [f"{case}: {failure}" for failure in result["failures"]]
+            device = torch.device(args.device)
+            try:
+                result = measure_case(case, device, args.methods, args.rounds, not args.no_memory, log)
+            except Exception as error:  # the other cases still count
+                report["failures"].append(f"{case}: {_failed(error)['status']}")
+            else:
+                print(table(result), flush=True)
+                report["cases"].append(result)
+                report["failures"] += [f"{case}: {failure}" for failure in result["failures"]]
         if args.out:
             args.out.write_text(json.dumps(report, indent=1, default=str) + "\n")
     for line in report["failures"]:
