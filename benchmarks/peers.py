@@ -290,7 +290,8 @@ def _torch_linear_ce_settings(problem: Problem) -> list[dict[str, Any]]:
 
 
 def _no_torch_linear_ce(problem: Problem) -> str | None:
-    return None if hasattr(F, "linear_cross_entropy") else f"not in torch {torch.__version__}; 2.13 has it"
+    there = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return None if there else f"not in torch {torch.__version__}; 2.13 has it"
 
 
 # Peers
