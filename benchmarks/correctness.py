@@ -1,0 +1,250 @@
+"""Is a back-end right here? linear_logprob and pact_loss against fp64 where kernels tend to break. Needs no pytest.
+
+python benchmarks/correctness.py                    the back-end of the device: triton on CUDA, else cpp, else torch
+python benchmarks/correctness.py --device cpu --backend torch --out correctness.json
+
+Errors are those against back-end "torch" in fp64; the limit is twice the error of plain torch (full logits, autograd)
+in the same dtype, and 5e-3 nats RMS for log-probs. The exit status is 1 when a case fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, from wherever it is imported
+
+from measure import markdown, stamp
+
+from pact_fast.kernels import LossTokens, backends, linear_logprob, pact_loss
+
+FACTOR, FLOOR, LOGPROB_RMS = 2.0, 4e-6, 5e-3
+ENTROPY_COEF = 0.01
+Tensor = torch.Tensor
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    n: int
+    d: int
+    v: int
+    dtype: str = "bfloat16"
+    lift: tuple[float, float] = (0.0, 20.0)  # by how much the target's logit is raised: probabilities up to 1
+    options: tuple[str, ...] = field(default=())  # of "bias", "softcap", "temperature" (one per row), "masked"
+
+    def tiny(self) -> Case:
+        """The same case at a size for a dry run; odd stays odd."""
+        return Case(self.name, 40 + self.n % 2, 32, 1003 if self.v % 2 else 1024, self.dtype, self.lift, self.options)
+
+
+CASES = [
+    Case("plain", 4096, 1024, 32_768),
+    Case("plain", 4096, 1024, 32_768, "float32"),
+    Case("plain", 4096, 1024, 32_768, "float16"),
+    Case("V of Qwen3", 2048, 1024, 151_936),
+    Case("odd V", 2048, 256, 1003),
+    Case("odd V", 2048, 256, 1003, "float32"),
+    Case("more than 65,535 rows", 70_001, 128, 1003),
+    Case("N·V > 2³¹", 16_384, 64, 151_936),
+    Case("bias, softcap, temperatures", 2047, 512, 50_257, options=("bias", "softcap", "temperature")),
+    Case("bias, softcap, temperatures", 2047, 512, 50_257, "float32", options=("bias", "softcap", "temperature")),
+    Case("p → 1", 2048, 256, 32_768, "float32", lift=(25.0, 45.0)),
+    Case("p → 1", 2048, 256, 32_768, lift=(25.0, 45.0)),
+    Case("all rows masked", 1024, 128, 1003, options=("masked",)),
+]
+
+
+class Inputs:
+    """Leaves hidden, weight and bias (None without "bias"), and the rest of both calls."""
+
+    def __init__(self, case: Case, device: torch.device):
+        rng = torch.Generator(device).manual_seed(0)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=rng, device=device)
+
+        def rand(n: int) -> Tensor:
+            return torch.rand(n, generator=rng, device=device)
+
+        n, dtype = case.n, getattr(torch, case.dtype)
+        weight = randn(case.v, case.d) * (3.0 / case.d**0.5)
+        self.target = torch.randint(case.v, (n,), generator=rng, device=device)
+        low, high = case.lift
+        rows = weight[self.target]
+        lift = low + (high - low) * rand(n)[:, None]
+        self.hidden = (randn(n, case.d) + lift * rows / rows.square().sum(1, keepdim=True)).to(dtype).requires_grad_()
+        self.weight = weight.to(dtype).requires_grad_()
+        self.bias = randn(case.v).to(dtype).requires_grad_() if "bias" in case.options else None
+        self.softcap = 30.0 if "softcap" in case.options else None
+        self.temperature: float | Tensor = 0.5 + rand(n) if "temperature" in case.options else 1.0
+        live = rand(n) < (0.0 if "masked" in case.options else 0.5)
+        sft = rand(n) < 0.2
+        self.rl_weight = live / n
+        self.sft_weight = (sft & live) / n
+        self.advantage = randn(n)
+        # at masked rows a ratio that overflows; at live ones the current policy's: a ratio of exactly 1
+        self.old = torch.where(live, torch.nan, -5000.0)
+        self.g, self.h = randn(n) / n, 0.1 * randn(n) / n
+
+    def tokens(self) -> LossTokens:
+        zeros = torch.zeros_like(self.target)
+        return LossTokens(
+            row=torch.arange(len(zeros), device=zeros.device), target=self.target, stream=zeros, component=zeros,
+            sequence=zeros, advantage=self.advantage, old_logprob=self.old, rl_weight=self.rl_weight,
+            sft_weight=self.sft_weight,
+        )  # fmt: skip
+
+    def leaves(self, double: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        def leaf(t: Tensor) -> Tensor:
+            return t.detach().double().requires_grad_() if double else t
+
+        return leaf(self.hidden), leaf(self.weight), None if self.bias is None else leaf(self.bias)
+
+    def head(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "softcap": self.softcap}
+
+
+def run_logprob(inputs: Inputs, backend: str, double: bool = False) -> Values:
+    hidden, weight, bias = leaves = inputs.leaves(double)
+    options = inputs.head() | {"bias": bias, "backend": backend}
+    out = linear_logprob(hidden, weight, inputs.target, entropy=True, **options)
+    entropy = out.entropy
+    assert entropy is not None
+    loss = (inputs.g * out.logprob + inputs.h * entropy).sum()
+    return {"logprob": out.logprob.detach(), "entropy": entropy.detach(), **_gradients(loss, leaves)}
+
+
+def run_loss(inputs: Inputs, backend: str, double: bool = False) -> Values:
+    hidden, weight, bias = leaves = inputs.leaves(double)
+    options = inputs.head() | {"bias": bias, "backend": backend, "entropy_coef": ENTROPY_COEF}
+    out = pact_loss(hidden, weight, inputs.tokens(), **options)
+    return {"logprob": out.logprob, "entropy": out.entropy, "loss": out.loss.detach(), **_gradients(out.loss, leaves)}
+
+
+def run_torch(inputs: Inputs, what: str) -> Values:
+    """What the same call would be in plain torch: logits in the dtype of the inputs, softmax in fp32, autograd."""
+    hidden, weight, bias = leaves = inputs.leaves(double=False)
+    z = torch.nn.functional.linear(hidden, weight, bias).float()
+    if inputs.softcap:
+        z = inputs.softcap * torch.tanh(z / inputs.softcap)
+    z = z / (inputs.temperature[:, None] if isinstance(inputs.temperature, Tensor) else inputs.temperature)
+    log_p = z.log_softmax(-1)
+    del z
+    logprob = log_p.gather(1, inputs.target[:, None]).squeeze(1)
+    entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
+    if what == "linear_logprob":
+        loss = (inputs.g * logprob + inputs.h * entropy).sum()
+    else:  # at ratio 1 the policy term is −A and its slope −A by the log-prob
+        ratio = (logprob - logprob.detach()).exp()
+        rl = -inputs.rl_weight * (ratio * inputs.advantage + ENTROPY_COEF * entropy)
+        loss = rl.sum() - (inputs.sft_weight * logprob).sum()
+    values = {"logprob": logprob.detach(), "entropy": entropy.detach(), **_gradients(loss, leaves)}
+    return values if what == "linear_logprob" else values | {"loss": loss.detach()}
+
+
+def _gradients(loss: Tensor, leaves: tuple[Tensor | None, ...]) -> Values:
+    names = [name for name, leaf in zip(("dx", "dw", "db"), leaves, strict=True) if leaf is not None]
+    return dict(zip(names, torch.autograd.grad(loss, [t for t in leaves if t is not None]), strict=True))
+
+
+def errors(values: Values, exact: Values) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        off, reference = value.double() - exact[name], exact[name].norm()
+        if name in ("logprob", "entropy"):
+            found |= {f"{name}_max": float(off.abs().max()), f"{name}_rms": float(off.square().mean().sqrt())}
+        else:
+            found[name] = float(off.norm() / reference) if reference else float(off.norm())
+    return found
+
+
+def check(case: Case, what: str, backend: str, device: torch.device) -> dict[str, Any]:
+    """Errors of one call beside torch's own, and whether a second call gives the same bits."""
+    inputs = Inputs(case, device)
+    run = run_loss if what == "pact_loss" else run_logprob
+    begin = time.perf_counter()
+    ours, again = run(inputs, backend), run(inputs, backend)
+    same = [bool(torch.equal(ours[name], again[name])) for name in ours]
+    del again
+    exact = run(inputs, "torch", double=True)
+    found = errors(ours, exact)
+    own = errors(run_torch(inputs, what), exact)
+    failures = [
+        f"{key} {error:.3g} is above {limit:.3g}"
+        for key, error in found.items()
+        if not error <= (limit := _limit(key, own[key]))
+    ]
+    failures += [f"{name} differs from run to run" for name, equal in zip(ours, same, strict=True) if not equal]
+    if "masked" in case.options and what == "pact_loss":
+        failures += [f"{name} is not exactly 0" for name in ("loss", "dx", "dw") if ours[name].any()]
+    result = {"case": case.name, "what": what, "N": case.n, "D": case.d, "V": case.v, "dtype": case.dtype}
+    seconds = round(time.perf_counter() - begin, 2)
+    return result | {"errors": found, "torch_own": own, "failures": failures, "seconds": seconds}
+
+
+def _limit(key: str, own: float) -> float:
+    limit = max(FACTOR * own, FLOOR)
+    return min(limit, LOGPROB_RMS) if key == "logprob_rms" else limit
+
+
+def default_backend(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "triton"
+    return "cpp" if backends().get("cpp") == "ready" else "torch"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend", choices=list(backends()))
+    parser.add_argument("--tiny", action="store_true", help="every case at a small size; default on the CPU")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    backend = args.backend or default_backend(device)
+    report: dict[str, Any] = {"check": "correctness", "backend": backend, **stamp(), "results": [], "failures": []}
+    state = backends()[backend]
+    if state != "ready":
+        report["failures"].append(f"backend {backend}: {state}")
+    for case in CASES if state == "ready" else []:
+        case = case.tiny() if args.tiny or args.device == "cpu" else case
+        for what in ("linear_logprob", "pact_loss"):
+            label = f"{what}, {case.name}, {case.dtype}, N={case.n} D={case.d} V={case.v}"
+            print(label, file=sys.stderr, flush=True)
+            try:
+                result = check(case, what, backend, device)
+            except Exception as error:  # the other cases still count
+                result = {"case": case.name, "what": what, "failures": [f"{type(error).__name__}: {error}"]}
+            report["results"].append(result)
+            report["failures"] += [f"{label}: {failure}" for failure in result["failures"]]
+            if args.out:
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report["results"]))
+    for failure in report["failures"]:
+        print(f"FAIL {failure}")
+    return 1 if report["failures"] else 0
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Our error and torch's own in every cell."""
+    keys = ("logprob_max", "logprob_rms", "entropy_max", "dx", "dw", "db")
+    lines = []
+    for r in (r for r in results if "errors" in r):
+        cells = [f"{r['errors'][k]:.1e} / {r['torch_own'][k]:.1e}" if k in r["errors"] else "" for k in keys]
+        lines.append([r["what"], r["case"], r["dtype"], *cells, "FAIL" if r["failures"] else "ok"])
+    return markdown(["call", "case", "dtype", *(f"{key} / torch's" for key in keys), ""], lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
