@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from pact_fast.kernels.backend import resolve, row_pass
+from pact_fast.kernels.memory import large_empty
 from pact_fast.kernels.products import accumulation_dtype, products
 from pact_fast.kernels.rows_torch import Pairing, RowStats, compact
 
@@ -60,7 +61,7 @@ class ChunkedHead:
         self._rows = min(max(total, 1), chunk_rows(vocab, held * vocab * dtype.itemsize, hidden.device))
         padded = -(-vocab // ALIGNED) * ALIGNED
         shape = self._rows, padded if hidden.is_cuda else vocab
-        self._buffers = [hidden.new_empty(shape, dtype=dtype)[:, :vocab] for _ in range(buffers)]
+        self._buffers = [large_empty(shape, dtype, hidden.device)[:, :vocab] for _ in range(buffers)]
 
     def chunks(self) -> Iterator[slice]:
         """The rows in order; one empty chunk when there are none."""

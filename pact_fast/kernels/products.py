@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from pact_fast.kernels.memory import large_empty
+
 BLOCK = 2048  # rows of W converted at a time, where the device has no product of 16-bit numbers with an fp32 result
 
 
@@ -54,7 +56,8 @@ class Products:
         if self._d_weight is not None:
             self._d_weight.addmm_(dz.t(), x)
         elif self._needs_weight_grad:
-            self._d_weight = torch.mm(dz.t(), x)
+            dtype = accumulation_dtype(self.weight)
+            self._d_weight = torch.mm(dz.t(), x, out=large_empty(self.weight.shape, dtype, dz.device))
 
 
 class BlockedProducts(Products):
@@ -93,7 +96,7 @@ class CpuBf16Products(Products):
         dx = dz.new_empty(len(dz), self.weight.shape[1]) if input_grad else None
         add = self._d_weight is not None
         if self._needs_weight_grad and not add:
-            self._d_weight = dz.new_empty(self.weight.shape)
+            self._d_weight = large_empty(self.weight.shape, torch.float32, dz.device)
         torch.ops.pact_fast.bf16_grads(dz, x.contiguous(), self.weight, dx, self._d_weight, add)
         return dx
 
