@@ -1,6 +1,6 @@
 // The three products of the fused head for bf16 values, with fp32 results, on CPUs with bf16 instructions.
 //
-//     z[n, V] = x·Wᵀ        dx[n, D] = bf16(dz)·W        dW[V, D] += bf16(dz)ᵀ·x
+//     z[n, V] = x·Wᵀ        dx[n, D] = bf16(dz)·W        dW[V, D] += bf16(dz)ᵀ·x        (dW: 24 bits, see `split`)
 //
 // PyTorch has no such matrix product on CPU: its bf16 one rounds the result, and an fp32 one takes twice the time. Inside
 // it is oneDNN's block product C (+)= A·B (`brgemm`: AMX or AVX512-BF16, fp32 sums), which we call here. It wants A by
@@ -21,6 +21,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -169,6 +170,51 @@ void round_tile(const float* dz, int64_t ld, int64_t rows, int64_t columns, Bits
   for (int i = 0; i < 16; ++i) _mm512_store_si512(at + i * depth, block[i]);
 }
 
+// Sums that outlive a call are kept in 24 bits: the nearest bf16 number, `high`, and what it lacks in 1/256 of its last
+// place. Together they are off by 2⁻¹⁶ at most, which is little beside the 2⁻⁸ of a bf16 result, take 3 bytes instead of 4, and
+// `high` by itself is the rounded sum: no second matrix and no pass that casts it. Floats of one sign are ordered like
+// their bits, so rounding is integer arithmetic, across powers of 2, too.
+void split(const float* sums, int64_t n, Bits* high, int8_t* rest) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = std::bit_cast<uint32_t>(sums[i]);
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;  // rounding could carry it over into a number
+    const uint32_t short_bits = nan ? 0x7fc000u : (bits >> 8) + ((bits >> 7) & 1u);
+    const uint32_t nearest = (short_bits + 0x80u) >> 8;
+    high[i] = static_cast<Bits>(nearest);
+    rest[i] = static_cast<int8_t>(static_cast<int32_t>(short_bits) - static_cast<int32_t>(nearest << 8));
+  }
+}
+
+void join(const Bits* high, const int8_t* rest, int64_t n, float* sums) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t short_bits = (static_cast<int32_t>(high[i]) << 8) + rest[i];
+    sums[i] = std::bit_cast<float>(static_cast<uint32_t>(short_bits) << 8);
+  }
+}
+
+// A matrix of sums that grows from call to call; see `split`.
+struct Sums {
+  Bits* high;
+  int8_t* rest;
+  int64_t ld;
+  bool add;  // to what is there, or not
+};
+
+// C[m, n] (+)= A[m, k]·B for C at row i, column j of `sums`.
+void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const Bits* b, const Sums& sums, int64_t i,
+             int64_t j) {
+  alignas(64) float c[64 * kPanel];
+  for (int64_t row = 0; row < m; row += 64) {
+    const int64_t rows = std::min<int64_t>(64, m - row);
+    const auto at = [&](int64_t r) { return (i + row + r) * sums.ld + j; };
+    if (sums.add) {
+      for (int64_t r = 0; r < rows; ++r) join(sums.high + at(r), sums.rest + at(r), n, c + r * kPanel);
+    }
+    product(rows, n, k, a + row * lda, lda, b, c, kPanel, sums.add);
+    for (int64_t r = 0; r < rows; ++r) split(c + r * kPanel, n, sums.high + at(r), sums.rest + at(r));
+  }
+}
+
 // Whether the block product is there and means by its arguments what we mean.
 bool ready() {
   if (blas::brgemm == nullptr || blas::brgemm_release == nullptr) return false;
@@ -218,14 +264,14 @@ void logits(const Bits* x, const Bits* weight, float* z, int64_t rows, int64_t v
   });
 }
 
-// dx and d_weight (added to what is there, or not) from up to kRows rows of dz. Either may be null.
-void grads(const float* dz, int64_t dz_stride, const Bits* x, const Bits* weight, float* dx, float* d_weight, bool add,
+// dx and d_weight from up to kRows rows of dz. dx may be null, d_weight.high as well.
+void grads(const float* dz, int64_t dz_stride, const Bits* x, const Bits* weight, float* dx, const Sums& d_weight,
            int64_t rows, int64_t vocab, int64_t width) {
   const int64_t depth = round_up(rows, 32), panels = ceil_div(width, kPanel);
   const auto a = buffer(dx == nullptr ? 0 : depth * kSlab);
-  const auto at = buffer(d_weight == nullptr ? 0 : kSlab * depth);
-  const auto x_panels = buffer(d_weight == nullptr ? 0 : panels * kPanel * depth);
-  if (d_weight != nullptr) {
+  const auto at = buffer(d_weight.high == nullptr ? 0 : kSlab * depth);
+  const auto x_panels = buffer(d_weight.high == nullptr ? 0 : panels * kPanel * depth);
+  if (d_weight.high != nullptr) {
     torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         pack(x + p * kPanel, width, rows, std::min(kPanel, width - p * kPanel), depth, &x_panels[p * kPanel * depth]);
@@ -242,7 +288,7 @@ void grads(const float* dz, int64_t dz_stride, const Bits* x, const Bits* weight
       for (int64_t t = begin; t < end; ++t) {
         const int64_t i = t / across * 32, j = t % across * 16;
         round_tile(dz + i * dz_stride + v + j, dz_stride, rows - i, slab - j, dx == nullptr ? nullptr : &a[i * kSlab + j],
-                   d_weight == nullptr ? nullptr : &at[j * depth + i], depth);
+                   d_weight.high == nullptr ? nullptr : &at[j * depth + i], depth);
       }
     });
     torch::stable::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
@@ -262,10 +308,9 @@ void grads(const float* dz, int64_t dz_stride, const Bits* x, const Bits* weight
             product(m, columns, k, &a[i * kSlab], kSlab, panel.get(), dx + i * width + column, width, v > 0);
           });
         }
-        if (d_weight != nullptr) {
+        if (d_weight.high != nullptr) {
           mine(slab, [&](int64_t i, int64_t m) {
-            product(m, columns, depth, &at[i * depth], depth, &x_panels[p * kPanel * depth],
-                    d_weight + (v + i) * width + column, width, add);
+            product(m, columns, depth, &at[i * depth], depth, &x_panels[p * kPanel * depth], d_weight, v + i, column);
           });
         }
       }
@@ -280,7 +325,13 @@ using Bits = uint16_t;
 
 bool ready() { return false; }
 void logits(const Bits*, const Bits*, float*, int64_t, int64_t, int64_t, int64_t) {}
-void grads(const float*, int64_t, const Bits*, const Bits*, float*, float*, bool, int64_t, int64_t, int64_t) {}
+struct Sums {
+  Bits* high;
+  int8_t* rest;
+  int64_t ld;
+  bool add;
+};
+void grads(const float*, int64_t, const Bits*, const Bits*, float*, const Sums&, int64_t, int64_t, int64_t) {}
 
 #endif
 
@@ -316,28 +367,33 @@ void bf16_logits(const Tensor x, const Tensor weight, Tensor z) {
   logits(data<Bits>(x), data<Bits>(weight), data<float>(z), rows, vocab, width, z.stride(0));
 }
 
-// dx ← dz·W and d_weight ← or, if `add`, += dzᵀ·x, dz [n, V] fp32 (rows contiguous) rounded to bf16; dx [n, D], d_weight [V, D] fp32.
+// dx ← dz·W and d_weight ← or, if `add`, += dzᵀ·x, dz [n, V] fp32 (rows contiguous) rounded to bf16; dx [n, D] fp32.
+// d_weight [V, D] bf16 is the rounded sum, rest [V, D] int8 what it lacks (see `split`); both are given or neither.
 void bf16_grads(const Tensor dz, const Tensor x, const Tensor weight, std::optional<Tensor> dx,
-                std::optional<Tensor> d_weight, bool add) {
+                std::optional<Tensor> d_weight, std::optional<Tensor> rest, bool add) {
   const int64_t rows = x.size(0), vocab = weight.size(0), width = x.size(1);
   STD_TORCH_CHECK(ready(), "no bf16 products here");
   STD_TORCH_CHECK(is_whole(x, ScalarType::BFloat16, rows, width) && is_whole(weight, ScalarType::BFloat16, vocab, width),
                   "x and weight: contiguous bf16 matrices of one width");
   STD_TORCH_CHECK(is_rows(dz, rows, vocab), "dz: fp32, a row for each of x, a column for each row of weight");
-  STD_TORCH_CHECK((!dx || is_whole(*dx, ScalarType::Float, rows, width)) &&
-                      (!d_weight || is_whole(*d_weight, ScalarType::Float, vocab, width)),
-                  "dx and d_weight: contiguous, fp32, of the shapes of x and weight");
+  STD_TORCH_CHECK(!dx || is_whole(*dx, ScalarType::Float, rows, width), "dx: contiguous, fp32, of the shape of x");
+  STD_TORCH_CHECK(d_weight.has_value() == rest.has_value() &&
+                      (!d_weight || (is_whole(*d_weight, ScalarType::BFloat16, vocab, width) &&
+                                     is_whole(*rest, ScalarType::Char, vocab, width))),
+                  "d_weight and rest: contiguous, bf16 and int8, of the shape of weight");
   for (int64_t i = 0; i < rows; i += kRows) {
+    const Sums sums{d_weight ? data<Bits>(*d_weight) : nullptr, rest ? data<int8_t>(*rest) : nullptr, width, add || i > 0};
     grads(data<float>(dz) + i * dz.stride(0), dz.stride(0), data<Bits>(x) + i * width, data<Bits>(weight),
-          dx ? data<float>(*dx) + i * width : nullptr, d_weight ? data<float>(*d_weight) : nullptr, add || i > 0,
-          std::min(kRows, rows - i), vocab, width);
+          dx ? data<float>(*dx) + i * width : nullptr, sums, std::min(kRows, rows - i), vocab, width);
   }
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pact_fast, m) {
   m.def("bf16_products_ready() -> bool");
   m.def("bf16_logits(Tensor x, Tensor weight, Tensor(a!) z) -> ()");
-  m.def("bf16_grads(Tensor dz, Tensor x, Tensor weight, Tensor(a!)? dx, Tensor(b!)? d_weight, bool add=True) -> ()");
+  m.def(
+      "bf16_grads(Tensor dz, Tensor x, Tensor weight, Tensor(a!)? dx, Tensor(b!)? d_weight, "
+      "Tensor(c!)? rest, bool add) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pact_fast, CompositeExplicitAutograd, m) {

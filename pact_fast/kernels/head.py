@@ -107,5 +107,5 @@ class ChunkedHead:
         return source, self._products.backward(dz, self._x[source], scale, self._x_grad)
 
     def weight_grads(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(dL/dW, dL/db) in the accumulation dtype."""
+        """(dL/dW, dL/db) in the accumulation dtype, or rounded already to that of the parameter."""
         return self._products.weight_grad(), self._d_bias

@@ -30,7 +30,7 @@ class Products:
         self._d_weight: torch.Tensor | None = None  # grows by chunks from the first one on
 
     def weight_grad(self) -> torch.Tensor | None:
-        """dL/dW in the accumulation dtype; None if not wanted."""
+        """dL/dW in the accumulation dtype, or rounded already to that of W; None if not wanted."""
         if self._d_weight is None and self._needs_weight_grad:
             return torch.zeros_like(self.weight, dtype=accumulation_dtype(self.weight))
         return self._d_weight
@@ -84,10 +84,14 @@ class BlockedProducts(Products):
 
 
 class CpuBf16Products(Products):
-    """bf16 weights on a CPU with bf16 instructions (csrc/gemm_bf16.cpp): twice as fast as fp32. dz is rounded to bf16."""
+    """bf16 weights on a CPU with bf16 instructions (csrc/gemm_bf16.cpp): twice as fast as fp32. dz is rounded to bf16.
+
+    The weight gradient grows in 24 bits, the nearest bf16 number and an int8 of what it lacks: the former is the result.
+    """
 
     def __init__(self, weight: torch.Tensor, needs_weight_grad: bool):
         super().__init__(weight.contiguous(), needs_weight_grad)
+        self._rest: torch.Tensor | None = None
 
     def logits(self, x: torch.Tensor, out: torch.Tensor) -> None:
         torch.ops.pact_fast.bf16_logits(x.contiguous(), self.weight, out)
@@ -96,8 +100,9 @@ class CpuBf16Products(Products):
         dx = dz.new_empty(len(dz), self.weight.shape[1]) if input_grad else None
         add = self._d_weight is not None
         if self._needs_weight_grad and not add:
-            self._d_weight = large_empty(self.weight.shape, torch.float32, dz.device)
-        torch.ops.pact_fast.bf16_grads(dz, x.contiguous(), self.weight, dx, self._d_weight, add)
+            self._d_weight = large_empty(self.weight.shape, torch.bfloat16, dz.device)
+            self._rest = large_empty(self.weight.shape, torch.int8, dz.device)
+        torch.ops.pact_fast.bf16_grads(dz, x.contiguous(), self.weight, dx, self._d_weight, self._rest, add)
         return dx
 
 
