@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
+from memory import peak_bytes
 
 from pact_fast.errors import PactError
 from pact_fast.kernels import backends, head, linear_logprob
-from tests.memory import peak_bytes
 
 VOCAB = 1003
 

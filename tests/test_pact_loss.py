@@ -7,11 +7,11 @@ from collections import defaultdict
 
 import pytest
 import torch
+from memory import peak_bytes
 
 from pact_fast.data.types import Component
 from pact_fast.errors import PactError
 from pact_fast.kernels import LossTokens, Stream, head, pact_loss, products, summarise
-from tests.memory import peak_bytes
 
 VOCAB, WIDTH = 1003, 12
 NAN = float("nan")

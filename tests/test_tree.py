@@ -203,3 +203,45 @@ def test_flops_are_those_that_torch_counts():
     counted = trunk_flops(model, work_of_paths([tree]))
     causal = 12.0 * 2 * 4 * 8 * (40 * 40 - 40 * 41 / 2)  # eager attention computes the upper half, too
     assert counted + causal == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_attention_equals_flex_attention_with_the_trees_mask(seed):
+    """An oracle that is not ours: torch's FlexAttention with the mask as a function of two rows."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    rng = random.Random(100 + seed)
+    (batch,) = pack([random_tree(rng, rng.randint(2, 40)) for _ in range(2)], max_tokens=1000)
+    end, n = torch.as_tensor(batch.subtree_end), len(batch)
+    block_mask = create_block_mask(lambda b, h, q, k: (k <= q) & (q < end[k]), None, None, n, n, device="cpu")
+    q, k, v = (torch.randn(1, h, n, 32) for h in (4, 2, 2))
+    expected = flex_attention(q, k, v, block_mask=block_mask, scale=0.2, enable_gqa=True)
+    torch.testing.assert_close(tree_attention(q, k, v, TreeLayout(batch), scale=0.2), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_that_of_a_dense_mask_in_the_same_dtype(dtype, head_dim):
+    rng = random.Random(head_dim)
+    (batch,) = pack([random_tree(rng, 20) for _ in range(3)], max_tokens=1000)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, h, len(batch), head_dim, dtype=torch.float64) for h in (6, 2, 2)]
+    upstream = torch.randn_like(inputs[0])
+    mask = tree_mask(torch.as_tensor(batch.subtree_end))
+
+    def dense(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.1, enable_gqa=True)
+
+    def results(function, kind):
+        tensors = [t.to(kind).requires_grad_() for t in inputs]
+        out = function(*tensors)
+        return [t.double() for t in (out, *torch.autograd.grad(out, tensors, upstream.to(kind)))]
+
+    exact = [t.to(dtype).double() for t in inputs]
+    inputs = exact
+    truth = results(dense, torch.float64)
+    ours = results(lambda q, k, v: tree_attention(q, k, v, TreeLayout(batch), scale=0.1), dtype)
+    plain = results(dense, dtype)
+    for mine, theirs, value in zip(ours, plain, truth, strict=True):
+        unit = torch.finfo(dtype).eps / 2 * value.norm()
+        assert (mine - value).norm() <= 2 * (theirs - value).norm() + unit

@@ -82,8 +82,8 @@ def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
         "tokens/unshared": float(sum(r.tokens_unshared for r in results)),
         "tokens/supervised": float(sum(r.supervised for r in results)),
         "tokens/packs": float(sum(r.packs for r in results)),
-        "tree/flops_saved": 1.0 - _ratio(sum(r.flops for r in results), sum(r.flops_unshared for r in results)),
-        "tree/pack_efficiency": _ratio(tokens, sum(r.capacity for r in results)),
+        "sharing/flops_saved": 1.0 - _ratio(sum(r.flops for r in results), sum(r.flops_unshared for r in results)),
+        "sharing/pack_efficiency": _ratio(tokens, sum(r.capacity for r in results)),
     }
     for phase in results[0].seconds if results else ():
         values[f"time/{phase}"] = sum(r.seconds[phase] for r in results)
