@@ -22,6 +22,9 @@ SHAPE = dict(
 )
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
 def random_tree(rng: random.Random, nodes: int) -> TokenTree:
     tree = TokenTree()
     handles = [tree.add(np.array([rng.randrange(97) for _ in range(rng.randint(1, 6))]))]
@@ -221,13 +224,14 @@ def test_attention_equals_flex_attention_with_the_trees_mask(seed):
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_is_at_most_twice_that_of_a_dense_mask_in_the_same_dtype(dtype, head_dim):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_error_is_at_most_twice_that_of_a_dense_mask_in_the_same_dtype(device, dtype, head_dim):
     rng = random.Random(head_dim)
     (batch,) = pack([random_tree(rng, 20) for _ in range(3)], max_tokens=1000)
     torch.manual_seed(0)
-    inputs = [torch.randn(1, h, len(batch), head_dim, dtype=torch.float64) for h in (6, 2, 2)]
+    inputs = [torch.randn(1, h, len(batch), head_dim, dtype=torch.float64, device=device) for h in (6, 2, 2)]
     upstream = torch.randn_like(inputs[0])
-    mask = tree_mask(torch.as_tensor(batch.subtree_end))
+    mask = tree_mask(torch.as_tensor(batch.subtree_end, device=device))
 
     def dense(q, k, v):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.1, enable_gqa=True)
@@ -240,7 +244,8 @@ def test_error_is_at_most_twice_that_of_a_dense_mask_in_the_same_dtype(dtype, he
     exact = [t.to(dtype).double() for t in inputs]
     inputs = exact
     truth = results(dense, torch.float64)
-    ours = results(lambda q, k, v: tree_attention(q, k, v, TreeLayout(batch), scale=0.1), dtype)
+    layout = TreeLayout(batch, device)
+    ours = results(lambda q, k, v: tree_attention(q, k, v, layout, scale=0.1), dtype)
     plain = results(dense, dtype)
     for mine, theirs, value in zip(ours, plain, truth, strict=True):
         unit = torch.finfo(dtype).eps / 2 * value.norm()

@@ -14,16 +14,17 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from pact_fast.kernels import rows_triton  # noqa: E402
+from pact_fast.tree import merge_triton  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def variants():
+def variants(module=rows_triton):
     found = []
-    for kernel, signature, constexprs, num_warps in rows_triton.specialisations():
+    for kernel, signature, constexprs, num_warps in module.specialisations():
         if isinstance(kernel, triton.JITFunction):  # not so under TRITON_INTERPRET
             known = "-".join(f"{name}={value}" for name, value in constexprs.items() if name != "VOCAB")
-            label = f"{kernel.__name__}-{signature.get('out', '')}-{known}".replace("*", "")
+            label = f"{kernel.__name__}-{signature.get('out', signature.get('part', ''))}-{known}".replace("*", "")
             found.append(pytest.param(kernel, signature, constexprs, num_warps, id=label))
     return found
 
@@ -36,6 +37,24 @@ def compiled(capability, kernel, signature, constexprs, num_warps):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
 
 
+def resources(binary, folder: Path) -> dict[str, int]:
+    """Registers and memory of a cubin; registers that spill go to the stack frame, and there are none."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    report = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    print(usage, f"shared memory {binary.metadata.shared}")
+    assert usage["STACK"] == usage["LOCAL"] == 0
+    return usage
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("kernel", "signature", "constexprs", "num_warps"), variants(merge_triton))
+def test_merge_of_partial_attention(kernel, signature, constexprs, num_warps, capability, tmp_path):
+    binary = compiled(capability, kernel, signature, constexprs, num_warps)
+    assert resources(binary, tmp_path)["REG"] <= 64
+
+
 @pytest.fixture(autouse=True)
 def fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -44,13 +63,7 @@ def fresh_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("kernel", "signature", "constexprs", "num_warps"), variants())
 def test_hopper_without_spills(kernel, signature, constexprs, num_warps, tmp_path):
     binary = compiled(90, kernel, signature, constexprs, num_warps)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    report = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    print(kernel.__name__, usage, f"shared memory {binary.metadata.shared}")
-    # Registers that spill go to the stack frame
-    assert usage["STACK"] == usage["LOCAL"] == 0
+    usage = resources(binary, tmp_path)
     # 4 programs of 8 warps fit on a multiprocessor, enough to keep its memory busy
     assert usage["REG"] <= 64
     # 16 bytes per thread and access, in whole tiles and in the rest

@@ -8,6 +8,7 @@ backward gets the *merged* output and the merged log-sum-exp: its softmax is the
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -108,6 +109,10 @@ def _merge(
     total: torch.Tensor, lse: torch.Tensor, rows: slice | torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
 ) -> None:
     """Fold a partial result [1, H, n, D] with its log-sum-exp [1, H, n] into the rows of (total, lse), in fp32 or fp64."""
+    if total.is_cuda and importlib.util.find_spec("triton") is not None:
+        from pact_fast.tree.merge_triton import merge
+
+        return merge(total, lse, rows, part, part_lse)
     old = lse[:, :, rows]
     merged = torch.logaddexp(old, part_lse.to(lse.dtype))
     kept = total[:, :, rows] * (old - merged).exp_()[..., None]
