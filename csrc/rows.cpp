@@ -68,7 +68,7 @@ inline float tanh_fast(float x) {
 }
 
 struct Row {
-  float target, lse, entropy;  // target: the target's logit
+  float logprob, lse, entropy;
 };
 
 // Final logits of one block in place; returns their maximum.
@@ -114,7 +114,9 @@ Row row_forward(float* z, const float* bias, int64_t vocab, int64_t target, floa
     weighted += w;
   }
   const double log_sum = std::log(sum);
-  return {z[target], static_cast<float>(m + log_sum), static_cast<float>(log_sum - weighted / sum)};
+  // not z − lse: where p → 1 the rounded lse would be all that is left
+  const double logprob = static_cast<double>(z[target]) - m - log_sum;
+  return {static_cast<float>(logprob), static_cast<float>(m + log_sum), static_cast<float>(log_sum - weighted / sum)};
 }
 
 // log((p + q)/2) from log p and log q.
@@ -260,7 +262,7 @@ void head_rows_forward(Tensor z, const Tensor target, const std::optional<Tensor
     for (int64_t i = begin; i < end; ++i) {
       const Row row = row_forward(data<float>(z) + i * stride, data<float>(bias), vocab, data<int64_t>(target)[i],
                                   static_cast<float>(softcap), 1.0f / data<float>(temperature)[i]);
-      data<float>(logprob)[i] = row.target - row.lse;
+      data<float>(logprob)[i] = row.logprob;
       data<float>(lse)[i] = row.lse;
       data<float>(entropy)[i] = row.entropy;
     }

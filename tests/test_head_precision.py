@@ -43,8 +43,8 @@ class Case:
         weight = torch.randn(self.vocab, self.width) * self.spread / self.width**0.5
         row = torch.randint(rows, (self.n,)) if self.rows else torch.arange(self.n)
         target = torch.randint(self.vocab, (self.n,))
-        if self.extreme:  # p → 1 at the target of even rows, p → 0 at that of odd ones
-            sign = torch.where(torch.arange(rows) % 2 == 0, 60.0, -60.0)[:, None]
+        if self.extreme:  # p → 1 at the target of even rows, just about or beyond all doubt, p → 0 at that of odd ones
+            sign = torch.tensor([60.0, -60.0, 16.0, -16.0, 24.0]).repeat(rows)[:rows, None]
             direction = weight[target[:rows]]
             hidden = sign * direction / direction.square().sum(1, keepdim=True)
         parameters = [hidden, weight] + ([torch.randn(self.vocab)] if self.bias else [])

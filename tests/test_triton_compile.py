@@ -64,8 +64,9 @@ def fresh_cache(tmp_path, monkeypatch):
 def test_hopper_without_spills(kernel, signature, constexprs, num_warps, tmp_path):
     binary = compiled(90, kernel, signature, constexprs, num_warps)
     usage = resources(binary, tmp_path)
-    # 4 programs of 8 warps fit on a multiprocessor, enough to keep its memory busy
-    assert usage["REG"] <= 64
+    # 4 programs of 8 warps fit on a multiprocessor, enough to keep its memory busy; 3 for a Jensen–Shannon divergence,
+    # which computes more than it reads
+    assert usage["REG"] <= (80 if constexprs.get("KIND") == "jsd" else 64)
     # 16 bytes per thread and access, in whole tiles and in the rest
     tiles = 2 * rows_triton.DEPTH.value
     assert binary.asm["ptx"].count("ld.global.v4.b32") >= tiles

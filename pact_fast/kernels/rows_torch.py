@@ -53,7 +53,7 @@ def forward(
         z.div_(softcap).tanh_().mul_(softcap)
     z.div_(temperature[:, None])
     lse = z.logsumexp(-1)
-    log_p = z - lse[:, None]
+    log_p = z.log_softmax(-1)  # not z − lse: where p → 1 the rounded lse would be all that is left
     return RowStats(log_p.gather(1, target[:, None]).squeeze(1), lse, -(log_p.exp() * log_p).sum(-1))
 
 
@@ -87,7 +87,7 @@ def backward(
         pair = own·p·(log p − log q − divergence) + cross·(p − q)      q: the partner's softmax, or the mean of both
     """
     rows = z[source]
-    log_p = rows - stats.lse[source, None]
+    log_p = rows.log_softmax(-1)
     p = log_p.exp()
     dz = -g[source, None] * p
     # 1 − p by expm1: where p → 1, g − g·p would lose every digit
