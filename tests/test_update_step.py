@@ -1,0 +1,102 @@
+"""The update benchmark: every variant computes the same update or says why not, and one that does not is found out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import update_run
+import update_step
+from update_peers import flex_forward
+from update_variants import VARIANTS, Shape, make_problem, packed, token_tree
+
+from pact_fast.kernels import Stream
+from pact_fast.tree import pack, tree_forward
+
+TINY = ["--device", "cpu", "--model", "tiny", "--shape", "32,24,16,4,8", "--rounds", "1"]
+
+
+@pytest.fixture(autouse=True)
+def attention_functions(monkeypatch):
+    """As they were, after each test."""
+    from transformers import AttentionInterface
+
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
+
+
+def run(tmp_path: Path, *options: str) -> tuple[int, dict]:
+    out = tmp_path / "update.json"
+    status = update_step.main([*TINY, "--out", str(out), *options])
+    return status, json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("options", [("--prompts", "2"), ("--old", "--dtype", "bfloat16")])
+def test_all_variants_compute_the_same_update(tmp_path, capsys, options):
+    status, report = run(tmp_path, "--no-memory", "--date", "2026-01-02", *options)
+    assert status == 0 and report["failures"] == [] and report["date"] == "2026-01-02"
+    (case,) = report["cases"]
+    rows = {row["variant"]: row for row in case["rows"]}
+    assert list(rows) == list(VARIANTS)
+    printed = capsys.readouterr().out
+    for name, row in rows.items():
+        assert f"{name}" in printed
+        if row["status"] != "ok":
+            assert not VARIANTS[name].ours and len(row["status"]) > 5
+            continue
+        assert max(row["errors"]["float32"].values()) < 1e-5
+        parts = row["parts_s"]
+        assert set(parts) == {"trunk", "attention", "head", "optimizer", "rest"} | ({"old"} if case["old"] else set())
+        assert all(seconds > 0 for seconds in parts.values())
+        assert sum(parts.values()) <= 1.5 * max(row["round_ms"]) / 1e3
+    assert rows["alone"]["tokens"] == case["unshared_tokens"] == case["prompts"] * (4 * (48 + 80) + 56)
+    assert rows["tree"]["tokens"] == case["prompts"] * (32 + 24 + 8 + 2 * 4 * 16)
+    assert rows["tree"]["ratio_to_tree"] == 1.0 and 0 < rows["tree"]["floor"] < 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
+    status, report = run(tmp_path, "--only", "tree")
+    (row,) = report["cases"][0]["rows"]
+    assert status == 0 and 0 < row["peak_bytes"] < 1 << 30
+
+
+@pytest.mark.parametrize("what", ["positions", "weights"])
+def test_a_wrong_variant_is_found_out(tmp_path, monkeypatch, capsys, what):
+    def shifted(model, batch):
+        return tree_forward(model, dataclasses.replace(batch, position_ids=np.maximum(batch.position_ids - 1, 0)))
+
+    def wrong(model, problem):
+        if what == "positions":
+            return packed(model, problem, trunk=shifted)
+        return packed(model, dataclasses.replace(problem, weight=problem.weight * 1.0001))
+
+    monkeypatch.setitem(VARIANTS, "tree", dataclasses.replace(VARIANTS["tree"], passes=wrong))
+    status, report = run(tmp_path, "--no-memory", "--only", "kept", "tree")
+    assert status == 1
+    assert report["failures"] and all("tree: " in failure for failure in report["failures"])
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_flex_sees_what_the_tree_sees():
+    """Its backward pass needs CUDA; its mask does not."""
+    shape = Shape(13, 11, 7, 3, 4)
+    case = update_run.Case("tiny", 2, shape, "float32", 1, False)
+    model = update_run.build(case, torch.device("cpu")).eval()
+    tree, _ = token_tree(make_problem(shape, 256, seed=0), tuple(Stream))
+    (batch,) = pack([tree], max_tokens=1000)
+    with torch.no_grad():
+        torch.testing.assert_close(flex_forward(model, batch), tree_forward(model, batch), rtol=0, atol=1e-5)
+
+
+def test_shapes_are_checked():
+    for wrong in ("1,2,3", "a,b,c,d", "8,0,8,2", "8,8,8,1"):
+        with pytest.raises(SystemExit, match="--shape"):
+            update_step.main(["--shape", wrong])
