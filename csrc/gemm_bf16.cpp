@@ -21,7 +21,6 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
-#include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -175,20 +174,27 @@ void round_tile(const float* dz, int64_t ld, int64_t rows, int64_t columns, Bits
 // `high` by itself is the rounded sum: no second matrix and no pass that casts it. Floats of one sign are ordered like
 // their bits, so rounding is integer arithmetic, across powers of 2, too.
 void split(const float* sums, int64_t n, Bits* high, int8_t* rest) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = std::bit_cast<uint32_t>(sums[i]);
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;  // rounding could carry it over into a number
-    const uint32_t short_bits = nan ? 0x7fc000u : (bits >> 8) + ((bits >> 7) & 1u);
-    const uint32_t nearest = (short_bits + 0x80u) >> 8;
-    high[i] = static_cast<Bits>(nearest);
-    rest[i] = static_cast<int8_t>(static_cast<int32_t>(short_bits) - static_cast<int32_t>(nearest << 8));
+  const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x80), quiet_nan = _mm512_set1_epi32(0x7fc000);
+  for (int64_t i = 0; i < n; i += 16) {
+    const auto mask = static_cast<__mmask16>(lanes(n - i));
+    const __m512 values = _mm512_maskz_loadu_ps(mask, sums + i);
+    const __m512i bits = _mm512_castps_si512(values);
+    const __m512i rounded = _mm512_add_epi32(_mm512_srli_epi32(bits, 8), _mm512_and_si512(_mm512_srli_epi32(bits, 7), one));
+    // rounding could carry the bits of a NaN over into a number
+    const __m512i short_bits = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), quiet_nan);
+    const __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(short_bits, half), 8);
+    _mm512_mask_cvtepi32_storeu_epi16(high + i, mask, nearest);
+    _mm512_mask_cvtepi32_storeu_epi8(rest + i, mask, _mm512_sub_epi32(short_bits, _mm512_slli_epi32(nearest, 8)));
   }
 }
 
 void join(const Bits* high, const int8_t* rest, int64_t n, float* sums) {
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t short_bits = (static_cast<int32_t>(high[i]) << 8) + rest[i];
-    sums[i] = std::bit_cast<float>(static_cast<uint32_t>(short_bits) << 8);
+  for (int64_t i = 0; i < n; i += 16) {
+    const auto mask = static_cast<__mmask16>(lanes(n - i));
+    const __m512i nearest = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, high + i));
+    const __m512i less = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, rest + i));
+    const __m512i short_bits = _mm512_add_epi32(_mm512_slli_epi32(nearest, 8), less);
+    _mm512_storeu_ps(sums + i, _mm512_castsi512_ps(_mm512_slli_epi32(short_bits, 8)));
   }
 }
 

@@ -67,6 +67,10 @@ inline float tanh_fast(float x) {
   return std::copysign(a < 0.25f ? narrow : wide, x);
 }
 
+// Terms that are added up in fp32 before fp64 takes over: where one term is nearly everything (p → 1), only these lose
+// digits to it.
+constexpr int64_t kPart = 128;
+
 struct Row {
   float logprob, lse, entropy;
 };
@@ -103,15 +107,18 @@ Row row_forward(float* z, const float* bias, int64_t vocab, int64_t target, floa
       sum *= scale;
       m = top;
     }
-    float s = 0.0f, w = 0.0f;
+    for (int64_t from = 0; from < n; from += kPart) {
+      const int64_t to = std::min(n, from + kPart);
+      float s = 0.0f, w = 0.0f;
 #pragma omp simd reduction(+ : s, w)
-    for (int64_t i = 0; i < n; ++i) {
-      const float d = block[i] - m, e = exp_fast(d);
-      s += e;
-      w += e * d;
+      for (int64_t i = from; i < to; ++i) {
+        const float d = block[i] - m, e = exp_fast(d);
+        s += e;
+        w += e * d;
+      }
+      sum += s;
+      weighted += w;
     }
-    sum += s;
-    weighted += w;
   }
   const double log_sum = std::log(sum);
   // not z − lse: where p → 1 the rounded lse would be all that is left

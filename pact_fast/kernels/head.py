@@ -18,7 +18,7 @@ from pact_fast.kernels.rows_torch import Pairing, RowStats, compact
 LOGITS_BUDGET = 1 << 30  # bytes of all [rows, V] buffers together
 CACHED_LOGITS = 4 << 20  # bytes of one buffer; on CPU, chunks beyond the cache only cost bandwidth
 ALIGNED = 16  # logits; on CUDA, rows begin at multiples of this, or 16-byte accesses fall apart
-EFFICIENT_ROWS = 512  # on CPU, fewer rows than this make the matrix products slow
+EFFICIENT_ROWS = 384  # on CPU, fewer rows than this make the matrix products slow
 
 
 def chunk_rows(vocab: int, row_bytes: int, device: torch.device) -> int:
@@ -27,6 +27,14 @@ def chunk_rows(vocab: int, row_bytes: int, device: torch.device) -> int:
     if device.type == "cpu":
         rows = min(rows, max(EFFICIENT_ROWS, CACHED_LOGITS // (4 * vocab)))
     return max(2, rows // 2 * 2)  # a pair of coupled rows is never torn apart
+
+
+def balanced(total: int, most: int) -> int:
+    """Rows per chunk, at most `most`, so that `total` rows make equal chunks: a small last one would be slow."""
+    if total <= most:
+        return max(total, 1)
+    rows = -(-total // -(-total // most))
+    return rows + rows % 2  # pairs stay together; `most` is even
 
 
 class ChunkedHead:
@@ -58,7 +66,7 @@ class ChunkedHead:
         self._softcap, self._total = softcap, total
         buffers = 2 if paired else 1
         held = buffers + (4 if backend == "torch" else 0)  # plain torch needs room for its intermediate results
-        self._rows = min(max(total, 1), chunk_rows(vocab, held * vocab * dtype.itemsize, hidden.device))
+        self._rows = balanced(total, chunk_rows(vocab, held * vocab * dtype.itemsize, hidden.device))
         padded = -(-vocab // ALIGNED) * ALIGNED
         shape = self._rows, padded if hidden.is_cuda else vocab
         self._buffers = [large_empty(shape, dtype, hidden.device)[:, :vocab] for _ in range(buffers)]

@@ -87,7 +87,8 @@ def backward(
         pair = own·p·(log p − log q − divergence) + cross·(p − q)      q: the partner's softmax, or the mean of both
     """
     rows = z[source]
-    log_p = rows.log_softmax(-1)
+    log_p = rows - stats.lse[source, None]
+    log_p.scatter_(1, target[source, None], stats.logprob[source, None])  # where p → 1, lse is too coarse
     p = log_p.exp()
     dz = -g[source, None] * p
     # 1 − p by expm1: where p → 1, g − g·p would lose every digit
