@@ -75,11 +75,21 @@ SECTIONS = {
     "correctness": Section("both kernels against fp64 at the sizes that break others", 110, script("correctness.py")),
     "head": Section(
         "the head beside its peers: N=16384 D=4096 V=151936, then Qwen3-0.6B's; fractions 1, 0.5, 0.25",
-        230,
+        170,
         script(
-            "head.py", *("--shapes", "16384x4096x151936", "qwen3-0.6b", "--rounds", "5", "--time-limit", "150"),
+            "head.py", *("--shapes", "16384x4096x151936", "qwen3-0.6b", "--rounds", "5", "--time-limit", "110"),
             cpu=("--shapes", "64x32x515", "--dtypes", "float32", "--fractions", "0.5", "--rounds", "2", "--no-memory",
                  "--methods", "gemms", "eager", "pact torch", "pact cpp"),
+        ),
+    ),
+    "update": Section(
+        "a whole update of Qwen3-0.6B: every sequence alone, flat sharing, the tree",
+        80,
+        script(
+            "update_step.py",
+            *("--model", "qwen3-0.6b", "--shape", "4096,4096,1024,8", "--rounds", "3", "--time-limit", "50", "--only",
+              "alone-1", "kept", "flat-pact", "tree"),
+            cpu=("--model", "tiny", "--shape", "16,16,8,2", "--rounds", "1", "--no-memory", "--only", "kept", "tree"),
         ),
     ),
     "rows": Section("bandwidth of the row kernels, registers and spills", 60, script("rows.py")),

@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "recipes", _recipes, "list the shipped recipes")
     bench = _command(commands, "bench", _bench, "how to run the benchmarks")
     bench.add_argument("name", nargs="?", help="benchmark to run (default: list them)")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments; --help lists them")
     return parser
 
 
@@ -151,20 +152,21 @@ def _recipes(arguments) -> int:
 
 def _bench(arguments) -> int:
     folder = Path(__file__).parent.parent / "benchmarks"
-    found = sorted(path.stem for path in folder.glob("*.py")) if folder.is_dir() else []
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
+    found = {name: text for name, text in sources.items() if '__name__ == "__main__"' in text}
     if not found:
         raise PactError(
             "no benchmarks here: they are in the repository's benchmarks/ folder, not in the installed package"
         )
     if arguments.name is None:
-        print("\n".join(found))
+        for name, text in found.items():
+            print(f"{name:14} {text.splitlines()[0].strip(chr(34))}")
         return 0
     if arguments.name not in found:
         raise PactError(f"no benchmark '{arguments.name}'; there are: {', '.join(found)}")
-    import runpy
+    import subprocess
 
-    runpy.run_path(str(folder / f"{arguments.name}.py"), run_name="__main__")
-    return 0
+    return subprocess.call([sys.executable, str(folder / f"{arguments.name}.py"), *arguments.arguments])
 
 
 if __name__ == "__main__":

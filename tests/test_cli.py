@@ -172,3 +172,12 @@ def test_an_empty_or_broken_config_file_is_one_line(tmp_path):
         with pytest.raises(PactError, match=hint) as caught:
             load_config(str(bad))
         assert "\n" not in str(caught.value)
+
+
+def test_bench_lists_what_can_be_run_and_passes_arguments_on():
+    command = [sys.executable, "-m", "pact_fast.cli", "bench"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = [line.split()[0] for line in listed.splitlines()]
+    assert {"head", "gpu_suite", "quickstart", "update_step"} <= set(names) and "measure" not in names
+    helped = subprocess.run([*command, "quickstart", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--seeds" in helped
