@@ -16,3 +16,19 @@ class DataError(PactError):
         where = file + (f":{line}" if line is not None else "")
         parts = [part for part in (where, f"field '{field}'" if field else "") if part]
         super().__init__(": ".join([*parts, problem]))
+
+
+class EngineError(PactError):
+    """The inference engine failed. `engine` names the peer."""
+
+    def __init__(self, engine: str, problem: str):
+        self.engine, self.problem = engine, problem
+        super().__init__(f"{engine}: {problem}")
+
+
+class EngineDied(EngineError):
+    """The engine's process has ended, or nobody answers at its address."""
+
+
+class EngineTimeout(EngineError):
+    """The engine is there but has not answered within the deadline."""

@@ -1,0 +1,272 @@
+"""Rollouts by vLLM: token ids in, token ids out, and weights that are verified after every update.
+
+The engine is driven turn by turn. A turn's request carries the whole context, which vLLM finds in its prefix cache; so the
+context is known here, and an engine that died is started again, given the current weights and asked for the turns that were
+under way, while everything already sampled stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from pact_fast.errors import EngineDied, EngineError, EngineTimeout
+from pact_fast.rollout.engine import Completion, Request
+from pact_fast.rollout.weights import Piece, WeightMismatch, checkpoint_weights, fingerprint, tied_head, verify
+
+MAX_RESTARTS = 3  # in a row, without a finished turn in between
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is asked of vLLM."""
+
+    key: str
+    ids: list[int]
+    max_tokens: int
+    temperature: float
+    seed: int
+    stop: list[int]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    key: str
+    ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass
+class SyncReport:
+    """One weight update: what it moved and how long its parts took."""
+
+    version: int
+    bytes: int
+    load_seconds: float
+    verify_seconds: float
+
+
+class Host(Protocol):
+    """Where vLLM runs: in this process, in one of ours, or behind a URL. Failures are EngineErrors."""
+
+    name: str
+    clocked: bool  # `poll` is one step of the engine, so that counting calls is a clock
+
+    def add(self, turn: Turn) -> None: ...
+
+    def poll(self, timeout: float) -> list[Sampled]:
+        """Turns that ended; waits at most `timeout` seconds for one (clocked: makes one step)."""
+
+    def abort(self, keys: list[str]) -> None: ...
+
+    def load(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        """Give the engine these weights, whatever it takes; nothing is being generated meanwhile."""
+
+    def reload(self) -> None:
+        """Start the engine again if it is ours, else connect again, and give it the weights of the last `load`."""
+
+    def report(self) -> tuple[int, list[Piece]]:
+        """(version, fingerprints) of the weights in use, of all workers."""
+
+    def reset_prefix_cache(self) -> None: ...
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class _Session:
+    rng_key: tuple[int, ...]
+    context: list[int] = field(default_factory=list)
+    turns: int = 0
+    turn: Turn | None = None  # under way
+
+
+class VllmEngine:
+    """See Engine. `deadline`: seconds without a finished turn after which the engine counts as hung."""
+
+    def __init__(self, host: Host, eot_ids: Iterable[int], *, deadline: float, dtype: torch.dtype = torch.float32):
+        self.host, self.version, self.restarts = host, -1, 0
+        self.clocked = host.clocked
+        self.last_sync: SyncReport | None = None
+        self._eot = sorted(eot_ids)
+        self._deadline, self._dtype = deadline, dtype
+        self._sessions: dict[int, _Session] = {}
+        self._expected: dict[str, tuple[int, int, int]] = {}
+        self._heard = time.monotonic()  # when a turn last ended, or the first one began
+        self._failures = 0  # restarts since then
+
+    # -- sampling ------------------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        if self.version < 0:
+            raise EngineError(self.host.name, "it has no weights yet; call update_weights first")
+        if not self._waiting():
+            self._heard = time.monotonic()
+        session = self._sessions.setdefault(request.session, _Session(request.rng_key))
+        session.context += request.ids.tolist()
+        session.turns += 1
+        seed = np.random.SeedSequence((*session.rng_key, session.turns)).generate_state(1, np.uint64)[0]
+        session.turn = Turn(
+            f"{request.session}/{session.turns}/{self.version}",
+            session.context,
+            request.max_new_tokens,
+            request.temperature,
+            int(seed) >> 1,
+            self._eot,
+        )
+        self._guarded(lambda: self.host.add(session.turn))
+
+    def step(self, timeout: float | None = None) -> list[Completion]:
+        """Turns that ended. Waits for one, at most `timeout` seconds (default: until the deadline)."""
+        if not self._waiting():
+            return []
+        left = self._heard + self._deadline - time.monotonic()
+        try:
+            if left <= 0:
+                raise EngineTimeout(self.host.name, f"no turn has ended for {self._deadline:g} s (rollout.engine_timeout)")
+            sampled = self.host.poll(left if timeout is None else min(timeout, left))
+        except (EngineDied, EngineTimeout) as error:
+            self._recover(error)
+            return []
+        if sampled:
+            self._heard, self._failures = time.monotonic(), 0
+        return [done for one in sampled if (done := self._finish(one))]
+
+    def close(self, session: int) -> None:
+        gone = self._sessions.pop(session, None)
+        if gone and gone.turn:
+            self._guarded(lambda: self.host.abort([gone.turn.key]))
+
+    def _waiting(self) -> bool:
+        return any(session.turn for session in self._sessions.values())
+
+    def _finish(self, sampled: Sampled) -> Completion | None:
+        number = int(sampled.key.split("/")[0])
+        session = self._sessions.get(number)
+        if session is None or session.turn is None or session.turn.key != sampled.key:
+            return None  # cancelled while its answer was on the way
+        limit, session.turn = session.turn.max_tokens, None
+        ids, logprobs = np.array(sampled.ids, np.int64), np.array(sampled.logprobs, np.float32)
+        self._check(ids, logprobs, limit)
+        session.context += sampled.ids
+        return Completion(number, ids, logprobs, int(ids[-1]) in self._eot)
+
+    def _check(self, ids: np.ndarray, logprobs: np.ndarray, limit: int) -> None:
+        """An engine that answers nonsense is an error here, not a reward of zero later."""
+        problem = None
+        if not len(ids):
+            problem = "a turn came back without a token"
+        elif len(ids) != len(logprobs):
+            problem = f"{len(ids)} tokens came back with {len(logprobs)} log-probs"
+        elif not np.isfinite(logprobs).all() or logprobs.max() > 1e-3:
+            problem = f"a log-prob of {logprobs[~np.isfinite(logprobs) | (logprobs > 1e-3)][0]} came back"
+        elif len(ids) < limit and int(ids[-1]) not in self._eot:
+            problem = f"a turn ended after {len(ids)} of {limit} tokens without an end-of-turn token"
+        if problem:
+            raise EngineError(self.host.name, problem)
+
+    # -- weights -------------------------------------------------------------------------------------------------------------
+
+    def update_weights(self, model: PreTrainedModel, version: int) -> None:
+        """Give the engine the model's weights as `version`, check what it then holds, and forget cached prefixes.
+
+        Turns under way must have ended (`drain`). WeightMismatch if the engine holds anything else than what was sent.
+        """
+        if self._waiting():
+            raise EngineError(self.host.name, "turns are under way; drain the engine before its weights change")
+        started = time.monotonic()
+        self.host.wake()
+        self._expected, size = {}, 0
+
+        def sent() -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal size
+            for name, tensor in checkpoint_weights(model, self._dtype):
+                self._expected[name] = len(tensor), tensor.numel() // max(len(tensor), 1), fingerprint(tensor)
+                size += tensor.numel() * tensor.element_size()
+                yield name, tensor
+
+        self.version = -1  # until the new ones are verified
+        try:
+            self.host.load(sent(), version)
+        except (EngineDied, EngineTimeout) as error:
+            self._restart(error)
+        loaded = time.monotonic()
+        tied = tied_head(model)
+        if tied and tied[1] in self._expected:
+            self._expected[tied[0]] = self._expected[tied[1]]
+        self._verify(version)
+        self.version = version
+        self.last_sync = SyncReport(version, size, loaded - started, time.monotonic() - loaded)
+
+    def drain(self) -> list[Completion]:
+        """Wait for all turns under way."""
+        done: list[Completion] = []
+        while self._waiting():
+            done += self.step()
+        return done
+
+    def sleep(self) -> None:
+        """Free the device's memory for the update, where the host can."""
+        self.host.sleep()
+
+    def shutdown(self) -> None:
+        self.host.close()
+
+    def _verify(self, version: int) -> None:
+        found, pieces = self.host.report()
+        if found != version:
+            raise WeightMismatch(
+                f"{self.host.name}: it answers with weights of version {found}, the trainer has sent {version}; "
+                "another trainer may be using this server"
+            )
+        expected = dict(self._expected)
+        names = {piece.name for piece in pieces}
+        for name in [n for n in expected if n not in names and self._is_tied_copy(n)]:
+            del expected[name]  # the engine uses the embedding itself
+        verify(expected, pieces)
+        self.host.reset_prefix_cache()
+
+    def _is_tied_copy(self, name: str) -> bool:
+        return name == "lm_head.weight" and self._expected[name] in [
+            value for other, value in self._expected.items() if other != name
+        ]
+
+    # -- failures ------------------------------------------------------------------------------------------------------------
+
+    def _guarded(self, call) -> None:
+        try:
+            call()
+        except (EngineDied, EngineTimeout) as error:
+            self._recover(error)
+
+    def _recover(self, error: EngineError) -> None:
+        """Start again, and ask again for the turns under way; what ended before is not lost."""
+        version, self.version = self.version, -1
+        self._restart(error)
+        self._verify(version)
+        self.version = version
+        self._heard = time.monotonic()
+        for session in self._sessions.values():
+            if session.turn:
+                self.host.add(session.turn)
+
+    def _restart(self, error: EngineError) -> None:
+        while True:
+            self._failures += 1
+            self.restarts += 1
+            if self._failures > MAX_RESTARTS:
+                raise error
+            try:
+                return self.host.reload()
+            except (EngineDied, EngineTimeout) as again:
+                error = again

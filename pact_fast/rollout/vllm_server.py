@@ -1,0 +1,361 @@
+"""vLLM in a process of its own: one that we start and restart, or a running `vllm serve` behind a URL.
+
+Both are stock servers. Requests go through the completions endpoint; weights through files that the server reads
+(`collective_rpc("reload_weights")`), best in shared memory. A server of ours listens on a Unix socket in a private folder:
+vLLM's endpoints for weights ask for no password, and a port is open to everybody on the machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from safetensors.torch import save_file
+
+from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
+from pact_fast.rollout.vllm_engine import Sampled, Turn
+from pact_fast.rollout.vllm_local import EXTENSION, engine_args, import_vllm, merged
+from pact_fast.rollout.weights import Piece
+
+SHARD = 1 << 30  # bytes of a weight file
+LOG_TAIL = 4000  # characters of a dead server's log in its error
+SIGNALS = (httpx.ConnectError, httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, httpx.CloseError)
+
+
+class VllmServer:
+    """See Host; the part that talks HTTP. `folder` takes the weights; both sides must see it under the same path."""
+
+    clocked = False
+
+    def __init__(self, name: str, base_url: str, model: Path, folder: Path, *, timeout: float, uds: str | None = None):
+        self.name, self._timeout = name, timeout
+        self._model, self._folder = model, folder
+        self._results: queue.SimpleQueue[Sampled | EngineError] = queue.SimpleQueue()
+        self._http = _Background(base_url, uds)
+        self._tasks: dict[str, Any] = {}
+        self._weights: tuple[Path, int] | None = None  # folder and version of the last load
+        self._served = ""
+
+    def add(self, turn: Turn) -> None:
+        self._tasks[turn.key] = self._http.start(self._complete(turn))
+
+    def poll(self, timeout: float) -> list[Sampled]:
+        found: list[Sampled] = []
+        try:
+            item = self._results.get(timeout=max(timeout, 0.0))
+            while True:
+                if isinstance(item, EngineError):
+                    raise item
+                self._tasks.pop(item.key, None)
+                found.append(item)
+                item = self._results.get_nowait()
+        except queue.Empty:
+            return found
+        except EngineError:
+            for item in found:  # what has ended is not lost with the engine
+                self._results.put(item)
+            if found:
+                return [self._results.get_nowait() for _ in found]
+            raise
+
+    def abort(self, keys: list[str]) -> None:
+        for key in keys:
+            task = self._tasks.pop(key, None)
+            if task:
+                task.cancel()  # a closed connection makes vLLM drop the request
+
+    def load(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        previous = self._weights
+        self._weights = self._write(weights, version), version
+        self._apply()
+        if previous and previous[0] != self._weights[0]:
+            shutil.rmtree(previous[0], ignore_errors=True)
+
+    def reload(self) -> None:
+        """Wait until the server answers again, and give it the last weights."""
+        self._forget()
+        self._wait_ready()
+        self._apply()
+
+    def report(self) -> tuple[int, list[Piece]]:
+        return merged(self._rpc("pact_weights"))
+
+    def reset_prefix_cache(self) -> None:
+        self._call("POST", "/reset_prefix_cache")
+
+    def sleep(self) -> None:
+        """The server has its own devices."""
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None:
+        self._forget()
+        self._http.close()
+        if self._weights:
+            shutil.rmtree(self._weights[0], ignore_errors=True)
+
+    # -- parts ---------------------------------------------------------------------------------------------------------------
+
+    async def _complete(self, turn: Turn) -> None:
+        body = {
+            "model": self._served, "prompt": turn.ids, "max_tokens": turn.max_tokens, "temperature": turn.temperature,
+            "top_p": 1.0, "top_k": -1, "seed": turn.seed, "logprobs": 0, "stop_token_ids": turn.stop, "ignore_eos": True,
+            "return_token_ids": True, "skip_special_tokens": False,
+        }  # fmt: skip
+        try:
+            answer = _checked(await self._http.client.post("/v1/completions", json=body), self.name)
+            choice = answer["choices"][0]
+            if answer.get("prompt_token_ids", choice.get("prompt_token_ids", turn.ids)) != turn.ids:
+                raise EngineError(self.name, "it sampled after other tokens than it was given")
+            self._results.put(Sampled(turn.key, choice["token_ids"], choice["logprobs"]["token_logprobs"]))
+        except EngineError as error:
+            self._results.put(error)
+        except SIGNALS as error:
+            self._results.put(EngineDied(self.name, f"the connection broke: {error or type(error).__name__}"))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            self._results.put(EngineError(self.name, f"an answer that is no completion with token ids: {error!r}"))
+
+    def _apply(self) -> None:
+        assert self._weights is not None
+        path, version = self._weights
+        self._rpc("reload_weights", kwargs={"weights_path": str(path)})
+        self._rpc("pact_loaded", args=[str(version)])
+
+    def _write(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> Path:
+        """A checkpoint folder with these weights; it appears when it is complete."""
+        target = self._folder / f"weights-{version}"
+        partial = self._folder / f"weights-{version}.partial"
+        for path in (target, partial):
+            shutil.rmtree(path, ignore_errors=True)
+        try:
+            shutil.copytree(self._model, partial)
+            _write_shards(weights, partial)
+            partial.rename(target)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise PactError(
+                f"cannot write the weights for the engine to {self._folder}: {error.strerror or error}; set "
+                "rollout.vllm_weights_dir to a folder with room"
+            ) from None
+        return target
+
+    def _rpc(self, method: str, args: list[str] | None = None, kwargs: dict[str, str] | None = None) -> list:
+        body = {"method": method, "args": args or [], "kwargs": kwargs or {}, "timeout": self._timeout}
+        return (self._call("POST", "/collective_rpc", json=body) or {}).get("results", [])
+
+    def _call(self, method: str, path: str, **kwargs: Any) -> Any:
+        try:
+            return _checked(self._http.request(method, path, timeout=self._timeout, **kwargs), self.name)
+        except httpx.TimeoutException:
+            raise EngineTimeout(
+                self.name, f"no answer to {path} within {self._timeout:g} s (rollout.engine_timeout)"
+            ) from None
+        except SIGNALS as error:
+            raise EngineDied(self.name, f"{path}: {error or type(error).__name__}") from None
+
+    def _wait_ready(self, deadline: float | None = None) -> None:
+        """Until the server serves; learns the name of its model."""
+        end = time.monotonic() + (deadline or self._timeout)
+        while True:
+            self._check_alive()
+            try:
+                self._served = _checked(self._http.request("GET", "/v1/models", timeout=5.0), self.name)["data"][0]["id"]
+                return
+            except (httpx.HTTPError, EngineDied):
+                if time.monotonic() > end:
+                    raise EngineDied(self.name, f"it does not serve within {deadline or self._timeout:g} s") from None
+                time.sleep(0.2)
+
+    def _check_alive(self) -> None:
+        """Raises EngineDied if it is known that nobody will answer."""
+
+    def _forget(self) -> None:
+        """Drop all requests under way and what they may have answered."""
+        self.abort(list(self._tasks))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._results.get_nowait()
+
+
+class RemoteVllm(VllmServer):
+    """A server that somebody else runs: `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls …`."""
+
+    def __init__(self, url: str, model: Path, folder: Path, *, timeout: float, start_timeout: float):
+        super().__init__(f"vLLM at {url}", url, model, folder, timeout=timeout)
+        self._wait_ready(start_timeout)
+        try:
+            self._rpc("pact_weights")
+        except EngineError as error:
+            raise PactError(
+                f"{self.name} cannot report its weights ({error.problem}); start it with VLLM_SERVER_DEV_MODE=1 vllm serve "
+                f"MODEL --logprobs-mode processed_logprobs --generation-config vllm --worker-extension-cls {EXTENSION}, "
+                "and pact-fast installed beside it"
+            ) from None
+
+
+class ManagedVllm(VllmServer):
+    """A server that we start with the first weights, watch, and start again when it dies or hangs."""
+
+    def __init__(self, model: Path, folder: Path, *, timeout: float, start_timeout: float, **args: Any):
+        import_vllm()
+        self._socket = Path(tempfile.mkdtemp(prefix="pact-fast-vllm-")) / "socket"
+        super().__init__("the vLLM server", "http://vllm", model, folder, timeout=timeout, uds=str(self._socket))
+        self._start_timeout = start_timeout
+        self._args = engine_args(args)
+        self._log = folder / "vllm.log"
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def reload(self) -> None:
+        self._kill()
+        self._forget()
+        self._apply()
+
+    def close(self) -> None:
+        super().close()
+        self._kill()
+        shutil.rmtree(self._socket.parent, ignore_errors=True)
+
+    def _apply(self) -> None:
+        if self._process is not None:
+            return super()._apply()
+        assert self._weights is not None
+        path, version = self._weights
+        self._start(path)
+        self._rpc("pact_loaded", args=[str(version)])
+
+    def _start(self, weights: Path) -> None:
+        self._socket.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights), "--uds", str(self._socket),
+                   "--generation-config", "vllm", "--worker-extension-cls", EXTENSION, *_flags(self._args)]  # fmt: skip
+        environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )  # fmt: skip
+        self._wait_ready(self._start_timeout)
+
+    def _check_alive(self) -> None:
+        if self._process is not None and self._process.poll() is not None:
+            raise EngineDied(
+                self.name, f"it ended with status {self._process.returncode}; its log {self._log} ends:\n{self._tail()}"
+            )
+
+    def _tail(self) -> str:
+        with contextlib.suppress(OSError):
+            return self._log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip()
+        return ""
+
+    def _kill(self) -> None:
+        """The server and its workers, which are one process group."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+
+
+class _Background:
+    """An event loop in a thread, and one HTTP client in it."""
+
+    def __init__(self, base_url: str, uds: str | None):
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-http", daemon=True)
+        self._thread.start()
+        self.client: httpx.AsyncClient = asyncio.run_coroutine_threadsafe(_client(base_url, uds), self._loop).result()
+
+    def start(self, coroutine) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        return self.start(self.client.request(method, path, **kwargs)).result()
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.start(self.client.aclose()).result(timeout=5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+
+
+async def _client(base_url: str, uds: str | None) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    key = os.environ.get("VLLM_API_KEY")
+    return httpx.AsyncClient(
+        base_url=base_url,
+        transport=httpx.AsyncHTTPTransport(uds=uds, limits=limits),
+        timeout=httpx.Timeout(None, connect=10.0),  # how long a turn may take is the engine's business
+        headers={"Authorization": f"Bearer {key}"} if key else None,
+    )
+
+
+def _checked(response: httpx.Response, name: str) -> Any:
+    if response.status_code >= 500:
+        raise EngineDied(name, f"status {response.status_code} from {response.request.url.path}: {response.text[:300]}")
+    if response.status_code >= 400:
+        raise EngineError(name, f"{response.request.url.path} refused ({response.status_code}): {response.text[:300]}")
+    return response.json() if response.content else None
+
+
+def _write_shards(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
+    index: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        name = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, tensor in weights:
+        shard[name] = tensor.cpu().contiguous().clone()  # gathered tensors live no longer than their bucket
+        size += tensor.numel() * tensor.element_size()
+        total += tensor.numel() * tensor.element_size()
+        if size > SHARD:
+            flush()
+            size = 0
+    if shard:
+        flush()
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _flags(args: dict[str, Any]) -> list[str]:
+    """{max_model_len: 640, enable_lora: True, x: False} → --max-model-len 640 --enable-lora --no-x"""
+    flags: list[str] = []
+    for key, value in args.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
+    return flags
+
+
+def _die_with_parent() -> None:
+    """A trainer that is killed leaves no server behind (Linux)."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)

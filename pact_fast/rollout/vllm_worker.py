@@ -1,0 +1,160 @@
+"""Runs inside vLLM's workers: what weights do they really compute with?
+
+Given to vLLM as `worker_extension_cls`; a running `vllm serve` needs
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls pact_fast.rollout.vllm_worker.WeightReport …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from pact_fast.rollout.weights import Piece, fingerprint
+
+# a repacked matrix is read back by multiplying it with so many columns of the identity at a time
+READ_BACK = 256
+
+
+class WeightReport:
+    """Methods that vLLM's worker class gains; `self` is the worker. Results are JSON, so that they pass through HTTP."""
+
+    def pact_loaded(self, version: int | str) -> None:
+        """After `reload_weights`: finish what it leaves undone, and remember the version."""
+        for module in self.model_runner.get_model().modules():  # type: ignore[attr-defined]
+            # A head that is tied to the embedding is not in the checkpoint, so reloading passes it by. On CPU it
+            # multiplies with a packed copy, which would stay that of the old weights.
+            if hasattr(module, "cpu_linear") and hasattr(module, "shard_indices"):
+                module.quant_method.process_weights_after_loading(module)
+        self._pact_version = int(version)
+
+    def pact_weights(self) -> dict:
+        """{version, pieces}: the version last set (-1: none) and the fingerprints of the weights in use."""
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        with torch.inference_mode():
+            return {"version": getattr(self, "_pact_version", -1), "pieces": [list(p) for p in pieces(model)]}
+
+
+def pieces(model: torch.nn.Module) -> Iterator[Piece]:
+    """Every weight of vLLM's model, under checkpoint names."""
+    packed = getattr(model, "packed_modules_mapping", {})
+    done: set[int] = set()
+    for name, module in model.named_modules():
+        own = _matrix_pieces(name, module, packed)
+        if own is None:
+            own = _plain_pieces(name, module, done)
+        else:
+            done |= {id(parameter) for parameter in module.parameters(recurse=False)}
+        yield from own
+
+
+def _matrix_pieces(name: str, module: torch.nn.Module, packed: dict[str, list[str]]) -> Iterator[Piece] | None:
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    if isinstance(module, LinearBase):
+        return _linear(name, module, packed)
+    if isinstance(module, VocabParallelEmbedding):
+        return _embedding(name, module)
+    if type(module).__name__ == "FusedMoE" or hasattr(module, "w13_weight"):
+        return _experts(name, module)
+    return None
+
+
+def _plain_pieces(name: str, module: torch.nn.Module, done: set[int]) -> Iterator[Piece]:
+    """Norms and the like, whole on every device."""
+    for key, parameter in module.named_parameters(recurse=False):
+        if id(parameter) not in done:
+            done.add(id(parameter))
+            yield _piece(f"{name}.{key}", parameter)
+
+
+def _piece(name: str, tensor: torch.Tensor, row: int = 0, col: int = 0) -> Piece:
+    rows = len(tensor) if tensor.ndim else 1
+    return Piece(name, row, col, rows, tensor.numel() // max(rows, 1), fingerprint(tensor, row, col))
+
+
+def _linear(name: str, module: torch.nn.Module, packed: dict[str, list[str]]) -> Iterator[Piece]:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    matrix, bias = _loaded(module), getattr(module, "bias", None)
+    parent, _, leaf = name.rpartition(".")
+    parts = _parts(module, len(matrix))
+    names = packed.get(leaf, [leaf]) if len(parts) > 1 else [leaf]
+    if len(names) != len(parts):
+        raise NotImplementedError(f"{name} holds {len(parts)} matrices, the model names {names}")
+    col = module.tp_rank * matrix.shape[1] if isinstance(module, RowParallelLinear) else 0
+    local = 0
+    for part, (row, rows) in zip(names, parts, strict=True):
+        full = f"{parent}.{part}" if parent else part
+        yield _piece(f"{full}.weight", matrix[local : local + rows], row, col)
+        if bias is not None and bias.numel():
+            yield _piece(f"{full}.bias", bias[local : local + rows], row)
+        local += rows
+
+
+def _parts(module: torch.nn.Module, total: int) -> list[tuple[int, int]]:
+    """(first row in the checkpoint's matrix, number of rows) of each matrix that a layer has fused."""
+    from vllm.model_executor.layers.linear import (
+        ColumnParallelLinear,
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+    )
+
+    if isinstance(module, QKVParallelLinear):
+        q, k = module.num_heads * module.head_size, module.num_kv_heads * module.head_size
+        v = module.num_kv_heads * module.v_head_size
+        kv_rank = module.tp_rank // module.num_kv_head_replicas
+        return [(module.tp_rank * q, q), (kv_rank * k, k), (kv_rank * v, v)]
+    if isinstance(module, MergedColumnParallelLinear):
+        return [(module.tp_rank * size, size) for size in module.output_partition_sizes]
+    if isinstance(module, ColumnParallelLinear):
+        return [(module.tp_rank * total, total)]
+    return [(0, total)]
+
+
+def _embedding(name: str, module: torch.nn.Module) -> Iterator[Piece]:
+    """Without the rows that pad the vocabulary. The packed copy that a tied head multiplies with is read as well."""
+    indices = module.shard_indices
+    first, rows = indices.org_vocab_start_index, indices.num_org_elements
+    yield _piece(f"{name}.weight", module.weight[:rows], first)
+    if hasattr(module, "cpu_linear"):
+        yield _piece("lm_head.weight", _read_back(module)[:rows], first)
+
+
+def _experts(name: str, module: torch.nn.Module) -> Iterator[Piece]:
+    """Experts one by one; w13 holds gate and up of an expert, this device's share of each."""
+    w13, w2 = module.w13_weight, module.w2_weight
+    size = w13.shape[1] // 2
+    if w13.numel() == 0 or w13.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise NotImplementedError(f"{name}: the engine has repacked its experts in a way that cannot be read back")
+    held = [e for e in range(module.global_num_experts)]
+    if getattr(module, "expert_map", None) is not None:
+        local = module.expert_map.tolist()
+        held = [e for e in held if local[e] >= 0]
+    offset = module.tp_rank * size
+    for place, expert in enumerate(held):
+        prefix = f"{name}.{expert}"
+        yield _piece(f"{prefix}.gate_proj.weight", w13[place, :size], offset)
+        yield _piece(f"{prefix}.up_proj.weight", w13[place, size:], offset)
+        yield _piece(f"{prefix}.down_proj.weight", w2[place], 0, offset)
+
+
+def _loaded(module: torch.nn.Module) -> torch.Tensor:
+    """The matrix [out, in] that a linear layer multiplies with on this device."""
+    weight = module.weight
+    return weight if weight.ndim == 2 and weight.numel() else _read_back(module)
+
+
+def _read_back(module: torch.nn.Module) -> torch.Tensor:
+    """W from a kernel that keeps it in a layout of its own: W·I. Products with 1 and 0 are exact in any float type."""
+    width = getattr(module, "input_size_per_partition", None) or module.embedding_dim
+    dtype = module.params_dtype if hasattr(module, "params_dtype") else module.weight.dtype
+    columns = []
+    for start in range(0, width, READ_BACK):
+        count = min(READ_BACK, width - start)
+        probe = torch.zeros(count, width, dtype=dtype)
+        probe[torch.arange(count), start + torch.arange(count)] = 1
+        columns.append(module.cpu_linear(probe, module.weight, None))
+    return torch.cat(columns).t()
