@@ -71,7 +71,10 @@ class EnvConfig(Section):
 class RolloutConfig(Section):
     """How trajectories are sampled: from the prompt only, several turns, with tools in between."""
 
-    engine: Literal["transformers"] = Field("transformers", description="What generates tokens.")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What generates tokens: the model itself, embedded, or vLLM (docs/rollouts.md).",
+    )
     num_generations: int = Field(8, ge=1, description="Rollouts per prompt (K).")
     temperature: float = Field(
         1.0, gt=0, description="Sampling temperature; log-probs are taken at the same temperature."
@@ -87,6 +90,37 @@ class RolloutConfig(Section):
     max_observation_tokens: int = Field(1024, ge=16, description="Longer observations are cut, with a note.")
     max_batch_size: int = Field(128, ge=1, description="Trajectories that generate at the same time.")
     tool_timeout: float = Field(10.0, gt=0, description="Seconds per tool call.")
+    trajectory_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds per trajectory; what is under way then is cancelled. A run with it is not repeatable.",
+    )
+    engine_timeout: float = Field(
+        300.0,
+        gt=0,
+        description="vLLM: seconds without a finished turn, or without an answer, after which the engine counts as hung and "
+        "is started again.",
+    )
+    vllm_mode: Literal["colocate", "server"] = Field(
+        "colocate",
+        description="`colocate`: in the trainer's process, on its device; `server`: a process of its own, on its own devices.",
+    )
+    vllm_server_base_url: str | None = Field(
+        None, description="A running `vllm serve` (docs/rollouts.md); default: the trainer starts and watches its own."
+    )
+    vllm_server_timeout: float = Field(240.0, gt=0, description="Seconds that a server may take to start.")
+    vllm_gpu_memory_utilization: float = Field(0.3, gt=0, le=1, description="Share of a GPU's memory that vLLM takes.")
+    vllm_tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one copy of the model.")
+    vllm_enable_sleep_mode: bool = Field(
+        False, description="colocate: vLLM's memory is free during updates (GPU only)."
+    )
+    vllm_weights_dir: str | None = Field(
+        None,
+        description="server: folder through which weights go, seen by both sides; default: shared memory, else the run folder.",
+    )
+    vllm_args: dict[str, Any] = Field(
+        default_factory=dict, description="Further vLLM engine arguments, for example {enforce_eager: true}."
+    )
 
 
 class AnchorConfig(Section):
@@ -174,6 +208,19 @@ class AlgorithmConfig(Section):
         "divided by max_completion_length (dr_grpo).",
     )
     scale_rewards: bool = Field(True, description="Divide advantages by the group's standard deviation.")
+    vllm_importance_sampling_correction: bool = Field(
+        True,
+        description="With vLLM, weight prompt-only policy terms by π_trainer/π_sampler (stop-gradient): its kernels round "
+        "otherwise, and its weights may be older.",
+    )
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        Field(
+            "token_truncate",
+            description="Weight of a token, or of its whole rollout (product over its tokens); above the cap it is cut to "
+            "the cap (truncate) or to 0 (mask). All but token_truncate cost a forward pass.",
+        )
+    )
+    vllm_importance_sampling_clip_max: float = Field(3.0, gt=0, description="Cap of that weight.")
     mask_truncated_completions: bool = Field(
         False, description="Leave rollouts that hit a limit (length or turns) out of the loss."
     )
@@ -192,6 +239,12 @@ class TrainerConfig(Section):
         None,
         ge=1,
         description="Prompts per optimizer step; default: all of them (strictly on-policy, no old log-prob pass).",
+    )
+    max_off_policy_steps: int = Field(
+        0,
+        ge=0,
+        description="Rollouts may be sampled by weights up to so many steps old, so that sampling overlaps updates (vLLM "
+        "server only). 0: strictly on-policy, and repeatable.",
     )
     max_tokens_per_pack: int = Field(16384, ge=128, description="Token budget of one forward/backward.")
     share_prefixes: bool = Field(True, description="Compute a prompt's shared prefix once for all of its rollouts.")
@@ -252,6 +305,14 @@ class Config(Section):
     def _coherent(self) -> Config:
         if (self.model.path is None) == (self.model.random_init is None):
             raise ValueError("set exactly one of model.path (a trained model) and model.random_init (random weights)")
+        rollout = self.rollout
+        if rollout.vllm_server_base_url and (rollout.engine, rollout.vllm_mode) != ("vllm", "server"):
+            raise ValueError("rollout.vllm_server_base_url needs rollout.engine=vllm and rollout.vllm_mode=server")
+        if self.trainer.max_off_policy_steps and (rollout.engine, rollout.vllm_mode) != ("vllm", "server"):
+            raise ValueError(
+                "trainer.max_off_policy_steps needs rollout.engine=vllm and rollout.vllm_mode=server: only an engine with "
+                "its own devices can sample during an update"
+            )
         update, step = self.trainer.prompts_per_update, self.trainer.prompts_per_step
         if update is not None and step % update:
             raise ValueError(

@@ -113,6 +113,7 @@ class _Checks:
     def model(self) -> str:
         import torch
 
+        from pact_fast.rollout.factory import check_embedded
         from pact_fast.trainer import setup
 
         if self.config.model.path:  # reading the configuration is enough, weights may be large
@@ -124,7 +125,8 @@ class _Checks:
         else:
             model = setup.make_model(self.config, self.tokens)
         setup.check_context(self.config, model)
-        setup.check_engine(model)
+        if self.config.rollout.engine == "transformers":
+            check_embedded(model)
         count = sum(p.numel() for p in model.parameters())
         memory = count * 16 / 2**30  # float32 weights, gradients and two AdamW moments
         return (

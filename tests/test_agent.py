@@ -23,6 +23,7 @@ class Script:
     """An engine that says what it is told, turn by turn; one turn per session and step."""
 
     version = 3
+    clocked = True
 
     def __init__(self, renderer, turns):
         self.renderer, self.turns = renderer, turns
@@ -33,7 +34,7 @@ class Script:
         self.limits.append(request.max_new_tokens)
         self.ready.append(request)
 
-    def step(self):
+    def step(self, timeout=None):
         done, self.ready = self.ready, []
         out = []
         for request in done:

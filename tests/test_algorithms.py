@@ -14,8 +14,8 @@ from pact_fast.algorithms.base import loss_tokens
 from pact_fast.algorithms.pact import prompt_share
 from pact_fast.config import AlgorithmConfig
 from pact_fast.data.types import Component
-from pact_fast.kernels import pact_loss
-from pact_fast.trainer.learner import _fold_sequence_weights
+from pact_fast.kernels import Stream, pact_loss
+from pact_fast.trainer.learner import fold_weights
 from pact_fast.tree import pack
 
 D, V = 12, 512
@@ -155,18 +155,18 @@ def test_loss_and_gradients_equal_the_formulas(renderer, case, share):
     rows = [torch.stack([hiddens(p).detach() for p in pack_prefixes]) for pack_prefixes in prefixes]
     if config.name == "pact" and config.trace.context_is == "sequence":
         fill_old(batches, scored, rows, weight)
-        _fold_sequence_weights(scored, config.trace.context_is_cap)
+        fold_weights(scored, Stream.TRACE, "mean_truncate", config.trace.context_is_cap)
     loss, weight_grad, leaf_grads = 0.0, torch.zeros_like(weight), {}
     for batch, hidden, pack_prefixes in zip(batches, rows, prefixes, strict=True):
         tokens, _ = loss_tokens(batch, scored)
         hidden.requires_grad_()
-        cap = config.trace.context_is_cap if config.trace.context_is == "token" and config.name == "pact" else None
+        weighted = config.trace.context_is == "token" and config.name == "pact"
         out = pact_loss(
             hidden,
             weight,
             tokens,
             clip=(config.epsilon, config.epsilon_high or config.epsilon),
-            is_cap=cap,
+            is_cap={Stream.TRACE: config.trace.context_is_cap} if weighted else None,
             backend="torch",
         )
         d_hidden, d_weight = torch.autograd.grad(out.loss, [hidden, weight])

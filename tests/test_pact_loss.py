@@ -107,8 +107,9 @@ def oracle(
             above = (ratio > 1 + high and a > 0) or (delta is not None and ratio > delta and a < 0)
         w = 1.0
         sampler = float(t.sampler_logprob[i])
-        if is_cap is not None and not math.isnan(sampler):
-            w = min(is_cap, math.exp(float(old[i]) - sampler))
+        cap = is_cap.get(Stream(int(t.stream[i]))) if isinstance(is_cap, dict) else is_cap
+        if cap is not None and not math.isnan(sampler):
+            w = min(cap, math.exp(float(old[i]) - sampler))
         kl = 0.0
         if not math.isnan(t.ref_logprob[i]):
             d = t.ref_logprob[i].double() - lp
@@ -141,6 +142,8 @@ OPTIONS = {
     "temperature": {"temperature": 0.7},
     "softcap": {"softcap": 6.0, "temperature": 1.3},
     "weights": {"is_cap": 1.1},
+    "weights by stream": {"is_cap": {Stream.PROMPT: 1.5, Stream.TRACE: 0.8}},
+    "weights in one stream": {"is_cap": {Stream.TRACE: 1.0}},
     "kl": {"kl_coef": 0.3},
     "entropy": {"entropy_coef": 0.2},
     "asymmetric": {"clip": (0.1, 0.4)},

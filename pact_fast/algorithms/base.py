@@ -72,13 +72,8 @@ class Plan:
     expert: tuple[Node, np.ndarray] | None = None  # where h* stands, and the component of each of its tokens
 
 
-def rollout_scored(
-    group: Group, k: int, node: Node, stream: Stream, share: float, update: Update, *, sampler: bool = False
-) -> Scored:
-    """The generated tokens of rollout k, in `node`, weighted by `share` of the prompt's policy loss.
-
-    `sampler` fills in the sampler's log-probs, from which the loss takes importance weights.
-    """
+def rollout_scored(group: Group, k: int, node: Node, stream: Stream, share: float, update: Update) -> Scored:
+    """The generated tokens of rollout k, in `node`, weighted by `share` of the prompt's policy loss."""
     trajectory = group.trajectories[k]
     index = np.flatnonzero(trajectory.sampled)
     m = len(index)
@@ -94,7 +89,7 @@ def rollout_scored(
         advantage=group.advantages[k][index],
         rl_weight=np.full(m, weight, np.float64),
         sft_weight=np.zeros(m, np.float64),
-        sampler_logprob=trajectory.logprobs[index] if sampler else np.full(m, np.nan, np.float32),
+        sampler_logprob=trajectory.logprobs[index],
         old_logprob=np.full(m, np.nan, np.float32),
         ref_logprob=np.full(m, np.nan, np.float32),
     )
@@ -141,11 +136,11 @@ def prompt_tree(group: Group) -> tuple[TokenTree, Node]:
 
 
 def add_rollouts(
-    group: Group, tree: TokenTree, parent: Node, stream: Stream, share: float, update: Update, *, sampler: bool = False
+    group: Group, tree: TokenTree, parent: Node, stream: Stream, share: float, update: Update
 ) -> list[Scored]:
     """Hang every rollout under `parent` and score it there."""
     return [
-        rollout_scored(group, k, tree.add(trajectory.ids, parent), stream, share, update, sampler=sampler)
+        rollout_scored(group, k, tree.add(trajectory.ids, parent), stream, share, update)
         for k, trajectory in enumerate(group.trajectories)
     ]
 

@@ -58,8 +58,7 @@ class Pact(Algorithm):
             tree = TokenTree()
             parent = tree.add(update.renderer.hint_prompt_ids(task, trace, cut))
             plan.trees.append(tree)
-        sampler = config.trace.context_is != "none"
-        plan.scored += add_rollouts(group, tree, parent, Stream.TRACE, share, update, sampler=sampler)
+        plan.scored += add_rollouts(group, tree, parent, Stream.TRACE, share, update)
 
 
 def prompt_share(group: Group, update: Update) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -54,7 +55,7 @@ def pact_loss(
     delta: float | None = None,
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
-    is_cap: float | None = None,
+    is_cap: float | Mapping[Stream, float] | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     bias: torch.Tensor | None = None,
@@ -69,7 +70,8 @@ def pact_loss(
 
     clip      (low, high): the ratio's bounds are 1 − low and 1 + high; None leaves a side open
     delta     ppo, gspo: bound of the ratio where A < 0 (dual clip), more than 1 + high
-    is_cap    policy terms are weighted by w = min(is_cap, exp(old − sampler)), without gradient; None: w = 1
+    is_cap    policy terms are weighted by w = min(is_cap, exp(old − sampler)), without gradient; None: w = 1.
+              {stream: cap} for different caps; streams left out have w = 1
     gspo      one ratio per (sequence, stream): all policy tokens of a sequence must be in the same call
     pairs     adds Σ pair weight·divergence between the next-token distributions of two tokens, see `TokenPairs`
 
@@ -78,7 +80,8 @@ def pact_loss(
     """
     check_head(hidden, weight, bias)
     check_targets(tokens.target, len(weight))
-    settings = Settings(policy_loss, clip, delta, kl_coef, entropy_coef, is_cap, softcap)
+    caps = None if is_cap is None else _caps(is_cap)
+    settings = Settings(policy_loss, clip, delta, kl_coef, entropy_coef, caps, softcap)
     _check(settings, tokens)
     if pairs is not None:
         pairs.check(len(tokens))
@@ -86,7 +89,7 @@ def pact_loss(
         hidden, weight, bias, *tokens.columns(), per_token(temperature, tokens.target),
         *((None, None) if pairs is None else (pairs.index, pairs.weight)),
         policy_loss=policy_loss, clip_low=clip[0], clip_high=clip[1], delta=delta, kl_coef=kl_coef,
-        entropy_coef=entropy_coef, is_cap=is_cap, softcap=softcap,
+        entropy_coef=entropy_coef, is_cap=caps, softcap=softcap,
         divergence=DIVERGENCES[0] if pairs is None else pairs.divergence,
         second_grad=pairs is not None and pairs.second_grad,
         backend=backend,
@@ -102,7 +105,7 @@ class Settings(NamedTuple):
     delta: float | None
     kl_coef: float
     entropy_coef: float
-    is_cap: float | None
+    is_cap: Sequence[float] | None  # by stream
     softcap: float | None
 
 
@@ -143,7 +146,8 @@ def token_terms(
         term = policy.ppo(rule_log, advantage, settings.clip, settings.delta)
     weight = torch.ones_like(logprob)
     if settings.is_cap is not None and tokens.sampler_logprob is not None:
-        weight = policy.importance_weight(old, tokens.sampler_logprob.to(dtype), settings.is_cap)
+        caps = torch.tensor(settings.is_cap, dtype=dtype, device=old.device)[tokens.stream]
+        weight = policy.importance_weight(old, tokens.sampler_logprob.to(dtype), caps)
     reference = torch.full_like(logprob, torch.nan) if tokens.ref_logprob is None else tokens.ref_logprob.to(dtype)
     k3, k3_slope = policy.k3(reference, logprob)
     live = rl_weight != 0
@@ -165,6 +169,13 @@ def token_terms(
         clipped_low=term.clipped_low,
         clipped_high=term.clipped_high,
     )
+
+
+def _caps(is_cap: float | Mapping[Stream, float]) -> list[float]:
+    """One cap per stream; NaN: no weights."""
+    if isinstance(is_cap, Mapping):
+        return [float(is_cap.get(stream, math.nan)) for stream in Stream]
+    return [float(is_cap)] * len(Stream)
 
 
 def _old_logprob(tokens: LossTokens, logprob: torch.Tensor) -> torch.Tensor:
@@ -198,7 +209,7 @@ def _pact_loss(
     delta: float | None,
     kl_coef: float,
     entropy_coef: float,
-    is_cap: float | None,
+    is_cap: Sequence[float] | None,
     softcap: float | None,
     divergence: str,
     second_grad: bool,

@@ -72,6 +72,7 @@ def k3(reference: torch.Tensor, logprob: torch.Tensor) -> tuple[torch.Tensor, to
     return grown - d, -grown
 
 
-def importance_weight(old: torch.Tensor, sampler: torch.Tensor, cap: float) -> torch.Tensor:
-    """min(cap, exp(old − sampler)); 1 where the sampler's log-prob is NaN."""
-    return torch.where(sampler.isnan(), 1.0, (old - sampler).exp().clamp(max=cap))
+def importance_weight(old: torch.Tensor, sampler: torch.Tensor, cap: torch.Tensor) -> torch.Tensor:
+    """min(cap, exp(old − sampler)), all [N]; 1 where the sampler's log-prob or the cap is NaN."""
+    weight = torch.minimum((old - sampler).exp(), cap)
+    return torch.where(sampler.isnan() | cap.isnan(), 1.0, weight)

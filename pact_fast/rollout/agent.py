@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,6 +20,51 @@ from pact_fast.rollout.engine import Completion, Engine, Request
 # A tool's answer is picked up exactly this many engine steps after the call, waited for if need be. Batches then never depend
 # on how fast a tool happened to be, and a run repeats bit for bit.
 TOOL_STEPS = 4
+
+
+class ToolCalls:
+    """Calls under way, by trajectory.
+
+    With a clocked engine an answer is due a fixed number of steps after its call, and waited for; otherwise as soon as it is
+    there.
+    """
+
+    def __init__(self, clocked: bool):
+        self._clocked, self._clock = clocked, 0
+        self._calls: list[tuple[int, int, list[Future | str]]] = []  # (due at step, trajectory, observations)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def add(self, index: int, observations: list[Future | str], blocking: bool) -> None:
+        self._calls.append((self._clock + (TOOL_STEPS if blocking else 0), index, observations))
+
+    def drop(self, index: int) -> bool:
+        """Do not wait for them any more (a tool that runs ends by its own time limit). Whether there were any."""
+        before = len(self._calls)
+        self._calls = [call for call in self._calls if call[1] != index]
+        return len(self._calls) < before
+
+    def tick(self, *, idle: bool) -> None:
+        """The engine has made a step, or (idle) has nothing to do, so that time passes by waiting."""
+        if not idle or not self._calls:
+            self._clock += 1
+        elif self._clocked:
+            self._clock = max(self._clock, self._calls[0][0])
+        else:
+            wait([o for call in self._calls for o in call[2] if not isinstance(o, str)], 0.1, FIRST_COMPLETED)
+
+    def due(self) -> list[tuple[int, list[Future | str]]]:
+        """What is to be picked up now; no longer under way."""
+        ready = [self._ready(call) for call in self._calls]
+        due = [call[1:] for call, now in zip(self._calls, ready, strict=True) if now]
+        self._calls = [call for call, now in zip(self._calls, ready, strict=True) if not now]
+        return due
+
+    def _ready(self, call: tuple[int, int, list[Future | str]]) -> bool:
+        if self._clocked:
+            return call[0] <= self._clock
+        return all(isinstance(o, str) or o.done() for o in call[2])
 
 
 @dataclass(frozen=True)
@@ -43,6 +88,7 @@ class _Running:
     versions: list[np.ndarray] = field(default_factory=list)
     turns: list[TurnRecord] = field(default_factory=list)
     length: int = 0
+    started: float = field(default_factory=time.monotonic)
 
     def append(self, ids: np.ndarray, components: np.ndarray, logprobs: np.ndarray | None, version: int) -> None:
         n = len(ids)
@@ -54,16 +100,15 @@ class _Running:
         self.length += n
 
     def finish(self, stop_reason: str) -> Trajectory:
-        logprobs = np.concatenate(self.logprobs)
-        versions = np.concatenate(self.versions)
+        versions = _joined(self.versions, np.int32)
         return Trajectory(
             task_id=self.job.task.id,
             prompt_ids=self.prompt_ids,
-            ids=np.concatenate(self.ids),
-            components=np.concatenate(self.components).astype(np.uint8),
-            turn_ids=np.concatenate(self.turn_ids),
+            ids=_joined(self.ids, np.int64),
+            components=_joined(self.components, np.uint8),
+            turn_ids=_joined(self.turn_ids, np.int16),
             sampled=versions >= 0,
-            logprobs=logprobs,
+            logprobs=_joined(self.logprobs, np.float32),
             versions=versions,
             turns=self.turns,
             stop_reason=stop_reason,
@@ -95,35 +140,53 @@ class AgentLoop:
 
     def run(self, jobs: list[Job], on_finish: Callable[[int, Trajectory], None] | None = None) -> list[Trajectory]:
         """Sample all jobs; `on_finish(index, trajectory)` is called as each one ends."""
-        results: list[Trajectory | None] = [None] * len(jobs)
-        running: dict[int, _Running] = {}
-        calls: deque[tuple[int, int, list[Future | str]]] = deque()  # (due at step, job, observations)
-        clock = 0
-        for index, job in enumerate(jobs):
-            running[index] = self._start(index, job)
-        generating = len(jobs)
-        while running:
-            if generating:
-                completions = self.engine.step()
-                clock += 1
-            else:  # everybody waits for tools
-                completions, clock = [], calls[0][0]
-            for completion in completions:
-                generating -= 1
-                state = running[completion.session]
-                stop, observations = self._take_turn(state, completion)
-                if stop is None:
-                    delay = TOOL_STEPS if state.env.blocking else 0
-                    calls.append((clock + delay, completion.session, observations))
-                else:
-                    results[completion.session] = self._end(running, completion.session, stop, on_finish)
-            for index, observations in _due(calls, clock):
-                stop = self._observe(index, running[index], observations)
-                if stop is None:
-                    generating += 1
-                else:
-                    results[index] = self._end(running, index, stop, on_finish)
-        return [trajectory for trajectory in results if trajectory is not None]
+        results: dict[int, Trajectory] = {}
+        running = {index: self._start(index, job) for index, job in enumerate(jobs)}
+        calls = ToolCalls(self.engine.clocked)
+
+        def end(index: int, stop: str) -> None:
+            results[index] = self._end(running, index, stop, on_finish)
+
+        try:
+            while running:
+                generating = len(running) - len(calls)
+                completions = self.engine.step(self._patience(calls)) if generating else []
+                calls.tick(idle=not generating)
+                for completion in completions:
+                    state = running[completion.session]
+                    stop, observations = self._take_turn(state, completion)
+                    if stop is None:
+                        calls.add(completion.session, observations, state.env.blocking)
+                    else:
+                        end(completion.session, stop)
+                for index, observations in calls.due():
+                    stop = self._observe(index, running[index], observations)
+                    if stop is not None:
+                        end(index, stop)
+                for index in self._overdue(running):
+                    if calls.drop(index):
+                        record = running[index].turns[-1]
+                        record.observations = [error_observation("the trajectory's time is over")] * len(
+                            record.attempts
+                        )
+                    end(index, "timeout")
+        finally:
+            for index in running:  # after an error: nothing goes on sampling behind the caller's back
+                self.engine.close(index)
+        return [results[index] for index in range(len(jobs))]
+
+    def _patience(self, calls: ToolCalls) -> float | None:
+        """Seconds to wait for the engine: shortly while tools may answer, else as long as the engine may take."""
+        if len(calls):
+            return 0.005
+        return None if self.config.trajectory_timeout is None else 0.1
+
+    def _overdue(self, running: dict[int, _Running]) -> list[int]:
+        limit = self.config.trajectory_timeout
+        if limit is None:
+            return []
+        now = time.monotonic()
+        return [index for index, state in running.items() if now - state.started > limit]
 
     def close(self) -> None:
         if self._pool:
@@ -170,11 +233,7 @@ class AgentLoop:
             return "max_completion_length" if cut else "max_turn_tokens", []
         if not parsed.attempts:
             return "answer", []
-        observations = [self._call(state, attempt) for attempt in parsed.attempts]
-        if len(state.turns) >= self.config.max_turns:
-            record.observations = [_text(o) for o in observations]
-            return "max_turns", []
-        return None, observations
+        return None, [self._call(state, attempt) for attempt in parsed.attempts]
 
     def _call(self, state: _Running, attempt: ToolCall | str) -> Future | str:
         if isinstance(attempt, str):
@@ -186,8 +245,11 @@ class AgentLoop:
         return self._pool.submit(state.env.call, attempt.name, attempt.arguments)
 
     def _observe(self, index: int, state: _Running, pending: list[Future | str]) -> str | None:
-        """Append the observations and ask for the next turn; or the stop reason if they do not fit."""
+        """Append the observations and ask for the next turn; or the stop reason if there is none, or they do not fit."""
         record = state.turns[-1]
+        if len(state.turns) >= self.config.max_turns:
+            record.observations = [_text(o) for o in pending]
+            return "max_turns"
         texts = [self._fit(_text(o)) for o in pending]
         record.observations = texts
         ids, components = self.renderer.glue([_tool_message(a, t) for a, t in zip(record.attempts, texts, strict=True)])
@@ -220,8 +282,5 @@ def _text(observation: Future | str) -> str:
     return observation if isinstance(observation, str) else observation.result()
 
 
-def _due(calls: deque[tuple[int, int, list[Future | str]]], clock: int) -> Iterator[tuple[int, list[Future | str]]]:
-    ready = [entry for entry in calls if entry[0] <= clock]
-    for entry in ready:
-        calls.remove(entry)
-        yield entry[1], entry[2]
+def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)

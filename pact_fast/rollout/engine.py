@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,22 @@ class Engine(Protocol):
     """Continuous batching over sessions; the key-value cache of a session lives until `close`."""
 
     version: int  # of the weights; every sampled token is stamped with it
+    clocked: bool  # each call of `step` is one step of all sessions, however long it takes
 
     def submit(self, request: Request) -> None: ...
 
-    def step(self) -> list[Completion]:
-        """Advance every running session by at least one token; the turns that finished."""
+    def step(self, timeout: float | None = None) -> list[Completion]:
+        """The turns that finished. Clocked: after at least one more token of every running session; otherwise waits for a
+        turn, at most `timeout` seconds.
+        """
 
     def close(self, session: int) -> None:
-        """Forget the session. Must be called for every session."""
+        """Forget the session, and cancel its turn if one is under way. Must be called for every session."""
+
+    def update_weights(self, model: PreTrainedModel, version: int) -> None:
+        """Sample from these weights from now on. No turn may be under way."""
+
+    def sleep(self) -> None:
+        """Free what memory it can until the next `update_weights`."""
+
+    def shutdown(self) -> None: ...

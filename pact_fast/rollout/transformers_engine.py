@@ -37,6 +37,8 @@ class _Session:
 class TransformersEngine:
     """See Engine. `eot_ids` end a turn; `slots` sessions run at once, further ones queue."""
 
+    clocked = True
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -72,8 +74,15 @@ class TransformersEngine:
             last.slot = gone.slot
             self._slots[gone.slot] = last
 
+    def update_weights(self, model: PreTrainedModel, version: int) -> None:
+        self.version = version  # they are the trainer's own
+
+    def sleep(self) -> None: ...
+
+    def shutdown(self) -> None: ...
+
     @torch.inference_mode()
-    def step(self) -> list[Completion]:
+    def step(self, timeout: float | None = None) -> list[Completion]:
         with self._autocast:
             self._admit()
             self._prefill([s for s in self._slots if s.request and len(s.pending) > PREFILL_FROM])

@@ -133,7 +133,9 @@ class VllmEngine:
         left = self._heard + self._deadline - time.monotonic()
         try:
             if left <= 0:
-                raise EngineTimeout(self.host.name, f"no turn has ended for {self._deadline:g} s (rollout.engine_timeout)")
+                raise EngineTimeout(
+                    self.host.name, f"no turn has ended for {self._deadline:g} s (rollout.engine_timeout)"
+                )
             sampled = self.host.poll(left if timeout is None else min(timeout, left))
         except (EngineDied, EngineTimeout) as error:
             self._recover(error)

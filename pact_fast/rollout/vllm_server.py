@@ -56,22 +56,20 @@ class VllmServer:
 
     def poll(self, timeout: float) -> list[Sampled]:
         found: list[Sampled] = []
-        try:
-            item = self._results.get(timeout=max(timeout, 0.0))
+        wait = max(timeout, 0.0)
+        with contextlib.suppress(queue.Empty):
             while True:
-                if isinstance(item, EngineError):
+                item = self._results.get(timeout=wait) if wait else self._results.get_nowait()
+                wait = 0.0
+                if isinstance(item, Sampled):
+                    self._tasks.pop(item.key, None)
+                    found.append(item)
+                elif found:  # first what has ended
+                    self._results.put(item)
+                    return found
+                else:
                     raise item
-                self._tasks.pop(item.key, None)
-                found.append(item)
-                item = self._results.get_nowait()
-        except queue.Empty:
-            return found
-        except EngineError:
-            for item in found:  # what has ended is not lost with the engine
-                self._results.put(item)
-            if found:
-                return [self._results.get_nowait() for _ in found]
-            raise
+        return found
 
     def abort(self, keys: list[str]) -> None:
         for key in keys:
@@ -80,11 +78,8 @@ class VllmServer:
                 task.cancel()  # a closed connection makes vLLM drop the request
 
     def load(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        previous = self._weights
         self._weights = self._write(weights, version), version
         self._apply()
-        if previous and previous[0] != self._weights[0]:
-            shutil.rmtree(previous[0], ignore_errors=True)
 
     def reload(self) -> None:
         """Wait until the server answers again, and give it the last weights."""
@@ -106,8 +101,7 @@ class VllmServer:
     def close(self) -> None:
         self._forget()
         self._http.close()
-        if self._weights:
-            shutil.rmtree(self._weights[0], ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     # -- parts ---------------------------------------------------------------------------------------------------------------
 
@@ -134,7 +128,13 @@ class VllmServer:
         assert self._weights is not None
         path, version = self._weights
         self._rpc("reload_weights", kwargs={"weights_path": str(path)})
+        self._loaded(version)
+
+    def _loaded(self, version: int) -> None:
         self._rpc("pact_loaded", args=[str(version)])
+        for old in self._folder.glob("weights-*"):
+            if self._weights is None or old != self._weights[0]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _write(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> Path:
         """A checkpoint folder with these weights; it appears when it is complete."""
@@ -174,7 +174,9 @@ class VllmServer:
         while True:
             self._check_alive()
             try:
-                self._served = _checked(self._http.request("GET", "/v1/models", timeout=5.0), self.name)["data"][0]["id"]
+                self._served = _checked(self._http.request("GET", "/v1/models", timeout=5.0), self.name)["data"][0][
+                    "id"
+                ]
                 return
             except (httpx.HTTPError, EngineDied):
                 if time.monotonic() > end:
@@ -211,13 +213,13 @@ class RemoteVllm(VllmServer):
 class ManagedVllm(VllmServer):
     """A server that we start with the first weights, watch, and start again when it dies or hangs."""
 
-    def __init__(self, model: Path, folder: Path, *, timeout: float, start_timeout: float, **args: Any):
+    def __init__(self, model: Path, folder: Path, *, log: Path, timeout: float, start_timeout: float, **args: Any):
         import_vllm()
         self._socket = Path(tempfile.mkdtemp(prefix="pact-fast-vllm-")) / "socket"
         super().__init__("the vLLM server", "http://vllm", model, folder, timeout=timeout, uds=str(self._socket))
         self._start_timeout = start_timeout
         self._args = engine_args(args)
-        self._log = folder / "vllm.log"
+        self._log = log
         self._process: subprocess.Popen | None = None
 
     @property
@@ -240,12 +242,15 @@ class ManagedVllm(VllmServer):
         assert self._weights is not None
         path, version = self._weights
         self._start(path)
-        self._rpc("pact_loaded", args=[str(version)])
+        self._loaded(version)
 
     def _start(self, weights: Path) -> None:
         self._socket.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights), "--uds", str(self._socket),
-                   "--generation-config", "vllm", "--worker-extension-cls", EXTENSION, *_flags(self._args)]  # fmt: skip
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights),
+            "--uds", str(self._socket), "--generation-config", "vllm", "--worker-extension-cls", EXTENSION,
+            *_flags(self._args),
+        ]  # fmt: skip
         environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         with self._log.open("ab") as log:

@@ -8,6 +8,7 @@ Given to vLLM as `worker_extension_cls`; a running `vllm serve` needs
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ class WeightReport:
 
     def pact_loaded(self, version: int | str) -> None:
         """After `reload_weights`: finish what it leaves undone, and remember the version."""
-        for module in self.model_runner.get_model().modules():  # type: ignore[attr-defined]
+        for module in self._pact_model().modules():
             # A head that is tied to the embedding is not in the checkpoint, so reloading passes it by. On CPU it
             # multiplies with a packed copy, which would stay that of the old weights.
             if hasattr(module, "cpu_linear") and hasattr(module, "shard_indices"):
@@ -31,9 +32,12 @@ class WeightReport:
 
     def pact_weights(self) -> dict:
         """{version, pieces}: the version last set (-1: none) and the fingerprints of the weights in use."""
-        model = self.model_runner.get_model()  # type: ignore[attr-defined]
         with torch.inference_mode():
-            return {"version": getattr(self, "_pact_version", -1), "pieces": [list(p) for p in pieces(model)]}
+            found = [list(piece) for piece in pieces(self._pact_model())]
+        return {"version": getattr(self, "_pact_version", -1), "pieces": found}
+
+    def _pact_model(self) -> torch.nn.Module:
+        return self.model_runner.get_model()  # type: ignore[attr-defined]
 
 
 def pieces(model: torch.nn.Module) -> Iterator[Piece]:
@@ -49,7 +53,7 @@ def pieces(model: torch.nn.Module) -> Iterator[Piece]:
         yield from own
 
 
-def _matrix_pieces(name: str, module: torch.nn.Module, packed: dict[str, list[str]]) -> Iterator[Piece] | None:
+def _matrix_pieces(name: str, module: Any, packed: dict[str, list[str]]) -> Iterator[Piece] | None:
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -75,7 +79,7 @@ def _piece(name: str, tensor: torch.Tensor, row: int = 0, col: int = 0) -> Piece
     return Piece(name, row, col, rows, tensor.numel() // max(rows, 1), fingerprint(tensor, row, col))
 
 
-def _linear(name: str, module: torch.nn.Module, packed: dict[str, list[str]]) -> Iterator[Piece]:
+def _linear(name: str, module: Any, packed: dict[str, list[str]]) -> Iterator[Piece]:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
     matrix, bias = _loaded(module), getattr(module, "bias", None)
@@ -94,7 +98,7 @@ def _linear(name: str, module: torch.nn.Module, packed: dict[str, list[str]]) ->
         local += rows
 
 
-def _parts(module: torch.nn.Module, total: int) -> list[tuple[int, int]]:
+def _parts(module: Any, total: int) -> list[tuple[int, int]]:
     """(first row in the checkpoint's matrix, number of rows) of each matrix that a layer has fused."""
     from vllm.model_executor.layers.linear import (
         ColumnParallelLinear,
@@ -114,16 +118,16 @@ def _parts(module: torch.nn.Module, total: int) -> list[tuple[int, int]]:
     return [(0, total)]
 
 
-def _embedding(name: str, module: torch.nn.Module) -> Iterator[Piece]:
-    """Without the rows that pad the vocabulary. The packed copy that a tied head multiplies with is read as well."""
+def _embedding(name: str, module: Any) -> Iterator[Piece]:
+    """Without the rows that pad the vocabulary. A packed copy for use as head is read as well."""
     indices = module.shard_indices
     first, rows = indices.org_vocab_start_index, indices.num_org_elements
     yield _piece(f"{name}.weight", module.weight[:rows], first)
     if hasattr(module, "cpu_linear"):
-        yield _piece("lm_head.weight", _read_back(module)[:rows], first)
+        yield _piece(f"{name}.weight", _read_back(module)[:rows], first)
 
 
-def _experts(name: str, module: torch.nn.Module) -> Iterator[Piece]:
+def _experts(name: str, module: Any) -> Iterator[Piece]:
     """Experts one by one; w13 holds gate and up of an expert, this device's share of each."""
     w13, w2 = module.w13_weight, module.w2_weight
     size = w13.shape[1] // 2
@@ -141,13 +145,13 @@ def _experts(name: str, module: torch.nn.Module) -> Iterator[Piece]:
         yield _piece(f"{prefix}.down_proj.weight", w2[place], 0, offset)
 
 
-def _loaded(module: torch.nn.Module) -> torch.Tensor:
+def _loaded(module: Any) -> torch.Tensor:
     """The matrix [out, in] that a linear layer multiplies with on this device."""
     weight = module.weight
     return weight if weight.ndim == 2 and weight.numel() else _read_back(module)
 
 
-def _read_back(module: torch.nn.Module) -> torch.Tensor:
+def _read_back(module: Any) -> torch.Tensor:
     """W from a kernel that keeps it in a layout of its own: W·I. Products with 1 and 0 are exact in any float type."""
     width = getattr(module, "input_size_per_partition", None) or module.embedding_dim
     dtype = module.params_dtype if hasattr(module, "params_dtype") else module.weight.dtype

@@ -14,7 +14,7 @@ from pact_fast.data.rendering import ChatRenderer
 from pact_fast.data.types import Task
 from pact_fast.errors import PactError
 from pact_fast.rollout.agent import AgentLoop
-from pact_fast.rollout.transformers_engine import TransformersEngine
+from pact_fast.rollout.factory import make_engine
 from pact_fast.trainer import checkpoint, setup
 from pact_fast.trainer.evaluate import evaluate, reward_means, success_rate
 from pact_fast.trainer.progress import Progress
@@ -57,10 +57,8 @@ def load_policy(source: str, settings: Sequence[str]) -> Policy:
     renderer.check()
     model = setup.make_model(config, tokenizer, path=weights, device=device).eval()
     setup.check_context(config, model)
-    setup.check_engine(model)
-    engine = TransformersEngine(
-        model, renderer.eot_ids, slots=config.rollout.max_batch_size, autocast=setup.precision(config, device)
-    )
+    engine = make_engine(config, model, renderer, autocast=setup.precision(config, device))
+    engine.update_weights(model, 0)
     return Policy(config, renderer, AgentLoop(engine, renderer, setup.make_environments(config), config.rollout), tasks)
 
 

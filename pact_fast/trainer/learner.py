@@ -35,11 +35,14 @@ class UpdateResult:
     capacity: int = 0  # tokens that the packs had room for
     supervised: int = 0
     packs: int = 0
+    gaps: list[np.ndarray] = field(default_factory=list)  # [n, 2] per pack: component, trainer's − sampler's log-prob
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Learner:
-    """Owns the optimizer. `total_updates` is the horizon of the learning-rate schedule."""
+    """Owns the optimizer. `total_updates` is the horizon of the learning-rate schedule; `foreign_sampler`: rollouts come
+    from other kernels or older weights than the model's, and are corrected for it if the algorithm says so.
+    """
 
     def __init__(
         self,
@@ -52,12 +55,18 @@ class Learner:
         temperature: float = 1.0,
         reference: PreTrainedModel | None = None,
         autocast: AbstractContextManager | None = None,
+        foreign_sampler: bool = False,
     ):
         self.model, self.trainer, self.algorithm = model, trainer, algorithm
         self.total_updates, self.temperature, self.reference = total_updates, temperature, reference
         self.shares_batches = shares_batches  # several optimizer steps per rollout batch
         self.updates = 0
         self._autocast = autocast or nullcontext()
+        self._sampler_mode = (
+            algorithm.vllm_importance_sampling_mode
+            if foreign_sampler and algorithm.vllm_importance_sampling_correction
+            else None
+        )
         self.optimizer = make_optimizer(model, trainer)
         reason = unsupported(model)
         if reason is not None:
@@ -68,16 +77,21 @@ class Learner:
     def prepare(self, plans: list[Plan]) -> None:
         """The passes without gradient, before the first optimizer step on a rollout batch.
 
-        π_old is needed only when several optimizer steps share the batch (otherwise the ratio is exactly 1) or for
-        sequence-level context weights; the reference only when there is a KL term.
+        π_old is needed only when several optimizer steps share the batch (otherwise the ratio is exactly 1) or for weights
+        that the loss cannot form token by token; the reference only when there is a KL term.
         """
         batches = self._pack(plans, UpdateResult())
         scored = [s for plan in plans for s in plan.scored]
         sequence_weights = self.algorithm.name == "pact" and self.algorithm.trace.context_is == "sequence"
-        if self.shares_batches or sequence_weights:
+        folded = self._sampler_mode not in (None, "token_truncate")
+        if self.shares_batches or sequence_weights or folded:
             self._fill(batches, scored, self.model, "old_logprob")
         if sequence_weights:
-            _fold_sequence_weights(scored, self.algorithm.trace.context_is_cap)
+            fold_weights(scored, Stream.TRACE, "mean_truncate", self.algorithm.trace.context_is_cap)
+        if folded:
+            assert self._sampler_mode is not None
+            cap = self.algorithm.vllm_importance_sampling_clip_max
+            fold_weights(scored, Stream.PROMPT, self._sampler_mode, cap)
         if self.reference is not None:
             self._fill(batches, scored, self.reference, "ref_logprob")
 
@@ -147,6 +161,7 @@ class Learner:
             hidden = self._forward(self.model, batch)
         output = self.loss(hidden, tokens.to(self._device()))
         output.loss.backward()
+        result.gaps.append(_gaps(tokens, output.logprob.cpu()))
         result.loss += float(output.loss.detach())
         result.supervised += len(tokens)
         for key, value in output.stats.items():
@@ -159,7 +174,6 @@ class Learner:
         temperature: float | torch.Tensor = self.temperature
         if temperature != 1.0:  # expert tokens were not sampled
             temperature = torch.where(tokens.stream == Stream.EXPERT, 1.0, self.temperature)
-        token_weights = config.name == "pact" and config.trace.context_is == "token"
         return pact_loss(
             hidden,
             weight,
@@ -169,11 +183,20 @@ class Learner:
             delta=config.delta,
             kl_coef=config.beta,
             entropy_coef=config.entropy_coef,
-            is_cap=config.trace.context_is_cap if token_weights else None,
+            is_cap=self._caps(),
             temperature=temperature,
             softcap=softcap,
             bias=bias,
         )
+
+    def _caps(self) -> dict[Stream, float] | None:
+        """Caps of the weights that the loss forms itself."""
+        config, caps = self.algorithm, {}
+        if config.name == "pact" and config.trace.context_is == "token":
+            caps[Stream.TRACE] = config.trace.context_is_cap
+        if self._sampler_mode == "token_truncate":
+            caps[Stream.PROMPT] = config.vllm_importance_sampling_clip_max
+        return caps or None
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -214,9 +237,27 @@ def schedule(update: int, total: int, kind: str, warmup: int) -> float:
     return 1.0
 
 
-def _fold_sequence_weights(scored: list[Scored], cap: float) -> None:
-    """Multiply min(cap, geometric mean of π_old(τ|c)/π_old(τ|x)) into the policy weight of every trace-conditioned rollout."""
+def fold_weights(scored: list[Scored], stream: Stream, mode: str, cap: float) -> None:
+    """Multiply w = π_old/π_sampler into the policy weights of a stream's rollouts.
+
+    `token`: one w per token; `sequence`: one per rollout, the product over its tokens (as in TRL); `mean`: the geometric mean.
+    `truncate`: min(cap, w); `mask`: w, or 0 beyond the cap.
+    """
     for s in scored:
-        if s.stream == Stream.TRACE and len(s.index):
-            gap = float(np.mean(s.old_logprob - s.sampler_logprob))
-            s.rl_weight = s.rl_weight * min(cap, math.exp(min(gap, 50.0)))
+        if s.stream != stream or not len(s.index):
+            continue
+        gap = (s.old_logprob - s.sampler_logprob).astype(np.float64)
+        if not mode.startswith("token"):
+            gap = np.full_like(gap, gap.sum() if mode.startswith("sequence") else gap.mean())
+        weight = np.exp(np.minimum(gap, 50.0))
+        weight = np.minimum(weight, cap) if mode.endswith("truncate") else np.where(weight <= cap, weight, 0.0)
+        s.rl_weight = s.rl_weight * weight
+
+
+def _gaps(tokens: LossTokens, logprob: torch.Tensor) -> np.ndarray:
+    """[n, 2]: component and log π − sampler's log-prob of the prompt-only rollout tokens; π as it was when the batch came."""
+    assert tokens.sampler_logprob is not None
+    before = torch.where(tokens.old_logprob.isnan(), logprob, tokens.old_logprob)
+    gap = before - tokens.sampler_logprob
+    known = (tokens.stream == Stream.PROMPT) & ~gap.isnan()
+    return torch.stack([tokens.component[known].float(), gap[known].float()], 1).numpy()

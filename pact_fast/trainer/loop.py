@@ -24,7 +24,7 @@ from pact_fast.rewards.advantages import token_advantages
 from pact_fast.rewards.functions import call_reward_functions, load_reward_functions
 from pact_fast.rewards.trajectory import compute_rewards
 from pact_fast.rollout.agent import AgentLoop, Job
-from pact_fast.rollout.transformers_engine import TransformersEngine
+from pact_fast.rollout.factory import make_engine
 from pact_fast.trainer import checkpoint, setup
 from pact_fast.trainer.evaluate import Rate, evaluate, reward_means, success_rate
 from pact_fast.trainer.learner import Learner, UpdateResult
@@ -70,6 +70,7 @@ class Trainer:
             checkpoint.rewind_metrics(self.run / "metrics.jsonl", 0)
         self.metrics = MetricsWriter(self.run, first)
         try:
+            self.engine.update_weights(self.model, self.learner.updates)
             if base is None:
                 base = self._evaluate(0, "base")
             for step in range(first, self.config.trainer.max_steps):
@@ -80,6 +81,7 @@ class Trainer:
             self.progress.close()
             self.metrics.close()
             self.loop.close()
+            self.engine.shutdown()
 
     # -- building ------------------------------------------------------------------------------------------------------------
 
@@ -92,7 +94,6 @@ class Trainer:
         start = base_dir if config.pretrain else None
         model = setup.make_model(config, self.tokenizer, path=found / "model" if found else start, device=self.device)
         setup.check_context(config, model)
-        setup.check_engine(model)
         if not config.algorithm.beta:
             return model, None
         reference = setup.make_model(config, self.tokenizer, path=start, device=self.device)
@@ -111,9 +112,7 @@ class Trainer:
         config = self.config
         autocast = setup.precision(config, self.device)
         self.model = model
-        self.engine = TransformersEngine(
-            model, self.renderer.eot_ids, slots=config.rollout.max_batch_size, autocast=autocast
-        )
+        self.engine = make_engine(config, model, self.renderer, folder=self.run, autocast=autocast)
         self.loop = AgentLoop(self.engine, self.renderer, self.make_env, config.rollout)
         self.algorithm = make_algorithm(config.algorithm)
         per_update = config.trainer.prompts_per_update or config.trainer.prompts_per_step
@@ -127,6 +126,7 @@ class Trainer:
             temperature=config.rollout.temperature,
             reference=reference,
             autocast=autocast,
+            foreign_sampler=config.rollout.engine == "vllm",
         )
 
     def _restore(self, found: Path) -> tuple[int, float, dict[str, Any] | None]:
@@ -135,7 +135,6 @@ class Trainer:
         checkpoint.load_optimizer(self.learner.optimizer, names, saved.tensors["optimizer"], saved.state["optimizer"])
         checkpoint.set_rng_state(saved.state["rng"], saved.tensors["rng"])
         self.learner.updates = saved.state["updates"]
-        self.engine.version = saved.state["updates"]
         checkpoint.rewind_metrics(self.run / "metrics.jsonl", saved.state["metrics_bytes"])
         self.progress.note(f"resuming {self.run} from step {saved.step}")
         return saved.step, saved.state["wall_seconds"], saved.state["base"]
@@ -151,7 +150,11 @@ class Trainer:
         tasks = self.tasks.train(step, config.trainer.prompts_per_step)
         groups = self._rollouts(step, tasks)
         rollout_seconds = time.perf_counter() - started
+        self.engine.sleep()
         plans, results, schedule = self._update(step, groups)
+        sync = time.perf_counter()
+        self.engine.update_weights(self.model, self.learner.updates)
+        sync_seconds = time.perf_counter() - sync
         seconds = time.perf_counter() - started
         sampled = sum(int(t.sampled.sum()) for g in groups for t in g.trajectories)
         values = {
@@ -162,6 +165,7 @@ class Trainer:
             "learning_rate": self.learner.learning_rate(),
             "routes/trace_share": float(np.mean([plan.route in ("trace", "blend") for plan in plans])),
             "time/rollout": rollout_seconds,
+            "time/weight_sync": sync_seconds,
             "time/step": seconds,
             "tokens_per_second": (sampled or sum(r.tokens for r in results)) / seconds,
         }
@@ -235,7 +239,6 @@ class Trainer:
         results = []
         for start in range(0, len(groups), size):
             results.append(self.learner.update(plans[start : start + size]))
-            self.engine.version += 1
         return plans, results, self.algorithm.schedule(update)
 
     # -- between steps -------------------------------------------------------------------------------------------------------

@@ -87,7 +87,33 @@ def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
     }
     for phase in results[0].seconds if results else ():
         values[f"time/{phase}"] = sum(r.seconds[phase] for r in results)
-    return {**values, **(summarise(stats) if stats else {})}
+    return {**values, **mismatch_metrics(results), **(summarise(stats) if stats else {})}
+
+
+def mismatch_metrics(results: list[UpdateResult]) -> dict[str, float]:
+    """How far the trainer's log-probs of sampled tokens are from the sampler's, under the same context (prompt only).
+
+    abs_mean, p99 and max of |gap| say whether the engine computes what the trainer computes; `mean` is signed.
+    """
+    parts = [gap for result in results for gap in result.gaps if len(gap)]
+    if not parts:
+        return {}
+    component, gap = np.concatenate(parts).T
+    size = np.abs(gap)
+    values = {"mismatch/mean": float(gap.mean()), **_sizes("mismatch", size)}
+    for number in np.unique(component):
+        values |= _sizes(f"mismatch/{Component(int(number)).name.lower()}", size[component == number])
+    return values
+
+
+def _sizes(prefix: str, size: np.ndarray) -> dict[str, float]:
+    p50, p99 = np.quantile(size, (0.5, 0.99))
+    return {
+        f"{prefix}/abs_mean": float(size.mean()),
+        f"{prefix}/p50": float(p50),
+        f"{prefix}/p99": float(p99),
+        f"{prefix}/max": float(size.max()),
+    }
 
 
 def control_token_prob(groups: list[Group], control: frozenset[int]) -> dict[str, float]:

@@ -21,7 +21,6 @@ from pact_fast.envs.base import Environment
 from pact_fast.envs.toolchain import ToolchainTasks
 from pact_fast.errors import PactError
 from pact_fast.trainer.tokenizer import train_tokenizer
-from pact_fast.tree.hf import unsupported
 
 transformers.logging.disable_progress_bar()  # the run has its own
 
@@ -168,13 +167,6 @@ def check_context(config: Config, model: PreTrainedModel) -> None:
             f"rollout.max_prompt_length + rollout.max_completion_length = {longest} exceed the model's context of {window} "
             "tokens; lower one of them"
         )
-
-
-def check_engine(model: PreTrainedModel) -> None:
-    """PactError if the embedded engine cannot sample from the model: its cache holds whole contexts, as trees do."""
-    reason = unsupported(model)
-    if reason is not None:
-        raise PactError(f"the embedded rollout engine does not serve this model ({reason}); use another model")
 
 
 def pick_device(config: Config) -> torch.device:
