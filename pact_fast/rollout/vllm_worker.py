@@ -23,6 +23,7 @@ class WeightReport:
 
     def pact_loaded(self, version: int | str) -> None:
         """After `reload_weights`: finish what it leaves undone, and remember the version."""
+        module: Any
         for module in self._pact_model().modules():
             # A head that is tied to the embedding is not in the checkpoint, so reloading passes it by. On CPU it
             # multiplies with a packed copy, which would stay that of the old weights.
