@@ -2,9 +2,9 @@
 //
 //     z[n, V] = x·Wᵀ        dx[n, D] = bf16(dz)·W        dW[V, D] += bf16(dz)ᵀ·x        (dW: 24 bits, see `split`)
 //
-// PyTorch has no such matrix product on CPU: its bf16 one rounds the result, and an fp32 one takes twice the time. Inside
-// it is oneDNN's block product C (+)= A·B (`brgemm`: AMX or AVX512-BF16, fp32 sums), which we call here. It wants A by
-// rows and B as pairs of rows, B[K/2][N][2]; this file makes those, and decides who works on what:
+// PyTorch has no such matrix product on CPU: its bf16 one rounds the result, and an fp32 one leaves the bf16 units idle.
+// Inside it is oneDNN's block product C (+)= A·B (`brgemm`: AMX or AVX512-BF16, fp32 sums), which we call here. It wants
+// A by rows and B as pairs of rows, B[K/2][N][2]; this file makes those, and decides who works on what:
 //
 //  * B comes in panels of 64 columns: four registers of sums, what the block product is built for. A panel of at most
 //    2048 rows takes 256 KiB, so that it stays in the second-level cache (1 MiB) while all of A streams past it.
@@ -43,6 +43,18 @@ using torch::stable::Tensor;
 
 namespace {
 
+constexpr int64_t kRows = 1024;  // rows of dz worked on at a time
+
+using Bits = uint16_t;  // a bf16 number
+
+// A matrix of sums that grows from call to call; see `split`.
+struct Sums {
+  Bits* high;
+  int8_t* rest;
+  int64_t ld;
+  bool add;  // to what is there, or not
+};
+
 #ifdef __AVX512BF16__
 
 namespace blas = at::native::cpublas;
@@ -50,9 +62,6 @@ namespace blas = at::native::cpublas;
 constexpr int64_t kPanel = 64;    // columns of B
 constexpr int64_t kDepth = 2048;  // rows of a panel in z = x·Wᵀ
 constexpr int64_t kSlab = 1024;   // columns of dz worked on at a time
-constexpr int64_t kRows = 1024;   // rows of dz worked on at a time
-
-using Bits = uint16_t;  // a bf16 number
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -73,8 +82,8 @@ struct Tiles {
   ~Tiles() { blas::brgemm_release(true); }
 };
 
-// C[m, n] (+)= A[m, k]·B, B one panel; k even. `brgemm` compiles code for every shape it meets and keeps it (~0.1 ms and
-// 0.1 MB, per thread): pieces of 64 rows, at most one of 16, 32 or 48 and one below bound the number of shapes.
+// C[m, n] (+)= A[m, k]·B, B one panel; k even. `brgemm` compiles code for every shape it meets and keeps it, per
+// thread: pieces of 64 rows, at most one of 16, 32 or 48 and one below bound the number of shapes.
 void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const Bits* b, float* c, int64_t ldc, bool add) {
   for (int64_t i = 0; i < m;) {
     const int64_t left = m - i, rows = left >= 64 ? 64 : left >= 16 ? left & ~15 : left;
@@ -198,14 +207,6 @@ void join(const Bits* high, const int8_t* rest, int64_t n, float* sums) {
   }
 }
 
-// A matrix of sums that grows from call to call; see `split`.
-struct Sums {
-  Bits* high;
-  int8_t* rest;
-  int64_t ld;
-  bool add;  // to what is there, or not
-};
-
 // C[m, n] (+)= A[m, k]·B for C at row i, column j of `sums`.
 void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const Bits* b, const Sums& sums, int64_t i,
              int64_t j) {
@@ -326,17 +327,8 @@ void grads(const float* dz, int64_t dz_stride, const Bits* x, const Bits* weight
 
 #else  // callers ask bf16_products_ready first
 
-constexpr int64_t kRows = 1024;
-using Bits = uint16_t;
-
 bool ready() { return false; }
 void logits(const Bits*, const Bits*, float*, int64_t, int64_t, int64_t, int64_t) {}
-struct Sums {
-  Bits* high;
-  int8_t* rest;
-  int64_t ld;
-  bool add;
-};
 void grads(const float*, int64_t, const Bits*, const Bits*, float*, const Sums&, int64_t, int64_t, int64_t) {}
 
 #endif
