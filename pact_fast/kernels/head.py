@@ -22,7 +22,7 @@ EFFICIENT_ROWS = 384  # on CPU, fewer rows than this make the matrix products sl
 
 
 def chunk_rows(vocab: int, row_bytes: int, device: torch.device) -> int:
-    """Rows per chunk, an even number unless 1. `row_bytes`: what one row takes in all [rows, V] buffers."""
+    """Rows per chunk, an even number. `row_bytes`: what one row takes in all [rows, V] buffers."""
     rows = LOGITS_BUDGET // row_bytes
     if device.type == "cpu":
         rows = min(rows, max(EFFICIENT_ROWS, CACHED_LOGITS // (4 * vocab)))
