@@ -181,44 +181,73 @@ void round_tile(const float* dz, int64_t ld, int64_t rows, int64_t columns, Bits
 // Sums that outlive a call are kept in 24 bits: the nearest bf16 number, `high`, and what it lacks in 1/256 of its last
 // place. Together they are off by 2⁻¹⁶ at most, which is little beside the 2⁻⁸ of a bf16 result, take 3 bytes instead of 4, and
 // `high` by itself is the rounded sum: no second matrix and no pass that casts it. Floats of one sign are ordered like
-// their bits, so rounding is integer arithmetic, across powers of 2, too.
-void split(const float* sums, int64_t n, Bits* high, int8_t* rest) {
-  const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x80), quiet_nan = _mm512_set1_epi32(0x7fc000);
-  for (int64_t i = 0; i < n; i += 16) {
-    const auto mask = static_cast<__mmask16>(lanes(n - i));
-    const __m512 values = _mm512_maskz_loadu_ps(mask, sums + i);
-    const __m512i bits = _mm512_castps_si512(values);
-    const __m512i rounded = _mm512_add_epi32(_mm512_srli_epi32(bits, 8), _mm512_and_si512(_mm512_srli_epi32(bits, 7), one));
-    // rounding could carry the bits of a NaN over into a number
-    const __m512i short_bits = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), quiet_nan);
-    const __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(short_bits, half), 8);
-    _mm512_mask_cvtepi32_storeu_epi16(high + i, mask, nearest);
-    _mm512_mask_cvtepi32_storeu_epi8(rest + i, mask, _mm512_sub_epi32(short_bits, _mm512_slli_epi32(nearest, 8)));
-  }
+// their bits, so rounding is integer arithmetic, across powers of 2, too. NaNs here come from bf16 numbers or from the
+// processor: their last 16 bits are 0, and rounding carries nothing over.
+struct Split {
+  __m512i bits, nearest;  // of 16 floats: rounded to 24 bits in the upper 24, to 16 bits in the upper 16
+};
+
+Split split(__m512 sums) {
+  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(sums), _mm512_set1_epi32(0x80));
+  return {bits, _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000))};
 }
 
-void join(const Bits* high, const int8_t* rest, int64_t n, float* sums) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const auto mask = static_cast<__mmask16>(lanes(n - i));
-    const __m512i nearest = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, high + i));
-    const __m512i less = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, rest + i));
-    const __m512i short_bits = _mm512_add_epi32(_mm512_slli_epi32(nearest, 8), less);
-    _mm512_storeu_ps(sums + i, _mm512_castsi512_ps(_mm512_slli_epi32(short_bits, 8)));
-  }
+__m512 join(__m256i high, __m128i rest) {
+  const __m512i nearest = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+  return _mm512_castsi512_ps(_mm512_add_epi32(nearest, _mm512_slli_epi32(_mm512_cvtepi8_epi32(rest), 8)));
 }
 
-// C[m, n] (+)= A[m, k]·B for C at row i, column j of `sums`.
-void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const Bits* b, const Sums& sums, int64_t i,
-             int64_t j) {
-  alignas(64) float c[64 * kPanel];
-  for (int64_t row = 0; row < m; row += 64) {
-    const int64_t rows = std::min<int64_t>(64, m - row);
-    const auto at = [&](int64_t r) { return (i + row + r) * sums.ld + j; };
-    if (sums.add) {
-      for (int64_t r = 0; r < rows; ++r) join(sums.high + at(r), sums.rest + at(r), n, c + r * kPanel);
+// high, rest [n] (+)= sums, n ≤ 16.
+void grow(const float* sums, int64_t n, Bits* high, int8_t* rest, bool add) {
+  const auto mask = static_cast<__mmask16>(lanes(n));
+  __m512 values = _mm512_maskz_loadu_ps(mask, sums);
+  if (add) values = _mm512_add_ps(values, join(_mm256_maskz_loadu_epi16(mask, high), _mm_maskz_loadu_epi8(mask, rest)));
+  const Split parts = split(values);
+  _mm256_mask_storeu_epi16(high, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(parts.nearest, 16)));
+  _mm_mask_storeu_epi8(rest, mask, _mm512_cvtepi32_epi8(_mm512_srli_epi32(parts.bits, 8)));
+}
+
+// The same for 64 numbers, without masks.
+template <bool add>
+void grow_panel(const float* sums, Bits* high, int8_t* rest) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kPanel; i += 16) {
+    __m512 values = _mm512_load_ps(sums + i);
+    if (add) {
+      const __m256i nearest = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high + i));
+      values = _mm512_add_ps(values, join(nearest, _mm_loadu_si128(reinterpret_cast<const __m128i*>(rest + i))));
     }
-    product(rows, n, k, a + row * lda, lda, b, c, kPanel, sums.add);
-    for (int64_t r = 0; r < rows; ++r) split(c + r * kPanel, n, sums.high + at(r), sums.rest + at(r));
+    const Split parts = split(values);
+    const __m256i nearest = _mm512_cvtepi32_epi16(_mm512_srli_epi32(parts.nearest, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), nearest);
+    const __m128i less = _mm512_cvtepi32_epi8(_mm512_srli_epi32(parts.bits, 8));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(rest + i), less);
+  }
+}
+
+// Asks for what `grow` will read while the block product is at work.
+void prefetch(const Sums& sums, int64_t place, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r, place += sums.ld) {
+    _mm_prefetch(reinterpret_cast<const char*>(sums.high + place), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(sums.high + place + 32), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(sums.rest + place), _MM_HINT_T0);
+  }
+}
+
+// C[m, n] (+)= A[m, k]·B for C at row i, column j of `sums`; m ≤ 64.
+void product(int64_t m, int64_t n, int64_t k, const Bits* a, const Bits* b, const Sums& sums, int64_t i, int64_t j) {
+  alignas(64) float c[64 * kPanel];
+  int64_t place = i * sums.ld + j;
+  prefetch(sums, place, m);
+  product(m, n, k, a, k, b, c, kPanel, false);
+  for (int64_t r = 0; r < m; ++r, place += sums.ld) {
+    if (n == kPanel) {
+      (sums.add ? grow_panel<true> : grow_panel<false>)(c + r * kPanel, sums.high + place, sums.rest + place);
+      continue;
+    }
+    for (int64_t q = 0; q < n; q += 16) {
+      grow(c + r * kPanel + q, n - q, sums.high + place + q, sums.rest + place + q, sums.add);
+    }
   }
 }
 
@@ -285,10 +314,11 @@ void grads(const float* dz, int64_t dz_stride, const Bits* x, const Bits* weight
       }
     });
   }
-  // A unit of work: one panel of columns of both results. Where these are too few for the threads, their rows are split,
-  // but no finer than 128, as every part packs the panel of W again.
+  // A unit of work on dx: one panel of columns. Where these are too few for the threads, their rows are split, but no
+  // finer than 128, as every part packs the panel of W again.
   const int64_t wanted = ceil_div(4 * torch::stable::get_num_threads(), panels);
   const int64_t parts = std::clamp<int64_t>(wanted, 1, ceil_div(std::max(rows, int64_t{1}), 128));
+  const int64_t part = round_up(ceil_div(rows, parts), 64);
   for (int64_t v = 0; v < vocab; v += kSlab) {
     const int64_t slab = std::min(kSlab, vocab - v), across = ceil_div(slab, 16);
     torch::stable::parallel_for(0, depth / 32 * across, 64, [&](int64_t begin, int64_t end) {
@@ -298,30 +328,32 @@ void grads(const float* dz, int64_t dz_stride, const Bits* x, const Bits* weight
                    d_weight.high == nullptr ? nullptr : &at[j * depth + i], depth);
       }
     });
-    torch::stable::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
-      const Tiles tiles;
-      const auto panel = buffer(dx == nullptr ? 0 : kSlab * kPanel);
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t p = u / parts, column = p * kPanel, columns = std::min(kPanel, width - column);
-        // the rows of a result that are this part's
-        const auto mine = [&, part = u % parts](int64_t all, auto&& work) {
-          const int64_t size = round_up(ceil_div(all, parts), 64), first = part * size;
-          if (first < all) work(first, std::min(size, all - first));
-        };
-        if (dx != nullptr) {
-          mine(rows, [&](int64_t i, int64_t m) {
-            const int64_t k = round_up(slab, 2);
-            pack(weight + v * width + column, width, slab, columns, k, panel.get());
-            product(m, columns, k, &a[i * kSlab], kSlab, panel.get(), dx + i * width + column, width, v > 0);
-          });
+    if (dx != nullptr) {
+      torch::stable::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+        const Tiles tiles;
+        const auto panel = buffer(kSlab * kPanel);
+        for (int64_t u = begin; u < end; ++u) {
+          const int64_t column = u / parts * kPanel, columns = std::min(kPanel, width - column), i = u % parts * part;
+          if (i >= rows) continue;
+          const int64_t k = round_up(slab, 2);
+          pack(weight + v * width + column, width, slab, columns, k, panel.get());
+          product(std::min(part, rows - i), columns, k, &a[i * kSlab], kSlab, panel.get(), dx + i * width + column, width,
+                  v > 0);
         }
-        if (d_weight.high != nullptr) {
-          mine(slab, [&](int64_t i, int64_t m) {
-            product(m, columns, depth, &at[i * depth], depth, &x_panels[p * kPanel * depth], d_weight, v + i, column);
-          });
+      });
+    }
+    if (d_weight.high != nullptr) {
+      // a unit: 64 rows of dW, whose columns lie one after the other in memory; the packed x stays in the cache
+      torch::stable::parallel_for(0, ceil_div(slab, 64), 1, [&](int64_t begin, int64_t end) {
+        const Tiles tiles;
+        for (int64_t i = 64 * begin; i < std::min(64 * end, slab); i += 64) {
+          for (int64_t p = 0; p < panels; ++p) {
+            product(std::min<int64_t>(64, slab - i), std::min(kPanel, width - p * kPanel), depth, &at[i * depth],
+                    &x_panels[p * kPanel * depth], d_weight, v + i, p * kPanel);
+          }
         }
-      }
-    });
+      });
+    }
   }
 }
 
