@@ -9,8 +9,9 @@
 //  * B comes in panels of 64 columns: four registers of sums, what the block product is built for. A panel of at most
 //    2048 rows takes 256 KiB, so that it stays in the second-level cache (1 MiB) while all of A streams past it.
 //  * dz is worked on in slabs of 1024 columns, rounded once and written twice: by rows, as A of dx, and by columns, as A
-//    of dW. With up to 1024 rows at a time that is 2 × 2 MiB for all threads together; the packed x has its own size.
-//  * One thread owns an element of a result in every slab, and sums go in the order of K, whatever the number of threads.
+//    of dW. While one slab is worked on, the next one is rounded. With up to 1024 rows at a time that is 4 × 2 MiB for all
+//    threads together; the packed x has its own size.
+//  * One unit of work owns an element of a result, and sums go in the order of K, whatever thread takes the unit.
 //
 // `brgemm` is exported by libtorch_cpu but not part of its stable ABI, hence the weak symbol and `ready`: where it is not
 // there, or does not do what we expect of it, callers have to take another way.
@@ -21,6 +22,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -275,6 +277,19 @@ bool ready() {
   return true;
 }
 
+// work(unit, scratch) for every unit, each by whichever thread is free: equal shares would wait for a thread that another
+// program keeps from its core. A unit owns its elements, so that results do not depend on who does it.
+template <typename Work>
+void share(int64_t units, int64_t scratch, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(units, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const Tiles tiles;
+    const auto mine = buffer(scratch);
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) work(unit, mine.get());
+  });
+}
+
 void logits(const Bits* x, const Bits* weight, float* z, int64_t rows, int64_t vocab, int64_t width, int64_t z_stride) {
   const int64_t ld = round_up(width, 2);
   std::unique_ptr<Bits[], Free> even;  // x with an even number of columns
@@ -286,75 +301,92 @@ void logits(const Bits* x, const Bits* weight, float* z, int64_t rows, int64_t v
     }
     x = even.get();
   }
-  torch::stable::parallel_for(0, ceil_div(vocab, kPanel), 1, [&](int64_t begin, int64_t end) {
-    const Tiles tiles;
-    const auto panel = buffer(std::min(round_up(width, 32), kDepth) * kPanel);
-    for (int64_t v = begin * kPanel; v < std::min(end * kPanel, vocab); v += kPanel) {
-      const int64_t columns = std::min(kPanel, vocab - v);
-      for (int64_t k = 0; k < width; k += kDepth) {
-        const int64_t depth = std::min(kDepth, width - k);
-        pack_transposed(weight + v * width + k, width, columns, depth, panel.get());
-        product(rows, columns, round_up(depth, 2), x + k, ld, panel.get(), z + v, z_stride, k > 0);
-      }
+  share(ceil_div(vocab, kPanel), std::min(round_up(width, 32), kDepth) * kPanel, [&](int64_t unit, Bits* panel) {
+    const int64_t v = unit * kPanel, columns = std::min(kPanel, vocab - v);
+    for (int64_t k = 0; k < width; k += kDepth) {
+      const int64_t depth = std::min(kDepth, width - k);
+      pack_transposed(weight + v * width + k, width, columns, depth, panel);
+      product(rows, columns, round_up(depth, 2), x + k, ld, panel, z + v, z_stride, k > 0);
     }
   });
 }
 
 // dx and d_weight from up to kRows rows of dz. dx may be null, d_weight.high as well.
+struct Grads {
+  const float* dz;
+  int64_t dz_stride;
+  const Bits *x, *weight;
+  float* dx;
+  Sums d_weight;
+  int64_t rows, vocab, width;
+
+  int64_t depth = round_up(rows, 32), panels = ceil_div(width, kPanel);
+  int64_t parts = 1;  // of the rows of dx
+  std::unique_ptr<Bits[], Free> a[2], at[2], x_panels;  // a slab of dz by rows and by columns, the next one, and x
+
+  void run() {
+    // Where the panels of dx are too few for the threads, its rows are split, but no finer than 128, as every part packs
+    // the panel of W again.
+    const int64_t wanted = ceil_div(4 * torch::stable::get_num_threads(), panels);
+    parts = std::clamp<int64_t>(wanted, 1, ceil_div(std::max(rows, int64_t{1}), 128));
+    for (int i = 0; i < (vocab > kSlab ? 2 : 1); ++i) {
+      if (dx != nullptr) a[i] = buffer(depth * kSlab);
+      if (d_weight.high != nullptr) at[i] = buffer(kSlab * depth);
+    }
+    if (d_weight.high != nullptr) x_panels = buffer(panels * kPanel * depth);
+    const int64_t packed = d_weight.high == nullptr ? 0 : panels, stripes = depth / 32;
+    share(packed + stripes, 0, [&](int64_t u, Bits*) { u < packed ? pack_x(u) : round_stripe(0, u - packed); });
+    for (int64_t v = 0; v < vocab; v += kSlab) slab(v);
+  }
+
+  void pack_x(int64_t p) {
+    pack(x + p * kPanel, width, rows, std::min(kPanel, width - p * kPanel), depth, &x_panels[p * kPanel * depth]);
+  }
+
+  // Both results from the slab at v, and meanwhile the rounding of the next one.
+  void slab(int64_t v) {
+    const int64_t of_dx = dx == nullptr ? 0 : panels * parts;
+    const int64_t of_dw = d_weight.high == nullptr ? 0 : ceil_div(std::min(kSlab, vocab - v), 64);
+    const int64_t next = v + kSlab < vocab ? depth / 32 : 0;
+    share(of_dx + of_dw + next, dx == nullptr ? 0 : kSlab * kPanel, [&](int64_t u, Bits* panel) {
+      if (u < of_dx) return input_grad(v, u / parts * kPanel, u % parts, panel);
+      if (u < of_dx + of_dw) return weight_grad(v, 64 * (u - of_dx));
+      round_stripe(v + kSlab, u - of_dx - of_dw);
+    });
+  }
+
+  // 32 rows of the slab at v.
+  void round_stripe(int64_t v, int64_t stripe) {
+    const int64_t i = 32 * stripe, slab = std::min(kSlab, vocab - v), which = v / kSlab % 2;
+    for (int64_t j = 0; j < slab; j += 16) {
+      round_tile(dz + i * dz_stride + v + j, dz_stride, rows - i, slab - j, dx == nullptr ? nullptr : &a[which][i * kSlab + j],
+                 d_weight.high == nullptr ? nullptr : &at[which][j * depth + i], depth);
+    }
+  }
+
+  // One panel of columns of dx, the rows of one part.
+  void input_grad(int64_t v, int64_t column, int64_t part, Bits* panel) {
+    const int64_t size = round_up(ceil_div(rows, parts), 64), i = part * size;
+    if (i >= rows) return;
+    const int64_t slab = std::min(kSlab, vocab - v), k = round_up(slab, 2), columns = std::min(kPanel, width - column);
+    pack(weight + v * width + column, width, slab, columns, k, panel);
+    product(std::min(size, rows - i), columns, k, &a[v / kSlab % 2][i * kSlab], kSlab, panel, dx + i * width + column, width,
+            v > 0);
+  }
+
+  // 64 rows of dW, whose columns lie one after the other in memory; the packed x stays in the cache.
+  void weight_grad(int64_t v, int64_t i) {
+    const int64_t m = std::min<int64_t>(64, std::min(kSlab, vocab - v) - i);
+    for (int64_t p = 0; p < panels; ++p) {
+      product(m, std::min(kPanel, width - p * kPanel), depth, &at[v / kSlab % 2][i * depth], &x_panels[p * kPanel * depth],
+              d_weight, v + i, p * kPanel);
+    }
+  }
+};
+
 void grads(const float* dz, int64_t dz_stride, const Bits* x, const Bits* weight, float* dx, const Sums& d_weight,
            int64_t rows, int64_t vocab, int64_t width) {
-  const int64_t depth = round_up(rows, 32), panels = ceil_div(width, kPanel);
-  const auto a = buffer(dx == nullptr ? 0 : depth * kSlab);
-  const auto at = buffer(d_weight.high == nullptr ? 0 : kSlab * depth);
-  const auto x_panels = buffer(d_weight.high == nullptr ? 0 : panels * kPanel * depth);
-  if (d_weight.high != nullptr) {
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        pack(x + p * kPanel, width, rows, std::min(kPanel, width - p * kPanel), depth, &x_panels[p * kPanel * depth]);
-      }
-    });
-  }
-  // A unit of work on dx: one panel of columns. Where these are too few for the threads, their rows are split, but no
-  // finer than 128, as every part packs the panel of W again.
-  const int64_t wanted = ceil_div(4 * torch::stable::get_num_threads(), panels);
-  const int64_t parts = std::clamp<int64_t>(wanted, 1, ceil_div(std::max(rows, int64_t{1}), 128));
-  const int64_t part = round_up(ceil_div(rows, parts), 64);
-  for (int64_t v = 0; v < vocab; v += kSlab) {
-    const int64_t slab = std::min(kSlab, vocab - v), across = ceil_div(slab, 16);
-    torch::stable::parallel_for(0, depth / 32 * across, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t i = t / across * 32, j = t % across * 16;
-        round_tile(dz + i * dz_stride + v + j, dz_stride, rows - i, slab - j, dx == nullptr ? nullptr : &a[i * kSlab + j],
-                   d_weight.high == nullptr ? nullptr : &at[j * depth + i], depth);
-      }
-    });
-    if (dx != nullptr) {
-      torch::stable::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
-        const Tiles tiles;
-        const auto panel = buffer(kSlab * kPanel);
-        for (int64_t u = begin; u < end; ++u) {
-          const int64_t column = u / parts * kPanel, columns = std::min(kPanel, width - column), i = u % parts * part;
-          if (i >= rows) continue;
-          const int64_t k = round_up(slab, 2);
-          pack(weight + v * width + column, width, slab, columns, k, panel.get());
-          product(std::min(part, rows - i), columns, k, &a[i * kSlab], kSlab, panel.get(), dx + i * width + column, width,
-                  v > 0);
-        }
-      });
-    }
-    if (d_weight.high != nullptr) {
-      // a unit: 64 rows of dW, whose columns lie one after the other in memory; the packed x stays in the cache
-      torch::stable::parallel_for(0, ceil_div(slab, 64), 1, [&](int64_t begin, int64_t end) {
-        const Tiles tiles;
-        for (int64_t i = 64 * begin; i < std::min(64 * end, slab); i += 64) {
-          for (int64_t p = 0; p < panels; ++p) {
-            product(std::min<int64_t>(64, slab - i), std::min(kPanel, width - p * kPanel), depth, &at[i * depth],
-                    &x_panels[p * kPanel * depth], d_weight, v + i, p * kPanel);
-          }
-        }
-      });
-    }
-  }
+  Grads{dz, dz_stride, x, weight, dx, d_weight, rows, vocab, width}.run();
 }
 
 #else  // callers ask bf16_products_ready first

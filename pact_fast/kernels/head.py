@@ -18,6 +18,7 @@ from pact_fast.kernels.rows_torch import Pairing, RowStats, compact
 LOGITS_BUDGET = 1 << 30  # bytes of all [rows, V] buffers together
 CACHED_LOGITS = 4 << 20  # bytes of one buffer; on CPU, chunks beyond the cache only cost bandwidth
 ALIGNED = 16  # logits; on CUDA, rows begin at multiples of this, or 16-byte accesses fall apart
+WHOLE_ROWS = 32  # what the matrix products work on together
 EFFICIENT_ROWS = 384  # on CPU, fewer rows than this make the matrix products slow
 
 
@@ -34,7 +35,8 @@ def balanced(total: int, most: int) -> int:
     if total <= most:
         return max(total, 1)
     rows = -(-total // -(-total // most))
-    return rows + rows % 2  # pairs stay together; `most` is even
+    step = min(WHOLE_ROWS, most)  # even, as `most` is: pairs stay together
+    return -(-rows // step) * step if -(-rows // step) * step <= most else rows + rows % 2
 
 
 class ChunkedHead:
