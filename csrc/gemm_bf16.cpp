@@ -64,6 +64,9 @@ namespace blas = at::native::cpublas;
 constexpr int64_t kPanel = 64;    // columns of B
 constexpr int64_t kDepth = 2048;  // rows of a panel in z = x·Wᵀ
 constexpr int64_t kSlab = 1024;   // columns of dz worked on at a time
+constexpr int64_t kWide = 1024;   // columns of dW worked on at a time
+constexpr int64_t kTall = 32;     // rows of dW worked on at a time
+constexpr int64_t kScratch = std::max(kSlab * kPanel, 2 * kTall * kWide);  // a panel of W, or sums of dW
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -84,10 +87,25 @@ struct Tiles {
   ~Tiles() { blas::brgemm_release(true); }
 };
 
+// What this thread is likely to pack next: asked for while the block product is at work, else packing waits for memory.
+struct Ahead {
+  const Bits* from = nullptr;
+  int64_t ld = 0, rows = 0, columns = 0;
+
+  void fetch(int64_t part, int64_t parts) const {
+    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r) {
+      for (int64_t k = 0; k < columns; k += 32) _mm_prefetch(reinterpret_cast<const char*>(from + r * ld + k), _MM_HINT_T1);
+    }
+  }
+};
+
 // C[m, n] (+)= A[m, k]·B, B one panel; k even. `brgemm` compiles code for every shape it meets and keeps it, per
 // thread: pieces of 64 rows, at most one of 16, 32 or 48 and one below bound the number of shapes.
-void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const Bits* b, float* c, int64_t ldc, bool add) {
+void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const Bits* b, float* c, int64_t ldc, bool add,
+             const Ahead& ahead = {}) {
+  const int64_t parts = ceil_div(m, 64);
   for (int64_t i = 0; i < m;) {
+    if (i % 64 == 0) ahead.fetch(i / 64, parts);
     const int64_t left = m - i, rows = left >= 64 ? 64 : left >= 16 ? left & ~15 : left;
     blas::brgemm(rows, n, k, lda, kPanel, ldc, add, reinterpret_cast<const c10::BFloat16*>(a + i * lda),
                  reinterpret_cast<const c10::BFloat16*>(b), c + i * ldc, true);
@@ -227,30 +245,11 @@ void grow_panel(const float* sums, Bits* high, int8_t* rest) {
   }
 }
 
-// Asks for what `grow` will read while the block product is at work.
-void prefetch(const Sums& sums, int64_t place, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r, place += sums.ld) {
-    _mm_prefetch(reinterpret_cast<const char*>(sums.high + place), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(sums.high + place + 32), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(sums.rest + place), _MM_HINT_T0);
-  }
-}
-
-// C[m, n] (+)= A[m, k]·B for C at row i, column j of `sums`; m ≤ 64.
-void product(int64_t m, int64_t n, int64_t k, const Bits* a, const Bits* b, const Sums& sums, int64_t i, int64_t j) {
-  alignas(64) float c[64 * kPanel];
-  int64_t place = i * sums.ld + j;
-  prefetch(sums, place, m);
-  product(m, n, k, a, k, b, c, kPanel, false);
-  for (int64_t r = 0; r < m; ++r, place += sums.ld) {
-    if (n == kPanel) {
-      (sums.add ? grow_panel<true> : grow_panel<false>)(c + r * kPanel, sums.high + place, sums.rest + place);
-      continue;
-    }
-    for (int64_t q = 0; q < n; q += 16) {
-      grow(c + r * kPanel + q, n - q, sums.high + place + q, sums.rest + place + q, sums.add);
-    }
-  }
+// One row of up to kWide sums.
+void grow_row(const float* sums, int64_t n, Bits* high, int8_t* rest, bool add) {
+  int64_t j = 0;
+  for (; j + kPanel <= n; j += kPanel) (add ? grow_panel<true> : grow_panel<false>)(sums + j, high + j, rest + j);
+  for (; j < n; j += 16) grow(sums + j, n - j, high + j, rest + j, add);
 }
 
 // Whether the block product is there and means by its arguments what we mean.
@@ -301,12 +300,14 @@ void logits(const Bits* x, const Bits* weight, float* z, int64_t rows, int64_t v
     }
     x = even.get();
   }
+  const int64_t threads = torch::stable::get_num_threads();
   share(ceil_div(vocab, kPanel), std::min(round_up(width, 32), kDepth) * kPanel, [&](int64_t unit, Bits* panel) {
-    const int64_t v = unit * kPanel, columns = std::min(kPanel, vocab - v);
+    const int64_t v = unit * kPanel, columns = std::min(kPanel, vocab - v), next = v + threads * kPanel;
     for (int64_t k = 0; k < width; k += kDepth) {
       const int64_t depth = std::min(kDepth, width - k);
+      const Ahead ahead = next < vocab ? Ahead{weight + next * width + k, width, std::min(kPanel, vocab - next), depth} : Ahead{};
       pack_transposed(weight + v * width + k, width, columns, depth, panel);
-      product(rows, columns, round_up(depth, 2), x + k, ld, panel, z + v, z_stride, k > 0);
+      product(rows, columns, round_up(depth, 2), x + k, ld, panel, z + v, z_stride, k > 0, ahead);
     }
   });
 }
@@ -346,11 +347,11 @@ struct Grads {
   // Both results from the slab at v, and meanwhile the rounding of the next one.
   void slab(int64_t v) {
     const int64_t of_dx = dx == nullptr ? 0 : panels * parts;
-    const int64_t of_dw = d_weight.high == nullptr ? 0 : ceil_div(std::min(kSlab, vocab - v), 64);
+    const int64_t of_dw = d_weight.high == nullptr ? 0 : ceil_div(std::min(kSlab, vocab - v), kTall);
     const int64_t next = v + kSlab < vocab ? depth / 32 : 0;
-    share(of_dx + of_dw + next, dx == nullptr ? 0 : kSlab * kPanel, [&](int64_t u, Bits* panel) {
-      if (u < of_dx) return input_grad(v, u / parts * kPanel, u % parts, panel);
-      if (u < of_dx + of_dw) return weight_grad(v, 64 * (u - of_dx));
+    share(of_dx + of_dw + next, kScratch, [&](int64_t u, Bits* scratch) {
+      if (u < of_dx) return input_grad(v, u, scratch);
+      if (u < of_dx + of_dw) return weight_grad(v, kTall * (u - of_dx), reinterpret_cast<float*>(scratch));
       round_stripe(v + kSlab, u - of_dx - of_dw);
     });
   }
@@ -365,21 +366,31 @@ struct Grads {
   }
 
   // One panel of columns of dx, the rows of one part.
-  void input_grad(int64_t v, int64_t column, int64_t part, Bits* panel) {
-    const int64_t size = round_up(ceil_div(rows, parts), 64), i = part * size;
+  void input_grad(int64_t v, int64_t unit, Bits* panel) {
+    const int64_t size = round_up(ceil_div(rows, parts), 64), i = unit % parts * size, column = unit / parts * kPanel;
     if (i >= rows) return;
     const int64_t slab = std::min(kSlab, vocab - v), k = round_up(slab, 2), columns = std::min(kPanel, width - column);
-    pack(weight + v * width + column, width, slab, columns, k, panel);
+    const Bits* here = weight + v * width;
+    const int64_t next = (unit + torch::stable::get_num_threads()) / parts * kPanel;
+    const Ahead ahead = next < width ? Ahead{here + next, width, slab, kPanel} : Ahead{};
+    pack(here + column, width, slab, columns, k, panel);
     product(std::min(size, rows - i), columns, k, &a[v / kSlab % 2][i * kSlab], kSlab, panel, dx + i * width + column, width,
-            v > 0);
+            v > 0, ahead);
   }
 
-  // 64 rows of dW, whose columns lie one after the other in memory; the packed x stays in the cache.
-  void weight_grad(int64_t v, int64_t i) {
-    const int64_t m = std::min<int64_t>(64, std::min(kSlab, vocab - v) - i);
-    for (int64_t p = 0; p < panels; ++p) {
-      product(m, std::min(kPanel, width - p * kPanel), depth, &at[v / kSlab % 2][i * depth], &x_panels[p * kPanel * depth],
-              d_weight, v + i, p * kPanel);
+  // kTall rows of dW: first their products, in the cache, then the sums, which lie one after the other in memory.
+  void weight_grad(int64_t v, int64_t i, float* c) {
+    const int64_t m = std::min(kTall, std::min(kSlab, vocab - v) - i);
+    for (int64_t first = 0; first < width; first += kWide) {
+      const int64_t n = std::min(kWide, width - first);
+      for (int64_t j = 0; j < n; j += kPanel) {
+        product(m, std::min(kPanel, n - j), depth, &at[v / kSlab % 2][i * depth], depth, &x_panels[(first + j) * depth], c + j,
+                kWide, false);
+      }
+      for (int64_t r = 0; r < m; ++r) {
+        const int64_t place = (v + i + r) * d_weight.ld + first;
+        grow_row(c + r * kWide, n, d_weight.high + place, d_weight.rest + place, d_weight.add);
+      }
     }
   }
 };
