@@ -65,7 +65,7 @@ constexpr int64_t kPanel = 64;    // columns of B
 constexpr int64_t kDepth = 2048;  // rows of a panel in z = x·Wᵀ
 constexpr int64_t kSlab = 1024;   // columns of dz worked on at a time
 constexpr int64_t kWide = 1024;   // columns of dW worked on at a time
-constexpr int64_t kTall = 32;     // rows of dW worked on at a time
+constexpr int64_t kTall = 64;     // rows of dW worked on at a time
 constexpr int64_t kScratch = std::max(kSlab * kPanel, 2 * kTall * kWide);  // a panel of W, or sums of dW
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
