@@ -8,8 +8,8 @@
 //
 //  * B comes in panels of 64 columns: four registers of sums, what the block product is built for. A panel of at most
 //    2048 rows takes 256 KiB, so that it stays in the second-level cache (1 MiB) while all of A streams past it.
-//  * dz is worked on in slabs of 1024 columns, rounded once and written twice: by rows, as A of dx, and by columns, as A
-//    of dW. While one slab is worked on, the next one is rounded. With up to 1024 rows at a time that is 4 × 2 MiB for all
+//  * dz is worked on in slabs of 768 columns, rounded once and written twice: by rows, as A of dx, and by columns, as A
+//    of dW. While one slab is worked on, the next one is rounded. With up to 1024 rows at a time that is 4 × 1.5 MiB for all
 //    threads together; the packed x has its own size.
 //  * One unit of work owns an element of a result, and sums go in the order of K, whatever thread takes the unit.
 //
@@ -63,9 +63,9 @@ namespace blas = at::native::cpublas;
 
 constexpr int64_t kPanel = 64;    // columns of B
 constexpr int64_t kDepth = 2048;  // rows of a panel in z = x·Wᵀ
-constexpr int64_t kSlab = 1024;   // columns of dz worked on at a time
+constexpr int64_t kSlab = 768;    // columns of dz worked on at a time
 constexpr int64_t kWide = 1024;   // columns of dW worked on at a time
-constexpr int64_t kTall = 64;     // rows of dW worked on at a time
+constexpr int64_t kTall = 32;     // rows of dW worked on at a time
 constexpr int64_t kScratch = std::max(kSlab * kPanel, 2 * kTall * kWide);  // a panel of W, or sums of dW
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -31,12 +31,12 @@ def chunk_rows(vocab: int, row_bytes: int, device: torch.device) -> int:
 
 
 def balanced(total: int, most: int) -> int:
-    """Rows per chunk, at most `most`, so that `total` rows make equal chunks: a small last one would be slow."""
+    """Rows per chunk, at most `most`, so that `total` rows make about equal chunks: a small last one would be slow."""
     if total <= most:
         return max(total, 1)
     rows = -(-total // -(-total // most))
-    step = min(WHOLE_ROWS, most)  # even, as `most` is: pairs stay together
-    return -(-rows // step) * step if -(-rows // step) * step <= most else rows + rows % 2
+    whole = -(-rows // WHOLE_ROWS) * WHOLE_ROWS
+    return whole if whole <= most else rows + rows % 2  # even, as `most` is: pairs stay together
 
 
 class ChunkedHead:
@@ -112,9 +112,10 @@ class ChunkedHead:
         out = self._products.dz_view(self._buffers[-1][: len(g)])
         self._pass.backward(z, out, source, self._target, self._temperature, self._softcap, self._stats, g, h, pairing)
         dz = out[: len(source)]
+        x = self._x if len(source) == len(self._x) else self._x[source]  # all rows: each stays where it is
         if self._d_bias is not None:
             self._d_bias.add_(dz.sum(0, dtype=self._d_bias.dtype), alpha=1.0 / scale)
-        return source, self._products.backward(dz, self._x[source], scale, self._x_grad)
+        return source, self._products.backward(dz, x, scale, self._x_grad)
 
     def weight_grads(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(dL/dW, dL/db) in the accumulation dtype, or rounded already to that of the parameter."""
