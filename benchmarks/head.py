@@ -29,7 +29,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +37,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, from wherever it is imported
 
-from measure import MALLOC, MIB, PeakMemory, markdown, median_ratio, milliseconds, paired_rounds, stamp
+from measure import (
+    MALLOC,
+    MIB,
+    PeakMemory,
+    failure,
+    markdown,
+    median_ratio,
+    milliseconds,
+    paired_rounds,
+    run_cases,
+    stamp,
+)
 from peers import METHODS, WIDTHS, Method, Problem, buffer, eager, make_problem, policy_loss
 
 ERROR_ROWS = 256
@@ -86,7 +96,7 @@ def measure_case(
             except Exception as error:
                 rows[name] |= _failed(error)
     buffer.cache_clear()
-    failures = [failure for name in names if METHODS[name].ours for failure in _judge(name, rows[name], torch_own)]
+    failures = [line for name in names if METHODS[name].ours for line in _judge(name, rows[name], torch_own)]
     n, d, v = case.shape
     return {
         "case": str(case),
@@ -130,8 +140,7 @@ def _prepare(name: str, case: Case, problem: Problem, memory: bool) -> dict[str,
 
 
 def _failed(error: Exception) -> dict[str, Any]:
-    first = next(iter(str(error).strip().splitlines()), "")
-    return {"status": f"{type(error).__name__}: {first[:160]}", "failed": True}
+    return {"status": failure(error), "failed": True}
 
 
 def _forward(method: Method, problem: Problem, setting: dict[str, Any]) -> torch.Tensor | None:
@@ -332,39 +341,24 @@ def main(argv: list[str] | None = None) -> int:
     if args.probe:
         print(json.dumps(probe(json.loads(args.probe))))
         return 0
-    begin = time.monotonic()
     cases = [
         Case(*parse_shape(shape, args.rows), dtype, fraction)
         for shape in args.shapes
         for dtype in args.dtypes
         for fraction in args.fractions
     ]
-    report: dict[str, Any] = {"benchmark": "head", **stamp(args.date, args.commit)}
-    report |= {"device": args.device, "rounds": args.rounds, "cases": [], "not_run": [], "failures": []}
+    report = {"benchmark": "head", **stamp(args.date, args.commit), "device": args.device, "rounds": args.rounds}
     log = functools.partial(print, file=sys.stderr, flush=True)
-    for before, case in zip([None, *cases], cases, strict=False):
-        if args.time_limit and time.monotonic() - begin > args.time_limit:
-            report["not_run"].append(str(case))
-        else:
-            log(f"\n{case}")
-            if before is None or (before.shape, before.dtype) != (case.shape, case.dtype):
-                torch._dynamo.reset()  # else the compiled code of many shapes runs into the recompile limit
-            device = torch.device(args.device)
-            try:
-                result = measure_case(case, device, args.methods, args.rounds, not args.no_memory, log)
-            except Exception as error:  # the other cases still count
-                report["failures"].append(f"{case}: {_failed(error)['status']}")
-            else:
-                print(table(result), flush=True)
-                report["cases"].append(result)
-                report["failures"] += [f"{case}: {failure}" for failure in result["failures"]]
-        if args.out:
-            args.out.write_text(json.dumps(report, indent=1, default=str) + "\n")
-    for line in report["failures"]:
-        print(f"FAIL {line}")
-    for line in report["not_run"]:
-        print(f"not run, the time limit came first: {line}")
-    return 1 if report["failures"] else 0
+    compiled_for: tuple[object, ...] | None = None
+
+    def measure(case: Case) -> dict[str, Any]:
+        nonlocal compiled_for
+        if compiled_for != (case.shape, case.dtype):
+            torch._dynamo.reset()  # else the compiled code of many shapes runs into the recompile limit
+            compiled_for = (case.shape, case.dtype)
+        return measure_case(case, torch.device(args.device), args.methods, args.rounds, not args.no_memory, log)
+
+    return run_cases(report, cases, measure, table, args.time_limit, args.out)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ import ctypes
 import datetime
 import gc
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,57 @@ def _cpu() -> dict[str, Any]:
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
     present = fields.get("flags", fields.get("Features", "")).split()
     return {"model": fields.get("model name"), "flags": [flag for flag in CPU_FLAGS if flag in present]}
+
+
+def failure(error: Exception) -> str:
+    """An error in one line."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:160]}"
+
+
+def run_cases(
+    report: dict[str, Any],
+    cases: Iterable[object],
+    measure: Callable[[Any], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    time_limit: float | None,
+    out: Path | None,
+) -> int:
+    """Every case into `report`, which is written after each, and as a table on the terminal; the exit status.
+
+    A case that raises is a failure, and the others still count. `time_limit`: seconds after which no case begins.
+    """
+    begin = time.monotonic()
+    report |= {"cases": [], "not_run": [], "failures": []}
+    for case in cases:
+        if time_limit and time.monotonic() - begin > time_limit:
+            report["not_run"].append(str(case))
+        else:
+            _run_case(report, case, measure, table)
+        if out:
+            out.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    for line in report["failures"]:
+        print(f"FAIL {line}")
+    for line in report["not_run"]:
+        print(f"not run, the time limit came first: {line}")
+    return 1 if report["failures"] else 0
+
+
+def _run_case(
+    report: dict[str, Any],
+    case: object,
+    measure: Callable[[Any], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    print(f"\n{case}", file=sys.stderr, flush=True)
+    try:
+        result = measure(case)
+    except Exception as error:
+        report["failures"].append(f"{case}: {failure(error)}")
+        return
+    print(table(result), flush=True)
+    report["cases"].append(result)
+    report["failures"] += [f"{case}: {line}" for line in result["failures"]]
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:

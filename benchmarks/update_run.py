@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel, Qwen3Config, Qwen3
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, from wherever it is imported
 
+from measure import failure
 from update_variants import VARIANTS, Problem, Shape, Variant, make_problem
 
 from pact_fast.config import TrainerConfig
@@ -232,4 +233,4 @@ def check(case: Case, device: torch.device, names: list[str]) -> tuple[dict[str,
 def reason(error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"not installed: {error.name}"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}"
+    return failure(error)

@@ -40,7 +40,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, from wherever it is imported
 
-from measure import MALLOC, MIB, PeakMemory, markdown, median_ratio, paired_rounds, stamp
+from measure import MALLOC, MIB, PeakMemory, markdown, median_ratio, paired_rounds, run_cases, stamp
 from update_run import CHECKED, DEFAULT_LAYERS, MODELS, Bench, Case, check, reason, time_attention
 from update_variants import VARIANTS, Shape, make_problem, token_tree
 
@@ -288,27 +288,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.probe:
         print(json.dumps(probe(json.loads(args.probe))))
         return 0
-    begin = time.monotonic()
-    report: dict[str, Any] = {"benchmark": "update_step", **stamp(args.date, args.commit)}
-    report |= {"device": args.device, "rounds": args.rounds, "cases": [], "not_run": [], "failures": []}
+    cases = [
+        Case(args.model, args.layers, parse_shape(shape), args.dtype, args.prompts, args.old) for shape in args.shape
+    ]
+    report = {"benchmark": "update_step", **stamp(args.date, args.commit)}
+    report |= {"device": args.device, "rounds": args.rounds}
     log = functools.partial(print, file=sys.stderr, flush=True)
-    for shape in map(parse_shape, args.shape):
-        case = Case(args.model, args.layers, shape, args.dtype, args.prompts, args.old)
-        if args.time_limit and time.monotonic() - begin > args.time_limit:
-            report["not_run"].append(str(case))
-        else:
-            log(f"\n{case}")
-            result = measure_case(case, torch.device(args.device), args, log)
-            print(table(result), flush=True)
-            report["cases"].append(result)
-            report["failures"] += [f"{case}: {failure}" for failure in result["failures"]]
-        if args.out:
-            args.out.write_text(json.dumps(report, indent=1, default=str) + "\n")
-    for line in report["failures"]:
-        print(f"FAIL {line}")
-    for line in report["not_run"]:
-        print(f"not run, the time limit came first: {line}")
-    return 1 if report["failures"] else 0
+    measure = lambda case: measure_case(case, torch.device(args.device), args, log)  # noqa: E731
+    return run_cases(report, cases, measure, table, args.time_limit, args.out)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 //
 //     z[n, V] = x·Wᵀ        dx[n, D] = bf16(dz)·W        dW[V, D] += bf16(dz)ᵀ·x        (dW: 24 bits, see `split`)
 //
-// PyTorch has no such matrix product on CPU: its bf16 one rounds the result, and an fp32 one takes twice the time. Inside
-// it is oneDNN's block product C (+)= A·B (`brgemm`: AMX or AVX512-BF16, fp32 sums), which we call here. It wants A by
-// rows and B as pairs of rows, B[K/2][N][2]; this file makes those, and decides who works on what:
+// PyTorch has no such matrix product on CPU: its bf16 one rounds the result, and an fp32 one leaves the bf16 units idle.
+// Inside it is oneDNN's block product C (+)= A·B (`brgemm`: AMX or AVX512-BF16, fp32 sums), which we call here. It wants
+// A by rows and B as pairs of rows, B[K/2][N][2]; this file makes those, and decides who works on what:
 //
 //  * B comes in panels of 64 columns: four registers of sums, what the block product is built for. A panel of at most
 //    2048 rows takes 256 KiB, so that it stays in the second-level cache (1 MiB) while all of A streams past it.
-//  * dz is worked on in slabs of 1024 columns, rounded once and written twice: by rows, as A of dx, and by columns, as A
-//    of dW. With up to 1024 rows at a time that is 2 × 2 MiB for all threads together; the packed x has its own size.
-//  * One thread owns an element of a result in every slab, and sums go in the order of K, whatever the number of threads.
+//  * dz is worked on in slabs of 768 columns, rounded once and written twice: by rows, as A of dx, and by columns, as A
+//    of dW. While one slab is worked on, the next one is rounded. With up to 1024 rows at a time that is 4 × 1.5 MiB for all
+//    threads together; the packed x has its own size.
+//  * One unit of work owns an element of a result, and sums go in the order of K, whatever thread takes the unit.
 //
 // `brgemm` is exported by libtorch_cpu but not part of its stable ABI, hence the weak symbol and `ready`: where it is not
 // there, or does not do what we expect of it, callers have to take another way.
@@ -21,6 +22,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -43,16 +45,28 @@ using torch::stable::Tensor;
 
 namespace {
 
+constexpr int64_t kRows = 1024;  // rows of dz worked on at a time
+
+using Bits = uint16_t;  // a bf16 number
+
+// A matrix of sums that grows from call to call; see `split`.
+struct Sums {
+  Bits* high;
+  int8_t* rest;
+  int64_t ld;
+  bool add;  // to what is there, or not
+};
+
 #ifdef __AVX512BF16__
 
 namespace blas = at::native::cpublas;
 
 constexpr int64_t kPanel = 64;    // columns of B
 constexpr int64_t kDepth = 2048;  // rows of a panel in z = x·Wᵀ
-constexpr int64_t kSlab = 1024;   // columns of dz worked on at a time
-constexpr int64_t kRows = 1024;   // rows of dz worked on at a time
-
-using Bits = uint16_t;  // a bf16 number
+constexpr int64_t kSlab = 768;    // columns of dz worked on at a time
+constexpr int64_t kWide = 1024;   // columns of dW worked on at a time
+constexpr int64_t kTall = 32;     // rows of dW worked on at a time
+constexpr int64_t kScratch = std::max(kSlab * kPanel, 2 * kTall * kWide);  // a panel of W, or sums of dW
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -73,10 +87,25 @@ struct Tiles {
   ~Tiles() { blas::brgemm_release(true); }
 };
 
-// C[m, n] (+)= A[m, k]·B, B one panel; k even. `brgemm` compiles code for every shape it meets and keeps it (~0.1 ms and
-// 0.1 MB, per thread): pieces of 64 rows, at most one of 16, 32 or 48 and one below bound the number of shapes.
-void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const Bits* b, float* c, int64_t ldc, bool add) {
+// What this thread is likely to pack next: asked for while the block product is at work, else packing waits for memory.
+struct Ahead {
+  const Bits* from = nullptr;
+  int64_t ld = 0, rows = 0, columns = 0;
+
+  void fetch(int64_t part, int64_t parts) const {
+    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r) {
+      for (int64_t k = 0; k < columns; k += 32) _mm_prefetch(reinterpret_cast<const char*>(from + r * ld + k), _MM_HINT_T1);
+    }
+  }
+};
+
+// C[m, n] (+)= A[m, k]·B, B one panel; k even. `brgemm` compiles code for every shape it meets and keeps it, per
+// thread: pieces of 64 rows, at most one of 16, 32 or 48 and one below bound the number of shapes.
+void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const Bits* b, float* c, int64_t ldc, bool add,
+             const Ahead& ahead = {}) {
+  const int64_t parts = ceil_div(m, 64);
   for (int64_t i = 0; i < m;) {
+    if (i % 64 == 0) ahead.fetch(i / 64, parts);
     const int64_t left = m - i, rows = left >= 64 ? 64 : left >= 16 ? left & ~15 : left;
     blas::brgemm(rows, n, k, lda, kPanel, ldc, add, reinterpret_cast<const c10::BFloat16*>(a + i * lda),
                  reinterpret_cast<const c10::BFloat16*>(b), c + i * ldc, true);
@@ -172,53 +201,55 @@ void round_tile(const float* dz, int64_t ld, int64_t rows, int64_t columns, Bits
 // Sums that outlive a call are kept in 24 bits: the nearest bf16 number, `high`, and what it lacks in 1/256 of its last
 // place. Together they are off by 2⁻¹⁶ at most, which is little beside the 2⁻⁸ of a bf16 result, take 3 bytes instead of 4, and
 // `high` by itself is the rounded sum: no second matrix and no pass that casts it. Floats of one sign are ordered like
-// their bits, so rounding is integer arithmetic, across powers of 2, too.
-void split(const float* sums, int64_t n, Bits* high, int8_t* rest) {
-  const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x80), quiet_nan = _mm512_set1_epi32(0x7fc000);
-  for (int64_t i = 0; i < n; i += 16) {
-    const auto mask = static_cast<__mmask16>(lanes(n - i));
-    const __m512 values = _mm512_maskz_loadu_ps(mask, sums + i);
-    const __m512i bits = _mm512_castps_si512(values);
-    const __m512i rounded = _mm512_add_epi32(_mm512_srli_epi32(bits, 8), _mm512_and_si512(_mm512_srli_epi32(bits, 7), one));
-    // rounding could carry the bits of a NaN over into a number
-    const __m512i short_bits = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), quiet_nan);
-    const __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(short_bits, half), 8);
-    _mm512_mask_cvtepi32_storeu_epi16(high + i, mask, nearest);
-    _mm512_mask_cvtepi32_storeu_epi8(rest + i, mask, _mm512_sub_epi32(short_bits, _mm512_slli_epi32(nearest, 8)));
-  }
-}
-
-void join(const Bits* high, const int8_t* rest, int64_t n, float* sums) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const auto mask = static_cast<__mmask16>(lanes(n - i));
-    const __m512i nearest = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, high + i));
-    const __m512i less = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, rest + i));
-    const __m512i short_bits = _mm512_add_epi32(_mm512_slli_epi32(nearest, 8), less);
-    _mm512_storeu_ps(sums + i, _mm512_castsi512_ps(_mm512_slli_epi32(short_bits, 8)));
-  }
-}
-
-// A matrix of sums that grows from call to call; see `split`.
-struct Sums {
-  Bits* high;
-  int8_t* rest;
-  int64_t ld;
-  bool add;  // to what is there, or not
+// their bits, so rounding is integer arithmetic, across powers of 2, too. NaNs here come from bf16 numbers or from the
+// processor: their last 16 bits are 0, and rounding carries nothing over.
+struct Split {
+  __m512i bits, nearest;  // of 16 floats: rounded to 24 bits in the upper 24, to 16 bits in the upper 16
 };
 
-// C[m, n] (+)= A[m, k]·B for C at row i, column j of `sums`.
-void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const Bits* b, const Sums& sums, int64_t i,
-             int64_t j) {
-  alignas(64) float c[64 * kPanel];
-  for (int64_t row = 0; row < m; row += 64) {
-    const int64_t rows = std::min<int64_t>(64, m - row);
-    const auto at = [&](int64_t r) { return (i + row + r) * sums.ld + j; };
-    if (sums.add) {
-      for (int64_t r = 0; r < rows; ++r) join(sums.high + at(r), sums.rest + at(r), n, c + r * kPanel);
+Split split(__m512 sums) {
+  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(sums), _mm512_set1_epi32(0x80));
+  return {bits, _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000))};
+}
+
+__m512 join(__m256i high, __m128i rest) {
+  const __m512i nearest = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+  return _mm512_castsi512_ps(_mm512_add_epi32(nearest, _mm512_slli_epi32(_mm512_cvtepi8_epi32(rest), 8)));
+}
+
+// high, rest [n] (+)= sums, n ≤ 16.
+void grow(const float* sums, int64_t n, Bits* high, int8_t* rest, bool add) {
+  const auto mask = static_cast<__mmask16>(lanes(n));
+  __m512 values = _mm512_maskz_loadu_ps(mask, sums);
+  if (add) values = _mm512_add_ps(values, join(_mm256_maskz_loadu_epi16(mask, high), _mm_maskz_loadu_epi8(mask, rest)));
+  const Split parts = split(values);
+  _mm256_mask_storeu_epi16(high, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(parts.nearest, 16)));
+  _mm_mask_storeu_epi8(rest, mask, _mm512_cvtepi32_epi8(_mm512_srli_epi32(parts.bits, 8)));
+}
+
+// The same for 64 numbers, without masks.
+template <bool add>
+void grow_panel(const float* sums, Bits* high, int8_t* rest) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kPanel; i += 16) {
+    __m512 values = _mm512_load_ps(sums + i);
+    if (add) {
+      const __m256i nearest = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high + i));
+      values = _mm512_add_ps(values, join(nearest, _mm_loadu_si128(reinterpret_cast<const __m128i*>(rest + i))));
     }
-    product(rows, n, k, a + row * lda, lda, b, c, kPanel, sums.add);
-    for (int64_t r = 0; r < rows; ++r) split(c + r * kPanel, n, sums.high + at(r), sums.rest + at(r));
+    const Split parts = split(values);
+    const __m256i nearest = _mm512_cvtepi32_epi16(_mm512_srli_epi32(parts.nearest, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), nearest);
+    const __m128i less = _mm512_cvtepi32_epi8(_mm512_srli_epi32(parts.bits, 8));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(rest + i), less);
   }
+}
+
+// One row of up to kWide sums.
+void grow_row(const float* sums, int64_t n, Bits* high, int8_t* rest, bool add) {
+  int64_t j = 0;
+  for (; j + kPanel <= n; j += kPanel) (add ? grow_panel<true> : grow_panel<false>)(sums + j, high + j, rest + j);
+  for (; j < n; j += 16) grow(sums + j, n - j, high + j, rest + j, add);
 }
 
 // Whether the block product is there and means by its arguments what we mean.
@@ -245,6 +276,19 @@ bool ready() {
   return true;
 }
 
+// work(unit, scratch) for every unit, each by whichever thread is free: equal shares would wait for a thread that another
+// program keeps from its core. A unit owns its elements, so that results do not depend on who does it.
+template <typename Work>
+void share(int64_t units, int64_t scratch, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(units, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const Tiles tiles;
+    const auto mine = buffer(scratch);
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) work(unit, mine.get());
+  });
+}
+
 void logits(const Bits* x, const Bits* weight, float* z, int64_t rows, int64_t vocab, int64_t width, int64_t z_stride) {
   const int64_t ld = round_up(width, 2);
   std::unique_ptr<Bits[], Free> even;  // x with an even number of columns
@@ -256,87 +300,110 @@ void logits(const Bits* x, const Bits* weight, float* z, int64_t rows, int64_t v
     }
     x = even.get();
   }
-  torch::stable::parallel_for(0, ceil_div(vocab, kPanel), 1, [&](int64_t begin, int64_t end) {
-    const Tiles tiles;
-    const auto panel = buffer(std::min(round_up(width, 32), kDepth) * kPanel);
-    for (int64_t v = begin * kPanel; v < std::min(end * kPanel, vocab); v += kPanel) {
-      const int64_t columns = std::min(kPanel, vocab - v);
-      for (int64_t k = 0; k < width; k += kDepth) {
-        const int64_t depth = std::min(kDepth, width - k);
-        pack_transposed(weight + v * width + k, width, columns, depth, panel.get());
-        product(rows, columns, round_up(depth, 2), x + k, ld, panel.get(), z + v, z_stride, k > 0);
-      }
+  const int64_t threads = torch::stable::get_num_threads();
+  share(ceil_div(vocab, kPanel), std::min(round_up(width, 32), kDepth) * kPanel, [&](int64_t unit, Bits* panel) {
+    const int64_t v = unit * kPanel, columns = std::min(kPanel, vocab - v), next = v + threads * kPanel;
+    for (int64_t k = 0; k < width; k += kDepth) {
+      const int64_t depth = std::min(kDepth, width - k);
+      const Ahead ahead = next < vocab ? Ahead{weight + next * width + k, width, std::min(kPanel, vocab - next), depth} : Ahead{};
+      pack_transposed(weight + v * width + k, width, columns, depth, panel);
+      product(rows, columns, round_up(depth, 2), x + k, ld, panel, z + v, z_stride, k > 0, ahead);
     }
   });
 }
 
 // dx and d_weight from up to kRows rows of dz. dx may be null, d_weight.high as well.
+struct Grads {
+  const float* dz;
+  int64_t dz_stride;
+  const Bits *x, *weight;
+  float* dx;
+  Sums d_weight;
+  int64_t rows, vocab, width;
+
+  int64_t depth = round_up(rows, 32), panels = ceil_div(width, kPanel);
+  int64_t parts = 1;  // of the rows of dx
+  std::unique_ptr<Bits[], Free> a[2], at[2], x_panels;  // a slab of dz by rows and by columns, the next one, and x
+
+  void run() {
+    // Where the panels of dx are too few for the threads, its rows are split, but no finer than 128, as every part packs
+    // the panel of W again.
+    const int64_t wanted = ceil_div(4 * torch::stable::get_num_threads(), panels);
+    parts = std::clamp<int64_t>(wanted, 1, ceil_div(std::max(rows, int64_t{1}), 128));
+    for (int i = 0; i < (vocab > kSlab ? 2 : 1); ++i) {
+      if (dx != nullptr) a[i] = buffer(depth * kSlab);
+      if (d_weight.high != nullptr) at[i] = buffer(kSlab * depth);
+    }
+    if (d_weight.high != nullptr) x_panels = buffer(panels * kPanel * depth);
+    const int64_t packed = d_weight.high == nullptr ? 0 : panels, stripes = depth / 32;
+    share(packed + stripes, 0, [&](int64_t u, Bits*) { u < packed ? pack_x(u) : round_stripe(0, u - packed); });
+    for (int64_t v = 0; v < vocab; v += kSlab) slab(v);
+  }
+
+  void pack_x(int64_t p) {
+    pack(x + p * kPanel, width, rows, std::min(kPanel, width - p * kPanel), depth, &x_panels[p * kPanel * depth]);
+  }
+
+  // Both results from the slab at v, and meanwhile the rounding of the next one.
+  void slab(int64_t v) {
+    const int64_t of_dx = dx == nullptr ? 0 : panels * parts;
+    const int64_t of_dw = d_weight.high == nullptr ? 0 : ceil_div(std::min(kSlab, vocab - v), kTall);
+    const int64_t next = v + kSlab < vocab ? depth / 32 : 0;
+    share(of_dx + of_dw + next, kScratch, [&](int64_t u, Bits* scratch) {
+      if (u < of_dx) return input_grad(v, u, scratch);
+      if (u < of_dx + of_dw) return weight_grad(v, kTall * (u - of_dx), reinterpret_cast<float*>(scratch));
+      round_stripe(v + kSlab, u - of_dx - of_dw);
+    });
+  }
+
+  // 32 rows of the slab at v.
+  void round_stripe(int64_t v, int64_t stripe) {
+    const int64_t i = 32 * stripe, slab = std::min(kSlab, vocab - v), which = v / kSlab % 2;
+    for (int64_t j = 0; j < slab; j += 16) {
+      round_tile(dz + i * dz_stride + v + j, dz_stride, rows - i, slab - j, dx == nullptr ? nullptr : &a[which][i * kSlab + j],
+                 d_weight.high == nullptr ? nullptr : &at[which][j * depth + i], depth);
+    }
+  }
+
+  // One panel of columns of dx, the rows of one part.
+  void input_grad(int64_t v, int64_t unit, Bits* panel) {
+    const int64_t size = round_up(ceil_div(rows, parts), 64), i = unit % parts * size, column = unit / parts * kPanel;
+    if (i >= rows) return;
+    const int64_t slab = std::min(kSlab, vocab - v), k = round_up(slab, 2), columns = std::min(kPanel, width - column);
+    const Bits* here = weight + v * width;
+    const int64_t next = (unit + torch::stable::get_num_threads()) / parts * kPanel;
+    const Ahead ahead = next < width ? Ahead{here + next, width, slab, kPanel} : Ahead{};
+    pack(here + column, width, slab, columns, k, panel);
+    product(std::min(size, rows - i), columns, k, &a[v / kSlab % 2][i * kSlab], kSlab, panel, dx + i * width + column, width,
+            v > 0, ahead);
+  }
+
+  // kTall rows of dW: first their products, in the cache, then the sums, which lie one after the other in memory.
+  void weight_grad(int64_t v, int64_t i, float* c) {
+    const int64_t m = std::min(kTall, std::min(kSlab, vocab - v) - i);
+    for (int64_t first = 0; first < width; first += kWide) {
+      const int64_t n = std::min(kWide, width - first);
+      for (int64_t j = 0; j < n; j += kPanel) {
+        product(m, std::min(kPanel, n - j), depth, &at[v / kSlab % 2][i * depth], depth, &x_panels[(first + j) * depth], c + j,
+                kWide, false);
+      }
+      for (int64_t r = 0; r < m; ++r) {
+        const int64_t place = (v + i + r) * d_weight.ld + first;
+        grow_row(c + r * kWide, n, d_weight.high + place, d_weight.rest + place, d_weight.add);
+      }
+    }
+  }
+};
+
 void grads(const float* dz, int64_t dz_stride, const Bits* x, const Bits* weight, float* dx, const Sums& d_weight,
            int64_t rows, int64_t vocab, int64_t width) {
-  const int64_t depth = round_up(rows, 32), panels = ceil_div(width, kPanel);
-  const auto a = buffer(dx == nullptr ? 0 : depth * kSlab);
-  const auto at = buffer(d_weight.high == nullptr ? 0 : kSlab * depth);
-  const auto x_panels = buffer(d_weight.high == nullptr ? 0 : panels * kPanel * depth);
-  if (d_weight.high != nullptr) {
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        pack(x + p * kPanel, width, rows, std::min(kPanel, width - p * kPanel), depth, &x_panels[p * kPanel * depth]);
-      }
-    });
-  }
-  // A unit of work: one panel of columns of both results. Where these are too few for the threads, their rows are split,
-  // but no finer than 128, as every part packs the panel of W again.
-  const int64_t wanted = ceil_div(4 * torch::stable::get_num_threads(), panels);
-  const int64_t parts = std::clamp<int64_t>(wanted, 1, ceil_div(std::max(rows, int64_t{1}), 128));
-  for (int64_t v = 0; v < vocab; v += kSlab) {
-    const int64_t slab = std::min(kSlab, vocab - v), across = ceil_div(slab, 16);
-    torch::stable::parallel_for(0, depth / 32 * across, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t i = t / across * 32, j = t % across * 16;
-        round_tile(dz + i * dz_stride + v + j, dz_stride, rows - i, slab - j, dx == nullptr ? nullptr : &a[i * kSlab + j],
-                   d_weight.high == nullptr ? nullptr : &at[j * depth + i], depth);
-      }
-    });
-    torch::stable::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
-      const Tiles tiles;
-      const auto panel = buffer(dx == nullptr ? 0 : kSlab * kPanel);
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t p = u / parts, column = p * kPanel, columns = std::min(kPanel, width - column);
-        // the rows of a result that are this part's
-        const auto mine = [&, part = u % parts](int64_t all, auto&& work) {
-          const int64_t size = round_up(ceil_div(all, parts), 64), first = part * size;
-          if (first < all) work(first, std::min(size, all - first));
-        };
-        if (dx != nullptr) {
-          mine(rows, [&](int64_t i, int64_t m) {
-            const int64_t k = round_up(slab, 2);
-            pack(weight + v * width + column, width, slab, columns, k, panel.get());
-            product(m, columns, k, &a[i * kSlab], kSlab, panel.get(), dx + i * width + column, width, v > 0);
-          });
-        }
-        if (d_weight.high != nullptr) {
-          mine(slab, [&](int64_t i, int64_t m) {
-            product(m, columns, depth, &at[i * depth], depth, &x_panels[p * kPanel * depth], d_weight, v + i, column);
-          });
-        }
-      }
-    });
-  }
+  Grads{dz, dz_stride, x, weight, dx, d_weight, rows, vocab, width}.run();
 }
 
 #else  // callers ask bf16_products_ready first
 
-constexpr int64_t kRows = 1024;
-using Bits = uint16_t;
-
 bool ready() { return false; }
 void logits(const Bits*, const Bits*, float*, int64_t, int64_t, int64_t, int64_t) {}
-struct Sums {
-  Bits* high;
-  int8_t* rest;
-  int64_t ld;
-  bool add;
-};
 void grads(const float*, int64_t, const Bits*, const Bits*, float*, const Sums&, int64_t, int64_t, int64_t) {}
 
 #endif

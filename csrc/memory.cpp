@@ -1,5 +1,5 @@
 // Huge pages for large buffers: a fresh buffer of 128 MiB is 32,768 page faults of 4 KiB or 64 of 2 MiB, and the small
-// ones cost as much as a tenth of the products that fill it.
+// ones take time that shows beside the products that fill it.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>

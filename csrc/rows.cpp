@@ -75,6 +75,19 @@ struct Row {
   float logprob, lse, entropy;
 };
 
+// Lane by lane: compilers do not vectorise a maximum over floats as such, because of NaN.
+float largest(const float* z, int64_t n) {
+  constexpr int kLanes = 16;
+  float top[kLanes];
+  std::fill_n(top, kLanes, std::numeric_limits<float>::lowest());
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) top[j] = std::max(top[j], z[i + j]);
+  }
+  for (; i < n; ++i) top[0] = std::max(top[0], z[i]);
+  return *std::max_element(top, top + kLanes);
+}
+
 // Final logits of one block in place; returns their maximum.
 float finish_logits(float* z, const float* bias, int64_t n, float softcap, float inverse_temperature) {
   if (bias != nullptr) {
@@ -87,10 +100,7 @@ float finish_logits(float* z, const float* bias, int64_t n, float softcap, float
   if (inverse_temperature != 1.0f) {
     for (int64_t i = 0; i < n; ++i) z[i] *= inverse_temperature;
   }
-  float top = std::numeric_limits<float>::lowest();
-#pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < n; ++i) top = std::max(top, z[i]);
-  return top;
+  return largest(z, n);
 }
 
 // One read of the row: online maximum m, Σ exp(z − m) and Σ exp(z − m)·(z − m). Sums over blocks are fp64.

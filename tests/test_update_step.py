@@ -85,6 +85,21 @@ def test_a_wrong_variant_is_found_out(tmp_path, monkeypatch, capsys, what):
     assert "FAIL" in capsys.readouterr().out
 
 
+def test_a_case_that_raises_is_a_failure_and_the_others_still_count(tmp_path, monkeypatch, capsys):
+    measured = update_step.measure_case
+
+    def sometimes(case, *rest):
+        if case.shape.rollouts == 2:
+            raise RuntimeError("no such luck")
+        return measured(case, *rest)
+
+    monkeypatch.setattr(update_step, "measure_case", sometimes)
+    status, report = run(tmp_path, "--shape", "32,24,16,2,8", "--no-memory", "--only", "tree")
+    assert status == 1 and len(report["cases"]) == 1
+    assert len(report["failures"]) == 1 and "RuntimeError: no such luck" in report["failures"][0]
+    assert "FAIL" in capsys.readouterr().out
+
+
 def test_flex_sees_what_the_tree_sees():
     """Its backward pass needs CUDA; its mask does not."""
     shape = Shape(13, 11, 7, 3, 4)

@@ -18,11 +18,12 @@ from pact_fast.kernels.rows_torch import Pairing, RowStats, compact
 LOGITS_BUDGET = 1 << 30  # bytes of all [rows, V] buffers together
 CACHED_LOGITS = 4 << 20  # bytes of one buffer; on CPU, chunks beyond the cache only cost bandwidth
 ALIGNED = 16  # logits; on CUDA, rows begin at multiples of this, or 16-byte accesses fall apart
+WHOLE_ROWS = 32  # what the matrix products work on together
 EFFICIENT_ROWS = 384  # on CPU, fewer rows than this make the matrix products slow
 
 
 def chunk_rows(vocab: int, row_bytes: int, device: torch.device) -> int:
-    """Rows per chunk, an even number unless 1. `row_bytes`: what one row takes in all [rows, V] buffers."""
+    """Rows per chunk, an even number. `row_bytes`: what one row takes in all [rows, V] buffers."""
     rows = LOGITS_BUDGET // row_bytes
     if device.type == "cpu":
         rows = min(rows, max(EFFICIENT_ROWS, CACHED_LOGITS // (4 * vocab)))
@@ -30,11 +31,12 @@ def chunk_rows(vocab: int, row_bytes: int, device: torch.device) -> int:
 
 
 def balanced(total: int, most: int) -> int:
-    """Rows per chunk, at most `most`, so that `total` rows make equal chunks: a small last one would be slow."""
+    """Rows per chunk, at most `most`, so that `total` rows make about equal chunks: a small last one would be slow."""
     if total <= most:
         return max(total, 1)
     rows = -(-total // -(-total // most))
-    return rows + rows % 2  # pairs stay together; `most` is even
+    whole = -(-rows // WHOLE_ROWS) * WHOLE_ROWS
+    return whole if whole <= most else rows + rows % 2  # even, as `most` is: pairs stay together
 
 
 class ChunkedHead:
@@ -110,9 +112,10 @@ class ChunkedHead:
         out = self._products.dz_view(self._buffers[-1][: len(g)])
         self._pass.backward(z, out, source, self._target, self._temperature, self._softcap, self._stats, g, h, pairing)
         dz = out[: len(source)]
+        x = self._x if len(source) == len(self._x) else self._x[source]  # all rows: each stays where it is
         if self._d_bias is not None:
             self._d_bias.add_(dz.sum(0, dtype=self._d_bias.dtype), alpha=1.0 / scale)
-        return source, self._products.backward(dz, self._x[source], scale, self._x_grad)
+        return source, self._products.backward(dz, x, scale, self._x_grad)
 
     def weight_grads(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(dL/dW, dL/db) in the accumulation dtype, or rounded already to that of the parameter."""

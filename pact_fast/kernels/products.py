@@ -84,7 +84,7 @@ class BlockedProducts(Products):
 
 
 class CpuBf16Products(Products):
-    """bf16 weights on a CPU with bf16 instructions (csrc/gemm_bf16.cpp): twice as fast as fp32. dz is rounded to bf16.
+    """bf16 weights on a CPU with bf16 instructions (csrc/gemm_bf16.cpp). dz is rounded to bf16.
 
     The weight gradient grows in 24 bits, the nearest bf16 number and an int8 of what it lacks: the former is the result.
     """
