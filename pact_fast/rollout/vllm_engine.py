@@ -40,6 +40,7 @@ class Sampled:
     key: str
     ids: list[int]
     logprobs: list[float]
+    cached: int | None = None  # tokens of the context that vLLM found in its prefix cache, where it tells
 
 
 @dataclass
@@ -118,7 +119,7 @@ class VllmEngine:
         seed = np.random.SeedSequence((*session.rng_key, session.turns)).generate_state(1, np.uint64)[0]
         session.turn = Turn(
             f"{request.session}/{session.turns}/{self.version}",
-            session.context,
+            list(session.context),  # which grows
             request.max_new_tokens,
             request.temperature,
             int(seed) >> 1,
@@ -182,12 +183,15 @@ class VllmEngine:
     def update_weights(self, model: PreTrainedModel, version: int) -> None:
         """Give the engine the model's weights as `version`, check what it then holds, and forget cached prefixes.
 
+        Before, the old ones are checked once more: what was sampled in between came from the weights it is stamped with.
         Turns under way must have ended (`drain`). WeightMismatch if the engine holds anything else than what was sent.
         """
         if self._waiting():
             raise EngineError(self.host.name, "turns are under way; drain the engine before its weights change")
-        started = time.monotonic()
         self.host.wake()
+        if self.version >= 0:
+            self._check_held()
+        started = time.monotonic()
         self._expected, size = {}, 0
 
         def sent() -> Iterator[tuple[str, torch.Tensor]]:
@@ -223,6 +227,13 @@ class VllmEngine:
 
     def shutdown(self) -> None:
         self.host.close()
+
+    def _check_held(self) -> None:
+        version, self.version = self.version, -1
+        try:
+            self._verify(version)
+        except (EngineDied, EngineTimeout):
+            pass  # it will be started again with the new weights
 
     def _verify(self, version: int) -> None:
         found, pieces = self.host.report()

@@ -127,7 +127,8 @@ def merged(reports: list[dict]) -> tuple[int, list[Piece]]:
 def _sampled(output) -> Sampled:
     (one,) = output.outputs
     ids = list(one.token_ids)
-    return Sampled(output.request_id, ids, [row[token].logprob for row, token in zip(one.logprobs, ids, strict=True)])
+    logprobs = [row[token].logprob for row, token in zip(one.logprobs, ids, strict=True)]
+    return Sampled(output.request_id, ids, logprobs, output.num_cached_tokens)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def fingerprint(tensor: torch.Tensor, row: int = 0, col: int = 0) -> int:
     for start in range(0, len(matrix), step):
         bits = matrix[start : start + step].contiguous().view(integers).to(torch.int64)
         a = _coefficients(row + start, len(bits), matrix.device, 1)
-        total += (bits.mul_(b).sum(1) * a).sum()
+        total += ((bits * b).sum(1) * a).sum()
     return int(total) & 0xFFFF_FFFF_FFFF_FFFF
 
 

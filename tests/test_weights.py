@@ -1,0 +1,113 @@
+"""Fingerprints of weights, and the weights as a checkpoint would name them."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pact_fast.rollout.weights import Piece, WeightMismatch, checkpoint_weights, fingerprint, tied_head, verify
+
+SIZES = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=16, max_position_embeddings=64,
+)  # fmt: skip
+MIXTURE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1)
+
+
+def build(kind: str, **more):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **more), dtype=torch.float32)
+
+
+def shape_of(tensor):
+    return len(tensor), tensor.numel() // len(tensor)
+
+
+def test_pieces_add_up_in_any_cut():
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        whole = torch.randn(37, 53).to(dtype)
+        parts = [
+            fingerprint(whole[a:b, c:d], a, c)
+            for a, b in ((0, 5), (5, 36), (36, 37))
+            for c, d in ((0, 20), (20, 53))
+        ]
+        assert sum(parts) % 2**64 == fingerprint(whole)
+    assert fingerprint(torch.ones(7)) == (fingerprint(torch.ones(3)) + fingerprint(torch.ones(4), 3)) % 2**64
+
+
+def test_any_single_bit_and_any_swap_shows():
+    torch.manual_seed(0)
+    whole = torch.randn(19, 23)
+    before = fingerprint(whole)
+    for i in range(19):
+        changed = whole.clone()
+        bits = changed.view(torch.int32)
+        bits[i, i] ^= 1 << (i % 32)
+        assert fingerprint(changed) != before
+    assert fingerprint(whole[torch.randperm(19)]) != before
+    assert fingerprint(whole[:, torch.randperm(23)]) != before
+    assert fingerprint(whole.t().contiguous()) != before
+    assert fingerprint(-torch.zeros(3)) != fingerprint(torch.zeros(3))  # bits, not values
+
+
+@pytest.mark.parametrize(
+    "kind, more",
+    [("qwen3", {"tie_word_embeddings": True}), ("llama", {"tie_word_embeddings": False}), ("qwen3_moe", MIXTURE)],
+)
+def test_names_and_values_are_those_of_a_saved_checkpoint(kind, more, tmp_path):
+    model = build(kind, **more)
+    model.save_pretrained(tmp_path)
+    saved = {}
+    for file in tmp_path.glob("*.safetensors"):
+        with safe_open(file, "pt") as content:
+            saved |= {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    sent = dict(checkpoint_weights(model))
+    assert sorted(sent) == sorted(saved)
+    assert all(torch.equal(sent[name], saved[name]) for name in saved)
+    halves = dict(checkpoint_weights(model, torch.bfloat16))
+    assert {t.dtype for t in halves.values()} == {torch.bfloat16}
+
+
+def test_small_buckets_change_nothing(monkeypatch):
+    model = build("qwen3_moe", **MIXTURE)
+    whole = {name: fingerprint(tensor) for name, tensor in checkpoint_weights(model)}
+    monkeypatch.setattr("pact_fast.rollout.weights.BUCKET", 1)
+    assert {name: fingerprint(tensor) for name, tensor in checkpoint_weights(model)} == whole
+
+
+def test_tied_head_is_recognised():
+    assert tied_head(build("qwen3", tie_word_embeddings=True)) == ("lm_head.weight", "model.embed_tokens.weight")
+    assert tied_head(build("qwen3", tie_word_embeddings=False)) is None
+
+
+class TestVerify:
+    torch.manual_seed(1)
+    matrix = torch.randn(8, 6)
+    expected = {"a": (*shape_of(matrix), fingerprint(matrix)), "b": (6, 1, fingerprint(matrix[0]))}
+
+    def pieces(self, row=4):
+        m = self.matrix
+        return [
+            Piece("a", 0, 0, row, 6, fingerprint(m[:row])),
+            Piece("a", row, 0, 8 - row, 6, fingerprint(m[row:], row)),
+            Piece("b", 0, 0, 6, 1, fingerprint(m[0])),
+        ]
+
+    def test_shards_and_equal_copies_pass(self):
+        verify(self.expected, self.pieces())
+        verify(self.expected, [*self.pieces(), self.pieces()[2]])  # a norm that every device has
+
+    def test_every_fault_is_named(self):
+        p = self.pieces()
+        faults = {
+            "a": [p[0]._replace(fingerprint=p[0].fingerprint ^ 1), *p[1:]],
+            "a (incomplete)": p[1:],
+            "b (missing)": p[:2],
+            "b (copies differ)": [*p, p[2]._replace(fingerprint=1)],
+            "c (unknown to the trainer)": [*p, p[2]._replace(name="c")],
+        }
+        for shown, pieces in faults.items():
+            with pytest.raises(WeightMismatch) as error:
+                verify(self.expected, pieces)
+            assert f"({shown})" in str(error.value)

@@ -1,0 +1,89 @@
+"""A small policy that makes tool calls, and what vLLM tests share. Real vLLM; no GPU needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pact_fast.config import Config, load_config
+from pact_fast.data.rendering import ChatRenderer
+from pact_fast.rollout.agent import AgentLoop
+from pact_fast.rollout.engine import Request
+from pact_fast.trainer import setup
+from pact_fast.trainer.pretrain import pretrain
+
+SETTINGS = [
+    "device=cpu",
+    "rollout.engine=vllm",
+    "rollout.engine_timeout=60",
+    "pretrain.steps=60",
+    "pretrain.batch_size=8",
+    "model.random_init.num_hidden_layers=2",
+    "model.random_init.hidden_size=64",
+    "model.random_init.intermediate_size=128",
+]
+
+
+@dataclasses.dataclass
+class Policy:
+    config: Config
+    tasks: setup.TaskSource
+    renderer: ChatRenderer
+    model: torch.nn.Module
+
+    def loop(self, engine) -> AgentLoop:
+        return AgentLoop(engine, self.renderer, setup.make_environments(self.config), self.config.rollout)
+
+
+def make_policy(*settings: str, trained: bool = True) -> Policy:
+    config = load_config("quickstart", [*SETTINGS, *settings])
+    tasks = setup.make_tasks(config)
+    tokenizer = setup.make_tokenizer(config.model, tasks)
+    renderer = setup.make_renderer(config.model, tokenizer)
+    model = setup.make_model(config, tokenizer)
+    if trained:
+        pretrain(config, model, renderer, tasks, lambda step, loss: None)
+    return Policy(config, tasks, renderer, model)
+
+
+def perturb(model: torch.nn.Module, size: float = 0.01) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=size)
+
+
+def prompts(vocab: int, count: int = 8, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab, 20 + 5 * i) for i in range(count)]
+
+
+def sample(engine, contexts: list[np.ndarray], tokens: int, key: int, temperature: float = 0.9):
+    """One turn after each context."""
+    for i, ids in enumerate(contexts):
+        engine.submit(Request(i, ids, tokens, (key, i), temperature))
+    done = []
+    while len(done) < len(contexts):
+        done += engine.step()
+    for completion in done:
+        engine.close(completion.session)
+    return sorted(done, key=lambda completion: completion.session)
+
+
+@torch.no_grad()
+def largest_gap(model, contexts, completions, temperature: float = 0.9) -> float:
+    """max |engine's log-prob − the model's own| over all sampled tokens."""
+    worst = 0.0
+    model.set_attn_implementation("sdpa")  # trees and the embedded engine set their own
+    for ids, completion in zip(contexts, completions, strict=True):
+        full = torch.tensor(np.concatenate([ids, completion.ids]))[None]
+        logits = model(full).logits[0, len(ids) - 1 : -1].float() / (temperature or 1.0)
+        own = logits.log_softmax(-1).gather(1, full[0, len(ids) :, None])[:, 0]
+        worst = max(worst, float((own - torch.tensor(completion.logprobs)).abs().max()))
+    return worst
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
