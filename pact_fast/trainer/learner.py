@@ -97,6 +97,14 @@ class Learner:
 
     def update(self, plans: list[Plan]) -> UpdateResult:
         """One optimizer step on the plans."""
+        result = self.accumulate(plans)
+        started = time.perf_counter()
+        result.grad_norm = self.step()
+        result.seconds["optimizer"] = time.perf_counter() - started
+        return result
+
+    def accumulate(self, plans: list[Plan]) -> UpdateResult:
+        """Add the gradient of the plans' loss to the parameters'."""
         result = UpdateResult()
         scored = [s for plan in plans for s in plan.scored]
         batches = self._pack(plans, result)
@@ -105,9 +113,6 @@ class Learner:
         for batch in batches:
             self._backward(batch, scored, result)
         result.seconds["forward_backward"] = time.perf_counter() - started
-        started = time.perf_counter()
-        result.grad_norm = self.step()
-        result.seconds["optimizer"] = time.perf_counter() - started
         return result
 
     def step(self) -> float:

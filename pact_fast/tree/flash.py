@@ -71,14 +71,18 @@ class CpuFlash:
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        parts = [
-            flash(q[:, :, s.q0 : s.q1], k[:, :, s.k0 : s.k1], v[:, :, s.k0 : s.k1], 0.0, call.causal, scale=scale)
-            for s in call.spans
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+        n = sum(s.q1 - s.q0 for s in call.spans)
+        # rows outermost, as the model's output projection reads them: it takes this memory, not a copy of it
+        out = q.new_empty(1, n, q.shape[1], v.shape[-1]).transpose(1, 2)
+        lse = q.new_empty(1, q.shape[1], n, dtype=torch.promote_types(q.dtype, torch.float32))
+        row = 0
+        for q0, q1, k0, k1 in call.spans:
+            rows = slice(row, row + q1 - q0)
+            out[:, :, rows], lse[:, :, rows] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], 0.0, call.causal, scale=scale
+            )
+            row = rows.stop
+        return out, lse
 
     def backward(self, grad, q, k, v, out, lse, call, scale, dq, dk, dv):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -10,6 +12,7 @@ from pact_fast.errors import PactError
 from pact_fast.tree.attention import TreeLayout, tree_attention
 from pact_fast.tree.cache import PathCache
 from pact_fast.tree.packing import PackedBatch
+from pact_fast.tree.remake import Remake, is_compiled
 
 NAME = "pact_tree"
 
@@ -81,12 +84,14 @@ def branches_forward(model: PreTrainedModel, cache: PathCache, batch: PackedBatc
 
 def _run(model: PreTrainedModel, batch: PackedBatch, layout: TreeLayout) -> torch.Tensor:
     device = next(model.parameters()).device
-    output = _trunk(model)(
-        input_ids=torch.as_tensor(batch.input_ids, device=device)[None],
-        position_ids=torch.as_tensor(batch.position_ids, device=device)[None],
-        tree_layout=layout,
-        use_cache=False,
-    )
+    trunk = _trunk(model)
+    with nullcontext() if is_compiled(trunk) else Remake():
+        output = trunk(
+            input_ids=torch.as_tensor(batch.input_ids, device=device)[None],
+            position_ids=torch.as_tensor(batch.position_ids, device=device)[None],
+            tree_layout=layout,
+            use_cache=False,
+        )
     return output.last_hidden_state[0]
 
 
