@@ -42,7 +42,7 @@ class Script:
             ended = len(ids) <= request.max_new_tokens
             ids = ids[: request.max_new_tokens]
             self.contexts[request.session].append(ids)
-            out.append(Completion(request.session, ids, np.full(len(ids), -0.5, np.float32), ended))
+            out.append(Completion(request.session, ids, np.full(len(ids), -0.5, np.float32), ended, self.version))
         return out
 
     def close(self, session):

@@ -226,7 +226,7 @@ class AgentLoop:
         parsed = self.renderer.parse(completion.ids, state.job.task.tools)
         record = _record(parsed)
         state.turns.append(record)
-        state.append(completion.ids, parsed.components, completion.logprobs, self.engine.version)
+        state.append(completion.ids, parsed.components, completion.logprobs, completion.version)
         if not completion.ended:
             record.attempts = []  # what was cut off is never run, and must not be rewarded
             cut = state.length >= self.config.max_completion_length

@@ -35,12 +35,13 @@ class Completion:
     ids: np.ndarray
     logprobs: np.ndarray
     ended: bool  # by an end-of-turn token; otherwise max_new_tokens was reached
+    version: int = 0  # of the weights that sampled it
 
 
 class Engine(Protocol):
     """Continuous batching over sessions; the key-value cache of a session lives until `close`."""
 
-    version: int  # of the weights; every sampled token is stamped with it
+    version: int  # of the weights
     clocked: bool  # each call of `step` is one step of all sessions, however long it takes
 
     def submit(self, request: Request) -> None: ...
@@ -54,7 +55,7 @@ class Engine(Protocol):
         """Forget the session, and cancel its turn if one is under way. Must be called for every session."""
 
     def update_weights(self, model: PreTrainedModel, version: int) -> None:
-        """Sample from these weights from now on. No turn may be under way."""
+        """Sample from these weights from now on; turns under way end with the old ones."""
 
     def sleep(self) -> None:
         """Free what memory it can until the next `update_weights`."""

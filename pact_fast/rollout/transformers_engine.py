@@ -186,7 +186,8 @@ class TransformersEngine:
         if not ended and len(session.ids) < session.request.max_new_tokens:
             return None
         session.request = None
-        return Completion(session.id, np.array(session.ids, np.int64), np.array(session.logprobs, np.float32), ended)
+        ids, logprobs = np.array(session.ids, np.int64), np.array(session.logprobs, np.float32)
+        return Completion(session.id, ids, logprobs, ended, self.version)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)

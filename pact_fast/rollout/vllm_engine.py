@@ -7,8 +7,10 @@ under way, while everything already sampled stays.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,6 +22,7 @@ from pact_fast.errors import EngineDied, EngineError, EngineTimeout
 from pact_fast.rollout.engine import Completion, Request
 from pact_fast.rollout.weights import Piece, WeightMismatch, checkpoint_weights, fingerprint, tied_head, verify
 
+SLICE = 0.02  # seconds of waiting for turns, after which others may enter
 MAX_RESTARTS = 3  # in a row, without a finished turn in between
 
 
@@ -33,6 +36,7 @@ class Turn:
     temperature: float
     seed: int
     stop: list[int]
+    version: int
 
 
 @dataclass(frozen=True)
@@ -102,13 +106,22 @@ class VllmEngine:
         self._eot = sorted(eot_ids)
         self._deadline, self._dtype = deadline, dtype
         self._sessions: dict[int, _Session] = {}
+        self._asked = 0  # turns, so that each has a key of its own
         self._expected: dict[str, tuple[int, int, int]] = {}
+        # Sampling may go on in one thread while another one brings new weights. Who wants to enter queues at the turnstile:
+        # a lock alone would let the sampling thread in again and again.
+        self._turnstile, self._lock = threading.Lock(), threading.Lock()
+        self._ended: list[Completion] = []  # while the weights changed
         self._heard = time.monotonic()  # when a turn last ended, or the first one began
         self._failures = 0  # restarts since then
 
     # -- sampling ------------------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
+        with self._alone():
+            self._submit(request)
+
+    def _submit(self, request: Request) -> None:
         if self.version < 0:
             raise EngineError(self.host.name, "it has no weights yet; call update_weights first")
         if not self._waiting():
@@ -116,19 +129,33 @@ class VllmEngine:
         session = self._sessions.setdefault(request.session, _Session(request.rng_key))
         session.context += request.ids.tolist()
         session.turns += 1
+        self._asked += 1
         seed = np.random.SeedSequence((*session.rng_key, session.turns)).generate_state(1, np.uint64)[0]
         session.turn = Turn(
-            f"{request.session}/{session.turns}/{self.version}",
+            f"{request.session}/{session.turns}/{self.version}/{self._asked}",
             list(session.context),  # which grows
             request.max_new_tokens,
             request.temperature,
             int(seed) >> 1,
             self._eot,
+            self.version,
         )
         self._guarded(lambda: self.host.add(session.turn))
 
     def step(self, timeout: float | None = None) -> list[Completion]:
         """Turns that ended. Waits for one, at most `timeout` seconds (default: until the deadline)."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._alone():
+                done = self._poll(SLICE if end is None else min(SLICE, end - time.monotonic()))
+                if done or self.clocked or not self._waiting() or (end is not None and time.monotonic() >= end):
+                    return done
+
+    def _poll(self, timeout: float) -> list[Completion]:
+        """Turns that ended; an engine that is dead or has been silent for too long is started again."""
+        if self._ended:
+            done, self._ended = self._ended, []
+            return done
         if not self._waiting():
             return []
         left = self._heard + self._deadline - time.monotonic()
@@ -137,18 +164,30 @@ class VllmEngine:
                 raise EngineTimeout(
                     self.host.name, f"no turn has ended for {self._deadline:g} s (rollout.engine_timeout)"
                 )
-            sampled = self.host.poll(left if timeout is None else min(timeout, left))
+            sampled = self.host.poll(max(min(timeout, left), 0.0))
         except (EngineDied, EngineTimeout) as error:
             self._recover(error)
             return []
         if sampled:
             self._heard, self._failures = time.monotonic(), 0
-        return [done for one in sampled if (done := self._finish(one))]
+        return [completion for one in sampled if (completion := self._finish(one))]
 
     def close(self, session: int) -> None:
-        gone = self._sessions.pop(session, None)
-        if gone and gone.turn:
-            self._guarded(lambda: self.host.abort([gone.turn.key]))
+        with self._alone():
+            gone = self._sessions.pop(session, None)
+            self._ended = [done for done in self._ended if done.session != session]
+            if gone and gone.turn:
+                key = gone.turn.key
+                self._guarded(lambda: self.host.abort([key]))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._turnstile:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _waiting(self) -> bool:
         return any(session.turn for session in self._sessions.values())
@@ -158,11 +197,11 @@ class VllmEngine:
         session = self._sessions.get(number)
         if session is None or session.turn is None or session.turn.key != sampled.key:
             return None  # cancelled while its answer was on the way
-        limit, session.turn = session.turn.max_tokens, None
+        turn, session.turn = session.turn, None
         ids, logprobs = np.array(sampled.ids, np.int64), np.array(sampled.logprobs, np.float32)
-        self._check(ids, logprobs, limit)
+        self._check(ids, logprobs, turn.max_tokens)
         session.context += sampled.ids
-        return Completion(number, ids, logprobs, int(ids[-1]) in self._eot)
+        return Completion(number, ids, logprobs, int(ids[-1]) in self._eot, turn.version)
 
     def _check(self, ids: np.ndarray, logprobs: np.ndarray, limit: int) -> None:
         """An engine that answers nonsense is an error here, not a reward of zero later."""
@@ -183,11 +222,18 @@ class VllmEngine:
     def update_weights(self, model: PreTrainedModel, version: int) -> None:
         """Give the engine the model's weights as `version`, check what it then holds, and forget cached prefixes.
 
-        Before, the old ones are checked once more: what was sampled in between came from the weights it is stamped with.
-        Turns under way must have ended (`drain`). WeightMismatch if the engine holds anything else than what was sent.
+        Turns under way end first. Then the old weights are checked once more: what was sampled since the last update came
+        from the weights it is stamped with. WeightMismatch if the engine holds anything else than what was sent.
+        May be called while another thread samples; that one waits.
         """
-        if self._waiting():
-            raise EngineError(self.host.name, "turns are under way; drain the engine before its weights change")
+        with self._alone():
+            ended: list[Completion] = []
+            while self._waiting():
+                ended += self._poll(SLICE)
+            self._ended += ended
+            self._update(model, version)
+
+    def _update(self, model: PreTrainedModel, version: int) -> None:
         self.host.wake()
         if self.version >= 0:
             self._check_held()
@@ -214,13 +260,6 @@ class VllmEngine:
         self.version = version
         self.last_sync = SyncReport(version, size, loaded - started, time.monotonic() - loaded)
 
-    def drain(self) -> list[Completion]:
-        """Wait for all turns under way."""
-        done: list[Completion] = []
-        while self._waiting():
-            done += self.step()
-        return done
-
     def sleep(self) -> None:
         """Free the device's memory for the update, where the host can."""
         self.host.sleep()
@@ -230,10 +269,8 @@ class VllmEngine:
 
     def _check_held(self) -> None:
         version, self.version = self.version, -1
-        try:
+        with suppress(EngineDied, EngineTimeout):  # it will be started again with the new weights
             self._verify(version)
-        except (EngineDied, EngineTimeout):
-            pass  # it will be started again with the new weights
 
     def _verify(self, version: int) -> None:
         found, pieces = self.host.report()

@@ -102,7 +102,7 @@ def engine_args(args: dict[str, Any]) -> dict[str, Any]:
     fixed: dict[str, Any] = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": True}
     if not torch.cuda.is_available():
         # there, seeds of requests do not survive a prompt that is computed in parts
-        fixed |= {"enforce_eager": True, "enable_chunked_prefill": False}
+        fixed |= {"enforce_eager": True, "enable_chunked_prefill": False, "block_size": 32}
         fixed["max_num_batched_tokens"] = max(2048, args.get("max_model_len") or 0)
     return {**fixed, **args}
 

@@ -6,6 +6,7 @@ answered. So a run that is killed and resumed repeats the steps it lost bit for 
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from pact_fast.rewards.trajectory import compute_rewards
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.factory import make_engine
 from pact_fast.trainer import checkpoint, setup
+from pact_fast.trainer.ahead import Ahead
 from pact_fast.trainer.evaluate import Rate, evaluate, reward_means, success_rate
 from pact_fast.trainer.learner import Learner, UpdateResult
 from pact_fast.trainer.metrics import MetricsWriter, control_token_prob, rollout_metrics, update_metrics
@@ -69,6 +71,7 @@ class Trainer:
         else:
             checkpoint.rewind_metrics(self.run / "metrics.jsonl", 0)
         self.metrics = MetricsWriter(self.run, first)
+        self.ahead = Ahead(self._rollouts, self.config.trainer.max_steps, self.config.trainer.max_off_policy_steps)
         try:
             self.engine.update_weights(self.model, self.learner.updates)
             if base is None:
@@ -78,6 +81,7 @@ class Trainer:
                 self._after(step + 1, base, elapsed + time.time() - started)
             return self._finish(base, elapsed + time.time() - started)
         finally:
+            self.ahead.close()
             self.progress.close()
             self.metrics.close()
             self.loop.close()
@@ -147,9 +151,9 @@ class Trainer:
     def _step(self, step: int) -> None:
         config = self.config
         started = time.perf_counter()
-        tasks = self.tasks.train(step, config.trainer.prompts_per_step)
-        groups = self._rollouts(step, tasks)
+        groups, lagging = self._fresh(step, self.ahead.get(step))
         rollout_seconds = time.perf_counter() - started
+        before = self.learner.updates
         self.engine.sleep()
         plans, results, schedule = self._update(step, groups)
         sync = time.perf_counter()
@@ -164,6 +168,8 @@ class Trainer:
             **schedule,
             "learning_rate": self.learner.learning_rate(),
             "routes/trace_share": float(np.mean([plan.route in ("trace", "blend") for plan in plans])),
+            "rollout/lagging_groups": float(lagging),
+            "rollout/staleness": self._staleness(groups, before),
             "time/rollout": rollout_seconds,
             "time/weight_sync": sync_seconds,
             "time/step": seconds,
@@ -173,9 +179,22 @@ class Trainer:
         self.progress.step(step + 1, config.trainer.max_steps, values)
         self._keep_rollouts(step + 1, plans)
 
-    def _rollouts(self, step: int, tasks: list[Task]) -> list[Group]:
-        """Sample, reward and compute advantages, prompt by prompt."""
+    def _fresh(self, step: int, groups: list[Group]) -> tuple[list[Group], int]:
+        """The groups, and how many of them lagged: those sampled by weights that are too old are sampled again."""
+        oldest = self.learner.updates - self.config.trainer.max_off_policy_steps * self.updates_per_step
+        lagging = [g.index for g in groups if any((t.versions[t.sampled] < oldest).any() for t in g.trajectories)]
+        if lagging:
+            tasks = [groups[index].task for index in lagging]
+            for index, group in zip(lagging, self.ahead.run(lambda: self._rollouts(step, tasks)), strict=True):
+                group.index = index
+                groups[index] = group
+        return groups, len(lagging)
+
+    def _rollouts(self, step: int, tasks: list[Task] | None = None) -> list[Group]:
+        """Sample, reward and compute advantages, prompt by prompt; `tasks`: default, those of the step."""
         config = self.config
+        if tasks is None:
+            tasks = self.tasks.train(step, config.trainer.prompts_per_step)
         tasks = [self.loop.prepare(task)[0] for task in tasks]
         groups = [Group(task, index, self.loop.prompt_ids(task)) for index, task in enumerate(tasks)]
         if not self.algorithm.needs_rollouts:
@@ -194,6 +213,12 @@ class Trainer:
         for group in groups:
             self._advantages(group)
         return groups
+
+    def _staleness(self, groups: list[Group], updates: int) -> float:
+        """Mean age in steps of the weights that sampled the step's tokens."""
+        versions = [t.versions[t.sampled] for group in groups for t in group.trajectories]
+        found = np.concatenate(versions) if versions else np.zeros(0)
+        return float(updates - found.mean()) / self.updates_per_step if len(found) else 0.0
 
     def _reward(self, groups: list[Group]) -> None:
         pairs = [(group.task, t) for group in groups for t in group.trajectories]
@@ -281,9 +306,12 @@ class Trainer:
         values: dict[str, float] = {}
         for name, temperature in (("success", 1.0), ("greedy", 0.0)):
             with self.progress.rollouts(len(tasks), f"{label}: {name}") as advance:
-                trajectories = evaluate(
-                    self.loop, tasks, temperature=temperature, seed=self.config.seed, on_finish=lambda i, t: advance()
-                )
+                trajectories = self.ahead.run(
+                    functools.partial(
+                        evaluate, self.loop, tasks, temperature=temperature, seed=self.config.seed,
+                        on_finish=lambda i, t: advance(),
+                    )
+                )  # fmt: skip
             results[name] = success_rate(trajectories)
             values |= {f"eval/{name}": results[name].mean}
             values |= {

@@ -1,0 +1,203 @@
+"""vLLM in a process of its own: a run goes on when it is killed or hangs, and a running `vllm serve` is used as it is."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
+
+from vllm_parts import SETTINGS, largest_gap, make_policy, perturb, prompts, sample
+
+from pact_fast.config import load_config
+from pact_fast.errors import EngineDied, PactError
+from pact_fast.rollout.factory import make_engine
+from pact_fast.rollout.vllm_engine import VllmEngine
+from pact_fast.rollout.vllm_server import ManagedVllm, VllmServer
+from pact_fast.trainer.learner import Learner
+from pact_fast.trainer.loop import Trainer
+
+pytestmark = pytest.mark.vllm
+STEPS = 20
+DEADLINE = 8.0  # seconds after which the engine counts as hung
+RUN = [
+    *SETTINGS,
+    "rollout.vllm_mode=server",
+    f"rollout.engine_timeout={DEADLINE}",
+    f"trainer.max_steps={STEPS}",
+    "trainer.prompts_per_step=2",
+    "trainer.eval_tasks=4",
+    "rollout.num_generations=4",
+    "rollout.max_turn_tokens=48",
+    "rollout.max_completion_length=160",
+]
+
+
+class Faults:
+    """Strikes at the server once in each state, at given optimizer steps, and writes down what was asked and answered."""
+
+    def __init__(self, monkeypatch, trainer):
+        self.trainer, self.due, self.struck = trainer, {4: "idle", 9: "generating", 14: "updating", 17: "hanging"}, []
+        self.ended, self.asked_again = set(), []
+        update, step, rpc = Learner.update, VllmEngine.step, VllmServer._rpc
+        add, finish = ManagedVllm.add, VllmEngine._finish
+
+        def during_update(learner, plans):
+            self.strike("idle")
+            return update(learner, plans)
+
+        def during_step(engine, timeout=None):
+            done = step(engine, timeout)
+            if done and engine._waiting():
+                self.strike("generating")
+                self.strike("hanging", signal.SIGSTOP)
+            return done
+
+        def ask(host, turn):
+            if turn.key in self.ended:
+                self.asked_again.append(turn.key)
+            return add(host, turn)
+
+        def end(engine, sampled):
+            done = finish(engine, sampled)
+            self.ended |= {sampled.key} if done else set()
+            return done
+
+        def during_rpc(host, method, *args, **kwargs):
+            if method == "reload_weights" and self.due.get(self.now()) == "updating":
+                threading.Timer(0.01, self.strike, ["updating"]).start()  # the request is on its way by then
+            return rpc(host, method, *args, **kwargs)
+
+        monkeypatch.setattr(Learner, "update", during_update)
+        monkeypatch.setattr(VllmEngine, "step", during_step)
+        monkeypatch.setattr(ManagedVllm, "add", ask)
+        monkeypatch.setattr(VllmEngine, "_finish", end)
+        monkeypatch.setattr(VllmServer, "_rpc", during_rpc)
+
+    def now(self) -> int:
+        learner = getattr(self.trainer, "learner", None)
+        return learner.updates if learner else -1
+
+    def strike(self, state, sign=signal.SIGKILL):
+        if self.due.get(self.now()) == state:
+            del self.due[self.now()]
+            self.struck.append(state)
+            os.killpg(self.trainer.engine.host.pid, sign)
+
+
+def test_a_run_goes_on_after_every_fault(tmp_path, monkeypatch):
+    trainer = Trainer(load_config("quickstart", [*RUN, f"output_dir={tmp_path / 'run'}"]))
+    faults = Faults(monkeypatch, trainer)
+    finished = []
+    rollouts = Trainer._rollouts
+
+    def keep(self, step, tasks=None):
+        groups = rollouts(self, step, tasks)
+        finished.append([t for group in groups for t in group.trajectories])
+        return groups
+
+    monkeypatch.setattr(Trainer, "_rollouts", keep)
+    trainer.train()
+    assert faults.struck == ["idle", "generating", "updating", "hanging"]
+    assert trainer.engine.restarts == 4 and not faults.asked_again
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(STEPS + 1))
+    assert [len(step) for step in finished] == [8] * STEPS
+    for number, step in enumerate(finished):
+        assert all((t.versions[t.sampled] == number).all() for t in step)
+    gaps = [
+        json.loads(line).get("mismatch/max", 0.0)
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert max(gaps) <= 1e-4 and sum(gap > 0 for gap in gaps) > 3
+    with pytest.raises(ProcessLookupError):  # and no server is left behind
+        os.killpg(trainer.engine.host.pid or 2**22 + 1, 0)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return make_policy("rollout.vllm_mode=server", trained=False)
+
+
+def test_a_server_that_cannot_start_says_why(policy, tmp_path):
+    policy.config.rollout.vllm_args = {"block_size": 7}
+    engine = make_engine(policy.config, policy.model, policy.renderer, folder=tmp_path)
+    policy.config.rollout.vllm_args = {}
+    with pytest.raises(EngineDied, match=r"(?s)ended with status.*its log .*vllm.log ends"):
+        engine.update_weights(policy.model, 0)
+    engine.shutdown()
+
+
+def test_a_running_server(policy, tmp_path):
+    """A stock server with our worker extension, over TCP."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path / "model"
+    policy.model.config.architectures = [type(policy.model).__name__]
+    policy.model.save_pretrained(folder)
+    policy.renderer.tokenizer.save_pretrained(folder)
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port), "--dtype",
+        "float32", "--host", "127.0.0.1", "--max-model-len", "640", "--enforce-eager", "--no-enable-chunked-prefill",
+        "--max-num-batched-tokens", "2048", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+        "--worker-extension-cls", "pact_fast.rollout.vllm_worker.WeightReport",
+    ]  # fmt: skip
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    server = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)  # fmt: skip
+    config = policy.config.model_copy(deep=True)
+    config.rollout.vllm_server_base_url = f"http://127.0.0.1:{port}"
+    try:
+        engine = make_engine(config, policy.model, policy.renderer, folder=tmp_path)
+        contexts = prompts(len(policy.renderer.tokenizer))
+        for version in range(2):
+            perturb(policy.model)
+            engine.update_weights(policy.model, version)
+            assert largest_gap(policy.model, contexts, sample(engine, contexts, 16, version)) <= 1e-4
+        # what another trainer does to the server is seen before the next update
+        engine.host._rpc("pact_loaded", args=["77"])
+        with pytest.raises(PactError, match="version 77, the trainer has sent 1"):
+            engine.update_weights(policy.model, 2)
+        engine.shutdown()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_nobody_at_the_address_is_an_error_within_the_deadline(policy, tmp_path):
+    config = policy.config.model_copy(deep=True)
+    config.rollout.vllm_server_base_url, config.rollout.vllm_server_timeout = "http://127.0.0.1:9", 1.0
+    started = time.monotonic()
+    with pytest.raises(EngineDied, match=r"vLLM at http://127.0.0.1:9: it does not serve within 1 s"):
+        make_engine(config, policy.model, policy.renderer, folder=tmp_path)
+    assert time.monotonic() - started < 15
+
+
+def test_ids_of_contexts_are_what_they_were(policy):
+    """The list that is sent is the session's own no more."""
+    sent = []
+
+    class Host:
+        name, clocked = "a host", False
+
+        def add(self, turn):
+            sent.append(turn)
+
+    engine = VllmEngine(Host(), [1], deadline=5)
+    engine.version = 0
+    from pact_fast.rollout.engine import Request
+    from pact_fast.rollout.vllm_engine import Sampled
+
+    engine.submit(Request(0, np.array([5, 6]), 3))
+    engine._finish(Sampled(sent[0].key, [7, 1], [-0.1, -0.2]))
+    engine.submit(Request(0, np.array([8]), 3))
+    assert [turn.ids for turn in sent] == [[5, 6], [5, 6, 7, 1, 8]]
