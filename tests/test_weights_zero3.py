@@ -1,0 +1,31 @@
+"""Weights for an engine, from a model that real DeepSpeed ZeRO-3 has partitioned over two processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+
+
+@pytest.mark.slow
+def test_every_rank_sees_all_weights_but_never_at_once(tmp_path):
+    script = Path(__file__).parent / "zero3_weights.py"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(tmp_path),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    for rank in range(2):
+        result = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert result["equal"]
+        assert result["left"] == 0  # partitioned again
+        assert result["largest"] <= result["total"] / 3 + 96 * 32  # one layer, or embedding, of three

@@ -1,0 +1,44 @@
+"""Run by torchrun in two processes (test_weights_zero3.py): weights of a ZeRO-3 model, gathered bucket by bucket."""
+
+import copy
+import json
+import os
+import sys
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import deepspeed
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pact_fast.rollout import weights
+
+deepspeed.init_distributed("gloo")
+torch.manual_seed(0)
+settings = AutoConfig.for_model(
+    "qwen3", vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=16, max_position_embeddings=64,
+)  # fmt: skip
+plain = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+engine, *_ = deepspeed.initialize(
+    model=copy.deepcopy(plain),
+    config={
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    },
+)
+weights.BUCKET = 1  # a layer at a time
+expected = {name: weights.fingerprint(tensor) for name, tensor in weights.checkpoint_weights(plain)}
+found, live = {}, []
+for name, tensor in weights.checkpoint_weights(engine.module):
+    found[name] = weights.fingerprint(tensor)
+    live.append(sum(parameter.numel() for parameter in engine.module.parameters()))
+result = {
+    "equal": found == expected,
+    "largest": max(live),
+    "total": sum(parameter.numel() for parameter in plain.parameters()),
+    "left": sum(parameter.numel() for parameter in engine.module.parameters()),
+}
+with open(f"{sys.argv[1]}/{torch.distributed.get_rank()}.json", "w") as file:
+    json.dump(result, file)
