@@ -121,6 +121,41 @@ def test_a_run_goes_on_after_every_fault(tmp_path, monkeypatch):
         os.killpg(trainer.engine.host.pid or 2**22 + 1, 0)
 
 
+def test_sampling_during_updates_is_bounded_and_stamped(tmp_path, monkeypatch):
+    steps, seen = 6, []
+    settings = [
+        *RUN,
+        "algorithm.anchor.q=1.0",
+        f"trainer.max_steps={steps}",
+        "trainer.max_off_policy_steps=1",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    fresh = Trainer._fresh
+
+    def keep(self, step, groups):
+        if step == 4:  # one group is older than allowed
+            groups[1].trajectories[2].versions[groups[1].trajectories[2].sampled] = 1
+        groups, lagging = fresh(self, step, groups)
+        seen.append([t.versions[t.sampled] for group in groups for t in group.trajectories])
+        assert [group.index for group in groups] == [0, 1] and lagging == (step == 4)
+        return groups, lagging
+
+    monkeypatch.setattr(Trainer, "_fresh", keep)
+    trainer = Trainer(load_config("quickstart", settings))
+    trainer.train()
+    assert len(seen) == steps
+    for step, versions in enumerate(seen):
+        assert all(((v >= step - 1) & (v <= step)).all() for v in versions)
+        for v in versions:
+            assert (np.diff(v) >= 0).all()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps_only = [record for record in records if "rollout/staleness" in record]
+    assert steps_only[0]["rollout/staleness"] == 0 and steps_only[-1]["rollout/staleness"] > 0
+    assert [record["rollout/lagging_groups"] for record in steps_only] == [0, 0, 0, 0, 1, 0]
+    # what the older weights would have said is corrected for, and the difference shows
+    assert max(record.get("mismatch/max", 0.0) for record in steps_only) > 1e-4
+
+
 @pytest.fixture(scope="module")
 def policy():
     return make_policy("rollout.vllm_mode=server", trained=False)

@@ -30,6 +30,10 @@ class Policy:
     loop: AgentLoop
     tasks: setup.TaskSource
 
+    def close(self) -> None:
+        self.loop.close()
+        self.loop.engine.shutdown()
+
 
 def load_policy(source: str, settings: Sequence[str]) -> Policy:
     """From a run directory (its newest complete checkpoint) or a recipe."""
@@ -78,7 +82,7 @@ def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> 
             f"{name:8} success {rate}  " + "  ".join(f"{k} {v:.3f}" for k, v in reward_means(trajectories).items())
         )
     progress.close()
-    policy.loop.close()
+    policy.close()
     print(json.dumps(result, indent=2))
     if out:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -95,7 +99,7 @@ def rollout_command(source: str, settings: Sequence[str], count: int, split: str
             on_finish=lambda i, t: advance(),
         )  # fmt: skip
     progress.close()
-    policy.loop.close()
+    policy.close()
     records = [
         rollout_record(policy.renderer, task, t, step=0, kind="eval")
         for task, t in zip(tasks, trajectories, strict=True)
