@@ -118,7 +118,10 @@ def sampling_params(vllm, turn: Turn):
 
 
 def merged(reports: list[dict]) -> tuple[int, list[Piece]]:
-    """One report of the workers' reports."""
+    """One report of the workers' reports; PactError if weights cannot be read, and so not be verified."""
+    for report in reports:
+        if "error" in report:
+            raise PactError(f"the engine's weights cannot be verified: {report['error']}")
     versions = {report["version"] for report in reports}
     pieces = [Piece(*piece) for report in reports for piece in report["pieces"]]
     return (versions.pop() if len(versions) == 1 else -1), pieces

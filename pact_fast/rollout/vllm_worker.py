@@ -32,9 +32,14 @@ class WeightReport:
         self._pact_version = int(version)
 
     def pact_weights(self) -> dict:
-        """{version, pieces}: the version last set (-1: none) and the fingerprints of the weights in use."""
-        with torch.inference_mode():
-            found = [list(piece) for piece in pieces(self._pact_model())]
+        """{version, pieces}: the version last set (-1: none) and the fingerprints of the weights in use; {error} if they
+        cannot be read.
+        """
+        try:
+            with torch.inference_mode():
+                found = [list(piece) for piece in pieces(self._pact_model())]
+        except NotImplementedError as error:
+            return {"error": str(error)}
         return {"version": getattr(self, "_pact_version", -1), "pieces": found}
 
     def _pact_model(self) -> torch.nn.Module:
@@ -62,7 +67,7 @@ def _matrix_pieces(name: str, module: Any, packed: dict[str, list[str]]) -> Iter
         return _linear(name, module, packed)
     if isinstance(module, VocabParallelEmbedding):
         return _embedding(name, module)
-    if type(module).__name__ == "FusedMoE" or hasattr(module, "w13_weight"):
+    if hasattr(module, "w13_weight"):
         return _experts(name, module)
     return None
 
@@ -131,19 +136,29 @@ def _embedding(name: str, module: Any) -> Iterator[Piece]:
 def _experts(name: str, module: Any) -> Iterator[Piece]:
     """Experts one by one; w13 holds gate and up of an expert, this device's share of each."""
     w13, w2 = module.w13_weight, module.w2_weight
-    size = w13.shape[1] // 2
-    if w13.numel() == 0 or w13.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise NotImplementedError(f"{name}: the engine has repacked its experts in a way that cannot be read back")
-    held = [e for e in range(module.global_num_experts)]
-    if getattr(module, "expert_map", None) is not None:
-        local = module.expert_map.tolist()
-        held = [e for e in held if local[e] >= 0]
-    offset = module.tp_rank * size
-    for place, expert in enumerate(held):
+    name, size = name.removesuffix(".routed_experts"), w13.shape[1] // 2
+    if w13.device.type == "cpu":
+        # its kernels want experts in a layout of their own, which a reload (0.32) does not make again: log-probs go wrong
+        raise NotImplementedError(
+            f"{name}: vLLM's CPU build does not reload mixtures of experts; use another engine or a GPU"
+        )
+    if w13.ndim != 3 or w2.shape != (len(w13), w13.shape[2], size):
+        raise NotImplementedError(f"{name}: the engine keeps its experts in a layout that cannot be read back")
+    offset = module.moe_config.moe_parallel_config.tp_rank * size
+    for place, expert in enumerate(_held_experts(module)):
         prefix = f"{name}.{expert}"
         yield _piece(f"{prefix}.gate_proj.weight", w13[place, :size], offset)
         yield _piece(f"{prefix}.up_proj.weight", w13[place, size:], offset)
         yield _piece(f"{prefix}.down_proj.weight", w2[place], 0, offset)
+
+
+def _held_experts(module: Any) -> list[int]:
+    """Global numbers of this device's experts, in the order of their places."""
+    places = getattr(module, "expert_map", None)
+    if places is None:
+        return list(range(module.global_num_experts))
+    held = [(place, expert) for expert, place in enumerate(places.tolist()) if place >= 0]
+    return [expert for _, expert in sorted(held)]
 
 
 def _loaded(module: Any) -> torch.Tensor:
@@ -154,7 +169,8 @@ def _loaded(module: Any) -> torch.Tensor:
 
 def _read_back(module: Any) -> torch.Tensor:
     """W from a kernel that keeps it in a layout of its own: W·I. Products with 1 and 0 are exact in any float type."""
-    width = getattr(module, "input_size_per_partition", None) or module.embedding_dim
+    names = ("input_size_per_partition", "input_size", "embedding_dim")
+    width = next(getattr(module, name) for name in names if hasattr(module, name))
     dtype = module.params_dtype if hasattr(module, "params_dtype") else module.weight.dtype
     columns = []
     for start in range(0, width, READ_BACK):
