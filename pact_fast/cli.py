@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument("--step", type=int, help="only this step (default: all)")
     view.add_argument("--out", type=Path, help="file to write (default: RUN/view.html)")
 
+    export = _command(
+        commands, "export", _export, "write a run's newest model as Hugging Face weights, adapters merged"
+    )
+    export.add_argument("run_dir", metavar="RUN", type=Path, help="run directory")
+    export.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+
     _command(commands, "recipes", _recipes, "list the shipped recipes")
     bench = _command(commands, "bench", _bench, "how to run the benchmarks")
     bench.add_argument("name", nargs="?", help="benchmark to run (default: list them)")
@@ -138,6 +144,13 @@ def _view(arguments) -> int:
     if not arguments.run_dir.is_dir():
         raise PactError(f"{arguments.run_dir} is no run directory; pass the folder that `pact-fast train` printed")
     print(write_view(arguments.run_dir, out=arguments.out, step=arguments.step))
+    return 0
+
+
+def _export(arguments) -> int:
+    from pact_fast.trainer.export import export
+
+    print(export(arguments.run_dir, arguments.out))
     return 0
 
 

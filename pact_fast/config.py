@@ -20,6 +20,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=False)
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (docs/lora.md): only they train; the weights under them stay as they were loaded."""
+
+    r: int = Field(16, ge=1, le=512, description="Rank.")
+    alpha: float = Field(32.0, gt=0, description="An adapter's output is scaled by alpha / r.")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="Layers that get an adapter, by the end of their names ([q_proj, v_proj]); `all-linear`: every linear "
+        "layer but the head.",
+    )
+
+
 class ModelConfig(Section):
     """The policy."""
 
@@ -38,6 +50,7 @@ class ModelConfig(Section):
         "float32", description="Type of the computation; `bfloat16` is autocast, the weights stay float32."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters; default: all weights.")
 
 
 class DataConfig(Section):

@@ -72,7 +72,8 @@ def _value(field: FieldInfo) -> str:
         for name, sign in BOUNDS.items()
         if hasattr(limit, name)
     ]
-    parts = typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
+    union = typing.get_origin(field.annotation) in (types.UnionType, typing.Union)
+    parts = typing.get_args(field.annotation) if union else (field.annotation,)
     text = " or ".join(_type(part) for part in parts if part is not types.NoneType)
     return " ".join([text, ", ".join(bounds)]).rstrip() + (" or null" if types.NoneType in parts else "")
 

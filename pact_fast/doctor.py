@@ -114,7 +114,7 @@ class _Checks:
         import torch
 
         from pact_fast.rollout.factory import check_embedded
-        from pact_fast.trainer import setup
+        from pact_fast.trainer import lora, setup
 
         if self.config.model.path:  # reading the configuration is enough, weights may be large
             from transformers import AutoConfig, AutoModelForCausalLM
@@ -124,13 +124,18 @@ class _Checks:
                 model = AutoModelForCausalLM.from_config(architecture)
         else:
             model = setup.make_model(self.config, self.tokens)
+        if self.config.model.lora:
+            lora.attach(model, self.config.model.lora, self.config.seed)
         setup.check_context(self.config, model)
         if self.config.rollout.engine == "transformers":
             check_embedded(model)
         count = sum(p.numel() for p in model.parameters())
-        memory = count * 16 / 2**30  # float32 weights, gradients and two AdamW moments
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        memory = (count * 4 + trained * 12) / 2**30  # float32 weights, gradients and two AdamW moments
+        adapters = f", {trained / 1e6:,.2f} M of them in adapters" if self.config.model.lora else ""
         return (
-            f"{model.config.model_type}, {count / 1e6:,.1f} M parameters; weights and optimizer take {memory:.2f} GiB"
+            f"{model.config.model_type}, {count / 1e6:,.1f} M parameters{adapters}; "
+            f"weights and optimizer take {memory:.2f} GiB"
         )
 
     def kernels(self) -> str:

@@ -55,6 +55,7 @@ def _vllm_host(config: Config, model: Path, work: Path) -> Host:
         "max_num_seqs": rollout.max_batch_size,
         "tensor_parallel_size": rollout.vllm_tensor_parallel_size,
         "seed": config.seed,
+        **(_lora_args(config.model.lora.r) if config.model.lora else {}),
         **rollout.vllm_args,
     }
     if torch.cuda.is_available():
@@ -70,6 +71,12 @@ def _vllm_host(config: Config, model: Path, work: Path) -> Host:
     if rollout.vllm_server_base_url:
         return RemoteVllm(rollout.vllm_server_base_url, model, weights, **limits)
     return ManagedVllm(model, weights, log=work / "vllm.log", **limits, **args)
+
+
+def _lora_args(rank: int) -> dict[str, object]:
+    """Room for one adapter, of a rank that vLLM has kernels for."""
+    sizes = (8, 16, 32, 64, 128, 256, 320, 512)
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(size for size in sizes if size >= rank)}
 
 
 def _model_folder(model: PreTrainedModel, renderer: ChatRenderer, folder: Path) -> Path:

@@ -10,6 +10,8 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from pact_fast.tree.hf import trunk
+
 NAME = "pact_slots"
 GROWTH = 128  # slots grow by so many positions at a time
 
@@ -93,4 +95,4 @@ def forward(
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
     cache.begin(rows, positions, next(model.parameters()).dtype)
-    return model.base_model(input_ids=ids, position_ids=positions, slot_cache=cache, use_cache=False).last_hidden_state
+    return trunk(model)(input_ids=ids, position_ids=positions, slot_cache=cache, use_cache=False).last_hidden_state

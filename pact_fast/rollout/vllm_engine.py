@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,9 +19,11 @@ import torch
 from transformers import PreTrainedModel
 
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout
+from pact_fast.rollout.adapter import engine_adapter
 from pact_fast.rollout.engine import Completion, Request
 from pact_fast.rollout.weights import Piece, WeightMismatch, checkpoint_weights, fingerprint, tied_head, verify
 
+Expected = dict[str, tuple[int, int, int]]  # rows, columns and fingerprint of each tensor that was sent
 SLICE = 0.02  # seconds of waiting for turns, after which others may enter
 MAX_RESTARTS = 3  # in a row, without a finished turn in between
 
@@ -73,11 +75,17 @@ class Host(Protocol):
     def load(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Give the engine these weights, whatever it takes; nothing is being generated meanwhile."""
 
+    def load_adapter(self, tensors: dict[str, torch.Tensor], version: int) -> None:
+        """Give the engine this adapter, under a name of its own, and use it for every turn from now on."""
+
     def reload(self) -> None:
-        """Start the engine again if it is ours, else connect again, and give it the weights of the last `load`."""
+        """Start the engine again if it is ours, else connect again, and give it what was last loaded."""
 
     def report(self) -> tuple[int, list[Piece]]:
         """(version, fingerprints) of the weights in use, of all workers."""
+
+    def report_adapter(self) -> tuple[int, list[Piece]]:
+        """The same of the adapter in use."""
 
     def reset_prefix_cache(self) -> None: ...
 
@@ -107,7 +115,8 @@ class VllmEngine:
         self._deadline, self._dtype = deadline, dtype
         self._sessions: dict[int, _Session] = {}
         self._asked = 0  # turns, so that each has a key of its own
-        self._expected: dict[str, tuple[int, int, int]] = {}
+        self._expected: Expected = {}
+        self._adapter: Expected = {}  # empty without LoRA
         # Sampling may go on in one thread while another one brings new weights. Who wants to enter queues at the turnstile:
         # a lock alone would let the sampling thread in again and again.
         self._turnstile, self._lock = threading.Lock(), threading.Lock()
@@ -224,6 +233,8 @@ class VllmEngine:
 
         Turns under way end first. Then the old weights are checked once more: what was sampled since the last update came
         from the weights it is stamped with. WeightMismatch if the engine holds anything else than what was sent.
+        With LoRA, the frozen weights go there once; then only the adapter moves. It is checked number by number in the
+        buffers that vLLM computes with, as the weights are.
         May be called while another thread samples; that one waits.
         """
         with self._alone():
@@ -238,27 +249,45 @@ class VllmEngine:
         if self.version >= 0:
             self._check_held()
         started = time.monotonic()
+        adapter = engine_adapter(model, self._dtype)
+        everything = self.version < 0 or not adapter
+        self.version = -1  # until the new ones are verified
+        size = self._send_weights(model, version) if everything else 0
+        if adapter:
+            size += self._send_adapter(adapter, version)
+        loaded = time.monotonic()
+        self._verify(version, everything)
+        self.version = version
+        self.last_sync = SyncReport(version, size, loaded - started, time.monotonic() - loaded)
+
+    def _send_weights(self, model: PreTrainedModel, version: int) -> int:
+        """The number of bytes."""
         self._expected, size = {}, 0
 
         def sent() -> Iterator[tuple[str, torch.Tensor]]:
             nonlocal size
             for name, tensor in checkpoint_weights(model, self._dtype):
-                self._expected[name] = len(tensor), tensor.numel() // max(len(tensor), 1), fingerprint(tensor)
-                size += tensor.numel() * tensor.element_size()
+                self._expected[name] = _shape_and_fingerprint(tensor)
+                size += tensor.nbytes
                 yield name, tensor
 
-        self.version = -1  # until the new ones are verified
-        try:
-            self.host.load(sent(), version)
-        except (EngineDied, EngineTimeout) as error:
-            self._restart(error)
-        loaded = time.monotonic()
+        self._insist(lambda: self.host.load(sent(), version))
         tied = tied_head(model)
         if tied and tied[1] in self._expected:
             self._expected[tied[0]] = self._expected[tied[1]]
-        self._verify(version)
-        self.version = version
-        self.last_sync = SyncReport(version, size, loaded - started, time.monotonic() - loaded)
+        return size
+
+    def _send_adapter(self, adapter: dict[str, torch.Tensor], version: int) -> int:
+        self._adapter = {name: _shape_and_fingerprint(tensor) for name, tensor in adapter.items()}
+        self._insist(lambda: self.host.load_adapter(adapter, version))
+        return sum(tensor.nbytes for tensor in adapter.values())
+
+    def _insist(self, load: Callable[[], None]) -> None:
+        """An engine that dies of it is started again, which gives it the same."""
+        try:
+            load()
+        except (EngineDied, EngineTimeout) as error:
+            self._restart(error)
 
     def sleep(self) -> None:
         """Free the device's memory for the update, where the host can."""
@@ -271,20 +300,33 @@ class VllmEngine:
         version, self.version = self.version, -1
         with suppress(EngineDied, EngineTimeout):  # it will be started again with the new weights
             self._verify(version)
+            self.version = version
 
-    def _verify(self, version: int) -> None:
-        found, pieces = self.host.report()
+    def _verify(self, version: int, everything: bool = True) -> None:
+        """The adapter, and the weights under it or all weights if `everything`."""
+        if self._adapter:
+            pieces = self._of_version(version, self.host.report_adapter())
+            # what has no adapter has a buffer all the same, of zeros
+            verify(self._adapter, [p for p in pieces if p.name in self._adapter or p.fingerprint])
+        if everything:
+            self._verify_weights(self._of_version(version, self.host.report()))
+        self.host.reset_prefix_cache()
+
+    def _of_version(self, version: int, report: tuple[int, list[Piece]]) -> list[Piece]:
+        found, pieces = report
         if found != version:
             raise WeightMismatch(
                 f"{self.host.name}: it answers with weights of version {found}, the trainer has sent {version}; "
                 "another trainer may be using this server"
             )
+        return pieces
+
+    def _verify_weights(self, pieces: list[Piece]) -> None:
         expected = dict(self._expected)
         names = {piece.name for piece in pieces}
         for name in [n for n in expected if n not in names and self._is_tied_copy(n)]:
             del expected[name]  # the engine uses the embedding itself
         verify(expected, pieces)
-        self.host.reset_prefix_cache()
 
     def _is_tied_copy(self, name: str) -> bool:
         return name == "lm_head.weight" and self._expected[name] in [
@@ -320,3 +362,7 @@ class VllmEngine:
                 return self.host.reload()
             except (EngineDied, EngineTimeout) as again:
                 error = again
+
+
+def _shape_and_fingerprint(tensor: torch.Tensor) -> tuple[int, int, int]:
+    return len(tensor), tensor.numel() // max(len(tensor), 1), fingerprint(tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from pact_fast.errors import EngineError, PactError
+from pact_fast.rollout.adapter import write_adapter
 from pact_fast.rollout.vllm_engine import Sampled, Turn
 from pact_fast.rollout.weights import Piece
 
@@ -38,9 +40,13 @@ class LocalVllm:
             )  # fmt: skip
             self._engine = LLMEngine.from_engine_args(settings)
         self._vllm = vllm
+        self._folder = model.parent  # adapters go beside it
+        self._adapter: Any = None  # vLLM's LoRARequest
 
     def add(self, turn: Turn) -> None:
-        self._engine.add_request(turn.key, {"prompt_token_ids": turn.ids}, sampling_params(self._vllm, turn))
+        self._engine.add_request(
+            turn.key, {"prompt_token_ids": turn.ids}, sampling_params(self._vllm, turn), lora_request=self._adapter
+        )
 
     def poll(self, timeout: float) -> list[Sampled]:
         outputs = self._engine.step()
@@ -55,11 +61,27 @@ class LocalVllm:
             pass
         self._engine.collective_rpc("pact_loaded", args=(version,))
 
+    def load_adapter(self, tensors: dict[str, torch.Tensor], version: int) -> None:
+        from vllm.lora.request import LoRARequest
+
+        if self._adapter:
+            self._engine.remove_lora(self._adapter.lora_int_id)
+            shutil.rmtree(self._adapter.lora_path, ignore_errors=True)
+        folder = self._folder / f"adapter-{version}"
+        shutil.rmtree(folder, ignore_errors=True)
+        write_adapter(folder, tensors)
+        self._adapter = LoRARequest(f"pact-{version}", version + 1, str(folder))  # vLLM counts from 1
+        self._engine.add_lora(self._adapter)
+        self._engine.collective_rpc("pact_loaded", args=(version,))
+
     def reload(self) -> None:
         raise EngineError(self.name, "it cannot be started again inside a running process; resume the run")
 
     def report(self) -> tuple[int, list[Piece]]:
         return merged(self._engine.collective_rpc("pact_weights"))
+
+    def report_adapter(self) -> tuple[int, list[Piece]]:
+        return merged(self._engine.collective_rpc("pact_adapter"))
 
     def reset_prefix_cache(self) -> None:
         if not self._engine.reset_prefix_cache():

@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
+from pact_fast.rollout.adapter import write_adapter
 from pact_fast.rollout.vllm_engine import Sampled, Turn
 from pact_fast.rollout.vllm_local import EXTENSION, engine_args, import_vllm, merged
 from pact_fast.rollout.weights import Piece
@@ -50,6 +51,7 @@ class VllmServer:
         self._tasks: dict[str, Any] = {}
         self._weights: tuple[Path, int] | None = None  # folder and version of the last load
         self._served = ""
+        self._adapter: tuple[Path, int] | None = None
 
     def add(self, turn: Turn) -> None:
         self._tasks[turn.key] = self._http.start(self._complete(turn))
@@ -81,14 +83,26 @@ class VllmServer:
         self._weights = self._write(weights, version), version
         self._apply()
 
+    def load_adapter(self, tensors: dict[str, torch.Tensor], version: int) -> None:
+        folder = self._folder / f"adapter-{version}"
+        shutil.rmtree(folder, ignore_errors=True)
+        with self._room():
+            write_adapter(folder, tensors)
+        self._adapter = folder, version
+        self._apply_adapter()
+
     def reload(self) -> None:
         """Wait until the server answers again, and give it the last weights."""
         self._forget()
         self._wait_ready()
         self._apply()
+        self._apply_adapter()
 
     def report(self) -> tuple[int, list[Piece]]:
         return merged(self._rpc("pact_weights"))
+
+    def report_adapter(self) -> tuple[int, list[Piece]]:
+        return merged(self._rpc("pact_adapter"))
 
     def reset_prefix_cache(self) -> None:
         self._call("POST", "/reset_prefix_cache")
@@ -107,8 +121,9 @@ class VllmServer:
 
     async def _complete(self, turn: Turn) -> None:
         body = {
-            "model": self._served, "prompt": turn.ids, "max_tokens": turn.max_tokens, "temperature": turn.temperature,
-            "top_p": 1.0, "top_k": -1, "seed": turn.seed, "logprobs": 0, "stop_token_ids": turn.stop, "ignore_eos": True,
+            "model": self._adapter_name() or self._served,
+            "prompt": turn.ids, "max_tokens": turn.max_tokens, "temperature": turn.temperature, "top_p": 1.0, "top_k": -1,
+            "seed": turn.seed, "logprobs": 0, "stop_token_ids": turn.stop, "ignore_eos": True,
             "return_token_ids": True, "skip_special_tokens": False,
         }  # fmt: skip
         try:
@@ -130,10 +145,32 @@ class VllmServer:
         self._rpc("reload_weights", kwargs={"weights_path": str(path)})
         self._loaded(version)
 
+    def _adapter_name(self) -> str | None:
+        return f"pact-{self._adapter[1]}" if self._adapter else None
+
+    def _apply_adapter(self) -> None:
+        if self._adapter is None:
+            return
+        (path, version), name = self._adapter, self._adapter_name()
+        for old in self._folder.glob("adapter-*"):
+            with contextlib.suppress(EngineError):  # not loaded, for example by a server that was started again
+                self._call("POST", "/v1/unload_lora_adapter", json={"lora_name": f"pact-{_version(old)}"})
+        try:
+            self._call("POST", "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)})
+        except EngineDied:
+            raise
+        except EngineError as error:
+            raise PactError(
+                f"{self.name} does not take the adapter ({error.problem}); a server of your own must be started with "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank of at least model.lora.r"
+            ) from None
+        self._loaded(version)
+
     def _loaded(self, version: int) -> None:
         self._rpc("pact_loaded", args=[str(version)])
-        for old in self._folder.glob("weights-*"):
-            if self._weights is None or old != self._weights[0]:
+        used = [kept[0] for kept in (self._weights, self._adapter) if kept]
+        for old in (*self._folder.glob("weights-*"), *self._folder.glob("adapter-*")):
+            if old not in used:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _write(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> Path:
@@ -142,17 +179,23 @@ class VllmServer:
         partial = self._folder / f"weights-{version}.partial"
         for path in (target, partial):
             shutil.rmtree(path, ignore_errors=True)
-        try:
+        with self._room():
             shutil.copytree(self._model, partial)
             _write_shards(weights, partial)
             partial.rename(target)
+        return target
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            for partial in self._folder.glob("*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
             raise PactError(
                 f"cannot write the weights for the engine to {self._folder}: {error.strerror or error}; set "
                 "rollout.vllm_weights_dir to a folder with room"
             ) from None
-        return target
 
     def _rpc(self, method: str, args: list[str] | None = None, kwargs: dict[str, str] | None = None) -> list:
         body = {"method": method, "args": args or [], "kwargs": kwargs or {}, "timeout": self._timeout}
@@ -230,6 +273,7 @@ class ManagedVllm(VllmServer):
         self._kill()
         self._forget()
         self._apply()
+        self._apply_adapter()
 
     def close(self) -> None:
         super().close()
@@ -252,6 +296,8 @@ class ManagedVllm(VllmServer):
             *_flags(self._args),
         ]  # fmt: skip
         environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        if self._args.get("enable_lora"):
+            environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -319,7 +365,11 @@ def _checked(response: httpx.Response, name: str) -> Any:
         raise EngineDied(name, f"status {response.status_code} from {response.request.url.path}: {response.text[:300]}")
     if response.status_code >= 400:
         raise EngineError(name, f"{response.request.url.path} refused ({response.status_code}): {response.text[:300]}")
-    return response.json() if response.content else None
+    return response.json() if "json" in response.headers.get("content-type", "") else None
+
+
+def _version(folder: Path) -> str:
+    return folder.name.partition("-")[2]
 
 
 def _write_shards(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:

@@ -42,6 +42,12 @@ class WeightReport:
             return {"error": str(error)}
         return {"version": getattr(self, "_pact_version", -1), "pieces": found}
 
+    def pact_adapter(self) -> dict:
+        """The same of the adapter that was loaded last."""
+        with torch.inference_mode():
+            found = [list(piece) for piece in adapter_pieces(self._pact_model())]
+        return {"version": getattr(self, "_pact_version", -1), "pieces": found}
+
     def _pact_model(self) -> torch.nn.Module:
         return self.model_runner.get_model()  # type: ignore[attr-defined]
 
@@ -51,6 +57,7 @@ def pieces(model: torch.nn.Module) -> Iterator[Piece]:
     packed = getattr(model, "packed_modules_mapping", {})
     done: set[int] = set()
     for name, module in model.named_modules():
+        name = name.removesuffix(".base_layer")  # under an adapter
         own = _matrix_pieces(name, module, packed)
         if own is None:
             own = _plain_pieces(name, module, done)
@@ -89,19 +96,24 @@ def _linear(name: str, module: Any, packed: dict[str, list[str]]) -> Iterator[Pi
     from vllm.model_executor.layers.linear import RowParallelLinear
 
     matrix, bias = _loaded(module), getattr(module, "bias", None)
-    parent, _, leaf = name.rpartition(".")
     parts = _parts(module, len(matrix))
-    names = packed.get(leaf, [leaf]) if len(parts) > 1 else [leaf]
-    if len(names) != len(parts):
-        raise NotImplementedError(f"{name} holds {len(parts)} matrices, the model names {names}")
+    names = _part_names(name, len(parts), packed)
     col = module.tp_rank * matrix.shape[1] if isinstance(module, RowParallelLinear) else 0
     local = 0
     for part, (row, rows) in zip(names, parts, strict=True):
-        full = f"{parent}.{part}" if parent else part
-        yield _piece(f"{full}.weight", matrix[local : local + rows], row, col)
+        yield _piece(f"{part}.weight", matrix[local : local + rows], row, col)
         if bias is not None and bias.numel():
-            yield _piece(f"{full}.bias", bias[local : local + rows], row)
+            yield _piece(f"{part}.bias", bias[local : local + rows], row)
         local += rows
+
+
+def _part_names(name: str, count: int, packed: dict[str, list[str]]) -> list[str]:
+    """Checkpoint names of the matrices that a layer has fused."""
+    parent, _, leaf = name.rpartition(".")
+    names = packed.get(leaf, [leaf]) if count > 1 else [leaf]
+    if len(names) != count:
+        raise NotImplementedError(f"{name} holds {count} matrices, the model names {names}")
+    return [f"{parent}.{part}" if parent else part for part in names]
 
 
 def _parts(module: Any, total: int) -> list[tuple[int, int]]:
@@ -179,3 +191,40 @@ def _read_back(module: Any) -> torch.Tensor:
         probe[torch.arange(count), start + torch.arange(count)] = 1
         columns.append(module.cpu_linear(probe, module.weight, None))
     return torch.cat(columns).t()
+
+
+def adapter_pieces(model: Any) -> Iterator[Piece]:
+    """A and B of the newest adapter, from the buffers that every layer with room for an adapter multiplies with.
+
+    Buffers have more rows or columns than the adapter's rank. They are fingerprinted whole: zeros there add nothing, and
+    anything else shows. Layers without an adapter are reported, too; theirs must be zero.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+
+    manager = model.lora_manager
+    active = [(number, slot) for slot, number in enumerate(manager.lora_index_to_id) if number is not None]
+    if not active:
+        return
+    number, slot = max(active)
+    rank = manager.get_adapter(number).rank
+    packed = getattr(model, "packed_modules_mapping", {})
+    for name, module in manager.modules.items():
+        if isinstance(getattr(module, "base_layer", None), LinearBase):
+            yield from _adapter_linear(name, module, slot, rank, packed)
+        elif any(buffer.any() for buffer in (*module.lora_a_stacked, *module.lora_b_stacked)):
+            yield Piece(f"{name}.lora", 0, 0, 0, 0, 1)  # the trainer adapts linear layers alone
+
+
+def _adapter_linear(name: str, module: Any, slot: int, rank: int, packed: dict[str, list[str]]) -> Iterator[Piece]:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    base = module.base_layer
+    a = [buffer[slot, 0] for buffer in module.lora_a_stacked]
+    b = [buffer[slot, 0] for buffer in module.lora_b_stacked]
+    parts = _parts(base, sum(map(len, b)))
+    if len(parts) != len(b):
+        raise NotImplementedError(f"{name} has {len(b)} adapters for {len(parts)} matrices")
+    for part, (row, rows), down, up in zip(_part_names(name, len(parts), packed), parts, a, b, strict=True):
+        col = base.tp_rank * down.shape[1] if isinstance(base, RowParallelLinear) else 0
+        yield Piece(f"{part}.lora_A.weight", 0, col, rank, down.shape[1], fingerprint(down, 0, col))
+        yield Piece(f"{part}.lora_B.weight", row, 0, rows, rank, fingerprint(up, row))

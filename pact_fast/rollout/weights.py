@@ -69,6 +69,8 @@ def _signed(value: int) -> int:
 def checkpoint_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every weight under the names of a saved checkpoint, tied ones once; floats cast to `dtype`.
 
+    Of a model with adapters, the weights under them.
+
     Under ZeRO-3 one bucket of at most 256 MiB (or one layer) is gathered at a time, never the whole model. Every rank has
     to go through the whole iterator, as gathering is a collective operation.
     """
@@ -118,6 +120,9 @@ def _buckets(model: PreTrainedModel) -> Iterator[list[tuple[str, torch.nn.Parame
     bucket: list[tuple[str, torch.nn.Parameter]] = []
     size, last = 0, ""
     for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        name = name.replace(".base_layer.", ".")
         layer = ".".join(part for part in name.split(".")[:3])
         count = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
         if bucket and layer != last and size + count > BUCKET:

@@ -4,7 +4,7 @@
         manifest.json          size and SHA-256 of every other file, written last
         state.json             counters, optimizer hyper-parameters, generators
         optimizer.safetensors  and other named tensor files
-        model/                 Hugging Face format
+        model/                 Hugging Face format; with LoRA, the adapters in peft's
 
 A checkpoint is written under a hidden name, forced to disk, and then renamed. A process that is killed at any moment
 leaves the checkpoints that were there, and at most a hidden folder, which the next save removes.

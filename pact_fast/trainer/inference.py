@@ -38,15 +38,15 @@ class Policy:
 def load_policy(source: str, settings: Sequence[str]) -> Policy:
     """From a run directory (its newest complete checkpoint) or a recipe."""
     run = Path(source)
+    base: Path | None = None
     weights: Path | None = None
     saved: Path | None = None
     if run.is_dir():
         if not (run / "config.yaml").exists():
             raise PactError(f"{run} is no run directory: it has no config.yaml")
         config = load_config(str(run / "config.yaml"), list(settings))
-        found = checkpoint.latest(run / "checkpoints")
-        weights, saved = found / "model" if found else run / "base", run / "tokenizer"
-        if not (weights / "config.json").exists():
+        (base, weights), saved = run_weights(run), run / "tokenizer"
+        if not base and not weights:
             raise PactError(
                 f"{run} has no complete checkpoint yet; wait for the first one (trainer.save_steps) or train it"
             )
@@ -59,11 +59,17 @@ def load_policy(source: str, settings: Sequence[str]) -> Policy:
     tokenizer = setup.make_tokenizer(config.model, tasks, saved)
     renderer = setup.make_renderer(config.model, tokenizer)
     renderer.check()
-    model = setup.make_model(config, tokenizer, path=weights, device=device).eval()
+    model = setup.make_policy(config, tokenizer, base=base, checkpoint=weights, device=device).eval()
     setup.check_context(config, model)
     engine = make_engine(config, model, renderer, autocast=setup.precision(config, device))
     engine.update_weights(model, 0)
     return Policy(config, renderer, AgentLoop(engine, renderer, setup.make_environments(config), config.rollout), tasks)
+
+
+def run_weights(run: Path) -> tuple[Path | None, Path | None]:
+    """(base model that the run has made, model folder of its newest complete checkpoint)."""
+    base, found = run / "base", checkpoint.latest(run / "checkpoints")
+    return (base if (base / "config.json").exists() else None), (found / "model" if found else None)
 
 
 def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> int:

@@ -16,6 +16,7 @@ from pact_fast.algorithms.base import Plan, Scored, loss_tokens
 from pact_fast.config import AlgorithmConfig, TrainerConfig
 from pact_fast.kernels import linear_logprob, pact_loss
 from pact_fast.kernels.tokens import LossTokens, Stream
+from pact_fast.trainer.lora import adapters_off
 from pact_fast.tree import PackedBatch, pack, paths_forward, tree_forward
 from pact_fast.tree.cost import trunk_flops, work_of_packs, work_of_paths
 from pact_fast.tree.hf import unsupported
@@ -93,7 +94,8 @@ class Learner:
             cap = self.algorithm.vllm_importance_sampling_clip_max
             fold_weights(scored, Stream.PROMPT, self._sampler_mode, cap)
         if self.reference is not None:
-            self._fill(batches, scored, self.reference, "ref_logprob")
+            with adapters_off(self.reference):
+                self._fill(batches, scored, self.reference, "ref_logprob")
 
     def update(self, plans: list[Plan]) -> UpdateResult:
         """One optimizer step on the plans."""

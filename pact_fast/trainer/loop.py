@@ -26,7 +26,7 @@ from pact_fast.rewards.functions import call_reward_functions, load_reward_funct
 from pact_fast.rewards.trajectory import compute_rewards
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.factory import make_engine
-from pact_fast.trainer import checkpoint, setup
+from pact_fast.trainer import checkpoint, lora, setup
 from pact_fast.trainer.ahead import Ahead
 from pact_fast.trainer.evaluate import Rate, evaluate, reward_means, success_rate
 from pact_fast.trainer.learner import Learner, UpdateResult
@@ -96,10 +96,14 @@ class Trainer:
         if config.pretrain and not (base_dir / "config.json").exists():
             self._pretrain(base_dir)
         start = base_dir if config.pretrain else None
-        model = setup.make_model(config, self.tokenizer, path=found / "model" if found else start, device=self.device)
+        model = setup.make_policy(
+            config, self.tokenizer, base=start, checkpoint=found and found / "model", device=self.device
+        )
         setup.check_context(config, model)
         if not config.algorithm.beta:
             return model, None
+        if config.model.lora:
+            return model, model  # its adapters are off while it is the reference
         reference = setup.make_model(config, self.tokenizer, path=start, device=self.device)
         return model, reference.eval().requires_grad_(False)
 
@@ -281,7 +285,10 @@ class Trainer:
         rng_state, rng_tensors = checkpoint.rng_state()
 
         def write_model(path: Path) -> None:
-            self.model.save_pretrained(path)
+            if self.config.model.lora:
+                lora.save(self.model, path, self.config.model.lora)
+            else:
+                self.model.save_pretrained(path)
             self.tokenizer.save_pretrained(path)
 
         state = {

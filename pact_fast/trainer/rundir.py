@@ -41,9 +41,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_whole(what: Any, folder: Path) -> None:
-    """`save_pretrained` into a folder that appears only when it is complete."""
+    """`save_pretrained` (of one thing or several) into a folder that appears only when it is complete."""
     temporary = folder.with_name(f".{folder.name}.tmp")
-    what.save_pretrained(temporary)
+    for one in what if isinstance(what, list) else [what]:
+        one.save_pretrained(temporary)
     temporary.rename(folder)
 
 

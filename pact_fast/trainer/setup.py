@@ -20,6 +20,7 @@ from pact_fast.data.types import Task
 from pact_fast.envs.base import Environment
 from pact_fast.envs.toolchain import ToolchainTasks
 from pact_fast.errors import PactError
+from pact_fast.trainer import lora
 from pact_fast.trainer.tokenizer import train_tokenizer
 
 transformers.logging.disable_progress_bar()  # the run has its own
@@ -156,6 +157,27 @@ def make_model(
         built.gradient_checkpointing_enable({"use_reentrant": False})
     torch.nn.Module.to(built, device)  # in place
     return built
+
+
+def make_policy(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    base: str | Path | None = None,
+    checkpoint: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """The policy of a run as a checkpoint's model folder holds it, else as training begins.
+
+    `base`: where the run's base model is, if it has made one. With adapters, a checkpoint holds only them.
+    """
+    if config.model.lora is None:
+        return make_model(config, tokenizer, path=checkpoint or base, device=device)
+    model = make_model(config, tokenizer, path=base, device=device)
+    lora.attach(model, config.model.lora, config.seed)
+    if checkpoint:
+        lora.load(model, checkpoint)
+    return model
 
 
 def check_context(config: Config, model: PreTrainedModel) -> None:

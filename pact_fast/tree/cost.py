@@ -32,7 +32,8 @@ def work_of_paths(trees: Sequence[TokenTree]) -> Work:
 
 
 def trunk_flops(model: PreTrainedModel, work: Work) -> float:
-    """Forward and backward FLOPs of the trunk: 6 for each weight and token, 12·head width for each pair and head.
+    """Forward and backward FLOPs of the trunk: 6 for each weight and token (4 for a frozen one), 12·head width for each
+    pair and head.
 
     The head and the embedding are left out, and mixtures of experts count the experts that a token visits.
     """
@@ -41,9 +42,9 @@ def trunk_flops(model: PreTrainedModel, work: Work) -> float:
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     visited = config.num_experts_per_tok / experts if experts else 1.0
     weights = sum(
-        p.numel() * (visited if ".experts." in name else 1.0)
+        (6.0 if p.requires_grad else 4.0) * p.numel() * (visited if ".experts." in name else 1.0)
         for name, p in model.named_parameters()
         if p.ndim >= 2 and "embed" not in name and "lm_head" not in name
     )
     attention = config.num_hidden_layers * config.num_attention_heads * head_dim
-    return 6.0 * weights * work.tokens + 12.0 * attention * work.pairs
+    return weights * work.tokens + 12.0 * attention * work.pairs

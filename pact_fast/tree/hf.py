@@ -84,9 +84,9 @@ def branches_forward(model: PreTrainedModel, cache: PathCache, batch: PackedBatc
 
 def _run(model: PreTrainedModel, batch: PackedBatch, layout: TreeLayout) -> torch.Tensor:
     device = next(model.parameters()).device
-    trunk = _trunk(model)
-    with nullcontext() if is_compiled(trunk) else Remake():
-        output = trunk(
+    decoder = trunk(model)
+    with nullcontext() if is_compiled(decoder) else Remake():
+        output = decoder(
             input_ids=torch.as_tensor(batch.input_ids, device=device)[None],
             position_ids=torch.as_tensor(batch.position_ids, device=device)[None],
             tree_layout=layout,
@@ -107,11 +107,11 @@ def paths_forward(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     lengths = [span.q1 - span.q0 for span in batch.calls[0].spans]
     mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
     padded = torch.zeros(mask.shape, dtype=ids.dtype, device=device).masked_scatter(mask, ids)
-    output = _trunk(model)(input_ids=padded, attention_mask=mask.long(), use_cache=False)
+    output = trunk(model)(input_ids=padded, attention_mask=mask.long(), use_cache=False)
     return output.last_hidden_state[mask]
 
 
-def _trunk(model: PreTrainedModel) -> torch.nn.Module:
+def trunk(model: PreTrainedModel) -> torch.nn.Module:
     """The decoder below the language-model head."""
     get_inner = getattr(model, "get_base_model", None)  # peft
     return (get_inner() if get_inner else model).base_model
