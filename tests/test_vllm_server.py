@@ -149,9 +149,9 @@ def test_sampling_during_updates_is_bounded_and_stamped(tmp_path, monkeypatch):
         for v in versions:
             assert (np.diff(v) >= 0).all()
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps_only = [record for record in records if "rollout/staleness" in record]
-    assert steps_only[0]["rollout/staleness"] == 0 and steps_only[-1]["rollout/staleness"] > 0
-    assert [record["rollout/lagging_groups"] for record in steps_only] == [0, 0, 0, 0, 1, 0]
+    steps_only = [record for record in records if "async/staleness" in record]
+    assert steps_only[0]["async/staleness"] == 0 and steps_only[-1]["async/staleness"] > 0
+    assert [record["async/lagging_groups"] for record in steps_only] == [0, 0, 0, 0, 1, 0]
     # what the older weights would have said is corrected for, and the difference shows
     assert max(record.get("mismatch/max", 0.0) for record in steps_only) > 1e-4
 
