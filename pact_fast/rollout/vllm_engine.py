@@ -210,7 +210,7 @@ class VllmEngine:
         ids, logprobs = np.array(sampled.ids, np.int64), np.array(sampled.logprobs, np.float32)
         self._check(ids, logprobs, turn.max_tokens)
         session.context += sampled.ids
-        return Completion(number, ids, logprobs, int(ids[-1]) in self._eot, turn.version)
+        return Completion(number, ids, logprobs, int(ids[-1]) in self._eot, turn.version, sampled.cached)
 
     def _check(self, ids: np.ndarray, logprobs: np.ndarray, limit: int) -> None:
         """An engine that answers nonsense is an error here, not a reward of zero later."""

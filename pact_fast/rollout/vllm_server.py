@@ -131,7 +131,8 @@ class VllmServer:
             choice = answer["choices"][0]
             if answer.get("prompt_token_ids", choice.get("prompt_token_ids", turn.ids)) != turn.ids:
                 raise EngineError(self.name, "it sampled after other tokens than it was given")
-            self._results.put(Sampled(turn.key, choice["token_ids"], choice["logprobs"]["token_logprobs"]))
+            logprobs = choice["logprobs"]["token_logprobs"]
+            self._results.put(Sampled(turn.key, choice["token_ids"], logprobs, _cached(answer)))
         except EngineError as error:
             self._results.put(error)
         except SIGNALS as error:
@@ -293,6 +294,7 @@ class ManagedVllm(VllmServer):
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights),
             "--uds", str(self._socket), "--generation-config", "vllm", "--worker-extension-cls", EXTENSION,
+            "--enable-prompt-tokens-details",
             *_flags(self._args),
         ]  # fmt: skip
         environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -370,6 +372,12 @@ def _checked(response: httpx.Response, name: str) -> Any:
 
 def _version(folder: Path) -> str:
     return folder.name.partition("-")[2]
+
+
+def _cached(answer: dict) -> int | None:
+    """Tokens of the prompt that the server found in its prefix cache; None unless it was asked to tell."""
+    details = (answer.get("usage") or {}).get("prompt_tokens_details")
+    return details and (details.get("cached_tokens") or 0)
 
 
 def _write_shards(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:

@@ -1,0 +1,370 @@
+"""Rollouts: trajectories and tokens per second of both engines against vLLM driven by hand, and the time of a weight update.
+
+python benchmarks/rollout.py                               a 30 M parameter model, 32 trajectories of 4 turns
+python benchmarks/rollout.py --trajectories 64 --tokens 96 --server --out results.json
+
+Everybody does the same work: the quickstart's tasks in groups of 8, turns of exactly --tokens sampled tokens, between them
+the answer of a tool. A model with random weights calls no tools, so two things are settled by hand: nothing ends a turn but
+its length, and every turn, parsed as usual, counts as one call of the task's first tool.
+
+transformers   the agent loop with the embedded engine
+vllm           the agent loop with vLLM in this process
+vllm server    the agent loop with a vLLM process of its own (--server)
+raw stream     vLLM's own engine, no agent loop: a trajectory's next turn is asked for as soon as the last one has ended
+raw generate   LLM.generate, all trajectories turn by turn
+
+Raw means the same engine object, prompts, sampling parameters and token counts, but no rendering, parsing, environment or
+record. The prefix cache is empty at the start of every run. Ratios are medians over rounds of the ratio within a round;
+`overhead` is against the faster of the two raw ways, at most 5 %.
+
+outside        seconds of a run that vLLM's `step` did not take, and the number of steps: on a busy machine, where rounds differ
+               by more than the goal, they still tell what the loop costs. With more threads than free cores vLLM is slower
+               by far: OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind keeps it to one
+
+sync           a verified update of all weights: loading, then fingerprints of what vLLM holds, per GB of weights
+
+Status 1: the overhead is above 5 %, or somebody did other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import statistics
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, from wherever it is imported
+
+from measure import markdown, median_ratio, paired_rounds, stamp
+
+from pact_fast.config import Config, load_config
+from pact_fast.data.rendering import ChatRenderer
+from pact_fast.data.types import Task, ToolCall, Trajectory
+from pact_fast.rollout.agent import AgentLoop, Job
+from pact_fast.rollout.factory import make_engine
+from pact_fast.rollout.vllm_engine import Turn, VllmEngine
+from pact_fast.rollout.vllm_local import import_vllm, sampling_params
+from pact_fast.trainer import setup
+from pact_fast.trainer.tokenizer import train_tokenizer
+
+LIMIT = 0.05
+GROUP = 8
+RAW = ("raw stream", "raw generate")
+SHAPE = {
+    "vocab_size": 8192, "head_dim": 64, "num_key_value_heads": 4, "hidden_size": 512, "intermediate_size": 1536,
+    "num_hidden_layers": 8, "num_attention_heads": 8, "max_position_embeddings": 4096,
+}  # fmt: skip
+TINY = SHAPE | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
+
+
+class FixedRenderer(ChatRenderer):
+    """Reads turns as usual, and then says that each was a call; no token ends a turn."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        self.eot_ids = ()
+
+    def parse(self, ids, tools):
+        turn = super().parse(ids, tools)
+        turn.attempts = [ToolCall(tools[0]["function"]["name"], {"of": "@ada"})]
+        return turn
+
+
+class Ended:
+    """An engine whose turns count as ended where their length is reached."""
+
+    def __init__(self, engine):
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def step(self, timeout: float | None = None):
+        return [replace(completion, ended=True) for completion in self._engine.step(timeout)]
+
+
+class Steps:
+    """Time and number of vLLM's steps."""
+
+    def __init__(self, engine):
+        self._step, self.seconds, self.count = engine.step, 0.0, 0
+        engine.step = self
+
+    def __call__(self):
+        begin = time.perf_counter()
+        found = self._step()
+        self.seconds, self.count = self.seconds + time.perf_counter() - begin, self.count + 1
+        return found
+
+
+@dataclass
+class Work:
+    """What is sampled: prompts, and the text between turns, all as token ids."""
+
+    prompts: list[list[int]]
+    glue: list[list[list[int]]]  # [trajectory][turn]: what follows the turn; none follows the last
+    turns: int
+    tokens: int
+    temperature: float
+
+    @property
+    def sampled(self) -> int:
+        return len(self.prompts) * self.turns * self.tokens
+
+    def ask(self, index: int, turn: int, ids: list[int]) -> Turn:
+        return Turn(f"{index}/{turn}", ids, self.tokens, self.temperature, 1000 * index + turn, [], 0)
+
+
+class Subject:
+    """Model, tasks and engines of one configuration."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.args, self._folder = args, folder
+        self.config = _config(args)
+        tasks = setup.make_tasks(self.config)
+        self.renderer = FixedRenderer(_tokenizer(tasks, args.shape["vocab_size"]))
+        self.model = setup.make_model(self.config, self.renderer.tokenizer).eval()
+        self.jobs = _jobs(tasks, args.trajectories)
+        self.engines: dict[str, Any] = {"vllm": self._engine("colocate", self.config)}
+        if args.transformers_rounds:
+            rollout = self.config.rollout.model_copy(update={"engine": "transformers"})
+            self.engines["transformers"] = self._engine("-", self.config.model_copy(update={"rollout": rollout}))
+        if args.server:
+            rollout = self.config.rollout.model_copy(update={"vllm_mode": "server"})
+            self.engines["vllm server"] = self._engine("server", self.config.model_copy(update={"rollout": rollout}))
+
+    def _engine(self, name: str, config: Config):
+        engine = make_engine(config, self.model, self.renderer, folder=self._folder / name)
+        engine.update_weights(self.model, 0)
+        return engine
+
+    def loop(self, engine: str) -> list[Trajectory]:
+        make_env = setup.make_environments(self.config)
+        loop = AgentLoop(Ended(self.engines[engine]), self.renderer, make_env, self.config.rollout)
+        try:
+            return loop.run(self.jobs)
+        finally:
+            loop.close()
+
+    def work(self) -> Work:
+        """What the agent loop asked for."""
+        done = self.loop("vllm")
+        glue = [[t.ids[(t.turn_ids == turn) & ~t.sampled].tolist() for turn in range(len(t.turns) - 1)] for t in done]
+        rollout = self.config.rollout
+        prompts = [t.prompt_ids.tolist() for t in done]
+        return Work(prompts, glue, self.args.turns, self.args.tokens, rollout.temperature)
+
+    def forget_prefixes(self) -> None:
+        for engine in self.engines.values():
+            if isinstance(engine, VllmEngine):
+                engine.host.reset_prefix_cache()
+
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.shutdown()
+
+
+def _config(args: argparse.Namespace) -> Config:
+    settings = {
+        "device": "cpu" if not torch.cuda.is_available() else "cuda",
+        "model.dtype": "bfloat16" if torch.cuda.is_available() else "float32",
+        "rollout.engine": "vllm",
+        "rollout.max_turns": args.turns,
+        "rollout.max_turn_tokens": args.tokens,
+        "rollout.max_prompt_length": 512,
+        "rollout.max_completion_length": args.turns * (args.tokens + 64),
+        "rollout.max_batch_size": args.trajectories,
+        **{f"model.random_init.{key}": value for key, value in args.shape.items()},
+    }
+    return load_config("quickstart", [f"{key}={value}" for key, value in settings.items()])
+
+
+def _tokenizer(tasks: setup.TaskSource, size: int):
+    """The quickstart's own text has too few words for a vocabulary of this size; Python's library has enough."""
+    library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [Task(path.name, [{"role": "user", "content": path.read_text("utf-8", "replace")}]) for path in library]
+    return train_tokenizer([*tasks.train(0, 100), *texts], size)
+
+
+def _jobs(tasks: setup.TaskSource, count: int) -> list[Job]:
+    each = tasks.train(0, -(-count // GROUP))
+    return [Job(each[index // GROUP], (0, index), 1.0) for index in range(count)]
+
+
+class Raw:
+    """vLLM without us, on the engine object that the agent loop uses."""
+
+    def __init__(self, engine: VllmEngine, work: Work):
+        self._vllm = import_vllm()
+        self._engine, self._work = engine.host._engine, work
+        with mock.patch.object(type(self._engine), "from_engine_args", return_value=self._engine):
+            self._llm = self._vllm.LLM(model=self._engine.model_config.model)
+
+    def stream(self) -> int:
+        contexts, turns, sampled = [list(ids) for ids in self._work.prompts], [0] * len(self._work.prompts), 0
+        for index, ids in enumerate(contexts):
+            self._add(index, 0, ids)
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if not output.finished:
+                    continue
+                index, ids = int(output.request_id.split("/")[0]), output.outputs[0].token_ids
+                sampled += len(ids)
+                turns[index] += 1
+                if turns[index] < self._work.turns:
+                    contexts[index] += [*ids, *self._work.glue[index][turns[index] - 1]]
+                    self._add(index, turns[index], list(contexts[index]))
+        return sampled
+
+    def _add(self, index: int, turn: int, ids: list[int]) -> None:
+        asked = self._work.ask(index, turn, ids)
+        self._engine.add_request(asked.key, {"prompt_token_ids": ids}, sampling_params(self._vllm, asked))
+
+    def generate(self) -> int:
+        contexts, sampled = [list(ids) for ids in self._work.prompts], 0
+        for turn in range(self._work.turns):
+            params = [
+                sampling_params(self._vllm, self._work.ask(index, turn, ids)) for index, ids in enumerate(contexts)
+            ]
+            prompts = [{"prompt_token_ids": ids} for ids in contexts]
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            for context, glue, output in zip(contexts, self._work.glue, outputs, strict=True):
+                ids = output.outputs[0].token_ids
+                sampled += len(ids)
+                context += [*ids, *(glue[turn] if turn < len(glue) else [])]
+        return sampled
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Subject(args, Path(folder))) as subject:
+        work = subject.work()
+        raw = Raw(subject.engines["vllm"], work)
+        steps = Steps(subject.engines["vllm"].host._engine)
+        sampled: dict[str, set[int]] = {}
+        inside: dict[str, list[tuple[float, int]]] = {}
+
+        def counted(name: str, call: Callable[[], int]) -> None:
+            steps.seconds, steps.count = 0.0, 0
+            sampled.setdefault(name, set()).add(call())
+            inside.setdefault(name, []).append((steps.seconds, steps.count))
+
+        calls: dict[str, Callable[[], int]] = {
+            name: functools.partial(lambda engine: sum(int(t.sampled.sum()) for t in subject.loop(engine)), name)
+            for name in subject.engines
+        } | {"raw stream": raw.stream, "raw generate": raw.generate}
+        timed = {name: functools.partial(counted, name, call) for name, call in calls.items()}
+        rounds = {name: args.transformers_rounds if name == "transformers" else args.rounds for name in calls}
+        for name in timed:
+            timed[name]()  # warm
+        inside.clear()
+        times = paired_rounds(timed, rounds, torch.device("cpu"), subject.forget_prefixes)
+        return {
+            "parameters": sum(p.numel() for p in subject.model.parameters()),
+            "work": {
+                "trajectories": len(work.prompts), "turns": work.turns, "tokens_per_turn": work.tokens,
+                "prompt_tokens": sum(map(len, work.prompts)),
+                "observation_tokens": sum(len(ids) for ids in itertools.chain(*work.glue)),
+                "sampled_tokens": work.sampled,
+            },
+            "rows": rows(times, inside, work),
+            "wrong_work": {name: sorted(found) for name, found in sampled.items() if found != {work.sampled}},
+            "sync": sync(subject.engines["vllm"], subject.model, args.rounds),
+        }  # fmt: skip
+
+
+def rows(
+    times: dict[str, list[float]], inside: dict[str, list[tuple[float, int]]], work: Work
+) -> dict[str, dict[str, Any]]:
+    best = min(RAW, key=lambda name: statistics.median(times[name]))
+    found = {}
+    for name, column in times.items():
+        seconds = statistics.median(column) / 1e3
+        found[name] = {
+            "seconds": seconds,
+            "trajectories_per_second": len(work.prompts) / seconds,
+            "tokens_per_second": work.sampled / seconds,
+            "ratio_to_raw": median_ratio(column, times[best]),
+            "outside_seconds": statistics.median(t / 1e3 - s for t, (s, _) in zip(column, inside[name], strict=True)),
+            "steps": statistics.median(count for _, count in inside[name]),
+            "round_ms": column,
+        }
+    return found
+
+
+def sync(engine: VllmEngine, model: torch.nn.Module, rounds: int) -> dict[str, float]:
+    """Seconds per GB of loading and of verifying what was loaded; medians."""
+    load, verify = [], []
+    for version in range(1, rounds + 1):
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.001)
+        engine.update_weights(model, version)
+        assert engine.last_sync is not None
+        size = engine.last_sync.bytes / 1e9
+        load.append(engine.last_sync.load_seconds / size)
+        verify.append(engine.last_sync.verify_seconds / size)
+    return {
+        "gigabytes": size,
+        "load_s_per_gb": statistics.median(load),
+        "verify_s_per_gb": statistics.median(verify),
+    }
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    wrong = [f"{name} sampled {found} tokens" for name, found in result["wrong_work"].items()]
+    overhead = result["rows"]["vllm"]["ratio_to_raw"] - 1
+    return wrong + ([f"the agent loop costs {overhead:.1%} more than raw vLLM"] if overhead > LIMIT else [])
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        [name, f"{row['seconds']:.2f}", f"{row['trajectories_per_second']:.2f}", f"{row['tokens_per_second']:.0f}",
+         f"{row['ratio_to_raw']:.3f}", *([f"{row['outside_seconds']:.3f}", f"{row['steps']:.0f}"] if row["steps"] else "--")]
+        for name, row in result["rows"].items()
+    ]  # fmt: skip
+    found, work = result["sync"], result["work"]
+    return (
+        f"{result['parameters'] / 1e6:.1f} M parameters; {work['trajectories']} trajectories of {work['turns']} turns of "
+        f"{work['tokens_per_turn']} tokens\n\n"
+        + markdown(["who", "seconds", "trajectories/s", "tokens/s", "time/raw", "outside s", "steps"], lines)
+        + f"\n\noverhead of the agent loop {result['rows']['vllm']['ratio_to_raw'] - 1:+.1%} (at most {LIMIT:.0%}); "
+        f"verified weight update: {found['load_s_per_gb']:.2f} s to load and {found['verify_s_per_gb']:.2f} s to verify "
+        f"per GB ({found['gigabytes']:.3f} GB)"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trajectories", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=32, help="sampled tokens of a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--transformers-rounds", type=int, default=2, help="of the embedded engine; 0: leave it out")
+    parser.add_argument("--server", action="store_true", help="also a vLLM process of its own")
+    parser.add_argument("--tiny", action="store_true", help="a model of no interest, to try the benchmark")
+    parser.add_argument("--out", type=Path, help="write everything as JSON")
+    args = parser.parse_args(argv)
+    args.shape = TINY if args.tiny else SHAPE
+    report: dict[str, Any] = {"benchmark": "rollout", **stamp(), **measure(args)}
+    report["failures"] = failures(report)
+    print(table(report))
+    print("\n".join(f"FAIL {failure}" for failure in report["failures"]))
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if report["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

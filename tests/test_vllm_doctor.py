@@ -1,0 +1,123 @@
+"""`pact-fast doctor` with vLLM tries the engine itself, and says what is wrong with it."""
+
+import contextlib
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
+
+from vllm_parts import SETTINGS, make_policy, perturb
+
+from pact_fast.cli import main
+from pact_fast.data.types import ToolCall, TurnRecord
+from pact_fast.errors import PactError
+from pact_fast.rollout.check import SHORTEST_CACHED, LiveChecks
+from pact_fast.rollout.vllm_local import LocalVllm
+from pact_fast.trainer import setup
+
+pytestmark = pytest.mark.vllm
+LIVE = ["engine", "rollouts", "turns", "log-probs", "prefix cache", "memory"]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    made = make_policy()
+    made.model.set_attn_implementation("sdpa")  # the doctor's model has seen no trees
+    return made
+
+
+@pytest.fixture(scope="module")
+def saved(policy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    policy.model.save_pretrained(folder)
+    policy.renderer.tokenizer.save_pretrained(folder)
+    return [*SETTINGS, f"model.path={folder}", "model.random_init=null"]
+
+
+@pytest.fixture(scope="module")
+def checks(policy):
+    make_env, tasks = setup.make_environments(policy.config), policy.tasks.train(0, 8)
+    made = LiveChecks(policy.config, policy.model, policy.renderer, make_env, tasks, contextlib.nullcontext())
+    with contextlib.closing(made):
+        made.engine()
+        made.rollouts()
+        yield made
+
+
+def with_call(checks):
+    """The first trajectory, as if the small policy had sampled the expert's first call."""
+    task = checks._jobs[0].task
+    ids, _ = checks.renderer.assistant_turn("", "", task.expert.turns[0].calls)
+    parsed = checks.renderer.parse(ids, task.tools)
+    return dataclasses.replace(
+        checks.trajectories[0],
+        ids=ids,
+        turn_ids=np.zeros(len(ids), np.int16),
+        sampled=np.ones(len(ids), bool),
+        turns=[TurnRecord(parsed.text, parsed.reasoning, parsed.content, list(parsed.attempts))],
+    )
+
+
+def test_a_good_engine_passes_every_check(checks):
+    assert [name for name, _ in checks.all()] == LIVE
+    assert len(checks.trajectories) == 4 and "call" in checks.turns()
+    assert "at most, over" in checks.logprobs()
+    cached, _, length = checks.prefix_cache().split()[:3]
+    assert 0 < int(cached) < int(length)
+    assert "0.5 KiB of keys and values per token" in checks.memory()  # 2 layers · (k and v) · 1 head · 32 · 4 bytes
+
+
+def test_a_model_that_is_not_the_engines_is_found(checks, monkeypatch):
+    other = copy.deepcopy(checks.model)
+    perturb(other, 0.001)
+    monkeypatch.setattr(checks, "model", other)
+    with pytest.raises(PactError, match="log-probs are off"):
+        checks.logprobs()
+
+
+def test_a_format_that_reads_other_calls_than_it_writes_is_found(checks, monkeypatch):
+    monkeypatch.setattr(checks, "trajectories", [with_call(checks), *checks.trajectories[1:]])
+    assert checks.turns() == "1 sampled calls, rendered and read again, are the same; 1 turns token by token"
+    right = checks.renderer.assistant_turn
+
+    def wrong(reasoning, content, calls):
+        return right(reasoning, content, [ToolCall(call.name, {"of": "nobody"}) for call in calls])
+
+    monkeypatch.setattr(checks.renderer, "assistant_turn", wrong)
+    with pytest.raises(PactError, match=r"is read as .* choose another model\.tool_format"):
+        checks.turns()
+
+
+def test_a_prefix_that_is_not_cached_is_found(checks, monkeypatch):
+    poll = LocalVllm.poll
+    forget = lambda host, timeout: [dataclasses.replace(s, cached=0) for s in poll(host, timeout)]  # noqa: E731
+    monkeypatch.setattr(LocalVllm, "poll", forget)
+    longest = max(checks.trajectories, key=lambda t: len(t.prompt_ids) + len(t.ids))
+    assert len(longest.prompt_ids) + len(longest.ids) >= SHORTEST_CACHED
+    with pytest.raises(PactError, match="computed again when it came a second time"):
+        checks.prefix_cache()
+
+
+@pytest.mark.parametrize("mode", ["colocate", pytest.param("server", marks=pytest.mark.slow)])
+def test_the_doctor_tries_the_engine_with_the_saved_weights(saved, capsys, mode):
+    assert main(["doctor", "quickstart", *saved, f"rollout.vllm_mode={mode}"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    lines = {line[6:].split(":")[0]: line for line in shown}
+    assert list(lines)[-len(LIVE) :] == LIVE
+    assert all(line.startswith("ok ") for line in lines.values())
+    assert "not computed again" in lines["prefix cache"]
+
+
+def test_an_engine_with_other_weights_fails_the_doctor(saved, capsys, monkeypatch):
+    load = LocalVllm.load
+
+    def spoiled(host, weights, version):
+        load(host, ((name, tensor * 1.01 if "norm" in name else tensor) for name, tensor in weights), version)
+
+    monkeypatch.setattr(LocalVllm, "load", spoiled)
+    assert main(["doctor", "quickstart", *saved]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("FAIL  engine: the engine does not hold the trainer's weights")
