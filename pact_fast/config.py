@@ -102,6 +102,11 @@ class RolloutConfig(Section):
     )
     max_observation_tokens: int = Field(1024, ge=16, description="Longer observations are cut, with a note.")
     max_batch_size: int = Field(128, ge=1, description="Trajectories that generate at the same time.")
+    stop_at_tool_call: bool = Field(
+        False,
+        description="End a turn at its first complete call, for models that go on and invent the result; there are no parallel "
+        "calls then.",
+    )
     tool_timeout: float = Field(10.0, gt=0, description="Seconds per tool call.")
     trajectory_timeout: float | None = Field(
         None,

@@ -83,6 +83,23 @@ def test_the_expert_solves_its_task_and_every_token_is_kept_as_sampled(renderer)
         assert len(ends) == len(trajectory.turns)  # end-of-turn is the policy's own token
 
 
+def test_a_turn_that_stops_at_its_call_is_closed_for_it(renderer):
+    """The context is what the template would have written, but the end of turn was not sampled."""
+    task = ToolchainTasks("train", 1, parallel=0.0).task(0)
+    whole = expert_turns(renderer, task)
+    stops = renderer.stop_ids(at_tool_call=True)
+    assert stops[:-1] == renderer.stop_ids(at_tool_call=False) == renderer.eot_ids
+    cut = [[*turn[: turn.index(stops[-1]) + 1]] if stops[-1] in turn else turn for turn in whole]
+    assert all(len(a) == len(b) - 1 for a, b in zip(cut[:-1], whole[:-1], strict=True))
+    (as_sampled,), _ = run(renderer, [task], [[list(turn) for turn in whole]])
+    (stopped,), engine = run(renderer, [task], [[list(turn) for turn in cut]])
+    np.testing.assert_array_equal(stopped.ids, as_sampled.ids)
+    np.testing.assert_array_equal(stopped.ids, np.concatenate(engine.contexts[0])[len(stopped.prompt_ids) :])
+    differ = stopped.sampled != as_sampled.sampled
+    assert (stopped.ids[differ] == renderer.eot_id).all() and differ.sum() == len(cut) - 1
+    assert stopped.calls == as_sampled.calls and stopped.reward_parts["success"] == 1.0
+
+
 def test_malformed_calls_become_error_observations(renderer):
     task = ToolchainTasks("train", 1).task(0)
     bad = [

@@ -62,6 +62,7 @@ class ToolFormat:
 
     name: str
     markers: tuple[str, ...] = (THINK, END_THINK)
+    end_of_call: str | None = None  # the marker that closes a call, if there is one
 
     def pieces(self, reasoning: str, content: str, calls: Sequence[ToolCall]) -> list[tuple[str, Component]]:
         """The text of an assistant turn without its end, cut by component. Whitespace belongs to what follows it."""
@@ -119,6 +120,7 @@ class Hermes(ToolFormat):
 
     name = "hermes"
     markers = (*ToolFormat.markers, "<tool_call>", "</tool_call>")
+    end_of_call = "</tool_call>"
 
     def _calls_text(self, calls: Sequence[ToolCall]) -> str:
         return "\n".join(f"<tool_call>\n{_json(call.to_json(), self.markers)}\n</tool_call>" for call in calls)

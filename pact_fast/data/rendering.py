@@ -71,6 +71,18 @@ class ChatRenderer:
         opened = re.search(rf"{THINK}\s*\Z", self.template.generation_prompt)
         self._opened = opened.group() if opened else ""
 
+    def stop_ids(self, at_tool_call: bool) -> tuple[int, ...]:
+        """Tokens at which an engine ends a turn: the turn's own end, and, if wanted, that of its first call."""
+        if not at_tool_call:
+            return self.eot_ids
+        end = self.encoder.control_ids.get(self.format.end_of_call or "")
+        if end is None:
+            raise PactError(
+                f"rollout.stop_at_tool_call: tool calls in the format {self.format.name} do not end with a token of their own "
+                "in this tokenizer; leave it off"
+            )
+        return (*self.eot_ids, end)
+
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> np.ndarray:
         """[n] int64: the prompt up to where the assistant is to speak. Control tokens in the text are read as such."""
         return self._template_ids(self.template.text(messages, tools, generate=True))

@@ -253,6 +253,10 @@ class AgentLoop:
         texts = [self._fit(_text(o)) for o in pending]
         record.observations = texts
         ids, components = self.renderer.glue([_tool_message(a, t) for a, t in zip(record.attempts, texts, strict=True)])
+        if (
+            int(state.ids[-1][-1]) not in self.renderer.eot_ids
+        ):  # the engine stopped at the call; the turn still has to end
+            ids, components = np.append(self.renderer.eot_id, ids), np.append(components[:1], components)
         room = self.config.max_completion_length - state.length - len(ids)
         if room < 1:
             return "max_completion_length"

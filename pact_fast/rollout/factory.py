@@ -29,13 +29,14 @@ def make_engine(
     autocast: AbstractContextManager | None = None,
 ) -> Engine:
     """`folder`: the run's, where an engine may keep its files and its log; default: a temporary one."""
+    stop = renderer.stop_ids(config.rollout.stop_at_tool_call)
     if config.rollout.engine == "transformers":
         check_embedded(model)
-        return TransformersEngine(model, renderer.eot_ids, slots=config.rollout.max_batch_size, autocast=autocast)
+        return TransformersEngine(model, stop, slots=config.rollout.max_batch_size, autocast=autocast)
     dtype = getattr(torch, config.model.dtype)
     work = (folder or Path(tempfile.mkdtemp(prefix="pact-fast-"))) / "engine"
     host = _vllm_host(config, _model_folder(model, renderer, work / "model"), work)
-    return VllmEngine(host, renderer.eot_ids, deadline=config.rollout.engine_timeout, dtype=dtype)
+    return VllmEngine(host, stop, deadline=config.rollout.engine_timeout, dtype=dtype)
 
 
 def check_embedded(model: PreTrainedModel) -> None:
