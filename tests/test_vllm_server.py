@@ -17,9 +17,10 @@ pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md"
 from vllm_parts import SETTINGS, largest_gap, make_policy, perturb, prompts, sample
 
 from pact_fast.config import load_config
-from pact_fast.errors import EngineDied, PactError
+from pact_fast.errors import EngineDied, EngineError, PactError
+from pact_fast.rollout.engine import Request
 from pact_fast.rollout.factory import make_engine
-from pact_fast.rollout.vllm_engine import VllmEngine
+from pact_fast.rollout.vllm_engine import Sampled, VllmEngine
 from pact_fast.rollout.vllm_server import ManagedVllm, VllmServer
 from pact_fast.trainer.learner import Learner
 from pact_fast.trainer.loop import Trainer
@@ -217,6 +218,27 @@ def test_nobody_at_the_address_is_an_error_within_the_deadline(policy, tmp_path)
     assert time.monotonic() - started < 15
 
 
+def test_a_thread_that_samples_ends_when_the_engine_is_shut_down(policy, tmp_path):
+    """And does not start the server again."""
+    engine = make_engine(policy.config, policy.model, policy.renderer, folder=tmp_path)
+    engine.update_weights(policy.model, 0)
+    engine.submit(Request(0, np.arange(9), 500, (0,)))
+    errors = []
+
+    def work():
+        try:
+            while True:
+                engine.step()
+        except EngineError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    engine.shutdown()
+    thread.join(timeout=10)
+    assert errors == ["the vLLM server: it was shut down"] and engine.host.pid is None
+
+
 def test_ids_of_contexts_are_what_they_were(policy):
     """The list that is sent is the session's own no more."""
     sent = []
@@ -229,9 +251,6 @@ def test_ids_of_contexts_are_what_they_were(policy):
 
     engine = VllmEngine(Host(), [1], deadline=5)
     engine.version = 0
-    from pact_fast.rollout.engine import Request
-    from pact_fast.rollout.vllm_engine import Sampled
-
     engine.submit(Request(0, np.array([5, 6]), 3))
     engine._finish(Sampled(sent[0].key, [7, 1], [-0.1, -0.2]))
     engine.submit(Request(0, np.array([8]), 3))

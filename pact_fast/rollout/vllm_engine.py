@@ -114,6 +114,7 @@ class VllmEngine:
         self._eot = sorted(eot_ids)
         self._deadline, self._dtype = deadline, dtype
         self._sessions: dict[int, _Session] = {}
+        self._closed = False
         self._asked = 0  # turns, so that each has a key of its own
         self._expected: Expected = {}
         self._adapter: Expected = {}  # empty without LoRA
@@ -131,6 +132,7 @@ class VllmEngine:
             self._submit(request)
 
     def _submit(self, request: Request) -> None:
+        self._check_open()
         if self.version < 0:
             raise EngineError(self.host.name, "it has no weights yet; call update_weights first")
         if not self._waiting():
@@ -162,6 +164,7 @@ class VllmEngine:
 
     def _poll(self, timeout: float) -> list[Completion]:
         """Turns that ended; an engine that is dead or has been silent for too long is started again."""
+        self._check_open()
         if self._ended:
             done, self._ended = self._ended, []
             return done
@@ -185,7 +188,7 @@ class VllmEngine:
         with self._alone():
             gone = self._sessions.pop(session, None)
             self._ended = [done for done in self._ended if done.session != session]
-            if gone and gone.turn:
+            if gone and gone.turn and not self._closed:
                 key = gone.turn.key
                 self._guarded(lambda: self.host.abort([key]))
 
@@ -197,6 +200,10 @@ class VllmEngine:
             yield
         finally:
             self._lock.release()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError(self.host.name, "it was shut down")
 
     def _waiting(self) -> bool:
         return any(session.turn for session in self._sessions.values())
@@ -294,7 +301,10 @@ class VllmEngine:
         self.host.sleep()
 
     def shutdown(self) -> None:
-        self.host.close()
+        """Stop it for good; a thread that still samples gets an EngineError."""
+        with self._alone():
+            self._closed = True
+            self.host.close()
 
     def _check_held(self) -> None:
         version, self.version = self.version, -1
