@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
@@ -116,6 +117,8 @@ def import_vllm():
             f"rollout.engine=vllm needs the vllm package ({error}); pip install 'pact-fast[vllm]', on a machine without GPU "
             "see docs/rollouts.md, or use rollout.engine=transformers"
         ) from None
+    # it warns of every module that a checkpoint does not hold, at each update; what is held is verified
+    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
     return vllm
 
 
