@@ -1,4 +1,4 @@
-"""Weights for an engine, from a model that real DeepSpeed ZeRO-3 has partitioned over two processes."""
+"""A model that real DeepSpeed ZeRO-3 has partitioned over two processes: its weights for an engine, and its gradients."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
 
 @pytest.mark.slow
-def test_every_rank_sees_all_weights_but_never_at_once(tmp_path):
+def test_every_rank_sees_all_weights_but_never_at_once_and_trees_keep_their_gradients(tmp_path):
     script = Path(__file__).parent / "zero3_weights.py"
     command = [
         sys.executable,
@@ -28,4 +28,5 @@ def test_every_rank_sees_all_weights_but_never_at_once(tmp_path):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
         assert result["equal"]
         assert result["left"] == 0  # partitioned again
+        assert result["gradient"] <= 1e-5  # what the backward pass makes again needs no released weight
         assert result["largest"] <= result["total"] / 3 + 96 * 32  # one layer, or embedding, of three

@@ -1,4 +1,6 @@
-"""Run by torchrun in two processes (test_weights_zero3.py): weights of a ZeRO-3 model, gathered bucket by bucket."""
+"""Run by torchrun in two processes (test_weights_zero3.py): a ZeRO-3 model's weights, gathered bucket by bucket, and its
+gradients through a tree.
+"""
 
 import copy
 import json
@@ -8,10 +10,13 @@ import sys
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
+import numpy as np
 import torch
+from deepspeed.utils import safe_get_full_grad
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_fast.rollout import weights
+from pact_fast.tree import TokenTree, pack, tree_forward
 
 deepspeed.init_distributed("gloo")
 torch.manual_seed(0)
@@ -34,7 +39,22 @@ found, live = {}, []
 for name, tensor in weights.checkpoint_weights(engine.module):
     found[name] = weights.fingerprint(tensor)
     live.append(sum(parameter.numel() for parameter in engine.module.parameters()))
+
+
+tree = TokenTree()
+prompt = tree.add(np.arange(9))
+for start in range(3):
+    tree.add(np.arange(start, start + 5), prompt)
+(batch,) = pack([tree], max_tokens=512)
+tree_forward(plain, batch).square().sum().backward()
+engine.backward(tree_forward(engine.module, batch).square().sum())
+errors = [
+    float((safe_get_full_grad(a) - b.grad).norm() / b.grad.norm())
+    for a, b in zip(engine.module.parameters(), plain.parameters(), strict=True)
+    if b.grad is not None
+]
 result = {
+    "gradient": max(errors),
     "equal": found == expected,
     "largest": max(live),
     "total": sum(parameter.numel() for parameter in plain.parameters()),

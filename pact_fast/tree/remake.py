@@ -60,13 +60,8 @@ def _can_be_made(tensor: torch.Tensor, node: Node) -> bool:
     if tensor._version or not tensor.is_contiguous():
         return False
     if node.name() == "MulBackward0":
-        return all(source is not None and not _is_released(source) for source, _ in node.next_functions)
+        return all(source is not None for source, _ in node.next_functions)
     return node.name() == "SiluBackward0"
-
-
-def _is_released(source: Node) -> bool:
-    """A weight that ZeRO-3 takes away after its module's forward; only its own module gets it back in the backward pass."""
-    return hasattr(getattr(source, "variable", None), "ds_id")
 
 
 def _unpack(kept: Kept) -> torch.Tensor:
