@@ -41,6 +41,7 @@ from measure import (
     MALLOC,
     MIB,
     PeakMemory,
+    add_run_options,
     failure,
     markdown,
     median_ratio,
@@ -322,12 +323,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fractions", nargs="+", type=float, default=[1.0, 0.5, 0.25], help="of rows that are active")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-memory", action="store_true", help="do not measure the memory")
-    parser.add_argument("--time-limit", type=float, help="seconds after which no further case begins")
-    parser.add_argument("--out", type=Path, help="write every number as JSON here, after every case")
-    parser.add_argument("--date", help="of the stamp; default today")
-    parser.add_argument("--commit", help="of the stamp; default what git says")
-    parser.add_argument("--probe", help=argparse.SUPPRESS)
+    add_run_options(parser)
     args = parser.parse_args(argv)
     on_cuda = args.device == "cuda"
     args.shapes = args.shapes or ([name for name in WIDTHS if name != "cpu"] if on_cuda else ["cpu"])

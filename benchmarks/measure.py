@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import datetime
@@ -35,6 +36,16 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", 
 MIB = 1 << 20
 # glibc keeps freed blocks below a threshold that grows with use; a fixed one makes resident memory mean live memory
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark of several cases takes; see `run_cases`."""
+    parser.add_argument("--no-memory", action="store_true", help="do not measure the memory")
+    parser.add_argument("--time-limit", type=float, help="seconds after which no further case begins")
+    parser.add_argument("--out", type=Path, help="write every number as JSON here, after every case")
+    parser.add_argument("--date", help="of the stamp; default today")
+    parser.add_argument("--commit", help="of the stamp; default what git says")
+    parser.add_argument("--probe", help=argparse.SUPPRESS)  # the memory of one case, in a process of its own
 
 
 def stamp(date: str | None = None, commit: str | None = None) -> dict[str, Any]:

@@ -40,7 +40,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, from wherever it is imported
 
-from measure import MALLOC, MIB, PeakMemory, markdown, median_ratio, paired_rounds, run_cases, stamp
+from measure import MALLOC, MIB, PeakMemory, add_run_options, markdown, median_ratio, paired_rounds, run_cases, stamp
 from update_run import CHECKED, DEFAULT_LAYERS, MODELS, Bench, Case, check, reason, time_attention
 from update_variants import VARIANTS, Shape, make_problem, token_tree
 
@@ -267,12 +267,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--old", action="store_true", help="log-probs of the old policy by a pass without gradients")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-memory", action="store_true", help="do not measure the memory")
-    parser.add_argument("--time-limit", type=float, help="seconds after which no further shape is begun")
-    parser.add_argument("--out", type=Path, help="write everything as JSON")
-    parser.add_argument("--date", help="for the results file; default today")
-    parser.add_argument("--commit", help="for the results file; default what git says")
-    parser.add_argument("--probe", help=argparse.SUPPRESS)
+    add_run_options(parser)
     args = parser.parse_args(argv)
     on_cuda = args.device == "cuda"
     args.model = args.model or ("qwen3-0.6b" if on_cuda else "30m")

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", type=Path, help="folder to make")
 
     _command(commands, "recipes", _recipes, "list the shipped recipes")
-    bench = _command(commands, "bench", _bench, "how to run the benchmarks")
+    bench = _command(commands, "bench", _bench, "list the repository's benchmarks, or run one")
     bench.add_argument("name", nargs="?", help="benchmark to run (default: list them)")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments; --help lists them")
     return parser

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
 
-from vllm_parts import largest_gap, make_policy, perturb, prompts, sample
+from vllm_parts import caught, largest_gap, make_policy, perturb, prompts, sample
 
 from pact_fast.errors import EngineError
 from pact_fast.rollout.agent import Job
@@ -104,12 +104,6 @@ class TestFaults:
         engine.update_weights(model, 101)
         assert largest_gap(model, [np.arange(9)], sample(engine, [np.arange(9)], 8, 0)) <= 1e-4
 
-    def caught(self, engine, model, match):
-        with pytest.raises(WeightMismatch, match=match):
-            engine.update_weights(model, 102)
-        with pytest.raises(EngineError, match="no weights yet"):
-            engine.submit(Request(0, np.arange(5), 4))
-
     def test_one_number_corrupted_on_the_way(self, engine, model, monkeypatch):
         load = engine.host.load
 
@@ -124,14 +118,14 @@ class TestFaults:
             load(changed(), version)
 
         monkeypatch.setattr(engine.host, "load", corrupt)
-        self.caught(engine, model, r"1 of \d+ tensors differ \(model.layers.1.self_attn.k_proj.weight\)")
+        caught(engine, model, r"1 of \d+ tensors differ \(model.layers.1.self_attn.k_proj.weight\)")
         monkeypatch.undo()
 
     def test_a_dropped_tensor(self, engine, model, monkeypatch):
         load = engine.host.load
         kept = lambda weights: (item for item in weights if "0.mlp.up_proj" not in item[0])  # noqa: E731
         monkeypatch.setattr(engine.host, "load", lambda weights, version: load(kept(weights), version))
-        self.caught(engine, model, "mlp")
+        caught(engine, model, "mlp")
         monkeypatch.undo()
 
     def test_a_dropped_update(self, engine, model, monkeypatch):
@@ -140,12 +134,12 @@ class TestFaults:
             engine.host._engine.collective_rpc("pact_loaded", args=(version,))
 
         monkeypatch.setattr(engine.host, "load", claim)
-        self.caught(engine, model, "tensors differ")
+        caught(engine, model, "tensors differ")
         monkeypatch.undo()
 
     def test_an_update_that_says_nothing(self, engine, model, monkeypatch):
         monkeypatch.setattr(engine.host, "load", lambda weights, version: list(weights))
-        self.caught(engine, model, "version 100, the trainer has sent 102")
+        caught(engine, model, "version 100, the trainer has sent 102")
         monkeypatch.undo()
 
     def test_a_late_update(self, policy, engine, model, monkeypatch):
@@ -176,7 +170,7 @@ class TestFaults:
             worker, "pact_version_only", lambda self, version: setattr(self, "_pact_version", version), raising=False
         )
         monkeypatch.setattr(engine.host._engine, "collective_rpc", stale)
-        self.caught(engine, model, r"lm_head.weight \(copies differ\)")
+        caught(engine, model, r"lm_head.weight \(copies differ\)")
         monkeypatch.undo()
 
 

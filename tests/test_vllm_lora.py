@@ -9,14 +9,11 @@ import torch
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
 pytest.importorskip("peft", reason="needs the extra lora: pip install 'pact-fast[lora]'")
 
-from vllm_parts import largest_gap, make_policy, prompts, sample
+from vllm_parts import caught, largest_gap, make_policy, prompts, sample
 
 from pact_fast.config import LoraConfig
-from pact_fast.errors import EngineError
 from pact_fast.rollout.adapter import adapter_tensors
-from pact_fast.rollout.engine import Request
 from pact_fast.rollout.factory import make_engine
-from pact_fast.rollout.weights import WeightMismatch
 from pact_fast.trainer import lora
 
 pytestmark = pytest.mark.vllm
@@ -76,12 +73,6 @@ class TestFaults:
         engine.update_weights(policy.model, 101)
         assert largest_gap(policy.model, [np.arange(9)], sample(engine, [np.arange(9)], 8, 0)) <= 1e-4
 
-    def caught(self, engine, model, match):
-        with pytest.raises(WeightMismatch, match=match):
-            engine.update_weights(model, 102)
-        with pytest.raises(EngineError, match="no weights yet"):
-            engine.submit(Request(0, np.arange(5), 4))
-
     def test_one_number_corrupted_on_the_way(self, engine, model, monkeypatch):
         load = engine.host.load_adapter
 
@@ -92,20 +83,20 @@ class TestFaults:
             load(tensors | {name: changed}, version)
 
         monkeypatch.setattr(engine.host, "load_adapter", corrupt)
-        self.caught(engine, model, r"1 of \d+ tensors differ \(model.layers.1.mlp.down_proj.lora_B.weight\)")
+        caught(engine, model, r"1 of \d+ tensors differ \(model.layers.1.mlp.down_proj.lora_B.weight\)")
         monkeypatch.undo()
 
     def test_a_dropped_layer(self, engine, model, monkeypatch):
         load = engine.host.load_adapter
         kept = lambda tensors: {k: t for k, t in tensors.items() if "0.self_attn.q_proj" not in k}  # noqa: E731
         monkeypatch.setattr(engine.host, "load_adapter", lambda tensors, version: load(kept(tensors), version))
-        self.caught(engine, model, r"2 of \d+ tensors differ \(model.layers.0.self_attn.q_proj")
+        caught(engine, model, r"2 of \d+ tensors differ \(model.layers.0.self_attn.q_proj")
         monkeypatch.undo()
 
     def test_a_dropped_update(self, engine, model, monkeypatch):
         rpc = engine.host._engine.collective_rpc
         monkeypatch.setattr(engine.host, "load_adapter", lambda tensors, version: rpc("pact_loaded", args=(version,)))
-        self.caught(engine, model, "tensors differ")
+        caught(engine, model, "tensors differ")
         monkeypatch.undo()
 
     def test_an_adapter_on_the_embedding(self, engine, model, monkeypatch):
@@ -119,7 +110,7 @@ class TestFaults:
             manager.modules["model.embed_tokens"].lora_b_stacked[0, 0, 2, 1] = 1.0
 
         monkeypatch.setattr(engine.host, "load_adapter", more)
-        self.caught(engine, model, "embed_tokens.lora .unknown to the trainer")
+        caught(engine, model, "embed_tokens.lora .unknown to the trainer")
         monkeypatch.undo()
 
 

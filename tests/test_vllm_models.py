@@ -38,7 +38,7 @@ def build(kind, vocab, more):
 
 
 def test_what_cannot_be_verified_is_refused(policy):
-    """vLLM 0.32's CPU build gives wrong log-probs (0.1 nats) after experts were reloaded."""
+    """vLLM 0.32's CPU build gives wrong log-probs after experts were reloaded."""
     model = build("qwen3_moe", len(policy.renderer.tokenizer), MIXTURE)
     engine = make_engine(policy.config, model, policy.renderer)
     try:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from pact_fast.config import Config, load_config
 from pact_fast.data.rendering import ChatRenderer
+from pact_fast.errors import EngineError
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.engine import Request
+from pact_fast.rollout.weights import WeightMismatch
 from pact_fast.trainer import setup
 from pact_fast.trainer.pretrain import pretrain
 
@@ -72,6 +74,14 @@ def sample(engine, contexts: list[np.ndarray], tokens: int, key: int, temperatur
     return sorted(done, key=lambda completion: completion.session)
 
 
+def caught(engine, model, match: str) -> None:
+    """An update whose fault is seen, after which nothing can be sampled."""
+    with pytest.raises(WeightMismatch, match=match):
+        engine.update_weights(model, 102)
+    with pytest.raises(EngineError, match="no weights yet"):
+        engine.submit(Request(0, np.arange(5), 4))
+
+
 @torch.no_grad()
 def largest_gap(model, contexts, completions, temperature: float = 0.9) -> float:
     """max |engine's log-prob − the model's own| over all sampled tokens."""
@@ -83,7 +93,3 @@ def largest_gap(model, contexts, completions, temperature: float = 0.9) -> float
         own = logits.log_softmax(-1).gather(1, full[0, len(ids) :, None])[:, 0]
         worst = max(worst, float((own - torch.tensor(completion.logprobs)).abs().max()))
     return worst
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*"))

@@ -180,8 +180,10 @@ class VllmEngine:
         except (EngineDied, EngineTimeout) as error:
             self._recover(error)
             return []
+        if sampled or self.clocked:  # a step that returns is a sign of life; only servers can be silent
+            self._heard = time.monotonic()
         if sampled:
-            self._heard, self._failures = time.monotonic(), 0
+            self._failures = 0
         return [completion for one in sampled if (completion := self._finish(one))]
 
     def close(self, session: int) -> None:
@@ -263,8 +265,7 @@ class VllmEngine:
         if adapter:
             size += self._send_adapter(adapter, version)
         loaded = time.monotonic()
-        self._verify(version, everything)
-        self.version = version
+        self._settle(version, everything)
         self.last_sync = SyncReport(version, size, loaded - started, time.monotonic() - loaded)
 
     def _send_weights(self, model: PreTrainedModel, version: int) -> int:
@@ -312,6 +313,16 @@ class VllmEngine:
             self._verify(version)
             self.version = version
 
+    def _settle(self, version: int, everything: bool = True) -> None:
+        """Sample from what was loaded, once it is verified; an engine that dies meanwhile is started again with the same."""
+        while self.version < 0:
+            try:
+                self._verify(version, everything)
+                self.version = version
+            except (EngineDied, EngineTimeout) as error:
+                self._restart(error)
+                everything = True
+
     def _verify(self, version: int, everything: bool = True) -> None:
         """The adapter, and the weights under it or all weights if `everything`."""
         if self._adapter:
@@ -355,8 +366,7 @@ class VllmEngine:
         """Start again, and ask again for the turns under way; what ended before is not lost."""
         version, self.version = self.version, -1
         self._restart(error)
-        self._verify(version)
-        self.version = version
+        self._settle(version)
         self._heard = time.monotonic()
         for session in self._sessions.values():
             if session.turn:

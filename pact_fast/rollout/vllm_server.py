@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import queue
@@ -33,9 +34,10 @@ from pact_fast.rollout.vllm_engine import Sampled, Turn
 from pact_fast.rollout.vllm_local import EXTENSION, engine_args, import_vllm, merged
 from pact_fast.rollout.weights import Piece
 
+# found before any fork: between fork and exec, a process that has had threads must not import or load anything
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 SHARD = 1 << 30  # bytes of a weight file
 LOG_TAIL = 4000  # characters of a dead server's log in its error
-SIGNALS = (httpx.ConnectError, httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, httpx.CloseError)
 
 
 class VllmServer:
@@ -135,7 +137,7 @@ class VllmServer:
             self._results.put(Sampled(turn.key, choice["token_ids"], logprobs, _cached(answer)))
         except EngineError as error:
             self._results.put(error)
-        except SIGNALS as error:
+        except httpx.TransportError as error:
             self._results.put(EngineDied(self.name, f"the connection broke: {error or type(error).__name__}"))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             self._results.put(EngineError(self.name, f"an answer that is no completion with token ids: {error!r}"))
@@ -209,7 +211,7 @@ class VllmServer:
             raise EngineTimeout(
                 self.name, f"no answer to {path} within {self._timeout:g} s (rollout.engine_timeout)"
             ) from None
-        except SIGNALS as error:
+        except httpx.TransportError as error:
             raise EngineDied(self.name, f"{path}: {error or type(error).__name__}") from None
 
     def _wait_ready(self, deadline: float | None = None) -> None:
@@ -418,7 +420,5 @@ def _flags(args: dict[str, Any]) -> list[str]:
 
 def _die_with_parent() -> None:
     """A trainer that is killed leaves no server behind (Linux)."""
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGTERM)
