@@ -1,6 +1,6 @@
 """Shared prefixes, computed once: token trees, packing, tree attention and the Hugging Face hook."""
 
-from pact_fast.tree.packing import PackedBatch, pack
+from pact_fast.tree.packing import PackedBatch, deal, pack
 from pact_fast.tree.tree import Node, TokenTree
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "PathCache",
     "TokenTree",
     "branches_forward",
+    "deal",
     "pack",
     "paths_forward",
     "tree_attention",

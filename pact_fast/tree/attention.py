@@ -16,6 +16,7 @@ import torch
 from pact_fast.tree.cache import PathCache
 from pact_fast.tree.flash import Flash, flash_for
 from pact_fast.tree.packing import Call, PackedBatch, Span
+from pact_fast.tree.slices import Slices
 
 
 class TreeLayout:
@@ -28,6 +29,7 @@ class TreeLayout:
             self.calls = [*shifted, Call([Span(0, len(batch), 0, after)], False)]
         self.keep: PathCache | None = None  # where to store keys and values, see tree_forward
         self.cache: PathCache | None = None  # whose keys come first, see branches_forward
+        self.slices: Slices | None = None  # the rows of this process, see tree_forward
         self._after = after
         self._subtree_end = torch.as_tensor(batch.subtree_end, device=device)
         self._mask: torch.Tensor | None = None

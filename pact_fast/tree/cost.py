@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from pact_fast.tree.packing import PackedBatch
@@ -37,14 +39,24 @@ def trunk_flops(model: PreTrainedModel, work: Work) -> float:
 
     The head and the embedding are left out, and mixtures of experts count the experts that a token visits.
     """
+    per_token, per_pair = flops_per(model)
+    return per_token * work.tokens + per_pair * work.pairs
+
+
+def flops_per(model: PreTrainedModel) -> tuple[float, float]:
+    """FLOPs of the trunk for each token, and for each query-key pair."""
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     visited = config.num_experts_per_tok / experts if experts else 1.0
     weights = sum(
-        (6.0 if p.requires_grad else 4.0) * p.numel() * (visited if ".experts." in name else 1.0)
+        (6.0 if p.requires_grad else 4.0) * math.prod(_shape(p)) * (visited if ".experts." in name else 1.0)
         for name, p in model.named_parameters()
-        if p.ndim >= 2 and "embed" not in name and "lm_head" not in name
+        if len(_shape(p)) >= 2 and "embed" not in name and "lm_head" not in name
     )
-    attention = config.num_hidden_layers * config.num_attention_heads * head_dim
-    return weights * work.tokens + 12.0 * attention * work.pairs
+    return weights, 12.0 * config.num_hidden_layers * config.num_attention_heads * head_dim
+
+
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Also of a parameter that ZeRO-3 has partitioned."""
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -13,6 +13,7 @@ from pact_fast.tree.attention import TreeLayout, tree_attention
 from pact_fast.tree.cache import PathCache
 from pact_fast.tree.packing import PackedBatch
 from pact_fast.tree.remake import Remake, is_compiled
+from pact_fast.tree.slices import Slices
 
 NAME = "pact_tree"
 
@@ -25,7 +26,12 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         key, value = tree_layout.cache.extend(module.layer_idx, key, value)
     if tree_layout.keep is not None:
         tree_layout.keep.store(module.layer_idx, key, value)
+    slices = tree_layout.slices
+    if slices is not None:
+        query, key, value = slices.heads(query, key, value)
     out = tree_attention(query, key, value, tree_layout, scale=scale)
+    if slices is not None:
+        out = slices.rows(out)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -48,10 +54,13 @@ def unsupported(model: PreTrainedModel) -> str | None:
     return None
 
 
-def tree_forward(model: PreTrainedModel, batch: PackedBatch, keep: PathCache | None = None) -> torch.Tensor:
+def tree_forward(
+    model: PreTrainedModel, batch: PackedBatch, keep: PathCache | None = None, slices: Slices | None = None
+) -> torch.Tensor:
     """Hidden states [T, D] after the final norm: the same numbers as running every root-to-leaf path alone.
 
-    `keep` stores the detached keys and values of one path for `branches_forward`.
+    `keep` stores the detached keys and values of one path for `branches_forward`. With `slices` (sequence parallelism), rows
+    [slices.start, slices.end) alone are computed and returned; all processes of the group have to call.
 
     `model` may be wrapped by peft. Raises PactError with the reason if its attention cannot be expressed as a tree;
     `paths_forward` serves such models.
@@ -62,7 +71,7 @@ def tree_forward(model: PreTrainedModel, batch: PackedBatch, keep: PathCache | N
             raise PactError(f"tree attention: {reason}; pack with share=False and use paths_forward")
         model.set_attn_implementation(NAME)
     layout = TreeLayout(batch, next(model.parameters()).device)
-    layout.keep = keep
+    layout.keep, layout.slices = keep, slices
     hidden = _run(model, batch, layout)
     if keep is not None:
         keep.last_hidden = hidden[keep.rows[-1]].detach()
@@ -85,10 +94,11 @@ def branches_forward(model: PreTrainedModel, cache: PathCache, batch: PackedBatc
 def _run(model: PreTrainedModel, batch: PackedBatch, layout: TreeLayout) -> torch.Tensor:
     device = next(model.parameters()).device
     decoder = trunk(model)
+    mine = slice(layout.slices.start, layout.slices.end) if layout.slices else slice(None)
     with nullcontext() if is_compiled(decoder) else Remake():
         output = decoder(
-            input_ids=torch.as_tensor(batch.input_ids, device=device)[None],
-            position_ids=torch.as_tensor(batch.position_ids, device=device)[None],
+            input_ids=torch.as_tensor(batch.input_ids[mine], device=device)[None],
+            position_ids=torch.as_tensor(batch.position_ids[mine], device=device)[None],
             tree_layout=layout,
             use_cache=False,
         )

@@ -6,7 +6,7 @@ exactly those between k and the end of k's subtree, so `subtree_end` [T] is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -77,7 +77,79 @@ def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True) -> 
     pack of its own (nothing is ever cut). `share=False` gives every root-to-leaf path a copy of its own: the same numbers
     without sharing.
     """
-    pieces = [piece for tree in trees for piece in _split(tree, max_tokens if share else 0)]
+    return _lay_out_all(_first_fit(_pieces(trees, max_tokens, share), max_tokens))
+
+
+def deal(
+    trees: Sequence[TokenTree],
+    *,
+    max_tokens: int,
+    ranks: int,
+    cost: Callable[[int, int], float],
+    share: bool = True,
+) -> list[list[PackedBatch]]:
+    """Packs for `ranks` processes that work in step: packs[step][rank], the same on every process.
+
+    `cost(tokens, pairs)` of a piece, see `tree.cost.Work`. Every process gets one pack a step; those of a step cost about the
+    same. Where there is too little to share out, trees are split further than the budget asks (they repeat their shared path),
+    and what still lacks is an empty pack.
+    """
+    if ranks == 1:
+        return [[batch] for batch in pack(trees, max_tokens=max_tokens, share=share)]
+    pieces = _pieces(trees, max_tokens, share)
+    budget = max_tokens
+    while share and len(pieces) < ranks and budget > 1:
+        budget //= 2
+        pieces = _pieces(trees, budget, share)
+    costs = [cost(*_work(piece)) for piece in pieces]
+    steps = -(-len(_first_fit(pieces, max_tokens)) // ranks)
+    while (bins := _balanced(pieces, costs, steps * ranks, max_tokens)) is None:
+        steps += 1
+    bins.sort(key=lambda members: -sum(costs[i] for i in members))  # a step waits for its slowest process
+    batches = _lay_out_all([[pieces[i] for i in sorted(members)] for members in bins])
+    load = [0.0] * ranks
+    table = []
+    for step in range(steps):
+        row: list[PackedBatch] = [batches[0]] * ranks
+        lightest = sorted(range(ranks), key=load.__getitem__)
+        for place, rank in zip(range(step * ranks, (step + 1) * ranks), lightest, strict=True):
+            row[rank] = batches[place]
+            load[rank] += sum(costs[i] for i in bins[place])
+        table.append(row)
+    return table
+
+
+Piece = list[Node]  # nodes of one tree in depth-first order, closed under parents
+
+
+def _pieces(trees: Sequence[TokenTree], max_tokens: int, share: bool) -> list[Piece]:
+    return [piece for tree in trees for piece in _split(tree, max_tokens if share else 0)]
+
+
+def _balanced(pieces: list[Piece], costs: list[float], count: int, max_tokens: int) -> list[list[int]] | None:
+    """The dearest piece first, each into the cheapest of `count` bins with room for it; None if one finds no room."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    load, size = [0.0] * count, [0] * count
+    for index in sorted(range(len(pieces)), key=lambda i: -costs[i]):
+        tokens = _size(pieces[index])
+        free = [b for b in range(count) if not bins[b] or size[b] + tokens <= max_tokens]
+        if not free:
+            return None
+        target = min(free, key=load.__getitem__)
+        bins[target].append(index)
+        load[target] += costs[index]
+        size[target] += tokens
+    return bins
+
+
+def _work(piece: Piece) -> tuple[int, int]:
+    """(tokens, query-key pairs): a token sees all of its path up to itself."""
+    pairs = sum(len(node.ids) * node.start + len(node.ids) * (len(node.ids) + 1) // 2 for node in piece)
+    return _size(piece), pairs
+
+
+def _first_fit(pieces: list[Piece], max_tokens: int) -> list[list[Piece]]:
+    """The largest first, each into the first pack with room."""
     order = sorted(range(len(pieces)), key=lambda i: -_size(pieces[i]))
     bins: list[list[int]] = []
     room: list[int] = []
@@ -90,11 +162,12 @@ def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True) -> 
             target = len(bins) - 1
         bins[target].append(index)
         room[target] -= size
+    return [[pieces[i] for i in sorted(members)] for members in bins]
+
+
+def _lay_out_all(packs: list[list[Piece]]) -> list[PackedBatch]:
     owner: set[int] = set()
-    return [_lay_out([pieces[i] for i in sorted(members)], owner) for members in bins]
-
-
-Piece = list[Node]  # nodes of one tree in depth-first order, closed under parents
+    return [_lay_out(pieces, owner) for pieces in packs]
 
 
 def _size(piece: Piece) -> int:
