@@ -13,14 +13,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from pact_fast.config import TrainerConfig
+from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
-from pact_fast.trainer import checkpoint
+from pact_fast.trainer import checkpoint, shards
+from pact_fast.trainer.backend import Replicated
 
 
 def content(step: int) -> dict[str, Any]:
@@ -231,12 +236,12 @@ def full_disk(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["save_file", "_sync_tree", "_describe"])
+@pytest.mark.parametrize("where", ["shards.save_file", "_sync_tree", "_describe", "_sync"])
 def test_a_full_disk_is_a_one_line_error_and_costs_nothing(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = save(tmp_path, 1, keep=1)
-    monkeypatch.setattr(checkpoint, where, full_disk)
+    monkeypatch.setattr(f"pact_fast.trainer.checkpoint.{where}", full_disk)
     with pytest.raises(PactError, match=r"step_2.*No space left on device.*free some space") as caught:
         save(tmp_path, 2, keep=1)
     assert "\n" not in str(caught.value)
@@ -252,6 +257,7 @@ def test_a_write_that_the_system_refuses_is_the_same_error(tmp_path: Path) -> No
     if pid == 0:
         code = 1
         try:
+            torch.set_num_threads(1)  # OpenMP's other threads did not come along
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
             checkpoint.save(tmp_path, 2, tensors=tensors, state={}, write_model=None, keep=1)
@@ -276,82 +282,98 @@ def test_a_failing_model_writer_leaves_nothing_behind(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["step_1"]
 
 
+# files
+
+
+def test_large_tensors_go_to_several_files_and_come_back_one_by_one(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "SHARD", 300)
+    tensors = {f"t{i}": torch.arange(20.0) + i for i in range(9)}  # three to a file
+    model = {"a.weight": torch.randn(20, 2), "b.weight": torch.randn(20, 2)}
+    path = checkpoint.save(
+        tmp_path, 1, tensors={"optimizer": tensors, "rng": {}}, state={}, write_model=None, weights=model, keep=1
+    )
+    names = [f"optimizer-{i:05d}.safetensors" for i in range(3)]
+    assert sorted(p.name for p in path.glob("*.safetensors")) == [*names, "rng.safetensors"]
+    saved = checkpoint.load(path)
+    assert saved.tensors.keys() == {"optimizer", "rng"} and len(saved.tensors["rng"]) == 0
+    assert saved.tensors["optimizer"].keys() == tensors.keys()
+    assert all(torch.equal(saved.tensors["optimizer"][key], value) for key, value in tensors.items())
+    index = json.loads((path / "model/model.safetensors.index.json").read_text())  # as Hugging Face's readers want it
+    for key, value in model.items():
+        assert torch.equal(load_file(path / "model" / index["weight_map"][key])[key], value)
+    assert not (path / "model/model.safetensors").exists()  # they would take it for the whole
+    (path / names[1]).write_bytes(b"")
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_what_was_gathered_may_be_released_before_it_is_written(tmp_path: Path) -> None:
+    buffer = torch.empty(8)
+
+    def gathered():
+        for i in range(5):
+            yield f"t{i}", buffer.fill_(i)
+
+    path = checkpoint.save(tmp_path, 1, tensors={"optimizer": gathered()}, state={}, write_model=None, keep=1)
+    assert [float(t[0]) for t in checkpoint.load(path).tensors["optimizer"].values()] == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
 # optimizer
 
 
-def model_and_optimizer() -> tuple[torch.nn.Module, torch.optim.AdamW, dict[torch.Tensor, str]]:
+def make_backend(**trainer: Any) -> Replicated:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3))
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    # the groups are not in the order of the model, and differ
-    optimizer = torch.optim.AdamW(
-        [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": 0.1, "lr": 3e-3}],
-        lr=1e-2,
-        betas=(0.8, 0.95),
-    )
-    return model, optimizer, {p: n for n, p in model.named_parameters()}
+    settings = TrainerConfig(learning_rate=1e-2, weight_decay=0.1, **trainer)
+    return Replicated(SimpleNamespace(model=model), settings, World())
 
 
-def train(model: torch.nn.Module, optimizer: torch.optim.AdamW, first: int, steps: int) -> list[float]:
+def train(backend: Replicated, first: int, steps: int) -> list[float]:
     losses = []
     for step in range(first, first + steps):
         x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
-        loss = (model(x) ** 2).mean() + model(x).sum() * 0.01
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = (backend._model(x) ** 2).mean() + backend._model(x).sum() * 0.01
+        backend.backward(loss, last=True)
+        backend.step(learning_rate=1e-2 / (step + 1))
         losses.append(loss.item())
     return losses
 
 
 def test_adamw_continues_bit_for_bit(tmp_path: Path) -> None:
-    model, optimizer, names = model_and_optimizer()
-    train(model, optimizer, 0, 3)
-    optimizer.param_groups[1]["lr"] = 1 / 300  # as a schedule does
-    weights = copy.deepcopy(model.state_dict())
-    tensors, state = checkpoint.optimizer_tensors(optimizer, names)
-    path = checkpoint.save(
-        tmp_path, 3, tensors={"optimizer": tensors}, state={"optimizer": state}, write_model=None, keep=1
-    )
-    expected = train(model, optimizer, 3, 5)
+    backend = make_backend()
+    train(backend, 0, 3)
+    weights = copy.deepcopy(backend._model.state_dict())
+    path = checkpoint.save(tmp_path, 3, tensors={"optimizer": backend.state()}, state={}, write_model=None, keep=1)
+    expected = train(backend, 3, 5)
 
-    resumed, fresh, fresh_names = model_and_optimizer()
-    resumed.load_state_dict(weights)
-    saved = checkpoint.load(path)
-    before = {name: tensor.clone() for name, tensor in saved.tensors["optimizer"].items()}
-    checkpoint.load_optimizer(fresh, fresh_names, saved.tensors["optimizer"], saved.state["optimizer"])
-    assert fresh.param_groups[0]["betas"] == (0.8, 0.95)
-    assert [group["lr"] for group in fresh.param_groups] == [1e-2, 1 / 300]
-    assert train(resumed, fresh, 3, 5) == expected
-    for name, weight in model.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], weight), name
-    old, new = (checkpoint.optimizer_tensors(o, n)[0] for o, n in ((optimizer, names), (fresh, fresh_names)))
+    resumed = make_backend()
+    resumed._model.load_state_dict(weights)
+    saved = checkpoint.load(path).tensors["optimizer"]
+    before = {name: tensor.clone() for name, tensor in saved.items()}
+    resumed.load_state(saved)
+    assert train(resumed, 3, 5) == expected
+    for name, weight in backend._model.state_dict().items():
+        assert torch.equal(resumed._model.state_dict()[name], weight), name
+    old, new = dict(backend.state()), dict(resumed.state())
     assert old.keys() == new.keys() == before.keys()
     assert all(torch.equal(old[name], new[name]) and old[name].dtype == new[name].dtype for name in old)
-    assert [entries["step"].item() for entries in fresh.state.values()] == [8.0] * 6
+    assert [float(new[name]) for name in new if name.endswith("/step")] == [8.0] * 6
     # training does not write into what was loaded
-    assert all(torch.equal(saved.tensors["optimizer"][name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(saved[name], tensor) for name, tensor in before.items())
 
 
 def test_an_optimizer_that_never_stepped_is_saved_too(tmp_path: Path) -> None:
-    _, optimizer, names = model_and_optimizer()
-    tensors, state = checkpoint.optimizer_tensors(optimizer, names)
-    assert tensors == {}
-    checkpoint.load_optimizer(optimizer, names, tensors, json.loads(json.dumps(state)))
-    assert len(optimizer.state) == 0
+    backend = make_backend()
+    path = checkpoint.save(tmp_path, 1, tensors={"optimizer": backend.state()}, state={}, write_model=None, keep=1)
+    backend.load_state(checkpoint.load(path).tensors["optimizer"])
+    assert len(backend.optimizer.state) == 0
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
-    _, optimizer, names = model_and_optimizer()
-    tensors, state = checkpoint.optimizer_tensors(optimizer, names)
-    other = torch.nn.Sequential(torch.nn.Linear(6, 5))
-    other_names: dict[torch.Tensor, str] = {p: n for n, p in other.named_parameters()}
-    with pytest.raises(PactError, match=r"'1\.bias' is only in one of them"):
-        checkpoint.load_optimizer(torch.optim.AdamW(other.parameters()), other_names, tensors, state)
-    regrouped = torch.optim.AdamW(names)
-    with pytest.raises(PactError, match="grouped differently"):
-        checkpoint.load_optimizer(regrouped, names, tensors, state)
+    backend = make_backend()
+    with pytest.raises(PactError, match=r"a state of '3\.weight', which the model does not train"):
+        backend.load_state({"3.weight/exp_avg": torch.zeros(2)})
+    with pytest.raises(PactError, match=r"'0.weight' has the shape \(5, 6\), its state \(5, 7\)"):
+        backend.load_state({"0.weight/exp_avg": torch.zeros(5, 7)})
 
 
 # generators

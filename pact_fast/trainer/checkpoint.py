@@ -2,8 +2,8 @@
 
     checkpoints/step_40/
         manifest.json          size and SHA-256 of every other file, written last
-        state.json             counters, optimizer hyper-parameters, generators
-        optimizer.safetensors  and other named tensor files
+        state.json             counters, generators
+        optimizer.safetensors  and other named tensors; large ones in several files
         model/                 Hugging Face format; with LoRA, the adapters in peft's
 
 A checkpoint is written under a hidden name, forced to disk, and then renamed. A process that is killed at any moment
@@ -19,7 +19,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,23 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
+from pact_fast.trainer import shards
 
 log = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
+Named = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` has one entry per safetensors file, on the CPU; `model_dir` is the Hugging Face folder, if any."""
+    """`tensors` has one entry per name, on the CPU, read when asked for; `model_dir` is the Hugging Face folder, if any."""
 
     step: int
-    tensors: dict[str, Tensors]
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
     state: dict[str, Any]
     model_dir: Path | None
 
@@ -50,44 +52,117 @@ def save(
     root: Path,
     step: int,
     *,
-    tensors: Mapping[str, Tensors],
+    tensors: Mapping[str, Named],
     state: dict[str, Any],
     write_model: Callable[[Path], None] | None,
+    weights: Named | None = None,
     keep: int,
+    world: World | None = None,
 ) -> Path:
     """Write `root/step_{step}` and drop all but the newest `keep` complete checkpoints. Returns its path.
 
-    `tensors[name]` goes to name.safetensors; `state` to state.json, floats exactly (NaN and infinity are a
-    ValueError); `write_model(path)` fills the folder model/. A checkpoint of the same step is replaced. One process
-    at a time may save to `root`; others may read. PactError if the disk is full or not writable: the earlier
-    checkpoints are intact then.
+    `tensors[name]` goes to name.safetensors (if it is large, to several files); `state` to state.json, floats exactly (NaN
+    and infinity are a ValueError); `write_model(path)` fills the folder model/, `weights` its model.safetensors. A
+    checkpoint of the same step is replaced. PactError if the disk is full or not writable: the earlier checkpoints are intact
+    then.
+
+    Every process of `world` has to call, with the same names in the same order; the lead process's `state` and `write_model`
+    count. `root` must be one folder to all of them. One run at a time may save to `root`; others may read.
     """
+    world = world or World()
     final = root / f"step_{step}"
-    temporary = root / f".tmp-step_{step}-{os.getpid()}"
+    writer = _Writer(world)
+    temporary = root / f".tmp-step_{step}-{world.from_lead(os.getpid, 'a checkpoint')}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root)
-        temporary.mkdir()
+        writer.lead(lambda: _begin(root, temporary))
         for name, entries in tensors.items():
-            save_file(entries, temporary / f"{name}.safetensors", metadata={"format": "pt"})
-        (temporary / "state.json").write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+            writer.tensors(temporary, name, entries)
         if write_model:
-            write_model(temporary / "model")
-        manifest = {"step": step, "files": {name: _describe(temporary / name) for name in _files(temporary)}}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync_tree(temporary)
-        if final.exists():
-            _discard(final)
-        temporary.rename(final)
-        _sync(root)
+            writer.lead(lambda: write_model(temporary / "model"))
+        if weights is not None:
+            writer.tensors(temporary / "model", "model", weights)
+        writer.lead(lambda: _write_state(temporary / "state.json", state))
+        described = writer.describe(temporary)
+        writer.lead(lambda: _complete(temporary, final, step, described))
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         cure = "free some space or make the folder writable; earlier checkpoints are intact, go on with resume=auto"
         raise PactError(f"cannot save the checkpoint {final}: {reason}; {cure}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
-    _prune(root, keep)
+        if world.lead:
+            shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
+    if world.lead:
+        _prune(root, keep)
     return final
+
+
+class _Writer:
+    """What the processes write together. Whoever fails says so to the others, and all of them raise."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self._own: list[Path] = []
+
+    def lead(self, write: Callable[[], object]) -> None:
+        """Something that the lead process does."""
+        error: Exception | None = None
+        if self.world.lead:
+            try:
+                write()
+            except Exception as problem:
+                error = problem
+        self._agree(error)
+
+    def tensors(self, folder: Path, name: str, entries: Named) -> None:
+        pairs = entries.items() if isinstance(entries, Mapping) else entries
+        self.lead(lambda: folder.mkdir(exist_ok=True))
+        files, error = shards.write(folder, name, pairs, self.world.rank, self.world.size)
+        self._own += files
+        self._agree(error)
+
+    def describe(self, folder: Path) -> dict[str, Any]:
+        """Size and checksum of every file, each by the process that wrote it; other files are the lead's."""
+        error, own = None, {}
+        try:
+            for path in self._own:
+                _sync(path)
+                own[path.relative_to(folder).as_posix()] = _describe(path)
+        except OSError as problem:
+            error = problem
+        self._agree(error)
+        known = {name: entry for part in self.world.gather(own, "a checkpoint") for name, entry in part.items()}
+        if self.world.lead:
+            known |= {name: _describe(folder / name) for name in _files(folder) if name not in known}
+        return known
+
+    def _agree(self, error: Exception | None) -> None:
+        told = self.world.gather(None if error is None else str(error), "a checkpoint")
+        if error is not None:
+            raise error
+        for rank, other in enumerate(told):
+            if other is not None:
+                raise OSError(f"process {rank}: {other}")
+
+
+def _begin(root: Path, temporary: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(root)
+    temporary.mkdir()
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    path.write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+
+
+def _complete(temporary: Path, final: Path, step: int, described: dict[str, Any]) -> None:
+    """The manifest, everything to disk, and then the name under which it is seen."""
+    manifest = {"step": step, "files": described}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync_tree(temporary)
+    if final.exists():
+        _discard(final)
+    temporary.rename(final)
+    _sync(final.parent)
 
 
 def latest(root: Path, *, verify: bool = False) -> Path | None:
@@ -110,7 +185,11 @@ def load(path: Path) -> Checkpoint:
     if problem:
         raise PactError(f"{path} is not a complete checkpoint: {problem}; delete it to go on from an older one")
     try:
-        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+        names = {file: re.sub(r"-\d{5}$", "", file.stem) for file in sorted(path.glob("*.safetensors"))}
+        tensors = {
+            name: shards.TensorFiles(file for file in names if names[file] == name)
+            for name in sorted(set(names.values()))
+        }
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -119,50 +198,7 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(_read_manifest(path)["step"], tensors, state, model_dir if model_dir.is_dir() else None)
 
 
-# -- optimizer and generators ----------------------------------------------------------------------------------------
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]
-) -> tuple[Tensors, dict[str, Any]]:
-    """(tensors, hyper-parameters as JSON data) of an optimizer whose state consists of tensors, such as AdamW.
-
-    `names` gives every parameter's name. State `key` of a parameter is stored as "name/key".
-    """
-    tensors = {
-        f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
-        for parameter, entries in optimizer.state.items()
-        for key, value in entries.items()
-    }
-    groups = [
-        {**group, "params": [names[parameter] for parameter in group["params"]]} for group in optimizer.param_groups
-    ]
-    return tensors, {"param_groups": groups}
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str], tensors: Tensors, state: dict[str, Any]
-) -> None:
-    """Put back what `optimizer_tensors` took, bit for bit. PactError if parameters or their groups have changed."""
-    current = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    saved = [group["params"] for group in state["param_groups"]]
-    if current != saved:
-        odd = sorted({n for group in current for n in group} ^ {n for group in saved for n in group})
-        difference = f"'{odd[0]}' is only in one of them" if odd else "their parameters are grouped differently"
-        raise PactError(f"the saved optimizer does not fit the model: {difference}; resume with the run's own settings")
-    number = {name: i for i, name in enumerate(name for group in saved for name in group)}
-    entries: dict[int, Tensors] = {}
-    for path, tensor in tensors.items():
-        name, _, key = path.rpartition("/")
-        entries.setdefault(number[name], {})[key] = tensor.clone()  # the optimizer updates it in place
-    groups = [
-        {
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in group.items()},  # betas
-            "params": [number[name] for name in group["params"]],
-        }
-        for group in state["param_groups"]
-    ]
-    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+# -- generators ------------------------------------------------------------------------------------------------------
 
 
 def rng_state() -> tuple[dict[str, Any], Tensors]:
@@ -176,7 +212,7 @@ def rng_state() -> tuple[dict[str, Any], Tensors]:
     return state, tensors
 
 
-def set_rng_state(state: dict[str, Any], tensors: Tensors) -> None:
+def set_rng_state(state: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Put back what `rng_state` took. Devices that this machine lacks are left out."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
