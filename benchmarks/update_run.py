@@ -20,7 +20,7 @@ from measure import failure
 from update_variants import VARIANTS, Problem, Shape, Variant, make_problem
 
 from pact_fast.config import TrainerConfig
-from pact_fast.trainer.learner import make_optimizer
+from pact_fast.trainer.backend import make_optimizer
 
 QWEN3 = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40_960}
 MODELS: dict[str, dict[str, Any]] = {

@@ -129,6 +129,9 @@ class RolloutConfig(Section):
     vllm_server_timeout: float = Field(240.0, gt=0, description="Seconds that a server may take to start.")
     vllm_gpu_memory_utilization: float = Field(0.3, gt=0, le=1, description="Share of a GPU's memory that vLLM takes.")
     vllm_tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one copy of the model.")
+    vllm_data_parallel_size: int = Field(
+        1, ge=1, description="server: copies of the model on different GPUs, each driven by one training process."
+    )
     vllm_enable_sleep_mode: bool = Field(
         False, description="colocate: vLLM's memory is free during updates (GPU only)."
     )
@@ -248,6 +251,35 @@ class AlgorithmConfig(Section):
     reward: RewardConfig = Field(default_factory=RewardConfig)
 
 
+class DeepSpeedConfig(Section):
+    """Training state split over processes by DeepSpeed ZeRO (docs/scaling.md)."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        2,
+        description="What is split: optimizer states (1), gradients too (2), parameters too (3); nothing (0), which needs no "
+        "DeepSpeed.",
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="Where optimizer states lie instead.")
+    offload_param: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="Where parameters lie instead (stage 3 only)."
+    )
+    nvme_path: str | None = Field(None, description="Folder on a local NVMe disk, for what is offloaded to `nvme`.")
+    args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further DeepSpeed settings, laid over ours: {zero_optimization: {reduce_bucket_size: 50000000}}.",
+    )
+
+    @model_validator(mode="after")
+    def _coherent(self) -> DeepSpeedConfig:
+        if self.offload_param != "none" and self.stage != 3:
+            raise ValueError("offload_param needs stage=3: only then are parameters split")
+        if self.offload_optimizer != "none" and self.stage == 0:
+            raise ValueError("offload_optimizer needs stage 1, 2 or 3")
+        if "nvme" in (self.offload_optimizer, self.offload_param) and not self.nvme_path:
+            raise ValueError("offloading to nvme needs nvme_path, a folder on a local disk")
+        return self
+
+
 class TrainerConfig(Section):
     """The loop."""
 
@@ -265,6 +297,20 @@ class TrainerConfig(Section):
         "server only). 0: strictly on-policy, and repeatable.",
     )
     max_tokens_per_pack: int = Field(16384, ge=128, description="Token budget of one forward/backward.")
+    deepspeed: DeepSpeedConfig | None = Field(
+        None, description="Split the training state over processes; default: each holds all of it."
+    )
+    sequence_parallel_size: int = Field(
+        1, ge=1, description="Processes that share each pack, for contexts too long for one GPU (docs/scaling.md)."
+    )
+    ddp_timeout: int = Field(
+        1800, ge=1, description="Seconds after which a process that does not answer the others counts as lost."
+    )
+    max_skipped_updates: int = Field(
+        3,
+        ge=0,
+        description="Updates in a row that may be skipped because loss or gradient is not finite, before the run stops.",
+    )
     share_prefixes: bool = Field(True, description="Compute a prompt's shared prefix once for all of its rollouts.")
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(

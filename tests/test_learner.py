@@ -1,5 +1,7 @@
 """The optimizer step through a whole model: splitting, old log-probs, reference, bookkeeping."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_fast.algorithms import make_algorithm
 from pact_fast.config import AlgorithmConfig, TrainerConfig
+from pact_fast.errors import PactError
 from pact_fast.trainer.learner import Learner, schedule
 
 TEMPERATURE = 0.8
@@ -123,3 +126,77 @@ def test_sharing_saves_the_tokens_it_reports(renderer):
             for g in groups for t in g.trajectories
         )  # fmt: skip
     assert tokens[False] == result.tokens_unshared > 2 * tokens[True] * 0.7
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_pack_that_does_not_fit_is_split_and_the_gradient_stays(renderer, when, monkeypatch):
+    """Packs of more than 700 tokens run out of memory, in the backward pass after half of it is done."""
+    config = AlgorithmConfig(anchor={"mode": "blend"})
+    algorithm = make_algorithm(config)
+    groups = make_groups(renderer, config, prompts=4, rollouts=3)
+    plans = [algorithm.plan(group, update_of(renderer, config, groups)) for group in groups]
+    found, packs = [], []
+    for limit in (math.inf, 700):
+        model = tiny_model(renderer)
+        learner = Learner(model, TrainerConfig(max_tokens_per_pack=2000), config, total_updates=1)
+        forward = learner.backend.forward
+
+        def tight(batch, *args, limit=limit, model=model, forward=forward):
+            if len(batch) > limit and when == "forward":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+            def full(grad):
+                if len(batch) > limit:
+                    assert model.lm_head.weight.grad is not None  # something has been added already
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+            handle = model.model.layers[0].register_forward_hook(
+                lambda module, given, out: (out[0] if isinstance(out, tuple) else out).register_hook(full) and None
+            )
+            try:
+                return forward(batch, *args)
+            finally:
+                handle.remove()
+
+        learner.backend.forward = tight
+        result = learner.accumulate(plans)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        packs.append(result.packs)
+    assert learner.max_tokens == 500 and packs[1] > packs[0]
+    assert (found[1] - found[0]).norm() <= 2e-6 * found[0].norm()
+
+
+def test_a_sequence_that_does_not_fit_is_an_error_with_a_cure(renderer):
+    config = AlgorithmConfig(anchor={"mode": "blend"})
+    groups = make_groups(renderer, config, prompts=1, rollouts=2)
+    plans = [make_algorithm(config).plan(group, update_of(renderer, config, groups)) for group in groups]
+    learner = Learner(tiny_model(renderer), TrainerConfig(), config, total_updates=1)
+
+    def full(*args):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory")
+
+    learner.backend.forward = full
+    with pytest.raises(PactError, match=r"single sequence of \d+ tokens: set model.gradient_checkpointing"):
+        learner.accumulate(plans)
+
+
+def test_an_update_that_is_not_finite_changes_nothing(renderer):
+    """NaN in the weights of one token, and an infinite gradient behind a finite loss."""
+    config = AlgorithmConfig(anchor={"mode": "blend"})
+    groups = make_groups(renderer, config, prompts=2, rollouts=2)
+    model = tiny_model(renderer)
+    before = [p.detach().clone() for p in model.parameters()]
+    learner = Learner(model, TrainerConfig(learning_rate=1e-2), config, total_updates=4)
+    plans = [make_algorithm(config).plan(group, update_of(renderer, config, groups)) for group in groups]
+    plans[0].scored[0].rl_weight[0] = np.nan
+    assert learner.update(plans).skipped
+    plans = [make_algorithm(config).plan(group, update_of(renderer, config, groups)) for group in groups]
+    handle = model.lm_head.weight.register_hook(lambda grad: grad * torch.inf)
+    assert learner.update(plans).skipped
+    handle.remove()
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert not learner.backend.optimizer.state
+    result = learner.update(plans)
+    assert not result.skipped and np.isfinite(result.loss)
+    assert not all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert all(p.isfinite().all() for p in model.parameters())

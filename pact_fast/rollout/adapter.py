@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from pact_fast.rollout.weights import gathered
+
 NAME = "default"  # peft's own name of a model's first adapter
 PREFIX = "base_model.model."  # of the tensors in peft's files
 
@@ -25,12 +27,16 @@ def adapted_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The trained A [r, in] and B [out, r] under the names of peft's files, without their prefix; {} without adapters."""
+    """The trained A [r, in] and B [out, r] under the names of peft's files, without their prefix; {} without adapters.
+
+    Under ZeRO-3 they are copies, and all processes have to call.
+    """
     tensors = {}
     for name, layer in adapted_layers(model):
         tensors[f"{name}.lora_A.weight"] = layer.lora_A[NAME].weight
         tensors[f"{name}.lora_B.weight"] = layer.lora_B[NAME].weight
-    return tensors
+    with gathered(tensors.values()) as split:
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()} if split else tensors
 
 
 def engine_adapter(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -39,11 +45,9 @@ def engine_adapter(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torc
     An engine may keep the scaling apart or fold it in, and round in between; with scaling 1 it has nothing to choose,
     and what it holds can be compared bit for bit with what was sent.
     """
-    tensors = {}
-    for name, layer in adapted_layers(model):
-        tensors[f"{name}.lora_A.weight"] = layer.lora_A[NAME].weight.detach().to(dtype)
-        tensors[f"{name}.lora_B.weight"] = (layer.lora_B[NAME].weight.detach() * layer.scaling[NAME]).to(dtype)
-    return tensors
+    tensors = adapter_tensors(model)
+    scaling = {f"{name}.lora_B.weight": layer.scaling[NAME] for name, layer in adapted_layers(model)}
+    return {name: (tensor.detach() * scaling.get(name, 1.0)).to(dtype) for name, tensor in tensors.items()}
 
 
 def write_adapter(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import os
 import shutil
 import tempfile
 from contextlib import AbstractContextManager
@@ -13,10 +15,13 @@ from transformers import PreTrainedModel
 
 from pact_fast.config import Config
 from pact_fast.data.rendering import ChatRenderer
+from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
 from pact_fast.rollout.engine import Engine
-from pact_fast.rollout.transformers_engine import TransformersEngine
+from pact_fast.rollout.idle import IdleEngine
+from pact_fast.rollout.transformers_engine import ReplicaEngine, TransformersEngine
 from pact_fast.rollout.vllm_engine import Host, VllmEngine
+from pact_fast.rollout.weights import save_settings
 from pact_fast.tree.hf import unsupported
 
 
@@ -27,16 +32,34 @@ def make_engine(
     *,
     folder: Path | None = None,
     autocast: AbstractContextManager | None = None,
+    world: World | None = None,
 ) -> Engine:
     """`folder`: the run's, where an engine may keep its files and its log; default: a temporary one."""
+    world = world or World()
     stop = renderer.stop_ids(config.rollout.stop_at_tool_call)
+    dtype = getattr(torch, config.model.dtype)
+    if world.rank >= samplers(config, world):
+        return IdleEngine(dtype)
     if config.rollout.engine == "transformers":
         check_embedded(model)
-        return TransformersEngine(model, stop, slots=config.rollout.max_batch_size, autocast=autocast)
-    dtype = getattr(torch, config.model.dtype)
-    work = (folder or Path(tempfile.mkdtemp(prefix="pact-fast-"))) / "engine"
-    host = _vllm_host(config, _model_folder(model, renderer, work / "model"), work)
+        kind = ReplicaEngine if any(hasattr(p, "ds_id") for p in model.parameters()) else TransformersEngine
+        return kind(model, stop, slots=config.rollout.max_batch_size, autocast=autocast)
+    work = (folder or _temporary()) / (f"engine-{world.rank}" if world.rank else "engine")
+    host = _vllm_host(config, _model_folder(model, renderer, work / "model"), work, world)
     return VllmEngine(host, stop, deadline=config.rollout.engine_timeout, dtype=dtype)
+
+
+def samplers(config: Config, world: World) -> int:
+    """How many processes, from the first one on, have an engine."""
+    rollout = config.rollout
+    if rollout.engine == "transformers" or rollout.vllm_mode == "colocate":
+        return world.size
+    if rollout.vllm_data_parallel_size > world.size:
+        raise PactError(
+            f"rollout.vllm_data_parallel_size={rollout.vllm_data_parallel_size}, but only {world.size} processes train, and "
+            "each drives at most one server; lower it, or start more processes"
+        )
+    return rollout.vllm_data_parallel_size
 
 
 def check_embedded(model: PreTrainedModel) -> None:
@@ -48,7 +71,14 @@ def check_embedded(model: PreTrainedModel) -> None:
         )
 
 
-def _vllm_host(config: Config, model: Path, work: Path) -> Host:
+def _temporary() -> Path:
+    """A folder that goes when the process ends."""
+    folder = tempfile.mkdtemp(prefix="pact-fast-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _vllm_host(config: Config, model: Path, work: Path, world: World) -> Host:
     rollout = config.rollout
     args = {
         "dtype": config.model.dtype,
@@ -64,6 +94,15 @@ def _vllm_host(config: Config, model: Path, work: Path) -> Host:
     if rollout.vllm_mode == "colocate":
         from pact_fast.rollout.vllm_local import LocalVllm
 
+        if world.size > 1:
+            if rollout.vllm_tensor_parallel_size > 1:
+                raise PactError(
+                    "rollout.vllm_tensor_parallel_size needs rollout.vllm_mode=server when several processes train: in "
+                    "colocate mode each has an engine of its own"
+                )
+            args.setdefault(
+                "distributed_executor_backend", "external_launcher"
+            )  # vLLM joins the processes that are there
         return LocalVllm(model, sleep=rollout.vllm_enable_sleep_mode, **args)
     from pact_fast.rollout.vllm_server import ManagedVllm, RemoteVllm
 
@@ -71,7 +110,26 @@ def _vllm_host(config: Config, model: Path, work: Path) -> Host:
     limits = {"timeout": rollout.engine_timeout, "start_timeout": rollout.vllm_server_timeout}
     if rollout.vllm_server_base_url:
         return RemoteVllm(rollout.vllm_server_base_url, model, weights, **limits)
-    return ManagedVllm(model, weights, log=work / "vllm.log", **limits, **args)
+    devices = server_devices(world, rollout.vllm_tensor_parallel_size, torch.cuda.device_count())
+    return ManagedVllm(model, weights, log=work / "vllm.log", devices=devices, **limits, **args)
+
+
+def server_devices(world: World, wanted: int, count: int) -> list[int] | None:
+    """Which of this node's `count` GPUs serve: behind those of the node's trainers, `wanted` for each server. None: no GPUs.
+
+    A single GPU is shared.
+    """
+    if count <= 1:
+        return None
+    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first = trainers + world.local_rank * wanted
+    if first + wanted > count:
+        raise PactError(
+            f"{count} GPUs are too few for {trainers} training processes on this node and a vLLM server on GPUs {first} to "
+            f"{first + wanted - 1}; start fewer processes, or lower rollout.vllm_tensor_parallel_size or "
+            "rollout.vllm_data_parallel_size"
+        )
+    return list(range(first, first + wanted))
 
 
 def _lora_args(rank: int) -> dict[str, object]:
@@ -84,8 +142,7 @@ def _model_folder(model: PreTrainedModel, renderer: ChatRenderer, folder: Path) 
     """Configuration and tokenizer, which vLLM reads; weights come later."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    settings = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    type(model.config).from_dict(settings).save_pretrained(folder)
+    save_settings(model, folder)
     renderer.tokenizer.save_pretrained(folder)
     return folder
 

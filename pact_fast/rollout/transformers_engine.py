@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from pact_fast.rollout.engine import Completion, Request
 from pact_fast.rollout.slot_cache import SlotCache, forward
+from pact_fast.rollout.weights import gathered
 
 PREFILL_FROM = 24  # shorter texts ride along with the decode steps of the others
 
@@ -191,3 +192,22 @@ class TransformersEngine:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+class ReplicaEngine(TransformersEngine):
+    """For a model that ZeRO-3 has split: the engine has a whole copy, which updates refresh tensor by tensor.
+
+    So processes can sample as many steps as each needs. It is meant for models of which a device can hold a copy.
+    """
+
+    def __init__(self, model: PreTrainedModel, eot_ids: Iterable[int], **settings):
+        copy = torch.nn.Module.to(type(model)(model.config), model.device, model.dtype)
+        copy.eval().requires_grad_(False)
+        super().__init__(copy, eot_ids, **settings)
+
+    @torch.no_grad()
+    def update_weights(self, model: PreTrainedModel, version: int) -> None:
+        for own, trained in zip(self.model.parameters(), model.parameters(), strict=True):
+            with gathered([trained]):
+                own.copy_(trained)
+        super().update_weights(model, version)

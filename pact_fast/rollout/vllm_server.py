@@ -36,6 +36,11 @@ from pact_fast.rollout.weights import Piece
 
 # found before any fork: between fork and exec, a process that has had threads must not import or load anything
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+# what our launcher has set for us is not the server's
+FOREIGN = {
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_ENABLE_V1_MULTIPROCESSING",
+}  # fmt: skip
 SHARD = 1 << 30  # bytes of a weight file
 LOG_TAIL = 4000  # characters of a dead server's log in its error
 
@@ -259,8 +264,19 @@ class RemoteVllm(VllmServer):
 class ManagedVllm(VllmServer):
     """A server that we start with the first weights, watch, and start again when it dies or hangs."""
 
-    def __init__(self, model: Path, folder: Path, *, log: Path, timeout: float, start_timeout: float, **args: Any):
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        *,
+        log: Path,
+        timeout: float,
+        start_timeout: float,
+        devices: list[int] | None = None,
+        **args: Any,
+    ):
         import_vllm()
+        self._devices = devices  # of this process's GPUs; None: as they come
         self._socket = Path(tempfile.mkdtemp(prefix="pact-fast-vllm-")) / "socket"
         super().__init__("the vLLM server", "http://vllm", model, folder, timeout=timeout, uds=str(self._socket))
         self._start_timeout = start_timeout
@@ -302,7 +318,11 @@ class ManagedVllm(VllmServer):
         environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
         if self._args.get("enable_lora"):
             environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+        for name in [name for name in environment if name in FOREIGN or name.startswith("TORCHELASTIC_")]:
+            del environment[name]
+        if self._devices is not None:
+            seen = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen[i] if seen else str(i) for i in self._devices)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,

@@ -8,7 +8,8 @@ checkpoint names, from what the engine computes with; pieces of a matrix add up 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -75,10 +76,19 @@ def checkpoint_weights(model: PreTrainedModel, dtype: torch.dtype | None = None)
     to go through the whole iterator, as gathering is a collective operation.
     """
     for bucket in _buckets(model):
-        with _gathered(parameter for _, parameter in bucket):
+        with gathered(parameter for _, parameter in bucket):
             tensors = {name: parameter.detach() for name, parameter in bucket}
             for name, tensor in _checkpoint_format(model, tensors).items():
                 yield name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
+def save_settings(model: PreTrainedModel, folder: Path) -> None:
+    """What Hugging Face's readers need beside weights and tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": model.dtype}
+    type(model.config).from_dict(settings).save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def tied_head(model: PreTrainedModel) -> tuple[str, str] | None:
@@ -134,13 +144,17 @@ def _buckets(model: PreTrainedModel) -> Iterator[list[tuple[str, torch.nn.Parame
         yield bucket
 
 
-def _gathered(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager:
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    if not partitioned:
-        return nullcontext()
+@contextmanager
+def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[bool]:
+    """Parameters that ZeRO-3 has split are whole while this lasts; whether there are any. All processes have to call."""
+    split = [p for p in parameters if hasattr(p, "ds_id")]
+    if not split:
+        yield False
+        return
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(partitioned)
+    with deepspeed.zero.GatheredParameters(split):
+        yield True
 
 
 def _checkpoint_format(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

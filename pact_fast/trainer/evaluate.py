@@ -47,11 +47,18 @@ def evaluate(
     on_finish: Callable[[int, Trajectory], None] | None = None,
 ) -> list[Trajectory]:
     """One trajectory per task, rewarded by its environment (reward_parts). Temperature 0 is greedy."""
-    jobs = [Job(task, (seed, EVAL_STREAM, index), temperature) for index, task in enumerate(tasks)]
-    trajectories = loop.run(jobs, on_finish)
+    trajectories = loop.run(evaluation_jobs(tasks, temperature, seed), on_finish)
+    outcome_reward(trajectories)
+    return trajectories
+
+
+def evaluation_jobs(tasks: list[Task], temperature: float, seed: int) -> list[Job]:
+    return [Job(task, (seed, EVAL_STREAM, index), temperature) for index, task in enumerate(tasks)]
+
+
+def outcome_reward(trajectories: list[Trajectory]) -> None:
     for trajectory in trajectories:
         trajectory.reward = trajectory.reward_parts.get("success", 0.0)
-    return trajectories
 
 
 def success_rate(trajectories: list[Trajectory]) -> Rate:

@@ -1,12 +1,16 @@
-"""One optimizer step: plans → packs → forward, loss, backward → clip → AdamW."""
+"""One optimizer step: plans → packs, dealt to processes → forward, loss, backward → clip → AdamW."""
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 import time
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +18,19 @@ from transformers import PreTrainedModel
 
 from pact_fast.algorithms.base import Plan, Scored, loss_tokens
 from pact_fast.config import AlgorithmConfig, TrainerConfig
-from pact_fast.kernels import linear_logprob, pact_loss
-from pact_fast.kernels.tokens import LossTokens, Stream
+from pact_fast.distributed.world import World
+from pact_fast.errors import PactError
+from pact_fast.kernels.stats import SUMS
+from pact_fast.kernels.tokens import COMPONENTS, LossTokens, Stream
+from pact_fast.trainer.backend import Backend, Replicated
 from pact_fast.trainer.lora import adapters_off
-from pact_fast.tree import PackedBatch, pack, paths_forward, tree_forward
-from pact_fast.tree.cost import trunk_flops, work_of_packs, work_of_paths
-from pact_fast.tree.hf import unsupported
+from pact_fast.trainer.policy import Policy
+from pact_fast.tree import PackedBatch, TokenTree, deal, pack
+from pact_fast.tree.cost import flops_per, work_of_packs, work_of_paths
+
+log = logging.getLogger(__name__)
+
+Forward = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @dataclass
@@ -33,16 +44,21 @@ class UpdateResult:
     tokens_unshared: int = 0  # had every sequence run alone
     flops: float = 0.0  # of the trunk, forward and backward
     flops_unshared: float = 0.0
+    flops_waited: float = 0.0  # had every process as much to do as the busiest one in each step
     capacity: int = 0  # tokens that the packs had room for
     supervised: int = 0
     packs: int = 0
     gaps: list[np.ndarray] = field(default_factory=list)  # [n, 2] per pack: component, trainer's − sampler's log-prob
+    skipped: bool = False  # loss or gradient was not finite: the parameters are as they were
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Learner:
-    """Owns the optimizer. `total_updates` is the horizon of the learning-rate schedule; `foreign_sampler`: rollouts come
-    from other kernels or older weights than the model's, and are corrected for it if the algorithm says so.
+    """Plans in, optimizer steps out. `total_updates` is the horizon of the learning-rate schedule; `foreign_sampler`: rollouts
+    come from other kernels or older weights than the model's, and are corrected for it if the algorithm says so.
+
+    Every process of `world` hands over the same plans. Packs are dealt out by cost; what is summed over them is summed over
+    processes, so that results are everybody's.
     """
 
     def __init__(
@@ -57,23 +73,29 @@ class Learner:
         reference: PreTrainedModel | None = None,
         autocast: AbstractContextManager | None = None,
         foreign_sampler: bool = False,
+        world: World | None = None,
+        dtype: str = "float32",
     ):
         self.model, self.trainer, self.algorithm = model, trainer, algorithm
-        self.total_updates, self.temperature, self.reference = total_updates, temperature, reference
+        self.total_updates, self.temperature = total_updates, temperature
         self.shares_batches = shares_batches  # several optimizer steps per rollout batch
         self.updates = 0
-        self._autocast = autocast or nullcontext()
+        self.world = world or World()
         self._sampler_mode = (
             algorithm.vllm_importance_sampling_mode
             if foreign_sampler and algorithm.vllm_importance_sampling_correction
             else None
         )
-        self.optimizer = make_optimizer(model, trainer)
-        reason = unsupported(model)
-        if reason is not None:
-            warnings.warn(f"prefixes are not shared, every sequence is computed whole: {reason}", stacklevel=2)
-        self._forward = tree_forward if reason is None else paths_forward
-        self._share = trainer.share_prefixes and reason is None
+        self.max_tokens = trainer.max_tokens_per_pack  # less after a pack that did not fit
+        self.policy = Policy(model, self.world, autocast)
+        self.backend = make_backend(self.policy, trainer, dtype, self.world)
+        self.reference, self._reference = reference, None
+        if reference is not None:
+            self._reference = self.policy if reference is model else Policy(reference, self.world, autocast)
+        if self.policy.unshared:
+            reason = f"prefixes are not shared, every sequence is computed whole: {self.policy.unshared}"
+            warnings.warn(reason, stacklevel=2)
+        self._share = trainer.share_prefixes and self.policy.unshared is None
 
     def prepare(self, plans: list[Plan]) -> None:
         """The passes without gradient, before the first optimizer step on a rollout batch.
@@ -81,120 +103,200 @@ class Learner:
         π_old is needed only when several optimizer steps share the batch (otherwise the ratio is exactly 1) or for weights
         that the loss cannot form token by token; the reference only when there is a KL term.
         """
-        batches = self._pack(plans, UpdateResult())
-        scored = [s for plan in plans for s in plan.scored]
+        scored = [s for plan in plans for s in plan.scored if s.stream != Stream.EXPERT]
         sequence_weights = self.algorithm.name == "pact" and self.algorithm.trace.context_is == "sequence"
         folded = self._sampler_mode not in (None, "token_truncate")
         if self.shares_batches or sequence_weights or folded:
-            self._fill(batches, scored, self.model, "old_logprob")
+            self._fill(plans, scored, self.backend.forward, "old_logprob")
         if sequence_weights:
             fold_weights(scored, Stream.TRACE, "mean_truncate", self.algorithm.trace.context_is_cap)
         if folded:
             assert self._sampler_mode is not None
             cap = self.algorithm.vllm_importance_sampling_clip_max
             fold_weights(scored, Stream.PROMPT, self._sampler_mode, cap)
-        if self.reference is not None:
+        if self._reference is not None and self.reference is not None:
+            forward = self.backend.forward if self.reference is self.model else self._reference
             with adapters_off(self.reference):
-                self._fill(batches, scored, self.reference, "ref_logprob")
+                self._fill(plans, scored, forward, "ref_logprob")
 
     def update(self, plans: list[Plan]) -> UpdateResult:
         """One optimizer step on the plans."""
         result = self.accumulate(plans)
         started = time.perf_counter()
         result.grad_norm = self.step()
+        result.skipped = not math.isfinite(result.grad_norm)
         result.seconds["optimizer"] = time.perf_counter() - started
         return result
 
     def accumulate(self, plans: list[Plan]) -> UpdateResult:
-        """Add the gradient of the plans' loss to the parameters'."""
-        result = UpdateResult()
-        scored = [s for plan in plans for s in plan.scored]
-        batches = self._pack(plans, result)
+        """Add the gradient of the plans' loss to the parameters'.
+
+        If memory runs out in a pack, all is done again in packs of half the size, from now on; the gradient is the same. ZeRO,
+        whose processes wait for each other inside every pack, cannot turn back: a PactError names the cure.
+        """
         started = time.perf_counter()
+        scored = [s for plan in plans for s in plan.scored]
         self.model.train()
-        for batch in batches:
-            self._backward(batch, scored, result)
+        while True:
+            table, result = self._deal(plans)
+            short = self._backward_all(table, scored, result)
+            if self.backend.lockstep or not self.world.any(short, "gradients"):
+                break
+            self.backend.discard()
+            self._halve(table)
+        self._sum(result)
         result.seconds["forward_backward"] = time.perf_counter() - started
         return result
 
+    def _backward_all(self, table: list[list[PackedBatch]], scored: list[Scored], result: UpdateResult) -> bool:
+        """Whether memory ran out on the way."""
+        try:
+            for step, packs in enumerate(table):
+                self._backward(packs[self.world.replica], scored, result, last=step == len(table) - 1)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # CUDA, CPU
+                raise
+            if self.backend.lockstep:
+                raise PactError(
+                    f"process {self.world.rank} is out of memory with packs of {self.max_tokens} tokens: lower "
+                    "trainer.max_tokens_per_pack, or set model.gradient_checkpointing=true, and go on with resume=auto"
+                ) from error
+            return True
+        return False
+
+    def _halve(self, table: list[list[PackedBatch]]) -> None:
+        """Packs of half the size, after one did not fit."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        longest = max(int(batch.position_ids.max(initial=-1)) + 1 for row in table for batch in row)
+        if self.max_tokens <= longest:
+            raise PactError(
+                f"out of memory with a single sequence of {longest} tokens: set model.gradient_checkpointing=true, "
+                "trainer.deepspeed.stage=3 or trainer.sequence_parallel_size, or lower rollout.max_completion_length"
+            )
+        self.max_tokens //= 2
+        log.warning("out of memory: packs have at most %d tokens from now on", self.max_tokens)
+
     def step(self) -> float:
-        """Clip, set the learning rate, step, clear. Returns the gradient norm before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.trainer.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        """Clip, set the learning rate, step, clear. Returns the gradient norm before clipping; if it is not finite, the
+        parameters are as they were.
+        """
+        norm = self.backend.step(self.learning_rate())
         self.updates += 1
-        return float(norm)
+        return norm
 
     def learning_rate(self) -> float:
         return self.trainer.learning_rate * schedule(
             self.updates, self.total_updates, self.trainer.lr_scheduler_type, self.trainer.warmup_steps
         )
 
-    def _pack(self, plans: list[Plan], result: UpdateResult) -> list[PackedBatch]:
+    def _deal(self, plans: list[Plan]) -> tuple[list[list[PackedBatch]], UpdateResult]:
+        """Packs by step and replica, and what they cost; the same on every process."""
         trees = [tree for plan in plans for tree in plan.trees]
-        batches = pack(trees, max_tokens=self.trainer.max_tokens_per_pack, share=self._share)
-        work, alone = work_of_packs(batches), work_of_paths(trees)
-        result.tokens, result.tokens_unshared = work.tokens, alone.tokens
-        result.flops, result.flops_unshared = trunk_flops(self.model, work), trunk_flops(self.model, alone)
-        result.capacity = sum(max(len(batch), self.trainer.max_tokens_per_pack) for batch in batches)
-        result.packs = len(batches)
-        return batches
+        budget = self.max_tokens
+        per_token, per_pair = flops_per(self.model)
+
+        def cost(tokens: int, pairs: int) -> float:
+            return per_token * tokens + per_pair * pairs
+
+        table = deal(trees, max_tokens=budget, ranks=self.world.replicas, cost=cost, share=self._share)
+        packs = [batch for row in table for batch in row]
+        work, alone = work_of_packs(packs), work_of_paths(trees)
+        slowest = [max(cost(*work_of_packs([batch])) for batch in row) for row in table]
+        return table, UpdateResult(
+            tokens=work.tokens,
+            tokens_unshared=alone.tokens,
+            flops=cost(*work),
+            flops_unshared=cost(*alone),
+            flops_waited=self.world.replicas * sum(slowest),
+            capacity=sum(max(len(batch), budget) for batch in packs),
+            packs=sum(len(batch) > 0 for batch in packs),
+        )
 
     @torch.no_grad()
-    def _fill(self, batches: list[PackedBatch], scored: list[Scored], model: PreTrainedModel, name: str) -> None:
-        """Log-probs of all scored rollout tokens under `model`, written to their field `name`."""
-        model.eval()
-        for batch in batches:
-            tokens, here = loss_tokens(batch, [s for s in scored if s.stream != Stream.EXPERT])
-            if not len(tokens):
-                continue
-            tokens = tokens.to(self._device())
-            with self._autocast:
-                hidden = self._forward(model, batch)
-            weight, bias, softcap = head_of(model)
-            logprob = linear_logprob(
-                hidden[tokens.row], weight, tokens.target, bias=bias, softcap=softcap, temperature=self.temperature
-            ).logprob.cpu().numpy()  # fmt: skip
-            for s, part in zip(here, np.split(logprob, np.cumsum([len(s.index) for s in here])[:-1]), strict=True):
-                setattr(s, name, part)
+    def _fill(self, plans: list[Plan], scored: list[Scored], forward: Forward, name: str) -> None:
+        """Log-probs of all scored rollout tokens under a policy, written to their field `name`."""
+        self.model.eval()
+        ends = np.cumsum([0, *(len(s.index) for s in scored)])
+        first = {id(s): start for s, start in zip(scored, ends[:-1], strict=True)}
+        found = torch.zeros(int(ends[-1]), dtype=torch.float64)
+        for packs in self._deal(plans)[0]:
+            batch = packs[self.world.replica]
+            tokens, here = loss_tokens(batch, scored)
+            place = np.concatenate([np.zeros(0, np.int64), *(first[id(s)] + np.arange(len(s.index)) for s in here)])
+            batch, tokens, mine = self._mine(batch, tokens)
+            if len(tokens):
+                (logprob,) = forward(batch, tokens.to(self._device()), self.temperature)
+                found[torch.as_tensor(place)[mine]] = logprob[: int(mine.sum())].cpu().double()
+        values = self.world.total(found, "log-probs").numpy().astype(np.float32)
+        for s, part in zip(scored, np.split(values, ends[1:-1]), strict=True):
+            setattr(s, name, part)
 
-    def _backward(self, batch: PackedBatch, scored: list[Scored], result: UpdateResult) -> None:
+    def _backward(self, batch: PackedBatch, scored: list[Scored], result: UpdateResult, last: bool) -> None:
         tokens, _ = loss_tokens(batch, scored, reference=self.reference is not None)
+        batch, tokens, mine = self._mine(batch, tokens)
         if not len(tokens):
             return
-        with self._autocast:
-            hidden = self._forward(self.model, batch)
-        output = self.loss(hidden, tokens.to(self._device()))
-        output.loss.backward()
-        result.gaps.append(_gaps(tokens, output.logprob.cpu()))
-        result.loss += float(output.loss.detach())
+        on_device = tokens.to(self._device())
+        loss, logprob, stats = self.backend.forward(batch, on_device, self._temperature(on_device), self._settings())
+        if not torch.isfinite(loss):
+            loss = loss * torch.nan  # whatever its gradient is: no process may step on it
+        self.backend.backward(loss, last)
+        if not mine.any():
+            return
+        result.loss += float(loss.detach())
+        result.gaps.append(_gaps(tokens, logprob.cpu()))
         result.supervised += len(tokens)
-        for key, value in output.stats.items():
+        for key, value in zip(SUMS, stats, strict=True):
             result.stats[key] = result.stats[key] + value if key in result.stats else value
 
-    def loss(self, hidden: torch.Tensor, tokens: LossTokens):
-        """pact_loss with this run's settings."""
-        weight, bias, softcap = head_of(self.model)
+    def _mine(self, batch: PackedBatch, tokens: LossTokens) -> tuple[PackedBatch, LossTokens, torch.Tensor]:
+        """(pack, tokens in this process's rows, bool [N] which these are).
+
+        Where processes work in lockstep and there is nothing to do, one token without weight is computed, and the mask is
+        all False.
+        """
+        start, end = self.policy.rows(batch)
+        mine = (tokens.row >= start) & (tokens.row < end)
+        if len(batch) and mine.any():
+            tokens = tokens.select(mine)
+            tokens.row -= start
+            return batch, tokens, mine
+        if not self.backend.lockstep and self.world.sequence_parallel == 1:
+            return batch, tokens, mine
+        if not len(batch):
+            batch = idle_pack(self.world.sequence_parallel)
+        return batch, idle_tokens(self.reference is not None), mine
+
+    def _sum(self, result: UpdateResult) -> None:
+        """Over all processes."""
+        if self.world.size == 1:
+            return
+        shape = (len(SUMS), len(Stream), COMPONENTS)
+        stats = torch.stack([result.stats[name].cpu() for name in SUMS]) if result.stats else torch.zeros(shape)
+        own = torch.tensor([result.loss, result.supervised], dtype=torch.float64)
+        loss, supervised, *rest = self.world.total(torch.cat([own, stats.double().flatten()])).unbind()
+        result.loss, result.supervised = float(loss), int(supervised)
+        result.stats = dict(zip(SUMS, torch.stack(rest).view(shape), strict=True))
+        result.gaps = self.world.gather(np.concatenate([np.zeros((0, 2), np.float32), *result.gaps]), "statistics")
+
+    def _settings(self) -> dict[str, Any]:
+        """Of pact_loss."""
         config = self.algorithm
-        temperature: float | torch.Tensor = self.temperature
-        if temperature != 1.0:  # expert tokens were not sampled
-            temperature = torch.where(tokens.stream == Stream.EXPERT, 1.0, self.temperature)
-        return pact_loss(
-            hidden,
-            weight,
-            tokens,
-            policy_loss=config.policy_loss,
-            clip=(config.epsilon, config.epsilon_high or config.epsilon),
-            delta=config.delta,
-            kl_coef=config.beta,
-            entropy_coef=config.entropy_coef,
-            is_cap=self._caps(),
-            temperature=temperature,
-            softcap=softcap,
-            bias=bias,
-        )
+        return {
+            "policy_loss": config.policy_loss,
+            "clip": (config.epsilon, config.epsilon_high or config.epsilon),
+            "delta": config.delta,
+            "kl_coef": config.beta,
+            "entropy_coef": config.entropy_coef,
+            "is_cap": self._caps(),
+        }
+
+    def _temperature(self, tokens: LossTokens) -> float | torch.Tensor:
+        if self.temperature == 1.0:
+            return 1.0
+        return torch.where(tokens.stream == Stream.EXPERT, 1.0, self.temperature)  # expert tokens were not sampled
 
     def _caps(self) -> dict[Stream, float] | None:
         """Caps of the weights that the loss forms itself."""
@@ -206,30 +308,32 @@ class Learner:
         return caps or None
 
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.model.device
 
 
-def head_of(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
-    """(weight [V, D], bias, soft-cap) of the language-model head."""
-    head = model.get_output_embeddings()
-    return (
-        head.weight,
-        getattr(head, "bias", None),
-        getattr(model.config.get_text_config(), "final_logit_softcapping", None),
-    )
+def make_backend(policy: Policy, trainer: TrainerConfig, dtype: str, world: World) -> Backend:
+    if trainer.deepspeed is None or trainer.deepspeed.stage == 0:
+        return Replicated(policy, trainer, world)
+    from pact_fast.trainer.zero import Zero
+
+    return Zero(policy, trainer, dtype, world)
 
 
-def make_optimizer(model: torch.nn.Module, trainer: TrainerConfig) -> torch.optim.AdamW:
-    """AdamW; norms and biases are not decayed."""
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": trainer.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=trainer.learning_rate,
-        betas=(trainer.adam_beta1, trainer.adam_beta2),
-        eps=trainer.adam_epsilon,
-    )
+def idle_pack(tokens: int) -> PackedBatch:
+    """What a process computes that has nothing to do while the others need it."""
+    tree = TokenTree()
+    tree.add(np.zeros(tokens, np.int64))
+    return pack([tree], max_tokens=tokens)[0]
+
+
+def idle_tokens(reference: bool) -> LossTokens:
+    """One token without weight."""
+    whole, number = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    return LossTokens(
+        row=whole, target=whole, stream=whole, component=whole, sequence=whole, advantage=number,
+        old_logprob=number, rl_weight=number.double(), sft_weight=number.double(),
+        ref_logprob=number if reference else None, sampler_logprob=number,
+    )  # fmt: skip
 
 
 def schedule(update: int, total: int, kind: str, warmup: int) -> float:

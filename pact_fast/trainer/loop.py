@@ -2,6 +2,9 @@
 
 Everything random is a function of (seed, step, place), never of what ran before, and nothing depends on how fast a tool
 answered. So a run that is killed and resumed repeats the steps it lost bit for bit (on CPU, with the same number of threads).
+
+Several processes (docs/scaling.md) go through all of this together: each samples its share of the rollouts, all of them
+get all rollouts, and from there on everybody computes the same plans. The lead process writes and speaks.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +24,25 @@ from pact_fast.algorithms import make_algorithm
 from pact_fast.algorithms.base import Group, Plan, Update
 from pact_fast.config import Config
 from pact_fast.data.types import Task, Trajectory
+from pact_fast.distributed.world import join
+from pact_fast.errors import PactError
 from pact_fast.report.console import rollout_table, summary_table
 from pact_fast.rewards.advantages import token_advantages
 from pact_fast.rewards.functions import call_reward_functions, load_reward_functions
 from pact_fast.rewards.trajectory import compute_rewards
+from pact_fast.rollout.adapter import adapter_tensors
 from pact_fast.rollout.agent import AgentLoop, Job
-from pact_fast.rollout.factory import make_engine
+from pact_fast.rollout.factory import make_engine, samplers
+from pact_fast.rollout.weights import checkpoint_weights, save_settings
 from pact_fast.trainer import checkpoint, lora, setup
 from pact_fast.trainer.ahead import Ahead
-from pact_fast.trainer.evaluate import Rate, evaluate, reward_means, success_rate
+from pact_fast.trainer.evaluate import Rate, evaluation_jobs, outcome_reward, reward_means, success_rate
 from pact_fast.trainer.learner import Learner, UpdateResult
 from pact_fast.trainer.metrics import MetricsWriter, control_token_prob, rollout_metrics, update_metrics
 from pact_fast.trainer.pretrain import pretrain
 from pact_fast.trainer.progress import Progress
 from pact_fast.trainer.rundir import open_run, rollout_record, save_whole, versions, write_rollouts, write_text
+from pact_fast.trainer.stopping import StopRequest
 
 
 class Trainer:
@@ -47,54 +56,91 @@ class Trainer:
         self.config = config
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.device = setup.pick_device(config)
+        kind = setup.device_kind(config)
+        trainer = config.trainer
+        self.world = join(kind, timeout=trainer.ddp_timeout, sequence_parallel=trainer.sequence_parallel_size)
+        self.device = torch.device(kind, self.world.local_rank) if kind == "cuda" else torch.device(kind)
         self.tasks = setup.make_tasks(config)
-        self.run = open_run(config)
+        self.run = Path(config.output_dir)
+        self._lead_first(lambda: open_run(config), "the run directory")
         self.reward_functions = load_reward_functions(config.algorithm.reward.functions)
         self.make_env = setup.make_environments(config)
-        saved = self.run / "tokenizer"
-        self.tokenizer = setup.make_tokenizer(config.model, self.tasks, saved)
+        self._lead_first(self._save_tokenizer, "the tokenizer")
+        self.tokenizer = setup.make_tokenizer(config.model, self.tasks, self.run / "tokenizer")
         self.renderer = setup.make_renderer(config.model, self.tokenizer)
         self.renderer.check()
-        if not saved.exists():
-            save_whole(self.tokenizer, saved)
-        self.progress = Progress()
+        self.skipped = 0  # updates in a row
+        self.progress = Progress(quiet=not self.world.lead)
 
-    def train(self) -> dict[str, Any]:
-        """Train to the end; returns (and writes) the summary."""
+    def train(self) -> dict[str, Any] | None:
+        """Train to the end; returns (and writes) the summary. None if the run was asked to stop before (SIGTERM)."""
         started = self.started
-        found = checkpoint.latest(self.run / "checkpoints") if self.config.resume == "auto" else None
-        self._assemble(*self._models(found))
-        first, elapsed, base = 0, 0.0, None
-        if found:
-            first, elapsed, base = self._restore(found)
-        else:
-            checkpoint.rewind_metrics(self.run / "metrics.jsonl", 0)
-        self.metrics = MetricsWriter(self.run, first)
-        self.ahead = Ahead(self._rollouts, self.config.trainer.max_steps, self.config.trainer.max_off_policy_steps)
-        try:
-            self.engine.update_weights(self.model, self.learner.updates)
-            if base is None:
-                base = self._evaluate(0, "base")
-            for step in range(first, self.config.trainer.max_steps):
-                self._step(step)
-                self._after(step + 1, base, elapsed + time.time() - started)
-            return self._finish(base, elapsed + time.time() - started)
-        finally:
-            self.ahead.close()
-            self.progress.close()
-            self.metrics.close()
-            self.loop.close()
-            self.engine.shutdown()
+        with StopRequest() as self.stop:
+            found = self._newest()
+            self._assemble(*self._models(found))
+            first, elapsed, base = 0, 0.0, None
+            if found:
+                first, elapsed, base = self._restore(found)
+            elif self.world.lead:
+                checkpoint.rewind_metrics(self.run / "metrics.jsonl", 0)
+            self.metrics = MetricsWriter(self.run, first) if self.world.lead else None
+            self.ahead = Ahead(self._sample, self.config.trainer.max_steps, self.config.trainer.max_off_policy_steps)
+            try:
+                self.engine.update_weights(self.model, self.learner.updates)
+                if base is None:
+                    base = self._evaluate(0, "base")
+                for step in range(first, self.config.trainer.max_steps):
+                    self._step(step)
+                    if self._after(step + 1, base, elapsed + time.time() - started):
+                        return None
+                return self._finish(base, elapsed + time.time() - started)
+            finally:
+                self.ahead.close()
+                self.progress.close()
+                if self.metrics:
+                    self.metrics.close()
+                self.loop.close()
+                self.engine.shutdown()
 
     # -- building ------------------------------------------------------------------------------------------------------------
+
+    def _lead_first(self, make: Callable[[], object], what: str) -> None:
+        """Something on disk that the lead process makes, and the others then find. Its error is everybody's."""
+
+        def attempt() -> str | None:
+            try:
+                make()
+            except PactError as error:
+                return str(error)
+            return None
+
+        problem = self.world.from_lead(attempt, what)
+        if problem is not None:
+            raise PactError(problem)
+
+    def _newest(self) -> Path | None:
+        """The checkpoint to go on from, the same for all processes."""
+        if self.config.resume != "auto":
+            return None
+
+        def find() -> str | None:
+            found = checkpoint.latest(self.run / "checkpoints")
+            return str(found) if found else None
+
+        path = self.world.from_lead(find, "the newest checkpoint")
+        return Path(path) if path else None
+
+    def _save_tokenizer(self) -> None:
+        saved = self.run / "tokenizer"
+        if not saved.exists():
+            save_whole(setup.make_tokenizer(self.config.model, self.tasks, saved), saved)
 
     def _models(self, found: Path | None) -> tuple[PreTrainedModel, PreTrainedModel | None]:
         """The policy, from a checkpoint or from the start, and the frozen reference if there is a KL term."""
         config = self.config
         base_dir = self.run / "base"
-        if config.pretrain and not (base_dir / "config.json").exists():
-            self._pretrain(base_dir)
+        if config.pretrain:
+            self._lead_first(lambda: self._pretrain(base_dir), "the base model")
         start = base_dir if config.pretrain else None
         model = setup.make_policy(
             config, self.tokenizer, base=start, checkpoint=found and found / "model", device=self.device
@@ -108,8 +154,10 @@ class Trainer:
         return model, reference.eval().requires_grad_(False)
 
     def _pretrain(self, target: Path) -> None:
-        """Make the base model; the folder appears only when it is complete."""
+        """Make the base model, if it is not there; the folder appears only when it is complete."""
         config = self.config
+        if (target / "config.json").exists():
+            return
         assert config.pretrain is not None
         model = setup.make_model(config, self.tokenizer, device=self.device)
         with self.progress.phase("base model", config.pretrain.steps) as advance:
@@ -120,8 +168,7 @@ class Trainer:
         config = self.config
         autocast = setup.precision(config, self.device)
         self.model = model
-        self.engine = make_engine(config, model, self.renderer, folder=self.run, autocast=autocast)
-        self.loop = AgentLoop(self.engine, self.renderer, self.make_env, config.rollout)
+        self.samplers = samplers(config, self.world)
         self.algorithm = make_algorithm(config.algorithm)
         per_update = config.trainer.prompts_per_update or config.trainer.prompts_per_step
         self.updates_per_step = config.trainer.prompts_per_step // per_update
@@ -135,27 +182,29 @@ class Trainer:
             reference=reference,
             autocast=autocast,
             foreign_sampler=config.rollout.engine == "vllm",
+            world=self.world,
+            dtype=config.model.dtype,
         )
+        # after the learner, which may split the model over processes
+        self.engine = make_engine(config, model, self.renderer, folder=self.run, autocast=autocast, world=self.world)
+        self.loop = AgentLoop(self.engine, self.renderer, self.make_env, config.rollout)
 
     def _restore(self, found: Path) -> tuple[int, float, dict[str, Any] | None]:
         saved = checkpoint.load(found)
-        names = self._parameter_names()
-        checkpoint.load_optimizer(self.learner.optimizer, names, saved.tensors["optimizer"], saved.state["optimizer"])
+        self.learner.backend.load_state(saved.tensors["optimizer"])
         checkpoint.set_rng_state(saved.state["rng"], saved.tensors["rng"])
         self.learner.updates = saved.state["updates"]
-        checkpoint.rewind_metrics(self.run / "metrics.jsonl", saved.state["metrics_bytes"])
+        if self.world.lead:
+            checkpoint.rewind_metrics(self.run / "metrics.jsonl", saved.state["metrics_bytes"])
         self.progress.note(f"resuming {self.run} from step {saved.step}")
         return saved.step, saved.state["wall_seconds"], saved.state["base"]
-
-    def _parameter_names(self) -> dict[torch.Tensor, str]:
-        return {parameter: name for name, parameter in self.model.named_parameters()}
 
     # -- one step ------------------------------------------------------------------------------------------------------------
 
     def _step(self, step: int) -> None:
         config = self.config
         started = time.perf_counter()
-        groups, lagging = self._fresh(step, self.ahead.get(step))
+        groups, lagging = self._fresh(step, self._exchange(self.ahead.get(step)))
         rollout_seconds = time.perf_counter() - started
         before = self.learner.updates
         self.engine.sleep()
@@ -171,6 +220,7 @@ class Trainer:
             **update_metrics(results),
             **schedule,
             "learning_rate": self.learner.learning_rate(),
+            "updates/skipped": float(sum(result.skipped for result in results)),
             "routes/trace_share": float(np.mean([plan.route in ("trace", "blend") for plan in plans])),
             "async/lagging_groups": float(lagging),
             "async/staleness": self._staleness(groups, before),
@@ -179,9 +229,29 @@ class Trainer:
             "time/step": seconds,
             "tokens_per_second": (sampled or sum(r.tokens for r in results)) / seconds,
         }
-        self.metrics.write(step + 1, values)
+        if self.metrics:
+            self.metrics.write(step + 1, values)
         self.progress.step(step + 1, config.trainer.max_steps, values)
         self._keep_rollouts(step + 1, plans)
+        self._check_skipped(step + 1, plans, results)
+
+    def _check_skipped(self, step: int, plans: list[Plan], results: list[UpdateResult]) -> None:
+        """An update whose loss or gradient was not finite has changed nothing; its batch is kept to be looked at."""
+        for result in results:
+            self.skipped = self.skipped + 1 if result.skipped else 0
+        if not any(result.skipped for result in results):
+            return
+        kept = self.run / "rollouts" / f"skipped_{step:06d}.jsonl"
+        places = [(k, p) for p, plan in enumerate(plans) for k in range(len(plan.group.trajectories))]
+        self._write_rollouts(step, "skipped", plans, places)
+        self.progress.note(
+            f"step {step}: loss or gradient is not finite; the update is skipped, its batch is in {kept}"
+        )
+        if self.skipped > self.config.trainer.max_skipped_updates:
+            raise PactError(
+                f"{self.skipped} updates in a row had a loss or gradient that is not finite (trainer.max_skipped_updates); "
+                f"look at {kept}, lower trainer.learning_rate, and go on from the last checkpoint with resume=auto"
+            )
 
     def _fresh(self, step: int, groups: list[Group]) -> tuple[list[Group], int]:
         """The groups, and how many of them lagged: those sampled by weights that are too old are sampled again."""
@@ -189,32 +259,48 @@ class Trainer:
         lagging = [g.index for g in groups if any((t.versions[t.sampled] < oldest).any() for t in g.trajectories)]
         if lagging:
             tasks = [groups[index].task for index in lagging]
-            for index, group in zip(lagging, self.ahead.run(lambda: self._rollouts(step, tasks)), strict=True):
+            again = self._exchange(self.ahead.run(lambda: self._sample(step, tasks)))
+            for index, group in zip(lagging, again, strict=True):
                 group.index = index
                 groups[index] = group
         return groups, len(lagging)
 
-    def _rollouts(self, step: int, tasks: list[Task] | None = None) -> list[Group]:
-        """Sample, reward and compute advantages, prompt by prompt; `tasks`: default, those of the step."""
+    def _sample(self, step: int, tasks: list[Task] | None = None) -> tuple[list[Group], list[Trajectory]]:
+        """The step's prompts, and this process's share of their rollouts, with rewards; `tasks`: default, the step's."""
         config = self.config
         if tasks is None:
             tasks = self.tasks.train(step, config.trainer.prompts_per_step)
         tasks = [self.loop.prepare(task)[0] for task in tasks]
         groups = [Group(task, index, self.loop.prompt_ids(task)) for index, task in enumerate(tasks)]
         if not self.algorithm.needs_rollouts:
-            return groups
-        count = config.rollout.num_generations
+            return groups, []
         jobs = [
             Job(group.task, (config.seed, step, group.index, k), config.rollout.temperature)
             for group in groups
-            for k in range(count)
+            for k in range(config.rollout.num_generations)
         ]
-        with self.progress.rollouts(len(jobs)) as advance:
-            trajectories = self.loop.run(jobs, lambda index, trajectory: advance())
-        for group in groups:
+        trajectories = self._run(jobs, "rollouts")
+        self._reward([jobs[place].task for place in self._share(len(jobs))], trajectories)
+        return groups, trajectories
+
+    def _share(self, jobs: int) -> range:
+        """Places of this process's jobs: a block, so that rollouts of one prompt meet its prefix in one engine."""
+        rank, count = self.world.rank, self.samplers
+        return range(rank * jobs // count, (rank + 1) * jobs // count) if rank < count else range(0)
+
+    def _run(self, jobs: list[Job], name: str) -> list[Trajectory]:
+        """This process's share of the jobs."""
+        mine = [jobs[place] for place in self._share(len(jobs))]
+        with self.progress.rollouts(len(mine), name) as advance:
+            return self.loop.run(mine, lambda index, trajectory: advance())
+
+    def _exchange(self, sampled: tuple[list[Group], list[Trajectory]]) -> list[Group]:
+        """All rollouts of the step, and their advantages."""
+        groups, mine = sampled
+        trajectories = [t for part in self.world.gather(mine, "rollouts") for t in part]
+        count = self.config.rollout.num_generations
+        for group in groups if trajectories else ():
             group.trajectories = trajectories[group.index * count : (group.index + 1) * count]
-        self._reward(groups)
-        for group in groups:
             self._advantages(group)
         return groups
 
@@ -224,13 +310,11 @@ class Trainer:
         found = np.concatenate(versions) if versions else np.zeros(0)
         return float(updates - found.mean()) / self.updates_per_step if len(found) else 0.0
 
-    def _reward(self, groups: list[Group]) -> None:
-        pairs = [(group.task, t) for group in groups for t in group.trajectories]
-        trajectories = [t for _, t in pairs]
+    def _reward(self, tasks: list[Task], trajectories: list[Trajectory]) -> None:
         extra = call_reward_functions(
-            self.reward_functions, [task for task, _ in pairs], trajectories, [t.to_messages() for t in trajectories]
+            self.reward_functions, tasks, trajectories, [t.to_messages() for t in trajectories]
         )
-        for (task, trajectory), functions in zip(pairs, extra, strict=True):
+        for task, trajectory, functions in zip(tasks, trajectories, extra, strict=True):
             compute_rewards(self.config.algorithm.reward, task, trajectory, dict(trajectory.reward_parts), functions)
             if not self.algorithm.turn_advantages and "success" in trajectory.reward_parts:
                 # outcome only: the environment's verdict instead of the matching
@@ -272,36 +356,41 @@ class Trainer:
 
     # -- between steps -------------------------------------------------------------------------------------------------------
 
-    def _after(self, done: int, base: dict[str, Any] | None, wall_seconds: float) -> None:
+    def _after(self, done: int, base: dict[str, Any] | None, wall_seconds: float) -> bool:
+        """Evaluate and save as the settings say; whether to stop here."""
         trainer = self.config.trainer
-        if trainer.eval_steps and done % trainer.eval_steps == 0 and done < trainer.max_steps:
+        stop = self.world.any(self.stop.asked) and done < trainer.max_steps
+        if trainer.eval_steps and done % trainer.eval_steps == 0 and done < trainer.max_steps and not stop:
             self._evaluate(done, "eval")
-        if done % trainer.save_steps == 0 or done == trainer.max_steps:
+        if done % trainer.save_steps == 0 or done == trainer.max_steps or stop:
             self._save(done, base, wall_seconds)
+        if stop:
+            self.progress.note(f"asked to stop: step {done} is saved; go on with resume=auto")
+        return stop
 
     def _save(self, step: int, base: dict[str, Any] | None, wall_seconds: float) -> None:
-        names = self._parameter_names()
-        tensors, optimizer = checkpoint.optimizer_tensors(self.learner.optimizer, names)
         rng_state, rng_tensors = checkpoint.rng_state()
-
-        def write_model(path: Path) -> None:
-            if self.config.model.lora:
-                lora.save(self.model, path, self.config.model.lora)
-            else:
-                self.model.save_pretrained(path)
-            self.tokenizer.save_pretrained(path)
-
+        adapters = self.config.model.lora
         state = {
-            "optimizer": optimizer,
             "rng": rng_state,
             "updates": self.learner.updates,
             "wall_seconds": wall_seconds,
             "base": base,
-            "metrics_bytes": (self.run / "metrics.jsonl").stat().st_size,
+            "metrics_bytes": (self.run / "metrics.jsonl").stat().st_size if self.metrics else 0,
         }
+        found = adapter_tensors(self.model)
+
+        def write_model(path: Path) -> None:
+            if adapters:
+                lora.save(self.model, found, path, adapters)
+            else:
+                save_settings(self.model, path)
+            self.tokenizer.save_pretrained(path)
+
         checkpoint.save(
-            self.run / "checkpoints", step, tensors={"optimizer": tensors, "rng": rng_tensors}, state=state,
-            write_model=write_model, keep=self.config.trainer.save_total_limit,
+            self.run / "checkpoints", step, tensors={"optimizer": self.learner.backend.state(), "rng": rng_tensors},
+            state=state, write_model=write_model, weights=None if adapters else checkpoint_weights(self.model),
+            keep=self.config.trainer.save_total_limit, world=self.world,
         )  # fmt: skip
 
     def _evaluate(self, step: int, label: str, greedy: bool = True) -> dict[str, Any] | None:
@@ -312,13 +401,10 @@ class Trainer:
         results: dict[str, Rate] = {}
         values: dict[str, float] = {}
         for name, temperature in (("success", 1.0), ("greedy", 0.0)):
-            with self.progress.rollouts(len(tasks), f"{label}: {name}") as advance:
-                trajectories = self.ahead.run(
-                    functools.partial(
-                        evaluate, self.loop, tasks, temperature=temperature, seed=self.config.seed,
-                        on_finish=lambda i, t: advance(),
-                    )
-                )  # fmt: skip
+            jobs = evaluation_jobs(tasks, temperature, self.config.seed)
+            mine = self.ahead.run(functools.partial(self._run, jobs, f"{label}: {name}"))
+            trajectories = [t for part in self.world.gather(mine, "an evaluation") for t in part]
+            outcome_reward(trajectories)
             results[name] = success_rate(trajectories)
             values |= {f"eval/{name}": results[name].mean}
             values |= {
@@ -326,11 +412,14 @@ class Trainer:
             }
             if name == "success":
                 self._show(step, tasks, trajectories)
-        self.metrics.write(step, values)
+        if self.metrics:
+            self.metrics.write(step, values)
         self.progress.note(f"{label} at step {step}: sampled {results['success']}, greedy {results['greedy']}")
         return {name: rate.to_json() for name, rate in results.items()}
 
     def _show(self, step: int, tasks: list[Task], trajectories: list[Trajectory]) -> None:
+        if not self.world.lead:
+            return
         keep = self.config.trainer.rollout_keep
         records = [
             rollout_record(self.renderer, task, t, step=step, kind="eval")
@@ -343,19 +432,25 @@ class Trainer:
     def _keep_rollouts(self, step: int, plans: list[Plan]) -> None:
         """The first rollouts of the prompts in turn, so that every prompt is seen before any is seen twice."""
         places = sorted((k, p) for p, plan in enumerate(plans) for k in range(len(plan.group.trajectories)))
+        self._write_rollouts(step, "train", plans, places[: self.config.trainer.rollout_keep])
+
+    def _write_rollouts(self, step: int, kind: str, plans: list[Plan], places: list[tuple[int, int]]) -> None:
+        """`places`: (rollout, plan)."""
+        if not self.world.lead:
+            return
         records = [
             rollout_record(
                 self.renderer,
                 plans[p].group.task,
                 plans[p].group.trajectories[k],
                 step=step,
-                kind="train",
+                kind=kind,
                 plan=plans[p],
                 k=k,
             )
-            for k, p in places[: self.config.trainer.rollout_keep]
+            for k, p in places
         ]
-        write_rollouts(self.run, step, "train", records)
+        write_rollouts(self.run, step, kind, records)
 
     def _finish(self, base: dict[str, Any] | None, wall_seconds: float) -> dict[str, Any]:
         from pact_fast.report import write_report
@@ -374,6 +469,8 @@ class Trainer:
             "seed": self.config.seed,
             "versions": versions(),
         }
+        if not self.world.lead:
+            return summary
         write_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
         report = write_report(self.run)
         self.progress.print(summary_table(summary))

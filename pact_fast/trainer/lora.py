@@ -34,9 +34,9 @@ def attach(model: PreTrainedModel, settings: LoraConfig, seed: int) -> None:
             raise PactError("model.lora.target_modules: embedding and head take no adapter; name other layers")
 
 
-def save(model: PreTrainedModel, folder: Path, settings: LoraConfig) -> None:
-    """The adapters alone, as peft does: PeftModel.from_pretrained(base, folder) loads them."""
-    write_adapter(folder, adapter_tensors(model), alpha=settings.alpha, base=model.config._name_or_path)
+def save(model: PreTrainedModel, adapters: dict[str, torch.Tensor], folder: Path, settings: LoraConfig) -> None:
+    """`adapters` alone, as peft does: PeftModel.from_pretrained(base, folder) loads them."""
+    write_adapter(folder, adapters, alpha=settings.alpha, base=model.config._name_or_path)
 
 
 def load(model: PreTrainedModel, folder: Path) -> None:

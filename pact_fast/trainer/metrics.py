@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ class MetricsWriter:
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1 if first else None)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")  # NaN is no JSON
         self._file.flush()
         os.fsync(self._file.fileno())
-        for key, value in values.items():
+        for key, value in finite.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(key, value, step)
 
@@ -83,6 +85,7 @@ def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
         "tokens/supervised": float(sum(r.supervised for r in results)),
         "tokens/packs": float(sum(r.packs for r in results)),
         "sharing/flops_saved": 1.0 - _ratio(sum(r.flops for r in results), sum(r.flops_unshared for r in results)),
+        "sharing/balance": _ratio(sum(r.flops for r in results), sum(r.flops_waited for r in results)),
         "sharing/pack_efficiency": _ratio(tokens, sum(r.capacity for r in results)),
     }
     for phase in results[0].seconds if results else ():

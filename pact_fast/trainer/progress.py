@@ -16,11 +16,11 @@ LINE_SECONDS = 10.0  # without a terminal, at most one line of progress in so ma
 
 
 class Progress:
-    """One bar for the run, one for what is going on inside the step."""
+    """One bar for the run, one for what is going on inside the step. `quiet`: nothing at all."""
 
-    def __init__(self) -> None:
-        self.console = Console(file=sys.stderr)
-        self._live = self.console.is_terminal
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(file=sys.stderr, quiet=quiet)
+        self._live = self.console.is_terminal and not quiet
         self._bars = Bars(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[info]}"), console=self.console, transient=True,

@@ -49,9 +49,9 @@ def save_whole(what: Any, folder: Path) -> None:
 
 
 def write_rollouts(run: Path, step: int, kind: str, records: list[dict[str, Any]]) -> None:
-    """rollouts/step_N.jsonl (training) or rollouts/eval_N.jsonl; a resumed step overwrites its file."""
+    """rollouts/step_N.jsonl (training), eval_N.jsonl or skipped_N.jsonl; a resumed step overwrites its file."""
     if records:
-        name = f"{'step' if kind == 'train' else 'eval'}_{step:06d}.jsonl"
+        name = f"{'step' if kind == 'train' else kind}_{step:06d}.jsonl"
         write_text(run / "rollouts" / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 

@@ -191,18 +191,28 @@ def check_context(config: Config, model: PreTrainedModel) -> None:
         )
 
 
-def pick_device(config: Config) -> torch.device:
+def device_kind(config: Config) -> str:
+    """cpu or cuda."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise PactError("device=cuda, but torch sees no GPU; use device=auto or install a CUDA build of torch")
     if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
+def pick_device(config: Config) -> torch.device:
+    return torch.device(device_kind(config))
 
 
 def precision(config: Config, device: torch.device) -> AbstractContextManager:
-    if config.model.dtype == "bfloat16":
+    """bfloat16 is autocast on float32 weights; with ZeRO, the weights themselves are bfloat16, and float32 their masters."""
+    if config.model.dtype == "bfloat16" and not splits_state(config):
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+def splits_state(config: Config) -> bool:
+    return config.trainer.deepspeed is not None and config.trainer.deepspeed.stage > 0
 
 
 def from_pretrained(factory, source: str, what: str, **kwargs):

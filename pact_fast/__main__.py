@@ -1,0 +1,7 @@
+"""python -m pact_fast, for launchers: torchrun --nproc-per-node 8 -m pact_fast train …"""
+
+import sys
+
+from pact_fast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,38 @@
+"""In place of an engine, for a training process that samples nothing itself."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from pact_fast.rollout.adapter import engine_adapter
+from pact_fast.rollout.engine import Completion, Request
+from pact_fast.rollout.weights import checkpoint_weights
+
+
+class IdleEngine:
+    """See Engine. Under ZeRO-3, weights that go to another process's engine are gathered by all."""
+
+    clocked = False
+
+    def __init__(self, dtype: torch.dtype):
+        self.version, self._dtype = -1, dtype
+
+    def submit(self, request: Request) -> None:
+        raise RuntimeError("this process has no engine")
+
+    def step(self, timeout: float | None = None) -> list[Completion]:
+        return []
+
+    def close(self, session: int) -> None: ...
+
+    def update_weights(self, model: PreTrainedModel, version: int) -> None:
+        adapter = engine_adapter(model, self._dtype)
+        if self.version < 0 or not adapter:
+            for _ in checkpoint_weights(model, self._dtype):
+                pass
+        self.version = version
+
+    def sleep(self) -> None: ...
+
+    def shutdown(self) -> None: ...

@@ -1,0 +1,168 @@
+"""DeepSpeed ZeRO: optimizer states (stage 1), gradients (2) and parameters (3) split over the processes.
+
+What DeepSpeed is told, and why
+- gradients are averaged over processes; ours add up, so every loss is multiplied by their number
+- an optimizer step has as many packs as it needs: we say which backward is its last
+- AdamW is torch's own, also on an offloaded state: nothing has to be compiled on the user's machine
+- a gradient that is not finite skips the step, in every precision
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from pact_fast.config import TrainerConfig
+from pact_fast.distributed.world import World
+from pact_fast.errors import PactError
+from pact_fast.trainer.backend import check_fits, make_optimizer
+from pact_fast.trainer.policy import Policy
+
+KINDS = ("exp_avg", "exp_avg_sq")  # of AdamW's states; its step counter is one for all parameters
+MASTER = "master"  # kind of the fp32 weights that bf16 ones are rounded from
+
+
+class Zero:
+    """See Backend."""
+
+    lockstep = True
+
+    def __init__(self, policy: Policy, trainer: TrainerConfig, dtype: str, world: World):
+        assert trainer.deepspeed is not None
+        deepspeed = import_deepspeed(policy.model.device)
+        self._world, self._model, self._stage = world, policy.model, trainer.deepspeed.stage
+        self._bf16 = dtype == "bfloat16"
+        self.engine, *_ = deepspeed.initialize(
+            model=policy,
+            optimizer=make_optimizer(policy.model, trainer),
+            config=settings(trainer, dtype),
+            dist_init_required=False,
+        )
+        self._make_states()
+
+    def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        with self._world.deadline("parameters"):
+            return self.engine(*args)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        with self._world.deadline("gradients"):
+            self.engine.backward(loss * self._world.size)
+
+    def step(self, learning_rate: float) -> float:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        with self._world.deadline("gradients"):
+            self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        if not self.engine.was_step_applied():
+            return float("nan")
+        return float(norm)
+
+    def discard(self) -> None:
+        """DeepSpeed forgets gradients in a step that it skips."""
+        raise NotImplementedError("ZeRO cannot take gradients back")
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for name, parameter in self._trained().items():
+            if self._bf16:
+                yield f"{name}/{MASTER}", safe_get_full_fp32_param(parameter)
+            for kind in KINDS:
+                yield f"{name}/{kind}", safe_get_full_optimizer_state(parameter, kind)
+            yield f"{name}/step", self._steps()
+
+    def load_state(self, saved: Mapping[str, torch.Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        parameters = self._trained()
+        steps = torch.zeros(())
+        for key, value in saved.items():
+            name, _, kind = key.rpartition("/")
+            check_fits(name, kind, value.shape, parameters)
+            if kind == MASTER:
+                safe_set_full_fp32_param(parameters[name], value)
+            elif kind in KINDS:
+                safe_set_full_optimizer_state(parameters[name], value, kind)
+            else:
+                steps = value
+        for state in self._base().state.values():
+            if "step" in state:
+                state["step"] = steps.clone() if torch.is_tensor(state["step"]) else int(steps)
+
+    def _make_states(self) -> None:
+        """AdamW's states before its first step: a checkpoint has them by then, and DeepSpeed 0.19 looks for those of all groups
+        when the first one has stepped. Those on NVMe are left to DeepSpeed.
+        """
+        optimizer = self.engine.optimizer
+        flat = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+        for part in flat:
+            if part is not None and part.numel():
+                state = {kind: torch.zeros_like(part, requires_grad=False) for kind in KINDS}
+                self._base().state[part] = {"step": torch.zeros(()), **state}
+        if self._stage < 3:
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+
+    def _base(self) -> torch.optim.Optimizer:
+        """torch's AdamW under DeepSpeed's wrapper."""
+        return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+
+    def _steps(self) -> torch.Tensor:
+        known = [
+            torch.as_tensor(state["step"]).float().cpu() for state in self._base().state.values() if "step" in state
+        ]
+        return known[0] if known else torch.zeros(())
+
+
+def settings(trainer: TrainerConfig, dtype: str) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run. `trainer.deepspeed.args` is laid over it, section by section."""
+    own = trainer.deepspeed
+    assert own is not None
+    zero: dict[str, Any] = {"stage": own.stage, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True}
+    for what, where in (("optimizer", own.offload_optimizer), ("param", own.offload_param)):
+        if where != "none":
+            zero[f"offload_{what}"] = {"device": where, "pin_memory": torch.cuda.is_available()}
+            if where == "nvme":
+                zero[f"offload_{what}"]["nvme_path"] = own.nvme_path
+    bf16 = dtype == "bfloat16"
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": trainer.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": None,
+    }
+    if bf16:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _over(config, own.args)
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # it compares the toolkit's version, of which nothing is compiled
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise PactError(
+            f"trainer.deepspeed needs the deepspeed package ({error}); pip install 'pact-fast[deepspeed]', or leave it out"
+        ) from None
+    return deepspeed
+
+
+def _over(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in more.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _over(base[key], value) if both else value
+    return merged

@@ -1,0 +1,114 @@
+"""Ten updates on uneven packs, in this process or, run by torchrun, in several; see test_distributed.py.
+
+python -m torch.distributed.run --nproc-per-node 2 tests/distributed_updates.py OUT.npz CASE…
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import numpy as np
+import torch
+from helpers import make_groups, toolchain_renderer, update_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pact_fast.algorithms import make_algorithm
+from pact_fast.config import AlgorithmConfig, TrainerConfig
+from pact_fast.distributed.world import World, join
+from pact_fast.trainer.learner import Learner
+
+STEPS = 10
+OFFLOAD = {"offload_optimizer": "cpu"}
+BACKENDS: dict[str, dict[str, Any]] = {
+    "replicated": {},
+    "zero1": {"deepspeed": {"stage": 1}},
+    "zero2": {"deepspeed": {"stage": 2}},
+    "zero3": {"deepspeed": {"stage": 3, "args": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}},
+    "zero2-cpu": {"deepspeed": {"stage": 2, **OFFLOAD}},
+    "zero3-cpu": {"deepspeed": {"stage": 3, **OFFLOAD}},
+}
+PACKS = {
+    "whole": 100_000,
+    "small": 300,
+}  # "whole": fewer packs than processes; "small": many a step, and not evenly many
+
+
+def run(case: str, world: World) -> dict[str, np.ndarray]:
+    """`case`: backend/packs/model, for example zero3/small/llama; further words: sequence, dropped."""
+    backend, packs, kind, *more = case.split("/")
+    torch.manual_seed(0)
+    renderer = toolchain_renderer()
+    settings: dict[str, Any] = dict(
+        vocab_size=len(renderer.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=2048, tie_word_embeddings=kind == "qwen3",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
+    config = AlgorithmConfig(anchor={"mode": "blend"}, entropy_coef=0.01)
+    trainer = TrainerConfig(
+        learning_rate=1e-3, max_tokens_per_pack=PACKS[packs], max_grad_norm=0.1, **BACKENDS[backend]
+    )
+    learner = Learner(
+        model, trainer, config, total_updates=STEPS, temperature=0.8, shares_batches=True, world=world
+    )  # fmt: skip
+    if "dropped" in more and world.rank == 1:
+        learner._backward = losing_one(learner._backward)
+    groups = make_groups(renderer, config, prompts=5, rollouts=3)
+    algorithm = make_algorithm(config)
+    losses, norms, gradient = [], [], np.zeros(0)
+    for step in range(STEPS):
+        update = update_of(renderer, config, groups, step=step)
+        plans = [algorithm.plan(group, update) for group in groups]
+        learner.prepare(plans)
+        result = learner.accumulate(plans)
+        if step == 0:
+            gradient = whole_gradient(learner)
+        norms.append(learner.step())
+        losses.append(result.loss)
+    return {"losses": np.array(losses), "norms": np.array(norms), "gradient": gradient}
+
+
+def whole_gradient(learner: Learner) -> np.ndarray:
+    parameters = list(learner.model.parameters())
+    if learner.backend.lockstep:
+        from deepspeed.utils import safe_get_full_grad
+
+        return np.concatenate([safe_get_full_grad(p).float().flatten().numpy() for p in parameters])
+    learner.backend._sum()
+    found = np.concatenate([p.grad.flatten().numpy() for p in parameters])
+    for p in parameters:
+        p.grad /= learner.world.size  # `step` sums again
+    return found
+
+
+def losing_one(backward):
+    """What DeepSpeed's CPU offload has done to others: one micro-batch that nobody misses."""
+    lost = []
+
+    def faulty(batch, scored, result, last):
+        if not lost and len(batch):
+            lost.append(batch)
+            scored = []
+        return backward(batch, scored, result, last)
+
+    return faulty
+
+
+def main(out: str, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    found: dict[str, np.ndarray] = {}
+    worlds: dict[int, World] = {}
+    for case in cases:
+        parallel = 2 if "sequence" in case else 1
+        world = worlds.setdefault(parallel, join("cpu", timeout=120, sequence_parallel=parallel))
+        found |= {f"{case}:{key}": value for key, value in run(case, world).items()}
+    if world.lead:
+        np.savez(out, **found)
+    world.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

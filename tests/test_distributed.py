@@ -1,0 +1,57 @@
+"""Several real processes (gloo; real DeepSpeed) against one: the same gradients, the same loss curve."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distributed_updates import run
+
+from pact_fast.distributed.world import World
+
+HERE = Path(__file__).parent
+CASES = {
+    "replicated": ["replicated/whole/qwen3", "replicated/small/llama", "replicated/small/qwen3/sequence"],
+    "zero": [
+        "zero1/small/qwen3", "zero2/whole/qwen3", "zero2/small/qwen3", "zero3/whole/llama", "zero3/small/qwen3",
+        "zero2-cpu/small/qwen3", "zero3-cpu/small/qwen3", "zero3/small/qwen3/sequence", "zero2/small/qwen3/dropped",
+    ],
+}  # fmt: skip
+
+
+def launch(out: Path, cases: list[str], processes: int = 2) -> dict[str, np.ndarray]:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+        str(HERE / "distributed_updates.py"), str(out), *cases,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(np.load(out))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {kind: run(f"replicated/whole/{kind}", World()) for kind in ("qwen3", "llama")}
+
+
+def errors(found: dict[str, np.ndarray], case: str, alone: dict) -> dict[str, float]:
+    expected = alone[case.split("/")[2]]
+    return {
+        key: float(np.linalg.norm(found[f"{case}:{key}"] - value) / np.linalg.norm(value))
+        for key, value in expected.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", CASES)
+def test_gradients_and_loss_curve_equal_those_of_one_process(backend, alone, tmp_path):
+    if backend == "zero":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    found = launch(tmp_path / "found.npz", CASES[backend])
+    wrong = {case: errors(found, case, alone) for case in CASES[backend]}
+    dropped = {case: wrong.pop(case) for case in CASES[backend] if "dropped" in case}
+    for case, error in wrong.items():
+        assert max(error.values()) <= 1e-5, case
+    for case, error in dropped.items():  # the check can fail
+        assert min(error.values()) > 1e-4, case
