@@ -60,10 +60,6 @@ class World:
         """Which part of every pack's rows is this process's."""
         return self.rank % self.sequence_parallel
 
-    def share(self, items: int) -> range:
-        """This process's block of `items` places; the blocks differ by at most one."""
-        return range(self.rank * items // self.size, (self.rank + 1) * items // self.size)
-
     def gather(self, value: Any, what: str = "data") -> list[Any]:
         """Everybody's value (see `wire.encode`), by rank, for everybody."""
         if self.size == 1:

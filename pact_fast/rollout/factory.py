@@ -38,7 +38,7 @@ def make_engine(
     world = world or World()
     stop = renderer.stop_ids(config.rollout.stop_at_tool_call)
     dtype = getattr(torch, config.model.dtype)
-    if world.rank >= samplers(config, world):
+    if world.rank not in samplers(config, world):
         return IdleEngine(dtype)
     if config.rollout.engine == "transformers":
         check_embedded(model)
@@ -49,17 +49,17 @@ def make_engine(
     return VllmEngine(host, stop, deadline=config.rollout.engine_timeout, dtype=dtype)
 
 
-def samplers(config: Config, world: World) -> int:
-    """How many processes, from the first one on, have an engine."""
+def samplers(config: Config, world: World) -> list[int]:
+    """The processes that have an engine; where not all have one, spread evenly, and so over nodes."""
     rollout = config.rollout
     if rollout.engine == "transformers" or rollout.vllm_mode == "colocate":
-        return world.size
+        return list(range(world.size))
     if rollout.vllm_data_parallel_size > world.size:
         raise PactError(
             f"rollout.vllm_data_parallel_size={rollout.vllm_data_parallel_size}, but only {world.size} processes train, and "
             "each drives at most one server; lower it, or start more processes"
         )
-    return rollout.vllm_data_parallel_size
+    return [i * world.size // rollout.vllm_data_parallel_size for i in range(rollout.vllm_data_parallel_size)]
 
 
 def check_embedded(model: PreTrainedModel) -> None:
@@ -110,19 +110,21 @@ def _vllm_host(config: Config, model: Path, work: Path, world: World) -> Host:
     limits = {"timeout": rollout.engine_timeout, "start_timeout": rollout.vllm_server_timeout}
     if rollout.vllm_server_base_url:
         return RemoteVllm(rollout.vllm_server_base_url, model, weights, **limits)
-    devices = server_devices(world, rollout.vllm_tensor_parallel_size, torch.cuda.device_count())
+    devices = server_devices(
+        world, samplers(config, world), rollout.vllm_tensor_parallel_size, torch.cuda.device_count()
+    )
     return ManagedVllm(model, weights, log=work / "vllm.log", devices=devices, **limits, **args)
 
 
-def server_devices(world: World, wanted: int, count: int) -> list[int] | None:
-    """Which of this node's `count` GPUs serve: behind those of the node's trainers, `wanted` for each server. None: no GPUs.
-
-    A single GPU is shared.
+def server_devices(world: World, servers: list[int], wanted: int, count: int) -> list[int] | None:
+    """Which of this node's `count` GPUs this process's server takes: behind those of the node's trainers, `wanted` for each
+    server. `servers`: the processes that have one. None: as they come; a single GPU is shared.
     """
     if count <= 1:
         return None
     trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    first = trainers + world.local_rank * wanted
+    earlier = sum(world.rank - world.local_rank <= rank < world.rank for rank in servers)  # on this node
+    first = trainers + earlier * wanted
     if first + wanted > count:
         raise PactError(
             f"{count} GPUs are too few for {trainers} training processes on this node and a vLLM server on GPUs {first} to "

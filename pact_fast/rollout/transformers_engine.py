@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from pact_fast.rollout.adapter import NAME, adapted_layers
 from pact_fast.rollout.engine import Completion, Request
 from pact_fast.rollout.slot_cache import SlotCache, forward
-from pact_fast.rollout.weights import gathered
+from pact_fast.rollout.weights import base_parameters, gathered
 
 PREFILL_FROM = 24  # shorter texts ride along with the decode steps of the others
 
@@ -195,7 +196,7 @@ class TransformersEngine:
 
 
 class ReplicaEngine(TransformersEngine):
-    """For a model that ZeRO-3 has split: the engine has a whole copy, which updates refresh tensor by tensor.
+    """For a model that ZeRO-3 has split: the engine has a whole copy, adapters merged, which updates refresh tensor by tensor.
 
     So processes can sample as many steps as each needs. It is meant for models of which a device can hold a copy.
     """
@@ -207,7 +208,11 @@ class ReplicaEngine(TransformersEngine):
 
     @torch.no_grad()
     def update_weights(self, model: PreTrainedModel, version: int) -> None:
-        for own, trained in zip(self.model.parameters(), model.parameters(), strict=True):
-            with gathered([trained]):
-                own.copy_(trained)
+        own = dict(self.model.named_parameters())
+        for name, parameter in base_parameters(model):
+            with gathered([parameter]):
+                own[name].copy_(parameter)
+        for name, layer in adapted_layers(model):
+            with gathered(layer.parameters()):
+                own[f"{name}.weight"].add_(layer.get_delta_weight(NAME))
         super().update_weights(model, version)

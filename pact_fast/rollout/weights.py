@@ -125,14 +125,18 @@ def verify(expected: dict[str, tuple[int, int, int]], pieces: Iterable[Piece]) -
         )
 
 
+def base_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters under their names in a model without adapters, and without those of adapters."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." not in name and ".lora_B." not in name:
+            yield name.replace(".base_layer.", "."), parameter
+
+
 def _buckets(model: PreTrainedModel) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
     """Parameters layer by layer, small layers together. A layer stays whole: its tensors may be converted together."""
     bucket: list[tuple[str, torch.nn.Parameter]] = []
     size, last = 0, ""
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name or ".lora_B." in name:
-            continue
-        name = name.replace(".base_layer.", ".")
+    for name, parameter in base_parameters(model):
         layer = ".".join(part for part in name.split(".")[:3])
         count = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
         if bucket and layer != last and size + count > BUCKET:

@@ -143,8 +143,9 @@ class Trainer:
             self._lead_first(lambda: self._pretrain(base_dir), "the base model")
         start = base_dir if config.pretrain else None
         model = setup.make_policy(
-            config, self.tokenizer, base=start, checkpoint=found and found / "model", device=self.device
-        )
+            config, self.tokenizer, base=start, checkpoint=found and found / "model", device=self.device,
+            split=self.world.size > 1,
+        )  # fmt: skip
         setup.check_context(config, model)
         if not config.algorithm.beta:
             return model, None
@@ -285,8 +286,10 @@ class Trainer:
 
     def _share(self, jobs: int) -> range:
         """Places of this process's jobs: a block, so that rollouts of one prompt meet its prefix in one engine."""
-        rank, count = self.world.rank, self.samplers
-        return range(rank * jobs // count, (rank + 1) * jobs // count) if rank < count else range(0)
+        if self.world.rank not in self.samplers:
+            return range(0)
+        index, count = self.samplers.index(self.world.rank), len(self.samplers)
+        return range(index * jobs // count, (index + 1) * jobs // count)
 
     def _run(self, jobs: list[Job], name: str) -> list[Trajectory]:
         """This process's share of the jobs."""

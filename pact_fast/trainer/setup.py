@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -129,10 +129,12 @@ def make_model(
     *,
     path: str | Path | None = None,
     device: torch.device | str = "cpu",
+    split: bool = False,
 ) -> PreTrainedModel:
     """The policy in float32; bfloat16 is a matter of autocast, the weights keep full precision.
 
-    From `path`, else as the configuration says: a trained model, or random weights from the seed.
+    From `path`, else as the configuration says: a trained model, or random weights from the seed. `split`: for training,
+    where ZeRO-3 splits parameters over the processes as they are read, so that no process ever holds all of them.
     """
     source = str(path) if path else config.model.path
     if source is None:
@@ -152,7 +154,8 @@ def make_model(
         torch.manual_seed(config.seed)
         built = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
     else:
-        built = from_pretrained(AutoModelForCausalLM, source, "model", dtype=torch.float32)
+        with split_as_read(config) if split else nullcontext():
+            built = from_pretrained(AutoModelForCausalLM, source, "model", dtype=torch.float32)
     if config.model.gradient_checkpointing:
         built.gradient_checkpointing_enable({"use_reentrant": False})
     torch.nn.Module.to(built, device)  # in place
@@ -166,14 +169,15 @@ def make_policy(
     base: str | Path | None = None,
     checkpoint: Path | None = None,
     device: torch.device | str = "cpu",
+    split: bool = False,
 ) -> PreTrainedModel:
     """The policy of a run as a checkpoint's model folder holds it, else as training begins.
 
     `base`: where the run's base model is, if it has made one. With adapters, a checkpoint holds only them.
     """
     if config.model.lora is None:
-        return make_model(config, tokenizer, path=checkpoint or base, device=device)
-    model = make_model(config, tokenizer, path=base, device=device)
+        return make_model(config, tokenizer, path=checkpoint or base, device=device, split=split)
+    model = make_model(config, tokenizer, path=base, device=device, split=split)
     lora.attach(model, config.model.lora, config.seed)
     if checkpoint:
         lora.load(model, checkpoint)
@@ -213,6 +217,23 @@ def precision(config: Config, device: torch.device) -> AbstractContextManager:
 
 def splits_state(config: Config) -> bool:
     return config.trainer.deepspeed is not None and config.trainer.deepspeed.stage > 0
+
+
+@contextmanager
+def split_as_read(config: Config) -> Iterator[None]:
+    """While this lasts, transformers reads a model into ZeRO-3's parts, if the run has them."""
+    trainer = config.trainer
+    if trainer.deepspeed is None or trainer.deepspeed.stage < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from pact_fast.trainer.zero import import_deepspeed, settings
+
+    import_deepspeed(pick_device(config))
+    known = HfDeepSpeedConfig(settings(trainer, config.model.dtype))  # transformers keeps a weak reference to it
+    yield
+    del known
 
 
 def from_pretrained(factory, source: str, what: str, **kwargs):

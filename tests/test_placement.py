@@ -1,0 +1,97 @@
+"""Which process has an engine, on which GPUs its server runs, and what a launcher's environment means."""
+
+import pytest
+
+from pact_fast.config import parse_config
+from pact_fast.distributed import world as worlds
+from pact_fast.distributed.world import World, join
+from pact_fast.errors import PactError
+from pact_fast.rollout.factory import samplers, server_devices
+
+
+def config(**rollout):
+    return parse_config({"model": {"path": "m"}, "rollout": {"engine": "vllm", "vllm_mode": "server", **rollout}})
+
+
+@pytest.mark.parametrize(
+    "size, servers, expected", [(1, 1, [0]), (4, 1, [0]), (8, 2, [0, 4]), (4, 4, [0, 1, 2, 3]), (5, 2, [0, 2])]
+)
+def test_servers_are_spread_over_the_processes(size, servers, expected):
+    assert samplers(config(vllm_data_parallel_size=servers), World(0, size)) == expected
+
+
+def test_every_process_has_an_engine_unless_there_are_servers():
+    assert samplers(config(vllm_mode="colocate"), World(1, 3)) == [0, 1, 2]
+    with pytest.raises(PactError, match="vllm_data_parallel_size=3, but only 2 processes"):
+        samplers(config(vllm_data_parallel_size=3), World(0, 2))
+
+
+def test_two_nodes_of_eight_gpus_train_on_four_and_serve_on_four(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    servers = samplers(config(vllm_data_parallel_size=2), World(0, 8))
+    for rank in servers:
+        assert server_devices(World(rank, 8, rank % 4), servers, 4, 8) == [4, 5, 6, 7]
+
+
+def test_servers_of_one_node_share_its_free_gpus(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert [server_devices(World(r, 4, r), [0, 2], 2, 8) for r in (0, 2)] == [[4, 5], [6, 7]]
+    with pytest.raises(PactError, match=r"8 GPUs are too few for 4 training processes .* on GPUs 7 to 9"):
+        server_devices(World(1, 4, 1), [0, 1], 3, 8)
+    assert server_devices(World(), [0], 1, 0) is None and server_devices(World(), [0], 1, 1) is None
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_without_a_launcher_there_is_one_process(clean):
+    assert worlds._launched() is None
+    clean.setenv("WORLD_SIZE", "1")  # torchrun --nproc-per-node 1
+    assert worlds._launched() is None
+    with pytest.raises(PactError, match="sequence_parallel_size=2 needs so many processes; start with torchrun"):
+        join("cpu", timeout=1, sequence_parallel=2)
+
+
+def test_a_launchers_environment_is_read(clean):
+    clean.setenv("WORLD_SIZE", "4")
+    clean.setenv("RANK", "3")
+    with pytest.raises(PactError, match="WORLD_SIZE=4, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        worlds._launched()
+    for name, value in (("LOCAL_RANK", "1"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "5")):
+        clean.setenv(name, value)
+    assert worlds._launched() == (3, 4, 1)
+    with pytest.raises(PactError, match="sequence_parallel_size=3 does not divide the number of processes, 4"):
+        join("cpu", timeout=1, sequence_parallel=3)
+
+
+def test_slurm_steps_are_joined_and_its_batch_script_is_not(clean):
+    clean.setenv("SLURM_PROCID", "0")  # what a batch script sees
+    clean.setenv("SLURM_NTASKS", "16")
+    assert worlds._launched() is None
+    for name, value in (
+        ("SLURM_STEP_NUM_TASKS", "16"), ("SLURM_PROCID", "9"), ("SLURM_LOCALID", "1"), ("SLURM_JOB_ID", "123"),
+        ("SLURM_STEP_NODELIST", "gpu[3-4]"),
+    ):  # fmt: skip
+        clean.setenv(name, value)
+    with pytest.raises(PactError, match=r"SLURM node list 'gpu\[3-4\]' with scontrol; set MASTER_ADDR"):
+        clean.setenv("PATH", "")
+        worlds._launched()
+    clean.delenv("RANK")
+    clean.setattr(worlds, "_first_host", lambda nodes: "gpu3")
+    assert worlds._launched() == (9, 16, 1)
+    import os
+
+    assert os.environ["MASTER_ADDR"] == "gpu3" and os.environ["MASTER_PORT"] == "29623"
+
+
+def test_a_peer_that_does_not_come_is_an_error_within_the_deadline(clean):
+    for name, value in (
+        ("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "9"),
+    ):  # fmt: skip
+        clean.setenv(name, value)
+    with pytest.raises(worlds.PeerLost, match=r"process 1 of 2 .* waited for the other processes to start"):
+        join("cpu", timeout=2)
