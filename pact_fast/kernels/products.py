@@ -10,8 +10,6 @@ import math
 
 import torch
 
-from pact_fast.kernels.memory import large_empty
-
 BLOCK = 2048  # rows of W converted at a time, where the device has no product of 16-bit numbers with an fp32 result
 
 
@@ -56,8 +54,7 @@ class Products:
         if self._d_weight is not None:
             self._d_weight.addmm_(dz.t(), x)
         elif self._needs_weight_grad:
-            dtype = accumulation_dtype(self.weight)
-            self._d_weight = torch.mm(dz.t(), x, out=large_empty(self.weight.shape, dtype, dz.device))
+            self._d_weight = torch.mm(dz.t(), x)
 
 
 class BlockedProducts(Products):
@@ -96,7 +93,7 @@ class CpuFp32Products(Products):
         dx = dz.new_empty(len(dz), self.weight.shape[1]) if input_grad else None
         add = self._d_weight is not None
         if self._needs_weight_grad and not add:
-            self._d_weight = large_empty(self.weight.shape, torch.float32, dz.device)
+            self._d_weight = torch.empty_like(self.weight)
         torch.ops.pact_fast.fp32_grads(dz, x.contiguous(), self.weight, dx, self._d_weight, add)
         return dx
 
@@ -118,8 +115,8 @@ class CpuBf16Products(Products):
         dx = dz.new_empty(len(dz), self.weight.shape[1]) if input_grad else None
         add = self._d_weight is not None
         if self._needs_weight_grad and not add:
-            self._d_weight = large_empty(self.weight.shape, torch.bfloat16, dz.device)
-            self._rest = large_empty(self.weight.shape, torch.int8, dz.device)
+            self._d_weight = torch.empty_like(self.weight)
+            self._rest = torch.empty_like(self.weight, dtype=torch.int8)
         torch.ops.pact_fast.bf16_grads(dz, x.contiguous(), self.weight, dx, self._d_weight, self._rest, add)
         return dx
 
