@@ -2,8 +2,8 @@
 //
 //     z[n, V] = x·Wᵀ        dx[n, D] = dz·W        dW[V, D] += dzᵀ·x
 //
-// A BLAS packs both operands anew for every product, and MKL's is no faster than 75 to 90 % of what AMD's cores can do on
-// these shapes. Here few rows meet a large matrix, and of the two only the large one has to be packed:
+// A BLAS packs both operands anew for every product, and MKL's leaves part of AMD's cores idle on these shapes (times:
+// docs/kernels.md). Here few rows meet a large matrix, and of the two only the large one has to be packed:
 //
 //  * B comes in panels of 64 columns, four registers wide, of a depth that lets a panel stay in the second-level cache
 //    (256 KiB of 1 MiB) while all of A streams past it. A tile of results is 6 rows of it: 24 registers of sums.
