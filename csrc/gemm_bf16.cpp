@@ -22,12 +22,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <exception>
-#include <memory>
-#include <new>
 #include <optional>
 
 #ifdef __AVX512BF16__  // every CPU with AMX has it, too
@@ -39,6 +35,8 @@ namespace at::native::cpublas {
 [[gnu::weak]] void brgemm_release(bool pairs);
 }  // namespace at::native::cpublas
 #endif
+
+#include "work.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -60,6 +58,10 @@ struct Sums {
 #ifdef __AVX512BF16__
 
 namespace blas = at::native::cpublas;
+using pact_fast::buffer;
+using pact_fast::ceil_div;
+using pact_fast::round_up;
+using Buffer = pact_fast::Buffer<Bits>;
 
 constexpr int64_t kPanel = 64;    // columns of B
 constexpr int64_t kDepth = 2048;  // rows of a panel in z = x·Wᵀ
@@ -67,19 +69,6 @@ constexpr int64_t kSlab = 768;    // columns of dz worked on at a time
 constexpr int64_t kWide = 1024;   // columns of dW worked on at a time
 constexpr int64_t kTall = 32;     // rows of dW worked on at a time
 constexpr int64_t kScratch = std::max(kSlab * kPanel, 2 * kTall * kWide);  // a panel of W, or sums of dW
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-std::unique_ptr<Bits[], Free> buffer(int64_t count) {
-  void* p = std::aligned_alloc(64, round_up(count * sizeof(Bits), 64));
-  if (p == nullptr && count > 0) throw std::bad_alloc();
-  return std::unique_ptr<Bits[], Free>(static_cast<Bits*>(p));
-}
 
 // AMX tiles stay configured after a product. A thread of torch's pool has to be left without: the configuration is part of
 // its state, slows down every switch between threads, and is not the one that other users of the tiles expect.
@@ -276,24 +265,17 @@ bool ready() {
   return true;
 }
 
-// work(unit, scratch) for every unit, each by whichever thread is free: equal shares would wait for a thread that another
-// program keeps from its core. A unit owns its elements, so that results do not depend on who does it.
+// As share(), on a thread that is left without tiles.
 template <typename Work>
 void share(int64_t units, int64_t scratch, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(units, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const Tiles tiles;
-    const auto mine = buffer(scratch);
-    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) work(unit, mine.get());
-  });
+  pact_fast::share<Bits, Tiles>(units, scratch, work);
 }
 
 void logits(const Bits* x, const Bits* weight, float* z, int64_t rows, int64_t vocab, int64_t width, int64_t z_stride) {
   const int64_t ld = round_up(width, 2);
-  std::unique_ptr<Bits[], Free> even;  // x with an even number of columns
+  Buffer even;  // x with an even number of columns
   if (ld != width) {
-    even = buffer(rows * ld);
+    even = buffer<Bits>(rows * ld);
     for (int64_t i = 0; i < rows; ++i) {
       std::copy_n(x + i * width, width, &even[i * ld]);
       even[i * ld + width] = 0;
@@ -323,7 +305,7 @@ struct Grads {
 
   int64_t depth = round_up(rows, 32), panels = ceil_div(width, kPanel);
   int64_t parts = 1;  // of the rows of dx
-  std::unique_ptr<Bits[], Free> a[2], at[2], x_panels;  // a slab of dz by rows and by columns, the next one, and x
+  Buffer a[2], at[2], x_panels;  // a slab of dz by rows and by columns, the next one, and x
 
   void run() {
     // Where the panels of dx are too few for the threads, its rows are split, but no finer than 128, as every part packs
@@ -331,10 +313,10 @@ struct Grads {
     const int64_t wanted = ceil_div(4 * torch::stable::get_num_threads(), panels);
     parts = std::clamp<int64_t>(wanted, 1, ceil_div(std::max(rows, int64_t{1}), 128));
     for (int i = 0; i < (vocab > kSlab ? 2 : 1); ++i) {
-      if (dx != nullptr) a[i] = buffer(depth * kSlab);
-      if (d_weight.high != nullptr) at[i] = buffer(kSlab * depth);
+      if (dx != nullptr) a[i] = buffer<Bits>(depth * kSlab);
+      if (d_weight.high != nullptr) at[i] = buffer<Bits>(kSlab * depth);
     }
-    if (d_weight.high != nullptr) x_panels = buffer(panels * kPanel * depth);
+    if (d_weight.high != nullptr) x_panels = buffer<Bits>(panels * kPanel * depth);
     const int64_t packed = d_weight.high == nullptr ? 0 : panels, stripes = depth / 32;
     share(packed + stripes, 0, [&](int64_t u, Bits*) { u < packed ? pack_x(u) : round_stripe(0, u - packed); });
     for (int64_t v = 0; v < vocab; v += kSlab) slab(v);

@@ -1,5 +1,5 @@
-// Huge pages for large buffers: a fresh buffer of 128 MiB is 32,768 page faults of 4 KiB or 64 of 2 MiB, and the small
-// ones take time that shows beside the products that fill it.
+// Huge pages for large buffers that are used again and again: 128 MiB are 32,768 pages of 4 KiB, more than a processor keeps
+// the addresses of, or 64 of 2 MiB.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>

@@ -69,13 +69,14 @@ def cache_folder() -> Path:
     return Path(base) / "pact_fast"
 
 
-def _sources() -> list[Path]:
-    return sorted(SOURCES.glob("*.cpp"))
+def _sources(ending: str) -> list[Path]:
+    return sorted(SOURCES.glob(f"*.{ending}"))
 
 
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [torch.__version__, version, " ".join(FLAGS), _processor(), *(p.read_text() for p in _sources())]
+    sources = [path.read_text() for path in _sources("cpp") + _sources("h")]
+    parts = [torch.__version__, version, " ".join(FLAGS), _processor(), *sources]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -99,7 +100,7 @@ def _compile(compiler: str, library: Path) -> None:
         raise BuildError(f"cannot write the kernel cache {library.parent}: {error}; set XDG_CACHE_HOME") from error
     try:
         made = Path(folder) / library.name
-        command = [compiler, *FLAGS, *include, *map(str, _sources()), "-o", str(made), *libraries]
+        command = [compiler, *FLAGS, *include, *map(str, _sources("cpp")), "-o", str(made), *libraries]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             log = library.with_suffix(".log")

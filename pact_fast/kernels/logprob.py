@@ -9,7 +9,6 @@ import torch
 
 from pact_fast.errors import PactError
 from pact_fast.kernels.head import ChunkedHead
-from pact_fast.kernels.memory import large_empty
 from pact_fast.kernels.products import accumulation_dtype
 
 
@@ -148,8 +147,7 @@ def finished(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Te
     """A gradient as an op gives it: cast once; an empty tensor for None."""
     if gradient is None:
         return parameter.new_empty(0, dtype=gradient_dtype(parameter))
-    dtype = gradient_dtype(parameter)
-    return gradient if gradient.dtype == dtype else large_empty(gradient.shape, dtype, gradient.device).copy_(gradient)
+    return gradient.to(gradient_dtype(parameter))
 
 
 @_linear_logprob.register_fake

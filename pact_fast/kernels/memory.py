@@ -1,4 +1,8 @@
-"""Uninitialised memory for large results."""
+"""Uninitialised memory for what is written and read again and again.
+
+In huge pages such a buffer is faster to reach; in exchange its first use may be slow, where the memory is that of a
+virtual machine whose host has taken free huge pages back. A gradient is reached once per chunk, and does not earn that.
+"""
 
 from __future__ import annotations
 

@@ -10,8 +10,6 @@ import math
 
 import torch
 
-from pact_fast.kernels.memory import large_empty
-
 BLOCK = 2048  # rows of W converted at a time, where the device has no product of 16-bit numbers with an fp32 result
 
 
@@ -56,8 +54,7 @@ class Products:
         if self._d_weight is not None:
             self._d_weight.addmm_(dz.t(), x)
         elif self._needs_weight_grad:
-            dtype = accumulation_dtype(self.weight)
-            self._d_weight = torch.mm(dz.t(), x, out=large_empty(self.weight.shape, dtype, dz.device))
+            self._d_weight = torch.mm(dz.t(), x)
 
 
 class BlockedProducts(Products):
@@ -83,6 +80,24 @@ class BlockedProducts(Products):
         return dx
 
 
+class CpuFp32Products(Products):
+    """fp32 weights on a CPU with AVX-512 (csrc/gemm_fp32.cpp)."""
+
+    def __init__(self, weight: torch.Tensor, needs_weight_grad: bool):
+        super().__init__(weight.contiguous(), needs_weight_grad)
+
+    def logits(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        torch.ops.pact_fast.fp32_logits(x.contiguous(), self.weight, out)
+
+    def backward(self, dz: torch.Tensor, x: torch.Tensor, scale: float, input_grad: bool) -> torch.Tensor | None:
+        dx = dz.new_empty(len(dz), self.weight.shape[1]) if input_grad else None
+        add = self._d_weight is not None
+        if self._needs_weight_grad and not add:
+            self._d_weight = torch.empty_like(self.weight)
+        torch.ops.pact_fast.fp32_grads(dz, x.contiguous(), self.weight, dx, self._d_weight, add)
+        return dx
+
+
 class CpuBf16Products(Products):
     """bf16 weights on a CPU with bf16 instructions (csrc/gemm_bf16.cpp). dz is rounded to bf16.
 
@@ -100,8 +115,8 @@ class CpuBf16Products(Products):
         dx = dz.new_empty(len(dz), self.weight.shape[1]) if input_grad else None
         add = self._d_weight is not None
         if self._needs_weight_grad and not add:
-            self._d_weight = large_empty(self.weight.shape, torch.bfloat16, dz.device)
-            self._rest = large_empty(self.weight.shape, torch.int8, dz.device)
+            self._d_weight = torch.empty_like(self.weight)
+            self._rest = torch.empty_like(self.weight, dtype=torch.int8)
         torch.ops.pact_fast.bf16_grads(dz, x.contiguous(), self.weight, dx, self._d_weight, self._rest, add)
         return dx
 
@@ -134,9 +149,11 @@ class CudaProducts(Products):
 def products(backend: str, hidden: torch.Tensor, weight: torch.Tensor, needs_weight_grad: bool) -> Products:
     """The products for these tensors; if their dtypes differ, the wider one counts."""
     weight = weight.detach().to(torch.promote_types(hidden.dtype, weight.dtype))
-    if weight.dtype.itemsize > 2:
-        return Products(weight, needs_weight_grad)
-    if weight.is_cuda:
+    ops = torch.ops.pact_fast
+    if weight.is_cuda and weight.dtype.itemsize == 2:
         return CudaProducts(weight, needs_weight_grad)
-    native = backend == "cpp" and weight.dtype == torch.bfloat16 and torch.ops.pact_fast.bf16_products_ready()
-    return (CpuBf16Products if native else BlockedProducts)(weight, needs_weight_grad)
+    if backend == "cpp" and weight.dtype == torch.float32 and ops.fp32_products_ready():
+        return CpuFp32Products(weight, needs_weight_grad)
+    if backend == "cpp" and weight.dtype == torch.bfloat16 and ops.bf16_products_ready():
+        return CpuBf16Products(weight, needs_weight_grad)
+    return (BlockedProducts if weight.dtype.itemsize == 2 else Products)(weight, needs_weight_grad)
