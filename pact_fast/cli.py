@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. A PactError is one line on standard error and status 2."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
+    rest = [
+        item for item in rest if not item.startswith("--local_rank=")
+    ]  # the deepspeed launcher says it to everybody
     settings = [item for item in rest if "=" in item and not item.startswith("-")]  # settings may also follow an option
     if settings != rest or (rest and not hasattr(arguments, "settings")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
