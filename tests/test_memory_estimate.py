@@ -113,10 +113,10 @@ def test_what_else_is_on_the_device_counts(deep):
 
 
 def test_a_large_model_costs_the_doctor_no_memory(tmp_path, capsys):
-    """A 32B: a hundred gigabytes of weights, none of which is made."""
+    """Layers of a 70B: tens of gigabytes of weights, none of which is made."""
     import resource
 
-    large = {**DEEP, "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "vocab_size": 151_936}
+    large = {**DEEP, "hidden_size": 8192, "intermediate_size": 28672, "vocab_size": 151_936}
     path = tmp_path / "large.yaml"
     path.write_text(yaml.safe_dump(settings(large, dtype="bfloat16", gradient_checkpointing=True)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -92,7 +93,8 @@ def _to_cpu(model: PreTrainedModel) -> None:
     """Meta tensors become tensors that claim to be on the CPU, so that operators are chosen as they are there."""
     made: dict[int, torch.Tensor] = {}  # tied weights stay one
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
+        parts: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for held in parts:
             for name, tensor in held.items():
                 if tensor is None:
                     continue

@@ -59,7 +59,7 @@ def is_compiled(model: torch.nn.Module) -> bool:
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
     """Where its memory begins; also of tensors that have none, in which a size is estimated (planning/rehearsal.py)."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _can_be_made(tensor: torch.Tensor, node: Node) -> bool:
