@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedModel
+
 from pact_fast.config import Config
 from pact_fast.planning.hardware import Hardware
 from pact_fast.planning.memory import Estimate, estimate
@@ -85,17 +87,17 @@ def plan(config: Config, hardware: Hardware, lengths: Lengths, sharding: Shardin
         *_communication(config, hardware, model, sharding, updates, math.ceil(len(loads) * share / updates)),
     ]
     tokens = sum(len(load.batch) for load in loads)
-    paths = sum(prompts_tokens(config, lengths, sample))
+    paths = _unshared(config, lengths, sample)
     result = Plan(parts, memory, hardware, lengths, tokens * prompts / sample, paths * prompts / sample)
     if memory.total > hardware.capacity:
         result.notes.append("it does not fit: raise --zero-stage or --gpus, or lower trainer.max_tokens_per_pack")
     return result
 
 
-def prompts_tokens(config: Config, lengths: Lengths, prompts: int) -> list[int]:
-    """Tokens of each pack if every sequence ran alone."""
+def _unshared(config: Config, lengths: Lengths, prompts: int) -> int:
+    """Tokens of the trunk if every sequence ran alone."""
     alone = config.model_copy(update={"trainer": config.trainer.model_copy(update={"share_prefixes": False})})
-    return [len(load.batch) for load in update_loads(alone, lengths, prompts)]
+    return sum(len(load.batch) for load in update_loads(alone, lengths, prompts))
 
 
 def _passes(
@@ -103,7 +105,7 @@ def _passes(
     hardware: Hardware,
     sharding: Sharding,
     loads: list[Load],
-    model,
+    model: PreTrainedModel,
     share: float,
     updates: int,
     traffic: float,
@@ -139,7 +141,7 @@ def _forward_passes(config: Config, updates: int) -> int:
     return int(old) + int(algorithm.beta > 0)
 
 
-def _rollouts(config: Config, hardware: Hardware, lengths: Lengths, model, gpus: int) -> list[Part]:
+def _rollouts(config: Config, hardware: Hardware, lengths: Lengths, model: PreTrainedModel, gpus: int) -> list[Part]:
     """Decoding reads all weights and the batch's keys and values for every token; prompts are computed once each."""
     if config.algorithm.name == "sft":
         return []
@@ -164,7 +166,7 @@ def _rollouts(config: Config, hardware: Hardware, lengths: Lengths, model, gpus:
 
 
 def _communication(
-    config: Config, hardware: Hardware, model, sharding: Sharding, updates: int, packs: int
+    config: Config, hardware: Hardware, model: PreTrainedModel, sharding: Sharding, updates: int, packs: int
 ) -> list[Part]:
     """Bytes that one device sends, by rings; `packs` of one device in an optimizer step."""
     parts = []
