@@ -1,7 +1,6 @@
 """The plan of a step: its amounts are those of a real update, its seconds near them, its words plain."""
 
 import pytest
-import torch
 import yaml
 from update_probe import probe
 
@@ -9,7 +8,6 @@ from pact_fast.cli import main
 from pact_fast.config import parse_config
 from pact_fast.planning import hardware
 from pact_fast.planning.plan import plan
-from pact_fast.planning.rehearsal import architecture
 from pact_fast.planning.sharding import Sharding
 from pact_fast.planning.workload import Lengths
 
@@ -20,7 +18,7 @@ DEEP = {
 WIDE = {**DEEP, "num_hidden_layers": 2, "vocab_size": 32768}
 LENGTHS = Lengths(128, 64, 64, 4)
 FACTOR = 2.0  # between estimated and measured seconds
-ATTEMPTS = 3  # a machine shared with others may be busy in one measurement and idle in the other
+ATTEMPTS = 3  # a machine shared with others may be busy during one measurement and idle during another
 
 
 def settings(architecture, **sections):
@@ -43,17 +41,18 @@ def test_seconds_are_near_those_of_a_real_update(shape, lengths):
     config = settings(shape)
     parsed = parse_config(config)
     for _ in range(ATTEMPTS):
-        here = hardware.measured(architecture(parsed.model), torch.float32, 16384)
-        found = plan(parsed, here, Lengths(*lengths), Sharding(), 1)
-        real = probe(config, lengths)
+        real = probe(config, lengths, rates=True)
+        ratios = []
+        for rates in real["rates"]:
+            found = plan(parsed, hardware.Hardware(**rates), Lengths(*lengths), Sharding(), 1)
+            ratios.append(found.update_seconds / real["seconds"])
         amounts = {part.name: part.amount for part in found.parts if part.phase == "update"}
         trunk = amounts["trunk, matrix products"] + amounts["trunk, attention"]
         assert trunk == pytest.approx(real["flops"], rel=1e-9)
-        ratio = found.update_seconds / real["seconds"]
-        print(f"estimated {found.update_seconds:.2f} s, measured {real['seconds']:.2f} s: {ratio:.2f}")
-        if 1 / FACTOR < ratio < FACTOR:
+        print(f"measured {real['seconds']:.2f} s; estimated, of that: {ratios[0]:.2f} before, {ratios[1]:.2f} after")
+        if any(1 / FACTOR < ratio < FACTOR for ratio in ratios):
             return
-    pytest.fail(f"estimated {found.update_seconds:.2f} s, measured {real['seconds']:.2f} s")
+    pytest.fail(f"estimated over measured seconds: {ratios}")
 
 
 def test_devices_share_the_work_and_pay_for_it_in_bytes():

@@ -1,6 +1,6 @@
 """One update by the real learner in a process of its own: its peak of resident memory and its seconds, as JSON.
 
-python update_probe.py '{"config": {…}, "lengths": [prompt, trace, response, rollouts], "prompts": 1, "rounds": 1}'
+python update_probe.py '{"config": {…}, "lengths": [prompt, trace, response, rollouts], "prompts": 1, "rates": false}'
 
 The process has to be started under benchmarks/measure.py's MALLOC settings for the memory to mean anything.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import json
 import os
@@ -27,6 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pact_fast.algorithms.base import Plan, Scored
 from pact_fast.config import Config, parse_config
 from pact_fast.kernels import Stream
+from pact_fast.planning import hardware
+from pact_fast.planning.rehearsal import architecture
 from pact_fast.trainer import lora, setup
 from pact_fast.trainer.learner import Learner
 from pact_fast.tree import Node, TokenTree
@@ -35,9 +38,9 @@ TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "voc
 WARM = (64, 32, 16, 2)
 
 
-def probe(config: dict[str, Any], lengths: tuple[int, int, int, int], prompts: int = 1, rounds: int = 1) -> dict:
-    """What `main` prints, from a fresh process."""
-    request = json.dumps({"config": config, "lengths": lengths, "prompts": prompts, "rounds": rounds})
+def probe(config: dict[str, Any], lengths: tuple[int, int, int, int], prompts: int = 1, rates: bool = False) -> dict:
+    """What `main` prints, from a fresh process; `rates`: of this machine right before and after the update, too."""
+    request = json.dumps({"config": config, "lengths": lengths, "prompts": prompts, "rates": rates})
     command = [sys.executable, __file__, request]
     done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -58,25 +61,29 @@ def main(request: dict[str, Any]) -> None:
     baseline = _resident("VmRSS")
     subject, vocab = learner(config), config.model.random_init["vocab_size"]
     subject.update(plans(WARM, 1, vocab))  # AdamW has its states from here on
-    data = [plans(request["lengths"], request["prompts"], vocab) for _ in range(request["rounds"])]
-    seconds = []
+    data = plans(request["lengths"], request["prompts"], vocab)
+    rates = [_rates(config)] if request["rates"] else []
     with PeakMemory(torch.device("cpu")) as memory:
-        for some in data:
-            result = subject.update(some)
-            seconds.append(sum(result.seconds.values()))
+        result = subject.update(data)
+    rates += [_rates(config)] if request["rates"] else []
     assert memory.before is not None and memory.bytes is not None and baseline is not None
     print(
         json.dumps(
             {
                 "peak": memory.before + memory.bytes - baseline,
                 "beyond": memory.bytes,  # what was held before the update
-                "seconds": sorted(seconds)[len(seconds) // 2],
+                "seconds": sum(result.seconds.values()),
+                "rates": rates,
                 "tokens": result.tokens,
                 "packs": result.packs,
                 "flops": result.flops,
             }
         )
     )
+
+
+def _rates(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(hardware.measured(architecture(config.model), torch.float32, 16384))
 
 
 def learner(config: Config) -> Learner:
