@@ -74,6 +74,28 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = _command(commands, "doctor", _doctor, "check template, parser, masks, environment and model before a run")
     _recipe(doctor)
+    doctor.add_argument(
+        "--memory", action="store_true", help="only estimate the peak of training memory, and what it is made of"
+    )
+    doctor.add_argument("--world-size", type=int, help="with --memory: devices that train together (default: 1)")
+    doctor.add_argument(
+        "--zero-stage", type=int, help="with --memory: ZeRO stage, 0 to 3 (default: the settings', or 0)"
+    )
+
+    plan = _command(commands, "plan", _plan, "estimate time, memory and communication of a step before it runs")
+    _recipe(plan)
+    plan.add_argument("--gpus", type=int, default=1, help="devices that train and sample (default: 1)")
+    plan.add_argument(
+        "--gpu",
+        default="this",
+        help="a100, h100, h200, b200: published peaks times assumed efficiencies; this: measure this machine (default)",
+    )
+    plan.add_argument("--zero-stage", type=int, help="ZeRO stage, 0 to 3 (default: the settings', or 0)")
+    plan.add_argument("--prompt", type=int, help="tokens of a prompt (default: rollout.max_prompt_length)")
+    plan.add_argument("--trace", type=int, help="tokens of an expert trace (default: those of a response)")
+    plan.add_argument(
+        "--response", type=int, help="tokens of a rollout, observations too (default: rollout.max_completion_length)"
+    )
 
     view = _command(commands, "view", _view, "an HTML page of a run's rollouts, coloured by component")
     view.add_argument("run_dir", metavar="RUN", type=Path, help="run directory")
@@ -136,9 +158,32 @@ def _rollout(arguments) -> int:
 
 def _doctor(arguments) -> int:
     from pact_fast.config import load_config
+
+    config = load_config(arguments.source, arguments.settings)
+    if arguments.memory:
+        from pact_fast.planning.tables import memory_command
+
+        return memory_command(config, arguments.world_size, arguments.zero_stage)
+    if arguments.world_size is not None or arguments.zero_stage is not None:
+        raise PactError("--world-size and --zero-stage belong to the memory estimate; add --memory")
     from pact_fast.doctor import doctor
 
-    return doctor(load_config(arguments.source, arguments.settings))
+    return doctor(config)
+
+
+def _plan(arguments) -> int:
+    from pact_fast.config import load_config
+    from pact_fast.planning.tables import plan_command
+
+    return plan_command(
+        load_config(arguments.source, arguments.settings),
+        gpus=arguments.gpus,
+        gpu=arguments.gpu,
+        zero_stage=arguments.zero_stage,
+        prompt=arguments.prompt,
+        trace=arguments.trace,
+        response=arguments.response,
+    )
 
 
 def _view(arguments) -> int:

@@ -21,7 +21,9 @@ class Remake(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._inputs: dict[int, tuple[int, Node]] = {}  # address → (elements, node), of the operation that is running
+        self._inputs: dict[
+            tuple[int, int], tuple[int, Node]
+        ] = {}  # place → (elements, node), of the operation that is running
         self._hooks = saved_tensors_hooks(self._pack, _unpack)
 
     def __enter__(self) -> Remake:
@@ -34,7 +36,7 @@ class Remake(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._inputs = {
-            t.data_ptr(): (t.numel(), t.grad_fn)
+            _place(t): (t.numel(), t.grad_fn)
             for t in args
             if isinstance(t, torch.Tensor) and t.grad_fn is not None and _can_be_made(t, t.grad_fn)
         }
@@ -44,7 +46,7 @@ class Remake(TorchFunctionMode):
 
     def _pack(self, tensor: torch.Tensor) -> Kept:
         """What autograd gives is detached; by its memory it is one of the inputs, perhaps in another shape."""
-        size, node = self._inputs.get(tensor.data_ptr(), (0, None))
+        size, node = self._inputs.get(_place(tensor), (0, None))
         if node is None or size != tensor.numel() or not tensor.is_contiguous():
             return tensor, tensor._version
         return node, tensor.shape
@@ -53,6 +55,11 @@ class Remake(TorchFunctionMode):
 def is_compiled(model: torch.nn.Module) -> bool:
     """Compiled code chooses itself what to keep, and a function mode would break it up."""
     return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where its memory begins; also of tensors that have none, in which a size is estimated (planning/rehearsal.py)."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _can_be_made(tensor: torch.Tensor, node: Node) -> bool:

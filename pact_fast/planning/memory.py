@@ -1,0 +1,160 @@
+"""The peak of training memory on one device, and what it is made of: `pact-fast doctor RECIPE --memory`.
+
+What a pack holds is not calculated from formulas of a transformer: the update is rehearsed (rehearsal.py). Formulas are
+left for what other processes change: shares under ZeRO, buckets, the rollout engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pact_fast.config import Config
+from pact_fast.errors import PactError
+from pact_fast.planning.rehearsal import Rehearsal, architecture, rehearse
+from pact_fast.planning.sharding import BUCKET, PREFETCH, Sharding
+from pact_fast.planning.tracker import Kind
+from pact_fast.planning.workload import Load, full_load
+
+CUDA_CONTEXT = 1 << 30  # bytes that the driver and the libraries take beside torch's allocator; assumed, not measured
+STEP = 128  # tokens; `auto_pack_tokens` gives a multiple
+CLOSE = 0.02  # of the free memory may stay unused, for fewer rehearsals
+
+
+@dataclass
+class Estimate:
+    """parts: bytes by what holds them, at the moment of the peak; tokens: of the largest pack."""
+
+    parts: dict[str, int]
+    tokens: int
+    parameters: int
+    traffic: float  # bytes a token that the trunk's operators read and write, matrix products and attention left out
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def estimate(
+    config: Config,
+    loads: Sequence[Load] | None = None,
+    *,
+    sharding: Sharding | None = None,
+    device: str = "cpu",
+    capacity: int | None = None,
+) -> Estimate:
+    """Of an update on `loads`, the packs of one optimizer step; default: full ones. `device`: cpu or cuda.
+
+    `capacity`: bytes of the device, of which a colocated vLLM takes its share.
+    """
+    sharding = sharding or Sharding()
+    loads = sorted(loads or [default_load(config)] * 2, key=lambda load: -len(load.batch))[:2]
+    half = sharding.zero and config.model.dtype == "bfloat16"
+    seen = rehearse(config, loads, device, torch.bfloat16 if half else torch.float32)
+    size = 2 if half else 4
+    result = Estimate(_parts(seen, sharding, size), len(loads[0].batch), seen.parameters, seen.traffic)
+    _gathered(result, config, sharding, size)
+    _others(result, config, device, capacity)
+    if result.tokens > config.trainer.max_tokens_per_pack:
+        result.notes.append(
+            f"the longest path alone takes {result.tokens} tokens, more than trainer.max_tokens_per_pack: "
+            "rollout.max_prompt_length + rollout.max_completion_length"
+        )
+    return result
+
+
+def default_load(config: Config) -> Load:
+    """The largest pack that the settings allow; a path over the budget gets a pack of its own."""
+    longest = config.rollout.max_prompt_length + config.rollout.max_completion_length
+    return full_load(config, max(config.trainer.max_tokens_per_pack, longest))
+
+
+def auto_pack_tokens(config: Config, free_bytes: int, *, sharding: Sharding | None = None, device: str = "cpu") -> int:
+    """The largest trainer.max_tokens_per_pack whose update is estimated to fit into `free_bytes`, a multiple of 128.
+
+    All that training holds counts, weights too. PactError if not even the longest path fits.
+    """
+
+    def peak(tokens: int) -> int:
+        loads = [full_load(config, tokens)] * 2
+        return estimate(config, loads, sharding=sharding, device=device, capacity=None).total
+
+    low = -(-max(config.rollout.max_prompt_length + config.rollout.max_completion_length, STEP) // STEP) * STEP
+    held = peak(low)
+    if held > free_bytes:
+        raise PactError(
+            f"a path of {low} tokens needs {readable(held)}, and {readable(free_bytes)} are free; set "
+            "model.gradient_checkpointing=true, lower rollout.max_completion_length, or shard with trainer.deepspeed"
+        )
+    # memory is very nearly a line in the tokens: two points tell the third, which is then looked at
+    high, top = 2 * low, peak(2 * low)
+    while top <= free_bytes and free_bytes - top > CLOSE * free_bytes:
+        per_token = max((top - held) / (high - low), 1.0)
+        low, held = high, top
+        high = max(int(low + (free_bytes - top) / per_token) // STEP * STEP, low + STEP)
+        top = peak(high)
+    if top <= free_bytes:
+        return high
+    while high - low > STEP:
+        guess = low + (high - low) * (free_bytes - held) / (top - held)
+        middle = min(max(int(guess) // STEP * STEP, low + STEP), high - STEP)
+        found = peak(middle)
+        if found <= free_bytes:
+            low, held = middle, found
+            if free_bytes - found <= CLOSE * free_bytes:
+                break
+        else:
+            high, top = middle, found
+    return low
+
+
+def readable(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:.0f} MiB"
+
+
+def _parts(seen: Rehearsal, sharding: Sharding, size: int) -> dict[str, int]:
+    """The peak of one device. Under ZeRO the optimizer's step is a moment of its own, with fp32 gradients of its part."""
+    local = 1.0 / sharding.sequence_parallel
+    shares = {
+        Kind.WEIGHTS: sharding.weights, Kind.GRADIENTS: sharding.gradients,
+        Kind.ACTIVATIONS: local, Kind.HEAD: local,
+    }  # fmt: skip
+    held = {kind.value: bytes_ for kind, bytes_ in seen.record.peak(shares).items()}
+    if not sharding.zero:
+        return held
+    part = sharding.states * seen.trained
+    bucket = min(BUCKET, seen.trained) * size
+    held |= {"fp32 master weights": round(4 * part), Kind.OPTIMIZER.value: round(8 * part)}
+    passing = held[Kind.ACTIVATIONS.value] + held[Kind.HEAD.value] + bucket
+    fp32_gradients = round(4 * part)
+    if fp32_gradients > passing:
+        return held | {Kind.ACTIVATIONS.value: 0, Kind.HEAD.value: 0, Kind.STEP.value: fp32_gradients}
+    return held | {"communication buckets": bucket}
+
+
+def _gathered(result: Estimate, config: Config, sharding: Sharding, size: int) -> None:
+    """ZeRO-3 gathers a layer or the head when it runs, and the next weights ahead."""
+    if sharding.stage < 3 or sharding.devices == 1:
+        return
+    text = architecture(config.model).get_text_config()
+    table = text.vocab_size * text.hidden_size
+    layer = max(result.parameters - table, 0) // text.num_hidden_layers
+    result.parts["gathered weights"] = size * min(max(table, layer) + PREFETCH, result.parameters)
+
+
+def _others(result: Estimate, config: Config, device: str, capacity: int | None) -> None:
+    """What is on the device beside the update."""
+    if config.algorithm.beta and not config.model.lora:
+        result.parts["reference model"] = 4 * result.parameters
+    if device == "cuda":
+        result.parts["CUDA context (assumed)"] = CUDA_CONTEXT
+    rollout = config.rollout
+    if rollout.engine == "vllm" and rollout.vllm_mode == "colocate" and not rollout.vllm_enable_sleep_mode:
+        share = rollout.vllm_gpu_memory_utilization
+        if capacity is None:
+            result.notes.append(f"vLLM takes {share:.0%} of the device on top of this")
+        else:
+            result.parts["vLLM"] = round(share * capacity)

@@ -1,0 +1,142 @@
+"""The estimate of training memory against what the kernel says a real update took."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from update_probe import probe
+
+from pact_fast.cli import main
+from pact_fast.config import parse_config
+from pact_fast.errors import PactError
+from pact_fast.planning.memory import auto_pack_tokens, default_load, estimate
+from pact_fast.planning.sharding import Sharding
+from pact_fast.planning.workload import Lengths, full_load, update_loads
+
+DEEP = {
+    "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
+WIDE = {**DEEP, "num_hidden_layers": 2, "vocab_size": 65536}
+UNTIED = {**WIDE, "tie_word_embeddings": False}
+WITHIN = 0.10
+MIB = 1 << 20
+
+
+def settings(architecture, pack=16384, **model):
+    return {
+        "model": {"random_init": architecture, **model},
+        "algorithm": {"anchor": {"mode": "blend"}},
+        "trainer": {"max_tokens_per_pack": pack},
+    }
+
+
+CASES = {
+    "one pack": (settings(DEEP), (384, 256, 128, 4), 1),
+    "checkpointing, two packs": (settings(DEEP, 1536, gradient_checkpointing=True), (384, 128, 128, 4), 2),
+    "bf16": (settings(DEEP, dtype="bfloat16"), (384, 256, 128, 4), 1),
+    "LoRA": (settings(DEEP, lora={"r": 16}), (384, 256, 128, 4), 1),
+    "wide vocabulary, tied": (settings(WIDE), (256, 128, 128, 4), 1),
+    "wide vocabulary, untied, small packs": (settings(UNTIED, 512), (128, 64, 64, 2), 2),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
+@pytest.mark.parametrize("name", CASES)
+def test_estimate_is_within_a_tenth_of_the_measured_peak(name):
+    """Of all that training holds, and of what an update takes on top of weights and optimizer states."""
+    config, lengths, prompts = CASES[name]
+    parsed = parse_config(config)
+    loads = update_loads(parsed, Lengths(*lengths), prompts)
+    found = estimate(parsed, loads)
+    measured = probe(config, lengths, prompts)
+    assert measured["packs"] == len(loads)
+    assert measured["tokens"] == sum(len(load.batch) for load in loads)
+    beyond = found.total - found.parts["weights"] - found.parts["optimizer states"]
+    for what, mine, real in (("peak", found.total, measured["peak"]), ("update", beyond, measured["beyond"])):
+        print(f"{name}, {what}: estimated {mine / MIB:.0f} MiB, measured {real / MIB:.0f}, {mine / real - 1:+.1%}")
+        assert real > 200 * MIB  # or noise would decide
+        assert abs(mine / real - 1) < WITHIN
+
+
+@pytest.fixture
+def deep():
+    config = parse_config(settings(DEEP))
+    config.rollout.max_prompt_length = config.rollout.max_completion_length = 512
+    return config
+
+
+def test_packs_are_as_large_as_they_fit(deep):
+    free = 1200 * MIB
+    tokens = auto_pack_tokens(deep, free)
+    assert tokens % 128 == 0
+
+    def peak(tokens):
+        return estimate(deep, [full_load(deep, tokens)] * 2).total
+
+    assert 0.97 * free < peak(tokens) <= free
+
+
+def test_a_path_that_cannot_fit_is_one_line_that_names_the_cure(deep):
+    with pytest.raises(PactError, match="gradient_checkpointing"):
+        auto_pack_tokens(deep, 400 * MIB)
+
+
+def test_a_path_longer_than_the_budget_counts_whole(deep):
+    deep.trainer.max_tokens_per_pack = 256
+    assert len(default_load(deep).batch) == 1024
+    assert "longest path" in estimate(deep).notes[0]
+
+
+def test_zero_shards_more_with_every_stage(deep):
+    deep.model.dtype = "bfloat16"
+    found = [estimate(deep, sharding=Sharding(8, stage)) for stage in (1, 2, 3)]
+    weights = 2 * found[0].parameters
+    states = 8 * found[0].parameters / 8
+    for stage, one in zip((1, 2, 3), found, strict=True):
+        assert one.parts["weights"] == pytest.approx(weights / (8 if stage == 3 else 1), rel=0.01)
+        assert one.parts["optimizer states"] == pytest.approx(states, rel=0.01)
+        assert one.parts["fp32 master weights"] == pytest.approx(states / 2, rel=0.01)
+    assert found[0].parts["gradients"] > 4 * found[1].parts["gradients"]
+    offloaded = estimate(deep, sharding=Sharding(8, 2, optimizer_on_host=True))
+    assert offloaded.parts["optimizer states"] == offloaded.parts["fp32 master weights"] == 0
+
+
+def test_what_else_is_on_the_device_counts(deep):
+    plain = estimate(deep).total
+    deep.algorithm.beta = 0.01
+    assert estimate(deep).total == plain + 4 * estimate(deep).parameters
+    deep.rollout.engine = "vllm"
+    assert estimate(deep, device="cuda", capacity=10 << 30).parts["vLLM"] == 3 << 30
+    assert "vLLM takes 30%" in estimate(deep).notes[0]
+
+
+def test_a_large_model_costs_the_doctor_no_memory(tmp_path, capsys):
+    """Layers of a 70B: tens of gigabytes of weights, none of which is made."""
+    import resource
+
+    large = {**DEEP, "hidden_size": 8192, "intermediate_size": 28672, "vocab_size": 151_936}
+    path = tmp_path / "large.yaml"
+    path.write_text(yaml.safe_dump(settings(large, dtype="bfloat16", gradient_checkpointing=True)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main(["doctor", str(path), "--memory", "--world-size", "16", "--zero-stage", "3", "device=cpu"]) == 0
+    report = capsys.readouterr().out
+    assert all(
+        word in report for word in ("weights", "optimizer states", "activations", "GiB", "stage 3", "16 devices")
+    )
+    if sys.platform == "linux":
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
+
+
+@pytest.mark.parametrize(
+    ("options", "cure"),
+    [
+        (["--memory", "--zero-stage", "4"], "the stages are 0"),
+        (["--memory", "--world-size", "0"], "at least one device"),
+        (["--world-size", "2"], "add --memory"),
+    ],
+)
+def test_wrong_options_are_one_line(options, cure, capsys):
+    assert main(["doctor", "quickstart", *options]) == 2
+    assert cure in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""One update by the real learner in a process of its own: its peak of resident memory and its seconds, as JSON.
+
+python update_probe.py '{"config": {…}, "lengths": [prompt, trace, response, rollouts], "prompts": 1, "rates": false}'
+
+The process has to be started under benchmarks/measure.py's MALLOC settings for the memory to mean anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import numpy as np
+import torch
+from measure import MALLOC, PeakMemory, _resident
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pact_fast.algorithms.base import Plan, Scored
+from pact_fast.config import Config, parse_config
+from pact_fast.kernels import Stream
+from pact_fast.planning import hardware
+from pact_fast.planning.rehearsal import architecture
+from pact_fast.trainer import lora, setup
+from pact_fast.trainer.learner import Learner
+from pact_fast.tree import Node, TokenTree
+
+TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
+WARM = (64, 32, 16, 2)
+
+
+def probe(config: dict[str, Any], lengths: tuple[int, int, int, int], prompts: int = 1, rates: bool = False) -> dict:
+    """What `main` prints, from a fresh process; `rates`: of this machine right before and after the update, too."""
+    request = json.dumps({"config": config, "lengths": lengths, "prompts": prompts, "rates": rates})
+    command = [sys.executable, __file__, request]
+    done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(request: dict[str, Any]) -> None:
+    config = parse_config(request["config"])
+    small = parse_config(request["config"])
+    assert config.model.random_init and small.model.random_init
+    small.model.random_init |= TINY
+    warm = learner(small)
+    warm.update(plans(WARM, 1, TINY["vocab_size"]))  # whatever libraries load, they have loaded
+    del warm
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    baseline = _resident("VmRSS")
+    subject, vocab = learner(config), config.model.random_init["vocab_size"]
+    subject.update(plans(WARM, 1, vocab))  # AdamW has its states from here on
+    data = plans(request["lengths"], request["prompts"], vocab)
+    rates = [_rates(config)] if request["rates"] else []
+    with PeakMemory(torch.device("cpu")) as memory:
+        result = subject.update(data)
+    rates += [_rates(config)] if request["rates"] else []
+    assert memory.before is not None and memory.bytes is not None and baseline is not None
+    print(
+        json.dumps(
+            {
+                "peak": memory.before + memory.bytes - baseline,
+                "beyond": memory.bytes,  # what was held before the update
+                "seconds": sum(result.seconds.values()),
+                "rates": rates,
+                "tokens": result.tokens,
+                "packs": result.packs,
+                "flops": result.flops,
+            }
+        )
+    )
+
+
+def _rates(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(hardware.measured(architecture(config.model), torch.float32, 16384))
+
+
+def learner(config: Config) -> Learner:
+    torch.manual_seed(0)
+    assert config.model.random_init is not None
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.model.random_init), dtype=torch.float32)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.model.lora:
+        lora.attach(model, config.model.lora, 0)
+    precision = setup.precision(config, torch.device("cpu"))
+    return Learner(model, config.trainer, config.algorithm, total_updates=10, autocast=precision)
+
+
+def plans(lengths: tuple[int, int, int, int], prompts: int, vocab: int) -> list[Plan]:
+    """Both contexts of every prompt, all rollout tokens and the whole trace supervised."""
+    prompt, trace, response, rollouts = lengths
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(prompts):
+        tree = TokenTree()
+        x = tree.add(rng.integers(vocab, size=prompt))
+        h = tree.add(rng.integers(vocab, size=trace), x)
+        scored = [_scored(h, Stream.EXPERT, -1)]
+        for stream, parent in ((Stream.PROMPT, x), (Stream.TRACE, h)):
+            for k in range(rollouts):
+                node = tree.add(rng.integers(vocab, size=response), parent)
+                scored.append(_scored(node, stream, 2 * k + stream))
+        made.append(Plan(None, "blend", [tree], scored))  # type: ignore[arg-type]
+    return made
+
+
+def _scored(node: Node, stream: Stream, sequence: int) -> Scored:
+    def full(value: float) -> np.ndarray:
+        return np.full(len(node.ids), value, np.float32)
+
+    expert = stream == Stream.EXPERT
+    return Scored(
+        node=node, stream=stream, sequence=sequence, index=np.arange(len(node.ids)),
+        component=np.zeros(len(node.ids), np.int64), advantage=full(1.0 if sequence % 2 else -1.0),
+        rl_weight=full(0.0 if expert else 1e-4), sft_weight=full(1e-4 if expert else 0.0),
+        sampler_logprob=full(np.nan), old_logprob=full(np.nan), ref_logprob=full(np.nan),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
