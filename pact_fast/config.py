@@ -296,7 +296,12 @@ class TrainerConfig(Section):
         description="Rollouts may be sampled by weights up to so many steps old, so that sampling overlaps updates (vLLM "
         "server only). 0: strictly on-policy, and repeatable.",
     )
-    max_tokens_per_pack: int = Field(16384, ge=128, description="Token budget of one forward/backward.")
+    max_tokens_per_pack: int | None = Field(
+        16384,
+        ge=128,
+        description="Token budget of one forward/backward; null: what is estimated to fit into the free memory "
+        "(docs/planning.md).",
+    )
     deepspeed: DeepSpeedConfig | None = Field(
         None, description="Split the training state over processes; default: each holds all of it."
     )
@@ -328,6 +333,13 @@ class TrainerConfig(Section):
     eval_tasks: int = Field(200, ge=1, description="Held-out tasks per evaluation.")
     log_completions: int = Field(4, ge=0, description="Sampled rollouts shown as a table at each evaluation.")
     rollout_keep: int = Field(32, ge=0, description="Rollouts written to rollouts/ per step (for `pact-fast view`).")
+
+    @property
+    def pack_tokens(self) -> int:
+        """max_tokens_per_pack, where it must be a number; a run turns null into one when it starts."""
+        if self.max_tokens_per_pack is None:
+            raise PactError("trainer.max_tokens_per_pack=null is for training; give a number of tokens here")
+        return self.max_tokens_per_pack
 
 
 class PretrainConfig(Section):

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_fast.algorithms.base import Plan, Scored
 from pact_fast.config import Config, parse_config
+from pact_fast.distributed.world import World, join
 from pact_fast.kernels import Stream
 from pact_fast.planning import hardware
 from pact_fast.planning.rehearsal import architecture
@@ -38,28 +39,36 @@ TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "voc
 WARM = (64, 32, 16, 2)
 
 
-def probe(config: dict[str, Any], lengths: tuple[int, int, int, int], prompts: int = 1, rates: bool = False) -> dict:
-    """What `main` prints, from a fresh process; `rates`: of this machine right before and after the update, too."""
+def probe(
+    config: dict[str, Any],
+    lengths: tuple[int, int, int, int],
+    prompts: int = 1,
+    rates: bool = False,
+    processes: int = 1,
+) -> dict:
+    """What `main` prints, from fresh processes; `rates`: of this machine right before and after the update, too."""
     request = json.dumps({"config": config, "lengths": lengths, "prompts": prompts, "rates": rates})
-    command = [sys.executable, __file__, request]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), __file__, request]
     done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(request: dict[str, Any]) -> None:
+    world = join("cpu", timeout=300)
     config = parse_config(request["config"])
     small = parse_config(request["config"])
     assert config.model.random_init and small.model.random_init
     small.model.random_init |= TINY
-    warm = learner(small)
+    warm = learner(small, world)
     warm.update(plans(WARM, 1, TINY["vocab_size"]))  # whatever libraries load, they have loaded
     del warm
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     baseline = _resident("VmRSS")
-    subject, vocab = learner(config), config.model.random_init["vocab_size"]
+    subject, vocab = learner(config, world), config.model.random_init["vocab_size"]
     subject.update(plans(WARM, 1, vocab))  # AdamW has its states from here on
     data = plans(request["lengths"], request["prompts"], vocab)
     rates = [_rates(config)] if request["rates"] else []
@@ -67,6 +76,9 @@ def main(request: dict[str, Any]) -> None:
         result = subject.update(data)
     rates += [_rates(config)] if request["rates"] else []
     assert memory.before is not None and memory.bytes is not None and baseline is not None
+    world.close()
+    if not world.lead:
+        return
     print(
         json.dumps(
             {
@@ -86,7 +98,7 @@ def _rates(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(hardware.measured(architecture(config.model), torch.float32, 16384))
 
 
-def learner(config: Config) -> Learner:
+def learner(config: Config, world: World) -> Learner:
     torch.manual_seed(0)
     assert config.model.random_init is not None
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.model.random_init), dtype=torch.float32)
@@ -95,7 +107,15 @@ def learner(config: Config) -> Learner:
     if config.model.lora:
         lora.attach(model, config.model.lora, 0)
     precision = setup.precision(config, torch.device("cpu"))
-    return Learner(model, config.trainer, config.algorithm, total_updates=10, autocast=precision)
+    return Learner(
+        model,
+        config.trainer,
+        config.algorithm,
+        total_updates=10,
+        autocast=precision,
+        world=world,
+        dtype=config.model.dtype,
+    )
 
 
 def plans(lengths: tuple[int, int, int, int], prompts: int, vocab: int) -> list[Plan]:

@@ -14,12 +14,14 @@ import torch
 from pact_fast.config import Config
 from pact_fast.errors import PactError
 from pact_fast.planning.rehearsal import Rehearsal, architecture, rehearse
-from pact_fast.planning.sharding import BUCKET, PREFETCH, Sharding
+from pact_fast.planning.sharding import BUCKET, PREFETCH, Sharding, sharding_of
 from pact_fast.planning.tracker import Kind
 from pact_fast.planning.workload import Load, full_load
 
 CUDA_CONTEXT = 1 << 30  # bytes that the driver and the libraries take beside torch's allocator; assumed, not measured
 STEP = 128  # tokens; `auto_pack_tokens` gives a multiple
+MARGIN = 0.9  # of the free memory: estimates are a few percent low, and allocators leave gaps
+ENOUGH = 1 << 17  # tokens; beyond, products of matrices get no faster
 CLOSE = 0.02  # of the free memory may stay unused, for fewer rehearsals
 
 
@@ -58,7 +60,7 @@ def estimate(
     result = Estimate(_parts(seen, sharding, size), len(loads[0].batch), seen.parameters, seen.traffic)
     _gathered(result, config, sharding, size)
     _others(result, config, device, capacity)
-    if result.tokens > config.trainer.max_tokens_per_pack:
+    if result.tokens > (config.trainer.max_tokens_per_pack or result.tokens):
         result.notes.append(
             f"the longest path alone takes {result.tokens} tokens, more than trainer.max_tokens_per_pack: "
             "rollout.max_prompt_length + rollout.max_completion_length"
@@ -69,11 +71,32 @@ def estimate(
 def default_load(config: Config) -> Load:
     """The largest pack that the settings allow; a path over the budget gets a pack of its own."""
     longest = config.rollout.max_prompt_length + config.rollout.max_completion_length
-    return full_load(config, max(config.trainer.max_tokens_per_pack, longest))
+    return full_load(config, max(config.trainer.max_tokens_per_pack or 0, longest))
 
 
-def auto_pack_tokens(config: Config, free_bytes: int, *, sharding: Sharding | None = None, device: str = "cpu") -> int:
-    """The largest trainer.max_tokens_per_pack whose update is estimated to fit into `free_bytes`, a multiple of 128.
+def fitting_pack_tokens(config: Config, devices: int, device: str, free_bytes: int) -> int:
+    """What trainer.max_tokens_per_pack=null means on a device with so much memory, before a run has taken any of it."""
+    rollout = config.rollout
+    if rollout.engine == "vllm" and rollout.vllm_mode == "colocate" and not rollout.vllm_enable_sleep_mode:
+        free_bytes = int(free_bytes * (1.0 - rollout.vllm_gpu_memory_utilization))
+    trainer = config.trainer
+    path = rollout.max_prompt_length + rollout.max_completion_length
+    batch = (trainer.prompts_per_update or trainer.prompts_per_step) * rollout.num_generations * path
+    most = min(batch, ENOUGH)  # a larger one would hold more than there is
+    sharding = sharding_of(config, devices)
+    return auto_pack_tokens(config, int(MARGIN * free_bytes), sharding=sharding, device=device, most=most)
+
+
+def auto_pack_tokens(
+    config: Config,
+    free_bytes: int,
+    *,
+    sharding: Sharding | None = None,
+    device: str = "cpu",
+    most: int | None = None,
+) -> int:
+    """The largest trainer.max_tokens_per_pack whose update is estimated to fit into `free_bytes`, a multiple of 128 (at most
+    `most`, if that is more than the longest path).
 
     All that training holds counts, weights too. PactError if not even the longest path fits.
     """
@@ -89,6 +112,10 @@ def auto_pack_tokens(config: Config, free_bytes: int, *, sharding: Sharding | No
             f"a path of {low} tokens needs {readable(held)}, and {readable(free_bytes)} are free; set "
             "model.gradient_checkpointing=true, lower rollout.max_completion_length, or shard with trainer.deepspeed"
         )
+    if most is not None:
+        most = max(-(-most // STEP) * STEP, low)
+        if peak(most) <= free_bytes:
+            return most
     # memory is very nearly a line in the tokens: two points tell the third, which is then looked at
     high, top = 2 * low, peak(2 * low)
     while top <= free_bytes and free_bytes - top > CLOSE * free_bytes:
@@ -126,13 +153,16 @@ def _parts(seen: Rehearsal, sharding: Sharding, size: int) -> dict[str, int]:
     if not sharding.zero:
         return held
     part = sharding.states * seen.trained
-    bucket = min(BUCKET, seen.trained) * size
     held |= {"fp32 master weights": round(4 * part), Kind.OPTIMIZER.value: round(8 * part)}
-    passing = held[Kind.ACTIVATIONS.value] + held[Kind.HEAD.value] + bucket
-    fp32_gradients = round(4 * part)
-    if fp32_gradients > passing:
-        return held | {Kind.ACTIVATIONS.value: 0, Kind.HEAD.value: 0, Kind.STEP.value: fp32_gradients}
-    return held | {"communication buckets": bucket}
+    if sharding.stage == 3:
+        held[Kind.GRADIENTS.value] = round(sharding.gradients * 4 * seen.trained)  # there from the start
+    # gradients fill the bucket while activations go: the end of the forward pass, that of the backward, or the step
+    passing = held[Kind.ACTIVATIONS.value] + held[Kind.HEAD.value]
+    bucket, fp32_gradients = min(BUCKET, seen.trained) * size, round(4 * part)
+    if passing >= max(bucket, fp32_gradients):
+        return held
+    held |= {Kind.ACTIVATIONS.value: 0, Kind.HEAD.value: 0}
+    return held | ({Kind.STEP.value: fp32_gradients} if fp32_gradients > bucket else {"communication buckets": bucket})
 
 
 def _gathered(result: Estimate, config: Config, sharding: Sharding, size: int) -> None:

@@ -55,7 +55,7 @@ def plan_command(
         raise PactError(f"--trace {trace}: give the tokens of an expert trace, 0 for none")
     if gpu == "this":
         dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-        device = hardware.measured(architecture(config.model), dtype, config.trainer.max_tokens_per_pack)
+        device = hardware.measured(architecture(config.model), dtype, config.trainer.pack_tokens)
     else:
         device = hardware.named(gpu)
     lengths = default_lengths(config, prompt, trace, response)

@@ -31,7 +31,7 @@ def update_loads(config: Config, lengths: Lengths, prompts: int) -> list[Load]:
     """The packs of an optimizer step on so many prompts, with the routes of the algorithm in their expected shares."""
     scored: set[int] = set()
     trees = list(_trees(config, lengths, prompts, scored))
-    batches = pack(trees, max_tokens=config.trainer.max_tokens_per_pack, share=config.trainer.share_prefixes)
+    batches = pack(trees, max_tokens=config.trainer.pack_tokens, share=config.trainer.share_prefixes)
     return [Load(batch, sum(len(node.ids) for node in batch.owned if id(node) in scored)) for batch in batches]
 
 

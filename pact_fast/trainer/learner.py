@@ -86,7 +86,7 @@ class Learner:
             if foreign_sampler and algorithm.vllm_importance_sampling_correction
             else None
         )
-        self.max_tokens = trainer.max_tokens_per_pack  # less after a pack that did not fit
+        self.max_tokens = trainer.pack_tokens  # less after a pack that did not fit
         self.policy = Policy(model, self.world, autocast)
         self.backend = make_backend(self.policy, trainer, dtype, self.world)
         self.reference, self._reference = reference, None

@@ -71,6 +71,7 @@ class Trainer:
         self.renderer.check()
         self.skipped = 0  # updates in a row
         self.progress = Progress(quiet=not self.world.lead)
+        self._choose_pack_tokens()
 
     def train(self) -> dict[str, Any] | None:
         """Train to the end; returns (and writes) the summary. None if the run was asked to stop before (SIGTERM)."""
@@ -117,6 +118,20 @@ class Trainer:
         problem = self.world.from_lead(attempt, what)
         if problem is not None:
             raise PactError(problem)
+
+    def _choose_pack_tokens(self) -> None:
+        """trainer.max_tokens_per_pack=null becomes a number, the same for all processes."""
+        config = self.config
+        if config.trainer.max_tokens_per_pack is not None:
+            return
+        from pact_fast.planning.memory import fitting_pack_tokens
+
+        free = setup.free_memory(self.device)
+        found = fitting_pack_tokens(config, self.world.size, self.device.type, free)
+        config.trainer.max_tokens_per_pack = min(self.world.gather(found, "the size of packs"))
+        self.progress.note(
+            f"packs have at most {config.trainer.max_tokens_per_pack} tokens (trainer.max_tokens_per_pack=null)"
+        )
 
     def _newest(self) -> Path | None:
         """The checkpoint to go on from, the same for all processes."""

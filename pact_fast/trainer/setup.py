@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -206,6 +207,14 @@ def device_kind(config: Config) -> str:
 
 def pick_device(config: Config) -> torch.device:
     return torch.device(device_kind(config))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes; on the CPU, this process's share of what the machine has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return 1024 * int(available.split()[1]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def precision(config: Config, device: torch.device) -> AbstractContextManager:
