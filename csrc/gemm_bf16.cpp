@@ -29,6 +29,8 @@
 #ifdef __AVX512BF16__  // every CPU with AMX has it, too
 #include <immintrin.h>
 
+#include "transpose.h"
+
 namespace at::native::cpublas {
 [[gnu::weak]] void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
                           const c10::BFloat16* a, const c10::BFloat16* b, float* c, bool pairs);
@@ -105,32 +107,6 @@ void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const 
 // The first `count` of up to 32 lanes.
 uint32_t lanes(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
 
-// One step of the transposition: swaps the off-diagonal blocks of S×S in every block of 2S×2S.
-template <int S>
-void swap_blocks(__m512i (&rows)[16]) {
-  alignas(64) int32_t low[16], high[16];
-  for (int i = 0; i < 16; ++i) {
-    low[i] = i & S ? 16 + i - S : i;
-    high[i] = i & S ? 16 + i : i + S;
-  }
-  const __m512i to_low = _mm512_load_si512(low), to_high = _mm512_load_si512(high);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    if (i & S) continue;
-    const __m512i a = rows[i], b = rows[i + S];
-    rows[i] = _mm512_permutex2var_epi32(a, to_low, b);
-    rows[i + S] = _mm512_permutex2var_epi32(a, to_high, b);
-  }
-}
-
-// 16×16 pairs of bf16 numbers.
-void transpose(__m512i (&rows)[16]) {
-  swap_blocks<8>(rows);
-  swap_blocks<4>(rows);
-  swap_blocks<2>(rows);
-  swap_blocks<1>(rows);
-}
-
 // A panel whose columns are rows of w: w is [rows, depth], rows ≤ 64; the panel gets zeros up to 64 columns and an even
 // depth. Room for a multiple of 32 in depth.
 void pack_transposed(const Bits* w, int64_t ld, int64_t rows, int64_t depth, Bits* panel) {
@@ -141,7 +117,7 @@ void pack_transposed(const Bits* w, int64_t ld, int64_t rows, int64_t depth, Bit
       for (int i = 0; i < 16; ++i) {
         block[i] = _mm512_maskz_loadu_epi16(n + i < rows ? lanes(depth - k) : 0, w + (n + i) * ld + k);
       }
-      transpose(block);
+      pact_fast::transpose(block);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) _mm512_store_si512(panel + (k + 2 * i) * kPanel + 2 * n, block[i]);
     }
@@ -182,7 +158,7 @@ void round_tile(const float* dz, int64_t ld, int64_t rows, int64_t columns, Bits
     block[i] = pairs(half[0], half[1]);
   }
   if (at == nullptr) return;
-  transpose(block);
+  pact_fast::transpose(block);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) _mm512_store_si512(at + i * depth, block[i]);
 }

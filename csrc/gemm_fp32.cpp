@@ -21,6 +21,8 @@
 
 #ifdef __AVX512F__
 #include <immintrin.h>
+
+#include "transpose.h"
 #endif
 
 #include "work.h"
@@ -114,37 +116,18 @@ void product(int64_t rows, int64_t depth, const Operand& a, const float* panel, 
   }
 }
 
-// One step of the transposition: swaps the off-diagonal blocks of S×S in every block of 2S×2S.
-template <int S>
-void swap_blocks(__m512 (&rows)[16]) {
-  alignas(64) int32_t low[16], high[16];
-  for (int i = 0; i < 16; ++i) {
-    low[i] = i & S ? 16 + i - S : i;
-    high[i] = i & S ? 16 + i : i + S;
-  }
-  const __m512i to_low = _mm512_load_si512(low), to_high = _mm512_load_si512(high);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    if (i & S) continue;
-    const __m512 a = rows[i], b = rows[i + S];
-    rows[i] = _mm512_permutex2var_ps(a, to_low, b);
-    rows[i + S] = _mm512_permutex2var_ps(a, to_high, b);
-  }
-}
-
 // A panel whose columns are rows of w: w is [rows ≤ 64, depth]; zeros up to 64 columns. Room for a multiple of 16 in depth.
 void pack_transposed(const float* w, int64_t ld, int64_t rows, int64_t depth, float* panel) {
   for (int64_t n = 0; n < kPanel; n += 16) {
     for (int64_t k = 0; k < depth; k += 16) {
-      __m512 block[16];
+      __m512i block[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) block[i] = _mm512_maskz_loadu_ps(n + i < rows ? lanes(depth - k) : 0, w + (n + i) * ld + k);
-      swap_blocks<8>(block);
-      swap_blocks<4>(block);
-      swap_blocks<2>(block);
-      swap_blocks<1>(block);
+      for (int i = 0; i < 16; ++i) {
+        block[i] = _mm512_maskz_loadu_epi32(n + i < rows ? lanes(depth - k) : 0, w + (n + i) * ld + k);
+      }
+      pact_fast::transpose(block);
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) _mm512_store_ps(panel + (k + i) * kPanel + n, block[i]);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(panel + (k + i) * kPanel + n, block[i]);
     }
   }
 }
