@@ -56,7 +56,7 @@ def run(case: str, world: World) -> dict[str, np.ndarray]:
     )  # fmt: skip
     if "dropped" in more and world.rank == 1:
         learner._backward = losing_one(learner._backward)
-    groups = make_groups(renderer, config, prompts=5, rollouts=3)
+    groups = make_groups(renderer, config, prompts=3, rollouts=2)
     algorithm = make_algorithm(config)
     losses, norms, gradient = [], [], np.zeros(0)
     for step in range(STEPS):
@@ -103,7 +103,9 @@ def main(out: str, cases: list[str]) -> None:
     worlds: dict[int, World] = {}
     for case in cases:
         parallel = 2 if "sequence" in case else 1
-        world = worlds.setdefault(parallel, join("cpu", timeout=120, sequence_parallel=parallel))
+        if parallel not in worlds:
+            worlds[parallel] = join("cpu", timeout=120, sequence_parallel=parallel)
+        world = worlds[parallel]
         found |= {f"{case}:{key}": value for key, value in run(case, world).items()}
     if world.lead:
         np.savez(out, **found)
