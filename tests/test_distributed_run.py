@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faults import Life
 from test_resume import SETTINGS
 
 STAGES = {
@@ -17,22 +19,23 @@ STAGES = {
     "zero2": ["trainer.deepspeed.stage=2", "trainer.max_tokens_per_pack=null"],
     "zero3": ["trainer.deepspeed.stage=3"],
 }
-SHORT = ["trainer.max_steps=4", "trainer.save_steps=2", "trainer.eval_steps=2"]
+RECIPE = ["quickstart", *SETTINGS, "trainer.max_steps=4", "trainer.save_steps=2", "trainer.eval_steps=2"]
 CLOCK = ("time/", "tokens_per_second")
 PACKS = ("sharing/", "tokens/")  # how trees are cut depends on the number of processes
 ROUNDING = ("mismatch/", "gap", "approx_kl")  # differences of two roundings
 
 
-def command(run: Path, processes: int, *settings: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [
-        sys.executable, *(launcher if processes > 1 else []), "-m", "pact_fast", "train", "quickstart", f"output_dir={run}",
-        "resume=auto", *SETTINGS, *SHORT, *settings,
-    ]  # fmt: skip
+def command(run: Path, *settings: str) -> list[str]:
+    """Of two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, "-m", "pact_fast", "train", *RECIPE, f"output_dir={run}", "resume=auto", *settings]
 
 
 def train(run: Path, processes: int, *settings: str) -> None:
-    done = subprocess.run(command(run, processes, *settings), capture_output=True, text=True, timeout=300)
+    if processes == 1:
+        Life(run, *settings, recipe=RECIPE).ends_well()
+        return
+    done = subprocess.run(command(run, *settings), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -76,27 +79,82 @@ def test_two_processes_give_what_one_gives_and_each_goes_on_with_the_others_chec
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_a_killed_process_takes_the_others_with_it_and_the_run_goes_on(alone, tmp_path):
     """SIGKILL of one rank: no hang, an error that names the cause, and a resumed run that equals an undisturbed one."""
     run = tmp_path / "run"
-    process = subprocess.Popen(command(run, 2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
-    while not (run / "metrics.jsonl").exists() or len(records(run)) < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    process = start(run)
     os.kill(child_of_rank(process.pid, 1), signal.SIGKILL)
     killed = time.monotonic()
-    error = process.communicate(timeout=60)[1]
+    error = ended(process)
     assert process.returncode != 0 and time.monotonic() - killed < 45
     assert "another process has ended or hangs" in error and "resume=auto" in error
     train(run, 2)
     assert_same(run, alone)
 
 
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.parametrize("receiver", ["one process", "torchrun"])
+def test_sigterm_ends_all_processes_after_the_step(receiver, alone, tmp_path):
+    """Whoever of them gets it: the step is finished and saved. torchrun itself ends with an error of its own then."""
+    run = tmp_path / "run"
+    process = start(run)
+    os.kill(child_of_rank(process.pid, 1) if receiver == "one process" else process.pid, signal.SIGTERM)
+    asked = time.monotonic()
+    error = ended(process)
+    assert time.monotonic() - asked < 60
+    assert (process.returncode == 0) == (receiver == "one process"), error
+    newest = max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir())
+    assert f"asked to stop: step {newest} is saved; go on with resume=auto" in error
+    assert not (run / "summary.json").exists()
+    train(run, 1)
+    assert_same(run, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_sigterm_reaches_a_process_that_waits_for_the_base_model(tmp_path):
+    """Python's handlers do not run while a library waits; the lead process would be busy for hours here."""
+    run = tmp_path / "run"
+    process = start(run, "pretrain.steps=1000000", done=lambda: (run / "tokenizer").exists())
+    time.sleep(3)  # until it waits; before that it would end at once in any case
+    os.kill(child_of_rank(process.pid, 1), signal.SIGTERM)
+    asked = time.monotonic()
+    ended(process)
+    assert process.returncode != 0 and time.monotonic() - asked < 60
+    assert not (run / "base").exists() and not (run / "metrics.jsonl").exists()
+
+
+def start(run: Path, *settings: str, done: Callable[[], bool] | None = None) -> subprocess.Popen:
+    """A run of two processes that has got so far; default: it has done a step."""
+    done = done or (lambda: (run / "metrics.jsonl").exists() and len(records(run)) >= 2)
+    process = subprocess.Popen(command(run, *settings), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not done() and time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(ended(process))
+        time.sleep(0.02)
+    return process
+
+
+def ended(process: subprocess.Popen) -> str:
+    """What it wrote to standard error; it must end by itself."""
+    try:
+        return process.communicate(timeout=90)[1]
+    except subprocess.TimeoutExpired:
+        for pid in [*children(process.pid), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        raise
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def child_of_rank(launcher: int, rank: int) -> int:
     """torchrun's child with RANK=rank."""
-    for line in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        environment = Path(f"/proc/{line}/environ").read_bytes().split(b"\0")
-        if f"RANK={rank}".encode() in environment:
-            return int(line)
+    for child in children(launcher):
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return child
     raise AssertionError("no such child")

@@ -13,6 +13,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ from pact_fast.trainer.learner import Learner, UpdateResult
 from pact_fast.trainer.metrics import MetricsWriter, control_token_prob, rollout_metrics, update_metrics
 from pact_fast.trainer.pretrain import pretrain
 from pact_fast.trainer.progress import Progress
-from pact_fast.trainer.rundir import open_run, rollout_record, save_whole, versions, write_rollouts, write_text
-from pact_fast.trainer.stopping import StopRequest
+from pact_fast.trainer.rundir import open_run, rollout_record, save_whole, versions, write_rollouts, write_text, writing
+from pact_fast.trainer.stopping import Stopped, StopRequest
 
 
 class Trainer:
@@ -52,7 +53,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config):
-        self.started = time.time()
+        self.started = time.monotonic()
         self.config = config
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -74,34 +75,49 @@ class Trainer:
         self._choose_pack_tokens()
 
     def train(self) -> dict[str, Any] | None:
-        """Train to the end; returns (and writes) the summary. None if the run was asked to stop before (SIGTERM)."""
-        started = self.started
+        """Train to the end; returns (and writes) the summary. None if the run was asked to stop before (SIGTERM).
+
+        Asked while there is nothing to save, before the first step or after the last, it raises Stopped, a SystemExit.
+        """
         with StopRequest() as self.stop:
-            found = self._newest()
-            self._assemble(*self._models(found))
-            first, elapsed, base = 0, 0.0, None
-            if found:
-                first, elapsed, base = self._restore(found)
-            elif self.world.lead:
-                checkpoint.rewind_metrics(self.run / "metrics.jsonl", 0)
-            self.metrics = MetricsWriter(self.run, first) if self.world.lead else None
-            self.ahead = Ahead(self._sample, self.config.trainer.max_steps, self.config.trainer.max_off_policy_steps)
             try:
-                self.engine.update_weights(self.model, self.learner.updates)
-                if base is None:
-                    base = self._evaluate(0, "base")
-                for step in range(first, self.config.trainer.max_steps):
-                    self._step(step)
-                    if self._after(step + 1, base, elapsed + time.time() - started):
-                        return None
-                return self._finish(base, elapsed + time.time() - started)
+                return self._train()
+            except Stopped:
+                self.progress.note("asked to stop, and nothing had to be saved; go on with resume=auto")
+                raise
             finally:
-                self.ahead.close()
                 self.progress.close()
-                if self.metrics:
-                    self.metrics.close()
-                self.loop.close()
-                self.engine.shutdown()
+
+    def _train(self) -> dict[str, Any] | None:
+        found = self._newest()
+        self._assemble(*self._models(found))
+        first, elapsed, base, owed = 0, 0.0, None, False
+        if found:
+            first, elapsed, base, owed = self._restore(found)
+        elif self.world.lead:
+            checkpoint.rewind_metrics(self.run / "metrics.jsonl", 0)
+        began = self.started - elapsed
+        self.metrics = MetricsWriter(self.run, first) if self.world.lead else None
+        self.ahead = Ahead(self._sample, self.config.trainer.max_steps, self.config.trainer.max_off_policy_steps)
+        try:
+            self.engine.update_weights(self.model, self.learner.updates)
+            if base is None:
+                base = self._evaluate(0, "base")
+            if owed:
+                self._evaluate(first, "eval")
+            self.stop.patient = True  # from here on there is a step to be saved
+            for step in range(first, self.config.trainer.max_steps):
+                self._step(step)
+                if self._after(step + 1, base, time.monotonic() - began):
+                    return None
+            self.stop.patient = False
+            return self._finish(base, began)
+        finally:
+            self.ahead.close()
+            if self.metrics:
+                self.metrics.close()
+            self.loop.close()
+            self.engine.shutdown()
 
     # -- building ------------------------------------------------------------------------------------------------------------
 
@@ -155,7 +171,8 @@ class Trainer:
         config = self.config
         base_dir = self.run / "base"
         if config.pretrain:
-            self._lead_first(lambda: self._pretrain(base_dir), "the base model")
+            with nullcontext() if self.world.lead else self.stop.suspended():
+                self._lead_first(lambda: self._pretrain(base_dir), "the base model")
         start = base_dir if config.pretrain else None
         model = setup.make_policy(
             config, self.tokenizer, base=start, checkpoint=found and found / "model", device=self.device,
@@ -205,7 +222,8 @@ class Trainer:
         self.engine = make_engine(config, model, self.renderer, folder=self.run, autocast=autocast, world=self.world)
         self.loop = AgentLoop(self.engine, self.renderer, self.make_env, config.rollout)
 
-    def _restore(self, found: Path) -> tuple[int, float, dict[str, Any] | None]:
+    def _restore(self, found: Path) -> tuple[int, float, dict[str, Any] | None, bool]:
+        """(steps done, seconds, the base's evaluation, whether the evaluation after the last step is still to be done)."""
         saved = checkpoint.load(found)
         self.learner.backend.load_state(saved.tensors["optimizer"])
         checkpoint.set_rng_state(saved.state["rng"], saved.tensors["rng"])
@@ -213,7 +231,8 @@ class Trainer:
         if self.world.lead:
             checkpoint.rewind_metrics(self.run / "metrics.jsonl", saved.state["metrics_bytes"])
         self.progress.note(f"resuming {self.run} from step {saved.step}")
-        return saved.step, saved.state["wall_seconds"], saved.state["base"]
+        state = saved.state
+        return saved.step, state["wall_seconds"], state["base"], state.get("owes_evaluation", False)
 
     # -- one step ------------------------------------------------------------------------------------------------------------
 
@@ -375,18 +394,27 @@ class Trainer:
     # -- between steps -------------------------------------------------------------------------------------------------------
 
     def _after(self, done: int, base: dict[str, Any] | None, wall_seconds: float) -> bool:
-        """Evaluate and save as the settings say; whether to stop here."""
+        """Evaluate and save as the settings say; whether to stop here.
+
+        A run that is asked to stop leaves its evaluation to the run that goes on, so that none is missing in the end.
+        """
         trainer = self.config.trainer
-        stop = self.world.any(self.stop.asked) and done < trainer.max_steps
-        if trainer.eval_steps and done % trainer.eval_steps == 0 and done < trainer.max_steps and not stop:
+        last = done == trainer.max_steps
+        stop = self._asked_to_stop()
+        owed = bool(trainer.eval_steps) and done % (trainer.eval_steps or 1) == 0 and not last
+        if owed and not stop:
             self._evaluate(done, "eval")
-        if done % trainer.save_steps == 0 or done == trainer.max_steps or stop:
-            self._save(done, base, wall_seconds)
+            owed, stop = False, self._asked_to_stop()
+        if done % trainer.save_steps == 0 or last or stop:
+            self._save(done, base, wall_seconds, owed)
         if stop:
             self.progress.note(f"asked to stop: step {done} is saved; go on with resume=auto")
         return stop
 
-    def _save(self, step: int, base: dict[str, Any] | None, wall_seconds: float) -> None:
+    def _asked_to_stop(self) -> bool:
+        return self.world.any(self.stop.asked)
+
+    def _save(self, step: int, base: dict[str, Any] | None, wall_seconds: float, owes_evaluation: bool) -> None:
         rng_state, rng_tensors = checkpoint.rng_state()
         adapters = self.config.model.lora
         state = {
@@ -394,6 +422,7 @@ class Trainer:
             "updates": self.learner.updates,
             "wall_seconds": wall_seconds,
             "base": base,
+            "owes_evaluation": owes_evaluation,
             "metrics_bytes": (self.run / "metrics.jsonl").stat().st_size if self.metrics else 0,
         }
         found = adapter_tensors(self.model)
@@ -470,10 +499,9 @@ class Trainer:
         ]
         write_rollouts(self.run, step, kind, records)
 
-    def _finish(self, base: dict[str, Any] | None, wall_seconds: float) -> dict[str, Any]:
+    def _finish(self, base: dict[str, Any] | None, began: float) -> dict[str, Any]:
         from pact_fast.report import write_report
 
-        started = time.time()
         final = self._evaluate(self.config.trainer.max_steps, "trained")
         summary: dict[str, Any] = {
             "recipe": self.run.name,
@@ -483,14 +511,15 @@ class Trainer:
             "success": final and final["success"],
             "base_greedy": base and base["greedy"],
             "greedy": final and final["greedy"],
-            "wall_seconds": round(wall_seconds + time.time() - started, 1),
+            "wall_seconds": round(time.monotonic() - began, 1),
             "seed": self.config.seed,
             "versions": versions(),
         }
         if not self.world.lead:
             return summary
         write_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
-        report = write_report(self.run)
+        with writing(self.run / "report.html"):
+            report = write_report(self.run)
         self.progress.print(summary_table(summary))
         self.progress.note(f"report: {report}")
         return summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pact_fast.algorithms.base import Group
 from pact_fast.data.types import Component
 from pact_fast.kernels import summarise
 from pact_fast.trainer.learner import UpdateResult
+from pact_fast.trainer.rundir import writing
 
 
 class MetricsWriter:
@@ -22,21 +24,26 @@ class MetricsWriter:
     def __init__(self, run: Path, first: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        self._run = run
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1 if first else None)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")  # NaN is no JSON
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        for key, value in finite.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(key, value, step)
+        with writing(self._run / "metrics.jsonl"):
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")  # NaN is no JSON
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with writing(self._run / "tensorboard"):
+            for key, value in finite.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(key, value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        """On a full disk, what is lost here was reported by `write`, or is TensorBoard's last minutes."""
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
+class Stopped(SystemExit):
+    """SIGTERM came while there was nothing to finish. The exit status is a shell's for SIGTERM, 143."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
 class StopRequest:
-    """`asked` becomes true when the process is sent SIGTERM while this is open; a second one ends it at once, as usual."""
+    """What SIGTERM does while this is open.
+
+    While `patient` is set, `asked` becomes true, and the work goes on until somebody looks at it; otherwise Stopped is raised
+    where the main thread happens to be. A second SIGTERM ends the process at once, as usual.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self.patient = False
         self._before: signal.Handlers | object = None
 
     def __enter__(self) -> StopRequest:
@@ -23,6 +37,20 @@ class StopRequest:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)  # type: ignore[arg-type]
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """For a long wait inside a library, where Python's handlers do not run: SIGTERM is as if this were not open."""
+        if self._before is None:
+            yield
+            return
+        signal.signal(signal.SIGTERM, self._before)  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, self._hear)
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)  # type: ignore[arg-type]
+        if not self.patient:
+            raise Stopped

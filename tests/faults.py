@@ -1,0 +1,154 @@
+"""Runs that faults can strike: each in a process of its own, forked from one that has imported everything already.
+
+The imports are most of a tiny run's time. Some drills start `python -m pact_fast` itself instead; what runs is the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from test_resume import SETTINGS, metrics
+
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload(["pact_fast.trainer.loop", "pact_fast.report", "torch.utils.tensorboard", "pytest"])
+QUICKSTART = [
+    "quickstart", *SETTINGS, "trainer.max_steps=4", "trainer.eval_steps=2", "trainer.eval_tasks=2",
+    "trainer.save_total_limit=9", "trainer.log_completions=0",
+]  # fmt: skip
+DEADLINE = 180.0  # seconds for a life that takes two on a quiet machine: nothing may hang
+STEPS = [0, 1, 2, 2, 3, 4, 4]  # of the records of an undisturbed run
+
+Strike = Callable[[], object]
+
+
+class Life:
+    """One process of a run, from its start to its end. `strike` is called in it before the run begins; `file_size`: bytes
+    above which the system refuses to write to a file.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *settings: str,
+        recipe: list[str] = QUICKSTART,
+        strike: Strike | None = None,
+        file_size: int = -1,
+    ):
+        self.log = run.with_name(f"{run.name}.log")
+        arguments = ["train", *recipe, f"output_dir={run}", "resume=auto", *settings]
+        self._process = WARM.Process(target=_live, args=(arguments, self.log, strike, file_size), daemon=True)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.is_alive()
+
+    def end(self, seconds: float = DEADLINE) -> int:
+        """Its exit status, or minus the signal that ended it. It must end within the deadline."""
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise AssertionError(f"still running after {seconds} s:\n{self.output()}")
+        return self._process.exitcode
+
+    def ends_well(self) -> Life:
+        assert self.end() == 0, self.output()
+        return self
+
+    def error(self) -> str:
+        """The one line of a run that ended with an error the user can mend."""
+        assert self.end() == 2, self.output()
+        assert "Traceback" not in self.output(), self.output()
+        (line,) = [line for line in self.output().splitlines() if line.startswith("error: ")]
+        assert self.output().splitlines()[-1] == line
+        return line
+
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+
+def _live(arguments: list[str], log: Path, strike: Strike | None, file_size: int) -> None:
+    from pact_fast.cli import main
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if file_size >= 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if strike:
+        strike()
+    sys.exit(main(arguments))
+
+
+def at_call(place: str, number: int, act: Callable[..., Any]) -> None:
+    """Call `act(arguments of the call)` when the method `module:Class.name` is entered for the `number`-th time, from 1."""
+    module, _, path = place.partition(":")
+    owner, name = path.split(".")
+    holder = getattr(importlib.import_module(module), owner)
+    original, calls = getattr(holder, name), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            act(*args)
+        return original(*args, **kwargs)
+
+    setattr(holder, name, counted)
+
+
+def terminate(mark: Path, *_: object) -> None:
+    """SIGTERM to this process; the file `mark` gets the time."""
+    mark.write_text(str(time.monotonic()))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def seconds_since(mark: Path) -> float:
+    return time.monotonic() - float(mark.read_text())
+
+
+def cut_back(source: Path, run: Path, step: int) -> Path:
+    """A copy of a finished run as if it had been killed after the checkpoint of `step` (and some work that is lost)."""
+    shutil.copytree(source, run)
+    for path in (run / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    for name in ("summary.json", "report.html"):
+        (run / name).unlink(missing_ok=True)
+    return run
+
+
+def saved(run: Path) -> list[int]:
+    """Steps of the checkpoints. There must be nothing else in their folder."""
+    folder = run / "checkpoints"
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.iterdir()) if folder.exists() else []
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Metrics, the summary and the last weights, bit for bit."""
+    assert metrics(run) == metrics(other)
+    same = ("base_success", "success", "base_greedy", "greedy", "steps", "seed")
+    mine, theirs = (json.loads((r / "summary.json").read_text()) for r in (run, other))
+    assert {key: mine[key] for key in same} == {key: theirs[key] for key in same}
+    weights = f"checkpoints/step_{saved(other)[-1]}/model/model.safetensors"
+    assert (run / weights).read_bytes() == (other / weights).read_bytes()

@@ -1,0 +1,164 @@
+"""Fault drills: signals, clocks and numbers that go wrong strike whole runs. What comes out is what docs/faults.md says."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from faults import STEPS, Life, assert_same, at_call, cut_back, metrics, saved, seconds_since, terminate
+
+from pact_fast.trainer.learner import Learner, UpdateResult
+
+pytestmark = pytest.mark.chaos
+
+AGENT, LEARNER = "pact_fast.rollout.agent:AgentLoop", "pact_fast.trainer.learner:Learner"
+PRETRAINING = 3  # calls of Learner.update before the first step; each step has two
+
+# what is entered for the n-th time when SIGTERM comes → exit status, and the newest checkpoint
+MOMENTS = {
+    "pretraining": (f"{LEARNER}.update", 2, 143, None),
+    "the base's evaluation": (f"{AGENT}._take_turn", 2, 143, None),
+    "rollouts": (f"{AGENT}.run", 3, 0, 1),
+    "the update before an evaluation": (f"{LEARNER}.update", PRETRAINING + 3, 0, 2),
+    "an evaluation": (f"{AGENT}.run", 5, 0, 2),
+    "the last update": (f"{LEARNER}.update", PRETRAINING + 8, 0, 4),
+    "the last evaluation": (f"{AGENT}.run", 9, 143, 4),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_sigterm_ends_a_run_soon_and_nothing_is_lost(moment, steady, tmp_path):
+    """Inside a step: the step is finished and saved, status 0. Where nothing is to be saved: at once, status 143."""
+    place, number, status, newest = MOMENTS[moment]
+    run, mark = tmp_path / "run", tmp_path / "mark"
+    strike = functools.partial(at_call, place, number, functools.partial(terminate, mark))
+    life = Life(run, strike=strike)
+    assert life.end() == status, life.output()
+    assert seconds_since(mark) < 60
+    assert saved(run) == ([] if newest is None else list(range(1, newest + 1)))
+    expected = ", and nothing had to be saved" if status else f": step {newest} is saved"
+    assert f"asked to stop{expected}; go on with resume=auto" in life.output()
+    assert "Traceback" not in life.output()
+    assert not (run / "summary.json").exists()
+    Life(run).ends_well()
+    assert_same(run, steady)
+
+
+@pytest.mark.parametrize("days", [1, -1])
+def test_a_clock_that_jumps_changes_no_duration(days, steady, tmp_path):
+    run = tmp_path / "run"
+    started = time.monotonic()
+    Life(run, strike=functools.partial(jump_clock, days * 86400.0)).ends_well()
+    took = time.monotonic() - started
+    assert_same(run, steady)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    durations = [value for r in records for key, value in r.items() if key.startswith("time/")]
+    assert len(durations) >= 4 and all(0 <= value <= took for value in durations)
+    assert 0 < json.loads((run / "summary.json").read_text())["wall_seconds"] <= took
+
+
+def jump_clock(seconds: float) -> None:
+    """time.time() jumps in the second step."""
+    real, offset = time.time, [0.0]
+    time.time = lambda: real() + offset[0]
+    at_call(f"{LEARNER}.update", PRETRAINING + 3, lambda *_: offset.__setitem__(0, seconds))
+
+
+# numbers that are not finite
+
+
+def poison(first: int, last: int, what: str) -> None:
+    """Updates `first` to `last`, from 1, have a loss or gradient that is not finite. None of them may move a weight."""
+    update, accumulate = Learner.update, Learner.accumulate
+    number = -PRETRAINING
+
+    def counted(self: Learner, plans: list) -> UpdateResult:
+        nonlocal number
+        number += 1
+        before = [p.detach().clone() for p in self.model.parameters()]
+        result = update(self, plans)
+        moved = any(not torch.equal(p, b) for p, b in zip(self.model.parameters(), before, strict=True))
+        assert moved != (first <= number <= last)
+        return result
+
+    def poisoned(self: Learner, plans: list) -> UpdateResult:
+        if not first <= number <= last:
+            return accumulate(self, plans)
+        if what == "loss":
+            return _with_bad_loss(self, lambda: accumulate(self, plans))
+        result = accumulate(self, plans)
+        next(p.grad for p in self.model.parameters() if p.grad is not None).view(-1)[0] = torch.inf
+        return result
+
+    Learner.update, Learner.accumulate = counted, poisoned
+
+
+def _with_bad_loss(learner: Learner, work: Callable[[], UpdateResult]) -> UpdateResult:
+    forward = learner.backend.forward
+
+    def bad(*args):
+        loss, *rest = forward(*args)
+        return loss * torch.inf, *rest
+
+    learner.backend.forward = bad
+    try:
+        return work()
+    finally:
+        learner.backend.forward = forward
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_an_update_that_is_not_finite_is_skipped_and_kept(what, steady, tmp_path):
+    run = tmp_path / "run"
+    life = Life(run, strike=functools.partial(poison, 3, 3, what)).ends_well()
+    assert "step 2: loss or gradient is not finite; the update is skipped" in life.output()
+    records = metrics(run)
+    assert [r["step"] for r in records] == STEPS
+    assert [r["updates/skipped"] for r in records if "loss" in r] == [0, 1, 0, 0]
+    assert records[:2] == metrics(steady)[:2]
+    kept = sorted((run / "rollouts").glob("skipped_*.jsonl"))
+    assert [path.name for path in kept] == ["skipped_000002.jsonl"]
+    assert len(kept[0].read_text().splitlines()) == 4 * 2  # prompts, rollouts of each
+
+
+def test_too_many_skipped_updates_in_a_row_end_the_run(steady, tmp_path):
+    run = tmp_path / "run"
+    life = Life(run, "trainer.max_skipped_updates=1", strike=functools.partial(poison, 5, 8, "loss"))
+    error = life.error()
+    assert "2 updates in a row" in error and "trainer.max_skipped_updates" in error and "skipped_000003.jsonl" in error
+    assert "trainer.learning_rate" in error and "resume=auto" in error
+    assert saved(run) == [1, 2]
+    Life(run).ends_well()
+    assert_same(run, steady)
+
+
+REWARDS = {
+    "nan": ("return [float('nan')] * len(completions)", "is nan; rewards must be finite numbers"),
+    "infinity": ("return [float('inf')] * len(completions)", "is inf; rewards must be finite numbers"),
+    "None": ("return None", "returned NoneType; return a list of 8 numbers or None"),
+    "too few": ("return [1.0]", "returned 1 values; return a list of 8 numbers or None"),
+    "an exception": ("raise ValueError('two\\nlines')", "failed: ValueError: two lines ("),
+}
+
+
+@pytest.mark.parametrize("kind", REWARDS)
+def test_a_broken_reward_function_is_named(kind, steady, tmp_path):
+    body, problem = REWARDS[kind]
+    source = tmp_path / "rewards.py"
+    source.write_text(f"def broken(completions, **columns):\n    {body}\n")
+    run = cut_back(steady, tmp_path / "run", 3)
+    error = Life(run, f"algorithm.reward.functions=[{source}:broken]").error()
+    assert "'broken'" in error and problem in error
+    assert saved(run) == [1, 2, 3]
+
+
+def test_a_reward_function_may_have_no_opinion_and_the_run_goes_on(steady, tmp_path):
+    source = tmp_path / "rewards.py"
+    source.write_text("def silent(completions, **columns):\n    return [None] * len(completions)\n")
+    run = cut_back(steady, tmp_path / "run", 3)
+    Life(run, f"algorithm.reward.functions=[{source}:silent]").ends_well()
+    assert_same(run, steady)
