@@ -47,7 +47,9 @@ class ModelConfig(Section):
         "auto", description="How tool calls are written; `auto` reads it off the chat template."
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Type of the computation; `bfloat16` is autocast, the weights stay float32."
+        "float32",
+        description="Type of the computation; `bfloat16` is autocast, the weights stay float32 (with ZeRO they are bfloat16, "
+        "too: docs/scaling.md).",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters; default: all weights.")

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from pact_fast.config import TrainerConfig
 from pact_fast.distributed.world import World
@@ -35,12 +37,11 @@ class Zero:
         deepspeed = import_deepspeed(policy.model.device)
         self._world, self._model, self._stage = world, policy.model, trainer.deepspeed.stage
         self._bf16 = dtype == "bfloat16"
-        self.engine, *_ = deepspeed.initialize(
-            model=policy,
-            optimizer=make_optimizer(policy.model, trainer),
-            config=settings(trainer, dtype),
-            dist_init_required=False,
-        )
+        optimizer = make_optimizer(policy.model, trainer)
+        with _explained():
+            self.engine, *_ = deepspeed.initialize(
+                model=policy, optimizer=optimizer, config=settings(trainer, dtype), dist_init_required=False
+            )
         self._make_states()
 
     def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
@@ -96,16 +97,25 @@ class Zero:
 
     def _make_states(self) -> None:
         """AdamW's states before its first step: a checkpoint has them by then, and DeepSpeed 0.19 looks for those of all groups
-        when the first one has stepped. Those on NVMe are left to DeepSpeed.
+        when the first one has stepped.
         """
         optimizer = self.engine.optimizer
-        flat = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
-        for part in flat:
-            if part is not None and part.numel():
-                state = {kind: torch.zeros_like(part, requires_grad=False) for kind in KINDS}
-                self._base().state[part] = {"step": torch.zeros(()), **state}
         if self._stage < 3:
+            for part in optimizer.single_partition_of_fp32_groups:
+                self._make_state(part)
             optimizer._lazy_init_hp_params_optimizer_state()
+            return
+        for index, part in enumerate(optimizer.fp32_partitioned_groups_flat):
+            on_disk = optimizer._swappable_optimizer_subgroup(index)
+            if on_disk:
+                optimizer._optimizer_states_and_gradient_swap_in(index)
+            self._make_state(part)
+            if on_disk:
+                optimizer._optimizer_states_and_gradient_swap_out(index)
+
+    def _make_state(self, part: torch.Tensor) -> None:
+        moments = {kind: torch.zeros_like(part, requires_grad=False) for kind in KINDS}
+        self._base().state[part] = {"step": torch.zeros(()), **moments}
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
@@ -145,6 +155,24 @@ def settings(trainer: TrainerConfig, dtype: str) -> dict[str, Any]:
     if bf16:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return _over(config, own.args)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """DeepSpeed's complaints about settings, as errors that name ours."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise PactError(f"trainer.deepspeed.args: DeepSpeed does not take '{key}': {first['msg']}") from error
+    except RuntimeError as error:
+        if "async_io" not in str(error):
+            raise
+        raise PactError(
+            "trainer.deepspeed: offloading to nvme needs DeepSpeed's async_io, which is compiled at first use and needs a C++ "
+            "compiler and libaio (apt install libaio-dev)"
+        ) from error
 
 
 def import_deepspeed(device: torch.device) -> Any:
