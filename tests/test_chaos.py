@@ -162,3 +162,35 @@ def test_a_reward_function_may_have_no_opinion_and_the_run_goes_on(steady, tmp_p
     run = cut_back(steady, tmp_path / "run", 3)
     Life(run, f"algorithm.reward.functions=[{source}:silent]").ends_well()
     assert_same(run, steady)
+
+
+# memory
+
+
+def no_room(limit: int) -> None:
+    """From the first step on there is no room for packs of more than `limit` tokens, and no turning back, as under ZeRO."""
+    from pact_fast.trainer.backend import Replicated
+    from pact_fast.trainer.policy import Policy
+
+    Replicated.lockstep = True
+    forward, full = Policy.forward, []
+
+    def tight(self, batch, *args):
+        if full and len(batch) > limit and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(self, batch, *args)
+
+    Policy.forward = tight
+    at_call(f"{AGENT}.run", 3, lambda *_: full.append(True))
+
+
+def test_a_run_that_cannot_turn_back_goes_on_with_smaller_packs(steady, tmp_path):
+    run = tmp_path / "run"
+    settings = ["trainer.max_tokens_per_pack=600"]
+    life = Life(run, *settings, strike=functools.partial(no_room, 350))
+    assert life.end() == 2
+    assert "is out of memory with packs of 600 tokens; start again with resume=auto" in life.output()
+    again = Life(run, *settings, strike=functools.partial(no_room, 350))
+    again.ends_well()
+    losses = [[r["loss"] for r in metrics(path) if "loss" in r] for path in (run, steady)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

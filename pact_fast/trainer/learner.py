@@ -53,6 +53,17 @@ class UpdateResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+class PacksTooLarge(PactError):
+    """Out of memory where the update cannot be done again; `tokens` is what packs should have at most."""
+
+    def __init__(self, rank: int, tokens: int):
+        self.tokens = max(tokens // 2, 128)
+        super().__init__(
+            f"process {rank} is out of memory with packs of {tokens} tokens; start again with resume=auto, and packs will have "
+            f"at most {self.tokens}. model.gradient_checkpointing=true allows larger ones"
+        )
+
+
 class Learner:
     """Plans in, optimizer steps out. `total_updates` is the horizon of the learning-rate schedule; `foreign_sampler`: rollouts
     come from other kernels or older weights than the model's, and are corrected for it if the algorithm says so.
@@ -132,7 +143,7 @@ class Learner:
         """Add the gradient of the plans' loss to the parameters'.
 
         If memory runs out in a pack, all is done again in packs of half the size, from now on; the gradient is the same. ZeRO,
-        whose processes wait for each other inside every pack, cannot turn back: a PactError names the cure.
+        whose processes wait for each other inside every pack, cannot turn back: PacksTooLarge.
         """
         started = time.perf_counter()
         scored = [s for plan in plans for s in plan.scored]
@@ -157,10 +168,7 @@ class Learner:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # CUDA, CPU
                 raise
             if self.backend.lockstep:
-                raise PactError(
-                    f"process {self.world.rank} is out of memory with packs of {self.max_tokens} tokens: lower "
-                    "trainer.max_tokens_per_pack, or set model.gradient_checkpointing=true, and go on with resume=auto"
-                ) from error
+                raise PacksTooLarge(self.world.rank, self.max_tokens) from error
             return True
         return False
 

@@ -38,7 +38,7 @@ from pact_fast.rollout.weights import checkpoint_weights, save_settings
 from pact_fast.trainer import checkpoint, lora, setup
 from pact_fast.trainer.ahead import Ahead
 from pact_fast.trainer.evaluate import Rate, evaluation_jobs, outcome_reward, reward_means, success_rate
-from pact_fast.trainer.learner import Learner, UpdateResult
+from pact_fast.trainer.learner import Learner, PacksTooLarge, UpdateResult
 from pact_fast.trainer.metrics import MetricsWriter, control_token_prob, rollout_metrics, update_metrics
 from pact_fast.trainer.pretrain import pretrain
 from pact_fast.trainer.progress import Progress
@@ -72,6 +72,7 @@ class Trainer:
         self.renderer.check()
         self.skipped = 0  # updates in a row
         self.progress = Progress(quiet=not self.world.lead)
+        self._pack_limit = self.run / "max_tokens_per_pack"  # after an update that ran out of memory
         self._choose_pack_tokens()
 
     def train(self) -> dict[str, Any] | None:
@@ -112,6 +113,9 @@ class Trainer:
                     return None
             self.stop.patient = False
             return self._finish(base, began)
+        except PacksTooLarge as error:
+            write_text(self._pack_limit, str(error.tokens))
+            raise
         finally:
             self.ahead.close()
             if self.metrics:
@@ -136,17 +140,20 @@ class Trainer:
             raise PactError(problem)
 
     def _choose_pack_tokens(self) -> None:
-        """trainer.max_tokens_per_pack=null becomes a number, the same for all processes."""
-        config = self.config
-        if config.trainer.max_tokens_per_pack is not None:
+        """trainer.max_tokens_per_pack: null becomes a number, and what has once been too large is not tried again."""
+        trainer = self.config.trainer
+        if self._pack_limit.exists():
+            known = int(self._pack_limit.read_text())
+            trainer.max_tokens_per_pack = min(known, trainer.max_tokens_per_pack or known)
+        if trainer.max_tokens_per_pack is not None:
             return
         from pact_fast.planning.memory import fitting_pack_tokens
 
         free = setup.free_memory(self.device)
-        found = fitting_pack_tokens(config, self.world.size, self.device.type, free)
-        config.trainer.max_tokens_per_pack = min(self.world.gather(found, "the size of packs"))
+        found = fitting_pack_tokens(self.config, self.world.size, self.device.type, free)
+        trainer.max_tokens_per_pack = min(self.world.gather(found, "the size of packs"))
         self.progress.note(
-            f"packs have at most {config.trainer.max_tokens_per_pack} tokens (trainer.max_tokens_per_pack=null)"
+            f"packs have at most {trainer.max_tokens_per_pack} tokens (trainer.max_tokens_per_pack=null)"
         )
 
     def _newest(self) -> Path | None:
