@@ -61,17 +61,17 @@ def test_estimate_is_within_a_tenth_of_the_measured_peak(name):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_estimate_under_zero_2_is_within_a_tenth_of_two_real_processes(dtype):
+@pytest.mark.parametrize(("stage", "dtype"), [(2, "float32"), (3, "float32"), (3, "bfloat16")])
+def test_the_estimate_under_zero_is_within_a_tenth_of_two_real_processes(stage, dtype):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     config = settings(DEEP, dtype=dtype)
-    config["trainer"]["deepspeed"] = {"stage": 2}
+    config["trainer"]["deepspeed"] = {"stage": stage}
     lengths, parsed = (384, 256, 128, 4), parse_config(config)
     [load] = update_loads(parsed, Lengths(*lengths), 1)
-    found = estimate(parsed, [load], sharding=Sharding(2, 2))
+    found = estimate(parsed, [load], sharding=Sharding(2, stage))
     measured = probe(config, lengths, prompts=2, processes=2)
     assert measured["packs"] == 2 and measured["tokens"] == 2 * len(load.batch)
-    print(f"ZeRO-2, {dtype}: estimated {found.total / MIB:.0f} MiB, measured {measured['peak'] / MIB:.0f}")
+    print(f"ZeRO-{stage}, {dtype}: estimated {found.total / MIB:.0f} MiB, measured {measured['peak'] / MIB:.0f}")
     assert abs(found.total / measured["peak"] - 1) < WITHIN
 
 

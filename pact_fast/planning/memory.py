@@ -58,7 +58,7 @@ def estimate(
     seen = rehearse(config, loads, device, torch.bfloat16 if half else torch.float32)
     size = 2 if half else 4
     result = Estimate(_parts(seen, sharding, size), len(loads[0].batch), seen.parameters, seen.traffic)
-    _gathered(result, config, sharding, size)
+    _gathered(result, config, sharding, size, seen.trained if device == "cpu" else BUCKET)
     _others(result, config, device, capacity)
     if result.tokens > (config.trainer.max_tokens_per_pack or result.tokens):
         result.notes.append(
@@ -165,14 +165,19 @@ def _parts(seen: Rehearsal, sharding: Sharding, size: int) -> dict[str, int]:
     return held | ({Kind.STEP.value: fp32_gradients} if fp32_gradients > bucket else {"communication buckets": bucket})
 
 
-def _gathered(result: Estimate, config: Config, sharding: Sharding, size: int) -> None:
-    """ZeRO-3 gathers a layer or the head when it runs, and the next weights ahead."""
+def _gathered(result: Estimate, config: Config, sharding: Sharding, size: int, bucket: int) -> None:
+    """ZeRO-3 gathers a layer or the head when it runs, and the next weights ahead, which are copied when they arrive.
+
+    `bucket`: elements of the reduce bucket that are really there; a CPU does not hold what nobody has written to.
+    """
     if sharding.stage < 3 or sharding.devices == 1:
         return
     text = architecture(config.model).get_text_config()
     table = text.vocab_size * text.hidden_size
     layer = max(result.parameters - table, 0) // text.num_hidden_layers
-    result.parts["gathered weights"] = size * min(max(table, layer) + PREFETCH, result.parameters)
+    arriving = min(PREFETCH, result.parameters)
+    result.parts["gathered weights"] = size * (min(max(table, layer) + PREFETCH, result.parameters) + arriving)
+    result.parts["communication buckets"] = size * min(bucket, BUCKET)
 
 
 def _others(result: Estimate, config: Config, device: str, capacity: int | None) -> None:

@@ -36,9 +36,9 @@ class Remake(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._inputs = {
-            _place(t): (t.numel(), t.grad_fn)
+            _place(t): (t.numel(), node)
             for t in args
-            if isinstance(t, torch.Tensor) and t.grad_fn is not None and _can_be_made(t, t.grad_fn)
+            if isinstance(t, torch.Tensor) and (node := _maker(t)) is not None and _can_be_made(t, node)
         }
         result = func(*args, **(kwargs or {}))
         self._inputs = {}
@@ -60,6 +60,17 @@ def is_compiled(model: torch.nn.Module) -> bool:
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
     """Where its memory begins; also of tensors that have none, in which a size is estimated (planning/rehearsal.py)."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+
+
+def _maker(tensor: torch.Tensor) -> Node | None:
+    """The step that made it. ZeRO-3's hooks put an identity behind every module; through it one may see silu alone, because
+    the weight that a product takes can be released by the time it is made again.
+    """
+    node = tensor.grad_fn
+    if node is not None and node.name().startswith("PreBackwardFunction"):
+        inner = node.next_functions[0][0]
+        return inner if inner is not None and inner.name() == "SiluBackward0" else None
+    return node
 
 
 def _can_be_made(tensor: torch.Tensor, node: Node) -> bool:
