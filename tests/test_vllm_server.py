@@ -104,14 +104,14 @@ def test_a_run_goes_on_after_every_fault(tmp_path, monkeypatch):
     trainer = Trainer(load_config("quickstart", [*RUN, f"output_dir={tmp_path / 'run'}"]))
     faults = Faults(monkeypatch, trainer)
     finished = []
-    rollouts = Trainer._rollouts
+    exchange = Trainer._exchange
 
-    def keep(self, step, tasks=None):
-        groups = rollouts(self, step, tasks)
+    def keep(self, sampled):
+        groups = exchange(self, sampled)
         finished.append([t for group in groups for t in group.trajectories])
         return groups
 
-    monkeypatch.setattr(Trainer, "_rollouts", keep)
+    monkeypatch.setattr(Trainer, "_exchange", keep)
     trainer.train()
     assert faults.struck == [state for _, state in Faults.STATES]
     assert trainer.engine.restarts >= len(faults.struck)  # on a busy machine a slow answer may count as a hang

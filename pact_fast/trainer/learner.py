@@ -142,8 +142,8 @@ class Learner:
     def accumulate(self, plans: list[Plan]) -> UpdateResult:
         """Add the gradient of the plans' loss to the parameters'.
 
-        If memory runs out in a pack, all is done again in packs of half the size, from now on; the gradient is the same. ZeRO,
-        whose processes wait for each other inside every pack, cannot turn back: PacksTooLarge.
+        If memory runs out in a pack, all is done again in packs of half the size, from now on; the gradient is the same.
+        Processes that wait for each other inside every pack cannot turn back: PacksTooLarge.
         """
         started = time.perf_counter()
         scored = [s for plan in plans for s in plan.scored]
@@ -151,7 +151,7 @@ class Learner:
         while True:
             table, result = self._deal(plans)
             short = self._backward_all(table, scored, result)
-            if self.backend.lockstep or not self.world.any(short, "gradients"):
+            if self._in_step or not self.world.any(short, "gradients"):
                 break
             self.backend.discard()
             self._halve(table)
@@ -167,7 +167,7 @@ class Learner:
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # CUDA, CPU
                 raise
-            if self.backend.lockstep:
+            if self._in_step:
                 raise PacksTooLarge(self.world.rank, self.max_tokens) from error
             return True
         return False
@@ -271,7 +271,7 @@ class Learner:
             tokens = tokens.select(mine)
             tokens.row -= start
             return batch, tokens, mine
-        if not self.backend.lockstep and self.world.sequence_parallel == 1:
+        if not self._in_step:
             return batch, tokens, mine
         if not len(batch):
             batch = idle_pack(self.world.sequence_parallel)
@@ -314,6 +314,11 @@ class Learner:
         if self._sampler_mode == "token_truncate":
             caps[Stream.PROMPT] = config.vllm_importance_sampling_clip_max
         return caps or None
+
+    @property
+    def _in_step(self) -> bool:
+        """Processes wait for each other inside every pack."""
+        return self.backend.lockstep or self.world.sequence_parallel > 1
 
     def _device(self) -> torch.device:
         return self.model.device
