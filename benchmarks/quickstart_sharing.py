@@ -58,15 +58,11 @@ class Steps(Trainer):
         self.learner.update = looked_at
         try:
             for step in range(count):
-                done += self._update(step, self._rollouts(step, self.tasks.train(step, self._prompts)))[1]
+                done += self._update(step, self._exchange(self._sample(step)))[1]
         finally:
             self.progress.close()
             self.loop.close()
         return done
-
-    @property
-    def _prompts(self) -> int:
-        return self.config.trainer.prompts_per_step
 
 
 class Comparison:
