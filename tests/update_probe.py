@@ -32,7 +32,7 @@ from pact_fast.kernels import Stream
 from pact_fast.planning import hardware
 from pact_fast.planning.rehearsal import architecture
 from pact_fast.trainer import lora, setup
-from pact_fast.trainer.learner import Learner
+from pact_fast.trainer.learner import Learner, UpdateResult
 from pact_fast.tree import Node, TokenTree
 
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
@@ -76,9 +76,15 @@ def main(request: dict[str, Any]) -> None:
         result = subject.update(data)
     rates += [_rates(config)] if request["rates"] else []
     assert memory.before is not None and memory.bytes is not None and baseline is not None
-    world.close()
-    if not world.lead:
-        return
+    if world.lead:
+        report(memory, baseline, result, rates)
+    if world.size > 1:
+        world.wait("the end")
+        os._exit(0)  # how several processes take their connections down is not what is measured
+
+
+def report(memory: PeakMemory, baseline: int, result: UpdateResult, rates: list[dict[str, Any]]) -> None:
+    assert memory.before is not None and memory.bytes is not None
     print(
         json.dumps(
             {
@@ -90,7 +96,8 @@ def main(request: dict[str, Any]) -> None:
                 "packs": result.packs,
                 "flops": result.flops,
             }
-        )
+        ),
+        flush=True,
     )
 
 
