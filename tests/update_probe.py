@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import faulthandler
 import gc
 import json
 import os
@@ -50,13 +51,14 @@ def probe(
     request = json.dumps({"config": config, "lengths": lengths, "prompts": prompts, "rates": rates})
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), __file__, request]
-    done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(request: dict[str, Any]) -> None:
-    world = join("cpu", timeout=300)
+    faulthandler.dump_traceback_later(280, exit=True)  # a hang says where
+    world = join("cpu", timeout=250)
     config = parse_config(request["config"])
     small = parse_config(request["config"])
     assert config.model.random_init and small.model.random_init
