@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +22,7 @@ from pact_fast.distributed.wire import decode, encode
 from pact_fast.errors import PactError
 
 SLURM_PORT = 29500
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PeerLost(PactError):
@@ -54,11 +55,6 @@ class World:
     @property
     def replica(self) -> int:
         return self.rank // self.sequence_parallel
-
-    @property
-    def slice(self) -> int:
-        """Which part of every pack's rows is this process's."""
-        return self.rank % self.sequence_parallel
 
     def gather(self, value: Any, what: str = "data") -> list[Any]:
         """Everybody's value (see `wire.encode`), by rank, for everybody."""
@@ -114,15 +110,16 @@ def join(device: str, *, timeout: float, sequence_parallel: int = 1) -> World:
 
     `timeout`: seconds after which a peer that does not answer counts as lost.
     """
-    place = _launched()
-    if place is None:
+    found = _launched(os.environ)
+    os.environ.update(found)  # torch, DeepSpeed and vLLM look there
+    if not found:
         if sequence_parallel > 1:
             raise PactError(
                 f"trainer.sequence_parallel_size={sequence_parallel} needs so many processes; start with torchrun "
                 f"--nproc-per-node {sequence_parallel} -m pact_fast train …"
             )
         return World()
-    rank, size, local_rank = place
+    rank, size, local_rank = (int(found[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if size % sequence_parallel:
         raise PactError(
             f"trainer.sequence_parallel_size={sequence_parallel} does not divide the number of processes, {size}"
@@ -143,21 +140,24 @@ def join(device: str, *, timeout: float, sequence_parallel: int = 1) -> World:
     return World(rank, size, local_rank, sequence_parallel, group)
 
 
-def _launched() -> tuple[int, int, int] | None:
-    """(rank, size, local rank) from the environment; a launcher's one process counts as none."""
-    env = os.environ
+def _launched(env: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process, as torchrun sets them and SLURM implies them.
+    Empty without a launcher; a launcher's one process counts as none.
+    """
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "RANK" not in env:
-        env |= {
-            "RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"], "LOCAL_RANK": env["SLURM_LOCALID"],
-        }  # fmt: skip
-        env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(SLURM_PORT + int(env.get("SLURM_JOB_ID", "0")) % 10_000))
+        return {
+            "RANK": env["SLURM_PROCID"],
+            "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": env["SLURM_LOCALID"],
+            "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
+            "MASTER_PORT": env.get("MASTER_PORT") or str(SLURM_PORT + int(env.get("SLURM_JOB_ID", "0")) % 10_000),
+        }
     if int(env.get("WORLD_SIZE", "1")) <= 1:
-        return None
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+        return {}
+    missing = [name for name in LAUNCHED if name not in env]
     if missing:
         raise PactError(f"WORLD_SIZE={env['WORLD_SIZE']}, but {', '.join(missing)} is not set; start with torchrun")
-    return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+    return {name: env[name] for name in LAUNCHED}
 
 
 def _first_host(nodes: str) -> str:

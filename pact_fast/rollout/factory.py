@@ -39,7 +39,7 @@ def make_engine(
     stop = renderer.stop_ids(config.rollout.stop_at_tool_call)
     dtype = getattr(torch, config.model.dtype)
     if world.rank not in samplers(config, world):
-        return IdleEngine(dtype)
+        return IdleEngine()
     if config.rollout.engine == "transformers":
         check_embedded(model)
         kind = ReplicaEngine if any(hasattr(p, "ds_id") for p in model.parameters()) else TransformersEngine
@@ -100,9 +100,8 @@ def _vllm_host(config: Config, model: Path, work: Path, world: World) -> Host:
                     "rollout.vllm_tensor_parallel_size needs rollout.vllm_mode=server when several processes train: in "
                     "colocate mode each has an engine of its own"
                 )
-            args.setdefault(
-                "distributed_executor_backend", "external_launcher"
-            )  # vLLM joins the processes that are there
+            # vLLM joins the processes that are there
+            args.setdefault("distributed_executor_backend", "external_launcher")
         return LocalVllm(model, sleep=rollout.vllm_enable_sleep_mode, **args)
     from pact_fast.rollout.vllm_server import ManagedVllm, RemoteVllm
 

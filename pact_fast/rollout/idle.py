@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import PreTrainedModel
 
-from pact_fast.rollout.adapter import engine_adapter
+from pact_fast.rollout.adapter import adapter_tensors
 from pact_fast.rollout.engine import Completion, Request
 from pact_fast.rollout.weights import checkpoint_weights
 
@@ -15,8 +14,8 @@ class IdleEngine:
 
     clocked = False
 
-    def __init__(self, dtype: torch.dtype):
-        self.version, self._dtype = -1, dtype
+    def __init__(self) -> None:
+        self.version = -1
 
     def submit(self, request: Request) -> None:
         raise RuntimeError("this process has no engine")
@@ -27,9 +26,9 @@ class IdleEngine:
     def close(self, session: int) -> None: ...
 
     def update_weights(self, model: PreTrainedModel, version: int) -> None:
-        adapter = engine_adapter(model, self._dtype)
-        if self.version < 0 or not adapter:
-            for _ in checkpoint_weights(model, self._dtype):
+        adapter = adapter_tensors(model)
+        if any(hasattr(p, "ds_id") for p in model.parameters()) and (self.version < 0 or not adapter):
+            for _ in checkpoint_weights(model):
                 pass
         self.version = version
 

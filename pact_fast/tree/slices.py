@@ -7,12 +7,15 @@ Attention itself sees whole packs, so tree attention needs no change.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pact_fast.errors import PactError
+
+Move = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Slices:
@@ -38,11 +41,11 @@ class Slices:
             copies = q.shape[1] // k.shape[1]
         if copies > 1:
             k, v = (t.repeat_interleave(copies, dim=1) for t in (k, v))
-        return tuple(_ToHeads.apply(t, self) for t in (q, k, v))
+        return tuple(_Exchange.apply(t, self.to_heads, self.to_rows) for t in (q, k, v))
 
     def rows(self, out: torch.Tensor) -> torch.Tensor:
         """All heads of this process's rows: [1, H/P, T, D] → [1, H, t, D]."""
-        return _ToRows.apply(out, self)
+        return _Exchange.apply(out, self.to_rows, self.to_heads)
 
     def to_heads(self, x: torch.Tensor) -> torch.Tensor:
         _, heads, _, width = x.shape
@@ -65,23 +68,14 @@ class Slices:
         return received.split(of)
 
 
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, slices: Slices) -> torch.Tensor:
-        ctx.slices = slices
-        return slices.to_heads(x)
+class _Exchange(torch.autograd.Function):
+    """`there` forward, `back` for the gradient."""
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.slices.to_rows(grad), None
-
-
-class _ToRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, slices: Slices) -> torch.Tensor:
-        ctx.slices = slices
-        return slices.to_rows(x)
+    def forward(ctx: Any, x: torch.Tensor, there: Move, back: Move) -> torch.Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.slices.to_heads(grad), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.back(grad), None, None
