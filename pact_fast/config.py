@@ -319,6 +319,10 @@ class TrainerConfig(Section):
         description="Updates in a row that may be skipped because loss or gradient is not finite, before the run stops.",
     )
     share_prefixes: bool = Field(True, description="Compute a prompt's shared prefix once for all of its rollouts.")
+    merge_rollouts: bool = Field(
+        True,
+        description="With share_prefixes: compute once, too, what a prompt's rollouts have in common at their start.",
+    )
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Learning rate after warm-up; `linear` and `cosine` fall to 0 at the last step."

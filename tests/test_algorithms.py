@@ -131,9 +131,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("share", [True, False], ids=["tree", "alone"])
+@pytest.mark.parametrize("share, merge", [(True, True), (True, False), (False, False)], ids=["merged", "tree", "alone"])
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients_equal_the_formulas(renderer, case, share):
+def test_loss_and_gradients_equal_the_formulas(renderer, case, share, merge):
     config = AlgorithmConfig.model_validate(CASES[case])
     algorithm = make_algorithm(config)
     groups = make_groups(renderer, config, prompts=4, rollouts=3, use_turns=algorithm.turn_advantages)
@@ -146,7 +146,7 @@ def test_loss_and_gradients_equal_the_formulas(renderer, case, share):
     by_prefix = dict(zip(hiddens.leaves, expected_leaves, strict=True))
 
     plans = [algorithm.plan(group, update) for group in groups]
-    batches = pack([tree for plan in plans for tree in plan.trees], max_tokens=700, share=share)
+    batches = pack([tree for plan in plans for tree in plan.trees], max_tokens=700, share=share, merge=merge)
     scored = [s for plan in plans for s in plan.scored]
     prefixes = [
         [tuple(batch.input_ids[: q + 1][batch.subtree_end[: q + 1] > q]) for q in range(len(batch))]

@@ -53,14 +53,17 @@ def test_every_split_gives_the_same_parameter_gradients(renderer, name, kind):
     model = tiny_model(renderer, kind)
     whole = gradients(renderer, model, config, 4, max_tokens_per_pack=100_000)
     assert whole.norm() > 1e-4
-    for chunks, budget, share in [
-        (1, 100_000, True),
-        (2, 600, True),
-        (4, 256, True),
-        (4, 100_000, False),
-        (1, 700, False),
+    for chunks, budget, share, merge in [
+        (1, 100_000, True, True),
+        (2, 600, True, True),
+        (4, 256, True, True),
+        (4, 100_000, True, False),
+        (4, 256, True, False),
+        (4, 100_000, False, True),
+        (1, 700, False, False),
     ]:
-        split = gradients(renderer, model, config, chunks, max_tokens_per_pack=budget, share_prefixes=share)
+        settings = {"max_tokens_per_pack": budget, "share_prefixes": share, "merge_rollouts": merge}
+        split = gradients(renderer, model, config, chunks, **settings)
         assert (split - whole).norm() <= 2e-6 * whole.norm()
 
 
@@ -126,6 +129,23 @@ def test_sharing_saves_the_tokens_it_reports(renderer):
             for g in groups for t in g.trajectories
         )  # fmt: skip
     assert tokens[False] == result.tokens_unshared > 2 * tokens[True] * 0.7
+
+
+def test_merging_saves_the_tokens_that_rollouts_begin_with(renderer):
+    """Every rollout twice: of two, one is computed, as the metrics show; the loss is the same."""
+    config = AlgorithmConfig(name="matchtir")
+    groups = make_groups(renderer, config, prompts=2, rollouts=2)
+    for group in groups:
+        group.trajectories, group.advantages = 2 * group.trajectories, 2 * group.advantages
+    model, algorithm, found = tiny_model(renderer).float(), make_algorithm(config), {}
+    update = update_of(renderer, config, groups)
+    for merge in (True, False):
+        learner = Learner(model, TrainerConfig(merge_rollouts=merge), config, total_updates=1)
+        found[merge] = learner.accumulate([algorithm.plan(group, update) for group in groups])
+    twice = sum(len(t.ids) for group in groups for t in group.trajectories[:2])
+    assert found[True].tokens <= found[False].tokens - twice
+    assert found[True].flops < found[False].flops and found[True].supervised == found[False].supervised
+    assert found[True].loss == pytest.approx(found[False].loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])

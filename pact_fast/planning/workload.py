@@ -28,7 +28,10 @@ class Load(NamedTuple):
 
 
 def update_loads(config: Config, lengths: Lengths, prompts: int) -> list[Load]:
-    """The packs of an optimizer step on so many prompts, with the routes of the algorithm in their expected shares."""
+    """The packs of an optimizer step on so many prompts, with the routes of the algorithm in their expected shares.
+
+    Nothing is merged, as trainer.merge_rollouts does: what rollouts will have in common is not known, and may be nothing.
+    """
     scored: set[int] = set()
     trees = list(_trees(config, lengths, prompts, scored))
     batches = pack(trees, max_tokens=config.trainer.pack_tokens, share=config.trainer.share_prefixes)

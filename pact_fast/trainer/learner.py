@@ -208,7 +208,8 @@ class Learner:
         def cost(tokens: int, pairs: int) -> float:
             return per_token * tokens + per_pair * pairs
 
-        table = deal(trees, max_tokens=budget, ranks=self.world.replicas, cost=cost, share=self._share)
+        merge = self.trainer.merge_rollouts
+        table = deal(trees, max_tokens=budget, ranks=self.world.replicas, cost=cost, share=self._share, merge=merge)
         packs = [batch for row in table for batch in row]
         work, alone = work_of_packs(packs), work_of_paths(trees)
         slowest = [max(cost(*work_of_packs([batch])) for batch in row) for row in table]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pact_fast.tree.tree import Node, TokenTree
+from pact_fast.tree.trie import merged
 
 
 class Span(NamedTuple):
@@ -49,7 +50,7 @@ class PackedBatch:
     subtree_end: np.ndarray
     calls: list[Call]
     owned: list[Node]  # nodes whose tokens this pack accounts for; a node repeated by splitting is owned once
-    _rows: dict[int, tuple[int, int]] = field(repr=False)  # id(owned node) -> (row of its first token, row before it)
+    _rows: dict[int, tuple[list[range], int]] = field(repr=False)  # id(owned node) -> (rows of its tokens, row before)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -59,25 +60,23 @@ class PackedBatch:
 
         The first token of a path has no predecessor: row −1.
         """
-        first, before = self._rows[id(node)]
-        rows = np.arange(first - 1, first - 1 + len(node.ids), dtype=np.int64)
-        rows[:1] = before
-        return rows
+        own, before = self._rows[id(node)]
+        return _concatenated([range(before, before + 1), *own])[:-1]
 
     def path_rows(self, node: Node) -> np.ndarray:
         """[n] the row of every token on the path to a node; all of its nodes must be owned by this pack."""
-        owned = [self._rows[id(n)][0] + np.arange(len(n.ids)) for n in node.path()]
-        return np.concatenate(owned).astype(np.int64)
+        return _concatenated([part for n in node.path() for part in self._rows[id(n)][0]])
 
 
-def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True) -> list[PackedBatch]:
+def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True, merge: bool = False) -> list[PackedBatch]:
     """Pack trees, largest first, each into the first pack with room.
 
     A tree over the budget is split by leaves into sub-trees that repeat the shared path; a single path over the budget gets a
     pack of its own (nothing is ever cut). `share=False` gives every root-to-leaf path a copy of its own: the same numbers
-    without sharing.
+    without sharing. `merge`: siblings that begin with the same tokens share these, too; nothing else changes for the caller.
     """
-    return _lay_out_all(_first_fit(_pieces(trees, max_tokens, share), max_tokens))
+    forest = _merged(trees, share and merge)
+    return _lay_out_all(_first_fit(_pieces(forest, max_tokens, share), max_tokens))
 
 
 def deal(
@@ -87,6 +86,7 @@ def deal(
     ranks: int,
     cost: Callable[[int, int], float],
     share: bool = True,
+    merge: bool = False,
 ) -> list[list[PackedBatch]]:
     """Packs for `ranks` processes that work in step: packs[step][rank], the same on every process.
 
@@ -95,12 +95,13 @@ def deal(
     and what still lacks is an empty pack.
     """
     if ranks == 1:
-        return [[batch] for batch in pack(trees, max_tokens=max_tokens, share=share)]
-    pieces = _pieces(trees, max_tokens, share)
+        return [[batch] for batch in pack(trees, max_tokens=max_tokens, share=share, merge=merge)]
+    forest = _merged(trees, share and merge)
+    pieces = _pieces(forest, max_tokens, share)
     budget = max_tokens
     while share and len(pieces) < ranks and budget > 1:
         budget //= 2
-        pieces = _pieces(trees, budget, share)
+        pieces = _pieces(forest, budget, share)
     costs = [cost(*_work(piece)) for piece in pieces]
     steps = -(-len(_first_fit(pieces, max_tokens)) // ranks)
     while (bins := _balanced(pieces, costs, steps * ranks, max_tokens)) is None:
@@ -120,6 +121,10 @@ def deal(
 
 
 Piece = list[Node]  # nodes of one tree in depth-first order, closed under parents
+
+
+def _merged(trees: Sequence[TokenTree], merge: bool) -> Sequence[TokenTree]:
+    return [merged(tree) for tree in trees] if merge else trees
 
 
 def _pieces(trees: Sequence[TokenTree], max_tokens: int, share: bool) -> list[Piece]:
@@ -199,7 +204,7 @@ def _depth_first(root: Node, chosen: set[int] | None) -> Piece:
     """Nodes of the (sub)tree, the child with the largest subtree first: it continues its parent's causal run."""
     order: Piece = []
     stack = [root]
-    weight = _subtree_sizes(root)
+    weight = root.tree.subtree_sizes()
     while stack:
         node = stack.pop()
         order.append(node)
@@ -208,22 +213,9 @@ def _depth_first(root: Node, chosen: set[int] | None) -> Piece:
     return order
 
 
-def _subtree_sizes(root: Node) -> dict[int, int]:
-    sizes: dict[int, int] = {}
-    stack = [(root, False)]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            sizes[id(node)] = len(node.ids) + sum(sizes[id(c)] for c in node.children)
-        else:
-            stack.append((node, True))
-            stack.extend((c, False) for c in node.children)
-    return sizes
-
-
 def _lay_out(pieces: list[Piece], owner: set[int]) -> PackedBatch:
     """Concatenate pieces. Two of them may repeat a node, so everything about rows is worked out piece by piece."""
-    rows: dict[int, tuple[int, int]] = {}
+    rows: dict[int, tuple[list[range], int]] = {}
     owned: list[Node] = []
     runs: list[Span] = []
     branches: list[Span] = []
@@ -234,13 +226,14 @@ def _lay_out(pieces: list[Piece], owner: set[int]) -> PackedBatch:
         before: dict[int, int] = {}  # the last row on the path up to and including a node
         for node in piece:
             first[id(node)] = row
-            previous = -1 if node.parent is None else before[id(node.parent)]
+            above = -1 if node.parent is None else before[id(node.parent)]
             row += len(node.ids)
-            before[id(node)] = row - 1 if len(node.ids) else previous
+            before[id(node)] = row - 1 if len(node.ids) else above
             if id(node) not in owner:
                 owner.add(id(node))
-                owned.append(node)
-                rows[id(node)] = first[id(node)], previous
+                for own in node.tree.ending(node):
+                    owned.append(own)
+                    rows[id(own)] = _rows_up(node, len(own.ids), first, before)
         end = _subtree_ends(piece, first)
         subtree_ends += [np.full(len(node.ids), end[id(node)], np.int64) for node in piece]
         own_runs, own_branches = _spans(piece, first, end)
@@ -256,6 +249,22 @@ def _lay_out(pieces: list[Piece], owner: set[int]) -> PackedBatch:
         owned=owned,
         _rows=rows,
     )
+
+
+def _rows_up(node: Node | None, count: int, first: dict[int, int], before: dict[int, int]) -> tuple[list[range], int]:
+    """Rows of the last `count` tokens on the path to a node, which are whole nodes, and the row before them."""
+    parts: list[range] = []
+    while count:
+        assert node is not None
+        start, length = first[id(node)], len(node.ids)
+        parts.append(range(start, start + length))
+        count -= length
+        node = node.parent
+    return parts[::-1], -1 if node is None else before[id(node)]
+
+
+def _concatenated(parts: list[range]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(p.start, p.stop) for p in parts)])
 
 
 def _subtree_ends(piece: Piece, first: dict[int, int]) -> dict[int, int]:

@@ -10,17 +10,13 @@ import numpy as np
 
 @dataclass(eq=False)
 class Node:
-    """A segment of tokens that continues its parent. `ids` is int64 [n]; n may be 0."""
+    """A segment of tokens that continues its parent. `ids` is int64 [n]; n may be 0. `start`: position of the first token."""
 
     tree: TokenTree
     ids: np.ndarray
     parent: Node | None
+    start: int
     children: list[Node] = field(default_factory=list)
-
-    @property
-    def start(self) -> int:
-        """Position of the first token on its path."""
-        return self.tree.start if self.parent is None else self.parent.end
 
     @property
     def end(self) -> int:
@@ -56,7 +52,8 @@ class TokenTree:
             raise ValueError("a tree has one root; pass parent=")
         if parent is not None and parent.tree is not self:
             raise ValueError("the parent belongs to another tree")
-        node = Node(self, np.asarray(ids, dtype=np.int64), parent)
+        start = self.start if parent is None else parent.end
+        node = Node(self, np.asarray(ids, dtype=np.int64), parent, start)
         if parent is not None:
             parent.children.append(node)
         self.nodes.append(node)
@@ -64,6 +61,18 @@ class TokenTree:
 
     def leaves(self) -> Iterator[Node]:
         return (node for node in self.nodes if not node.children)
+
+    def subtree_sizes(self) -> dict[int, int]:
+        """id(node) → tokens of the node and of all below it."""
+        sizes = {id(node): len(node.ids) for node in self.nodes}
+        for node in reversed(self.nodes):  # a node is added after its parent
+            if node.parent is not None:
+                sizes[id(node.parent)] += sizes[id(node)]
+        return sizes
+
+    def ending(self, node: Node) -> list[Node]:
+        """The caller's nodes whose last token is this node's; a merged tree's nodes are not the caller's (trie.py)."""
+        return [node]
 
     def __len__(self) -> int:
         """Tokens, shared ones counted once."""
