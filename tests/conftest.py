@@ -1,5 +1,7 @@
 """What several test files share."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,3 +16,10 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Life(run).ends_well()
     assert [record["step"] for record in metrics(run)] == STEPS
     return run
+
+
+@pytest.fixture(autouse=True)
+def no_launcher_is_left_behind() -> Iterator[None]:
+    """A test that leaves a launcher's variables behind makes later ones wait for processes that never come."""
+    yield
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & os.environ.keys()

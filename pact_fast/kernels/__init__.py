@@ -3,6 +3,7 @@
 from pact_fast.kernels.backend import backends
 from pact_fast.kernels.logprob import LogProbs, linear_logprob
 from pact_fast.kernels.loss import LossOutput, pact_loss
+from pact_fast.kernels.memory import release_memory
 from pact_fast.kernels.pairs import TokenPairs
 from pact_fast.kernels.stats import summarise
 from pact_fast.kernels.tokens import LossTokens, Stream
@@ -16,5 +17,6 @@ __all__ = [
     "backends",
     "linear_logprob",
     "pact_loss",
+    "release_memory",
     "summarise",
 ]

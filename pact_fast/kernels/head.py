@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from pact_fast.kernels.backend import resolve, row_pass
-from pact_fast.kernels.memory import large_empty
+from pact_fast.kernels.memory import Scratch, room
 from pact_fast.kernels.products import accumulation_dtype, products
 from pact_fast.kernels.rows_torch import Pairing, RowStats, compact
 
@@ -71,7 +71,10 @@ class ChunkedHead:
         self._rows = balanced(total, chunk_rows(vocab, held * vocab * dtype.itemsize, hidden.device))
         padded = -(-vocab // ALIGNED) * ALIGNED
         shape = self._rows, padded if hidden.is_cuda else vocab
-        self._buffers = [large_empty(shape, dtype, hidden.device)[:, :vocab] for _ in range(buffers)]
+        scratch = Scratch(buffers * room(shape, dtype) + self._products.scratch, hidden.device)
+        self._products.take(scratch)
+        self._buffers = [scratch.empty(shape, dtype)[:, :vocab] for _ in range(buffers)]
+        self._scratch = scratch  # given back when this pass is over
 
     def chunks(self) -> Iterator[slice]:
         """The rows in order; one empty chunk when there are none."""

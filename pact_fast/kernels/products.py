@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from pact_fast.kernels.memory import Scratch, room
+
 BLOCK = 2048  # rows of W converted at a time, where the device has no product of 16-bit numbers with an fp32 result
 
 
@@ -21,11 +23,16 @@ def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
 class Products:
     """For weights in the accumulation dtype. W [V, D]; x [n, D] in the dtype `operand`, dz [m, V] as `dz_view` says."""
 
+    scratch = 0  # bytes wanted, see `take`
+
     def __init__(self, weight: torch.Tensor, needs_weight_grad: bool):
         self.weight = weight.detach()
         self.operand = self.weight.dtype  # of x
         self._needs_weight_grad = needs_weight_grad
         self._d_weight: torch.Tensor | None = None  # grows by chunks from the first one on
+
+    def take(self, scratch: Scratch) -> None:
+        """Memory that lasts as long as these products are used."""
 
     def weight_grad(self) -> torch.Tensor | None:
         """dL/dW in the accumulation dtype, or rounded already to that of W; None if not wanted."""
@@ -106,7 +113,12 @@ class CpuBf16Products(Products):
 
     def __init__(self, weight: torch.Tensor, needs_weight_grad: bool):
         super().__init__(weight.contiguous(), needs_weight_grad)
+        self.scratch = room(self.weight.shape, torch.int8) if needs_weight_grad else 0
         self._rest: torch.Tensor | None = None
+
+    def take(self, scratch: Scratch) -> None:
+        if self._needs_weight_grad:
+            self._rest = scratch.empty(self.weight.shape, torch.int8)
 
     def logits(self, x: torch.Tensor, out: torch.Tensor) -> None:
         torch.ops.pact_fast.bf16_logits(x.contiguous(), self.weight, out)
@@ -116,7 +128,6 @@ class CpuBf16Products(Products):
         add = self._d_weight is not None
         if self._needs_weight_grad and not add:
             self._d_weight = torch.empty_like(self.weight)
-            self._rest = torch.empty_like(self.weight, dtype=torch.int8)
         torch.ops.pact_fast.bf16_grads(dz, x.contiguous(), self.weight, dx, self._d_weight, self._rest, add)
         return dx
 
