@@ -137,6 +137,11 @@ class RolloutConfig(Section):
     vllm_enable_sleep_mode: bool = Field(
         False, description="colocate: vLLM's memory is free during updates (GPU only)."
     )
+    vllm_weight_transfer: Literal["auto", "nccl", "files"] = Field(
+        "auto",
+        description="server: `nccl`: weights go from GPU to GPU; `files`: through `vllm_weights_dir`; `auto`: `nccl` where it "
+        "works and a server that dies can be given its weights again (docs/rollouts.md).",
+    )
     vllm_weights_dir: str | None = Field(
         None,
         description="server: folder through which weights go, seen by both sides; default: shared memory, else the run folder.",
