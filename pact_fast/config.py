@@ -91,6 +91,11 @@ class RolloutConfig(Section):
         description="What generates tokens: the model itself, embedded, or vLLM (docs/rollouts.md).",
     )
     num_generations: int = Field(8, ge=1, description="Rollouts per prompt (K).")
+    oversampling_factor: float = Field(
+        1.0,
+        ge=1,
+        description="Begin ⌈factor·K⌉ rollouts per prompt and cancel the slowest once K have ended; favours short ones.",
+    )
     temperature: float = Field(
         1.0, gt=0, description="Sampling temperature; log-probs are taken at the same temperature."
     )
