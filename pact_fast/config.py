@@ -91,6 +91,11 @@ class RolloutConfig(Section):
         description="What generates tokens: the model itself, embedded, or vLLM (docs/rollouts.md).",
     )
     num_generations: int = Field(8, ge=1, description="Rollouts per prompt (K).")
+    oversampling_factor: float = Field(
+        1.0,
+        ge=1,
+        description="Begin ⌈factor·K⌉ rollouts per prompt and cancel the slowest once K have ended; favours short ones.",
+    )
     temperature: float = Field(
         1.0, gt=0, description="Sampling temperature; log-probs are taken at the same temperature."
     )
@@ -136,6 +141,11 @@ class RolloutConfig(Section):
     )
     vllm_enable_sleep_mode: bool = Field(
         False, description="colocate: vLLM's memory is free during updates (GPU only)."
+    )
+    vllm_weight_transfer: Literal["auto", "nccl", "files"] = Field(
+        "auto",
+        description="server: `nccl`: weights go from GPU to GPU; `files`: through `vllm_weights_dir`; `auto`: `nccl` where it "
+        "works and a server that dies can be given its weights again (docs/rollouts.md).",
     )
     vllm_weights_dir: str | None = Field(
         None,

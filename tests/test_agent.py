@@ -176,3 +176,23 @@ def test_a_prompt_that_is_too_long_names_the_task_and_the_cure(renderer):
     )
     with pytest.raises(PactError, match=r"row-7.*max_prompt_length=64"):
         run(renderer, [task], [[]], max_prompt_length=64)
+
+
+def test_the_first_of_every_group_are_kept_and_the_others_cancelled(renderer):
+    """Two turns for one call, one turn without: the group's shortest end first, whatever their places."""
+    task, long = ToolchainTasks("train", 1).task(0), '<tool_call>\n{"name": "x"}\n</tool_call>'
+    turns = {i: [turn(renderer, long)] * n + [turn(renderer, "done")] for i, n in enumerate((3, 0, 1, 1, 0, 2))}
+    engine = Script(renderer, turns)
+    loop = AgentLoop(engine, renderer, ToolchainEnvironment, RolloutConfig())
+    ended = []
+    jobs = [Job(task, (0, i), group=i // 3) for i in range(6)]
+    trajectories = loop.run(jobs, lambda index, trajectory: ended.append(index), keep=2)
+    assert sorted(ended) == [1, 2, 3, 4] and sorted(engine.closed) == list(range(6))
+    assert [len(t.turns) for t in trajectories] == [1, 2, 2, 1]  # in the order of their jobs
+
+
+def test_of_several_that_end_in_the_same_step_no_more_than_wanted_are_kept(renderer):
+    engine = Script(renderer, {i: [turn(renderer, "done")] for i in range(4)})
+    loop = AgentLoop(engine, renderer, ToolchainEnvironment, RolloutConfig())
+    jobs = [Job(ToolchainTasks("train", 1).task(0), (0, i)) for i in range(4)]
+    assert len(loop.run(jobs, keep=3)) == 3 and sorted(engine.closed) == [0, 1, 2, 3]

@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -14,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
 
-from vllm_parts import SETTINGS, largest_gap, make_policy, perturb, prompts, sample
+from vllm_parts import SETTINGS, largest_gap, make_policy, perturb, prompts, running_server, sample
 
 from pact_fast.config import load_config
 from pact_fast.errors import EngineDied, EngineError, PactError
@@ -182,26 +179,8 @@ def test_a_server_that_cannot_start_says_why(policy, tmp_path):
 
 def test_a_running_server(policy, tmp_path):
     """A stock server with our worker extension, over TCP."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path / "model"
-    policy.model.config.architectures = [type(policy.model).__name__]
-    policy.model.save_pretrained(folder)
-    policy.renderer.tokenizer.save_pretrained(folder)
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port), "--dtype",
-        "float32", "--host", "127.0.0.1", "--max-model-len", "640", "--enforce-eager", "--no-enable-chunked-prefill",
-        "--max-num-batched-tokens", "2048", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
-        "--worker-extension-cls", "pact_fast.rollout.vllm_worker.WeightReport",
-    ]  # fmt: skip
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    server = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL)  # fmt: skip
     config = policy.config.model_copy(deep=True)
-    config.rollout.vllm_server_base_url = f"http://127.0.0.1:{port}"
-    try:
+    with running_server(policy, tmp_path) as config.rollout.vllm_server_base_url:
         engine = make_engine(config, policy.model, policy.renderer, folder=tmp_path)
         contexts = prompts(len(policy.renderer.tokenizer))
         for version in range(2):
@@ -213,9 +192,6 @@ def test_a_running_server(policy, tmp_path):
         with pytest.raises(PactError, match="version 77, the trainer has sent 1"):
             engine.update_weights(policy.model, 2)
         engine.shutdown()
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def test_nobody_at_the_address_is_an_error_within_the_deadline(policy, tmp_path):

@@ -5,7 +5,16 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pact_fast.rollout.weights import Piece, WeightMismatch, checkpoint_weights, fingerprint, tied_head, verify
+from pact_fast.rollout.weights import (
+    Piece,
+    SentWeights,
+    WeightMismatch,
+    WeightsGone,
+    checkpoint_weights,
+    fingerprint,
+    tied_head,
+    verify,
+)
 
 SIZES = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -68,6 +77,29 @@ def test_small_buckets_change_nothing(monkeypatch):
     whole = {name: fingerprint(tensor) for name, tensor in checkpoint_weights(model)}
     monkeypatch.setattr("pact_fast.rollout.weights.BUCKET", 1)
     assert {name: fingerprint(tensor) for name, tensor in checkpoint_weights(model)} == whole
+
+
+@pytest.mark.parametrize("kind, more", [("qwen3", {"tie_word_embeddings": True}), ("qwen3_moe", MIXTURE)])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_is_announced_is_what_is_sent(kind, more, dtype, monkeypatch):
+    monkeypatch.setattr("pact_fast.rollout.weights.BUCKET", 4000)
+    weights = SentWeights(build(kind, **more), dtype)
+    announced = [tuple(shape) for shape in weights.metadata()]
+    assert announced == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights]
+    assert list(weights.expected) == [name for name, *_ in announced]
+
+
+def test_weights_are_sent_again_as_they_were_or_not_at_all(monkeypatch):
+    model = build("qwen3")
+    weights = SentWeights(model)
+    first = iter(weights)
+    next(first)  # nobody receives the rest
+    assert [name for name, _ in weights] == list(weights.expected)
+    assert weights.bytes == sum(parameter.nbytes for parameter in model.parameters())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
+    with pytest.raises(WeightsGone, match=r"changed them since \(model.layers.1.mlp.up_proj.weight\)"):
+        list(weights)
 
 
 def test_tied_head_is_recognised():

@@ -26,7 +26,8 @@ def test_every_rank_sees_all_weights_but_never_at_once_and_trees_keep_their_grad
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     for rank in range(2):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert result["equal"]
+        assert result["equal"] and result["announced"]
+        assert not result["again"]  # the other process would have to gather along
         assert result["left"] == 0  # partitioned again
         assert result["gradient"] <= 1e-5  # what the backward pass makes again needs no released weight
         assert result["largest"] <= result["total"] / 3 + 96 * 32  # one layer, or embedding, of three

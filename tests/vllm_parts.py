@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +21,7 @@ from pact_fast.data.rendering import ChatRenderer
 from pact_fast.errors import EngineError
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.engine import Request
+from pact_fast.rollout.vllm_local import EXTENSION
 from pact_fast.rollout.weights import WeightMismatch
 from pact_fast.trainer import setup
 from pact_fast.trainer.pretrain import pretrain
@@ -49,6 +58,32 @@ def make_policy(*settings: str, trained: bool = True) -> Policy:
     if trained:
         pretrain(config, model, renderer, tasks, lambda step, loss: None)
     return Policy(config, tasks, renderer, model)
+
+
+@contextlib.contextmanager
+def running_server(policy: Policy, folder: Path, *flags: str, extension: str = EXTENSION) -> Iterator[str]:
+    """The URL of a stock `vllm serve` with the policy's first weights."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    policy.model.config.architectures = [type(policy.model).__name__]
+    policy.model.save_pretrained(folder / "model")
+    policy.renderer.tokenizer.save_pretrained(folder / "model")
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"), "--port", str(port),
+        "--dtype", "float32", "--host", "127.0.0.1", "--max-model-len", "640", "--enforce-eager",
+        "--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048", "--logprobs-mode", "processed_logprobs",
+        "--generation-config", "vllm", "--worker-extension-cls", extension, *flags,
+    ]  # fmt: skip
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    with (folder / "server.log").open("wb") as log:
+        server = subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def perturb(model: torch.nn.Module, size: float = 0.01) -> None:

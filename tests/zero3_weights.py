@@ -36,9 +36,19 @@ engine, *_ = deepspeed.initialize(
 weights.BUCKET = 1  # a layer at a time
 expected = {name: weights.fingerprint(tensor) for name, tensor in weights.checkpoint_weights(plain)}
 found, live = {}, []
-for name, tensor in weights.checkpoint_weights(engine.module):
+sent = weights.SentWeights(engine.module)
+announced = [tuple(shape) for shape in sent.metadata()]
+sent.check_alone()  # nobody has gone through them
+seen = []
+for name, tensor in sent:
     found[name] = weights.fingerprint(tensor)
+    seen.append((name, tensor.dtype, tuple(tensor.shape)))
     live.append(sum(parameter.numel() for parameter in engine.module.parameters()))
+try:
+    iter(sent)
+    again = True
+except weights.WeightsGone:
+    again = False
 
 
 tree = TokenTree()
@@ -56,6 +66,8 @@ errors = [
 result = {
     "gradient": max(errors),
     "equal": found == expected,
+    "announced": announced == seen,
+    "again": again,
     "largest": max(live),
     "total": sum(parameter.numel() for parameter in plain.parameters()),
     "left": sum(parameter.numel() for parameter in engine.module.parameters()),

@@ -69,11 +69,12 @@ class ToolCalls:
 
 @dataclass(frozen=True)
 class Job:
-    """One trajectory to sample. `rng_key` fixes its randomness."""
+    """One trajectory to sample. `rng_key` fixes its randomness; `group`: of those that are compared with each other."""
 
     task: Task
     rng_key: tuple[int, ...]
     temperature: float = 1.0
+    group: int = 0
 
 
 @dataclass
@@ -138,14 +139,24 @@ class AgentLoop:
             )
         return ids
 
-    def run(self, jobs: list[Job], on_finish: Callable[[int, Trajectory], None] | None = None) -> list[Trajectory]:
-        """Sample all jobs; `on_finish(index, trajectory)` is called as each one ends."""
+    def run(
+        self, jobs: list[Job], on_finish: Callable[[int, Trajectory], None] | None = None, keep: int | None = None
+    ) -> list[Trajectory]:
+        """Sample all jobs; `on_finish(index, trajectory)` is called as each one ends. `keep`: of every group, those that end
+        first, so many; the others are cancelled and left out.
+        """
         results: dict[int, Trajectory] = {}
         running = {index: self._start(index, job) for index, job in enumerate(jobs)}
         calls = ToolCalls(self.engine.clocked)
 
         def end(index: int, stop: str) -> None:
             results[index] = self._end(running, index, stop, on_finish)
+            group = jobs[index].group
+            if keep is not None and sum(jobs[done].group == group for done in results) >= keep:
+                for other in [other for other in running if jobs[other].group == group]:
+                    del running[other]
+                    calls.drop(other)
+                    self.engine.close(other)
 
         try:
             while running:
@@ -153,6 +164,8 @@ class AgentLoop:
                 completions = self.engine.step(self._patience(calls)) if generating else []
                 calls.tick(idle=not generating)
                 for completion in completions:
+                    if completion.session not in running:
+                        continue  # cancelled by one of the same step
                     state = running[completion.session]
                     stop, observations = self._take_turn(state, completion)
                     if stop is None:
@@ -160,10 +173,14 @@ class AgentLoop:
                     else:
                         end(completion.session, stop)
                 for index, observations in calls.due():
+                    if index not in running:
+                        continue
                     stop = self._observe(index, running[index], observations)
                     if stop is not None:
                         end(index, stop)
                 for index in self._overdue(running):
+                    if index not in running:
+                        continue
                     if calls.drop(index):
                         record = running[index].turns[-1]
                         record.observations = [error_observation("the trajectory's time is over")] * len(
@@ -173,7 +190,7 @@ class AgentLoop:
         finally:
             for index in running:  # after an error: nothing goes on sampling behind the caller's back
                 self.engine.close(index)
-        return [results[index] for index in range(len(jobs))]
+        return [results[index] for index in sorted(results)]
 
     def _patience(self, calls: ToolCalls) -> float | None:
         """Seconds to wait for the engine: shortly while tools may answer, else as long as the engine may take."""

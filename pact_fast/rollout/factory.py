@@ -21,6 +21,7 @@ from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.idle import IdleEngine
 from pact_fast.rollout.transformers_engine import ReplicaEngine, TransformersEngine
 from pact_fast.rollout.vllm_engine import Host, VllmEngine
+from pact_fast.rollout.vllm_transfer import choose_transfer
 from pact_fast.rollout.weights import save_settings
 from pact_fast.tree.hf import unsupported
 
@@ -45,7 +46,7 @@ def make_engine(
         kind = ReplicaEngine if any(hasattr(p, "ds_id") for p in model.parameters()) else TransformersEngine
         return kind(model, stop, slots=config.rollout.max_batch_size, autocast=autocast)
     work = (folder or _temporary()) / (f"engine-{world.rank}" if world.rank else "engine")
-    host = _vllm_host(config, _model_folder(model, renderer, work / "model"), work, world)
+    host = _vllm_host(config, model, _model_folder(model, renderer, work / "model"), work, world)
     return VllmEngine(host, stop, deadline=config.rollout.engine_timeout, dtype=dtype)
 
 
@@ -78,7 +79,7 @@ def _temporary() -> Path:
     return Path(folder)
 
 
-def _vllm_host(config: Config, model: Path, work: Path, world: World) -> Host:
+def _vllm_host(config: Config, model: PreTrainedModel, folder: Path, work: Path, world: World) -> Host:
     rollout = config.rollout
     args = {
         "dtype": config.model.dtype,
@@ -102,17 +103,20 @@ def _vllm_host(config: Config, model: Path, work: Path, world: World) -> Host:
                 )
             # vLLM joins the processes that are there
             args.setdefault("distributed_executor_backend", "external_launcher")
-        return LocalVllm(model, sleep=rollout.vllm_enable_sleep_mode, **args)
+        return LocalVllm(folder, sleep=rollout.vllm_enable_sleep_mode, **args)
     from pact_fast.rollout.vllm_server import ManagedVllm, RemoteVllm
 
     weights = _weights_folder(rollout.vllm_weights_dir, work)
     limits = {"timeout": rollout.engine_timeout, "start_timeout": rollout.vllm_server_timeout}
     if rollout.vllm_server_base_url:
-        return RemoteVllm(rollout.vllm_server_base_url, model, weights, **limits)
+        transfer, insist = choose_transfer(config, model, apart=True), rollout.vllm_weight_transfer != "auto"
+        return RemoteVllm(rollout.vllm_server_base_url, folder, weights, transfer=transfer, insist=insist, **limits)
     devices = server_devices(
         world, samplers(config, world), rollout.vllm_tensor_parallel_size, torch.cuda.device_count()
     )
-    return ManagedVllm(model, weights, log=work / "vllm.log", devices=devices, **limits, **args)
+    transfer = choose_transfer(config, model, apart=devices is not None)
+    log = work / "vllm.log"
+    return ManagedVllm(folder, weights, log=log, devices=devices, transfer=transfer, **limits, **args)
 
 
 def server_devices(world: World, servers: list[int], wanted: int, count: int) -> list[int] | None:

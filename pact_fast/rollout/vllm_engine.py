@@ -21,9 +21,16 @@ from transformers import PreTrainedModel
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout
 from pact_fast.rollout.adapter import engine_adapter
 from pact_fast.rollout.engine import Completion, Request
-from pact_fast.rollout.weights import Piece, WeightMismatch, checkpoint_weights, fingerprint, tied_head, verify
+from pact_fast.rollout.weights import (
+    Expected,
+    Piece,
+    SentWeights,
+    WeightMismatch,
+    shape_and_fingerprint,
+    tied_head,
+    verify,
+)
 
-Expected = dict[str, tuple[int, int, int]]  # rows, columns and fingerprint of each tensor that was sent
 SLICE = 0.02  # seconds of waiting for turns, after which others may enter
 MAX_RESTARTS = 3  # in a row, without a finished turn in between
 
@@ -72,14 +79,16 @@ class Host(Protocol):
 
     def abort(self, keys: list[str]) -> None: ...
 
-    def load(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        """Give the engine these weights, whatever it takes; nothing is being generated meanwhile."""
+    def load(self, weights: SentWeights, version: int) -> None:
+        """Give the engine these weights, whatever it takes; nothing is being generated meanwhile. They are gone through to
+        the end even if that fails: it may take other processes.
+        """
 
     def load_adapter(self, tensors: dict[str, torch.Tensor], version: int) -> None:
         """Give the engine this adapter, under a name of its own, and use it for every turn from now on."""
 
     def reload(self) -> None:
-        """Start the engine again if it is ours, else connect again, and give it what was last loaded."""
+        """Start the engine again if it is ours, else connect again, and give it what was last loaded (WeightsGone)."""
 
     def report(self) -> tuple[int, list[Piece]]:
         """(version, fingerprints) of the weights in use, of all workers."""
@@ -270,23 +279,16 @@ class VllmEngine:
 
     def _send_weights(self, model: PreTrainedModel, version: int) -> int:
         """The number of bytes."""
-        self._expected, size = {}, 0
-
-        def sent() -> Iterator[tuple[str, torch.Tensor]]:
-            nonlocal size
-            for name, tensor in checkpoint_weights(model, self._dtype):
-                self._expected[name] = _shape_and_fingerprint(tensor)
-                size += tensor.nbytes
-                yield name, tensor
-
-        self._insist(lambda: self.host.load(sent(), version))
+        weights = SentWeights(model, self._dtype)
+        self._insist(lambda: self.host.load(weights, version))
+        self._expected = dict(weights.expected)
         tied = tied_head(model)
         if tied and tied[1] in self._expected:
             self._expected[tied[0]] = self._expected[tied[1]]
-        return size
+        return weights.bytes
 
     def _send_adapter(self, adapter: dict[str, torch.Tensor], version: int) -> int:
-        self._adapter = {name: _shape_and_fingerprint(tensor) for name, tensor in adapter.items()}
+        self._adapter = {name: shape_and_fingerprint(tensor) for name, tensor in adapter.items()}
         self._insist(lambda: self.host.load_adapter(adapter, version))
         return sum(tensor.nbytes for tensor in adapter.values())
 
@@ -382,7 +384,3 @@ class VllmEngine:
                 return self.host.reload()
             except (EngineDied, EngineTimeout) as again:
                 error = again
-
-
-def _shape_and_fingerprint(tensor: torch.Tensor) -> tuple[int, int, int]:
-    return len(tensor), tensor.numel() // max(len(tensor), 1), fingerprint(tensor)

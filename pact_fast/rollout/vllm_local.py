@@ -17,7 +17,7 @@ import torch
 from pact_fast.errors import EngineError, PactError
 from pact_fast.rollout.adapter import write_adapter
 from pact_fast.rollout.vllm_engine import Sampled, Turn
-from pact_fast.rollout.weights import Piece
+from pact_fast.rollout.weights import Piece, SentWeights
 
 EXTENSION = "pact_fast.rollout.vllm_worker.WeightReport"
 
@@ -56,9 +56,10 @@ class LocalVllm:
     def abort(self, keys: list[str]) -> None:
         self._engine.abort_request(keys)
 
-    def load(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        for _ in weights:  # a loader that stops early must not leave collective gathering half way
+    def load(self, weights: SentWeights, version: int) -> None:
+        tensors = iter(weights)
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        for _ in tensors:  # a loader that stops early must not leave collective gathering half way
             pass
         self._engine.collective_rpc("pact_loaded", args=(version,))
 

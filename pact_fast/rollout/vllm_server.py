@@ -1,8 +1,8 @@
 """vLLM in a process of its own: one that we start and restart, or a running `vllm serve` behind a URL.
 
-Both are stock servers. Requests go through the completions endpoint; weights through files that the server reads
-(`collective_rpc("reload_weights")`), best in shared memory. A server of ours listens on a Unix socket in a private folder:
-vLLM's endpoints for weights ask for no password, and a port is open to everybody on the machine.
+Both are stock servers. Requests go through the completions endpoint; weights from GPU to GPU (vllm_transfer.py), or through
+files that the server reads (`collective_rpc("reload_weights")`), best in shared memory. A server of ours listens on a Unix
+socket in a private folder: vLLM's endpoints for weights ask for no password, and a port is open to everybody on the machine.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import queue
 import shutil
@@ -32,8 +33,10 @@ from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
 from pact_fast.rollout.adapter import write_adapter
 from pact_fast.rollout.vllm_engine import Sampled, Turn
 from pact_fast.rollout.vllm_local import EXTENSION, engine_args, import_vllm, merged
-from pact_fast.rollout.weights import Piece
+from pact_fast.rollout.vllm_transfer import FILES, NCCL, Transfer
+from pact_fast.rollout.weights import Piece, SentWeights
 
+log = logging.getLogger(__name__)
 # found before any fork: between fork and exec, a process that has had threads must not import or load anything
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 # what our launcher has set for us is not the server's
@@ -46,17 +49,30 @@ LOG_TAIL = 4000  # characters of a dead server's log in its error
 
 
 class VllmServer:
-    """See Host; the part that talks HTTP. `folder` takes the weights; both sides must see it under the same path."""
+    """See Host; the part that talks HTTP. `folder` takes the weights, if `transfer` is `files`, and adapters; both sides must
+    see it under the same path.
+    """
 
     clocked = False
 
-    def __init__(self, name: str, base_url: str, model: Path, folder: Path, *, timeout: float, uds: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        base_url: str,
+        model: Path,
+        folder: Path,
+        *,
+        timeout: float,
+        transfer: str = FILES,
+        uds: str | None = None,
+    ):
         self.name, self._timeout = name, timeout
         self._model, self._folder = model, folder
         self._results: queue.SimpleQueue[Sampled | EngineError] = queue.SimpleQueue()
         self._http = _Background(base_url, uds)
         self._tasks: dict[str, Any] = {}
-        self._weights: tuple[Path, int] | None = None  # folder and version of the last load
+        self._transfer = None if transfer == FILES else Transfer(name, self._call, timeout)
+        self._weights: tuple[Path | SentWeights, int] | None = None  # what was last loaded, or its folder; its version
         self._served = ""
         self._adapter: tuple[Path, int] | None = None
 
@@ -86,8 +102,8 @@ class VllmServer:
             if task:
                 task.cancel()  # a closed connection makes vLLM drop the request
 
-    def load(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        self._weights = self._write(weights, version), version
+    def load(self, weights: SentWeights, version: int) -> None:
+        self._weights = (weights if self._transfer else self._write(iter(weights), version)), version
         self._apply()
 
     def load_adapter(self, tensors: dict[str, torch.Tensor], version: int) -> None:
@@ -101,6 +117,7 @@ class VllmServer:
     def reload(self) -> None:
         """Wait until the server answers again, and give it the last weights."""
         self._forget()
+        self._disconnect()
         self._wait_ready()
         self._apply()
         self._apply_adapter()
@@ -121,6 +138,8 @@ class VllmServer:
 
     def close(self) -> None:
         self._forget()
+        if self._transfer:
+            self._transfer.close()
         self._http.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -149,9 +168,20 @@ class VllmServer:
 
     def _apply(self) -> None:
         assert self._weights is not None
-        path, version = self._weights
-        self._rpc("reload_weights", kwargs={"weights_path": str(path)})
+        weights, version = self._weights
+        if isinstance(weights, SentWeights):
+            assert self._transfer is not None
+            self._transfer.send(weights)
+        else:
+            self._rpc("reload_weights", kwargs={"weights_path": str(weights)})
         self._loaded(version)
+
+    def _disconnect(self) -> None:
+        """Before the last weights are sent again; WeightsGone if they cannot be."""
+        if self._transfer:
+            self._transfer.close()
+        if self._weights and isinstance(self._weights[0], SentWeights):
+            self._weights[0].check_alone()
 
     def _adapter_name(self) -> str | None:
         return f"pact-{self._adapter[1]}" if self._adapter else None
@@ -246,10 +276,23 @@ class VllmServer:
 
 
 class RemoteVllm(VllmServer):
-    """A server that somebody else runs: `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls …`."""
+    """A server that somebody else runs: `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls …`.
 
-    def __init__(self, url: str, model: Path, folder: Path, *, timeout: float, start_timeout: float):
-        super().__init__(f"vLLM at {url}", url, model, folder, timeout=timeout)
+    `insist`: on `transfer`; otherwise weights go through files if the server was not started for it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: Path,
+        folder: Path,
+        *,
+        timeout: float,
+        start_timeout: float,
+        transfer: str = FILES,
+        insist: bool = False,
+    ):
+        super().__init__(f"vLLM at {url}", url, model, folder, timeout=timeout, transfer=transfer)
         self._wait_ready(start_timeout)
         try:
             self._rpc("pact_weights")
@@ -259,6 +302,12 @@ class RemoteVllm(VllmServer):
                 f"MODEL --logprobs-mode processed_logprobs --generation-config vllm --worker-extension-cls {EXTENSION}, "
                 "and pact-fast installed beside it"
             ) from None
+        if self._transfer and set(self._rpc("pact_transfer")) != {NCCL}:
+            problem = f'{self.name} was not started with --weight-transfer-config \'{{"backend": "{NCCL}"}}\''
+            if insist:
+                raise PactError(f"{problem}; do so, or set rollout.vllm_weight_transfer=files")
+            log.warning("%s; its weights go through files in %s", problem, folder)
+            self._transfer = None
 
 
 class ManagedVllm(VllmServer):
@@ -273,12 +322,15 @@ class ManagedVllm(VllmServer):
         timeout: float,
         start_timeout: float,
         devices: list[int] | None = None,
+        transfer: str = FILES,
         **args: Any,
     ):
         import_vllm()
         self._devices = devices  # of this process's GPUs; None: as they come
         self._socket = Path(tempfile.mkdtemp(prefix="pact-fast-vllm-")) / "socket"
-        super().__init__("the vLLM server", "http://vllm", model, folder, timeout=timeout, uds=str(self._socket))
+        super().__init__(
+            "the vLLM server", "http://vllm", model, folder, timeout=timeout, transfer=transfer, uds=str(self._socket)
+        )
         self._start_timeout = start_timeout
         self._args = engine_args(args)
         self._log = log
@@ -291,6 +343,7 @@ class ManagedVllm(VllmServer):
     def reload(self) -> None:
         self._kill()
         self._forget()
+        self._disconnect()
         self._apply()
         self._apply_adapter()
 
@@ -303,17 +356,21 @@ class ManagedVllm(VllmServer):
         if self._process is not None:
             return super()._apply()
         assert self._weights is not None
-        path, version = self._weights
-        self._start(path)
-        self._loaded(version)
+        weights, version = self._weights
+        if isinstance(weights, Path):
+            self._start(weights)
+            self._loaded(version)
+        else:
+            self._start(self._model)  # with random weights
+            super()._apply()
 
-    def _start(self, weights: Path) -> None:
+    def _start(self, model: Path) -> None:
         self._socket.unlink(missing_ok=True)
         command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights),
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
             "--uds", str(self._socket), "--generation-config", "vllm", "--worker-extension-cls", EXTENSION,
             "--enable-prompt-tokens-details",
-            *_flags(self._args),
+            *_flags(self._args | self._transfer_args()),
         ]  # fmt: skip
         environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
         if self._args.get("enable_lora"):
@@ -329,6 +386,11 @@ class ManagedVllm(VllmServer):
                 preexec_fn=_die_with_parent,
             )  # fmt: skip
         self._wait_ready(self._start_timeout)
+
+    def _transfer_args(self) -> dict[str, Any]:
+        if self._transfer is None:
+            return {}
+        return {"load_format": "dummy", "weight_transfer_config": {"backend": NCCL}}
 
     def _check_alive(self) -> None:
         if self._process is not None and self._process.poll() is not None:

@@ -22,7 +22,7 @@ class WeightReport:
     """Methods that vLLM's worker class gains; `self` is the worker. Results are JSON, so that they pass through HTTP."""
 
     def pact_loaded(self, version: int | str) -> None:
-        """After `reload_weights`: finish what it leaves undone, and remember the version."""
+        """After new weights: finish what loading leaves undone, and remember the version."""
         module: Any
         for module in self._pact_model().modules():
             # A head that is tied to the embedding is not in the checkpoint, so reloading passes it by. On CPU it
@@ -47,6 +47,11 @@ class WeightReport:
         with torch.inference_mode():
             found = [list(piece) for piece in adapter_pieces(self._pact_model())]
         return {"version": getattr(self, "_pact_version", -1), "pieces": found}
+
+    def pact_transfer(self) -> str | None:
+        """The backend of vLLM's weight transfer API that this server was started with."""
+        config = getattr(self.vllm_config, "weight_transfer_config", None)  # type: ignore[attr-defined]
+        return config and config.backend
 
     def _pact_model(self) -> torch.nn.Module:
         return self.model_runner.get_model()  # type: ignore[attr-defined]

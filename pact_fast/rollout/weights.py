@@ -19,6 +19,7 @@ from pact_fast.errors import PactError
 
 BUCKET = 256 << 20  # bytes of weights that are whole at the same time under ZeRO-3
 BLOCK = 1 << 22  # numbers hashed at a time
+Expected = dict[str, tuple[int, int, int]]  # rows, columns and fingerprint of each tensor that was sent
 
 
 class Piece(NamedTuple):
@@ -32,8 +33,65 @@ class Piece(NamedTuple):
     fingerprint: int
 
 
+class Shape(NamedTuple):
+    """What is known of a checkpoint tensor before it is there; vLLM's `ParamMeta`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class WeightMismatch(PactError):
     """The engine does not hold the weights that it was given."""
+
+
+class WeightsGone(PactError):
+    """An engine has to be given its weights again, and they are there no more."""
+
+    def __init__(self, reason: str):
+        super().__init__(
+            f"the engine has to be given its weights again, but {reason}; resume the run. With "
+            "rollout.vllm_weight_transfer=files a copy is kept for the next time"
+        )
+
+
+class SentWeights:
+    """One version of the model's weights. Who goes through them, as vLLM's `WeightSource`, sends them; on the way they are
+    fingerprinted.
+
+    An engine that was started again is sent them once more: the same, or not at all.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
+        self._model, self._dtype = model, dtype
+        self._begun = False
+        self.shared = only_together(model)
+        self.expected: Expected = {}
+        self.bytes = 0
+
+    def metadata(self) -> list[Shape]:
+        """Of all tensors in their order; nothing is gathered."""
+        return list(checkpoint_shapes(self._model, self._dtype))
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.check_alone()
+        self._begun = True
+        return self._pass()
+
+    def check_alone(self) -> None:
+        """WeightsGone if it takes other processes to go through them once more: those do it once, when they are new."""
+        if self._begun and self.shared:
+            raise WeightsGone("ZeRO-3 has split them over processes that no longer wait for it")
+
+    def _pass(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in checkpoint_weights(self._model, self._dtype):
+            found = shape_and_fingerprint(tensor)
+            if name not in self.expected:
+                self.expected[name] = found
+                self.bytes += tensor.nbytes
+            elif self.expected[name] != found:
+                raise WeightsGone(f"the trainer has changed them since ({name})")
+            yield name, tensor
 
 
 def fingerprint(tensor: torch.Tensor, row: int = 0, col: int = 0) -> int:
@@ -52,6 +110,10 @@ def fingerprint(tensor: torch.Tensor, row: int = 0, col: int = 0) -> int:
         a = _coefficients(row + start, len(bits), matrix.device, 1)
         total += ((bits * b).sum(1) * a).sum()
     return int(total) & 0xFFFF_FFFF_FFFF_FFFF
+
+
+def shape_and_fingerprint(tensor: torch.Tensor) -> tuple[int, int, int]:
+    return len(tensor), tensor.numel() // max(len(tensor), 1), fingerprint(tensor)
 
 
 def _coefficients(start: int, count: int, device: torch.device, salt: int) -> torch.Tensor:
@@ -80,6 +142,22 @@ def checkpoint_weights(model: PreTrainedModel, dtype: torch.dtype | None = None)
             tensors = {name: parameter.detach() for name, parameter in bucket}
             for name, tensor in _checkpoint_format(model, tensors).items():
                 yield name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
+def checkpoint_shapes(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[Shape]:
+    """What `checkpoint_weights` yields, without the numbers and without gathering."""
+    for bucket in _buckets(model):
+        tensors = {
+            name: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta") for name, p in bucket
+        }
+        for name, tensor in _checkpoint_format(model, tensors).items():
+            yield Shape(name, dtype if dtype and tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+
+
+def only_together(model: PreTrainedModel) -> bool:
+    """ZeRO-3 has split the weights, so that the run's processes can read them only all at once."""
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    return several and any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def save_settings(model: PreTrainedModel, folder: Path) -> None:

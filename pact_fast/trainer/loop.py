@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -316,21 +317,28 @@ class Trainer:
         groups = [Group(task, index, self.loop.prompt_ids(task)) for index, task in enumerate(tasks)]
         if not self.algorithm.needs_rollouts:
             return groups, []
+        keep = config.rollout.num_generations
+        begun = math.ceil(keep * config.rollout.oversampling_factor)
         jobs = [
-            Job(group.task, (config.seed, step, group.index, k), config.rollout.temperature)
+            Job(group.task, (config.seed, step, group.index, k), config.rollout.temperature, group.index)
             for group in groups
-            for k in range(config.rollout.num_generations)
+            for k in range(begun)
         ]
-        trajectories = self._run(jobs, "rollouts")
-        self._reward([jobs[place].task for place in self._share(len(jobs))], trajectories)
+        share = self._share(len(jobs), begun if begun > keep else 1)  # who cancels has to see the whole group
+        tasks = [jobs[place].task for place in share if place % begun < keep]
+        with self.progress.rollouts(len(tasks), "rollouts") as advance:
+            trajectories = self.loop.run([jobs[place] for place in share], lambda *_: advance(), keep)
+        self._reward(tasks, trajectories)
         return groups, trajectories
 
-    def _share(self, jobs: int) -> range:
-        """Places of this process's jobs: a block, so that rollouts of one prompt meet its prefix in one engine."""
+    def _share(self, jobs: int, unit: int = 1) -> range:
+        """Places of this process's jobs: a block, so that rollouts of one prompt meet its prefix in one engine. `unit`: so
+        many neighbours stay together.
+        """
         if self.world.rank not in self.samplers:
             return range(0)
-        index, count = self.samplers.index(self.world.rank), len(self.samplers)
-        return range(index * jobs // count, (index + 1) * jobs // count)
+        index, count, units = self.samplers.index(self.world.rank), len(self.samplers), jobs // unit
+        return range(index * units // count * unit, (index + 1) * units // count * unit)
 
     def _run(self, jobs: list[Job], name: str) -> list[Trajectory]:
         """This process's share of the jobs."""

@@ -1,0 +1,100 @@
+"""vLLM's NCCL weight transfer without a GPU: everything is vLLM's own, but the broadcast underneath, which is gloo's.
+
+The trainer's side is used inside `native`; a server is started with `--worker-extension-cls gloo_server.WeightReport`.
+Streams, of which a CPU has one, do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore
+from vllm.distributed.weight_transfer import nccl_common, packed_tensor
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+from pact_fast.rollout import factory, vllm_server, vllm_transfer
+
+EXTENSION = "gloo_server.WeightReport"
+
+
+class Group:
+    """In place of vLLM's PyNcclCommunicator. The id names a port."""
+
+    before_broadcast = staticmethod(lambda tensor: None)  # where tests strike
+    given_up = threading.Event()
+
+    def __init__(self, nccl_id: bytes, rank: int, size: int, device: object):
+        self.seconds = timedelta(seconds=60)
+        store = TCPStore("127.0.0.1", int(nccl_id.rstrip(b"\0")), size, rank == 0, self.seconds)
+        self.store, self.gloo = store, ProcessGroupGloo(store, rank, size, self.seconds)
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: object = None) -> None:
+        self.before_broadcast(tensor)
+        if self.gloo is None:  # destroyed
+            return
+        options = BroadcastOptions()
+        options.rootRank = src
+        self.gloo.broadcast([tensor], options).wait()
+
+    def destroy(self) -> None:
+        self.gloo = None
+        self.given_up.set()
+
+
+def free_port() -> bytes:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1]).encode().ljust(128, b"\0")
+
+
+@contextlib.contextmanager
+def gloo_instead_of_nccl():
+    stream = SimpleNamespace(synchronize=lambda: None)
+    with contextlib.ExitStack() as patches:
+        for owner, name, value in (
+            (vllm_transfer, "_new_id", free_port),
+            (vllm_transfer, "_join", lambda nccl_id, size, device: Group(nccl_id, 0, size, device)),
+            (nccl_common, "uid_init_process_group", Group),
+            (packed_tensor, "_get_streams", lambda device, count: [stream] * count),
+            (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
+            (torch.accelerator, "current_device_index", lambda: 0),
+            (torch.accelerator, "synchronize", lambda: None),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+@contextlib.contextmanager
+def native():
+    """Inside a trainer, whose servers get their weights this way, in many broadcasts although the model is small."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with (
+        gloo_instead_of_nccl(),
+        mock.patch.dict(os.environ, PYTHONPATH=path),
+        mock.patch.object(vllm_server, "EXTENSION", EXTENSION),
+        mock.patch.object(vllm_transfer, "BUCKET", 1 << 16),
+        mock.patch.object(factory, "choose_transfer", lambda *args, **more: "nccl"),
+    ):
+        yield
+
+
+def _on_gloo(method):
+    def run(self, *args):
+        with gloo_instead_of_nccl():
+            return method(self, *args)
+
+    return run
+
+
+def install() -> None:
+    """In a server's workers."""
+    for name in ("init_transfer_engine", "update_weights"):
+        setattr(NCCLWeightTransferEngine, name, _on_gloo(getattr(NCCLWeightTransferEngine, name)))

@@ -1,0 +1,230 @@
+"""Weights by vLLM's weight transfer API to real servers; gloo in place of NCCL, all else is vLLM's (gloo_transfer.py)."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
+
+from gloo_transfer import EXTENSION, Group, native
+from vllm_parts import caught, largest_gap, make_policy, perturb, prompts, running_server, sample
+
+from pact_fast.config import LoraConfig
+from pact_fast.errors import PactError
+from pact_fast.rollout import vllm_transfer
+from pact_fast.rollout.factory import make_engine
+from pact_fast.rollout.vllm_server import ManagedVllm
+from pact_fast.rollout.vllm_transfer import choose_transfer
+from pact_fast.rollout.weights import WeightsGone
+from pact_fast.trainer import lora
+
+pytestmark = pytest.mark.vllm
+FLAGS = ["--weight-transfer-config", '{"backend": "nccl"}']
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gloo():
+    with native():
+        yield
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return make_policy("rollout.vllm_mode=server", "rollout.engine_timeout=20", trained=False)
+
+
+@pytest.fixture(scope="module")
+def engine(policy):
+    made = make_engine(policy.config, policy.model, policy.renderer)
+    yield made
+    made.shutdown()
+
+
+class Striking:
+    """Does something at the n-th broadcast of an update."""
+
+    def __init__(self, monkeypatch, at, strike):
+        self.seen, self.at, self.strike = 0, at, strike
+        monkeypatch.setattr(Group, "before_broadcast", self)
+
+    def __call__(self, tensor):
+        self.seen += 1
+        if self.seen == self.at:
+            self.strike(tensor)
+
+
+def exact(engine, policy, version):
+    contexts = prompts(len(policy.renderer.tokenizer))
+    assert largest_gap(policy.model, contexts, sample(engine, contexts, 16, version)) <= 1e-4
+
+
+def test_logprobs_equal_the_trainers_and_no_file_is_written(policy, engine, monkeypatch):
+    for version in range(3):
+        perturb(policy.model)
+        broadcasts = Striking(monkeypatch, 0, None)
+        engine.update_weights(policy.model, version)
+        assert broadcasts.seen > 3
+        assert engine.last_sync.bytes == sum(p.nbytes for p in policy.model.parameters())
+        exact(engine, policy, version)
+    assert not list(engine.host._folder.iterdir()) and engine.restarts == 0
+
+
+def test_a_bit_that_changes_on_the_way_is_caught(policy, engine, monkeypatch):
+    perturb(policy.model)
+    Striking(monkeypatch, 2, lambda packed: packed[packed.numel() // 2].bitwise_xor_(1))
+    caught(engine, policy.model, r"1 of \d+ tensors differ")
+
+
+def test_a_tensor_that_is_left_out_is_caught(policy, engine, monkeypatch):
+    perturb(policy.model)
+    left_out, outgoing = "model.layers.1.mlp.down_proj.weight", vllm_transfer._Outgoing
+    shapes, tensors = outgoing.metadata, outgoing.__iter__
+    monkeypatch.setattr(outgoing, "metadata", lambda self: [m for m in shapes(self) if m.name != left_out])
+    monkeypatch.setattr(outgoing, "__iter__", lambda self: (pair for pair in tensors(self) if pair[0] != left_out))
+    caught(engine, policy.model, left_out)
+
+
+def test_a_server_that_died_gets_the_current_weights(policy, engine):
+    perturb(policy.model)
+    engine.update_weights(policy.model, 4)
+    os.killpg(engine.host.pid, signal.SIGKILL)
+    exact(engine, policy, 4)
+    os.killpg(engine.host.pid, signal.SIGKILL)
+    perturb(policy.model)
+    engine.update_weights(policy.model, 5)
+    exact(engine, policy, 5)
+
+
+@pytest.mark.parametrize("fault", ["dies", "dies, and NCCL waits for it", "hangs"])
+def test_a_server_that_dies_or_hangs_while_it_receives(policy, engine, monkeypatch, fault):
+    perturb(policy.model)
+    engine.update_weights(policy.model, 6)
+    perturb(policy.model)
+    before, server, waited = engine.restarts, engine.host.pid, []
+
+    def strike(packed):
+        Group.given_up.clear()
+        os.killpg(server, signal.SIGSTOP if fault == "hangs" else signal.SIGKILL)
+        if "waits" in fault:  # as gloo does not
+            waited.append(Group.given_up.wait(30))
+
+    Striking(monkeypatch, 3, strike)
+    engine.update_weights(policy.model, 7)
+    assert all(waited) and engine.restarts > before and engine.host.pid != server
+    exact(engine, policy, 7)
+
+
+def test_weights_that_are_gone_are_an_error_that_says_so(policy, engine, monkeypatch):
+    engine.update_weights(policy.model, 8)
+    os.killpg(engine.host.pid, signal.SIGKILL)
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight[0, 0] += 1
+    with pytest.raises(WeightsGone, match=r"changed them since .*resume the run.*rollout.vllm_weight_transfer=files"):
+        exact(engine, policy, 8)
+    for session in range(8):  # nobody waits for these turns any more
+        engine.close(session)
+    engine.update_weights(policy.model, 9)  # new ones can be sent
+    exact(engine, policy, 9)
+
+
+def test_the_weights_under_an_adapter(tmp_path):
+    pytest.importorskip("peft", reason="needs the extra lora: pip install 'pact-fast[lora]'")
+    policy = make_policy("rollout.vllm_mode=server", "model.lora.r=4", trained=False)
+    lora.attach(policy.model, policy.config.model.lora or LoraConfig(), 0)
+    engine = make_engine(policy.config, policy.model, policy.renderer, folder=tmp_path)
+    for version in range(2):
+        engine.update_weights(policy.model, version)
+        exact(engine, policy, version)
+        with torch.no_grad():
+            for name, parameter in policy.model.named_parameters():
+                if ".lora_" in name:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    engine.update_weights(policy.model, 2)
+    os.killpg(engine.host.pid, signal.SIGKILL)
+    exact(engine, policy, 2)
+    engine.shutdown()
+
+
+def test_a_running_server_and_two_trainers_one_after_the_other(policy, tmp_path):
+    config = policy.config.model_copy(deep=True)
+    with running_server(policy, tmp_path, *FLAGS, extension=EXTENSION) as config.rollout.vllm_server_base_url:
+        for trainer in range(2):
+            engine = make_engine(config, policy.model, policy.renderer, folder=tmp_path / str(trainer))
+            for version in range(2):
+                perturb(policy.model)
+                engine.update_weights(policy.model, version)
+                exact(engine, policy, version)
+            assert not list(engine.host._folder.iterdir())
+            engine.shutdown()
+
+
+def test_a_running_server_that_was_not_started_for_it(policy, tmp_path, caplog):
+    config = policy.config.model_copy(deep=True)
+    with running_server(policy, tmp_path) as config.rollout.vllm_server_base_url:
+        config.rollout.vllm_weight_transfer = "nccl"
+        with pytest.raises(
+            PactError, match=r"not started with --weight-transfer-config '\{\"backend\": \"nccl\"\}'; do so"
+        ):
+            make_engine(config, policy.model, policy.renderer, folder=tmp_path)
+        config.rollout.vllm_weight_transfer = "auto"
+        with caplog.at_level(logging.WARNING):
+            engine = make_engine(config, policy.model, policy.renderer, folder=tmp_path)
+        assert "its weights go through files in" in caplog.text
+        perturb(policy.model)
+        engine.update_weights(policy.model, 0)
+        assert [path.name for path in engine.host._folder.iterdir()] == ["weights-0"]
+        exact(engine, policy, 0)
+        engine.shutdown()
+
+
+def test_which_way_is_taken(policy, monkeypatch):
+    config = policy.config.model_copy(deep=True, update={"device": "auto"})
+
+    def way(wanted="auto", apart=True):
+        config.rollout.vllm_weight_transfer = wanted
+        return choose_transfer(config, policy.model, apart=apart)
+
+    assert way() == way("files") == "files"
+    with pytest.raises(PactError, match="nccl does not work here: the trainer has no GPU; use auto or files"):
+        way("nccl")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert way() == way("nccl") == "nccl" and way("files") == way(apart=False) == "files"
+    with pytest.raises(PactError, match="share a GPU"):
+        way("nccl", apart=False)
+    config.trainer.max_off_policy_steps = 1  # while the next steps are sampled, the weights change
+    assert way() == "files" and way("nccl") == "nccl"
+    config.model.lora = LoraConfig()  # those under an adapter do not
+    assert way() == "nccl"
+    monkeypatch.setattr(vllm_transfer, "only_together", lambda model: True)
+    assert way() == "files" and way("nccl") == "nccl"
+
+
+def test_a_dying_server_does_not_start_while_its_weights_cannot_be_sent(policy, engine, monkeypatch):
+    """Under ZeRO-3, processes that gather go through the weights once."""
+    monkeypatch.setattr("pact_fast.rollout.weights.only_together", lambda model: True)
+    engine.update_weights(policy.model, 10)
+    monkeypatch.setattr(ManagedVllm, "_start", lambda host, model: pytest.fail("it was started"))
+    os.killpg(engine.host.pid, signal.SIGKILL)
+    with pytest.raises(WeightsGone, match="ZeRO-3 has split them"):
+        exact(engine, policy, 10)
+
+
+@pytest.mark.slow
+def test_weights_that_zero3_has_split(tmp_path):
+    """Two processes gather them; a server that died before that is started first, one that dies later ends the run."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    script = Path(__file__).parent / "zero3_transfer.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert len(result["gaps"]) == 3 and max(result["gaps"]) <= 1e-4 and result["restarts"] == 1
+    assert result["broadcasts"] > 3 and "ZeRO-3 has split them" in result["error"]
