@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pact_fast import __version__
+from pact_fast.distributed.leaving import leave_if_several
 from pact_fast.errors import PactError
+from pact_fast.trainer.stopping import Stopped
 
 EPILOG = """\
 first steps:
@@ -33,8 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.settings += rest
+    status = _status(arguments)
+    leave_if_several(status)
+    return status
+
+
+def _status(arguments: argparse.Namespace) -> int:
     try:
         return arguments.run(arguments) or 0
+    except Stopped as stopped:
+        return stopped.status
     except PactError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -56,7 +56,7 @@ def test_seconds_are_near_those_of_a_real_update(shape, lengths):
 
 
 def test_devices_share_the_work_and_pay_for_it_in_bytes():
-    config = settings(DEEP, trainer={"prompts_per_step": 16}, rollout={"engine": "vllm"})
+    config = settings(WIDE, trainer={"prompts_per_step": 16}, rollout={"engine": "vllm"})
     one, eight = planned(config), planned(config, gpus=8)
     by_name = {part.name: part.amount for part in eight.parts}
     for part in one.parts:
@@ -68,7 +68,7 @@ def test_devices_share_the_work_and_pay_for_it_in_bytes():
 
 
 def test_stage_3_sends_more_than_stage_2():
-    config = settings(DEEP, trainer={"prompts_per_step": 16}, model={"dtype": "bfloat16"})
+    config = settings(WIDE, trainer={"prompts_per_step": 16}, model={"dtype": "bfloat16"})
 
     def sent(stage):
         return sum(part.amount for part in planned(config, gpus=8, stage=stage).parts if part.phase == "communication")

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pact_fast.algorithms.base import Plan, Scored
 from pact_fast.config import Config, parse_config
 from pact_fast.distributed.world import World, join
-from pact_fast.kernels import Stream
+from pact_fast.kernels import Stream, release_memory
 from pact_fast.planning import hardware
 from pact_fast.planning.rehearsal import architecture
 from pact_fast.trainer import lora, setup
@@ -72,6 +72,7 @@ def main(request: dict[str, Any]) -> None:
     baseline = _resident("VmRSS")
     subject, vocab = learner(config, world), config.model.random_init["vocab_size"]
     subject.update(plans(WARM, 1, vocab))  # AdamW has its states from here on
+    release_memory()  # what the head keeps counts as the update's
     data = plans(request["lengths"], request["prompts"], vocab)
     rates = [_rates(config)] if request["rates"] else []
     with PeakMemory(torch.device("cpu")) as memory:

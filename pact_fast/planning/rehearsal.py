@@ -71,9 +71,13 @@ def rehearse(config: Config, loads: Sequence[Load], device: str, dtype: torch.dt
             trained = [p for p in model.parameters() if p.requires_grad]
             moments = [torch.empty_like(p) for p in trained for _ in range(2)] if dtype == torch.float32 else []
             tracker.add(moments, Kind.OPTIMIZER)
+            if device == "cpu":  # there the memory of logits is kept from pass to pass (kernels/memory.py)
+                head = model.get_output_embeddings().weight
+                logits = torch.empty(max(_chunk(head, load.supervised, device) for load in loads), len(head))
+                tracker.add([logits], Kind.HEAD)
             for p in trained:
                 p.register_post_accumulate_grad_hook(lambda p: tracker.add([p.grad], Kind.GRADIENTS))
-            _passes(model, loads, autocast, torch.device(device), tracker)
+            _passes(model, loads, autocast, device, tracker)
             tracker.kind = Kind.STEP
             if moments:
                 _step(trained, foreach=device == "cuda")
@@ -108,7 +112,7 @@ def _passes(
     model: PreTrainedModel,
     loads: Sequence[Load],
     autocast: AbstractContextManager,
-    device: torch.device,
+    device: str,
     tracker: Tracker,
 ) -> None:
     """Forward, loss and backward of each pack, as the learner does it."""
@@ -136,15 +140,21 @@ def _paths(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     return trunk(model)(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
+def _chunk(weight: torch.Tensor, supervised: int, device: str) -> int:
+    """Rows of logits that are there at a time."""
+    return balanced(supervised, chunk_rows(len(weight), 4 * len(weight), torch.device(device)))
+
+
 class _Head(torch.autograd.Function):
     """What pact_loss holds, without its numbers: a chunk's logits, and both gradients from the forward pass on."""
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, supervised: int, device: torch.device) -> torch.Tensor:
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, supervised: int, device: str) -> torch.Tensor:
         vocab, width = weight.shape
-        rows = balanced(supervised, chunk_rows(vocab, 4 * vocab, device))
+        rows = _chunk(weight, supervised, device)
         grads = [t.new_empty(t.shape, dtype=torch.float32) for t in (hidden, weight) if t.requires_grad]
-        chunk = [hidden.new_empty(rows, columns, dtype=torch.float32) for columns in (vocab, width, width)]
+        columns = (width, width) if device == "cpu" else (vocab, width, width)
+        chunk = [hidden.new_empty(rows, n, dtype=torch.float32) for n in columns]
         ctx.save_for_backward(*(t.to(hidden.dtype) for t in grads))
         del chunk
         return hidden.new_empty(())

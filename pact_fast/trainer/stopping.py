@@ -12,8 +12,10 @@ from types import FrameType
 class Stopped(SystemExit):
     """SIGTERM came while there was nothing to finish. The exit status is a shell's for SIGTERM, 143."""
 
+    status = 128 + signal.SIGTERM
+
     def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
+        super().__init__(self.status)
 
 
 class StopRequest:
