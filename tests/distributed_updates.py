@@ -5,6 +5,7 @@ python -m torch.distributed.run --nproc-per-node 2 tests/distributed_updates.py 
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from typing import Any
@@ -14,7 +15,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import numpy as np
 import torch
 from helpers import make_groups, toolchain_renderer, update_of
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pact_fast.algorithms import make_algorithm
 from pact_fast.config import AlgorithmConfig, TrainerConfig
@@ -38,7 +39,7 @@ PACKS = {
 
 
 def run(case: str, world: World) -> dict[str, np.ndarray]:
-    """`case`: backend/packs/model, for example zero3/small/llama; further words: sequence, dropped."""
+    """`case`: backend/packs/model, for example zero3/small/llama; further words: kl, sequence, dropped."""
     backend, packs, kind, *more = case.split("/")
     torch.manual_seed(0)
     renderer = toolchain_renderer()
@@ -47,13 +48,16 @@ def run(case: str, world: World) -> dict[str, np.ndarray]:
         num_key_value_heads=1, head_dim=8, max_position_embeddings=2048, tie_word_embeddings=kind == "qwen3",
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
-    config = AlgorithmConfig(anchor={"mode": "blend"}, entropy_coef=0.01)
+    config = AlgorithmConfig(anchor={"mode": "blend"}, entropy_coef=0.01, beta=0.5 if "kl" in more else 0.0)
     trainer = TrainerConfig(
         learning_rate=1e-3, max_tokens_per_pack=PACKS[packs], max_grad_norm=0.1, **BACKENDS[backend]
     )
     learner = Learner(
-        model, trainer, config, total_updates=STEPS, temperature=0.8, shares_batches=True, world=world
+        model, trainer, config, total_updates=STEPS, temperature=0.8, shares_batches=True, world=world,
+        reference=reference_of(model) if "kl" in more else None,
     )  # fmt: skip
+    if learner.reference is not None and backend.startswith("zero3"):
+        assert all(hasattr(p, "ds_id") for p in learner.reference.parameters())  # split, too
     if "dropped" in more and world.rank == 1:
         learner._backward = losing_one(learner._backward)
     groups = make_groups(renderer, config, prompts=3, rollouts=2)
@@ -69,6 +73,14 @@ def run(case: str, world: World) -> dict[str, np.ndarray]:
         norms.append(learner.step())
         losses.append(result.loss)
     return {"losses": np.array(losses), "norms": np.array(norms), "gradient": gradient}
+
+
+def reference_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model, so that the KL is not 0 at the start."""
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    for parameter in reference.parameters():
+        parameter.mul_(1.1)
+    return reference
 
 
 def whole_gradient(learner: Learner) -> np.ndarray:

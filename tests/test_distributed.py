@@ -16,6 +16,7 @@ CASES = {
     "zero": [
         "zero1/small/qwen3", "zero2/whole/qwen3", "zero2/small/qwen3", "zero3/whole/llama", "zero3/small/qwen3",
         "zero2-cpu/small/qwen3", "zero3-cpu/small/qwen3", "zero3/small/qwen3/sequence", "zero2/small/qwen3/dropped",
+        "zero3/small/qwen3/kl",
     ],
 }  # fmt: skip
 
@@ -32,11 +33,11 @@ def launch(out: Path, cases: list[str], processes: int = 2) -> dict[str, np.ndar
 
 @pytest.fixture(scope="module")
 def alone():
-    return {kind: run(f"replicated/whole/{kind}", World()) for kind in ("qwen3", "llama")}
+    return {kind: run(f"replicated/whole/{kind}", World()) for kind in ("qwen3", "llama", "qwen3/kl")}
 
 
 def errors(found: dict[str, np.ndarray], case: str, alone: dict) -> dict[str, float]:
-    expected = alone[case.split("/")[2]]
+    expected = alone[case.split("/")[2] + ("/kl" if "kl" in case else "")]
     return {
         key: float(np.linalg.norm(found[f"{case}:{key}"] - value) / np.linalg.norm(value))
         for key, value in expected.items()

@@ -10,8 +10,8 @@ import sys
 def leave_if_several(status: int) -> None:
     """End the process, if it is one of several, without taking its connections down.
 
-    gloo's threads may still wait for a peer then; torch destroys them as they are, and now and then (once in fifteen ends,
-    torch 2.13) the process aborts, after all its work, and the launcher calls the run a failure.
+    gloo's threads may still wait for a peer then; torch 2.13 destroys them as they are, and now and then the process aborts,
+    after all its work, and the launcher calls the run a failure.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:

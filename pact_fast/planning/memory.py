@@ -59,7 +59,7 @@ def estimate(
     size = 2 if half else 4
     result = Estimate(_parts(seen, sharding, size), len(loads[0].batch), seen.parameters, seen.traffic)
     _gathered(result, config, sharding, size, seen.trained if device == "cpu" else BUCKET)
-    _others(result, config, device, capacity)
+    _others(result, config, device, capacity, sharding.weights * size if sharding.stage == 3 else 4.0)
     if result.tokens > (config.trainer.max_tokens_per_pack or result.tokens):
         result.notes.append(
             f"the longest path alone takes {result.tokens} tokens, more than trainer.max_tokens_per_pack: "
@@ -180,10 +180,10 @@ def _gathered(result: Estimate, config: Config, sharding: Sharding, size: int, b
     result.parts["communication buckets"] = size * min(bucket, BUCKET)
 
 
-def _others(result: Estimate, config: Config, device: str, capacity: int | None) -> None:
-    """What is on the device beside the update."""
+def _others(result: Estimate, config: Config, device: str, capacity: int | None, frozen: float) -> None:
+    """What is on the device beside the update. `frozen`: bytes of it for each number of a model that is not trained."""
     if config.algorithm.beta and not config.model.lora:
-        result.parts["reference model"] = 4 * result.parameters
+        result.parts["reference model"] = round(frozen * result.parameters)
     if device == "cuda":
         result.parts["CUDA context (assumed)"] = CUDA_CONTEXT
     rollout = config.rollout

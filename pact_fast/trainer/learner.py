@@ -102,11 +102,24 @@ class Learner:
         self.backend = make_backend(self.policy, trainer, dtype, self.world)
         self.reference, self._reference = reference, None
         if reference is not None:
-            self._reference = self.policy if reference is model else Policy(reference, self.world, autocast)
+            self._reference = self._reference_forward(reference, autocast, dtype)
         if self.policy.unshared:
             reason = f"prefixes are not shared, every sequence is computed whole: {self.policy.unshared}"
             warnings.warn(reason, stacklevel=2)
         self._share = trainer.share_prefixes and self.policy.unshared is None
+
+    def _reference_forward(
+        self, reference: PreTrainedModel, autocast: AbstractContextManager | None, dtype: str
+    ) -> Forward:
+        if reference is self.model:
+            return self.backend.forward
+        policy = Policy(reference, self.world, autocast)
+        zero = self.trainer.deepspeed
+        if zero is None or zero.stage < 3:
+            return policy
+        from pact_fast.trainer.zero import split_frozen
+
+        return split_frozen(policy, self.trainer, dtype, self.world)
 
     def prepare(self, plans: list[Plan]) -> None:
         """The passes without gradient, before the first optimizer step on a rollout batch.
@@ -126,9 +139,8 @@ class Learner:
             cap = self.algorithm.vllm_importance_sampling_clip_max
             fold_weights(scored, Stream.PROMPT, self._sampler_mode, cap)
         if self._reference is not None and self.reference is not None:
-            forward = self.backend.forward if self.reference is self.model else self._reference
             with adapters_off(self.reference):
-                self._fill(plans, scored, forward, "ref_logprob")
+                self._fill(plans, scored, self._reference, "ref_logprob")
 
     def update(self, plans: list[Plan]) -> UpdateResult:
         """One optimizer step on the plans."""

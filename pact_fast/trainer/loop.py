@@ -191,7 +191,8 @@ class Trainer:
             return model, None
         if config.model.lora:
             return model, model  # its adapters are off while it is the reference
-        reference = setup.make_model(config, self.tokenizer, path=start, device=self.device)
+        several = self.world.size > 1
+        reference = setup.make_model(config, self.tokenizer, path=start, device=self.device, split=several)
         return model, reference.eval().requires_grad_(False)
 
     def _pretrain(self, target: Path) -> None:

@@ -10,7 +10,7 @@ What DeepSpeed is told, and why
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,6 +129,23 @@ class Zero:
             torch.as_tensor(state["step"]).float().cpu() for state in self._base().state.values() if "step" in state
         ]
         return known[0] if known else torch.zeros(())
+
+
+def split_frozen(
+    policy: Policy, trainer: TrainerConfig, dtype: str, world: World
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The forward pass of a policy that is not trained, whose weights are split over the processes as those of stage 3 are."""
+    deepspeed = import_deepspeed(policy.model.device)
+    config = settings(trainer, dtype)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    with _explained():
+        engine, *_ = deepspeed.initialize(model=policy, config=config, dist_init_required=False)
+
+    def forward(*args: Any) -> tuple[torch.Tensor, ...]:
+        with world.deadline("parameters"):
+            return engine(*args)
+
+    return forward
 
 
 def settings(trainer: TrainerConfig, dtype: str) -> dict[str, Any]:
