@@ -182,6 +182,7 @@ def _extra(method: Method, setting: dict[str, Any], problem: Problem, held: int 
     gradients = {"extra_forward_bytes": 0, "extra_both_bytes": problem.gradient_bytes}
     for (key, expected), call in zip(gradients.items(), (_forward, _step), strict=True):
         problem.clear()
+        release_memory()  # what ours keeps from the call before counts as much as what it takes anew
         with PeakMemory(problem.hidden.device) as peak:
             call(method, problem, setting)
         kept = peak.before - held if held is not None and peak.before is not None else 0
@@ -212,7 +213,6 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
     _step(method, warm, setting)
     warm.clear()
     del warm
-    release_memory()  # what ours keeps from the warm-up counts as much as what it takes anew
     return _extra(method, setting, problem)
 
 
