@@ -174,6 +174,7 @@ def test_a_server_that_cannot_start_says_why(policy, tmp_path):
     policy.config.rollout.vllm_args = {}
     with pytest.raises(EngineDied, match=r"(?s)ended with status.*its log .*vllm.log ends"):
         engine.update_weights(policy.model, 0)
+    assert engine.restarts == 0  # it would fail again
     engine.shutdown()
 
 

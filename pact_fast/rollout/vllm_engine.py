@@ -293,10 +293,12 @@ class VllmEngine:
         return sum(tensor.nbytes for tensor in adapter.values())
 
     def _insist(self, load: Callable[[], None]) -> None:
-        """An engine that dies of it is started again, which gives it the same."""
+        """An engine that dies of it is started again, which gives it the same. One that has never served would die again."""
         try:
             load()
         except (EngineDied, EngineTimeout) as error:
+            if self.last_sync is None:
+                raise
             self._restart(error)
 
     def sleep(self) -> None:
