@@ -1,37 +1,19 @@
 """More rollouts are begun than are kept: groups stay whole, and a run still repeats itself."""
 
-import json
 import math
 
 import pytest
+from test_resume import SETTINGS, metrics
 
 from pact_fast.config import load_config
 from pact_fast.distributed.world import World
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.trainer.loop import Trainer
 
-SETTINGS = [
-    "device=cpu",
-    "threads=1",
-    "trainer.max_steps=2",
-    "trainer.prompts_per_step=3",
-    "trainer.eval_tasks=2",
-    "rollout.num_generations=2",
+RUN = [
+    *SETTINGS, "device=cpu", "trainer.max_steps=2", "trainer.prompts_per_step=3", "trainer.prompts_per_update=null",
     "rollout.oversampling_factor=1.6",
-    "rollout.max_turn_tokens=12",
-    "rollout.max_completion_length=40",
-    "pretrain.steps=3",
-    "pretrain.batch_size=2",
-    "model.random_init.hidden_size=32",
-    "model.random_init.intermediate_size=32",
-    "model.random_init.num_hidden_layers=2",
-    "model.random_init.head_dim=8",
-]
-
-
-def metrics(run):
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "tokens_per_second"} for r in records]
+]  # fmt: skip
 
 
 def test_a_run_repeats_itself(tmp_path, monkeypatch):
@@ -49,7 +31,7 @@ def test_a_run_repeats_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(AgentLoop, "run", counted)
     monkeypatch.setattr(Trainer, "_exchange", whole)
     for name in "ab":
-        Trainer(load_config("quickstart", [*SETTINGS, f"output_dir={tmp_path / name}"])).train()
+        Trainer(load_config("quickstart", [*RUN, f"output_dir={tmp_path / name}"])).train()
     assert begun.count((3 * math.ceil(1.6 * 2), 2)) == 4  # the others evaluate
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
