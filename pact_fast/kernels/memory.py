@@ -1,8 +1,8 @@
 """Uninitialised memory for what a pass writes and reads again and again.
 
 On CPU the memory of one pass is kept for the next one. A system zeroes every page before it gives it out, and a virtual
-machine may have to ask its host for it as well: measured, a seventh of a whole bf16 pass. Huge pages make the memory faster
-to reach; their first use may be slow, and is paid once. On CUDA torch's allocator does all this.
+machine may have to ask its host for it as well. Huge pages make the memory faster to reach; their first use may be slow, and
+is paid once. On CUDA torch's allocator does all this.
 """
 
 from __future__ import annotations
