@@ -1,9 +1,10 @@
 """Attention over a packed tree, exact in forward and backward.
 
-The tree's mask falls apart into dense calls (`PackedBatch.calls`): one causal call over all runs, and one whole call for each
-further level of ancestors. A row that takes part in several has its partial results merged by log-sum-exp. Autograd through
-that merge would be silently wrong, because flash kernels drop the gradient of the log-sum-exp. Instead each kernel's raw
-backward gets the *merged* output and the merged log-sum-exp: its softmax is then the global one, and dQ, dK, dV simply add up.
+On CPU a kernel of our own takes the tree's mask as it is (attention_cpp.py). Where there are ordinary flash kernels only, the
+mask falls apart into dense calls (`PackedBatch.calls`): one causal call over all runs, and one whole call for each further
+level of ancestors. A row that takes part in several has its partial results merged by log-sum-exp. Autograd through that
+merge would be silently wrong, because flash kernels drop the gradient of the log-sum-exp. Instead each kernel's raw backward
+gets the *merged* output and the merged log-sum-exp: its softmax is then the global one, and dQ, dK, dV simply add up.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pact_fast.tree import attention_cpp
 from pact_fast.tree.cache import PathCache
 from pact_fast.tree.flash import Flash, flash_for
 from pact_fast.tree.packing import Call, PackedBatch, Span
@@ -32,6 +34,8 @@ class TreeLayout:
         self.slices: Slices | None = None  # the rows of this process, see tree_forward
         self._after = after
         self._subtree_end = torch.as_tensor(batch.subtree_end, device=device)
+        # row i sees key k if k ≤ after + i < end[k]
+        self.end = torch.nn.functional.pad(self._subtree_end + after, (after, 0), value=after + len(batch))
         self._mask: torch.Tensor | None = None
         self._flash: tuple[torch.dtype, Flash | None] | None = None
 
@@ -65,11 +69,14 @@ def tree_attention(
 ) -> torch.Tensor:  # [1, Hq, T, D]
     """softmax(scale · q kᵀ + tree mask) v. Hkv divides Hq (grouped queries).
 
-    Flash kernels serve CPU (any float dtype) and CUDA (bf16, fp16); a dense mask everything else.
+    Our own kernel serves CPU (bf16, fp32, heads of a multiple of 16 up to 256); torch's flash kernels CPU and CUDA (bf16, fp16);
+    a dense mask everything else.
     """
     if torch.is_autocast_enabled(q.device.type):  # norms leave q and k in fp32 there
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if attention_cpp.serves(q, v, scale):
+        return attention_cpp.OnePass.apply(q, k, v, layout.end, scale)
     flash = layout.flash(q)
     if flash is not None:
         return _TreeAttention.apply(q, k, v, layout.calls, scale, flash)
