@@ -39,7 +39,7 @@ inline void check_grads(const Tensor& x, const Tensor& weight, const std::option
 
 constexpr int64_t kSlab = 768;    // columns of dz worked on at a time
 constexpr int64_t kWide = 1024;   // columns of dW worked on at a time
-constexpr int64_t kTall = 32;     // rows of dW worked on at a time
+constexpr int64_t kTall = 48;     // rows of dW worked on at a time: a multiple of the 6 rows of the block product's loop
 constexpr int64_t kScratch = std::max(kSlab * kPanel, 2 * kTall * kWide);  // a panel of W, or sums of dW
 
 // Sums that outlive a call are kept in 24 bits: the nearest bf16 number, `high`, and what it lacks in 1/256 of its last
