@@ -21,16 +21,10 @@ namespace {
 #ifdef __AVX512BF16__
 
 void logits(const Bits* x, const Bits* weight, float* z, int64_t rows, int64_t vocab, int64_t width, int64_t z_stride) {
-  const Even even(x, rows, width);
-  const int64_t threads = torch::stable::get_num_threads();
-  share(ceil_div(vocab, kPanel), std::min(round_up(width, 32), kDepth) * kPanel, [&](int64_t unit, Bits* panel) {
-    const int64_t v = unit * kPanel, columns = std::min(kPanel, vocab - v), next = v + threads * kPanel;
-    for (int64_t k = 0; k < width; k += kDepth) {
-      const int64_t depth = std::min(kDepth, width - k);
-      const Ahead ahead = next < vocab ? Ahead{weight + next * width + k, width, std::min(kPanel, vocab - next), depth} : Ahead{};
-      pack_transposed(weight + v * width + k, width, columns, depth, panel);
-      product(rows, columns, round_up(depth, 2), even.x + k, even.ld, panel, z + v, z_stride, k > 0, ahead);
-    }
+  const LogitPanels panels{Even(x, rows, width), weight, rows, vocab, width};
+  share(panels.count(), panels.packed(), [&](int64_t p, Bits* packed) {
+    const auto place = [&](int64_t i) { return z + i * z_stride + p * kPanel; };
+    panels.panel(p, packed, z_stride, place, [](int64_t, int64_t) {});
   });
 }
 

@@ -64,6 +64,7 @@ namespace blas = at::native::cpublas;
 using Buffer = pact_fast::Buffer<Bits>;
 
 constexpr int64_t kDepth = 2048;  // rows of a panel in x·Wᵀ
+constexpr int64_t kPiece = 64;    // rows of A worked on at a time
 
 // AMX tiles stay configured after a product. A thread of torch's pool has to be left without: the configuration is part of
 // its state, slows down every switch between threads, and is not the one that other users of the tiles expect.
@@ -87,10 +88,10 @@ struct Ahead {
 // thread: pieces of 64 rows, at most one of 16, 32 or 48 and one below bound the number of shapes.
 inline void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const Bits* b, float* c, int64_t ldc, bool add,
              const Ahead& ahead = {}) {
-  const int64_t parts = ceil_div(m, 64);
+  const int64_t parts = ceil_div(m, kPiece);
   for (int64_t i = 0; i < m;) {
-    if (i % 64 == 0) ahead.fetch(i / 64, parts);
-    const int64_t left = m - i, rows = left >= 64 ? 64 : left >= 16 ? left & ~15 : left;
+    if (i % kPiece == 0) ahead.fetch(i / kPiece, parts);
+    const int64_t left = m - i, rows = left >= kPiece ? kPiece : left >= 16 ? left & ~15 : left;
     blas::brgemm(rows, n, k, lda, kPanel, ldc, add, reinterpret_cast<const c10::BFloat16*>(a + i * lda),
                  reinterpret_cast<const c10::BFloat16*>(b), c + i * ldc, true);
     i += rows;
@@ -148,6 +149,35 @@ struct Even {
       copy[i * ld + width] = 0;
     }
     x = copy.get();
+  }
+};
+
+// The product z = x·Wᵀ, panel by panel: x [rows, width], weight [vocab, width].
+struct LogitPanels {
+  Even x;
+  const Bits* weight;
+  int64_t rows, vocab, width;
+
+  int64_t count() const { return ceil_div(vocab, kPanel); }
+  int64_t packed() const { return std::min(round_up(width, 32), kDepth) * kPanel; }  // room for a panel of W
+
+  // Panel p in pieces: rows from i on go to place(i), ld apart, and when their sums are complete, done(i, how many).
+  template <typename Place, typename Done>
+  void panel(int64_t p, Bits* packed, int64_t ld, const Place& place, const Done& done) const {
+    const int64_t v = p * kPanel, columns = std::min(kPanel, vocab - v);
+    const int64_t next = v + torch::stable::get_num_threads() * kPanel;
+    for (int64_t k = 0; k < width; k += kDepth) {
+      const int64_t depth = std::min(kDepth, width - k);
+      Ahead ahead;
+      if (next < vocab) ahead = {weight + next * width + k, width, std::min(kPanel, vocab - next), depth};
+      pack_transposed(weight + v * width + k, width, columns, depth, packed);
+      for (int64_t i = 0; i < rows; i += kPiece) {
+        const int64_t m = std::min(kPiece, rows - i);
+        ahead.fetch(i / kPiece, ceil_div(rows, kPiece));
+        product(m, columns, round_up(depth, 2), x.x + i * x.ld + k, x.ld, packed, place(i), ld, k > 0);
+        if (k + depth == width) done(i, m);
+      }
+    }
   }
 };
 

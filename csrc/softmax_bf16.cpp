@@ -45,8 +45,6 @@ struct Wanted {
 
 #ifdef __AVX512BF16__
 
-constexpr int64_t kPiece = 64;  // rows of a panel worked on at a time: 16 KiB, read from the first-level cache
-
 // Below −87, exp is no normal number any more; there it is cut off, which adds 2e−38 to sums that are at least 1.
 __m512 cut(__m512 x) { return _mm512_max_ps(_mm512_set1_ps(-87.0f), x); }  // of two, the second one if it is NaN
 
@@ -71,43 +69,25 @@ __m512d wide(__m512 x, int half) {
 class Forward {
  public:
   Forward(const Bits* x, const Rows& rows, Bits* terms, float* tops)
-      : rows_(rows), terms_(terms), panels_(ceil_div(rows.vocab, kPanel)), x_(x, rows.n, rows.width),
-        sum_(buffer<float>(panels_ * rows.n)), weighted_(buffer<float>(panels_ * rows.n)) {
-    if (tops == nullptr) own_tops_ = buffer<float>(panels_ * rows.n);
+      : rows_(rows), panels_{Even(x, rows.n, rows.width), rows.weight, rows.n, rows.vocab, rows.width}, terms_(terms),
+        sum_(buffer<float>(panels_.count() * rows.n)), weighted_(buffer<float>(panels_.count() * rows.n)) {
+    if (tops == nullptr) own_tops_ = buffer<float>(panels_.count() * rows.n);
     tops_ = tops == nullptr ? own_tops_.get() : tops;
   }
 
   void run() {
-    const int64_t packed = std::min(round_up(rows_.width, 32), kDepth) * kPanel;
-    const int64_t logits = 2 * kPanel * (rows_.width > kDepth ? rows_.n : kPiece);
-    share(panels_, packed + logits, [&](int64_t p, Bits* scratch) {
-      panel(p, scratch, reinterpret_cast<float*>(scratch + packed));
+    // one piece of z is enough, 16 KiB in the first-level cache, unless all of them wait for a second half of the products
+    const int64_t step = rows_.width > kDepth ? kPanel : 0, pieces = rows_.width > kDepth ? rows_.n : kPiece;
+    share(panels_.count(), panels_.packed() + 2 * pieces * kPanel, [&](int64_t p, Bits* scratch) {
+      const auto z = [&](int64_t i) { return reinterpret_cast<float*>(scratch + panels_.packed()) + i * step; };
+      panels_.panel(p, scratch, kPanel, z, [&](int64_t i, int64_t m) {
+        for (int64_t r = 0; r < m; ++r) row(p, i + r, z(i) + r * kPanel);
+      });
     });
     share(ceil_div(rows_.n, 16), 0, [&](int64_t unit, Bits*) { statistics(16 * unit); });
   }
 
  private:
-  // The products of panel p, and its terms as soon as a piece of z is complete.
-  void panel(int64_t p, Bits* packed, float* z) {
-    const int64_t v = p * kPanel, width = rows_.width, next = v + torch::stable::get_num_threads() * kPanel;
-    for (int64_t k = 0; k < width; k += kDepth) {
-      const int64_t depth = std::min(kDepth, width - k);
-      pack_transposed(rows_.weight + v * width + k, width, std::min(kPanel, rows_.vocab - v), depth, packed);
-      Ahead ahead;
-      if (next < rows_.vocab) {
-        ahead = {rows_.weight + next * width + k, width, std::min(kPanel, rows_.vocab - next), depth};
-      }
-      for (int64_t i = 0; i < rows_.n; i += kPiece) {
-        const int64_t m = std::min(kPiece, rows_.n - i);
-        float* piece = width > kDepth ? z + i * kPanel : z;
-        ahead.fetch(i / kPiece, ceil_div(rows_.n, kPiece));
-        product(m, kPanel, round_up(depth, 2), x_.x + i * x_.ld + k, x_.ld, packed, piece, kPanel, k > 0);
-        if (k + depth < width) continue;
-        for (int64_t r = 0; r < m; ++r) row(p, i + r, piece + r * kPanel);
-      }
-    }
-  }
-
   // One row of panel p: its terms and its entries in the tables.
   void row(int64_t p, int64_t i, const float* z) {
     const int64_t columns = rows_.vocab - p * kPanel, place = p * rows_.n + i, target = rows_.target[i] - p * kPanel;
@@ -145,9 +125,9 @@ class Forward {
     const auto mask = static_cast<__mmask16>(lanes(rows_.n - i));
     const auto at = [&](const float* table, int64_t p) { return _mm512_maskz_loadu_ps(mask, table + p * rows_.n + i); };
     __m512 top = at(tops_, 0);
-    for (int64_t p = 1; p < panels_; ++p) top = _mm512_max_ps(top, at(tops_, p));
+    for (int64_t p = 1; p < panels_.count(); ++p) top = _mm512_max_ps(top, at(tops_, p));
     __m512d sum[2] = {}, weighted[2] = {};  // in fp64: where one panel is nearly everything, fp32 would lose the others
-    for (int64_t p = 0; p < panels_; ++p) {
+    for (int64_t p = 0; p < panels_.count(); ++p) {
       const __m512 below = cut(_mm512_sub_ps(at(tops_, p), top)), scale = exp_of(below), own = at(sum_.get(), p);
       const __m512 moved = _mm512_mul_ps(scale, _mm512_fmadd_ps(below, own, at(weighted_.get(), p)));
       const __m512 part = _mm512_mul_ps(scale, own);
@@ -168,9 +148,8 @@ class Forward {
   }
 
   const Rows& rows_;
+  LogitPanels panels_;
   Bits* terms_;
-  int64_t panels_;
-  Even x_;
   float* tops_;
   pact_fast::Buffer<float> sum_, weighted_, own_tops_;
 };
