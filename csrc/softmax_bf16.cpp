@@ -164,9 +164,9 @@ class Gradient {
     for (int64_t j = 0; j < depth_; ++j) {
       const bool there = j < wanted.places;
       const int64_t i = wanted.source[there ? j : 0];
-      const float g = there ? wanted.g[i] / rows.temperature[i] : 0.0f;
+      const float g = there ? wanted.g[i] / rows.temperature[i] : 0.0f;  // rows beyond the last place become zeros
       row_[j] = static_cast<int32_t>(i);
-      target_[j] = there ? rows.target[i] : -1;
+      target_[j] = rows.target[i];
       lse_[j] = rows.lse[i];
       factor_[j] = -g;
       // 1 − p by expm1: where p → 1, g − g·p would lose every digit
