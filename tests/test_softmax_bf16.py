@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from pact_fast.kernels import build, rows_torch
+from pact_fast.kernels import build, linear_logprob, rows_torch
 from pact_fast.kernels.head import ChunkedHead
 from pact_fast.kernels.logits import Logits
 from pact_fast.kernels.rows_torch import RowStats, compact
@@ -222,6 +222,25 @@ def test_terms_are_kept_where_no_more_is_asked_for(kept, options):
     hidden, weight = torch.zeros(4, 8, dtype=dtype), torch.zeros(50, 8, dtype=dtype)
     head = ChunkedHead(backend, hidden, weight, bias, softcap, 4, (True, True, bias is not None), **options)
     assert type(head._chunk) is kept
+
+
+@pytest.mark.parametrize("of_entropy", [0.0, 1.0])
+def test_linear_logprob_with_and_without_an_entropy_gradient(of_entropy):
+    torch.manual_seed(0)
+    hidden, weight, target = (
+        torch.randn(40, 16).bfloat16(),
+        torch.randn(1003, 16).bfloat16(),
+        torch.randint(1003, (40,)),
+    )
+
+    def gradients(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        inputs = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+        logprob, entropy = linear_logprob(*inputs, target, entropy=True)
+        loss = logprob.sum() + (of_entropy * entropy.sum() if of_entropy else 0.0)
+        return torch.autograd.grad(loss, inputs)
+
+    for mine, exact in zip(gradients(torch.bfloat16), gradients(torch.float64), strict=True):
+        assert (mine.double() - exact).norm() <= UNIT * exact.norm()
 
 
 def test_no_rows(ops):
