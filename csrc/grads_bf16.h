@@ -28,7 +28,8 @@ struct Sums {
 // dx [n, D] fp32, d_weight [V, D] bf16 and rest [V, D] int8 are what the products may be written to.
 inline void check_grads(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& dx,
                         const std::optional<Tensor>& d_weight, const std::optional<Tensor>& rest) {
-  STD_TORCH_CHECK(!dx || is_whole(*dx, ScalarType::Float, x.size(0), x.size(1)), "dx: contiguous, fp32, of the shape of x");
+  STD_TORCH_CHECK(!dx || is_whole(*dx, ScalarType::Float, x.size(0), x.size(1)),
+                  "dx: contiguous, fp32, of the shape of x");
   STD_TORCH_CHECK(d_weight.has_value() == rest.has_value() &&
                       (!d_weight || (is_whole(*d_weight, ScalarType::BFloat16, weight.size(0), weight.size(1)) &&
                                      is_whole(*rest, ScalarType::Char, weight.size(0), weight.size(1)))),
@@ -39,7 +40,7 @@ inline void check_grads(const Tensor& x, const Tensor& weight, const std::option
 
 constexpr int64_t kSlab = 768;    // columns of dz worked on at a time
 constexpr int64_t kWide = 1024;   // columns of dW worked on at a time
-constexpr int64_t kTall = 48;     // rows of dW worked on at a time: a multiple of the 6 rows of the block product's loop
+constexpr int64_t kTall = 48;     // rows of dW worked on at a time: 6 at a time are the block product's loop
 constexpr int64_t kScratch = std::max(kSlab * kPanel, 2 * kTall * kWide);  // a panel of W, or sums of dW
 
 // Sums that outlive a call are kept in 24 bits: the nearest bf16 number, `high`, and what it lacks in 1/256 of its last
@@ -96,7 +97,8 @@ inline void grow_row(const float* sums, int64_t n, Bits* high, int8_t* rest, boo
   for (; j < n; j += 16) grow(sums + j, n - j, high + j, rest + j, add);
 }
 
-// 32×16 numbers, load(row) for each row, rounded: into a [·, kSlab] and, transposed, into at [·, depth]. Either may be null.
+// 32×16 numbers, load(row) for each row, rounded: into a [·, kSlab] and, transposed, into at [·, depth]. Either may be
+// null.
 template <typename Load>
 void round_tile(const Load& load, Bits* a, Bits* at, int64_t depth) {
   __m512i block[16];

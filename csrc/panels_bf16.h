@@ -1,8 +1,9 @@
-// oneDNN's block product of bf16 numbers, C (+)= A·B with fp32 sums (`brgemm`: AMX or AVX512-BF16), and the panels it reads.
+// oneDNN's block product of bf16 numbers, C (+)= A·B with fp32 sums (`brgemm`: AMX or AVX512-BF16), and the panels
+// that it reads.
 //
-// It wants A by rows and B as pairs of rows, B[K/2][N][2]. B comes in panels of 64 columns: four registers of sums, what the
-// block product is built for. A panel of at most 2048 rows takes 256 KiB, so that it stays in the second-level cache (1 MiB)
-// while all of A streams past it.
+// It wants A by rows and B as pairs of rows, B[K/2][N][2]. B comes in panels of 64 columns: four registers of sums,
+// what the block product is built for. A panel of at most 2048 rows takes 256 KiB, so that it stays in the
+// second-level cache (1 MiB) while all of A streams past it.
 //
 // `brgemm` is exported by libtorch_cpu but not part of its stable ABI, hence the weak symbol and `ready`: where it is not
 // there, or does not do what we expect of it, callers have to take another way.
@@ -86,8 +87,8 @@ struct Ahead {
 
 // C[m, n] (+)= A[m, k]·B, B one panel; k even. `brgemm` compiles code for every shape it meets and keeps it, per
 // thread: pieces of 64 rows, at most one of 16, 32 or 48 and one below bound the number of shapes.
-inline void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const Bits* b, float* c, int64_t ldc, bool add,
-             const Ahead& ahead = {}) {
+inline void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda, const Bits* b, float* c, int64_t ldc,
+                    bool add, const Ahead& ahead = {}) {
   const int64_t parts = ceil_div(m, kPiece);
   for (int64_t i = 0; i < m;) {
     if (i % kPiece == 0) ahead.fetch(i / kPiece, parts);

@@ -3,11 +3,12 @@
 //     z = x·Wᵀ/T        e = bf16(exp(z − top)), top the largest z of a row in a panel of 64 columns
 //     dz = g·(onehot − p)/T,        p = e·exp(top − lse)
 //
-// A panel of z is worked on while it is in the cache: its terms, and per row its largest z, Σe and Σe·(z − top) in fp32.
-// From these come log-prob, entropy and lse of a row. Where a loss asks for no more than dL/dlogprob, dz is a term times a
-// number per row and panel, and at the target −g·expm1(logprob)/T: whatever rounds dz for its products (grads_bf16.h) forms
-// it along the way. Against logits in fp32 and two row passes (rows.cpp) this is half the memory, and with it more rows in a
-// chunk, and one exponential instead of two. The rounding of a term costs as much as that of dz: one part in 256 at most.
+// A panel of z is worked on while it is in the cache: its terms, and per row its largest z, Σe and Σe·(z − top) in
+// fp32. From these come log-prob, entropy and lse of a row. Where a loss asks for no more than dL/dlogprob, dz is a
+// term times a number per row and panel, and at the target −g·expm1(logprob)/T: whatever rounds dz for its products
+// (grads_bf16.h) forms it along the way. Against logits in fp32 and two row passes (rows.cpp) this is half the
+// memory, and with it more rows in a chunk, and one exponential instead of two. The rounding of a term costs as much
+// as that of dz: one part in 256 at most.
 //
 // One thread owns a panel, or the statistics of a row, and adds in a fixed order, so that results do not depend on the
 // number of threads. The twin in plain torch: pact_fast/kernels/rows_torch.py.
@@ -76,7 +77,7 @@ class Forward {
   }
 
   void run() {
-    // one piece of z is enough, 16 KiB in the first-level cache, unless all of them wait for a second half of the products
+    // one piece of z is enough, 16 KiB in the first-level cache, unless all of them wait for the products of more depth
     const int64_t step = rows_.width > kDepth ? kPanel : 0, pieces = rows_.width > kDepth ? rows_.n : kPiece;
     share(panels_.count(), panels_.packed() + 2 * pieces * kPanel, [&](int64_t p, Bits* scratch) {
       const auto z = [&](int64_t i) { return reinterpret_cast<float*>(scratch + panels_.packed()) + i * step; };
@@ -253,8 +254,8 @@ void check_chunk(const Tensor& terms, const Tensor& tops, int64_t n, int64_t voc
 
 using namespace pact_fast::bf16;
 
-// x [n, D], weight [V, D] bf16; target [n] int64, temperature [n] fp32. Out: logprob, lse, entropy [n] fp32 and, both or
-// neither, what gradients are made of: terms [panels of 64 columns, n, 64] bf16, tops [panels, n] fp32.
+// x [n, D], weight [V, D] bf16; target [n] int64, temperature [n] fp32. Out: logprob, lse, entropy [n] fp32 and, both
+// or neither, what gradients are made of: terms [panels of 64 columns, n, 64] bf16, tops [panels, n] fp32.
 void bf16_softmax(const Tensor x, const Tensor weight, const Tensor target, const Tensor temperature,
                   std::optional<Tensor> terms, std::optional<Tensor> tops, Tensor logprob, Tensor lse, Tensor entropy) {
   check_factors(x, weight);
@@ -268,11 +269,11 @@ void bf16_softmax(const Tensor x, const Tensor weight, const Tensor target, cons
   forward(data<Bits>(x), rows, terms ? data<Bits>(*terms) : nullptr, tops ? data<float>(*tops) : nullptr);
 }
 
-// From the terms of n rows, the gradients of m ≤ 1024 of them: row source[j] of the chunk is row j of x and dx [m, D]. g,
-// target, temperature and the statistics are [n], by row of the chunk. Results as in bf16_grads.
+// From the terms of n rows, the gradients of m ≤ 1024 of them: row source[j] of the chunk is row j of x and dx [m, D].
+// g, target, temperature and the statistics are [n], by row of the chunk. Results as in bf16_grads.
 void bf16_softmax_grads(const Tensor terms, const Tensor tops, const Tensor source, const Tensor target,
-                        const Tensor temperature, const Tensor logprob, const Tensor lse, const Tensor g, const Tensor x,
-                        const Tensor weight, std::optional<Tensor> dx, std::optional<Tensor> d_weight,
+                        const Tensor temperature, const Tensor logprob, const Tensor lse, const Tensor g,
+                        const Tensor x, const Tensor weight, std::optional<Tensor> dx, std::optional<Tensor> d_weight,
                         std::optional<Tensor> rest, bool add) {
   check_factors(x, weight);
   check_grads(x, weight, dx, d_weight, rest);
@@ -296,8 +297,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pact_fast, m) {
       "Tensor(c!) logprob, Tensor(d!) lse, Tensor(e!) entropy) -> ()");
   m.def(
       "bf16_softmax_grads(Tensor terms, Tensor tops, Tensor source, Tensor target, Tensor temperature, Tensor logprob, "
-      "Tensor lse, Tensor g, Tensor x, Tensor weight, Tensor(a!)? dx, Tensor(b!)? d_weight, Tensor(c!)? rest, bool add) "
-      "-> ()");
+      "Tensor lse, Tensor g, Tensor x, Tensor weight, Tensor(a!)? dx, Tensor(b!)? d_weight, Tensor(c!)? rest, "
+      "bool add) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pact_fast, CPU, m) {
