@@ -10,7 +10,7 @@ namespace pact_fast {
 
 // One step of the transposition: swaps the off-diagonal blocks of S×S in every block of 2S×2S.
 template <int S>
-void swap_blocks(__m512i (&rows)[16]) {
+[[gnu::always_inline]] inline void swap_blocks(__m512i (&rows)[16]) {
   alignas(64) int32_t low[16], high[16];
   for (int i = 0; i < 16; ++i) {
     low[i] = i & S ? 16 + i - S : i;
@@ -26,7 +26,7 @@ void swap_blocks(__m512i (&rows)[16]) {
   }
 }
 
-inline void transpose(__m512i (&rows)[16]) {
+[[gnu::always_inline]] inline void transpose(__m512i (&rows)[16]) {
   swap_blocks<8>(rows);
   swap_blocks<4>(rows);
   swap_blocks<2>(rows);

@@ -1,7 +1,7 @@
 """The language-model head on a few rows at a time, so that logits of all rows never exist together.
 
-A chunk costs one product that makes the logits, one row pass that reads them, and, for its active rows alone, one row
-pass that turns them into dz in place and two products: (2 + 4f)·n·D·V multiply-adds for the active share f.
+A chunk costs one product that makes the logits and, for its active rows alone, two products with dz, their gradient:
+(2 + 4f)·n·D·V multiply-adds for the active share f. What is kept of it in between: Logits, or where these serve, Terms.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 import torch
 
-from pact_fast.kernels.backend import resolve, row_pass
-from pact_fast.kernels.memory import Scratch, room
-from pact_fast.kernels.products import accumulation_dtype, products
+from pact_fast.kernels import terms
+from pact_fast.kernels.backend import resolve
+from pact_fast.kernels.logits import Logits
+from pact_fast.kernels.products import CpuBf16Products, accumulation_dtype, products
 from pact_fast.kernels.rows_torch import Pairing, RowStats, compact
 
 LOGITS_BUDGET = 1 << 30  # bytes of all [rows, V] buffers together
 CACHED_LOGITS = 4 << 20  # bytes of one buffer; on CPU, chunks beyond the cache only cost bandwidth
-ALIGNED = 16  # logits; on CUDA, rows begin at multiples of this, or 16-byte accesses fall apart
 WHOLE_ROWS = 32  # what the matrix products work on together
 EFFICIENT_ROWS = 384  # on CPU, fewer rows than this make the matrix products slow
 
@@ -44,7 +44,8 @@ class ChunkedHead:
 
     hidden [T, D], weight [V, D], bias [V] or None; `total` rows will be asked for. z = softcap·tanh((xWᵀ + b)/softcap)/T.
     `grads` says which of (hidden, W, b) need a gradient. From dL/dlogprob and dL/dentropy, dL/dx comes back per chunk;
-    dL/dW and dL/db add up in fp32 until `weight_grads`. `paired`: rows will be coupled (see Pairing).
+    dL/dW and dL/db add up in fp32 until `weight_grads`. `paired`: rows will be coupled (see Pairing); `entropy_grad`: there
+    will be a dL/dentropy.
     """
 
     def __init__(
@@ -57,24 +58,22 @@ class ChunkedHead:
         total: int,
         grads: tuple[bool, bool, bool] = (False, False, False),
         paired: bool = False,
+        entropy_grad: bool = False,
     ):
         dtype, vocab = accumulation_dtype(hidden, weight), weight.shape[0]
         backend = resolve(backend, hidden.device, torch.promote_types(hidden.dtype, weight.dtype))
-        self._pass = row_pass(backend)
-        self._x_grad, weight_grad, bias_grad = grads
-        self._products = products(backend, hidden, weight, weight_grad)
-        self._bias = None if bias is None else bias.detach().to(dtype).contiguous()
-        self._d_bias = hidden.new_zeros(vocab, dtype=dtype) if bias_grad else None
-        self._softcap, self._total = softcap, total
+        made = products(backend, hidden, weight, grads[1])
+        self._operand, self._dtype, self._total = made.operand, dtype, total
+        self._chunk: Logits | terms.Terms
+        if isinstance(made, CpuBf16Products) and bias is None and not (softcap or paired or entropy_grad):
+            self._rows = balanced(total, terms.ROWS if any(grads) else terms.ROWS_FORWARD)
+            self._chunk = terms.Terms(made, self._rows, grads)
+            return
         buffers = 2 if paired else 1
         held = buffers + (4 if backend == "torch" else 0)  # plain torch needs room for its intermediate results
         self._rows = balanced(total, chunk_rows(vocab, held * vocab * dtype.itemsize, hidden.device))
-        padded = -(-vocab // ALIGNED) * ALIGNED
-        shape = self._rows, padded if hidden.is_cuda else vocab
-        scratch = Scratch(buffers * room(shape, dtype) + self._products.scratch, hidden.device)
-        self._products.take(scratch)
-        self._buffers = [scratch.empty(shape, dtype)[:, :vocab] for _ in range(buffers)]
-        self._scratch = scratch  # given back when this pass is over
+        bias = None if bias is None else bias.detach().to(dtype).contiguous()
+        self._chunk = Logits(backend, made, bias, softcap, self._rows, dtype, buffers, grads)
 
     def chunks(self) -> Iterator[slice]:
         """The rows in order; one empty chunk when there are none."""
@@ -84,16 +83,13 @@ class ChunkedHead:
     def forward(self, x: torch.Tensor, target: torch.Tensor, temperature: torch.Tensor) -> RowStats:
         """Statistics [n] of rows x [n, D]; target [n] int64, temperature [n]."""
         # row passes read [n] tensors entry after entry, and a gradient like that of a sum is one expanded number
-        self._x, self._target = x.to(self._products.operand), target.contiguous()
-        self._temperature = temperature.to(self._buffers[0].dtype).contiguous()
-        z = self._buffers[0][: len(x)]
-        self._products.logits(self._x, z)
-        self._stats = self._pass.forward(z, self._target, self._bias, self._temperature, self._softcap)
-        return self._stats
+        temperature = temperature.to(self._dtype).contiguous()
+        return self._chunk.forward(x.to(self._operand), target.contiguous(), temperature)
 
     def divergence(self, partner: torch.Tensor, kind: str) -> torch.Tensor:
         """[n] divergences to each row's partner in the chunk (−1: none, 0); after `forward`, before `backward`."""
-        return self._pass.divergence(self._buffers[0][: len(partner)], self._stats.lse, partner, kind)
+        assert isinstance(self._chunk, Logits)
+        return self._chunk.divergence(partner, kind)
 
     def backward(
         self, g: torch.Tensor, h: torch.Tensor | None = None, pairing: Pairing | None = None
@@ -107,19 +103,8 @@ class ChunkedHead:
         source = compact(torch.stack(coefficients).ne(0).any(0))
         if not len(source):
             return source, None
-        z, g, h = self._buffers[0][: len(g)], g.contiguous(), None if h is None else h.contiguous()
-        scale = self._products.scale(g)
-        if scale != 1.0:
-            g, h = g * scale, None if h is None else h * scale
-            pairing = pairing and pairing._replace(own=pairing.own * scale, cross=pairing.cross * scale)
-        out = self._products.dz_view(self._buffers[-1][: len(g)])
-        self._pass.backward(z, out, source, self._target, self._temperature, self._softcap, self._stats, g, h, pairing)
-        dz = out[: len(source)]
-        x = self._x if len(source) == len(self._x) else self._x[source]  # all rows: each stays where it is
-        if self._d_bias is not None:
-            self._d_bias.add_(dz.sum(0, dtype=self._d_bias.dtype), alpha=1.0 / scale)
-        return source, self._products.backward(dz, x, scale, self._x_grad)
+        return source, self._chunk.backward(source, g.contiguous(), None if h is None else h.contiguous(), pairing)
 
     def weight_grads(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(dL/dW, dL/db) in the accumulation dtype, or rounded already to that of the parameter."""
-        return self._products.weight_grad(), self._d_bias
+        return self._chunk.weight_grads()

@@ -133,7 +133,8 @@ def _linear_logprob_backward(
     """Gradients of hidden, weight and bias; empty where `grads` says that none is wanted."""
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if grads[0] else hidden.new_empty(0)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = ChunkedHead(backend, hidden, weight, bias, softcap, len(hidden), (grads[0], grads[1], grads[2]))
+        wanted = grads[0], grads[1], grads[2]
+        head = ChunkedHead(backend, hidden, weight, bias, softcap, len(hidden), wanted, entropy_grad=h is not None)
         for chunk in head.chunks():
             head.forward(hidden[chunk], targets[chunk], temperature[chunk])
             source, dx = head.backward(g[chunk], None if h is None else h[chunk])

@@ -252,7 +252,9 @@ def _evaluate(
     if settings.policy_loss == "gspo":
         clip_log = _sequence_log_ratio(hidden, weight, bias, tokens, temperature, settings, backend)
     order = _order(tokens, settings, pairs)
-    head = ChunkedHead(backend, hidden, weight, bias, settings.softcap, total, grads, paired=pairs is not None)
+    head = ChunkedHead(
+        backend, hidden, weight, bias, settings.softcap, total, grads, pairs is not None, bool(settings.entropy_coef)
+    )  # fmt: skip
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if grads[0] else None
     values: list[tuple[torch.Tensor, ...]] = []
     parts: list[TokenTerms] = []

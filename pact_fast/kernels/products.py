@@ -124,12 +124,19 @@ class CpuBf16Products(Products):
         torch.ops.pact_fast.bf16_logits(x.contiguous(), self.weight, out)
 
     def backward(self, dz: torch.Tensor, x: torch.Tensor, scale: float, input_grad: bool) -> torch.Tensor | None:
-        dx = dz.new_empty(len(dz), self.weight.shape[1]) if input_grad else None
+        dx, *sums = self.results(x, input_grad)
+        torch.ops.pact_fast.bf16_grads(dz, x.contiguous(), self.weight, dx, *sums)
+        return dx
+
+    def results(
+        self, x: torch.Tensor, input_grad: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, bool]:
+        """Where the gradients of these rows are to be written, (dx, dW, its rest), and whether dW is to grow."""
+        dx = torch.empty(x.shape, dtype=torch.float32) if input_grad else None
         add = self._d_weight is not None
         if self._needs_weight_grad and not add:
             self._d_weight = torch.empty_like(self.weight)
-        torch.ops.pact_fast.bf16_grads(dz, x.contiguous(), self.weight, dx, self._d_weight, self._rest, add)
-        return dx
+        return dx, self._d_weight, self._rest, add
 
 
 class CudaProducts(Products):
