@@ -1,33 +1,21 @@
-// oneDNN's block product of bf16 numbers, C (+)= A·B with fp32 sums (`brgemm`: AMX or AVX512-BF16), and the panels
-// that it reads.
+// The panels that the head's block products of bf16 numbers (brgemm.h) read, and the product x·Wᵀ made of them.
 //
-// It wants A by rows and B as pairs of rows, B[K/2][N][2]. B comes in panels of 64 columns: four registers of sums,
-// what the block product is built for. A panel of at most 2048 rows takes 256 KiB, so that it stays in the
-// second-level cache (1 MiB) while all of A streams past it.
-//
-// `brgemm` is exported by libtorch_cpu but not part of its stable ABI, hence the weak symbol and `ready`: where it is not
-// there, or does not do what we expect of it, callers have to take another way.
+// B comes in panels of 64 columns: four registers of sums, what the block product is built for. A panel of at most 2048
+// rows takes 256 KiB, so that it stays in the second-level cache (1 MiB) while all of A streams past it.
 
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <exception>
 
 #ifdef __AVX512BF16__  // every CPU with AMX has it, too
 #include <immintrin.h>
 
+#include "brgemm.h"
 #include "transpose.h"
-
-namespace at::native::cpublas {
-[[gnu::weak]] void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
-                          const c10::BFloat16* a, const c10::BFloat16* b, float* c, bool pairs);
-[[gnu::weak]] void brgemm_release(bool pairs);
-}  // namespace at::native::cpublas
 #endif
 
 #include "work.h"
@@ -61,17 +49,11 @@ inline bool is_whole(const Tensor& t, ScalarType type, int64_t rows, int64_t col
 
 #ifdef __AVX512BF16__
 
-namespace blas = at::native::cpublas;
+using pact_fast::Tiles;
 using Buffer = pact_fast::Buffer<Bits>;
 
 constexpr int64_t kDepth = 2048;  // rows of a panel in x·Wᵀ
 constexpr int64_t kPiece = 64;    // rows of A worked on at a time
-
-// AMX tiles stay configured after a product. A thread of torch's pool has to be left without: the configuration is part of
-// its state, slows down every switch between threads, and is not the one that other users of the tiles expect.
-struct Tiles {
-  ~Tiles() { blas::brgemm_release(true); }
-};
 
 // What this thread is likely to pack next: asked for while the block product is at work, else packing waits for memory.
 struct Ahead {
@@ -93,8 +75,7 @@ inline void product(int64_t m, int64_t n, int64_t k, const Bits* a, int64_t lda,
   for (int64_t i = 0; i < m;) {
     if (i % kPiece == 0) ahead.fetch(i / kPiece, parts);
     const int64_t left = m - i, rows = left >= kPiece ? kPiece : left >= 16 ? left & ~15 : left;
-    blas::brgemm(rows, n, k, lda, kPanel, ldc, add, reinterpret_cast<const c10::BFloat16*>(a + i * lda),
-                 reinterpret_cast<const c10::BFloat16*>(b), c + i * ldc, true);
+    brgemm(rows, n, k, a + i * lda, lda, b, kPanel, c + i * ldc, ldc, add);
     i += rows;
   }
 }
@@ -182,29 +163,7 @@ struct LogitPanels {
   }
 };
 
-// Whether the block product is there and means by its arguments what we mean.
-inline bool ready() {
-  if (blas::brgemm == nullptr || blas::brgemm_release == nullptr) return false;
-  alignas(64) Bits a[2 * 4], b[4 * kPanel];
-  float c[2 * 5];
-  const auto bits = [](int value) { return c10::BFloat16(static_cast<float>(value)).x; };
-  for (int i = 0; i < 8; ++i) a[i] = bits(i + 1);
-  for (int k = 0; k < 4; ++k) {
-    for (int j = 0; j < kPanel; ++j) b[(k & ~1) * kPanel + 2 * j + (k & 1)] = bits((k + 1) * (j - 2));
-  }
-  std::fill(c, c + 10, 1.0f);
-  try {
-    const Tiles tiles;
-    product(2, 5, 4, a, 4, b, c, 5, true);
-  } catch (const std::exception&) {  // without oneDNN: switched off by the user, or not built in
-    return false;
-  }
-  for (int i = 0; i < 10; ++i) {
-    const int row_sum = i < 5 ? 1 + 4 + 9 + 16 : 5 + 12 + 21 + 32;
-    if (c[i] != static_cast<float>(1 + row_sum * (i % 5 - 2))) return false;
-  }
-  return true;
-}
+inline bool ready() { return brgemm_ready<Bits>(); }
 
 // As share(), on a thread that is left without tiles.
 template <typename Work>

@@ -24,7 +24,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -70,8 +69,8 @@ struct Inputs {
 template <typename T>
 struct Grads {
   Heads<const T> out, d_out;
-  const float* lse;  // [heads, rows]
-  float* work;       // [heads, rows up to whole tiles, width + 2]
+  const float* lse;  // [2, heads, rows], see Forward
+  float* work;       // [heads, rows up to whole tiles, width + 3]
   Heads<T> dq, dk, dv;
 };
 
@@ -85,6 +84,7 @@ constexpr int64_t kTile = 64;             // keys and rows of a tile of scores
 constexpr int64_t kScores = kTile * kTile;
 constexpr int64_t kOwned = 256 * kTile;  // numbers in an operand of the tiles that a unit owns: they stay in the cache
 constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kNoScore = -1e30f;  // less than any, and finite when scaled
 
 template <typename T>
 constexpr int64_t kPair = 4 / sizeof(T);  // numbers in 32 bits
@@ -289,7 +289,7 @@ class Pieces {
 // ---- forward
 
 struct Running {
-  float top[kTile], sum[kTile];  // of each row: the largest score so far, Σ exp2(c·(score − top))
+  float top[kTile], shift[kTile], sum[kTile];  // of each row: the largest score so far, c·top, Σ exp2(c·score − shift)
 };
 
 // Pᵀ of a tile as B, and the running maximum and sum of its rows; `decay` is what takes older sums to the new maximum.
@@ -297,13 +297,13 @@ template <bool masked, typename T>
 void soften(const float* scores, const uint64_t* seen, float c, Running& rows, float* decay, T* p) {
   const __m512 factor = _mm512_set1_ps(c);
   for (int64_t g = 0; g < kTile; g += 16) {
-    const __m512 before = load(rows.top + g);
-    __m512 top = before;
+    __m512 top = load(rows.top + g);
     for (int64_t k = 0; k < kTile; ++k) {
       const auto mask = static_cast<__mmask16>(masked ? seen[k] >> g : 0xffff);
       top = _mm512_mask_max_ps(top, mask, load(scores + k * kTile + g), top);
     }
-    const __m512 shift = _mm512_mul_ps(top, factor), less = exp2(_mm512_mul_ps(_mm512_sub_ps(before, top), factor));
+    // the difference of the rounded shifts, which terms have had: c·(before − top) is another one where scores are large
+    const __m512 shift = _mm512_mul_ps(top, factor), less = exp2(_mm512_sub_ps(load(rows.shift + g), shift));
     __m512 sum = _mm512_mul_ps(load(rows.sum + g), less);
     for (int64_t k = 0; k < kTile; k += 2) {
       __m512 x = exp2(_mm512_fmsub_ps(load(scores + k * kTile + g), factor, shift));
@@ -316,6 +316,7 @@ void soften(const float* scores, const uint64_t* seen, float c, Running& rows, f
       store_pairs(p, k, g, x, y);
     }
     store(rows.top + g, top);
+    store(rows.shift + g, shift);
     store(rows.sum + g, sum);
     store(decay + g, less);
   }
@@ -334,10 +335,13 @@ template <typename T>
 struct Forward {
   const Inputs<T>& in;
   Heads<T> out;
-  float* lse;  // [heads, rows]
+  // [2, heads, rows] shift and log2(sum) of each row: together log-sum-exp in base 2. Where scores are large, one rounded
+  // number would lose digits that the shift, which is rounded as it was in the forward pass, does not.
+  float* lse;
 
   const Sizes& size = in.size;
   const int64_t width = size.width, tiles = owned(width);
+  const float c = size.scale * kLog2E;
   const Mask mask{in.end, size};
 
   struct RowTile {
@@ -383,7 +387,8 @@ struct Forward {
     rows.q = mine.take<T>(kTile * width);
     rows.out = mine.take<float>(kTile * width);
     std::fill_n(rows.out, kTile * width, 0.0f);
-    std::fill_n(rows.running.top, kTile, std::numeric_limits<float>::lowest());
+    std::fill_n(rows.running.top, kTile, kNoScore);
+    std::fill_n(rows.running.shift, kTile, kNoScore * c);
     std::fill_n(rows.running.sum, kTile, 0.0f);
     pack_turned(in.q.at(head, t * kTile), in.q.row, count(t), width, rows.q);
   }
@@ -392,7 +397,6 @@ struct Forward {
     float *scores = mine.take<float>(kScores), decay[kTile];
     T* p = mine.take<T>(kScores);
     brgemm(kTile, kTile, width, keys, width, rows.q, kTile, scores, kTile, false);
-    const float c = size.scale * kLog2E;
     if (mask.all(k, t)) {
       soften<false>(scores, nullptr, c, rows.running, decay, p);
     } else {
@@ -409,7 +413,9 @@ struct Forward {
     for (int64_t r = 0; r < kTile; ++r) inverse[r] = 1.0f / rows.running.sum[r];
     unturn(rows.out, inverse, count(t), width, out.at(head, t * kTile), out.row);
     for (int64_t r = 0; r < count(t); ++r) {
-      lse[head * size.rows + t * kTile + r] = size.scale * rows.running.top[r] + std::log(rows.running.sum[r]);
+      const int64_t at = head * size.rows + t * kTile + r;
+      lse[at] = rows.running.shift[r];
+      lse[size.heads * size.rows + at] = std::log2(rows.running.sum[r]);
     }
   }
 };
@@ -418,15 +424,17 @@ struct Forward {
 
 // Pᵀ and dSᵀ of a tile as A, dSᵀ as B. In fp32 these are the same, and ds_pairs is ds.
 template <bool masked, typename T>
-void differentiate(const float* scores, const float* dp, const uint64_t* seen, float c, const float* lse, const float* mean,
-                   T* p, T* ds, T* ds_pairs) {
+void differentiate(const float* scores, const float* dp, const uint64_t* seen, float c, const float* shift,
+                   const float* log_sum, const float* mean, T* p, T* ds, T* ds_pairs) {
   const __m512 factor = _mm512_set1_ps(c);
   for (int64_t g = 0; g < kTile; g += 16) {
-    const __m512 shift = load(lse + g), less = load(mean + g);
+    const __m512 shifts = load(shift + g), log_sums = load(log_sum + g), less = load(mean + g);
+    const auto term = [&](int64_t at) {
+      return exp2(_mm512_sub_ps(_mm512_fmsub_ps(load(scores + at), factor, shifts), log_sums));
+    };
     for (int64_t k = 0; k < kTile; k += 2) {
       const int64_t at = k * kTile + g, next = at + kTile;
-      __m512 p_x = exp2(_mm512_fmsub_ps(load(scores + at), factor, shift));
-      __m512 p_y = exp2(_mm512_fmsub_ps(load(scores + next), factor, shift));
+      __m512 p_x = term(at), p_y = term(next);
       __m512 ds_x = _mm512_mul_ps(p_x, _mm512_sub_ps(load(dp + at), less));
       __m512 ds_y = _mm512_mul_ps(p_y, _mm512_sub_ps(load(dp + next), less));
       if constexpr (masked) {
@@ -450,8 +458,9 @@ struct Backward {
   const int64_t width = size.width, tiles = owned(width);
   const Mask mask{in.end, size};
   const int64_t row_tiles = mask.row_tiles(), padded = row_tiles * kTile, shared = size.heads / size.groups;
-  // of each head's rows, up to whole tiles: dQᵀ in tiles [width, kTile], log-sum-exp in base 2, Σ dO∘O
-  float *const dq = grads.work, *const lse = dq + size.heads * padded * width, *const mean = lse + size.heads * padded;
+  // of each head's rows, up to whole tiles: dQᵀ in tiles [width, kTile], both parts of log-sum-exp, Σ dO∘O
+  float *const dq = grads.work, *const shift = dq + size.heads * padded * width;
+  float *const log_sum = shift + size.heads * padded, *const mean = log_sum + size.heads * padded;
   std::vector<int32_t> turns = std::vector<int32_t>(ceil_div(mask.key_tiles(), tiles) * row_tiles);
   std::unique_ptr<std::atomic<int32_t>[]> taken = std::make_unique<std::atomic<int32_t>[]>(size.heads * row_tiles);
 
@@ -486,7 +495,8 @@ struct Backward {
     for (int64_t r = 0; r < kTile; ++r) {
       const int64_t row = t * kTile + r, at = head * padded + row;
       const bool real = row < size.rows;
-      lse[at] = real ? grads.lse[head * size.rows + row] * kLog2E : 0.0f;
+      shift[at] = real ? grads.lse[head * size.rows + row] : 0.0f;
+      log_sum[at] = real ? grads.lse[(size.heads + head) * size.rows + row] : 0.0f;
       mean[at] = 0.0f;
       if (!real) continue;
       const T *out = grads.out.at(head, row), *d_out = grads.d_out.at(head, row);
@@ -565,11 +575,11 @@ struct Backward {
     brgemm(kTile, kTile, width, u.v + at, width, u.d_out_turned, kTile, u.dp, kTile, false);
     const float c = size.scale * kLog2E;
     if (mask.all(k, t)) {
-      differentiate<false>(u.scores, u.dp, nullptr, c, &lse[row], &mean[row], u.p, ds, ds_pairs);
+      differentiate<false>(u.scores, u.dp, nullptr, c, shift + row, log_sum + row, mean + row, u.p, ds, ds_pairs);
     } else {
       uint64_t seen[kTile];
       mask.write(k, t, seen);
-      differentiate<true>(u.scores, u.dp, seen, c, &lse[row], &mean[row], u.p, ds, ds_pairs);
+      differentiate<true>(u.scores, u.dp, seen, c, shift + row, log_sum + row, mean + row, u.p, ds, ds_pairs);
     }
     brgemm(kTile, width, kTile, u.p, kTile, u.d_out, width, u.dv + at, width, true);
     brgemm(kTile, width, kTile, ds, kTile, u.q, width, u.dk + at, width, true);
@@ -661,15 +671,15 @@ Inputs<T> inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 }
 
 void check_lse(const Tensor& lse, const Sizes& size) {
-  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.numel() == size.heads * size.rows,
-                  "tree attention: lse must be fp32 [1, heads, rows]");
+  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.numel() == 2 * size.heads * size.rows,
+                  "tree attention: lse must be fp32 [2, heads, rows]");
 }
 
 }  // namespace
 
 bool tree_attention_ready(ScalarType type) { return ready(type); }
 
-// out [1, Hq, T, D], lse [1, Hq, T] ← attention of q [1, Hq, T, D] to k, v [1, Hkv, S + T, D], the last T of which are those of
+// out [1, Hq, T, D], lse [2, Hq, T] (two terms of log-sum-exp in base 2) ← attention of q [1, Hq, T, D] to k, v [1, Hkv, S + T, D], the last T of which are those of
 // the rows themselves. Row i sees key k if k ≤ S + i < end[k].
 void tree_attention_forward(const Tensor q, const Tensor k, const Tensor v, const Tensor end, double scale, Tensor out,
                             Tensor lse) {
@@ -686,7 +696,7 @@ void tree_attention_forward(const Tensor q, const Tensor k, const Tensor v, cons
 }
 
 // dq, dk and dv, overwritten, from d_out and what the forward pass took and gave; work: fp32 [Hq, T up to whole tiles of 64,
-// D + 2], overwritten.
+// D + 3], overwritten.
 void tree_attention_backward(const Tensor d_out, const Tensor q, const Tensor k, const Tensor v, const Tensor end,
                              double scale, const Tensor out, const Tensor lse, Tensor work, Tensor dq, Tensor dk,
                              Tensor dv) {
@@ -699,8 +709,8 @@ void tree_attention_backward(const Tensor d_out, const Tensor q, const Tensor k,
   check(dv, type, size.groups, size.keys, size.width, "dv");
   check_lse(lse, size);
   STD_TORCH_CHECK(work.scalar_type() == ScalarType::Float && work.is_contiguous() &&
-                      work.numel() >= size.heads * pact_fast::round_up(size.rows, 64) * (size.width + 2),
-                  "tree attention: work must be fp32 [heads, rows up to whole tiles, width + 2]");
+                      work.numel() >= size.heads * pact_fast::round_up(size.rows, 64) * (size.width + 3),
+                  "tree attention: work must be fp32 [heads, rows up to whole tiles, width + 3]");
 #ifdef __AVX512F__
   const auto run = [&]<typename T>(T) {
     backward<T>(inputs<T>(q, k, v, end, size),

@@ -32,7 +32,7 @@ class OnePass(torch.autograd.Function):
         q, k, v = (_by_rows(t) for t in (q, k, v))
         # rows outermost, as the model's output projection reads them: it takes this memory, not a copy of it
         out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        lse = q.new_empty(2, *q.shape[1:3], dtype=torch.float32)  # in two terms
         torch.ops.pact_fast.tree_attention_forward(q, k, v, end, scale, out, lse)
         ctx.save_for_backward(q, k, v, end, out, lse)
         ctx.scale = scale
@@ -44,11 +44,9 @@ class OnePass(torch.autograd.Function):
         q, k, v, end, out, lse = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         _, heads, rows, width = q.shape
-        # of whole tiles: dq in fp32 and two numbers for each row
-        work = q.new_empty(heads, -(-rows // TILE) * TILE, width + 2, dtype=torch.float32)
-        torch.ops.pact_fast.tree_attention_backward(
-            _by_rows(grad), q, k, v, end, ctx.scale, out, lse, work, dq, dk, dv
-        )
+        # of whole tiles: dq in fp32 and three numbers for each row
+        work = q.new_empty(heads, -(-rows // TILE) * TILE, width + 3, dtype=torch.float32)
+        torch.ops.pact_fast.tree_attention_backward(_by_rows(grad), q, k, v, end, ctx.scale, out, lse, work, dq, dk, dv)
         return dq, dk, dv, None, None
 
 
