@@ -69,8 +69,8 @@ def tree_attention(
 ) -> torch.Tensor:  # [1, Hq, T, D]
     """softmax(scale · q kᵀ + tree mask) v. Hkv divides Hq (grouped queries).
 
-    Our own kernel serves CPU (bf16, fp32, heads of a multiple of 16 up to 256); torch's flash kernels CPU and CUDA (bf16, fp16);
-    a dense mask everything else.
+    Our own kernel serves CPU (bf16, fp32; heads of a multiple of 16 numbers, up to 256), torch's flash kernels other tensors
+    on CPU and bf16 and fp16 on CUDA, a dense mask everything else.
     """
     if torch.is_autocast_enabled(q.device.type):  # norms leave q and k in fp32 there
         dtype = torch.get_autocast_dtype(q.device.type)
