@@ -10,7 +10,7 @@
 //  * Everything is transposed, keys by rows, for two reasons. Sixteen rows fill a register, so that their maxima and sums
 //    need no step across it and the mask of a key is a range of bits; and Pᵀ and dSᵀ, as they are made, are what the next
 //    products take: no score is ever moved.
-//  * Products are oneDNN's block product (brgemm.h), which reaches 95 % of its rate on large matrices with tiles of this size.
+//  * Products are oneDNN's block product (brgemm.h), nearly as fast on tiles of this size as on large matrices.
 //  * Forward, a unit of work owns some tiles of rows of one head; backward, of keys of one head of keys, for all the
 //    heads of queries that share it. Many units add to dQ then: for each tile of rows they take turns in the order of keys, so
 //    that results do not depend on the number of threads.
@@ -679,8 +679,8 @@ void check_lse(const Tensor& lse, const Sizes& size) {
 
 bool tree_attention_ready(ScalarType type) { return ready(type); }
 
-// out [1, Hq, T, D], lse [2, Hq, T] (two terms of log-sum-exp in base 2) ← attention of q [1, Hq, T, D] to k, v [1, Hkv, S + T, D], the last T of which are those of
-// the rows themselves. Row i sees key k if k ≤ S + i < end[k].
+// out [1, Hq, T, D], lse [2, Hq, T] (two terms of log-sum-exp in base 2) ← attention of q [1, Hq, T, D] to k, v
+// [1, Hkv, S + T, D], the last T of which are those of the rows themselves. Row i sees key k if k ≤ S + i < end[k].
 void tree_attention_forward(const Tensor q, const Tensor k, const Tensor v, const Tensor end, double scale, Tensor out,
                             Tensor lse) {
   const Sizes size = sizes(q, k, v, end, scale);

@@ -23,3 +23,17 @@ def no_launcher_is_left_behind() -> Iterator[None]:
     """A test that leaves a launcher's variables behind makes later ones wait for processes that never come."""
     yield
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & os.environ.keys()
+
+
+@pytest.fixture(scope="session")
+def bf16_ops():
+    """torch.ops.pact_fast where its bf16 products run; the test is skipped elsewhere."""
+    import torch
+
+    from pact_fast.kernels import build
+
+    if (status := build.status()) != "ready":
+        pytest.skip(f"no C++ library: {status}")
+    if not torch.ops.pact_fast.bf16_products_ready():
+        pytest.skip("no bf16 products: no AVX512-BF16, or a torch without brgemm")
+    return torch.ops.pact_fast

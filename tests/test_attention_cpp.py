@@ -177,7 +177,7 @@ def test_a_nan_reaches_those_who_see_it_and_nobody_else():
     end = layout.end[spoilt]
     assert out[spoilt:end].isnan().all()
     assert not out[:spoilt].isnan().any() and not out[end:].isnan().any()
-    assert set(batch.rows(b)[1:] + 0).isdisjoint(range(int(spoilt), int(end)))
+    assert set(batch.rows(b)[1:]).isdisjoint(range(int(spoilt), int(end)))
 
 
 def test_what_it_does_not_serve_is_left_to_others():

@@ -5,16 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pact_fast.kernels import build
-
 
 @pytest.fixture(scope="module", autouse=True)
-def ops():
-    if (status := build.status()) != "ready":
-        pytest.skip(f"no C++ library: {status}")
-    if not torch.ops.pact_fast.bf16_products_ready():
-        pytest.skip("no bf16 products: no AVX512-BF16, or a torch without brgemm")
-    return torch.ops.pact_fast
+def ops(bf16_ops):
+    return bf16_ops
 
 
 def integers(*shape: int) -> torch.Tensor:

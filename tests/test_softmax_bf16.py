@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from pact_fast.kernels import build, linear_logprob, rows_torch
+from pact_fast.kernels import linear_logprob, rows_torch
 from pact_fast.kernels.head import ChunkedHead
 from pact_fast.kernels.logits import Logits
 from pact_fast.kernels.rows_torch import RowStats, compact
@@ -21,12 +21,8 @@ UNIT = 2.0**-8  # what rounding to bf16 is off by at most
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ops():
-    if (status := build.status()) != "ready":
-        pytest.skip(f"no C++ library: {status}")
-    if not torch.ops.pact_fast.bf16_products_ready():
-        pytest.skip("no bf16 products: no AVX512-BF16, or a torch without brgemm")
-    return torch.ops.pact_fast
+def ops(bf16_ops):
+    return bf16_ops
 
 
 class Case(NamedTuple):

@@ -46,7 +46,7 @@ def build() -> Path:
     compiler = find_compiler()
     library = cache_folder() / f"pact_fast-{_key(compiler)}.so"
     if not library.exists():
-        print("pact_fast: compiling the CPU kernels (once, about ten seconds)", file=sys.stderr, flush=True)
+        print("pact_fast: compiling the CPU kernels (once, about fifteen seconds)", file=sys.stderr, flush=True)
         _compile(compiler, library)
     return library
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ import torch
 from pact_fast.kernels import build
 
 TILE = 64  # rows of q that the kernel works on together
-NAMES = ("tree_attention_forward", "tree_attention_backward")
 
 
 def serves(q: torch.Tensor, v: torch.Tensor, scale: float) -> bool:
@@ -55,8 +55,8 @@ def _by_rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+@functools.cache  # once, when the library is there
 def _describe() -> None:
-    """What the kernels do to tensors without contents, for planning/rehearsal.py: nothing. Once, when the library is there."""
-    for name in NAMES:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pact_fast::{name}", "Meta"):
-            torch.library.register_fake(f"pact_fast::{name}", lambda *args: None)
+    """What the kernels do to tensors without contents, for planning/rehearsal.py: nothing."""
+    for name in ("tree_attention_forward", "tree_attention_backward"):
+        torch.library.register_fake(f"pact_fast::{name}", lambda *args: None)
