@@ -18,6 +18,7 @@ from pact_fast.planning.tracker import Kind, Tracker
 from pact_fast.planning.workload import Load
 from pact_fast.trainer import lora, setup
 from pact_fast.tree import PackedBatch, tree_forward
+from pact_fast.tree.fused import unfused
 from pact_fast.tree.hf import trunk, unsupported
 
 
@@ -56,15 +57,17 @@ class Rehearsal:
 def rehearse(config: Config, loads: Sequence[Load], device: str, dtype: torch.dtype = torch.float32) -> Rehearsal:
     """What one update on these packs holds, in order of time.
 
-    The operators run as on the CPU; `device` decides what differs on CUDA: the head's chunks and the optimizer's
-    temporaries. With `dtype` bfloat16 the weights are so, and nothing is cast; AdamW is then left to who shards it.
+    The operators run as on the CPU; `device` decides what differs on CUDA: the head's chunks, norms and gated units in
+    several steps, and the optimizer's temporaries. With `dtype` bfloat16 the weights are so, and nothing is cast; AdamW is
+    then left to who shards it.
     """
     tracker = Tracker()
     autocast: AbstractContextManager = nullcontext()
     if config.model.dtype == "bfloat16" and dtype == torch.float32:
         autocast = torch.autocast("cpu", torch.bfloat16)
     model = hollow_model(config, dtype)
-    with FakeTensorMode(), torch.device("cpu"):
+    kernels: AbstractContextManager = nullcontext() if device == "cpu" else unfused()
+    with FakeTensorMode(), torch.device("cpu"), kernels:
         _to_cpu(model)
         with tracker:
             tracker.add([*model.parameters(), *model.buffers()], Kind.WEIGHTS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -11,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from pact_fast.errors import PactError
 from pact_fast.tree.attention import TreeLayout, tree_attention
 from pact_fast.tree.cache import PathCache
+from pact_fast.tree.fused import fused
 from pact_fast.tree.packing import PackedBatch
 from pact_fast.tree.remake import Remake, is_compiled
 from pact_fast.tree.slices import Slices
@@ -95,7 +97,7 @@ def _run(model: PreTrainedModel, batch: PackedBatch, layout: TreeLayout) -> torc
     device = next(model.parameters()).device
     decoder = trunk(model)
     mine = slice(layout.slices.start, layout.slices.end) if layout.slices else slice(None)
-    with nullcontext() if is_compiled(decoder) else Remake():
+    with _lean(decoder):
         output = decoder(
             input_ids=torch.as_tensor(batch.input_ids[mine], device=device)[None],
             position_ids=torch.as_tensor(batch.position_ids[mine], device=device)[None],
@@ -103,6 +105,16 @@ def _run(model: PreTrainedModel, batch: PackedBatch, layout: TreeLayout) -> torc
             use_cache=False,
         )
     return output.last_hidden_state[0]
+
+
+@contextmanager
+def _lean(decoder: torch.nn.Module) -> Iterator[None]:
+    """Pointwise steps in less memory and in fewer passes over it; of compiled code this is the compiler's business."""
+    if is_compiled(decoder):
+        yield
+        return
+    with Remake(), fused(decoder):
+        yield
 
 
 def paths_forward(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
