@@ -186,6 +186,12 @@ def test_gradient_checkpointing_is_left_alone():
         assert changed(model)
 
 
+def test_a_decoder_elsewhere_is_left_alone():
+    model = make("qwen3").to("meta")
+    with fused(model):
+        assert not changed(model)
+
+
 def test_a_decoder_in_bf16_holds_less():
     """The chain keeps every norm's input a second time, in fp32."""
     config = Qwen3Config(

@@ -29,10 +29,11 @@ _allowed = True
 def fused(decoder: torch.nn.Module) -> Iterator[None]:
     """Tensors that the kernels do not serve go through the modules' own code here, too.
 
-    A decoder with gradient checkpointing is left alone: it runs again when the context has ended.
+    A decoder on another device is left alone, and one with gradient checkpointing: it runs again when the context has ended.
     """
     modules = list(decoder.modules())
-    if not _allowed or any(getattr(m, "gradient_checkpointing", False) for m in modules):
+    elsewhere = any(p.device.type != "cpu" for p in decoder.parameters())
+    if not _allowed or elsewhere or any(getattr(m, "gradient_checkpointing", False) for m in modules):
         yield
         return
     with ExitStack() as undo:
@@ -84,7 +85,7 @@ def _has(module: torch.nn.Module, *names: str) -> bool:
 
 
 def _norm(module: Any, own: Callable[..., Tensor], x: Tensor) -> Tensor:
-    if not serves(x, module.weight):
+    if x.shape[-1:] != module.weight.shape or not serves(x, module.weight):
         return own(x)
     return RmsNorm.apply(x, module.weight, module.variance_epsilon)
 
