@@ -47,12 +47,11 @@ inline float rounded<float>(float x) {
   return x;
 }
 
-// To nearest, ties to even; NaN stays.
+// To nearest, ties to even. NaN stays: made of bf16 numbers, its lower half is zero.
 template <>
 inline Bits rounded<Bits>(float x) {
   const auto bits = std::bit_cast<uint32_t>(x);
-  const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<Bits>(x == x ? nearest : 0x7fc0);
+  return static_cast<Bits>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 // What a tensor of T would hold.

@@ -67,6 +67,16 @@ def test_rotary_functions_are_served_while_it_lasts(kind):
     assert code["apply_rotary_pos_emb"] is own
 
 
+def test_a_rotary_embedding_of_part_of_a_head_goes_the_models_own_way():
+    model = make("phi3")
+    code = vars(sys.modules[type(model).__module__])
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    cos, sin = torch.randn(2, 1, 5, 4)
+    own = code["apply_rotary_pos_emb"](q, k, cos, sin)
+    with fused(model):
+        assert all(map(torch.equal, code["apply_rotary_pos_emb"](q, k, cos, sin), own))
+
+
 def test_a_rotary_function_that_turns_pairs_is_left_alone():
     """As some models lay out a head: one number's partner is its neighbour."""
 

@@ -10,9 +10,11 @@ from update_probe import probe
 from pact_fast.cli import main
 from pact_fast.config import parse_config
 from pact_fast.errors import PactError
+from pact_fast.kernels import build
 from pact_fast.planning.memory import auto_pack_tokens, default_load, estimate
 from pact_fast.planning.sharding import Sharding
 from pact_fast.planning.workload import Lengths, full_load, update_loads
+from pact_fast.tree.fused import unfused
 
 DEEP = {
     "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -80,6 +82,21 @@ def deep():
     config = parse_config(settings(DEEP))
     config.rollout.max_prompt_length = config.rollout.max_completion_length = 512
     return config
+
+
+def test_activations_are_those_of_the_device(deep):
+    """Norms, gated units and rotary embeddings are one step each on CPU only (tree/fused.py)."""
+    if build.status() != "ready":
+        pytest.skip("no C++ library: the steps are the same everywhere")
+    load = full_load(deep, 2048)
+
+    def activations(device: str) -> int:
+        return estimate(deep, [load], device=device).parts["activations"]
+
+    on_cpu, on_cuda = activations("cpu"), activations("cuda")
+    with unfused():
+        assert on_cpu < activations("cpu")
+        assert on_cuda == activations("cuda")
 
 
 def test_packs_are_as_large_as_they_fit(deep):
