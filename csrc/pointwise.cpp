@@ -1,7 +1,7 @@
 // The pointwise steps of a decoder layer on CPU, each in one pass over memory: RMSNorm, the gated unit silu(gate)·up, and
 // rotary embeddings.
 //
-// As a chain of torch's operators a norm reads and writes its rows nine times, most of them in fp32 and to memory that the
+// As a chain of torch's operators a norm in bf16 reads or writes its rows eleven times, most of them in fp32 and to memory that the
 // system has to give out first. Forward, the roundings are those of the chain, so that both give nearly always the same
 // bits; backward, everything is fp32 until it is stored.
 //
@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "attention_views.h"
 #include "exp.h"
 #include "work.h"
 
@@ -32,6 +33,7 @@ namespace {
 
 using pact_fast::ceil_div;
 using pact_fast::share;
+using pact_fast::attention::Heads;
 using Bits = uint16_t;  // a bf16 number
 
 constexpr int64_t kUnit = 8192;  // numbers that a thread takes at a time
@@ -161,15 +163,6 @@ void gated_backward(const T* g, const T* gate, const T* up, int64_t count, T* d_
 }
 
 // ---- rotary embeddings
-
-// Heads of rows: number d of head h of row t is at h·head + t·row + d.
-template <typename T>
-struct Heads {
-  T* data;
-  int64_t head, row;
-
-  T* at(int64_t h, int64_t t) const { return data + h * head + t * row; }
-};
 
 template <bool back, typename T>
 void rotate_row(const T* x, const T* cos, const T* sin, int64_t half, T* out) {

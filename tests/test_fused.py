@@ -7,14 +7,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from memory import peak_bytes
+from memory import decoder_step, peak_bytes
 from test_tree_models import KINDS, as_tree, gradients, make, trees
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pact_fast.kernels import build
-from pact_fast.tree import TokenTree, pack, tree_forward
 from pact_fast.tree.fused import _is_gated, _is_norm, _is_rotary, _is_silu, fused, unfused
 
 NORMS = {"qwen2": 5, "qwen3": 9, "qwen3_moe": 9, "llama": 5, "mistral": 5, "phi3": 5}  # in two layers
@@ -204,22 +202,7 @@ def test_a_decoder_elsewhere_is_left_alone():
 
 def test_a_decoder_in_bf16_holds_less():
     """The chain keeps every norm's input a second time, in fp32."""
-    config = Qwen3Config(
-        vocab_size=97, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config).bfloat16()
-    tree = TokenTree()
-    root = tree.add([1] * 300)
-    for _ in range(3):
-        tree.add([2] * 100, root)
-    (batch,) = pack([tree], max_tokens=1000)
-
-    def step() -> None:
-        tree_forward(model, batch).sum().backward()
-        model.zero_grad()
-
-    step()
+    step = decoder_step(torch.bfloat16)
     ours = peak_bytes(step)
     with unfused():
         assert ours < 0.9 * peak_bytes(step)

@@ -6,12 +6,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from memory import peak_bytes
+from memory import decoder_step, peak_bytes
 from test_tree_models import KINDS, as_tree, make, trees
 from torch.overrides import handle_torch_function, has_torch_function
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pact_fast.tree import TokenTree, hf, pack, remake, tree_forward
+from pact_fast.tree import hf, remake
 from pact_fast.tree.remake import Remake
 
 
@@ -57,24 +56,7 @@ def test_autocast_and_checkpointing_give_the_same_bits(keep_all):
 
 @pytest.fixture
 def step():
-    """One gradient pass of a small Qwen3 in which activations decide."""
-    config = Qwen3Config(
-        vocab_size=97, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
-    tree = TokenTree()
-    root = tree.add([1] * 300)
-    for _ in range(3):
-        tree.add([2] * 100, root)
-    (batch,) = pack([tree], max_tokens=1000)
-
-    def run() -> None:
-        tree_forward(model, batch).sum().backward()
-        model.zero_grad()
-
-    run()
-    return run
+    return decoder_step(torch.float32)
 
 
 def test_a_gated_decoder_holds_half_as_much(step, monkeypatch):
