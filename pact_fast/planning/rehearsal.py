@@ -57,9 +57,9 @@ class Rehearsal:
 def rehearse(config: Config, loads: Sequence[Load], device: str, dtype: torch.dtype = torch.float32) -> Rehearsal:
     """What one update on these packs holds, in order of time.
 
-    The operators run as on the CPU; `device` decides what differs on CUDA: the head's chunks, norms and gated units in
-    several steps, and the optimizer's temporaries. With `dtype` bfloat16 the weights are so, and nothing is cast; AdamW is
-    then left to who shards it.
+    The operators run as on the CPU; `device` decides what differs on CUDA: the head's chunks, and norms and gated units in
+    several steps. AdamW needs nothing beyond its states. With `dtype` bfloat16 the weights are so, and nothing is cast;
+    AdamW is then left to who shards it.
     """
     tracker = Tracker()
     autocast: AbstractContextManager = nullcontext()
@@ -81,18 +81,8 @@ def rehearse(config: Config, loads: Sequence[Load], device: str, dtype: torch.dt
             for p in trained:
                 p.register_post_accumulate_grad_hook(lambda p: tracker.add([p.grad], Kind.GRADIENTS))
             _passes(model, loads, autocast, device, tracker)
-            tracker.kind = Kind.STEP
-            if moments:
-                _step(trained, foreach=device == "cuda")
     traffic = tracker.traffic / sum(len(load.batch) for load in loads)
     return Rehearsal(tracker, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained), traffic)
-
-
-def _step(trained: list[torch.nn.Parameter], foreach: bool) -> None:
-    """AdamW's temporaries: a root and a quotient of one parameter after the other, or the roots of all of them."""
-    largest = max(trained, key=torch.Tensor.numel)
-    temporary = [torch.empty_like(p) for p in (trained if foreach else [largest, largest])]
-    del temporary
 
 
 def _to_cpu(model: PreTrainedModel) -> None:

@@ -39,6 +39,7 @@ class Tracker(TorchDispatchMode):
         self._kinds: list[Kind] = []
         self._sizes: list[int] = []
         self._events: list[tuple[int, int]] = []  # (number, +1 made, −1 freed), in order of time
+        self._sums: dict[int, int] = {}  # of gradients: the sum → what it lies in, on tensors that have contents
 
     def add(self, tensors: Iterable[torch.Tensor], kind: Kind) -> None:
         """These are of this kind, from when they were made; new ones exist from now on."""
@@ -51,11 +52,17 @@ class Tracker(TorchDispatchMode):
         held = dict.fromkeys(Kind, 0.0)
         total = most = 0.0
         best = dict(held)
+        gone: set[int] = set()  # taken over by a sum
         for number, change in self._events:
-            kind = self._kinds[number]
-            bytes_ = change * self._sizes[number] * shares.get(kind, 1.0)
-            held[kind] += bytes_
-            total += bytes_
+            if number in gone:
+                continue
+            taken = [self._sums[number]] if change > 0 and number in self._sums else []
+            gone.update(taken)
+            for storage, sign in [(number, change), *((t, -1) for t in taken)]:
+                kind = self._kinds[storage]
+                bytes_ = sign * self._sizes[storage] * shares.get(kind, 1.0)
+                held[kind] += bytes_
+                total += bytes_
             if total > most:
                 most, best = total, dict(held)
         return {kind: round(bytes_) for kind, bytes_ in best.items()}
@@ -66,6 +73,8 @@ class Tracker(TorchDispatchMode):
         known = len(self._sizes)
         for tensor in outputs:
             self._number(tensor)
+        if len(self._sizes) > known and _is_sum_of_gradients(func):
+            self._sums[known] = self._number(args[0])
         name = func.name()
         if (len(self._sizes) > known or func._schema.is_mutable) and not any(part in name for part in BY_FLOPS):
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
@@ -89,3 +98,8 @@ class Tracker(TorchDispatchMode):
     def _freed(self, address: int, number: int) -> None:
         self._keys.pop(address, None)
         self._events.append((number, -1))
+
+
+def _is_sum_of_gradients(func: Any) -> bool:
+    """Sums in a backward pass are autograd's, of gradients that meet; its formulas multiply."""
+    return torch._C._current_graph_task_id() != -1 and func is torch.ops.aten.add.Tensor

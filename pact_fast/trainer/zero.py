@@ -93,7 +93,7 @@ class Zero:
                 steps = value
         for state in self._base().state.values():
             if "step" in state:
-                state["step"] = steps.clone() if torch.is_tensor(state["step"]) else int(steps)
+                state["step"].copy_(steps)
 
     def _make_states(self) -> None:
         """AdamW's states before its first step: a checkpoint has them by then, and DeepSpeed 0.19 looks for those of all groups
@@ -115,7 +115,7 @@ class Zero:
 
     def _make_state(self, part: torch.Tensor) -> None:
         moments = {kind: torch.zeros_like(part, requires_grad=False) for kind in KINDS}
-        self._base().state[part] = {"step": torch.zeros(()), **moments}
+        self._base().state[part] = {"step": part.new_zeros((), dtype=torch.float32), **moments}
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
@@ -125,9 +125,7 @@ class Zero:
         return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
 
     def _steps(self) -> torch.Tensor:
-        known = [
-            torch.as_tensor(state["step"]).float().cpu() for state in self._base().state.values() if "step" in state
-        ]
+        known = [state["step"].cpu() for state in self._base().state.values() if "step" in state]
         return known[0] if known else torch.zeros(())
 
 
