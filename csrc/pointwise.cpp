@@ -149,15 +149,17 @@ void gated(const T* gate, const T* up, int64_t count, T* out) {
   });
 }
 
-template <typename T>
-void gated_backward(const T* g, const T* gate, const T* up, int64_t count, T* d_gate, T* d_up) {
+// And out, as `gated` makes it, where the backward pass of a product that follows needs it again. d_gate may be g.
+template <bool again, typename T>
+void gated_backward(const T* g, const T* gate, const T* up, int64_t count, T* d_gate, T* d_up, T* out) {
   share<char>(ceil_div(count, kUnit), 0, [&](int64_t unit, char*) {
     const int64_t end = std::min(count, (unit + 1) * kUnit);
 #pragma omp simd
     for (int64_t i = unit * kUnit; i < end; ++i) {
-      const float a = wide(gate[i]), s = sigmoid(a);
-      d_gate[i] = rounded<T>(wide(g[i]) * wide(up[i]) * s * (1.0f + a * (1.0f - s)));
-      d_up[i] = rounded<T>(wide(g[i]) * a * s);
+      const float a = wide(gate[i]), b = wide(up[i]), from = wide(g[i]), s = sigmoid(a), silu = a * s;
+      d_gate[i] = rounded<T>(from * b * s * (1.0f + a * (1.0f - s)));
+      d_up[i] = rounded<T>(from * silu);
+      if constexpr (again) out[i] = rounded<T>(stored<T>(silu) * b);
     }
   });
 }
@@ -240,14 +242,17 @@ void silu_mul(const Tensor gate, const Tensor up, Tensor out) {
   by_type(gate, [&]<typename T>(T) { gated<T>(numbers<T>(gate), numbers<T>(up), gate.numel(), numbers<T>(out)); });
 }
 
-void silu_mul_backward(const Tensor grad, const Tensor gate, const Tensor up, Tensor d_gate, Tensor d_up) {
-  for (const auto& [t, name] :
-       {std::pair{grad, "grad"}, {up, "up"}, {gate, "gate"}, {d_gate, "d_gate"}, {d_up, "d_up"}}) {
+// d_gate may be grad. out, if given, is what silu_mul makes.
+void silu_mul_backward(const Tensor grad, const Tensor gate, const Tensor up, Tensor d_gate, Tensor d_up,
+                       std::optional<Tensor> out) {
+  for (const auto& [t, name] : {std::pair{grad, "grad"}, {up, "up"}, {gate, "gate"}, {d_gate, "d_gate"},
+                                {d_up, "d_up"}, {out.value_or(gate), "out"}}) {
     check(t, gate, gate.numel(), name);
   }
   by_type(gate, [&]<typename T>(T) {
-    gated_backward<T>(numbers<T>(grad), numbers<T>(gate), numbers<T>(up), gate.numel(), numbers<T>(d_gate),
-                      numbers<T>(d_up));
+    const auto work = out ? gated_backward<true, T> : gated_backward<false, T>;
+    work(numbers<T>(grad), numbers<T>(gate), numbers<T>(up), gate.numel(), numbers<T>(d_gate), numbers<T>(d_up),
+         out ? numbers<T>(*out) : nullptr);
   });
 }
 
@@ -272,7 +277,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pact_fast, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, Tensor(a!) dx, Tensor(b!)? d_weight) -> ()");
   m.def("silu_mul(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
-  m.def("silu_mul_backward(Tensor grad, Tensor gate, Tensor up, Tensor(a!) d_gate, Tensor(b!) d_up) -> ()");
+  m.def(
+      "silu_mul_backward(Tensor grad, Tensor gate, Tensor up, Tensor(a!) d_gate, Tensor(b!) d_up, Tensor(c!)? out) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pact_fast, CPU, m) {

@@ -53,19 +53,19 @@ class SiluMul(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.made_again = SiluMul.made_again
-        return _silu_mul(gate, up)
+        return silu_mul(gate, up)
 
     @staticmethod
     def made_again(node: Any) -> torch.Tensor:
         """The result, from what is saved for the backward pass (tree/remake.py)."""
-        return _silu_mul(*node.saved_tensors)
+        return silu_mul(*node.saved_tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         d_gate, d_up = _empty(gate), _empty(up)
-        torch.ops.pact_fast.silu_mul_backward(grad.contiguous(), gate.contiguous(), up.contiguous(), d_gate, d_up)
+        torch.ops.pact_fast.silu_mul_backward(grad.contiguous(), gate.contiguous(), up.contiguous(), d_gate, d_up, None)
         return d_gate, d_up
 
 
@@ -100,11 +100,18 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
-def _silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     _describe()
     out = _empty(gate)
     torch.ops.pact_fast.silu_mul(gate.contiguous(), up.contiguous(), out)
     return out
+
+
+def silu_mul_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The gradients of gate and up, and silu(gate)·up. All contiguous; the first result takes the memory of `grad`."""
+    d_up, out = _empty(up), _empty(up)
+    torch.ops.pact_fast.silu_mul_backward(grad, gate, up, grad, d_up, out)
+    return grad, d_up, out
 
 
 def _empty(like: torch.Tensor) -> torch.Tensor:

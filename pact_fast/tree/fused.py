@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from pact_fast.kernels.gated_mlp import gated_mlp
 from pact_fast.kernels.pointwise import RmsNorm, Rotary, SiluMul, serves
 
 ROTARY = "apply_rotary_pos_emb"  # what models call it, always by this name
@@ -91,10 +92,26 @@ def _norm(module: Any, own: Callable[..., Tensor], x: Tensor) -> Tensor:
 
 
 def _gated(module: Any, x: Tensor) -> Tensor:
+    products = (module.gate_proj, module.up_proj, module.down_proj)
+    if all(map(_is_plain, products)) and not torch.is_autocast_enabled("cpu"):
+        weights = [product.weight for product in products]
+        if serves(x, *weights):
+            return gated_mlp(x, *weights)
     gate, up = module.gate_proj(x), module.up_proj(x)
     if not serves(gate, up):
         return module.down_proj(module.act_fn(gate) * up)
     return module.down_proj(SiluMul.apply(gate, up))
+
+
+def _is_plain(product: Any) -> bool:
+    """x·Wᵀ and nothing else: no bias, no adapter, nobody who looks on or gathers the weight."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return (
+        type(product) is torch.nn.Linear
+        and product.bias is None
+        and "forward" not in vars(product)
+        and not any(getattr(product, name) for name in hooks)
+    )
 
 
 def _rotary(own: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
