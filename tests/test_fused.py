@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pact_fast.kernels import build
+from pact_fast.trainer.setup import checkpoint_activations
 from pact_fast.tree.fused import _is_gated, _is_norm, _is_rotary, _is_silu, fused, unfused
 
 NORMS = {"qwen2": 5, "qwen3": 9, "qwen3_moe": 9, "llama": 5, "mistral": 5, "phi3": 5}  # in two layers
@@ -186,7 +187,7 @@ def test_hooks_and_adapters_inside_are_called():
 def test_gradient_checkpointing_is_left_alone():
     """The layers run again after the context has ended, and have to save the same tensors then."""
     model = make("qwen3").float().train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     with fused(model):
         assert not changed(model)
     model.gradient_checkpointing_disable()

@@ -10,6 +10,7 @@ from memory import decoder_step, peak_bytes
 from test_tree_models import KINDS, as_tree, make, trees
 from torch.overrides import handle_torch_function, has_torch_function
 
+from pact_fast.trainer.setup import checkpoint_activations
 from pact_fast.tree import hf, remake
 from pact_fast.tree.remake import Remake
 
@@ -43,7 +44,7 @@ def test_autocast_and_checkpointing_give_the_same_bits(keep_all):
         with torch.autocast("cpu", torch.bfloat16):
             total = as_tree(model, trees())
         found = parameter_gradients(model, total)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
         found += parameter_gradients(model, as_tree(model, trees()))
         model.gradient_checkpointing_disable()
         return found

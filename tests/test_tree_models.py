@@ -11,6 +11,7 @@ import transformers
 from test_tree import SHAPE, path_ids, random_tree
 
 from pact_fast.errors import PactError
+from pact_fast.trainer.setup import checkpoint_activations
 from pact_fast.tree import PathCache, TokenTree, branches_forward, pack, paths_forward, tree_forward
 from pact_fast.tree.hf import unsupported
 
@@ -103,7 +104,7 @@ def test_gradient_checkpointing_changes_nothing():
     model, forest = make("qwen3"), trees()
     plain = gradients(model, as_tree(model, forest))
     model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     torch.testing.assert_close(gradients(model, as_tree(model, forest)), plain, rtol=1e-12, atol=1e-12)
 
 

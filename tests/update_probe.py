@@ -113,7 +113,7 @@ def learner(config: Config, world: World) -> Learner:
     assert config.model.random_init is not None
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.model.random_init), dtype=torch.float32)
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        setup.checkpoint_activations(model)
     if config.model.lora:
         lora.attach(model, config.model.lora, 0)
     precision = setup.precision(config, torch.device("cpu"))

@@ -38,7 +38,7 @@ def hollow_model(config: Config, dtype: torch.dtype = torch.float32) -> PreTrain
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture(config.model), dtype=dtype)
         if config.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            setup.checkpoint_activations(model)
         if config.model.lora:
             lora.attach(model, config.model.lora, config.seed)
     return model.train()

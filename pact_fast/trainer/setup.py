@@ -158,9 +158,15 @@ def make_model(
         with split_as_read(config) if split else nullcontext():
             built = from_pretrained(AutoModelForCausalLM, source, "model", dtype=torch.float32)
     if config.model.gradient_checkpointing:
-        built.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(built)
     torch.nn.Module.to(built, device)  # in place
     return built
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Gradient checkpointing, by its name since transformers 5.24 or, where that is not there, the old one, which warns."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def make_policy(
