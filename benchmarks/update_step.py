@@ -1,6 +1,6 @@
 """How long does one optimizer update take? Every sequence alone, packed, sharing prefixes, and one tree for both contexts.
 
-python benchmarks/update_step.py                                 on CPU: a Qwen3 of 30M; on CUDA: Qwen3-0.6B, bf16
+python benchmarks/update_step.py                                 on CPU: a Qwen3 of 30M; on CUDA: Qwen3-0.6B
 python benchmarks/update_step.py --model qwen3-1.7b --shape 4096,4096,1024,8 --only kept tree --out update.json
 
 The same data, the same weights, one loss (update_variants.py): old log-probs when asked for (--old), forward, loss, backward,
@@ -181,8 +181,8 @@ def tree_flops(bench: Bench) -> float:
 
 def criteria(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """What an update by the tree is to reach. (a) is a padded batch, as trainers run it; (a') and (c) are the fastest of
-    their rows. For (a) one sequence at a time there is no goal: its logits stay in a CPU's cache, and FLOPs alone bound
-    the tree to less than 8 times that. Its row stands in the table.
+    their rows. For (a) one sequence at a time there is no goal: its logits stay in a CPU's cache, and 8 times that is what
+    the tree would reach at the full rate of its FLOPs. Its row stands in the table.
     """
 
     def fastest(*names: str) -> float | None:
@@ -266,7 +266,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer than the model has; default all, 8 of the 36 of qwen3-8b")
     parser.add_argument("--shape", action="append", help="P,Z,L,K or P,Z,L,K,R; may be repeated")
     parser.add_argument("--prompts", type=int, default=1, help="of one update")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default float32, on CUDA bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--old", action="store_true", help="log-probs of the old policy by a pass without gradients")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--rounds", type=int, default=5)
@@ -276,7 +276,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args.model = args.model or ("qwen3-0.6b" if on_cuda else "30m")
     args.layers = args.layers or DEFAULT_LAYERS.get(args.model, MODELS[args.model]["num_hidden_layers"])
     args.shape = args.shape or SHAPES[args.device]
-    args.dtype = args.dtype or ("bfloat16" if on_cuda else "float32")
     return args
 
 

@@ -159,3 +159,13 @@ def test_adapters_and_other_dtypes_are_called_as_they_are(name):
     assert not runs_in_one_step(Gated().double(), torch.randn(2, 3, 8).double())
     with torch.autocast("cpu", torch.bfloat16):
         assert not runs_in_one_step(Gated(), torch.randn(2, 3, 8))
+
+
+def test_hooks_on_all_modules_are_called():
+    model, x, seen = Gated(), torch.randn(2, 3, 8), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+    try:
+        assert not runs_in_one_step(model, x)
+    finally:
+        handle.remove()
+    assert seen.count(nn.Linear) == 6

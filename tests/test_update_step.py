@@ -38,7 +38,7 @@ def run(tmp_path: Path, *options: str) -> tuple[int, dict]:
     return status, json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("options", [("--prompts", "2"), ("--old", "--dtype", "bfloat16")])
+@pytest.mark.parametrize("options", [("--prompts", "2", "--dtype", "float32"), ("--old",)])
 def test_all_variants_compute_the_same_update(tmp_path, capsys, options):
     status, report = run(tmp_path, "--no-memory", "--date", "2026-01-02", *options)
     assert status == 0 and report["failures"] == [] and report["date"] == "2026-01-02"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.modules.module import _has_any_global_hook
 
 from pact_fast.kernels.gated_mlp import gated_mlp
 from pact_fast.kernels.pointwise import RmsNorm, Rotary, SiluMul, serves
@@ -93,7 +94,7 @@ def _norm(module: Any, own: Callable[..., Tensor], x: Tensor) -> Tensor:
 
 def _gated(module: Any, x: Tensor) -> Tensor:
     products = (module.gate_proj, module.up_proj, module.down_proj)
-    if all(map(_is_plain, products)) and not torch.is_autocast_enabled("cpu"):
+    if all(map(_is_plain, products)) and not torch.is_autocast_enabled("cpu") and not _has_any_global_hook():
         weights = [product.weight for product in products]
         if serves(x, *weights):
             return gated_mlp(x, *weights)
