@@ -10,7 +10,7 @@ from torch.profiler import profile
 
 from pact_fast.kernels import build
 from pact_fast.kernels.gated_mlp import gated_mlp
-from pact_fast.kernels.pointwise import RmsNorm
+from pact_fast.kernels.pointwise import RmsNorm, SiluMul, silu_mul, silu_mul_backward
 from pact_fast.tree.fused import fused
 from pact_fast.tree.remake import Remake
 
@@ -51,6 +51,17 @@ def test_errors_are_at_most_twice_those_of_the_chain(shape, hidden, dtype):
         unit = torch.finfo(dtype).eps / 2 * truth.norm()
         assert mine.dtype == dtype and mine.shape == truth.shape
         assert (mine.double() - truth).norm() <= 2 * (other.double() - truth).norm() + unit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_backward_gives_the_bits_of_two(dtype):
+    """The gradients, and the product that went into down."""
+    torch.manual_seed(0)
+    gate, up = (torch.randn(300, 65).to(dtype).requires_grad_() for _ in range(2))
+    upstream = torch.randn(300, 65).to(dtype)
+    product = SiluMul.apply(gate, up)
+    expected = *torch.autograd.grad(product, (gate, up), upstream), silu_mul(gate.detach(), up.detach())
+    assert all(map(torch.equal, silu_mul_backward(upstream.clone(), gate.detach(), up.detach()), expected))
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
