@@ -39,7 +39,6 @@ class Tracker(TorchDispatchMode):
         self._kinds: list[Kind] = []
         self._sizes: list[int] = []
         self._events: list[tuple[int, int]] = []  # (number, +1 made, −1 freed), in order of time
-        self._sums: dict[int, int] = {}  # of gradients: the sum → what it lies in, on tensors that have contents
 
     def add(self, tensors: Iterable[torch.Tensor], kind: Kind) -> None:
         """These are of this kind, from when they were made; new ones exist from now on."""
@@ -52,17 +51,11 @@ class Tracker(TorchDispatchMode):
         held = dict.fromkeys(Kind, 0.0)
         total = most = 0.0
         best = dict(held)
-        gone: set[int] = set()  # taken over by a sum
         for number, change in self._events:
-            if number in gone:
-                continue
-            taken = [self._sums[number]] if change > 0 and number in self._sums else []
-            gone.update(taken)
-            for storage, sign in [(number, change), *((t, -1) for t in taken)]:
-                kind = self._kinds[storage]
-                bytes_ = sign * self._sizes[storage] * shares.get(kind, 1.0)
-                held[kind] += bytes_
-                total += bytes_
+            kind = self._kinds[number]
+            bytes_ = change * self._sizes[number] * shares.get(kind, 1.0)
+            held[kind] += bytes_
+            total += bytes_
             if total > most:
                 most, best = total, dict(held)
         return {kind: round(bytes_) for kind, bytes_ in best.items()}
@@ -70,13 +63,14 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        known = len(self._sizes)
+        known, in_place = len(self._sizes), func._schema.is_mutable
+        if _is_sum_of_gradients(func):
+            self._move(args[0], result)
+            in_place = True
         for tensor in outputs:
             self._number(tensor)
-        if len(self._sizes) > known and _is_sum_of_gradients(func):
-            self._sums[known] = self._number(args[0])
         name = func.name()
-        if (len(self._sizes) > known or func._schema.is_mutable) and not any(part in name for part in BY_FLOPS):
+        if (len(self._sizes) > known or in_place) and not any(part in name for part in BY_FLOPS):
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             self.traffic += sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in inputs + outputs)
         return result
@@ -89,6 +83,15 @@ class Tracker(TorchDispatchMode):
             weakref.finalize(storage, self._freed, storage._cdata, number)
         return number
 
+    def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """The target lies where the source did: autograd adds in place, but not on tensors without contents."""
+        number, storage = self._number(source), target.untyped_storage()
+        if storage.nbytes() != self._sizes[number]:
+            return
+        del self._keys[source.untyped_storage()._cdata]
+        self._keys[storage._cdata] = number
+        weakref.finalize(storage, self._freed, storage._cdata, number)
+
     def _made(self, size: int, kind: Kind) -> int:
         self._kinds.append(kind)
         self._sizes.append(size)
@@ -96,8 +99,9 @@ class Tracker(TorchDispatchMode):
         return len(self._sizes) - 1
 
     def _freed(self, address: int, number: int) -> None:
-        self._keys.pop(address, None)
-        self._events.append((number, -1))
+        if self._keys.get(address) == number:  # and nothing has taken its place
+            del self._keys[address]
+            self._events.append((number, -1))
 
 
 def _is_sum_of_gradients(func: Any) -> bool:
