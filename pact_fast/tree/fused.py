@@ -2,7 +2,7 @@
 
 No model class is named: what computes exactly what a kernel does, which is tried out once on a few numbers, gets that
 kernel until the context ends; a module as a forward of its own, the rotary function in the namespace of the model's code.
-Weights, hooks and submodules stay in use.
+Weights, hooks and submodules stay in use; the products of a gated MLP are not called where they are nothing but x·Wᵀ.
 """
 
 from __future__ import annotations
