@@ -1,9 +1,9 @@
 // The pointwise steps of a decoder layer on CPU, each in one pass over memory: RMSNorm, the gated unit silu(gate)·up, and
 // rotary embeddings.
 //
-// As a chain of torch's operators a norm in bf16 reads or writes its rows eleven times, most of them in fp32 and to memory that the
-// system has to give out first. Forward, the roundings are those of the chain, so that both give nearly always the same
-// bits; backward, everything is fp32 until it is stored.
+// As a chain of torch's operators a norm in bf16 reads or writes its rows eleven times, most of them in fp32 and to memory
+// that the system has to give out first. Forward, the roundings are those of the chain, so that both give nearly always
+// the same bits; backward, everything is fp32 until it is stored.
 //
 //     norm       y = x·r, r = 1/√(mean(x²) + eps), out = w·y      dx = r·(g∘w − y·mean(g∘w∘y)),  dw = Σ g∘y  over rows
 //     unit       out = silu(a)·u, silu(a) = a·σ(a)                da = g·u·σ(a)·(1 + a·(1 − σ(a))),  du = g·silu(a)

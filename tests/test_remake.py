@@ -68,6 +68,7 @@ def test_a_gated_decoder_holds_half_as_much(step, monkeypatch):
 
 
 def test_results_of_steps_in_one_pass_are_not_kept(step, keep_all):
+    """Of norms: a gated MLP of plain products keeps no result of its own either way."""
     ours = peak_bytes(step)
     keep_all()
     assert ours < 0.95 * peak_bytes(step)

@@ -101,6 +101,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate)·up, of one shape, without a gradient of its own; the result is contiguous."""
     _describe()
     out = _empty(gate)
     torch.ops.pact_fast.silu_mul(gate.contiguous(), up.contiguous(), out)

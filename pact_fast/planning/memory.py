@@ -162,7 +162,9 @@ def _parts(seen: Rehearsal, sharding: Sharding, size: int) -> dict[str, int]:
     if passing >= max(bucket, fp32_gradients):
         return held
     held |= {Kind.ACTIVATIONS.value: 0, Kind.HEAD.value: 0}
-    return held | ({Kind.STEP.value: fp32_gradients} if fp32_gradients > bucket else {"communication buckets": bucket})
+    return held | (
+        {"fp32 gradients of the step": fp32_gradients} if fp32_gradients > bucket else {"communication buckets": bucket}
+    )
 
 
 def _gathered(result: Estimate, config: Config, sharding: Sharding, size: int, bucket: int) -> None:

@@ -25,7 +25,6 @@ class Kind(Enum):
     OPTIMIZER = "optimizer states"
     ACTIVATIONS = "activations"
     HEAD = "head buffers"
-    STEP = "temporaries of the optimizer"
 
 
 class Tracker(TorchDispatchMode):
