@@ -98,7 +98,7 @@ class Inputs:
     def tokens(self) -> LossTokens:
         zeros = torch.zeros_like(self.target)
         return LossTokens(
-            row=torch.arange(len(zeros), device=zeros.device), target=self.target, stream=zeros, component=zeros,
+            row=torch.arange(len(zeros), device=zeros.device), target=self.target, context=zeros, component=zeros,
             sequence=zeros, advantage=self.advantage, old_logprob=self.old, rl_weight=self.rl_weight,
             sft_weight=self.sft_weight,
         )  # fmt: skip

@@ -64,7 +64,7 @@ class Problem:
         return LossTokens(
             row=torch.arange(n, device=device),
             target=self.target,
-            stream=zeros,
+            context=zeros,
             component=zeros,
             sequence=torch.arange(SEQUENCES, device=device).repeat_interleave(n // SEQUENCES),
             advantage=self.advantage,

@@ -34,10 +34,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, f
 
 from measure import markdown, median_ratio, paired_rounds, stamp
 
-from pact_fast.algorithms.base import Plan
+from pact_fast.algorithms.base import PromptBatch
+from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.config import Config, load_config
-from pact_fast.trainer.learner import Learner, UpdateResult
-from pact_fast.trainer.loop import Trainer
+from pact_fast.train.learner import Learner, UpdateResult
+from pact_fast.train.run import Trainer
 
 LIMIT = 1e-5
 SHORT = ["pretrain.steps=200"]  # enough for rollouts of several turns
@@ -52,12 +53,12 @@ SHARING = ("merged", "shared")
 class Steps(Trainer):
     """The recipe's steps without evaluations and checkpoints."""
 
-    def each(self, count: int, look: Callable[[list[Plan]], None]) -> list[UpdateResult]:
+    def each(self, count: int, look: Callable[[list[PromptBatch]], None]) -> list[UpdateResult]:
         """`look` is given the plans of every update before the weights move."""
         self._assemble(*self._models(None))
         update, done = self.learner.update, []
 
-        def looked_at(plans: list[Plan]) -> UpdateResult:
+        def looked_at(plans: list[PromptBatch]) -> UpdateResult:
             look(plans)
             return update(plans)
 
@@ -78,7 +79,7 @@ class Comparison:
         self._trainer, self._rounds = trainer, rounds
         self.steps: list[dict[str, Any]] = []
 
-    def __call__(self, plans: list[Plan]) -> None:
+    def __call__(self, plans: list[PromptBatch]) -> None:
         learners = {way: self._learner(settings) for way, settings in WAYS.items()}
         found = {way: self._gradient(learner, plans) for way, learner in learners.items()}
         alone, theirs = found["alone"]
@@ -97,9 +98,11 @@ class Comparison:
         config = self._trainer.config
         trainer = config.trainer.model_copy(update=settings)
         temperature = config.rollout.temperature
-        return Learner(self._trainer.model, trainer, config.algorithm, total_updates=1, temperature=temperature)
+        return Learner(
+            self._trainer.model, trainer, make_algorithm(config.algorithm), total_updates=1, temperature=temperature
+        )
 
-    def _gradient(self, learner: Learner, plans: list[Plan]) -> tuple[UpdateResult, torch.Tensor]:
+    def _gradient(self, learner: Learner, plans: list[PromptBatch]) -> tuple[UpdateResult, torch.Tensor]:
         self._trainer.model.zero_grad(set_to_none=True)
         result = learner.accumulate(plans)
         return result, torch.cat([p.grad.flatten() for p in self._trainer.model.parameters() if p.grad is not None])

@@ -50,15 +50,17 @@ sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, f
 
 from measure import markdown, median_ratio, paired_rounds, stamp
 
+from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.config import Config, load_config
-from pact_fast.data.rendering import ChatRenderer
+from pact_fast.data.sources import TaskSource
 from pact_fast.data.types import Task, ToolCall, Trajectory
+from pact_fast.envs.registry import EnvironmentFactory, make_tasks
+from pact_fast.model.build import make_model
+from pact_fast.model.tokenizer import train_tokenizer
 from pact_fast.rollout.agent import AgentLoop, Job
-from pact_fast.rollout.factory import make_engine
-from pact_fast.rollout.vllm_engine import Turn, VllmEngine
-from pact_fast.rollout.vllm_local import import_vllm, sampling_params
-from pact_fast.trainer import setup
-from pact_fast.trainer.tokenizer import train_tokenizer
+from pact_fast.rollout.registry import make_engine
+from pact_fast.rollout.vllm.colocated import import_vllm, sampling_params
+from pact_fast.rollout.vllm.engine import Turn, VllmEngine
 
 LIMIT = 0.05
 GROUP = 8
@@ -115,7 +117,7 @@ class Work:
     """What is sampled: prompts, and the text between turns, all as token ids."""
 
     prompts: list[list[int]]
-    glue: list[list[list[int]]]  # [trajectory][turn]: what follows the turn; none follows the last
+    bridge_tokens: list[list[list[int]]]  # [trajectory][turn]: what follows the turn; none follows the last
     turns: int
     tokens: int
     temperature: float
@@ -134,9 +136,9 @@ class Subject:
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.args, self._folder = args, folder
         self.config = _config(args)
-        tasks = setup.make_tasks(self.config)
+        tasks = make_tasks(self.config)
         self.renderer = FixedRenderer(_tokenizer(tasks, args.shape["vocab_size"]))
-        self.model = setup.make_model(self.config, self.renderer.tokenizer).eval()
+        self.model = make_model(self.config, self.renderer.tokenizer).eval()
         self.jobs = _jobs(tasks, args.trajectories)
         self.engines: dict[str, Any] = {"vllm": self._engine("colocate", self.config)}
         if args.transformers_rounds:
@@ -152,7 +154,7 @@ class Subject:
         return engine
 
     def loop(self, engine: str) -> list[Trajectory]:
-        make_env = setup.make_environments(self.config)
+        make_env = EnvironmentFactory(self.config)
         loop = AgentLoop(Ended(self.engines[engine]), self.renderer, make_env, self.config.rollout)
         try:
             return loop.run(self.jobs)
@@ -162,10 +164,12 @@ class Subject:
     def work(self) -> Work:
         """What the agent loop asked for."""
         done = self.loop("vllm")
-        glue = [[t.ids[(t.turn_ids == turn) & ~t.sampled].tolist() for turn in range(len(t.turns) - 1)] for t in done]
+        bridge_tokens = [
+            [t.ids[(t.turn_ids == turn) & ~t.sampled].tolist() for turn in range(len(t.turns) - 1)] for t in done
+        ]
         rollout = self.config.rollout
         prompts = [t.prompt_ids.tolist() for t in done]
-        return Work(prompts, glue, self.args.turns, self.args.tokens, rollout.temperature)
+        return Work(prompts, bridge_tokens, self.args.turns, self.args.tokens, rollout.temperature)
 
     def forget_prefixes(self) -> None:
         for engine in self.engines.values():
@@ -192,14 +196,14 @@ def _config(args: argparse.Namespace) -> Config:
     return load_config("quickstart", [f"{key}={value}" for key, value in settings.items()])
 
 
-def _tokenizer(tasks: setup.TaskSource, size: int):
+def _tokenizer(tasks: TaskSource, size: int):
     """The quickstart's own text has too few words for a vocabulary of this size; Python's library has enough."""
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = [Task(path.name, [{"role": "user", "content": path.read_text("utf-8", "replace")}]) for path in library]
     return train_tokenizer([*tasks.train(0, 100), *texts], size)
 
 
-def _jobs(tasks: setup.TaskSource, count: int) -> list[Job]:
+def _jobs(tasks: TaskSource, count: int) -> list[Job]:
     each = tasks.train(0, -(-count // GROUP))
     return [Job(each[index // GROUP], (0, index), 1.0) for index in range(count)]
 
@@ -225,7 +229,7 @@ class Raw:
                 sampled += len(ids)
                 turns[index] += 1
                 if turns[index] < self._work.turns:
-                    contexts[index] += [*ids, *self._work.glue[index][turns[index] - 1]]
+                    contexts[index] += [*ids, *self._work.bridge_tokens[index][turns[index] - 1]]
                     self._add(index, turns[index], list(contexts[index]))
         return sampled
 
@@ -241,10 +245,10 @@ class Raw:
             ]
             prompts = [{"prompt_token_ids": ids} for ids in contexts]
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
-            for context, glue, output in zip(contexts, self._work.glue, outputs, strict=True):
+            for context, bridge_tokens, output in zip(contexts, self._work.bridge_tokens, outputs, strict=True):
                 ids = output.outputs[0].token_ids
                 sampled += len(ids)
-                context += [*ids, *(glue[turn] if turn < len(glue) else [])]
+                context += [*ids, *(bridge_tokens[turn] if turn < len(bridge_tokens) else [])]
         return sampled
 
 
@@ -276,7 +280,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "work": {
                 "trajectories": len(work.prompts), "turns": work.turns, "tokens_per_turn": work.tokens,
                 "prompt_tokens": sum(map(len, work.prompts)),
-                "observation_tokens": sum(len(ids) for ids in itertools.chain(*work.glue)),
+                "observation_tokens": sum(len(ids) for ids in itertools.chain(*work.bridge_tokens)),
                 "sampled_tokens": work.sampled,
             },
             "rows": rows(times, inside, work),

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, f
 from measure import markdown, paired_rounds, stamp
 
 SHAPES = {"cuda": [(1024, 151_936), (1024, 128_256)], "cpu": [(64, 4099)]}
-MODULES = {"cuda": "pact_fast.kernels.rows_triton", "cpu": "pact_fast.kernels.rows_torch"}
+MODULES = {"cuda": "pact_fast.kernels.head.softmax_triton", "cpu": "pact_fast.kernels.head.softmax_torch"}
 
 
 class RowPass:

@@ -20,7 +20,7 @@ from measure import failure
 from update_variants import VARIANTS, Problem, Shape, Variant, make_problem
 
 from pact_fast.config import TrainerConfig
-from pact_fast.trainer.backend import make_optimizer
+from pact_fast.train.backends.replicated import make_optimizer
 
 QWEN3 = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40_960}
 MODELS: dict[str, dict[str, Any]] = {
@@ -180,9 +180,9 @@ def gradients(
             if old:
                 clock.enter("old")
                 with torch.no_grad():
-                    known = part.logprob(part.trunk())
+                    known = part.logprob(part.decoder_of())
             clock.enter("trunk")
-            hidden = part.trunk()
+            hidden = part.decoder_of()
             hidden.register_hook(lambda _: clock.enter("trunk"))
             clock.enter("head")
             value = part.loss(hidden, known)

@@ -44,9 +44,9 @@ from measure import MALLOC, MIB, PeakMemory, add_run_options, markdown, median_r
 from update_run import CHECKED, DEFAULT_LAYERS, MODELS, Bench, Case, check, reason, time_attention
 from update_variants import VARIANTS, Shape, make_problem, token_tree
 
-from pact_fast.kernels import Stream
+from pact_fast.batch.flops import decoder_flops, work_of_packs
+from pact_fast.kernels import LossContext
 from pact_fast.tree import pack
-from pact_fast.tree.cost import trunk_flops, work_of_packs
 
 SHAPES = {"cpu": ["1024,1024,256,8"], "cuda": ["4096,4096,1024,8", "1024,2048,1024,8", "8192,2048,1024,8"]}
 SLOW, SLOW_ROUNDS = 3.0, 3
@@ -173,8 +173,8 @@ def time_rows(bench: Bench, rows: dict[str, dict[str, Any]], rounds: int) -> Non
 def tree_flops(bench: Bench) -> float:
     """Of an update by trees: the trunk with its attention, and 6·D·V for each supervised token."""
     model, case = bench.model, bench.case
-    packs = [pack([token_tree(p, tuple(Stream))[0]], max_tokens=1 << 40) for p in bench.problems]
-    trunk = trunk_flops(model, work_of_packs([batch for some in packs for batch in some]))
+    packs = [pack([token_tree(p, tuple(LossContext))[0]], max_tokens=1 << 40) for p in bench.problems]
+    trunk = decoder_flops(model, work_of_packs([batch for some in packs for batch in some]))
     head = 6.0 * case.prompts * case.shape.supervised * model.lm_head.weight.numel()
     return (trunk + head) * (4 / 3 if case.old else 1.0)
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, f
 
 from update_peers import flex_forward, grouped_forward, last_hidden, liger_head, torch_head, use_attention
 
-from pact_fast.kernels import LossTokens, Stream, linear_logprob, pact_loss
+from pact_fast.kernels import LossContext, LossTokens, linear_logprob, pact_loss
 from pact_fast.tree import Node, PackedBatch, TokenTree, pack, tree_forward
 
 Tensor = torch.Tensor
@@ -64,10 +64,10 @@ class Problem:
     weight: float
 
     @property
-    def rl_weights(self) -> dict[Stream, float]:
+    def rl_weights(self) -> dict[LossContext, float]:
         """Of one rollout token."""
         per_token = self.weight / self.y.size
-        return {Stream.PROMPT: Q * per_token, Stream.TRACE: (1 - Q) * per_token}
+        return {LossContext.PROMPT: Q * per_token, LossContext.TRACE: (1 - Q) * per_token}
 
     @property
     def sft_weight(self) -> float:
@@ -121,8 +121,8 @@ def alone(model: PreTrainedModel, problem: Problem, batch: int, head: Callable[.
     )
     nothing = torch.zeros(1, device=device)
     for context, tails, gains, rl_weight, sft_weight in (
-        (x, y, advantage, weights[Stream.PROMPT], 0.0),
-        (torch.cat([x, z, r]), y, advantage, weights[Stream.TRACE], 0.0),
+        (x, y, advantage, weights[LossContext.PROMPT], 0.0),
+        (torch.cat([x, z, r]), y, advantage, weights[LossContext.TRACE], 0.0),
         (x, z[None], nothing, 0.0, problem.sft_weight),
     ):
         for tail, gain in zip(tails.split(batch), gains.split(batch), strict=True):
@@ -162,16 +162,16 @@ def packed(
     head: Callable[..., Tensor] | None = None,
     trunk: Callable[[PreTrainedModel, PackedBatch], Tensor] = tree_forward,
     share: bool = True,
-    trees: tuple[tuple[Stream, ...], ...] = (tuple(Stream),),
+    trees: tuple[tuple[LossContext, ...], ...] = (tuple(LossContext),),
 ) -> Iterator[Pass]:
-    """One tree for each group of streams. head: log-probs of (hidden, weight, target); None: pact_loss.
+    """One tree for each group of contexts. head: log-probs of (hidden, weight, target); None: pact_loss.
 
     Without sharing, packs are as large as the whole tree, and the trace is supervised in one of the rollouts' copies.
     """
-    whole = len(token_tree(problem, tuple(Stream))[0])
+    whole = len(token_tree(problem, tuple(LossContext))[0])
     weight = model.lm_head.weight
-    for streams in trees:
-        tree, parts = token_tree(problem, streams)
+    for contexts in trees:
+        tree, parts = token_tree(problem, contexts)
         for batch in pack([tree], max_tokens=whole, share=share):
             tokens = loss_table(batch, parts, problem).to(model.device)
             yield Pass(
@@ -184,26 +184,26 @@ def packed(
 
 class Part(NamedTuple):
     node: Node
-    stream: Stream
+    context: LossContext
     sequence: int
     advantage: float
 
 
-def token_tree(problem: Problem, streams: tuple[Stream, ...]) -> tuple[TokenTree, list[Part]]:
-    """x → {τ} and x → h* → r → {τ}, as far as `streams` ask for them."""
+def token_tree(problem: Problem, contexts: tuple[LossContext, ...]) -> tuple[TokenTree, list[Part]]:
+    """x → {τ} and x → h* → r → {τ}, as far as `contexts` ask for them."""
     tree = TokenTree()
     x = tree.add(problem.x)
     parts: list[Part] = []
-    contexts = {Stream.PROMPT: x}
-    if {Stream.TRACE, Stream.EXPERT} & set(streams):
+    contexts = {LossContext.PROMPT: x}
+    if {LossContext.TRACE, LossContext.EXPERT} & set(contexts):
         trace = tree.add(problem.z, x)
-        contexts[Stream.TRACE] = tree.add(problem.r, trace) if len(problem.r) else trace
-        if Stream.EXPERT in streams:
-            parts.append(Part(trace, Stream.EXPERT, 0, 0.0))
-    for stream in (s for s in (Stream.PROMPT, Stream.TRACE) if s in streams):
+        contexts[LossContext.TRACE] = tree.add(problem.r, trace) if len(problem.r) else trace
+        if LossContext.EXPERT in contexts:
+            parts.append(Part(trace, LossContext.EXPERT, 0, 0.0))
+    for context in (s for s in (LossContext.PROMPT, LossContext.TRACE) if s in contexts):
         for tokens, advantage in zip(problem.y, problem.advantage, strict=True):
-            node = tree.add(tokens, contexts[stream])
-            parts.append(Part(node, stream, len(parts), float(advantage)))
+            node = tree.add(tokens, contexts[context])
+            parts.append(Part(node, context, len(parts), float(advantage)))
     return tree, parts
 
 
@@ -224,13 +224,13 @@ def loss_table(batch: PackedBatch, parts: list[Part], problem: Problem) -> LossT
     return LossTokens(
         row=torch.as_tensor(np.concatenate([np.zeros(0, np.int64), *rows])),
         target=torch.as_tensor(np.concatenate([np.zeros(0, np.int64), *targets])),
-        stream=numbers(part.stream for part in here),
+        context=numbers(part.context for part in here),
         component=numbers(0 for _ in here),
         sequence=numbers(range(len(here))),
         advantage=column(part.advantage for part in here),
         old_logprob=column(torch.nan for _ in here),
-        rl_weight=column(problem.rl_weights.get(part.stream, 0.0) for part in here),
-        sft_weight=column(expert if part.stream == Stream.EXPERT else 0.0 for part in here),
+        rl_weight=column(problem.rl_weights.get(part.context, 0.0) for part in here),
+        sft_weight=column(expert if part.context == LossContext.EXPERT else 0.0 for part in here),
     )
 
 
@@ -258,7 +258,7 @@ def _one(shape: Shape) -> list[dict[str, int]]:
     return [{"batch": 1}]
 
 
-ONCE_PER_CONTEXT = ((Stream.PROMPT,), (Stream.TRACE, Stream.EXPERT))
+ONCE_PER_CONTEXT = ((LossContext.PROMPT,), (LossContext.TRACE, LossContext.EXPERT))
 full = functools.partial(alone, head=all_positions)
 kept = functools.partial(alone, head=supervised_positions)
 unshared = functools.partial(packed, share=False)

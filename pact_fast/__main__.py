@@ -2,6 +2,6 @@
 
 import sys
 
-from pact_fast.cli import main
+from pact_fast.cli.main import main
 
 sys.exit(main())

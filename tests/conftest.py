@@ -30,7 +30,7 @@ def bf16_ops():
     """torch.ops.pact_fast where its bf16 products run; the test is skipped elsewhere."""
     import torch
 
-    from pact_fast.kernels import build
+    from pact_fast.kernels.runtime import build
 
     if (status := build.status()) != "ready":
         pytest.skip(f"no C++ library: {status}")

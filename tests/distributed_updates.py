@@ -14,13 +14,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import numpy as np
 import torch
-from helpers import make_groups, toolchain_renderer, update_of
+from helpers import lookup_chain_renderer, make_groups, step_context_of
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pact_fast.algorithms import make_algorithm
+from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.config import AlgorithmConfig, TrainerConfig
-from pact_fast.distributed.world import World, join
-from pact_fast.trainer.learner import Learner
+from pact_fast.distributed.world import World, init_world
+from pact_fast.train.learner import Learner
 
 STEPS = 10
 OFFLOAD = {"offload_optimizer": "cpu"}
@@ -42,7 +42,7 @@ def run(case: str, world: World) -> dict[str, np.ndarray]:
     """`case`: backend/packs/model, for example zero3/small/llama; further words: kl, sequence, dropped."""
     backend, packs, kind, *more = case.split("/")
     torch.manual_seed(0)
-    renderer = toolchain_renderer()
+    renderer = lookup_chain_renderer()
     settings: dict[str, Any] = dict(
         vocab_size=len(renderer.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=1, head_dim=8, max_position_embeddings=2048, tie_word_embeddings=kind == "qwen3",
@@ -53,7 +53,7 @@ def run(case: str, world: World) -> dict[str, np.ndarray]:
         learning_rate=1e-3, max_tokens_per_pack=PACKS[packs], max_grad_norm=0.1, **BACKENDS[backend]
     )
     learner = Learner(
-        model, trainer, config, total_updates=STEPS, temperature=0.8, shares_batches=True, world=world,
+        model, trainer, make_algorithm(config), total_updates=STEPS, temperature=0.8, updates_per_batch=2, world=world,
         reference=reference_of(model) if "kl" in more else None,
     )  # fmt: skip
     if learner.reference is not None and backend.startswith("zero3"):
@@ -64,8 +64,8 @@ def run(case: str, world: World) -> dict[str, np.ndarray]:
     algorithm = make_algorithm(config)
     losses, norms, gradient = [], [], np.zeros(0)
     for step in range(STEPS):
-        update = update_of(renderer, config, groups, step=step)
-        plans = [algorithm.plan(group, update) for group in groups]
+        update = step_context_of(renderer, config, groups, step=step)
+        plans = [algorithm.prompt_batch(group, update) for group in groups]
         learner.prepare(plans)
         result = learner.accumulate(plans)
         if step == 0:
@@ -116,10 +116,10 @@ def main(out: str, cases: list[str]) -> None:
     for case in cases:
         parallel = 2 if "sequence" in case else 1
         if parallel not in worlds:
-            worlds[parallel] = join("cpu", timeout=120, sequence_parallel=parallel)
+            worlds[parallel] = init_world("cpu", timeout=120, sequence_parallel=parallel)
         world = worlds[parallel]
         found |= {f"{case}:{key}": value for key, value in run(case, world).items()}
-    if world.lead:
+    if world.is_main:
         np.savez(out, **found)
     world.close()
 

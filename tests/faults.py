@@ -21,7 +21,7 @@ from typing import Any
 from test_resume import SETTINGS, metrics
 
 WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload(["pact_fast.trainer.loop", "pact_fast.report", "torch.utils.tensorboard", "pytest"])
+WARM.set_forkserver_preload(["pact_fast.train.run", "pact_fast.report", "torch.utils.tensorboard", "pytest"])
 QUICKSTART = [
     "quickstart", *SETTINGS, "trainer.max_steps=4", "trainer.eval_steps=2", "trainer.eval_tasks=2",
     "trainer.save_total_limit=9", "trainer.log_completions=0",
@@ -84,7 +84,7 @@ class Life:
 
 
 def _live(arguments: list[str], log: Path, strike: Strike | None, file_size: int) -> None:
-    from pact_fast.cli import main
+    from pact_fast.cli.main import main
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)

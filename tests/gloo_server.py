@@ -2,7 +2,7 @@
 
 from gloo_transfer import install
 
-from pact_fast.rollout.vllm_worker import WeightReport
+from pact_fast.rollout.vllm.worker import WeightReport
 
 __all__ = ["WeightReport"]
 install()

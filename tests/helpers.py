@@ -6,29 +6,32 @@ import random
 
 import numpy as np
 
-from pact_fast.algorithms.base import Group, Update
+from pact_fast.algorithms.base import Group, StepContext
+from pact_fast.chat.rendering import ChatRenderer
+from pact_fast.components import Component
 from pact_fast.config import AlgorithmConfig
-from pact_fast.data.rendering import ChatRenderer
-from pact_fast.data.types import Component, Task, Trajectory, TurnRecord
-from pact_fast.envs.toolchain import Noise, ToolchainTasks, noisy_trace
+from pact_fast.data.types import Task, Trajectory, TurnRecord
+from pact_fast.envs.lookup_chain import LookupChainTasks, TraceNoise, noisy_trace
+from pact_fast.model.tokenizer import train_tokenizer
 from pact_fast.rewards.advantages import token_advantages
-from pact_fast.rewards.trajectory import compute_rewards
-from pact_fast.trainer.tokenizer import train_tokenizer
+from pact_fast.rewards.score import score
 
 GENERATED = (Component.REASONING, Component.TOOL_CALL, Component.ANSWER)
 
 
-def toolchain_renderer(vocab_size: int = 512) -> ChatRenderer:
-    return ChatRenderer(train_tokenizer(ToolchainTasks("train", 0).tasks(100), vocab_size))
+def lookup_chain_renderer(vocab_size: int = 512) -> ChatRenderer:
+    return ChatRenderer(train_tokenizer(LookupChainTasks("train", 0).tasks(100), vocab_size))
 
 
 def trajectory_of(renderer: ChatRenderer, task: Task, rng: random.Random) -> Trajectory:
     """A trajectory whose tokens are those of a noisy trace."""
-    trace = noisy_trace(task, Noise(0.3, 0.3), rng)
+    trace = noisy_trace(task, TraceNoise(0.3, 0.3), rng)
     parts = []
     for index, turn in enumerate(trace.turns):
         parts.append((index, *renderer.assistant_turn(turn.reasoning, turn.content, turn.calls)))
-        parts.append((index, *renderer.glue([{"role": "tool", "content": text} for text in turn.observations])))
+        parts.append(
+            (index, *renderer.bridge_tokens([{"role": "tool", "content": text} for text in turn.observations]))
+        )
     parts.append((len(trace.turns), *renderer.assistant_turn(trace.answer_reasoning, trace.answer, [])))
     ids = np.concatenate([ids for _, ids, _ in parts])
     components = np.concatenate([components for _, _, components in parts]).astype(np.uint8)
@@ -46,7 +49,7 @@ def trajectory_of(renderer: ChatRenderer, task: Task, rng: random.Random) -> Tra
         versions=np.where(sampled, 0, -1).astype(np.int32),
         turns=[*turns, TurnRecord("", "", trace.answer)],
         stop_reason="answer",
-        reward_parts={"success": float(trace.answer == task.answer)},
+        env_rewards={"success": float(trace.answer == task.answer)},
     )
 
 
@@ -56,10 +59,10 @@ def make_groups(
     """Rewarded groups with advantages, as the training loop makes them."""
     rng = random.Random(seed)
     groups = []
-    for index, task in enumerate(ToolchainTasks("train", seed).tasks(prompts)):
+    for index, task in enumerate(LookupChainTasks("train", seed).tasks(prompts)):
         trajectories = [trajectory_of(renderer, task, rng) for _ in range(rollouts)]
         for t in trajectories:
-            compute_rewards(config.reward, task, t, dict(t.reward_parts), {})
+            score(config.reward, task, t)
         advantages = token_advantages(
             trajectories, gamma=config.reward.gamma, combine="sum", scale=True, use_turns=use_turns
         )
@@ -67,10 +70,10 @@ def make_groups(
     return groups
 
 
-def update_of(
+def step_context_of(
     renderer: ChatRenderer, config: AlgorithmConfig, groups: list[Group], step: int = 3, horizon: int = 10
-) -> Update:
-    return Update(
+) -> StepContext:
+    return StepContext(
         config=config,
         renderer=renderer,
         seed=0,

@@ -4,11 +4,12 @@ import time
 
 import numpy as np
 import pytest
-from helpers import toolchain_renderer
+from helpers import lookup_chain_renderer
 
+from pact_fast.components import Component
 from pact_fast.config import RolloutConfig
-from pact_fast.data.types import Component, Task
-from pact_fast.envs.toolchain import ToolchainEnvironment, ToolchainTasks
+from pact_fast.data.types import Task
+from pact_fast.envs.lookup_chain import LookupChain, LookupChainTasks
 from pact_fast.errors import PactError
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.engine import Completion
@@ -16,14 +17,14 @@ from pact_fast.rollout.engine import Completion
 
 @pytest.fixture(scope="module")
 def renderer():
-    return toolchain_renderer()
+    return lookup_chain_renderer()
 
 
 class Script:
     """An engine that says what it is told, turn by turn; one turn per session and step."""
 
     version = 3
-    clocked = True
+    synchronous = True
 
     def __init__(self, renderer, turns):
         self.renderer, self.turns = renderer, turns
@@ -58,9 +59,9 @@ def expert_turns(renderer, task):
     return [*turns, renderer.assistant_turn(task.expert.answer_reasoning, task.expert.answer, [])[0].tolist()]
 
 
-def run(renderer, tasks, turns, env=ToolchainEnvironment, **config):
+def run(renderer, tasks, turns, env=LookupChain, **config):
     engine = Script(renderer, turns)
-    loop = AgentLoop(engine, renderer, env, RolloutConfig(**config))
+    loop = AgentLoop(engine, renderer, lambda task: env(), RolloutConfig(**config))
     trajectories = loop.run([Job(task, (0, i)) for i, task in enumerate(tasks)])
     loop.close()
     assert sorted(engine.closed) == list(range(len(tasks)))
@@ -68,10 +69,10 @@ def run(renderer, tasks, turns, env=ToolchainEnvironment, **config):
 
 
 def test_the_expert_solves_its_task_and_every_token_is_kept_as_sampled(renderer):
-    tasks = ToolchainTasks("train", 1, flaky=0.3, parallel=0.5).tasks(20)
+    tasks = LookupChainTasks("train", 1, flaky=0.3, parallel=0.5).tasks(20)
     trajectories, engine = run(renderer, tasks, [expert_turns(renderer, t) for t in tasks])
     for index, (task, trajectory) in enumerate(zip(tasks, trajectories, strict=True)):
-        assert trajectory.stop_reason == "answer" and trajectory.reward_parts["success"] == 1.0
+        assert trajectory.stop_reason == "answer" and trajectory.env_rewards["success"] == 1.0
         assert trajectory.calls == task.expert.calls
         assert [tuple(t.observations) for t in trajectory.turns[:-1]] == [t.observations for t in task.expert.turns]
         seen = np.concatenate(engine.contexts[index])
@@ -85,7 +86,7 @@ def test_the_expert_solves_its_task_and_every_token_is_kept_as_sampled(renderer)
 
 def test_a_turn_that_stops_at_its_call_is_closed_for_it(renderer):
     """The context is what the template would have written, but the end of turn was not sampled."""
-    task = ToolchainTasks("train", 1, parallel=0.0).task(0)
+    task = LookupChainTasks("train", 1, parallel=0.0).task(0)
     whole = expert_turns(renderer, task)
     stops = renderer.stop_ids(at_tool_call=True)
     assert stops[:-1] == renderer.stop_ids(at_tool_call=False) == renderer.eot_ids
@@ -97,11 +98,11 @@ def test_a_turn_that_stops_at_its_call_is_closed_for_it(renderer):
     np.testing.assert_array_equal(stopped.ids, np.concatenate(engine.contexts[0])[len(stopped.prompt_ids) :])
     differ = stopped.sampled != as_sampled.sampled
     assert (stopped.ids[differ] == renderer.eot_id).all() and differ.sum() == len(cut) - 1
-    assert stopped.calls == as_sampled.calls and stopped.reward_parts["success"] == 1.0
+    assert stopped.calls == as_sampled.calls and stopped.env_rewards["success"] == 1.0
 
 
 def test_malformed_calls_become_error_observations(renderer):
-    task = ToolchainTasks("train", 1).task(0)
+    task = LookupChainTasks("train", 1).task(0)
     bad = [
         "<tool_call>\n{not json}\n</tool_call>",
         '<tool_call>\n{"name": "get_nothing", "arguments": {}}\n</tool_call>',
@@ -119,7 +120,7 @@ def test_malformed_calls_become_error_observations(renderer):
 
 
 def test_limits_end_a_trajectory_with_the_reason(renderer):
-    task = ToolchainTasks("train", 1, hops=(4, 4), parallel=0.0).task(0)
+    task = LookupChainTasks("train", 1, hops=(4, 4), parallel=0.0).task(0)
     script = expert_turns(renderer, task)
     (two,), _ = run(renderer, [task], [list(script)], max_turns=2)
     assert two.stop_reason == "max_turns" and len(two.turns) == 2 and two.turns[1].observations
@@ -131,18 +132,18 @@ def test_limits_end_a_trajectory_with_the_reason(renderer):
 
 
 def test_a_call_in_a_cut_turn_is_neither_run_nor_rewarded(renderer):
-    task = ToolchainTasks("train", 1).task(0)
+    task = LookupChainTasks("train", 1).task(0)
     whole = expert_turns(renderer, task)[0]
     (cut,), _ = run(renderer, [task], [[whole]], max_turn_tokens=len(whole) - 1)
     assert cut.stop_reason == "max_turn_tokens" and not cut.calls and not cut.turns[0].observations
 
 
 def test_long_observations_are_cut_with_a_note(renderer):
-    class Chatty(ToolchainEnvironment):
+    class Chatty(LookupChain):
         def call(self, name, arguments):
             return "value " * 5000
 
-    task = ToolchainTasks("train", 1).task(0)
+    task = LookupChainTasks("train", 1).task(0)
     (trajectory,), _ = run(renderer, [task], [expert_turns(renderer, task)], env=Chatty, max_observation_tokens=40)
     observed = trajectory.turns[0].observations[0]
     assert "cut" in observed and len(observed) < 400
@@ -152,18 +153,18 @@ def test_long_observations_are_cut_with_a_note(renderer):
 
 
 def test_slow_tools_run_while_others_generate_and_the_order_stays(renderer):
-    class Slow(ToolchainEnvironment):
+    class Slow(LookupChain):
         blocking = True
 
         def call(self, name, arguments):
             time.sleep(0.05)
             return super().call(name, arguments)
 
-    tasks = ToolchainTasks("train", 1, parallel=0.0).tasks(12)
+    tasks = LookupChainTasks("train", 1, parallel=0.0).tasks(12)
     started = time.monotonic()
     trajectories, _ = run(renderer, tasks, [expert_turns(renderer, t) for t in tasks], env=Slow)
     seconds = time.monotonic() - started
-    assert all(t.reward_parts["success"] == 1.0 for t in trajectories)
+    assert all(t.env_rewards["success"] == 1.0 for t in trajectories)
     serial = 0.05 * sum(len(t.calls) for t in trajectories)
     assert seconds < serial / 2
 
@@ -180,10 +181,10 @@ def test_a_prompt_that_is_too_long_names_the_task_and_the_cure(renderer):
 
 def test_the_first_of_every_group_are_kept_and_the_others_cancelled(renderer):
     """Two turns for one call, one turn without: the group's shortest end first, whatever their places."""
-    task, long = ToolchainTasks("train", 1).task(0), '<tool_call>\n{"name": "x"}\n</tool_call>'
+    task, long = LookupChainTasks("train", 1).task(0), '<tool_call>\n{"name": "x"}\n</tool_call>'
     turns = {i: [turn(renderer, long)] * n + [turn(renderer, "done")] for i, n in enumerate((3, 0, 1, 1, 0, 2))}
     engine = Script(renderer, turns)
-    loop = AgentLoop(engine, renderer, ToolchainEnvironment, RolloutConfig())
+    loop = AgentLoop(engine, renderer, lambda task: LookupChain(), RolloutConfig())
     ended = []
     jobs = [Job(task, (0, i), group=i // 3) for i in range(6)]
     trajectories = loop.run(jobs, lambda index, trajectory: ended.append(index), keep=2)
@@ -193,6 +194,6 @@ def test_the_first_of_every_group_are_kept_and_the_others_cancelled(renderer):
 
 def test_of_several_that_end_in_the_same_step_no_more_than_wanted_are_kept(renderer):
     engine = Script(renderer, {i: [turn(renderer, "done")] for i in range(4)})
-    loop = AgentLoop(engine, renderer, ToolchainEnvironment, RolloutConfig())
-    jobs = [Job(ToolchainTasks("train", 1).task(0), (0, i)) for i in range(4)]
+    loop = AgentLoop(engine, renderer, lambda task: LookupChain(), RolloutConfig())
+    jobs = [Job(LookupChainTasks("train", 1).task(0), (0, i)) for i in range(4)]
     assert len(loop.run(jobs, keep=3)) == 3 and sorted(engine.closed) == [0, 1, 2, 3]

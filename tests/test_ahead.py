@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from pact_fast.trainer.ahead import Ahead
+from pact_fast.train.prefetch import RolloutPrefetcher
 
 
 def test_without_ahead_everything_happens_when_asked_for():
     main, made = threading.get_ident(), []
-    ahead = Ahead(lambda step: made.append((step, threading.get_ident())) or step, 3, 0)
+    ahead = RolloutPrefetcher(lambda step: made.append((step, threading.get_ident())) or step, 3, 0)
     assert [ahead.get(step) for step in range(3)] == [0, 1, 2]
     assert made == [(0, main), (1, main), (2, main)]
     assert ahead.run(threading.get_ident) == main
@@ -24,7 +24,7 @@ def test_never_further_ahead_than_allowed_and_never_past_the_end(count):
         far.append(step - used)
         return step
 
-    ahead = Ahead(make, 6, count)
+    ahead = RolloutPrefetcher(make, 6, count)
     for step in range(6):
         used = step
         assert ahead.get(step) == step
@@ -35,7 +35,7 @@ def test_never_further_ahead_than_allowed_and_never_past_the_end(count):
 
 def test_sampling_goes_on_during_the_update():
     started = threading.Event()
-    ahead = Ahead(lambda step: started.set() if step == 1 else step, 3, 1)
+    ahead = RolloutPrefetcher(lambda step: started.set() if step == 1 else step, 3, 1)
     ahead.get(0)
     assert started.wait(5)  # step 1 has begun although nobody has asked for it
     ahead.close()
@@ -47,7 +47,7 @@ def test_a_failure_arrives_where_the_result_was_wanted():
             raise ValueError("step 1")
         return step
 
-    ahead = Ahead(make, 3, 1)
+    ahead = RolloutPrefetcher(make, 3, 1)
     assert ahead.get(0) == 0
     with pytest.raises(ValueError, match="step 1"):
         ahead.get(1)
@@ -56,7 +56,7 @@ def test_a_failure_arrives_where_the_result_was_wanted():
 
 def test_other_work_waits_for_its_turn():
     order = []
-    ahead = Ahead(lambda step: (time.sleep(0.05), order.append(step)), 3, 2)
+    ahead = RolloutPrefetcher(lambda step: (time.sleep(0.05), order.append(step)), 3, 2)
     ahead.get(0)
     ahead.run(lambda: order.append("evaluation"))
     assert order == [0, 1, 2, "evaluation"]

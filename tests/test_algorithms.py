@@ -7,15 +7,16 @@ hidden state is a random vector that belongs to a prefix of tokens, so both side
 import numpy as np
 import pytest
 import torch
-from helpers import GENERATED, make_groups, toolchain_renderer, update_of
+from helpers import GENERATED, lookup_chain_renderer, make_groups, step_context_of
 
-from pact_fast.algorithms import make_algorithm
-from pact_fast.algorithms.base import loss_tokens
-from pact_fast.algorithms.pact import prompt_share
+from pact_fast.algorithms.pact import prompt_only_weight
+from pact_fast.algorithms.registry import make_algorithm
+from pact_fast.components import Component
 from pact_fast.config import AlgorithmConfig
-from pact_fast.data.types import Component
-from pact_fast.kernels import Stream, pact_loss
-from pact_fast.trainer.learner import fold_weights
+from pact_fast.data.types import StopReason
+from pact_fast.kernels import LossContext, pact_loss
+from pact_fast.train.importance import set_importance_weights
+from pact_fast.train.learner import loss_tokens
 from pact_fast.tree import pack
 
 D, V = 12, 512
@@ -23,7 +24,7 @@ D, V = 12, 512
 
 @pytest.fixture(scope="module")
 def renderer():
-    return toolchain_renderer(V)
+    return lookup_chain_renderer(V)
 
 
 class Hiddens:
@@ -57,10 +58,10 @@ def policy_loss(hiddens, weight, group, config, context, trace: bool) -> torch.T
             a = float(advantage[n])
             clipped = torch.clamp(ratio, 1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon))
             term = -torch.minimum(ratio * a, clipped * a)
-            if trace and config.trace.context_is == "token":
-                term = term * min(config.trace.context_is_cap, np.exp(gap))
-            if trace and config.trace.context_is == "sequence":
-                term = term * min(config.trace.context_is_cap, np.exp(np.mean(gaps)))
+            if trace and config.trace.context_importance_weight == "token":
+                term = term * min(config.trace.context_importance_weight_clip, np.exp(gap))
+            if trace and config.trace.context_importance_weight == "sequence":
+                term = term * min(config.trace.context_importance_weight_clip, np.exp(np.mean(gaps)))
             total = total + term / len(positions) / len(group.trajectories)
     return total
 
@@ -88,10 +89,13 @@ def oracle(hiddens, weight, groups, config, update, renderer) -> torch.Tensor:
                 hiddens, weight, group, config, context.ids, context.components, context.level, mask
             )
             continue
-        z = prompt_share(group, update)
+        z = prompt_only_weight(group, update)
         progress = update.step / update.horizon
         strength = config.sft.lambda_start - (config.sft.lambda_start - config.sft.lambda_end) * progress
-        level = round(config.sft.level_start + (config.sft.level_end - config.sft.level_start) * progress)
+        level = round(
+            config.sft.reasoning_level_start
+            + (config.sft.reasoning_level_end - config.sft.reasoning_level_start) * progress
+        )
         cut = level if config.trace.reasoning == "level" else None
         hint = config.trace.rendering == "hint"
         context = renderer.trace_context(group.task, trace, "turns" if hint else config.trace.rendering, cut)
@@ -116,16 +120,16 @@ CASES = {
     "sft": {"name": "sft"},
     "pact": {"name": "pact"},
     "pact blend": {"name": "pact", "anchor": {"mode": "blend", "q": 0.3}, "sft": {"normalizer": "count"}},
-    "pact turns as printed": {"name": "pact", "trace": {"rendering": "turns", "context_is": "none"}},
+    "pact turns as printed": {"name": "pact", "trace": {"rendering": "turns", "context_importance_weight": "none"}},
     "pact hint sequence": {
         "name": "pact",
         "anchor": {"q": 0.0},
-        "trace": {"rendering": "hint", "context_is": "sequence"},
+        "trace": {"rendering": "hint", "context_importance_weight": "sequence"},
     },
     "pact level": {
         "name": "pact",
         "anchor": {"q": 0.2},
-        "trace": {"reasoning": "level", "context_is_cap": 2.0},
+        "trace": {"reasoning": "level", "context_importance_weight_clip": 2.0},
         "sft": {"coef": 0.7},
     },
 }
@@ -137,7 +141,7 @@ def test_loss_and_gradients_equal_the_formulas(renderer, case, share, merge):
     config = AlgorithmConfig.model_validate(CASES[case])
     algorithm = make_algorithm(config)
     groups = make_groups(renderer, config, prompts=4, rollouts=3, use_turns=algorithm.turn_advantages)
-    update = update_of(renderer, config, groups)
+    update = step_context_of(renderer, config, groups)
     torch.manual_seed(0)
     weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
     hiddens = Hiddens()
@@ -145,7 +149,7 @@ def test_loss_and_gradients_equal_the_formulas(renderer, case, share, merge):
     expected_weight, *expected_leaves = torch.autograd.grad(expected, [weight, *hiddens.leaves.values()])
     by_prefix = dict(zip(hiddens.leaves, expected_leaves, strict=True))
 
-    plans = [algorithm.plan(group, update) for group in groups]
+    plans = [algorithm.prompt_batch(group, update) for group in groups]
     batches = pack([tree for plan in plans for tree in plan.trees], max_tokens=700, share=share, merge=merge)
     scored = [s for plan in plans for s in plan.scored]
     prefixes = [
@@ -153,20 +157,21 @@ def test_loss_and_gradients_equal_the_formulas(renderer, case, share, merge):
         for batch in batches
     ]
     rows = [torch.stack([hiddens(p).detach() for p in pack_prefixes]) for pack_prefixes in prefixes]
-    if config.name == "pact" and config.trace.context_is == "sequence":
+    needs = algorithm.requirements(sampler_differs=False)
+    assert needs.old_logprob == (config.name == "pact" and config.trace.context_importance_weight == "sequence")
+    if needs.old_logprob:
         fill_old(batches, scored, rows, weight)
-        fold_weights(scored, Stream.TRACE, "mean_truncate", config.trace.context_is_cap)
+        set_importance_weights(scored, LossContext.TRACE, needs.importance[LossContext.TRACE])
     loss, weight_grad, leaf_grads = 0.0, torch.zeros_like(weight), {}
     for batch, hidden, pack_prefixes in zip(batches, rows, prefixes, strict=True):
         tokens, _ = loss_tokens(batch, scored)
         hidden.requires_grad_()
-        weighted = config.trace.context_is == "token" and config.name == "pact"
         out = pact_loss(
             hidden,
             weight,
             tokens,
             clip=(config.epsilon, config.epsilon_high or config.epsilon),
-            is_cap={Stream.TRACE: config.trace.context_is_cap} if weighted else None,
+            is_cap=needs.is_cap,
             backend="torch",
         )
         d_hidden, d_weight = torch.autograd.grad(out.loss, [hidden, weight])
@@ -186,7 +191,7 @@ def test_loss_and_gradients_equal_the_formulas(renderer, case, share, merge):
 
 def fill_old(batches, scored, rows, weight):
     for batch, hidden in zip(batches, rows, strict=True):
-        for s in (s for s in scored if s.stream != 2 and any(s.node is node for node in batch.owned)):
+        for s in (s for s in scored if s.context != 2 and any(s.node is node for node in batch.owned)):
             logits = hidden[batch.rows(s.node)[s.index]] @ weight.detach().T
             s.old_logprob = torch.log_softmax(logits, -1)[
                 torch.arange(len(s.index)), torch.as_tensor(s.node.ids[s.index])
@@ -197,8 +202,8 @@ def fill_old(batches, scored, rows, weight):
 def test_weights_hold_the_normaliser_of_the_loss_type(renderer, loss_type):
     config = AlgorithmConfig(name="matchtir", loss_type=loss_type)
     groups = make_groups(renderer, config, prompts=3, rollouts=4)
-    update = update_of(renderer, config, groups)
-    scored = [s for group in groups for s in make_algorithm(config).plan(group, update).scored]
+    update = step_context_of(renderer, config, groups)
+    scored = [s for group in groups for s in make_algorithm(config).prompt_batch(group, update).scored]
     tokens = sum(len(s.index) for s in scored)
     for s in scored:
         expected = {"grpo": 1 / (12 * len(s.index)), "dapo": 1 / tokens, "dr_grpo": 1 / (12 * 512)}[loss_type]
@@ -210,9 +215,9 @@ def test_the_gate_is_a_fair_coin_of_the_prompt_and_step_alone(renderer):
     group = make_groups(renderer, config, prompts=1, rollouts=1)[0]
     draws = []
     for step in range(2000):
-        update = update_of(renderer, config, [group], step=step, horizon=2000)
-        draws.append(prompt_share(group, update))
-        assert draws[-1] == prompt_share(group, update)
+        update = step_context_of(renderer, config, [group], step=step, horizon=2000)
+        draws.append(prompt_only_weight(group, update))
+        assert draws[-1] == prompt_only_weight(group, update)
     assert set(draws) == {0.0, 1.0}
     assert 0.35 < np.mean(draws) < 0.45
 
@@ -221,7 +226,7 @@ def test_a_prompt_without_a_trace_is_always_anchored(renderer):
     config = AlgorithmConfig(name="pact", anchor={"q": 0.0})
     group = make_groups(renderer, config, prompts=1, rollouts=2)[0]
     group.task.expert = None
-    plan = make_algorithm(config).plan(group, update_of(renderer, config, [group]))
+    plan = make_algorithm(config).prompt_batch(group, step_context_of(renderer, config, [group]))
     assert plan.route == "prompt"
     assert sum(s.rl_weight.sum() for s in plan.scored) == pytest.approx(1.0)
 
@@ -236,6 +241,6 @@ def test_the_final_answer_is_nowhere_in_the_trace_context(renderer):
 def test_truncated_rollouts_can_be_left_out(renderer):
     config = AlgorithmConfig(name="matchtir", mask_truncated_completions=True)
     group = make_groups(renderer, config, prompts=1, rollouts=2)[0]
-    group.trajectories[0].stop_reason = "max_turns"
-    scored = make_algorithm(config).plan(group, update_of(renderer, config, [group])).scored
+    group.trajectories[0].stop_reason = StopReason.TIMEOUT
+    scored = make_algorithm(config).prompt_batch(group, step_context_of(renderer, config, [group])).scored
     assert not scored[0].rl_weight.any() and scored[1].rl_weight.all()

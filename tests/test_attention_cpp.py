@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from pact_fast.kernels import build
+from pact_fast.batch.packing import PackedBatch
+from pact_fast.kernels.runtime import build
+from pact_fast.model.attention.cpu import TreeAttentionCpu, serves
+from pact_fast.model.attention.flash import CpuFlash
+from pact_fast.model.attention.tree import TreeLayout, _TreeAttention
 from pact_fast.tree import TokenTree, pack, tree_attention
-from pact_fast.tree.attention import TreeLayout, _TreeAttention
-from pact_fast.tree.attention_cpp import OnePass, serves
-from pact_fast.tree.flash import CpuFlash
-from pact_fast.tree.packing import PackedBatch
 
 SIZES = (0, 1, 2, 5, 30, 63, 64, 65, 130, 300)  # of nodes: within a tile of 64 rows, exactly one, over several
 
@@ -203,4 +203,4 @@ def test_tensors_that_do_not_fit_together_are_refused_by_name():
         ((rows(3, 5, 16), k, v, end), "divide"),
     ]:
         with pytest.raises(RuntimeError, match=named):
-            OnePass.apply(*args, 0.25)
+            TreeAttentionCpu.apply(*args, 0.25)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pact_fast.kernels import build
+from pact_fast.kernels.runtime import build
 
 USE = """
 import warnings, torch

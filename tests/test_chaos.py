@@ -11,11 +11,11 @@ import pytest
 import torch
 from faults import STEPS, Life, assert_same, at_call, cut_back, metrics, saved, seconds_since, terminate
 
-from pact_fast.trainer.learner import Learner, UpdateResult
+from pact_fast.train.learner import Learner, UpdateResult
 
 pytestmark = pytest.mark.chaos
 
-AGENT, LEARNER = "pact_fast.rollout.agent:AgentLoop", "pact_fast.trainer.learner:Learner"
+AGENT, LEARNER = "pact_fast.rollout.agent:AgentLoop", "pact_fast.train.learner:Learner"
 PRETRAINING = 3  # calls of Learner.update before the first step; each step has two
 
 # what is entered for the n-th time when SIGTERM comes → exit status, and the newest checkpoint
@@ -169,8 +169,8 @@ def test_a_reward_function_may_have_no_opinion_and_the_run_goes_on(steady, tmp_p
 
 def no_room(limit: int) -> None:
     """From the first step on there is no room for packs of more than `limit` tokens, and no turning back, as under ZeRO."""
-    from pact_fast.trainer.backend import Replicated
-    from pact_fast.trainer.policy import Policy
+    from pact_fast.model.policy import Policy
+    from pact_fast.train.backends.replicated import Replicated
 
     Replicated.lockstep = True
     forward, full = Policy.forward, []

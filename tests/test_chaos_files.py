@@ -14,9 +14,9 @@ import pytest
 import yaml
 from faults import DEADLINE, STEPS, Life, assert_same, contents, cut_back, metrics, saved
 
-from pact_fast.envs.sandbox import BROKEN
+from pact_fast.envs.python_tools.pool import BROKEN
 from pact_fast.errors import PactError
-from pact_fast.trainer.metrics import MetricsWriter
+from pact_fast.train.metrics import MetricsWriter
 
 pytestmark = pytest.mark.chaos
 

@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from pact_fast.config import TrainerConfig
 from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
-from pact_fast.trainer import checkpoint, shards
-from pact_fast.trainer.backend import Replicated
+from pact_fast.model import shards
+from pact_fast.train import checkpoint
+from pact_fast.train.backends.replicated import Replicated
 
 
 def content(step: int) -> dict[str, Any]:
@@ -241,7 +242,7 @@ def test_a_full_disk_is_a_one_line_error_and_costs_nothing(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = save(tmp_path, 1, keep=1)
-    monkeypatch.setattr(f"pact_fast.trainer.checkpoint.{where}", full_disk)
+    monkeypatch.setattr(f"pact_fast.train.checkpoint.{where}", full_disk)
     with pytest.raises(PactError, match=r"step_2.*No space left on device.*free some space") as caught:
         save(tmp_path, 2, keep=1)
     assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pact_fast.cli import main
+from pact_fast.cli.main import main
 from pact_fast.config import Config, known_keys, load_config, recipes
 from pact_fast.errors import PactError
 
@@ -21,7 +21,7 @@ TINY = {
             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
         }
     },
-    "env": {"name": "toolchain"},
+    "env": {"name": "lookup_chain"},
     "rollout": {"num_generations": 2, "max_turn_tokens": 8, "max_completion_length": 24, "max_prompt_length": 500},
     "trainer": {"max_steps": 1, "prompts_per_step": 2, "eval_tasks": 3, "save_steps": 1},
     "threads": 1,
@@ -42,7 +42,7 @@ def error_of(capsys, *arguments: str) -> str:
     return captured[-1]
 
 
-@pytest.mark.parametrize("arguments", [["-c", "import pact_fast"], ["-m", "pact_fast.cli", "--help"]])
+@pytest.mark.parametrize("arguments", [["-c", "import pact_fast"], ["-m", "pact_fast", "--help"]])
 def test_importing_and_help_are_quick(arguments):
     seconds = []
     for _ in range(5):
@@ -63,7 +63,7 @@ def test_every_shipped_recipe_is_valid():
         ("trainer.learning_rat=1", "trainer.learning_rate"),
         ("rollout.num_generation=1", "rollout.num_generations"),
         ("learning_rate=1", "trainer.learning_rate"),
-        ("algorithm.trace.context_iss=token", "algorithm.trace.context_is"),
+        ("algorithm.trace.context_iss=token", "algorithm.trace.context_importance_weight"),
         ("rollout.temperature=hot", "rollout.temperature"),
         ("trainer.prompts_per_update=5", "multiple of trainer.prompts_per_update"),
         ("seed", "key=value"),
@@ -85,7 +85,7 @@ def test_a_missing_data_file_is_named(capsys, tiny, tmp_path):
 def test_a_bad_row_names_file_line_and_field(capsys, tiny, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "hi", "answer": "1"}\n{"prompt": 3}\n')
-    message = error_of(capsys, "train", tiny, f"data.train={rows}", "env.name=toolchain")
+    message = error_of(capsys, "train", tiny, f"data.train={rows}", "env.name=lookup_chain")
     assert "rows.jsonl:2" in message and "prompt" in message
 
 
@@ -175,7 +175,7 @@ def test_an_empty_or_broken_config_file_is_one_line(tmp_path):
 
 
 def test_bench_lists_what_can_be_run_and_passes_arguments_on():
-    command = [sys.executable, "-m", "pact_fast.cli", "bench"]
+    command = [sys.executable, "-m", "pact_fast", "bench"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = [line.split()[0] for line in listed.splitlines()]
     assert {"head", "gpu_suite", "quickstart", "update_step"} <= set(names) and "measure" not in names

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pact_fast.tree import TokenTree, deal
-from pact_fast.tree.cost import work_of_packs
+from pact_fast.batch.flops import work_of_packs
+from pact_fast.tree import TokenTree, distribute_packs
 
 
 def forest(seed: int, prompts: int, rollouts: int = 4) -> list[TokenTree]:
@@ -29,7 +29,7 @@ def cost(tokens: float, pairs: float) -> float:
 @settings(max_examples=150, deadline=None)
 def test_every_node_is_somewhere_once_and_nobody_works_on_more_packs(seed, prompts, ranks, budget):
     trees = forest(seed, prompts)
-    table = deal(trees, max_tokens=budget, ranks=ranks, cost=cost)
+    table = distribute_packs(trees, max_tokens=budget, ranks=ranks, cost=cost)
     assert all(len(row) == ranks for row in table)
     packs = [batch for row in table for batch in row]
     assert len({id(batch) for batch in packs}) == len(packs)
@@ -43,14 +43,14 @@ def test_every_node_is_somewhere_once_and_nobody_works_on_more_packs(seed, promp
 
 def test_the_same_everywhere():
     """Every process works it out for itself."""
-    tables = [deal(forest(3, 20), max_tokens=500, ranks=4, cost=cost) for _ in range(2)]
+    tables = [distribute_packs(forest(3, 20), max_tokens=500, ranks=4, cost=cost) for _ in range(2)]
     ids = [[[batch.input_ids.tolist() for batch in row] for row in table] for table in tables]
     assert ids[0] == ids[1]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_processes_have_about_the_same_to_do(ranks):
-    table = deal(forest(0, 256, rollouts=8), max_tokens=2000, ranks=ranks, cost=cost)
+    table = distribute_packs(forest(0, 256, rollouts=8), max_tokens=2000, ranks=ranks, cost=cost)
     costs = np.array([[cost(*work_of_packs([batch])) for batch in row] for row in table])
     assert costs.sum(0).max() <= 1.02 * costs.sum(0).mean()  # over the whole update
     assert costs.max(1).sum() <= 1.08 * costs.mean(1).sum()  # and where all wait for the slowest in each step
@@ -59,5 +59,5 @@ def test_processes_have_about_the_same_to_do(ranks):
 def test_packs_are_as_few_as_processes_allow():
     trees = forest(1, 64)
     tokens = sum(len(tree) for tree in trees)
-    table = deal(trees, max_tokens=1000, ranks=4, cost=cost)
+    table = distribute_packs(trees, max_tokens=1000, ranks=4, cost=cost)
     assert len(table) <= -(-tokens // 4000) + 1

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import yaml
 
-from pact_fast import cli
-from pact_fast.algorithms.base import loss_tokens
+from pact_fast.cli import main as cli
 from pact_fast.config import AlgorithmConfig, load_config, parse_config, recipes
-from pact_fast.config_docs import configuration_page
+from pact_fast.config.docs import configuration_page
 from pact_fast.data.readers import read_tasks
 from pact_fast.data.types import Task
 from pact_fast.envs.base import Environment
 from pact_fast.rewards.functions import load_reward_function
+from pact_fast.train.learner import loss_tokens
 from pact_fast.tree import pack
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +67,7 @@ def defining(name: str) -> Block:
 
 def test_configuration_page_is_fresh():
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == configuration_page(), "run: python -m pact_fast.config_docs > docs/configuration.md"
+    assert page == configuration_page(), "run: python -m pact_fast.config.docs > docs/configuration.md"
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("python") if "no-run" not in b.flags], ids=str)
@@ -85,12 +85,12 @@ def test_python_fragment_imports_what_there_is(block):
 
 
 def test_algorithm_of_the_guide_makes_a_plan_that_can_be_trained():
-    from helpers import make_groups, toolchain_renderer, update_of
+    from helpers import lookup_chain_renderer, make_groups, step_context_of
 
-    renderer, config = toolchain_renderer(), AlgorithmConfig(name="grpo")
+    renderer, config = lookup_chain_renderer(), AlgorithmConfig(name="grpo")
     groups = make_groups(renderer, config, prompts=2, rollouts=4, use_turns=False)
     algorithm = run(defining("class BetterHalf"))["BetterHalf"](config)
-    plans = [algorithm.plan(group, update_of(renderer, config, groups)) for group in groups]
+    plans = [algorithm.prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups]
     [batch] = pack([tree for plan in plans for tree in plan.trees], max_tokens=1 << 20)
     tokens, _ = loss_tokens(batch, [s for plan in plans for s in plan.scored])
     assert np.array_equal(tokens.rl_weight > 0, tokens.advantage > 0)
@@ -192,7 +192,7 @@ def headings(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_in_code_exist(page):
-    """`kernels/loss.py` and the like, from the root, from pact_fast/ or from the page's folder."""
+    """`kernels/head/loss.py` and the like, from the root, from pact_fast/ or from the page's folder."""
     for name in re.findall(r"`([\w/]+/[\w.]*)`", page.read_text(encoding="utf-8")):
         if name.split("/")[0] in ROOMS | {"pact_fast", "docs", "tests"}:
             assert any((base / name).exists() for base in (ROOT, ROOT / "pact_fast")), name

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from pact_fast.rollout.embedded.engine import TransformersEngine
 from pact_fast.rollout.engine import Request
-from pact_fast.rollout.transformers_engine import TransformersEngine
 
 EOT = 2
 

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 from tokenizers_for_tests import chatml_like, llama3_like
 
-from pact_fast.data.formats import Hermes, Llama3Json, ToolFormat, error_observation
-from pact_fast.data.rendering import ChatRenderer
-from pact_fast.data.types import Component, ToolCall
+from pact_fast.chat.formats.base import ToolFormat
+from pact_fast.chat.formats.hermes import Hermes
+from pact_fast.chat.formats.json_calls import error_observation
+from pact_fast.chat.formats.llama3_json import Llama3Json
+from pact_fast.chat.rendering import ChatRenderer
+from pact_fast.components import Component
+from pact_fast.data.types import ToolCall
 
 SEEDS = [
     ("Think about it.", "", [ToolCall("f", {"x": 1})]),
@@ -68,7 +72,7 @@ def check(turn, length: int) -> None:
             str(attempt.to_json()).encode()
 
 
-@pytest.mark.parametrize("fmt", [Hermes(), Llama3Json()], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", [Hermes(), Llama3Json()], ids=lambda f: type(f).__name__)
 def test_mutated_turns(fmt: ToolFormat):
     rng = random.Random(7)
     rejected = accepted = 0
@@ -108,7 +112,7 @@ LONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fmt", [Hermes(), Llama3Json()], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", [Hermes(), Llama3Json()], ids=lambda f: type(f).__name__)
 def test_a_megabyte_of_anything_takes_linear_time(fmt: ToolFormat):
     for unit in LONG:
         for head, tail in ((b"", b""), (b"text ", b"}"), (b"<tool_call>", b"</tool_call>")):

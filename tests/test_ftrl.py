@@ -138,8 +138,8 @@ def test_expert_traces_solve_their_tasks_with_the_real_tools():
     if "PACT_TEST_DATA" not in os.environ:
         pytest.skip("set PACT_TEST_DATA to a folder that holds ftrl/test.parquet")
     from pact_fast.data.types import Task
-    from pact_fast.envs.python_tools import PythonToolsEnvironment
-    from pact_fast.envs.sandbox import SandboxPool
+    from pact_fast.envs.python_tools.env import PythonToolsEnvironment
+    from pact_fast.envs.python_tools.pool import SandboxPool
 
     rows = pq.read_table(Path(os.environ["PACT_TEST_DATA"]) / "ftrl" / "test.parquet").to_pylist()
     kinds, turns_with_several_calls = [], 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pact_fast.cli import main
+from pact_fast.cli.main import main
 
 DATA = os.environ.get("PACT_TEST_DATA")
 pytestmark = pytest.mark.skipif(not DATA, reason="set PACT_TEST_DATA to the folder that holds ftrl/test.parquet")
@@ -75,6 +75,6 @@ def test_two_full_pact_steps_with_expert_traces(recipe, tmp_path):
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [s for s in steps if "loss" in s]
     assert [s["step"] for s in steps] == [1, 2]
-    assert sum(s["routes/trace_share"] for s in steps) * 50 == pytest.approx(10)  # every trace was used, once
+    assert sum(s["routes/trace_fraction"] for s in steps) * 50 == pytest.approx(10)  # every trace was used, once
     assert all(s["expert/tokens"] > 0 and s["grad_norm"] > 0 for s in steps)
-    assert steps[1]["tokens/trunk"] < steps[1]["tokens/unshared"]
+    assert steps[1]["tokens/computed"] < steps[1]["tokens/unshared"]

@@ -12,9 +12,9 @@ from test_tree_models import KINDS, as_tree, gradients, make, trees
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pact_fast.kernels import build
-from pact_fast.trainer.setup import checkpoint_activations
-from pact_fast.tree.fused import _is_gated, _is_norm, _is_rotary, _is_silu, fused, unfused
+from pact_fast.kernels.runtime import build
+from pact_fast.model.build import enable_gradient_checkpointing
+from pact_fast.model.patch import _is_gated, _is_norm, _is_rotary, _is_silu, fused_kernels, without_fused_kernels
 
 NORMS = {"qwen2": 5, "qwen3": 9, "qwen3_moe": 9, "llama": 5, "mistral": 5, "phi3": 5}  # in two layers
 GATED = {"qwen2": 2, "qwen3": 2, "llama": 2, "mistral": 2, "olmo2": 2}
@@ -33,12 +33,12 @@ def changed(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_modules_that_compute_what_the_kernels_do_are_served_while_it_lasts(kind):
     model = make(kind)
-    with fused(model):
+    with fused_kernels(model):
         names = changed(model)
         assert sum(name.endswith("Norm") for name in names) == NORMS.get(kind, 0)
         assert sum(name.endswith("MLP") for name in names) == GATED.get(kind, 0)
     assert not changed(model)
-    with pytest.raises(KeyError), fused(model):
+    with pytest.raises(KeyError), fused_kernels(model):
         raise KeyError
     assert not changed(model)
 
@@ -49,7 +49,7 @@ def test_gradients_are_as_good_as_without(kind, dtype):
     forest = trees()
     truth = gradients(model := make(kind), as_tree(model, forest))
     error = []
-    for context in (nullcontext, unfused):
+    for context in (nullcontext, without_fused_kernels):
         model = make(kind).to(dtype)
         with context():
             error.append((gradients(model, as_tree(model, forest)) - truth).norm())
@@ -61,7 +61,7 @@ def test_rotary_functions_are_served_while_it_lasts(kind):
     model = make(kind)
     code = vars(sys.modules[type(model).__module__])
     own = code["apply_rotary_pos_emb"]
-    with fused(model):
+    with fused_kernels(model):
         assert code["apply_rotary_pos_emb"] is not own
     assert code["apply_rotary_pos_emb"] is own
 
@@ -72,7 +72,7 @@ def test_a_rotary_embedding_of_part_of_a_head_goes_the_models_own_way():
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
     cos, sin = torch.randn(2, 1, 5, 4)
     own = code["apply_rotary_pos_emb"](q, k, cos, sin)
-    with fused(model):
+    with fused_kernels(model):
         assert all(map(torch.equal, code["apply_rotary_pos_emb"](q, k, cos, sin), own))
 
 
@@ -87,13 +87,13 @@ def test_a_rotary_function_that_turns_pairs_is_left_alone():
 
 
 def test_a_try_out_without_numbers_says_nothing():
-    """The first model that a process sees may be one of sizes alone (planning/rehearsal.py)."""
+    """The first model that a process sees may be one of sizes alone (estimate/update_trace.py)."""
     for known in (_is_norm, _is_gated, _is_silu, _is_rotary):
         known.cache_clear()
     model = make("qwen3")
-    with FakeTensorMode(), fused(model):
+    with FakeTensorMode(), fused_kernels(model):
         pass
-    with fused(model):
+    with fused_kernels(model):
         assert len(changed(model)) == NORMS["qwen3"] + GATED["qwen3"]
 
 
@@ -112,7 +112,7 @@ def test_autocast_serves_each_in_its_own_dtype():
     forest = trees()
     truth = gradients(model := make("qwen3"), as_tree(model, forest))
     error = []
-    for context in (nullcontext, unfused):
+    for context in (nullcontext, without_fused_kernels):
         model = make("qwen3").float()
         with context(), torch.autocast("cpu", torch.bfloat16):
             total = as_tree(model, forest)
@@ -161,14 +161,14 @@ class Scaled(Gated):
 def test_what_only_looks_alike_is_left_alone():
     gated = [kind(nn.SiLU()) for kind in (ClampedUp, ClampedGate, Scaled, Gated)]
     model = nn.ModuleList([Shifted(), Gated(nn.GELU()), *gated])
-    with fused(model):
+    with fused_kernels(model):
         assert ["forward" in vars(m) for m in model] == [False] * 5 + [True]
 
 
 def test_a_forward_that_somebody_else_has_put_there_stays():
     model = Gated(nn.SiLU())
     model.forward = other = lambda x: x
-    with fused(nn.ModuleList([model])):
+    with fused_kernels(nn.ModuleList([model])):
         assert model.forward is other
     assert model.forward is other
 
@@ -179,7 +179,7 @@ def test_hooks_and_adapters_inside_are_called():
     seen = []
     model.register_forward_hook(lambda module, args, out: seen.append(out))
     expected = model(x)
-    with fused(nn.ModuleList([model])):
+    with fused_kernels(nn.ModuleList([model])):
         torch.testing.assert_close(model(x), expected)
     assert len(seen) == 2
 
@@ -187,17 +187,17 @@ def test_hooks_and_adapters_inside_are_called():
 def test_gradient_checkpointing_is_left_alone():
     """The layers run again after the context has ended, and have to save the same tensors then."""
     model = make("qwen3").float().train()
-    checkpoint_activations(model)
-    with fused(model):
+    enable_gradient_checkpointing(model)
+    with fused_kernels(model):
         assert not changed(model)
     model.gradient_checkpointing_disable()
-    with fused(model):
+    with fused_kernels(model):
         assert changed(model)
 
 
 def test_a_decoder_elsewhere_is_left_alone():
     model = make("qwen3").to("meta")
-    with fused(model):
+    with fused_kernels(model):
         assert not changed(model)
 
 
@@ -205,5 +205,5 @@ def test_a_decoder_in_bf16_holds_less():
     """The chain keeps every norm's input a second time, in fp32."""
     step = decoder_step(torch.bfloat16)
     ours = peak_bytes(step)
-    with unfused():
+    with without_fused_kernels():
         assert ours < 0.9 * peak_bytes(step)

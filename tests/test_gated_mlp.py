@@ -8,11 +8,11 @@ from memory import peak_bytes
 from torch import nn
 from torch.profiler import profile
 
-from pact_fast.kernels import build
-from pact_fast.kernels.gated_mlp import gated_mlp
-from pact_fast.kernels.pointwise import RmsNorm, SiluMul, silu_mul, silu_mul_backward
-from pact_fast.tree.fused import fused
-from pact_fast.tree.remake import Remake
+from pact_fast.kernels.decoder.gated_mlp import gated_mlp
+from pact_fast.kernels.decoder.pointwise import RmsNorm, SiluMul, silu_mul, silu_mul_backward
+from pact_fast.kernels.runtime import build
+from pact_fast.model.patch import fused_kernels
+from pact_fast.model.rematerialize import Rematerialize
 
 STEP = "_GatedMlp"  # of autograd
 
@@ -101,7 +101,7 @@ def test_an_input_that_one_pass_made_is_not_held():
             y = y + gated_mlp(RmsNorm.apply(y, scale, 1e-6), *weights)
         return y
 
-    ours = peak_bytes(lambda: _inside(Remake(), forward).sum().backward())
+    ours = peak_bytes(lambda: _inside(Rematerialize(), forward).sum().backward())
     assert ours < peak_bytes(lambda: forward().sum().backward()) - 8 * x.nbytes
 
 
@@ -122,7 +122,7 @@ class Gated(nn.Module):
 
 def runs_in_one_step(model: nn.Module, x: torch.Tensor) -> bool:
     expected = model(x)
-    with fused(nn.ModuleList([model])), profile() as profiler:
+    with fused_kernels(nn.ModuleList([model])), profile() as profiler:
         out = model(x)
     torch.testing.assert_close(out, expected)
     return STEP in {event.key for event in profiler.key_averages()}

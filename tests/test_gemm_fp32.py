@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pact_fast.kernels import build
+from pact_fast.kernels.runtime import build
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pact_fast.kernels import LossTokens, backends, linear_logprob, pact_loss
-from pact_fast.kernels.backend import interpreted
+from pact_fast.kernels.runtime.backends import interpreted
 
 NAN = float("nan")
 LIVE = [name for name, reason in backends().items() if reason == "ready"]

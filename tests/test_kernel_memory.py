@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from pact_fast.kernels import linear_logprob, memory, release_memory
+from pact_fast.kernels import linear_logprob, release_memory
+from pact_fast.kernels.runtime import scratch
 
 
 @pytest.fixture(autouse=True)
@@ -15,13 +16,13 @@ def nothing_kept():
     release_memory()
 
 
-def scratch(size: int) -> memory.Scratch:
-    return memory.Scratch(size, torch.device("cpu"))
+def scratch(size: int) -> scratch.Scratch:
+    return scratch.Scratch(size, torch.device("cpu"))
 
 
 def test_pieces_lie_apart_and_are_as_large_as_asked():
     shapes = [(3, 5), (7,), (2, 1000)]
-    made = scratch(sum(memory.room(shape, torch.float32) for shape in shapes))
+    made = scratch(sum(scratch.padded_nbytes(shape, torch.float32) for shape in shapes))
     pieces = [made.empty(shape, torch.float32).fill_(i) for i, shape in enumerate(shapes)]
     assert [piece.shape for piece in pieces] == [torch.Size(shape) for shape in shapes]
     assert all(bool((piece == i).all()) for i, piece in enumerate(pieces))
@@ -35,17 +36,17 @@ def test_the_next_pass_gets_the_memory_of_the_last_and_a_larger_one_replaces_it(
     first = place(100_000)
     assert place(50_000) == first == place(100_000)
     place(200_000)
-    (kept,) = memory._kept
+    (kept,) = scratch._kept
     assert len(kept) == 200_000
     release_memory()
-    assert not memory._kept
+    assert not scratch._kept
 
 
 def test_two_passes_at_once_never_share():
     one, other = scratch(10_000), scratch(10_000)
     assert one.empty((10,), torch.uint8).data_ptr() != other.empty((10,), torch.uint8).data_ptr()
     del one, other
-    assert len(memory._kept) == 1
+    assert len(scratch._kept) == 1
 
 
 def test_a_pass_in_inference_mode_leaves_memory_that_gradients_can_use():

@@ -5,20 +5,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import make_groups, toolchain_renderer, update_of
+from helpers import lookup_chain_renderer, make_groups, step_context_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pact_fast.algorithms import make_algorithm
+from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.config import AlgorithmConfig, TrainerConfig
 from pact_fast.errors import PactError
-from pact_fast.trainer.learner import Learner, schedule
+from pact_fast.train.learner import Learner
+from pact_fast.train.schedule import lr_factor
 
 TEMPERATURE = 0.8
 
 
 @pytest.fixture(scope="module")
 def renderer():
-    return toolchain_renderer()
+    return lookup_chain_renderer()
 
 
 def tiny_model(renderer, kind="qwen3", seed=0):
@@ -34,15 +35,13 @@ def gradients(renderer, model, config, chunks, **trainer) -> torch.Tensor:
     """All parameter gradients of one optimizer step whose plans are handed over in `chunks` of prompts."""
     algorithm = make_algorithm(config)
     groups = make_groups(renderer, config, prompts=4, rollouts=3)
-    update = update_of(renderer, config, groups)
-    learner = Learner(model, TrainerConfig(**trainer), config, total_updates=1, temperature=TEMPERATURE)
-    plans = [algorithm.plan(group, update) for group in groups]
+    update = step_context_of(renderer, config, groups)
+    learner = Learner(model, TrainerConfig(**trainer), make_algorithm(config), total_updates=1, temperature=TEMPERATURE)
+    plans = [algorithm.prompt_batch(group, update) for group in groups]
     learner.prepare(plans)
-    taken = []
-    learner.step = lambda: 0.0  # keep the gradients
     model.zero_grad()
     for start in range(0, len(plans), chunks):
-        taken.append(learner.update(plans[start : start + chunks]))
+        learner.accumulate(plans[start : start + chunks])
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -73,19 +72,18 @@ def test_old_logprobs_of_the_current_policy_change_nothing(renderer):
     model = tiny_model(renderer)
     algorithm = make_algorithm(config)
     results = []
-    for shares in (False, True):
+    for updates in (1, 2):
         groups = make_groups(renderer, config, prompts=3, rollouts=2)
-        update = update_of(renderer, config, groups)
+        update = step_context_of(renderer, config, groups)
         learner = Learner(
-            model, TrainerConfig(), config, total_updates=1, temperature=TEMPERATURE, shares_batches=shares
+            model, TrainerConfig(), algorithm, total_updates=1, temperature=TEMPERATURE, updates_per_batch=updates
         )
-        plans = [algorithm.plan(group, update) for group in groups]
+        plans = [algorithm.prompt_batch(group, update) for group in groups]
         learner.prepare(plans)
-        filled = np.concatenate([s.old_logprob for p in plans for s in p.scored if s.stream != 2])
-        assert np.isnan(filled).all() != shares
-        learner.step = lambda: 0.0
+        filled = np.concatenate([s.old_logprob for p in plans for s in p.scored if s.context != 2])
+        assert np.isnan(filled).all() == (updates == 1)
         model.zero_grad()
-        learner.update(plans)
+        learner.accumulate(plans)
         results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert (results[0] - results[1]).norm() <= 1e-5 * results[0].norm()
 
@@ -93,36 +91,40 @@ def test_old_logprobs_of_the_current_policy_change_nothing(renderer):
 def test_the_kl_term_pulls_towards_the_reference(renderer):
     config = AlgorithmConfig(name="matchtir", beta=5.0, epsilon=1e-9)
     model, reference = tiny_model(renderer, seed=0).float(), tiny_model(renderer, seed=1).float().requires_grad_(False)
-    learner = Learner(model, TrainerConfig(learning_rate=3e-3), config, total_updates=30, reference=reference)
+    learner = Learner(
+        model, TrainerConfig(learning_rate=3e-3), make_algorithm(config), total_updates=30, reference=reference
+    )
     algorithm = make_algorithm(config)
     groups = make_groups(renderer, config, prompts=2, rollouts=2)
     for group in groups:
         group.advantages = [np.zeros_like(a) for a in group.advantages]
     kl = []
     for step in range(12):
-        update = update_of(renderer, config, groups, step=step)
-        plans = [algorithm.plan(group, update) for group in groups]
+        update = step_context_of(renderer, config, groups, step=step)
+        plans = [algorithm.prompt_batch(group, update) for group in groups]
         learner.prepare(plans)
         kl.append(learner.update(plans).loss)
     assert kl[0] > 0 and kl[-1] < 0.7 * kl[0]
 
 
 def test_learning_rate_schedules():
-    assert [schedule(i, 10, "constant", 2) for i in range(4)] == [0.5, 1.0, 1.0, 1.0]
-    assert schedule(2, 12, "linear", 2) == 1.0 and schedule(12, 12, "linear", 2) == 0.0
-    assert schedule(7, 12, "cosine", 2) == pytest.approx(0.5)
+    assert [lr_factor(i, 10, "constant", 2) for i in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    assert lr_factor(2, 12, "linear", 2) == 1.0 and lr_factor(12, 12, "linear", 2) == 0.0
+    assert lr_factor(7, 12, "cosine", 2) == pytest.approx(0.5)
 
 
 def test_sharing_saves_the_tokens_it_reports(renderer):
     config = AlgorithmConfig(name="pact", anchor={"q": 0.0})
     groups = make_groups(renderer, config, prompts=2, rollouts=3)
-    update = update_of(renderer, config, groups)
+    update = step_context_of(renderer, config, groups)
     model = tiny_model(renderer).float()
     algorithm = make_algorithm(config)
     tokens = {}
     for share in (True, False):
-        learner = Learner(model, TrainerConfig(share_prefixes=share, learning_rate=1e-9), config, total_updates=2)
-        result = learner.update([algorithm.plan(group, update) for group in groups])
+        learner = Learner(
+            model, TrainerConfig(share_prefixes=share, learning_rate=1e-9), make_algorithm(config), total_updates=2
+        )
+        result = learner.update([algorithm.prompt_batch(group, update) for group in groups])
         tokens[share] = result.tokens
         assert result.tokens_unshared == sum(
             len(g.prompt_ids) + len(renderer.trace_context(g.task, g.task.expert, "demonstration").ids) + len(t.ids)
@@ -138,10 +140,10 @@ def test_merging_saves_the_tokens_that_rollouts_begin_with(renderer):
     for group in groups:
         group.trajectories, group.advantages = 2 * group.trajectories, 2 * group.advantages
     model, algorithm, found = tiny_model(renderer).float(), make_algorithm(config), {}
-    update = update_of(renderer, config, groups)
+    update = step_context_of(renderer, config, groups)
     for merge in (True, False):
-        learner = Learner(model, TrainerConfig(merge_rollouts=merge), config, total_updates=1)
-        found[merge] = learner.accumulate([algorithm.plan(group, update) for group in groups])
+        learner = Learner(model, TrainerConfig(merge_rollouts=merge), make_algorithm(config), total_updates=1)
+        found[merge] = learner.accumulate([algorithm.prompt_batch(group, update) for group in groups])
     twice = sum(len(t.ids) for group in groups for t in group.trajectories[:2])
     assert found[True].tokens <= found[False].tokens - twice
     assert found[True].flops < found[False].flops and found[True].supervised == found[False].supervised
@@ -154,11 +156,11 @@ def test_a_pack_that_does_not_fit_is_split_and_the_gradient_stays(renderer, when
     config = AlgorithmConfig(anchor={"mode": "blend"})
     algorithm = make_algorithm(config)
     groups = make_groups(renderer, config, prompts=4, rollouts=3)
-    plans = [algorithm.plan(group, update_of(renderer, config, groups)) for group in groups]
+    plans = [algorithm.prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups]
     found, packs = [], []
     for limit in (math.inf, 700):
         model = tiny_model(renderer)
-        learner = Learner(model, TrainerConfig(max_tokens_per_pack=2000), config, total_updates=1)
+        learner = Learner(model, TrainerConfig(max_tokens_per_pack=2000), make_algorithm(config), total_updates=1)
         forward = learner.backend.forward
 
         def tight(batch, *args, limit=limit, model=model, forward=forward):
@@ -189,8 +191,8 @@ def test_a_pack_that_does_not_fit_is_split_and_the_gradient_stays(renderer, when
 def test_a_sequence_that_does_not_fit_is_an_error_with_a_cure(renderer):
     config = AlgorithmConfig(anchor={"mode": "blend"})
     groups = make_groups(renderer, config, prompts=1, rollouts=2)
-    plans = [make_algorithm(config).plan(group, update_of(renderer, config, groups)) for group in groups]
-    learner = Learner(tiny_model(renderer), TrainerConfig(), config, total_updates=1)
+    plans = [make_algorithm(config).prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups]
+    learner = Learner(tiny_model(renderer), TrainerConfig(), make_algorithm(config), total_updates=1)
 
     def full(*args):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory")
@@ -206,11 +208,11 @@ def test_an_update_that_is_not_finite_changes_nothing(renderer):
     groups = make_groups(renderer, config, prompts=2, rollouts=2)
     model = tiny_model(renderer)
     before = [p.detach().clone() for p in model.parameters()]
-    learner = Learner(model, TrainerConfig(learning_rate=1e-2), config, total_updates=4)
-    plans = [make_algorithm(config).plan(group, update_of(renderer, config, groups)) for group in groups]
+    learner = Learner(model, TrainerConfig(learning_rate=1e-2), make_algorithm(config), total_updates=4)
+    plans = [make_algorithm(config).prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups]
     plans[0].scored[0].rl_weight[0] = np.nan
     assert learner.update(plans).skipped
-    plans = [make_algorithm(config).plan(group, update_of(renderer, config, groups)) for group in groups]
+    plans = [make_algorithm(config).prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups]
     handle = model.lm_head.weight.register_hook(lambda grad: grad * torch.inf)
     assert learner.update(plans).skipped
     handle.remove()

@@ -9,7 +9,8 @@ import torch
 from memory import peak_bytes
 
 from pact_fast.errors import PactError
-from pact_fast.kernels import backends, head, linear_logprob
+from pact_fast.kernels import backends, linear_logprob
+from pact_fast.kernels.head import chunked
 
 VOCAB = 1003
 
@@ -97,8 +98,8 @@ def test_chunk_size_changes_nothing(rows, monkeypatch):
         return [value, entropy, *torch.autograd.grad((value * entropy).sum(), (hidden, weight, bias))]
 
     whole = run()
-    monkeypatch.setattr(head, "LOGITS_BUDGET", rows * 5 * 8 * VOCAB)
-    assert head.chunk_rows(VOCAB, 5 * 8 * VOCAB, hidden.device) == rows
+    monkeypatch.setattr(chunked, "LOGITS_BUDGET", rows * 5 * 8 * VOCAB)
+    assert chunked.chunk_rows(VOCAB, 5 * 8 * VOCAB, hidden.device) == rows
     assert all(close(a, b) for a, b in zip(run(), whole, strict=True))
 
 
@@ -157,7 +158,7 @@ def test_logits_of_all_rows_never_exist(backend, monkeypatch):
     rows, vocab = 2048, 20_000
     hidden, weight, _, targets = example(rows, 8, vocab, torch.float32)
     budget = 32 << 20
-    monkeypatch.setattr(head, "LOGITS_BUDGET", budget)
+    monkeypatch.setattr(chunked, "LOGITS_BUDGET", budget)
 
     def run():
         value, entropy = linear_logprob(hidden, weight, targets, entropy=True, backend=backend)

@@ -11,20 +11,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import make_groups, update_of
+from helpers import make_groups, step_context_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pact_fast.algorithms import make_algorithm
-from pact_fast.cli import main
+from pact_fast.algorithms.registry import make_algorithm
+from pact_fast.chat.rendering import make_renderer
+from pact_fast.cli.main import main
 from pact_fast.config import Config, LoraConfig, parse_config
 from pact_fast.errors import PactError
-from pact_fast.kernels import Stream
-from pact_fast.rollout.adapter import adapter_tensors
+from pact_fast.kernels import LossContext
+from pact_fast.model import lora
+from pact_fast.model.adapter import adapter_tensors
+from pact_fast.model.build import make_model, make_policy
+from pact_fast.model.weights import checkpoint_weights, fingerprint
+from pact_fast.rollout.embedded.engine import TransformersEngine
 from pact_fast.rollout.engine import Request
-from pact_fast.rollout.transformers_engine import TransformersEngine
-from pact_fast.rollout.weights import checkpoint_weights, fingerprint
-from pact_fast.trainer import lora, setup
-from pact_fast.trainer.learner import Learner
+from pact_fast.train.learner import Learner
 
 peft = pytest.importorskip("peft", reason="needs the extra lora: pip install 'pact-fast[lora]'")
 
@@ -36,7 +38,7 @@ SETTINGS = {
         },
         "lora": {"r": 4, "alpha": 8.0},
     },
-    "env": {"name": "toolchain"},
+    "env": {"name": "lookup_chain"},
     "rollout": {"num_generations": 4, "max_turn_tokens": 8, "max_completion_length": 24, "max_prompt_length": 500},
     "trainer": {
         "max_steps": 2, "prompts_per_step": 2, "prompts_per_update": 1, "eval_tasks": 3, "save_steps": 1,
@@ -76,11 +78,11 @@ def base_of(run: Path) -> Path | None:
 
 def policy(run: Path, step: int | None = None) -> torch.nn.Module:
     checkpoint = run / f"checkpoints/step_{step}/model" if step else None
-    return setup.make_policy(config_of(run), tokenizer_of(run), base=base_of(run), checkpoint=checkpoint).eval()
+    return make_policy(config_of(run), tokenizer_of(run), base=base_of(run), checkpoint=checkpoint).eval()
 
 
 def base(run: Path) -> torch.nn.Module:
-    return setup.make_model(config_of(run), tokenizer_of(run), path=base_of(run)).eval()
+    return make_model(config_of(run), tokenizer_of(run), path=base_of(run)).eval()
 
 
 @torch.no_grad()
@@ -110,14 +112,16 @@ def test_only_adapters_train_and_are_saved(run):
 
 def test_the_reference_is_the_model_without_its_adapters(run):
     config, plain, model = config_of(run), base(run), policy(run, 2)
-    renderer = setup.make_renderer(config.model, tokenizer_of(run))
+    renderer = make_renderer(config.model, tokenizer_of(run))
     groups = make_groups(renderer, config.algorithm, prompts=2, rollouts=2)
     algorithm = make_algorithm(config.algorithm)
-    plans = [algorithm.plan(group, update_of(renderer, config.algorithm, groups)) for group in groups]
+    plans = [algorithm.prompt_batch(group, step_context_of(renderer, config.algorithm, groups)) for group in groups]
 
     def of_reference(reference) -> np.ndarray:
-        Learner(model, config.trainer, config.algorithm, total_updates=1, reference=reference).prepare(plans)
-        return np.concatenate([s.ref_logprob for p in plans for s in p.scored if s.stream != Stream.EXPERT])
+        Learner(model, config.trainer, make_algorithm(config.algorithm), total_updates=1, reference=reference).prepare(
+            plans
+        )
+        return np.concatenate([s.ref_logprob for p in plans for s in p.scored if s.context != LossContext.EXPERT])
 
     trained = logits(model)
     assert np.array_equal(of_reference(model), of_reference(plain))

@@ -7,14 +7,14 @@ import pytest
 import yaml
 from update_probe import probe
 
-from pact_fast.cli import main
+from pact_fast.cli.main import main
 from pact_fast.config import parse_config
 from pact_fast.errors import PactError
-from pact_fast.kernels import build
-from pact_fast.planning.memory import auto_pack_tokens, default_load, estimate
-from pact_fast.planning.sharding import Sharding
-from pact_fast.planning.workload import Lengths, full_load, update_loads
-from pact_fast.tree.fused import unfused
+from pact_fast.estimate.memory import auto_pack_tokens, default_load, estimate
+from pact_fast.estimate.sharding import Sharding
+from pact_fast.estimate.workload import Lengths, full_load, update_loads
+from pact_fast.kernels.runtime import build
+from pact_fast.model.patch import without_fused_kernels
 
 DEEP = {
     "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -85,7 +85,7 @@ def deep():
 
 
 def test_activations_are_those_of_the_device(deep):
-    """Norms, gated units and rotary embeddings are one step each on CPU only (tree/fused.py)."""
+    """Norms, gated units and rotary embeddings are one step each on CPU only (model/patch.py)."""
     if build.status() != "ready":
         pytest.skip("no C++ library: the steps are the same everywhere")
     load = full_load(deep, 2048)
@@ -94,7 +94,7 @@ def test_activations_are_those_of_the_device(deep):
         return estimate(deep, [load], device=device).parts["activations"]
 
     on_cpu, on_cuda = activations("cpu"), activations("cuda")
-    with unfused():
+    with without_fused_kernels():
         assert on_cpu < activations("cpu")
         assert on_cuda == activations("cuda")
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from test_rows import interpreter
 
-from pact_fast.tree.attention import _merge
+from pact_fast.model.attention.tree import _merge
 
 pytest.importorskip("triton", reason="needs triton: pip install triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def run(*args):
-    importlib.import_module("pact_fast.tree.merge_triton").merge(*args)
+    importlib.import_module("pact_fast.model.attention.merge_triton").merge(*args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

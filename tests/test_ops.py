@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pact_fast.kernels import LossTokens, TokenPairs, linear_logprob, loss, pact_loss
+from pact_fast.kernels import LossTokens, TokenPairs, linear_logprob, pact_loss
+from pact_fast.kernels.head.chunked import loss
 
 ROWS, WIDTH, VOCAB = 12, 6, 31
 
@@ -24,17 +25,17 @@ def tokens(n: int = 20, seed: int = 0) -> LossTokens:
     def uniform() -> torch.Tensor:
         return torch.rand(n, generator=generator)
 
-    stream = torch.arange(n) % 3
+    context = torch.arange(n) % 3
     return LossTokens(
         row=torch.randint(ROWS, (n,), generator=generator),
         target=torch.randint(VOCAB, (n,), generator=generator),
-        stream=stream,
+        context=context,
         component=torch.arange(n) % 5,
         sequence=torch.arange(n) // 4,
         advantage=uniform() - 0.5,
         old_logprob=-4.0 * uniform(),
-        rl_weight=uniform() * (stream < 2),
-        sft_weight=uniform() * (stream == 2),
+        rl_weight=uniform() * (context < 2),
+        sft_weight=uniform() * (context == 2),
         ref_logprob=-4.0 * uniform(),
         sampler_logprob=-4.0 * uniform(),
     )
@@ -46,7 +47,7 @@ OPTIONS = dict(kl_coef=0.1, entropy_coef=0.05, is_cap=2.0, temperature=0.8, soft
 @pytest.mark.parametrize("dtype, backend", [(torch.float64, "torch"), (torch.float32, "auto")])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_opcheck_of_linear_logprob(dtype, backend, with_bias):
-    from pact_fast.kernels.logprob import _linear_logprob
+    from pact_fast.kernels.head.logprob import _linear_logprob
 
     hidden, weight, bias = inputs(dtype)
     targets = torch.randint(VOCAB, (ROWS,))
@@ -155,7 +156,7 @@ class Policy(torch.nn.Module):
         self.head = torch.nn.Parameter(weight.detach())
 
     def forward(self, hidden, table):
-        return pact_loss(self.trunk(hidden), self.head, table).loss
+        return pact_loss(self.decoder_of(hidden), self.head, table).loss
 
 
 def one_rank(rank: int, store: str, results) -> None:

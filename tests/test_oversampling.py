@@ -8,7 +8,7 @@ from test_resume import SETTINGS, metrics
 from pact_fast.config import load_config
 from pact_fast.distributed.world import World
 from pact_fast.rollout.agent import AgentLoop
-from pact_fast.trainer.loop import Trainer
+from pact_fast.train.run import Trainer
 
 RUN = [
     *SETTINGS, "device=cpu", "trainer.max_steps=2", "trainer.prompts_per_step=3", "trainer.prompts_per_update=null",

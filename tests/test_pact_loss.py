@@ -9,9 +9,10 @@ import pytest
 import torch
 from memory import peak_bytes
 
-from pact_fast.data.types import Component
+from pact_fast.components import Component
 from pact_fast.errors import PactError
-from pact_fast.kernels import LossTokens, Stream, head, pact_loss, summarise
+from pact_fast.kernels import LossContext, LossTokens, pact_loss, summarise
+from pact_fast.kernels.head import chunked
 
 VOCAB, WIDTH = 1003, 12
 NAN = float("nan")
@@ -24,7 +25,7 @@ def model(rows: int = 30, dtype: torch.dtype = torch.float64):
 
 
 def table(hidden: torch.Tensor, weight: torch.Tensor, n: int = 60, seed: int = 1) -> LossTokens:
-    """Random tokens of all streams with every special case: shared rows, NaN columns, zero weights and advantages.
+    """Random tokens of all contexts with every special case: shared rows, NaN columns, zero weights and advantages.
 
     Old, reference and sampler log-probs are near the current ones, so that a part of the ratios is clipped.
     """
@@ -33,12 +34,12 @@ def table(hidden: torch.Tensor, weight: torch.Tensor, n: int = 60, seed: int = 1
     target = torch.randint(VOCAB, (n,))
     with torch.no_grad():
         now = (hidden[row] @ weight.T).double().log_softmax(-1).gather(1, target[:, None])[:, 0].float()
-    stream = torch.randint(3, (n,))
-    policy = stream != Stream.EXPERT
+    context = torch.randint(3, (n,))
+    policy = context != LossContext.EXPERT
     tokens = LossTokens(
         row=row,
         target=target,
-        stream=stream,
+        context=context,
         component=torch.randint(5, (n,)),
         sequence=torch.randint(6, (n,)),
         advantage=torch.randn(n),
@@ -61,7 +62,7 @@ def oracle(
     hidden, weight, t, *, bias=None, policy_loss="ppo", clip=(0.2, 0.2), delta=None, kl_coef=0.0, entropy_coef=0.0,
     is_cap=None, temperature=1.0, softcap=None,
 ):  # fmt: skip
-    """(loss, logprob [N], entropy [N], {(statistic, stream, component): sum}) straight from the formulas."""
+    """(loss, logprob [N], entropy [N], {(statistic, context, component): sum}) straight from the formulas."""
     low, high = (math.inf if c is None else c for c in clip)
     logprobs, entropies = [], []
     for i in range(len(t)):
@@ -76,10 +77,10 @@ def oracle(
     sequences = defaultdict(list)
     for i in range(len(t)):
         if t.rl_weight[i] != 0:
-            sequences[int(t.sequence[i]), int(t.stream[i])].append((logprobs[i] - old[i]).detach())
+            sequences[int(t.sequence[i]), int(t.context[i])].append((logprobs[i] - old[i]).detach())
     loss, sums = hidden.sum() * 0 + weight.sum() * 0 + (0 if bias is None else bias.sum() * 0), defaultdict(float)
     for i, (lp, h) in enumerate(zip(logprobs, entropies, strict=True)):
-        cell = int(t.stream[i]), int(t.component[i])
+        cell = int(t.context[i]), int(t.component[i])
 
         def count(name, value=1.0, cell=cell):
             sums[name, *cell] += value.item() if isinstance(value, torch.Tensor) else value
@@ -94,7 +95,7 @@ def oracle(
         token_ratio = (lp - old[i]).exp()
         ratio = token_ratio
         if policy_loss == "gspo":
-            values = sequences[int(t.sequence[i]), int(t.stream[i])]
+            values = sequences[int(t.sequence[i]), int(t.context[i])]
             ratio = (sum(values) / len(values)).exp() * (lp - lp.detach()).exp()
         bounded = ratio.clamp(1 - low, 1 + high)
         if policy_loss == "cispo":
@@ -107,7 +108,7 @@ def oracle(
             above = (ratio > 1 + high and a > 0) or (delta is not None and ratio > delta and a < 0)
         w = 1.0
         sampler = float(t.sampler_logprob[i])
-        cap = is_cap.get(Stream(int(t.stream[i]))) if isinstance(is_cap, dict) else is_cap
+        cap = is_cap.get(LossContext(int(t.context[i]))) if isinstance(is_cap, dict) else is_cap
         if cap is not None and not math.isnan(sampler):
             w = min(cap, math.exp(float(old[i]) - sampler))
         kl = 0.0
@@ -142,8 +143,8 @@ OPTIONS = {
     "temperature": {"temperature": 0.7},
     "softcap": {"softcap": 6.0, "temperature": 1.3},
     "weights": {"is_cap": 1.1},
-    "weights by stream": {"is_cap": {Stream.PROMPT: 1.5, Stream.TRACE: 0.8}},
-    "weights in one stream": {"is_cap": {Stream.TRACE: 1.0}},
+    "weights by context": {"is_cap": {LossContext.PROMPT: 1.5, LossContext.TRACE: 0.8}},
+    "weights in one context": {"is_cap": {LossContext.TRACE: 1.0}},
     "kl": {"kl_coef": 0.3},
     "entropy": {"entropy_coef": 0.2},
     "asymmetric": {"clip": (0.1, 0.4)},
@@ -264,7 +265,7 @@ def test_chunk_size_changes_nothing(rows, policy_loss, monkeypatch):
         return [out.loss, out.logprob, out.entropy, *gradients(out.loss, [hidden, weight]), *out.stats.values()]
 
     whole = run()
-    monkeypatch.setattr(head, "LOGITS_BUDGET", rows * 2 * 8 * VOCAB)
+    monkeypatch.setattr(chunked, "LOGITS_BUDGET", rows * 2 * 8 * VOCAB)
     assert all(close(a, b) for a, b in zip(run(), whole, strict=True))
 
 
@@ -342,7 +343,7 @@ def test_no_gradient_work_when_nothing_wants_a_gradient(monkeypatch):
     hidden, weight, _ = model()
     tokens = table(hidden, weight)
     expected = pact_loss(hidden, weight, tokens).loss.detach()
-    monkeypatch.setattr(head.ChunkedHead, "backward", lambda *_: pytest.fail("gradient work"))
+    monkeypatch.setattr(chunked.ChunkedHead, "backward", lambda *_: pytest.fail("gradient work"))
     with torch.no_grad():
         assert torch.equal(pact_loss(hidden, weight, tokens).loss, expected)
     out = pact_loss(hidden.detach(), weight.detach(), tokens)
@@ -365,7 +366,7 @@ def test_tokens_without_a_coefficient_cost_no_backward_product(backend, dtype, m
     active = (gradient_coefficient(hidden.double(), weight.double(), tokens) != 0).sum()
     assert 0 < active < len(tokens)
     rows = []
-    make = head.products
+    make = chunked.products
 
     def watched(*arguments):
         made = make(*arguments)
@@ -373,7 +374,7 @@ def test_tokens_without_a_coefficient_cost_no_backward_product(backend, dtype, m
         made.backward = lambda dz, *rest: rows.append(len(dz)) or product(dz, *rest)
         return made
 
-    monkeypatch.setattr(head, "products", watched)
+    monkeypatch.setattr(chunked, "products", watched)
     pact_loss(hidden, weight, tokens, backend=backend)
     assert rows == [active]
 
@@ -388,7 +389,7 @@ def gradient_coefficient(hidden, weight, tokens) -> torch.Tensor:
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_logits_of_all_tokens_never_exist(backend, monkeypatch):
     n, vocab, budget = 2048, 20_000, 32 << 20
-    monkeypatch.setattr(head, "LOGITS_BUDGET", budget)
+    monkeypatch.setattr(chunked, "LOGITS_BUDGET", budget)
     hidden, weight = torch.randn(n, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
     tokens = table(*model()[:2], n=n)
     tokens.row = torch.arange(n)
@@ -442,7 +443,7 @@ def test_settings_that_cannot_work_are_one_line_errors(options, message):
 def test_summary_names_means_and_skips_empty_cells():
     hidden, weight, _ = model()
     tokens = table(hidden, weight).select(torch.arange(4))
-    tokens.stream[:] = torch.tensor([Stream.PROMPT, Stream.TRACE, Stream.TRACE, Stream.EXPERT])
+    tokens.context[:] = torch.tensor([LossContext.PROMPT, LossContext.TRACE, LossContext.TRACE, LossContext.EXPERT])
     tokens.component[:] = torch.tensor(
         [Component.ANSWER, Component.TOOL_CALL, Component.REASONING, Component.TOOL_CALL]
     )  # fmt: skip

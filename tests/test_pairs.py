@@ -7,7 +7,8 @@ import torch
 from test_ops import VOCAB, inputs, tokens
 
 from pact_fast.errors import PactError
-from pact_fast.kernels import TokenPairs, head, pact_loss, summarise
+from pact_fast.kernels import TokenPairs, pact_loss, summarise
+from pact_fast.kernels.head import chunked
 
 INDEX = torch.tensor([[0, 7], [12, 3], [5, 19], [1, 2], [9, 8]])
 WEIGHT = torch.tensor([0.7, 0.0, 1.3, 0.2, 0.4])
@@ -42,7 +43,7 @@ def definition(log_p, index, kind, second_grad):
 @pytest.mark.parametrize("softcap, per_token, rows", [(None, False, 2), (4.0, True, 6), (None, True, 1000)])
 @pytest.mark.parametrize("dtype, backend, bound", [(torch.float64, "torch", 1e-10), (torch.float32, "auto", 2e-6)])
 def test_values_and_gradients(kind, second_grad, softcap, per_token, rows, dtype, backend, bound, monkeypatch):
-    monkeypatch.setattr(head, "chunk_rows", lambda *_: rows)  # pairs in several chunks, in the last but one, in one
+    monkeypatch.setattr(chunked, "chunk_rows", lambda *_: rows)  # pairs in several chunks, in the last but one, in one
     arguments, table = inputs(dtype), tokens()
     hidden, weight, bias = arguments
     temperature = torch.rand(len(table), dtype=torch.float64) + 0.5 if per_token else 0.8

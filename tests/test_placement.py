@@ -6,9 +6,9 @@ import pytest
 
 from pact_fast.config import parse_config
 from pact_fast.distributed import world as worlds
-from pact_fast.distributed.world import World, join
+from pact_fast.distributed.world import World, init_world
 from pact_fast.errors import PactError
-from pact_fast.rollout.factory import samplers, server_devices
+from pact_fast.rollout.vllm.builder import VllmBuilder, server_devices
 
 
 def config(**rollout):
@@ -19,18 +19,18 @@ def config(**rollout):
     "size, servers, expected", [(1, 1, [0]), (4, 1, [0]), (8, 2, [0, 4]), (4, 4, [0, 1, 2, 3]), (5, 2, [0, 2])]
 )
 def test_servers_are_spread_over_the_processes(size, servers, expected):
-    assert samplers(config(vllm_data_parallel_size=servers), World(0, size)) == expected
+    assert VllmBuilder(config(vllm_data_parallel_size=servers)).samplers(World(0, size)) == expected
 
 
 def test_every_process_has_an_engine_unless_there_are_servers():
-    assert samplers(config(vllm_mode="colocate"), World(1, 3)) == [0, 1, 2]
+    assert VllmBuilder(config(vllm_mode="colocate")).samplers(World(1, 3)) == [0, 1, 2]
     with pytest.raises(PactError, match="vllm_data_parallel_size=3, but only 2 processes"):
-        samplers(config(vllm_data_parallel_size=3), World(0, 2))
+        VllmBuilder(config(vllm_data_parallel_size=3)).samplers(World(0, 2))
 
 
 def test_two_nodes_of_eight_gpus_train_on_four_and_serve_on_four(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    servers = samplers(config(vllm_data_parallel_size=2), World(0, 8))
+    servers = VllmBuilder(config(vllm_data_parallel_size=2)).samplers(World(0, 8))
     for rank in servers:
         assert server_devices(World(rank, 8, rank % 4), servers, 4, 8) == [4, 5, 6, 7]
 
@@ -57,7 +57,7 @@ def launched(monkeypatch, **variables: str) -> None:
 def test_a_sequence_cannot_be_shared_by_one_process(monkeypatch):
     launched(monkeypatch)
     with pytest.raises(PactError, match="sequence_parallel_size=2 needs so many processes; start with torchrun"):
-        join("cpu", timeout=1, sequence_parallel=2)
+        init_world("cpu", timeout=1, sequence_parallel=2)
 
 
 def test_a_launchers_environment_is_read(monkeypatch):
@@ -67,7 +67,7 @@ def test_a_launchers_environment_is_read(monkeypatch):
     assert worlds._launched(whole | {"HOME": "/"}) == whole
     launched(monkeypatch, **whole)
     with pytest.raises(PactError, match="sequence_parallel_size=3 does not divide the number of processes, 4"):
-        join("cpu", timeout=1, sequence_parallel=3)
+        init_world("cpu", timeout=1, sequence_parallel=3)
 
 
 def test_slurm_steps_are_joined_and_its_batch_script_is_not(monkeypatch):
@@ -95,4 +95,4 @@ def test_slurm_steps_are_joined_and_its_batch_script_is_not(monkeypatch):
 def test_a_peer_that_does_not_come_is_an_error_within_the_deadline(monkeypatch):
     launched(monkeypatch, WORLD_SIZE="2", RANK="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="9")
     with pytest.raises(worlds.PeerLost, match=r"process 1 of 2 .* waited for the other processes to start"):
-        join("cpu", timeout=2)
+        init_world("cpu", timeout=2)

@@ -4,12 +4,12 @@ import pytest
 import yaml
 from update_probe import probe
 
-from pact_fast.cli import main
+from pact_fast.cli.main import main
 from pact_fast.config import parse_config
-from pact_fast.planning import hardware
-from pact_fast.planning.plan import plan
-from pact_fast.planning.sharding import Sharding
-from pact_fast.planning.workload import Lengths
+from pact_fast.estimate import hardware
+from pact_fast.estimate.sharding import Sharding
+from pact_fast.estimate.time import plan
+from pact_fast.estimate.workload import Lengths
 
 DEEP = {
     "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,

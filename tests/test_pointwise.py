@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pact_fast.kernels import build
-from pact_fast.kernels.pointwise import RmsNorm, Rotary, SiluMul, serves
+from pact_fast.kernels.decoder.pointwise import RmsNorm, Rotary, SiluMul, serves
+from pact_fast.kernels.runtime import build
 
 EPS = 1e-6
 SHAPES = [(1, 1), (3, 7), (33, 64), (130, 80), (1, 4096), (64 * 33 + 1, 16), (2, 3, 5, 32)]

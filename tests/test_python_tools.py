@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from pact_fast.data.types import Task, ToolCall, Trajectory, TurnRecord
-from pact_fast.envs import python_tools
 from pact_fast.envs.base import Environment
-from pact_fast.envs.python_tools import PythonToolsEnvironment
-from pact_fast.envs.sandbox import SandboxPool
+from pact_fast.envs.python_tools.env import PythonTools
+from pact_fast.envs.python_tools.pool import SandboxPool
 from pact_fast.errors import PactError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
@@ -31,7 +30,7 @@ def pool():
 
 @pytest.fixture
 def env(pool):
-    env = PythonToolsEnvironment(pool, timeout=0.5)
+    env = PythonTools(pool, timeout=0.5)
     env.reset(ftrl_task())
     return env
 
@@ -69,7 +68,7 @@ def test_failures_are_observations(env):
 
 def test_environments_share_the_pool_from_several_threads(pool):
     def run(n):
-        env = PythonToolsEnvironment(pool)
+        env = PythonTools(pool)
         env.reset(ftrl_task(codes={"double": "def double(n): return 2 * n"}))
         return env.call("double", {"n": n})
 
@@ -114,7 +113,7 @@ def test_a_task_that_cannot_run_or_be_scored_is_an_error_with_its_id(env):
 
 
 def test_the_factory_makes_environments_of_one_pool():
-    make = python_tools.factory({"timeout": 0.4, "workers": 1})
+    make = env.factory({"timeout": 0.4, "workers": 1})
     one, other = make(), make()
     assert one is not other and one._pool is other._pool
     one.reset(ftrl_task())
@@ -124,6 +123,6 @@ def test_the_factory_makes_environments_of_one_pool():
 
 def test_the_factory_names_the_nearest_known_key():
     with pytest.raises(PactError, match=r"env\.args: unknown key 'worker'; did you mean 'workers'\?"):
-        python_tools.factory({"worker": 1})
+        env.factory({"worker": 1})
     with pytest.raises(PactError, match="python_tools takes workers, timeout, memory_mb, max_output"):
-        python_tools.factory({"zzz": 1})
+        env.factory({"zzz": 1})

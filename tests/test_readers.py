@@ -67,7 +67,7 @@ def test_a_full_row_becomes_a_task(jsonl):
         "expert_trace": TRACE,
         "reference_calls": [CALL, {"name": "weather", "arguments": '{"city": "Rome"}'}],
         "answer": 7,
-        "env": "toolchain",
+        "env": "lookup_chain",
         "env_args": {"hops": 2},
         "difficulty": 3,
         "note": None,
@@ -80,7 +80,7 @@ def test_a_full_row_becomes_a_task(jsonl):
             expert=EXPERT,
             reference_calls=[ToolCall("weather", {"city": "Oslo"}), ToolCall("weather", {"city": "Rome"})],
             answer="7",
-            env="toolchain",
+            env="lookup_chain",
             env_args={"hops": 2},
             columns={"difficulty": 3, "note": None},
         )
@@ -603,7 +603,7 @@ def test_written_tasks_read_back_equal(jsonl, tmp_path):
             "env_args": {"n": 1},
             "x": [1],
         },
-        {"prompt": [*QUESTION, *TRACE, *QUESTION], "reference_calls": [], "env": "toolchain"},
+        {"prompt": [*QUESTION, *TRACE, *QUESTION], "reference_calls": [], "env": "lookup_chain"},
         {"prompt": "q", "privileged_context": "text", "question": "other", "reward_model": {"ground_truth": "7"}},
     ]
     tasks = read_tasks(jsonl(*rows)) + read_tasks(jsonl(toolhop_row()))
@@ -612,7 +612,7 @@ def test_written_tasks_read_back_equal(jsonl, tmp_path):
 
 
 def test_an_environments_task_without_tools_reads_back(tmp_path):
-    task = Task("t", QUESTION, expert=EXPERT, reference_calls=EXPERT.calls, env="toolchain")
+    task = Task("t", QUESTION, expert=EXPERT, reference_calls=EXPERT.calls, env="lookup_chain")
     write_tasks(tmp_path / "out.jsonl", [task])
     assert read_tasks(tmp_path / "out.jsonl") == [task]
 

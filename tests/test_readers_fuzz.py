@@ -21,7 +21,7 @@ VALID = {
         "expert_trace": TRACE,
         "reference_calls": [CALL, {"function": {"name": "weather", "arguments": '{"city": "Rome"}'}}],
         "answer": "7",
-        "env": "toolchain",
+        "env": "lookup_chain",
         "env_args": {"hops": 2},
         "info": '{"level": 3}',
     },

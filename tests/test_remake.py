@@ -10,9 +10,9 @@ from memory import decoder_step, peak_bytes
 from test_tree_models import KINDS, as_tree, make, trees
 from torch.overrides import handle_torch_function, has_torch_function
 
-from pact_fast.trainer.setup import checkpoint_activations
-from pact_fast.tree import hf, remake
-from pact_fast.tree.remake import Remake
+from pact_fast.model import forward, rematerialize
+from pact_fast.model.build import enable_gradient_checkpointing
+from pact_fast.model.rematerialize import Rematerialize
 
 
 def parameter_gradients(model, total: torch.Tensor) -> list[torch.Tensor]:
@@ -24,7 +24,7 @@ def parameter_gradients(model, total: torch.Tensor) -> list[torch.Tensor]:
 @pytest.fixture
 def keep_all(monkeypatch):
     """Switch it off."""
-    return lambda: monkeypatch.setattr(hf, "Remake", nullcontext)
+    return lambda: monkeypatch.setattr(forward, "Rematerialize", nullcontext)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,7 +44,7 @@ def test_autocast_and_checkpointing_give_the_same_bits(keep_all):
         with torch.autocast("cpu", torch.bfloat16):
             total = as_tree(model, trees())
         found = parameter_gradients(model, total)
-        checkpoint_activations(model)
+        enable_gradient_checkpointing(model)
         found += parameter_gradients(model, as_tree(model, trees()))
         model.gradient_checkpointing_disable()
         return found
@@ -63,7 +63,7 @@ def step():
 def test_a_gated_decoder_holds_half_as_much(step, monkeypatch):
     """Of a Qwen3 layer's activations the products and silu(gate) are not kept, nor what leads to them."""
     ours = peak_bytes(step)
-    monkeypatch.setattr(hf, "is_compiled", lambda model: True)
+    monkeypatch.setattr(forward, "is_compiled", lambda model: True)
     assert ours < 0.65 * peak_bytes(step)
 
 
@@ -99,7 +99,7 @@ def test_views_slices_and_shared_results_are_told_apart():
             + (turned @ scaled).sum()
         )
 
-    with Remake():
+    with Rematerialize():
         ours = torch.autograd.grad(function(a, b, w, v), (a, b, w, v))
     for one, other in zip(ours, torch.autograd.grad(function(a, b, w, v), (a, b, w, v)), strict=True):
         assert torch.equal(one, other)
@@ -107,7 +107,7 @@ def test_views_slices_and_shared_results_are_told_apart():
 
 def test_what_changed_in_between_is_an_error_as_ever():
     a, b, w = (torch.randn(4, 4, requires_grad=True) for _ in range(3))
-    with Remake():
+    with Rematerialize():
         c = a * 1.0
         total = ((c * b) @ w).sum()
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_what_changed_in_between_is_an_error_as_ever():
 
 def test_what_changed_before_its_use_is_kept_as_it_was_used():
     a, b, w = (torch.randn(4, 4, requires_grad=True) for _ in range(3))
-    with Remake():
+    with Rematerialize():
         c = a * b
         with torch.no_grad():
             c.add_(1.0)
@@ -129,14 +129,14 @@ def test_what_changed_before_its_use_is_kept_as_it_was_used():
 def test_products_are_made_again_once_for_each_use():
     """The check that something is made again at all."""
     made = []
-    original = remake._unpack
+    original = rematerialize._unpack
 
     def counting(kept):
         made.append(kept)
         return original(kept)
 
     a, b, w = (torch.randn(4, 4, requires_grad=True) for _ in range(3))
-    context = Remake()
+    context = Rematerialize()
     context._hooks = torch.autograd.graph.saved_tensors_hooks(context._pack, counting)
     with context:
         total = ((torch.nn.functional.silu(a) * b) @ w).sum()

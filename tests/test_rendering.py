@@ -10,13 +10,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers_for_tests import build, chatml_like, llama3_like, qwen3_like, template
 
-from pact_fast.data.chat_template import calling
-from pact_fast.data.formats import Hermes, get_format
-from pact_fast.data.rendering import NO_LEVEL, ChatRenderer
-from pact_fast.data.segments import prefix_ends
-from pact_fast.data.templates import CHATML_HERMES
-from pact_fast.data.token_bytes import TokenBytes
-from pact_fast.data.types import Component, ExpertTrace, ExpertTurn, Task, ToolCall
+from pact_fast.chat.chat_template import calling
+from pact_fast.chat.formats.hermes import Hermes
+from pact_fast.chat.formats.registry import get_format
+from pact_fast.chat.rendering import NO_LEVEL, ChatRenderer
+from pact_fast.chat.segments import prefix_ends
+from pact_fast.chat.template_check import check_template
+from pact_fast.chat.templates import CHATML_HERMES
+from pact_fast.chat.token_bytes import TokenBytes
+from pact_fast.components import Component
+from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall
 from pact_fast.errors import PactError
 
 TOOLS = [
@@ -83,7 +86,7 @@ every_template = pytest.mark.parametrize("name", NAMES)
 
 @every_template
 def test_real_templates_pass_the_startup_check(name):
-    renderer(name).check()
+    check_template(renderer(name))
 
 
 @every_template
@@ -106,14 +109,16 @@ def test_glue_is_what_the_template_writes_after_a_turn(name):
         spoken = calling(ToolCall("get_time", {"city": "MARK"}))
         whole = r.template.text([*PROMPT, spoken, *following], TOOLS, generate=True)
         after = whole.index(r.eot, whole.index("MARK")) + len(r.eot)
-        ids, components = r.glue(following)
+        ids, components = r.bridge_tokens(following)
         assert ids.tolist() == r.tokenizer.encode(whole[after:], add_special_tokens=False)
         assert len(components) == len(ids) and set(components) <= {Component.TEMPLATE, Component.OBSERVATION}
 
 
 def test_observation_tokens_are_the_tool_text_and_nothing_else():
     r = renderer()
-    ids, components = r.glue([{"role": "tool", "content": "first answer"}, {"role": "tool", "content": "é 中"}])
+    ids, components = r.bridge_tokens(
+        [{"role": "tool", "content": "first answer"}, {"role": "tool", "content": "é 中"}]
+    )
     assert of(r, ids, components, Component.OBSERVATION) == "first answeré 中"
     assert of(r, ids, components, Component.TEMPLATE) == (
         "\n<|im_start|>user\n<tool_response>\n\n</tool_response>\n<tool_response>\n\n</tool_response><|im_end|>\n"
@@ -123,7 +128,7 @@ def test_observation_tokens_are_the_tool_text_and_nothing_else():
 
 def test_token_across_the_border_belongs_to_the_text_in_which_it_starts():
     r = renderer("qwen3")
-    ids, components = r.glue([{"role": "tool", "content": '{"a": 1}'}])
+    ids, components = r.bridge_tokens([{"role": "tool", "content": '{"a": 1}'}])
     assert of(r, ids, components, Component.OBSERVATION) in ('{"a": 1}', '{"a": 1}\n')
     assert '<tool_response>\n{"a": 1}\n</tool_response>' in text(r, ids)
 
@@ -135,21 +140,21 @@ def test_token_across_the_border_belongs_to_the_text_in_which_it_starts():
 @pytest.mark.parametrize("role", ["tool", "user"])
 def test_control_strings_in_a_content_stay_text(name, evil, role):
     r = renderer(name)
-    ids = r.glue_ids([{"role": role, "content": evil}])
-    assert controls(r, ids) == controls(r, r.glue_ids([{"role": role, "content": "x"}]))
+    ids = r.bridge_ids([{"role": role, "content": evil}])
+    assert controls(r, ids) == controls(r, r.bridge_ids([{"role": role, "content": "x"}]))
     assert evil.split("\n")[0] in text(r, ids)
 
 
 def test_halves_of_surrogate_pairs_in_a_tool_answer_are_replaced():
-    assert "?ok" in text(renderer(), renderer().glue_ids([{"role": "tool", "content": "\ud800ok"}]))
+    assert "?ok" in text(renderer(), renderer().bridge_ids([{"role": "tool", "content": "\ud800ok"}]))
 
 
 def test_glue_does_not_depend_on_the_order_of_calls():
     r = ChatRenderer(chatml_like())
     long = [{"role": "tool", "content": "a"}, {"role": "user", "content": "b"}]
-    first = r.glue_ids(long[:1]).tolist()
-    r.glue_ids(long)
-    assert r.glue_ids(long[:1]).tolist() == first
+    first = r.bridge_ids(long[:1]).tolist()
+    r.bridge_ids(long)
+    assert r.bridge_ids(long[:1]).tolist() == first
 
 
 @every_template
@@ -245,7 +250,7 @@ def test_trace_context_is_turns_and_glue(name, rendering):
         following = [{"role": "tool", "name": turn.calls[0].name, "content": turn.observations[0]}]
         if rendering == "demonstration" and index == 1:
             following.append(PROMPT[-1])
-        expected.append((r.assistant_turn(turn.reasoning, "", turn.calls), r.glue(following)))
+        expected.append((r.assistant_turn(turn.reasoning, "", turn.calls), r.bridge_tokens(following)))
     assert context.ids.tolist() == np.concatenate([i for pair in expected for i, _ in pair]).tolist()
     assert context.components.tolist() == np.concatenate([c for pair in expected for _, c in pair]).tolist()
     lengths = [len(pair[0][0]) + len(pair[1][0]) for pair in expected]
@@ -347,7 +352,7 @@ def test_short_observation_is_left_alone():
 
 def test_decomposed_characters_keep_their_labels():
     r = renderer("qwen3")  # its tokenizer composes them
-    ids, components = r.glue([{"role": "tool", "content": "e\u0301" * 5}])
+    ids, components = r.bridge_tokens([{"role": "tool", "content": "e\u0301" * 5}])
     assert of(r, ids, components, Component.OBSERVATION) == "é" * 5
 
 
@@ -371,27 +376,27 @@ def test_unfit_template_is_refused_with_the_reason(reason):
     old, new = DEFECTS[reason]
     assert old in CHATML_HERMES
     with pytest.raises(PactError, match=reason) as raised:
-        ChatRenderer(chatml_like(CHATML_HERMES.replace(old, new))).check()
+        check_template(ChatRenderer(chatml_like(CHATML_HERMES.replace(old, new))))
     assert "\n" not in str(raised.value) and "model.chat_template" in str(raised.value)
 
 
 def test_llama_3_2_is_refused_for_its_date():
     with pytest.raises(PactError, match="today's date"):
-        ChatRenderer(llama3_like("llama3_2")).check()
+        check_template(ChatRenderer(llama3_like("llama3_2")))
 
 
 def test_format_that_the_tokenizer_does_not_speak_is_refused():
     with pytest.raises(PactError, match="differently than before"):
-        ChatRenderer(chatml_like(), get_format("llama3_json")).check()
+        check_template(ChatRenderer(chatml_like(), get_format("llama3_json")))
 
 
 def test_format_that_does_not_read_what_it_writes_is_refused():
     class Broken(Hermes):
-        def _calls_text(self, calls):
+        def write_calls(self, calls):
             return "<tool_call>" + " ".join(call.name for call in calls) + "</tool_call>"
 
     with pytest.raises(PactError, match="does not read back"):
-        ChatRenderer(chatml_like(), Broken()).check()
+        check_template(ChatRenderer(chatml_like(), Broken()))
 
 
 def test_tokenizer_without_template_is_refused():
@@ -426,7 +431,7 @@ def test_tokenizer_that_changes_the_text_is_refused(change, reason):
     changed = wrap(Tokenizer.from_str(json.dumps(description)))
     changed.chat_template = CHATML_HERMES
     with pytest.raises(PactError, match=reason):
-        ChatRenderer(changed).check()
+        check_template(ChatRenderer(changed))
 
 
 def wrap(backend: Tokenizer):

@@ -36,7 +36,16 @@ SETTINGS = [
 
 
 def command(run: Path) -> list[str]:
-    return [sys.executable, "-m", "pact_fast.cli", "train", "quickstart", f"output_dir={run}", "resume=auto", *SETTINGS]
+    return [
+        sys.executable,
+        "-m",
+        "pact_fast",
+        "train",
+        "quickstart",
+        f"output_dir={run}",
+        "resume=auto",
+        *SETTINGS,
+    ]
 
 
 def metrics(run: Path) -> list[dict]:

@@ -17,7 +17,7 @@ from pact_fast.errors import PactError
 from pact_fast.rewards.answers import answer_tokens, exact_match, extract_answer, token_f1
 from pact_fast.rewards.functions import call_reward_functions, load_reward_function, load_reward_functions
 from pact_fast.rewards.matching import json_equal, match, similarity
-from pact_fast.rewards.trajectory import compute_rewards, turn_rewards
+from pact_fast.rewards.score import score, turn_rewards
 
 
 def call(name: str, **arguments: Any) -> ToolCall:
@@ -243,10 +243,11 @@ def test_reference_calls_default_to_the_experts_and_none_at_all_means_no_penalty
 # the trajectory's reward
 
 
-def test_compute_rewards_weights_the_parts() -> None:
+def test_score_weights_the_parts() -> None:
     path = trajectory(turn(call("f")), turn(content="7"), stop="answer")
     config = RewardConfig(match_weight=2.0, env_weight=10.0)
-    compute_rewards(config, task([call("f")], answer="7"), path, {"success": 0.5, "solve_p": 0.3}, {"style": -0.25})
+    path.env_rewards = {"success": 0.5, "solve_p": 0.3}
+    score(config, task([call("f")], answer="7"), path, {"style": -0.25})
     assert path.turn_rewards == [1.0, 1.0]
     assert path.reward == pytest.approx(2 * 2 + 10 * 0.5 - 0.25)
     assert path.reward_parts == {"match": 2.0, "success": 0.5, "solve_p": 0.3, "style": -0.25}
@@ -254,9 +255,20 @@ def test_compute_rewards_weights_the_parts() -> None:
 
 def test_environment_rewards_are_recorded_but_not_counted_by_default() -> None:
     path = trajectory(turn(call("f")))
-    compute_rewards(RewardConfig(), task([call("f")]), path, {"success": 1.0}, {})
+    path.env_rewards = {"success": 1.0}
+    score(RewardConfig(), task([call("f")]), path)
     assert path.reward == 1.0
     assert path.reward_parts["success"] == 1.0
+
+
+def test_outcome_only_counts_the_environments_success_where_it_gives_one() -> None:
+    path = trajectory(turn(call("f")))
+    path.env_rewards = {"success": 0.25}
+    score(RewardConfig(), task([call("f")]), path, {"style": 0.5}, outcome_only=True)
+    assert path.reward == 0.75 and path.turn_rewards == [1.0]
+    path.env_rewards = {}
+    score(RewardConfig(), task([call("f")]), path, {"style": 0.5}, outcome_only=True)
+    assert path.reward == 1.5
 
 
 @pytest.mark.parametrize(
@@ -269,8 +281,10 @@ def test_environment_rewards_are_recorded_but_not_counted_by_default() -> None:
     ],
 )
 def test_unusable_rewards_are_one_line_errors(config: RewardConfig, env: dict, functions: dict, words: list) -> None:
+    path = trajectory(turn())
+    path.env_rewards = env
     with pytest.raises(PactError) as caught:
-        compute_rewards(config, task([]), trajectory(turn()), env, functions)
+        score(config, task([]), path, functions)
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words)
 

@@ -21,15 +21,15 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from pact_fast.kernels import build
-from pact_fast.kernels.rows_torch import Pairing, RowStats, compact
+from pact_fast.kernels.head.softmax_torch import Pairing, RowStats, compact
+from pact_fast.kernels.runtime import build
 
 EPS = torch.finfo(torch.float32).eps
 LONG = 3 * 4096 + 77  # some tiles and an odd rest
 
 
 def call(module: str, name: str, *args: Any) -> Any:
-    return getattr(importlib.import_module(f"pact_fast.kernels.{module}"), name)(*args)
+    return getattr(importlib.import_module(f"pact_fast.kernels.head.{module}"), name)(*args)
 
 
 @functools.cache
@@ -64,9 +64,9 @@ class Backend:
 
 
 BACKENDS = {
-    "torch": Backend("rows_torch"),
-    "cpp": Backend("rows_cpp", small_types=False),
-    "triton": Backend("rows_triton", triton_call, "cuda" if torch.cuda.is_available() else "cpu", "triton"),
+    "torch": Backend("softmax_torch"),
+    "cpp": Backend("softmax_cpp", small_types=False),
+    "triton": Backend("softmax_triton", triton_call, "cuda" if torch.cuda.is_available() else "cpu", "triton"),
 }
 
 

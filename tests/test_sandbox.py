@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pact_fast.envs import sandbox
-from pact_fast.envs.sandbox import BROKEN, SandboxPool
+from pact_fast.envs.python_tools import pool as pool_module
+from pact_fast.envs.python_tools.pool import BROKEN, SandboxPool
 from pact_fast.errors import PactError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
@@ -288,7 +288,7 @@ def test_a_dead_worker_costs_one_observation_and_is_replaced():
 
 
 def test_a_stopped_worker_is_given_up_and_replaced(monkeypatch):
-    monkeypatch.setattr(sandbox, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(pool_module, "GRACE_SECONDS", 0.2)
     with SandboxPool(workers=1, timeout=0.3) as pool:
         first = server(pool)
         os.kill(first, signal.SIGSTOP)
@@ -337,13 +337,13 @@ def test_nothing_survives_a_killed_trainer(tmp_path, idle):
     body = f"import subprocess\nsubprocess.run(['sleep', '{marker}'])"
     script = tmp_path / "trainer.py"
     script.write_text(
-        "import os, time\nfrom pact_fast.envs.sandbox import SandboxPool\npool = SandboxPool(workers=1, timeout=60)\n"
+        "import os, time\nfrom pact_fast.envs.python_tools.pool import SandboxPool\npool = SandboxPool(workers=1, timeout=60)\n"
         "holder = os.fork()  # holds the trainer's end of the socket open\n"
         "if holder == 0: time.sleep(20); os._exit(0)\n"
         "print(next(iter(pool._running))._process.pid, holder, flush=True)\n"
         + ("time.sleep(60)" if idle else f"pool.call({tool(body)!r}, 'f', {{}})")
     )
-    path = {"PYTHONPATH": str(Path(sandbox.__file__).parents[2])}
+    path = {"PYTHONPATH": str(Path(pool.__file__).parents[2])}
     trainer = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=os.environ | path)
     assert trainer.stdout
     pid, holder = map(int, trainer.stdout.readline().split())

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pact_fast.data.segments import lambda_at, level_at, prefix_ends, safe_length, segments
+from pact_fast.chat.segments import prefix_ends, reasoning_level_at, safe_length, segments, sft_lambda
 from pact_fast.data.types import ToolCall
 
 WEATHER = ToolCall("get_weather", {"city": "Paris", "days": 3})
@@ -118,10 +118,10 @@ def test_levels_split_the_safe_segments_evenly(count, expected):
 
 
 def test_level_falls_linearly_and_stays():
-    assert [level_at(s, 8, 4, 0) for s in range(11)] == [4, 4, 3, 3, 2, 2, 1, 1, 0, 0, 0]
-    assert [level_at(s, 4, 0, 4) for s in range(6)] == [0, 1, 2, 3, 4, 4]
-    assert level_at(0, 1, 3, 3) == 3
+    assert [reasoning_level_at(s, 8, 4, 0) for s in range(11)] == [4, 4, 3, 3, 2, 2, 1, 1, 0, 0, 0]
+    assert [reasoning_level_at(s, 4, 0, 4) for s in range(6)] == [0, 1, 2, 3, 4, 4]
+    assert reasoning_level_at(0, 1, 3, 3) == 3
 
 
 def test_lambda_is_the_methods():
-    assert [lambda_at(s, 10, 0.8, 0.2) for s in (0, 5, 10, 99)] == pytest.approx([0.8, 0.5, 0.2, 0.2])
+    assert [sft_lambda(s, 10, 0.8, 0.2) for s in (0, 5, 10, 99)] == pytest.approx([0.8, 0.5, 0.2, 0.2])

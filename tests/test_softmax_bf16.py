@@ -10,11 +10,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from pact_fast.kernels import linear_logprob, rows_torch
-from pact_fast.kernels.head import ChunkedHead
-from pact_fast.kernels.logits import Logits
-from pact_fast.kernels.rows_torch import RowStats, compact
-from pact_fast.kernels.terms import PANEL, Terms
+from pact_fast.kernels import linear_logprob
+from pact_fast.kernels.head import softmax_torch
+from pact_fast.kernels.head.chunked import ChunkedHead
+from pact_fast.kernels.head.logits import Logits
+from pact_fast.kernels.head.softmax_bf16 import PANEL, Bf16SoftmaxChunk
+from pact_fast.kernels.head.softmax_torch import RowStats, compact
 
 EPS = torch.finfo(torch.float32).eps
 UNIT = 2.0**-8  # what rounding to bf16 is off by at most
@@ -70,9 +71,9 @@ def ours(c: Case, keep: bool = True) -> Result:
 
 def exact(c: Case) -> Result:
     z, temperature, g = c.x.double() @ c.weight.double().T, c.temperature.double(), c.g.double()
-    stats, source = rows_torch.forward(z, c.target, None, temperature, None), compact(c.g != 0)
+    stats, source = softmax_torch.forward(z, c.target, None, temperature, None), compact(c.g != 0)
     dz = torch.empty_like(z)
-    rows_torch.backward(z, dz, source, c.target, temperature, None, stats, g, None)
+    softmax_torch.backward(z, dz, source, c.target, temperature, None, stats, g, None)
     dz = dz[: len(source)]
     return Result(stats, source, dz @ c.weight.double(), dz)
 
@@ -202,7 +203,7 @@ def test_a_weight_gradient_grows_from_chunk_to_chunk():
 @pytest.mark.parametrize(
     "kept, options",
     [
-        (Terms, {}),
+        (Bf16SoftmaxChunk, {}),
         (Logits, {"softcap": 30.0}),
         (Logits, {"bias": True}),
         (Logits, {"paired": True}),

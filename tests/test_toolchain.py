@@ -2,17 +2,17 @@
 
 import random
 
-from pact_fast.envs.toolchain import BUSY, Noise, ToolchainEnvironment, ToolchainTasks, noisy_trace
+from pact_fast.envs.lookup_chain import BUSY, LookupChain, LookupChainTasks, TraceNoise, noisy_trace
 
 
 def replay(task, trace):
-    env = ToolchainEnvironment()
+    env = LookupChain()
     env.reset(task)
     return [tuple(env.call(call.name, call.arguments) for call in turn.calls) for turn in trace.turns]
 
 
 def test_the_expert_reaches_the_answer_through_the_real_tools():
-    for task in ToolchainTasks("train", 3, flaky=0.3, parallel=0.5).tasks(200):
+    for task in LookupChainTasks("train", 3, flaky=0.3, parallel=0.5).tasks(200):
         observations = replay(task, task.expert)
         assert observations == [turn.observations for turn in task.expert.turns]
         assert task.answer == task.expert.answer
@@ -22,23 +22,23 @@ def test_the_expert_reaches_the_answer_through_the_real_tools():
 def test_noisy_traces_show_real_observations_and_often_miss():
     rng = random.Random(0)
     right = 0
-    tasks = ToolchainTasks("train", 3).tasks(400)
+    tasks = LookupChainTasks("train", 3).tasks(400)
     for task in tasks:
-        trace = noisy_trace(task, Noise(0.35, 0.15), rng)
+        trace = noisy_trace(task, TraceNoise(0.35, 0.15), rng)
         assert replay(task, trace) == [turn.observations for turn in trace.turns]
         right += trace.answer == task.answer
     assert 0.15 < right / len(tasks) < 0.45
 
 
 def test_tasks_repeat_for_a_seed_and_differ_between_seeds():
-    first, again, other = (ToolchainTasks("train", seed).tasks(20) for seed in (0, 0, 1))
+    first, again, other = (LookupChainTasks("train", seed).tasks(20) for seed in (0, 0, 1))
     assert first == again
     assert [t.prompt for t in first] != [t.prompt for t in other]
 
 
 def test_train_and_held_out_tasks_never_overlap_whatever_the_seed():
     def keys(split, seed):
-        return {(t.prompt[-1]["content"], t.answer) for t in ToolchainTasks(split, seed).tasks(600)}
+        return {(t.prompt[-1]["content"], t.answer) for t in LookupChainTasks(split, seed).tasks(600)}
 
     train = keys("train", 0) | keys("train", 1)
     held_out = keys("eval", 0) | keys("eval", 1)
@@ -46,7 +46,7 @@ def test_train_and_held_out_tasks_never_overlap_whatever_the_seed():
 
 
 def test_hops_busy_tools_and_parallel_calls_occur_as_asked():
-    tasks = ToolchainTasks("eval", 0, hops=(2, 4), flaky=0.5, parallel=0.5).tasks(100)
+    tasks = LookupChainTasks("eval", 0, hops=(2, 4), flaky=0.5, parallel=0.5).tasks(100)
     hops = [len(t.env_args["relations"]) for t in tasks]
     assert set(hops) == {2, 3, 4}
     assert any(BUSY in turn.observations for t in tasks for turn in t.expert.turns)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from pact_fast.batch.flops import decoder_flops, work_of_packs, work_of_paths
+from pact_fast.model.attention.tree import TreeLayout, tree_mask
 from pact_fast.tree import TokenTree, pack, tree_attention, tree_forward
-from pact_fast.tree.attention import TreeLayout, tree_mask
-from pact_fast.tree.cost import trunk_flops, work_of_packs, work_of_paths
 
 SHAPE = dict(
     vocab_size=97,
@@ -93,7 +93,7 @@ def backward_parts(grad, q, k, v, out, lse, q0, q1, k0, k1, causal, scale):
 @pytest.mark.parametrize("seed", range(12))
 def test_variable_length_calls_add_up_to_the_tree(seed, monkeypatch):
     """Everything about the CUDA path but the kernel: rows, gathered keys, merging, sums over overlapping key ranges."""
-    from pact_fast.tree import flash_cuda
+    from pact_fast.model.attention import flash_cuda
 
     def forward(q, k, v, plan, causal, scale):
         parts = forward_parts(q, k, v, plan=plan, causal=causal, scale=scale)
@@ -203,7 +203,7 @@ def test_flops_are_those_that_torch_counts():
     tree.add(np.arange(40))
     with FlopCounterMode(display=False) as counter:
         model.base_model(torch.arange(40)[None]).last_hidden_state.sum().backward()
-    counted = trunk_flops(model, work_of_paths([tree]))
+    counted = decoder_flops(model, work_of_paths([tree]))
     causal = 12.0 * 2 * 4 * 8 * (40 * 40 - 40 * 41 / 2)  # eager attention computes the upper half, too
     assert counted + causal == pytest.approx(counter.get_total_flops(), rel=0.05)
 
@@ -227,7 +227,7 @@ def test_attention_equals_flex_attention_with_the_trees_mask(seed):
 @pytest.mark.parametrize("device", ["cpu", "flash-cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_error_is_at_most_twice_that_of_a_dense_mask_in_the_same_dtype(device, dtype, head_dim, monkeypatch):
     if device == "flash-cpu":  # what serves where the library cannot be compiled
-        monkeypatch.setattr("pact_fast.tree.attention_cpp.serves", lambda *_: False)
+        monkeypatch.setattr("pact_fast.model.attention.cpu.serves", lambda *_: False)
         device = "cpu"
     rng = random.Random(head_dim)
     (batch,) = pack([random_tree(rng, 20) for _ in range(3)], max_tokens=1000)

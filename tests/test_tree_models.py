@@ -11,9 +11,9 @@ import transformers
 from test_tree import SHAPE, path_ids, random_tree
 
 from pact_fast.errors import PactError
-from pact_fast.trainer.setup import checkpoint_activations
+from pact_fast.model.build import enable_gradient_checkpointing
+from pact_fast.model.forward import unsupported
 from pact_fast.tree import PathCache, TokenTree, branches_forward, pack, paths_forward, tree_forward
-from pact_fast.tree.hf import unsupported
 
 KINDS = {
     "qwen2": {},
@@ -104,7 +104,7 @@ def test_gradient_checkpointing_changes_nothing():
     model, forest = make("qwen3"), trees()
     plain = gradients(model, as_tree(model, forest))
     model.train()
-    checkpoint_activations(model)
+    enable_gradient_checkpointing(model)
     torch.testing.assert_close(gradients(model, as_tree(model, forest)), plain, rtol=1e-12, atol=1e-12)
 
 
@@ -171,7 +171,7 @@ def test_paths_forward_refuses_a_pack_with_shared_prefixes():
 def test_branches_over_a_kept_path_have_the_hidden_states_of_the_whole_tree(dense, monkeypatch):
     """The teacher's stream: rollouts after x → h* over the keys and values that the pass over x → h*, x → {τ} has made."""
     if dense:  # what serves where there is no flash kernel
-        monkeypatch.setattr("pact_fast.tree.attention.flash_for", lambda q: None)
+        monkeypatch.setattr("pact_fast.model.attention.tree.flash_for", lambda q: None)
     model, rng = make("qwen3"), random.Random(5)
     x, h, *rollouts = (np.array([rng.randrange(97) for _ in range(n)]) for n in (7, 5, 4, 1, 6))
     whole = TokenTree()

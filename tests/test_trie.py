@@ -11,18 +11,20 @@ import torch
 from test_deal import cost
 from test_tree_models import alone, gradients, make, path_ids, weights_of
 
-from pact_fast.algorithms.base import Scored, loss_tokens
-from pact_fast.kernels.loss import pact_loss
-from pact_fast.kernels.tokens import Stream
-from pact_fast.tree import PackedBatch, PathCache, TokenTree, branches_forward, deal, pack, tree_forward, trie
-from pact_fast.tree.cost import work_of_packs, work_of_paths
+from pact_fast.batch import merge as merge_module
+from pact_fast.batch.flops import work_of_packs, work_of_paths
+from pact_fast.batch.loss_table import ScoredTokens
+from pact_fast.components import LossContext
+from pact_fast.kernels.head.loss import pact_loss
+from pact_fast.train.learner import loss_tokens
+from pact_fast.tree import PackedBatch, PathCache, TokenTree, branches_forward, distribute_packs, pack, tree_forward
 
 
 @pytest.fixture
 def eager(monkeypatch):
     """Every common token is merged, however little it saves."""
-    monkeypatch.setattr(trie, "SPAN", 0)
-    monkeypatch.setattr(trie, "ROWS", float("inf"))
+    monkeypatch.setattr(merge_module, "SPAN", 0)
+    monkeypatch.setattr(merge_module, "ROWS", float("inf"))
 
 
 def alike(seed: int, nodes: int = 14, depth: int = 5) -> TokenTree:
@@ -170,14 +172,14 @@ def test_merging_leaves_the_callers_tree_alone(eager):
 def test_dealt_out_every_node_is_somewhere_once_and_the_work_is_that_of_the_merged_layout(seed, eager):
     trees = forest(seed, trees=5)
     ranks = 2 + seed % 2
-    table = deal(trees, max_tokens=60, ranks=ranks, cost=cost, merge=True)
+    table = distribute_packs(trees, max_tokens=60, ranks=ranks, cost=cost, merge=True)
     assert all(len(row) == ranks for row in table)
     packs = [batch for row in table for batch in row]
     owned = [id(node) for batch in packs for node in batch.owned]
     assert sorted(owned) == sorted(id(node) for tree in trees for node in tree.nodes)
     pairs = sum(len(seen_by(batch, row)) for batch in packs for row in range(len(batch)))
     assert work_of_packs(packs) == (sum(map(len, packs)), pairs)
-    plain = deal(trees, max_tokens=60, ranks=ranks, cost=cost)
+    plain = distribute_packs(trees, max_tokens=60, ranks=ranks, cost=cost)
     assert work_of_packs(packs).tokens < work_of_packs([batch for row in plain for batch in row]).tokens
 
 
@@ -218,7 +220,7 @@ def test_hidden_states_equal_those_without_merging(kind, eager):
     assert (given - wanted).norm() <= 2e-6 * wanted.norm()
 
 
-def scored_of(trees: list[TokenTree], seed: int) -> list[Scored]:
+def scored_of(trees: list[TokenTree], seed: int) -> list[ScoredTokens]:
     """Some tokens of every node, with weights of both losses; the same tokens of siblings get different ones."""
     rng = np.random.default_rng(seed)
     scored = []
@@ -226,10 +228,11 @@ def scored_of(trees: list[TokenTree], seed: int) -> list[Scored]:
         for node in tree.nodes[1:]:
             index = np.flatnonzero(rng.random(len(node.ids)) < 0.8)
             m, unknown = len(index), np.full(len(index), np.nan, np.float32)
-            scored.append(Scored(
-                node, rng.choice([Stream.PROMPT, Stream.TRACE, Stream.EXPERT]), len(scored), index,
+            scored.append(ScoredTokens(
+                node, rng.choice(list(LossContext)), prompt=0, rollout=len(scored), index=index,
                 component=rng.integers(1, 4, m), advantage=rng.normal(size=m).astype(np.float32), rl_weight=rng.random(m),
                 sft_weight=rng.random(m), sampler_logprob=unknown, old_logprob=unknown, ref_logprob=unknown,
+                importance=np.ones(m),
             ))  # fmt: skip
     return scored
 

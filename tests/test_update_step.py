@@ -18,7 +18,7 @@ import update_step
 from update_peers import flex_forward
 from update_variants import VARIANTS, Shape, make_problem, packed, token_tree
 
-from pact_fast.kernels import Stream
+from pact_fast.kernels import LossContext
 from pact_fast.tree import pack, tree_forward
 
 TINY = ["--device", "cpu", "--model", "tiny", "--shape", "32,24,16,4,8", "--rounds", "1"]
@@ -105,7 +105,7 @@ def test_flex_sees_what_the_tree_sees():
     shape = Shape(13, 11, 7, 3, 4)
     case = update_run.Case("tiny", 2, shape, "float32", 1, False)
     model = update_run.build(case, torch.device("cpu")).eval()
-    tree, _ = token_tree(make_problem(shape, 256, seed=0), tuple(Stream))
+    tree, _ = token_tree(make_problem(shape, 256, seed=0), tuple(LossContext))
     (batch,) = pack([tree], max_tokens=1000)
     with torch.no_grad():
         torch.testing.assert_close(flex_forward(model, batch), tree_forward(model, batch), rtol=0, atol=1e-5)

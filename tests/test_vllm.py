@@ -11,10 +11,10 @@ pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md"
 from vllm_parts import caught, largest_gap, make_policy, perturb, prompts, sample
 
 from pact_fast.errors import EngineError
+from pact_fast.model.weights import WeightMismatch
 from pact_fast.rollout.agent import Job
 from pact_fast.rollout.engine import Request
-from pact_fast.rollout.factory import make_engine
-from pact_fast.rollout.weights import WeightMismatch
+from pact_fast.rollout.registry import make_engine
 
 pytestmark = pytest.mark.vllm
 
@@ -162,7 +162,7 @@ class TestFaults:
                 method, kwargs["args"] = "pact_version_only", kwargs["args"]
             return rpc(method, *args, **kwargs)
 
-        from pact_fast.rollout.vllm_worker import WeightReport
+        from pact_fast.rollout.vllm.worker import WeightReport
 
         worker = type(engine.host._engine.engine_core.engine_core.model_executor.driver_worker.worker)
         assert issubclass(worker, WeightReport)

@@ -11,12 +11,12 @@ pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md"
 
 from vllm_parts import SETTINGS, make_policy, perturb
 
-from pact_fast.cli import main
+from pact_fast.cli.main import main
 from pact_fast.data.types import ToolCall, TurnRecord
+from pact_fast.envs.registry import EnvironmentFactory
 from pact_fast.errors import PactError
-from pact_fast.rollout.check import SHORTEST_CACHED, LiveChecks
-from pact_fast.rollout.vllm_local import LocalVllm
-from pact_fast.trainer import setup
+from pact_fast.rollout.engine_check import SHORTEST_CACHED, EngineSmokeTest
+from pact_fast.rollout.vllm.colocated import LocalVllm
 
 pytestmark = pytest.mark.vllm
 LIVE = ["engine", "rollouts", "turns", "log-probs", "prefix cache", "memory"]
@@ -39,8 +39,8 @@ def saved(policy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checks(policy):
-    make_env, tasks = setup.make_environments(policy.config), policy.tasks.train(0, 8)
-    made = LiveChecks(policy.config, policy.model, policy.renderer, make_env, tasks, contextlib.nullcontext())
+    make_env, tasks = EnvironmentFactory(policy.config), policy.tasks.train(0, 8)
+    made = EngineSmokeTest(policy.config, policy.model, policy.renderer, make_env, tasks, contextlib.nullcontext())
     with contextlib.closing(made):
         made.engine()
         made.rollouts()

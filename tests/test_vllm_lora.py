@@ -12,9 +12,9 @@ pytest.importorskip("peft", reason="needs the extra lora: pip install 'pact-fast
 from vllm_parts import caught, largest_gap, make_policy, prompts, sample
 
 from pact_fast.config import LoraConfig
-from pact_fast.rollout.adapter import adapter_tensors
-from pact_fast.rollout.factory import make_engine
-from pact_fast.trainer import lora
+from pact_fast.model import lora
+from pact_fast.model.adapter import adapter_tensors
+from pact_fast.rollout.registry import make_engine
 
 pytestmark = pytest.mark.vllm
 

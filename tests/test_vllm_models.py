@@ -9,8 +9,8 @@ pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md"
 from vllm_parts import largest_gap, make_policy, perturb, prompts, sample
 
 from pact_fast.errors import PactError
-from pact_fast.rollout.factory import make_engine
-from pact_fast.rollout.weights import WeightMismatch
+from pact_fast.model.weights import WeightMismatch
+from pact_fast.rollout.registry import make_engine
 
 pytestmark = pytest.mark.vllm
 SIZES = dict(

@@ -16,11 +16,11 @@ from vllm_parts import SETTINGS, largest_gap, make_policy, perturb, prompts, run
 from pact_fast.config import load_config
 from pact_fast.errors import EngineDied, EngineError, PactError
 from pact_fast.rollout.engine import Request
-from pact_fast.rollout.factory import make_engine
-from pact_fast.rollout.vllm_engine import Sampled, VllmEngine
-from pact_fast.rollout.vllm_server import ManagedVllm, VllmServer
-from pact_fast.trainer.learner import Learner
-from pact_fast.trainer.loop import Trainer
+from pact_fast.rollout.registry import make_engine
+from pact_fast.rollout.vllm.engine import Sampled, VllmEngine
+from pact_fast.rollout.vllm.server import ManagedVllm, VllmServer
+from pact_fast.train.learner import Learner
+from pact_fast.train.run import Trainer
 
 pytestmark = pytest.mark.vllm
 STEPS = 20
@@ -158,7 +158,7 @@ def test_sampling_during_updates_is_bounded_and_stamped(tmp_path, monkeypatch):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps_only = [record for record in records if "async/staleness" in record]
     assert steps_only[0]["async/staleness"] == 0 and steps_only[-1]["async/staleness"] > 0
-    assert [record["async/lagging_groups"] for record in steps_only] == [0, 0, 0, 0, 1, 0]
+    assert [record["async/stale_groups"] for record in steps_only] == [0, 0, 0, 0, 1, 0]
     # what the older weights would have said is corrected for, and the difference shows
     assert max(record.get("mismatch/max", 0.0) for record in steps_only) > 1e-4
 
@@ -229,13 +229,13 @@ def test_ids_of_contexts_are_what_they_were(policy):
     """The list that is sent is the session's own no more."""
     sent = []
 
-    class Host:
-        name, clocked = "a host", False
+    class VllmTransport:
+        name, synchronous = "a host", False
 
         def add(self, turn):
             sent.append(turn)
 
-    engine = VllmEngine(Host(), [1], deadline=5)
+    engine = VllmEngine(VllmTransport(), [1], deadline=5)
     engine.version = 0
     engine.submit(Request(0, np.array([5, 6]), 3))
     engine._finish(Sampled(sent[0].key, [7, 1], [-0.1, -0.2]))

@@ -18,12 +18,12 @@ from vllm_parts import caught, largest_gap, make_policy, perturb, prompts, runni
 
 from pact_fast.config import LoraConfig
 from pact_fast.errors import PactError
-from pact_fast.rollout import vllm_transfer
-from pact_fast.rollout.factory import make_engine
-from pact_fast.rollout.vllm_server import ManagedVllm
-from pact_fast.rollout.vllm_transfer import choose_transfer
-from pact_fast.rollout.weights import WeightsGone
-from pact_fast.trainer import lora
+from pact_fast.model import lora
+from pact_fast.model.weights import WeightsUnavailable
+from pact_fast.rollout.registry import make_engine
+from pact_fast.rollout.vllm import weight_transfer
+from pact_fast.rollout.vllm.server import ManagedVllm
+from pact_fast.rollout.vllm.weight_transfer import choose_transfer
 
 pytestmark = pytest.mark.vllm
 FLAGS = ["--weight-transfer-config", '{"backend": "nccl"}']
@@ -84,7 +84,7 @@ def test_a_bit_that_changes_on_the_way_is_caught(policy, engine, monkeypatch):
 
 def test_a_tensor_that_is_left_out_is_caught(policy, engine, monkeypatch):
     perturb(policy.model)
-    left_out, outgoing = "model.layers.1.mlp.down_proj.weight", vllm_transfer._Outgoing
+    left_out, outgoing = "model.layers.1.mlp.down_proj.weight", weight_transfer._Outgoing
     shapes, tensors = outgoing.metadata, outgoing.__iter__
     monkeypatch.setattr(outgoing, "metadata", lambda self: [m for m in shapes(self) if m.name != left_out])
     monkeypatch.setattr(outgoing, "__iter__", lambda self: (pair for pair in tensors(self) if pair[0] != left_out))
@@ -126,7 +126,9 @@ def test_weights_that_are_gone_are_an_error_that_says_so(policy, engine, monkeyp
     os.killpg(engine.host.pid, signal.SIGKILL)
     with torch.no_grad():
         policy.model.get_input_embeddings().weight[0, 0] += 1
-    with pytest.raises(WeightsGone, match=r"changed them since .*resume the run.*rollout.vllm_weight_transfer=files"):
+    with pytest.raises(
+        WeightsUnavailable, match=r"changed them since .*resume the run.*rollout.vllm_weight_transfer=files"
+    ):
         exact(engine, policy, 8)
     for session in range(8):  # nobody waits for these turns any more
         engine.close(session)
@@ -202,17 +204,17 @@ def test_which_way_is_taken(policy, monkeypatch):
     assert way() == "files" and way("nccl") == "nccl"
     config.model.lora = LoraConfig()  # those under an adapter do not
     assert way() == "nccl"
-    monkeypatch.setattr(vllm_transfer, "only_together", lambda model: True)
+    monkeypatch.setattr(weight_transfer, "needs_all_ranks", lambda model: True)
     assert way() == "files" and way("nccl") == "nccl"
 
 
 def test_a_dying_server_does_not_start_while_its_weights_cannot_be_sent(policy, engine, monkeypatch):
     """Under ZeRO-3, processes that gather go through the weights once."""
-    monkeypatch.setattr("pact_fast.rollout.weights.only_together", lambda model: True)
+    monkeypatch.setattr("pact_fast.model.weights.needs_all_ranks", lambda model: True)
     engine.update_weights(policy.model, 10)
     monkeypatch.setattr(ManagedVllm, "_start", lambda host, model: pytest.fail("it was started"))
     os.killpg(engine.host.pid, signal.SIGKILL)
-    with pytest.raises(WeightsGone, match="ZeRO-3 has split them"):
+    with pytest.raises(WeightsUnavailable, match="ZeRO-3 has split them"):
         exact(engine, policy, 10)
 
 

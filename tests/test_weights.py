@@ -5,11 +5,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pact_fast.rollout.weights import (
-    Piece,
-    SentWeights,
+from pact_fast.model.weights import (
     WeightMismatch,
-    WeightsGone,
+    WeightShard,
+    WeightSnapshot,
+    WeightsUnavailable,
     checkpoint_weights,
     fingerprint,
     tied_head,
@@ -75,15 +75,15 @@ def test_names_and_values_are_those_of_a_saved_checkpoint(kind, more, tmp_path):
 def test_small_buckets_change_nothing(monkeypatch):
     model = build("qwen3_moe", **MIXTURE)
     whole = {name: fingerprint(tensor) for name, tensor in checkpoint_weights(model)}
-    monkeypatch.setattr("pact_fast.rollout.weights.BUCKET", 1)
+    monkeypatch.setattr("pact_fast.model.weights.BUCKET", 1)
     assert {name: fingerprint(tensor) for name, tensor in checkpoint_weights(model)} == whole
 
 
 @pytest.mark.parametrize("kind, more", [("qwen3", {"tie_word_embeddings": True}), ("qwen3_moe", MIXTURE)])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_what_is_announced_is_what_is_sent(kind, more, dtype, monkeypatch):
-    monkeypatch.setattr("pact_fast.rollout.weights.BUCKET", 4000)
-    weights = SentWeights(build(kind, **more), dtype)
+    monkeypatch.setattr("pact_fast.model.weights.BUCKET", 4000)
+    weights = WeightSnapshot(build(kind, **more), dtype)
     announced = [tuple(shape) for shape in weights.metadata()]
     assert announced == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights]
     assert list(weights.expected) == [name for name, *_ in announced]
@@ -91,14 +91,14 @@ def test_what_is_announced_is_what_is_sent(kind, more, dtype, monkeypatch):
 
 def test_weights_are_sent_again_as_they_were_or_not_at_all(monkeypatch):
     model = build("qwen3")
-    weights = SentWeights(model)
+    weights = WeightSnapshot(model)
     first = iter(weights)
     next(first)  # nobody receives the rest
     assert [name for name, _ in weights] == list(weights.expected)
     assert weights.bytes == sum(parameter.nbytes for parameter in model.parameters())
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
-    with pytest.raises(WeightsGone, match=r"changed them since \(model.layers.1.mlp.up_proj.weight\)"):
+    with pytest.raises(WeightsUnavailable, match=r"changed them since \(model.layers.1.mlp.up_proj.weight\)"):
         list(weights)
 
 
@@ -117,9 +117,9 @@ class TestVerify:
     def pieces(self, row=4):
         m = self.matrix
         return [
-            Piece("a", 0, 0, row, 6, fingerprint(m[:row])),
-            Piece("a", row, 0, 8 - row, 6, fingerprint(m[row:], row)),
-            Piece("b", 0, 0, 6, 1, fingerprint(m[0])),
+            WeightShard("a", 0, 0, row, 6, fingerprint(m[:row])),
+            WeightShard("a", row, 0, 8 - row, 6, fingerprint(m[row:], row)),
+            WeightShard("b", 0, 0, 6, 1, fingerprint(m[0])),
         ]
 
     def test_shards_and_equal_copies_pass(self):

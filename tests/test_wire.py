@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pact_fast.data.types import ToolCall, Trajectory, TurnRecord
-from pact_fast.distributed.wire import decode, encode
+from pact_fast.distributed.serialization import decode, encode
 
 SIMPLE = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 VALUES = st.recursive(SIMPLE, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pact_fast.data.templates import CHATML_HERMES
+from pact_fast.chat.templates import CHATML_HERMES
 
 # The shape of the pre-tokenizers of Qwen and Llama 3: punctuation takes the newlines after it, so merges cross the
 # borders between template and content.

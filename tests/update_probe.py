@@ -26,14 +26,18 @@ import torch
 from measure import MALLOC, PeakMemory, _resident
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pact_fast.algorithms.base import Plan, Scored
+from pact_fast.algorithms.base import PromptBatch
+from pact_fast.algorithms.registry import make_algorithm
+from pact_fast.batch.loss_table import ScoredTokens
 from pact_fast.config import Config, parse_config
-from pact_fast.distributed.world import World, join
-from pact_fast.kernels import Stream, release_memory
-from pact_fast.planning import hardware
-from pact_fast.planning.rehearsal import architecture
-from pact_fast.trainer import lora, setup
-from pact_fast.trainer.learner import Learner, UpdateResult
+from pact_fast.distributed.world import World, init_world
+from pact_fast.estimate import hardware
+from pact_fast.estimate.update_trace import architecture
+from pact_fast.kernels import LossContext, release_memory
+from pact_fast.model import lora
+from pact_fast.model.build import enable_gradient_checkpointing
+from pact_fast.model.device import precision
+from pact_fast.train.learner import Learner, UpdateResult
 from pact_fast.tree import Node, TokenTree
 
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
@@ -58,7 +62,7 @@ def probe(
 
 def main(request: dict[str, Any]) -> None:
     faulthandler.dump_traceback_later(280, exit=True)  # a hang says where
-    world = join("cpu", timeout=250)
+    world = init_world("cpu", timeout=250)
     config = parse_config(request["config"])
     small = parse_config(request["config"])
     assert config.model.random_init and small.model.random_init
@@ -79,7 +83,7 @@ def main(request: dict[str, Any]) -> None:
         result = subject.update(data)
     rates += [_rates(config)] if request["rates"] else []
     assert memory.before is not None and memory.bytes is not None and baseline is not None
-    if world.lead:
+    if world.is_main:
         report(memory, baseline, result, rates)
     if world.size > 1:
         world.wait("the end")
@@ -113,22 +117,22 @@ def learner(config: Config, world: World) -> Learner:
     assert config.model.random_init is not None
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.model.random_init), dtype=torch.float32)
     if config.model.gradient_checkpointing:
-        setup.checkpoint_activations(model)
+        enable_gradient_checkpointing(model)
     if config.model.lora:
         lora.attach(model, config.model.lora, 0)
-    precision = setup.precision(config, torch.device("cpu"))
+    autocast = precision(config, torch.device("cpu"))
     return Learner(
         model,
         config.trainer,
-        config.algorithm,
+        make_algorithm(config.algorithm),
         total_updates=10,
-        autocast=precision,
+        autocast=autocast,
         world=world,
         dtype=config.model.dtype,
     )
 
 
-def plans(lengths: tuple[int, int, int, int], prompts: int, vocab: int) -> list[Plan]:
+def plans(lengths: tuple[int, int, int, int], prompts: int, vocab: int) -> list[PromptBatch]:
     """Both contexts of every prompt, all rollout tokens and the whole trace supervised."""
     prompt, trace, response, rollouts = lengths
     rng = np.random.default_rng(0)
@@ -137,27 +141,22 @@ def plans(lengths: tuple[int, int, int, int], prompts: int, vocab: int) -> list[
         tree = TokenTree()
         x = tree.add(rng.integers(vocab, size=prompt))
         h = tree.add(rng.integers(vocab, size=trace), x)
-        scored = [_scored(h, Stream.EXPERT, -1)]
-        for stream, parent in ((Stream.PROMPT, x), (Stream.TRACE, h)):
+        scored = [_scored(h, LossContext.EXPERT, None)]
+        for context, parent in ((LossContext.PROMPT, x), (LossContext.TRACE, h)):
             for k in range(rollouts):
                 node = tree.add(rng.integers(vocab, size=response), parent)
-                scored.append(_scored(node, stream, 2 * k + stream))
-        made.append(Plan(None, "blend", [tree], scored))  # type: ignore[arg-type]
+                scored.append(_scored(node, context, k))
+        made.append(PromptBatch(None, "blend", [tree], scored))  # type: ignore[arg-type]
     return made
 
 
-def _scored(node: Node, stream: Stream, sequence: int) -> Scored:
-    def full(value: float) -> np.ndarray:
-        return np.full(len(node.ids), value, np.float32)
-
-    expert = stream == Stream.EXPERT
-    return Scored(
-        node=node, stream=stream, sequence=sequence, index=np.arange(len(node.ids)),
-        component=np.zeros(len(node.ids), np.int64), advantage=full(1.0 if sequence % 2 else -1.0),
-        rl_weight=full(0.0 if expert else 1e-4), sft_weight=full(1e-4 if expert else 0.0),
-        sampler_logprob=full(np.nan), old_logprob=full(np.nan), ref_logprob=full(np.nan),
+def _scored(node: Node, context: LossContext, rollout: int | None) -> ScoredTokens:
+    n = len(node.ids)
+    index, component = np.arange(n), np.zeros(n, np.int64)
+    if rollout is None:
+        return ScoredTokens.of_expert(node, prompt=0, index=index, component=component, weight=np.full(n, 1e-4))
+    return ScoredTokens.of_rollout(
+        node, context, prompt=0, rollout=rollout, index=index, component=component,
+        advantage=np.full(n, 1.0 if context == LossContext.TRACE else -1.0, np.float32), weight=1e-4,
+        sampler_logprob=np.full(n, np.nan, np.float32),
     )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

@@ -16,15 +16,18 @@ import numpy as np
 import pytest
 import torch
 
+from pact_fast.chat.rendering import ChatRenderer, make_renderer
 from pact_fast.config import Config, load_config
-from pact_fast.data.rendering import ChatRenderer
+from pact_fast.data.sources import TaskSource
+from pact_fast.envs.registry import EnvironmentFactory, make_tasks
 from pact_fast.errors import EngineError
+from pact_fast.model.build import make_model
+from pact_fast.model.tokenizer import make_tokenizer
+from pact_fast.model.weights import WeightMismatch
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.engine import Request
-from pact_fast.rollout.vllm_local import EXTENSION
-from pact_fast.rollout.weights import WeightMismatch
-from pact_fast.trainer import setup
-from pact_fast.trainer.pretrain import pretrain
+from pact_fast.rollout.vllm.colocated import EXTENSION
+from pact_fast.train.pretrain import pretrain
 
 SETTINGS = [
     "device=cpu",
@@ -41,20 +44,20 @@ SETTINGS = [
 @dataclasses.dataclass
 class Policy:
     config: Config
-    tasks: setup.TaskSource
+    tasks: TaskSource
     renderer: ChatRenderer
     model: torch.nn.Module
 
     def loop(self, engine) -> AgentLoop:
-        return AgentLoop(engine, self.renderer, setup.make_environments(self.config), self.config.rollout)
+        return AgentLoop(engine, self.renderer, EnvironmentFactory(self.config), self.config.rollout)
 
 
 def make_policy(*settings: str, trained: bool = True) -> Policy:
     config = load_config("quickstart", [*SETTINGS, *settings])
-    tasks = setup.make_tasks(config)
-    tokenizer = setup.make_tokenizer(config.model, tasks)
-    renderer = setup.make_renderer(config.model, tokenizer)
-    model = setup.make_model(config, tokenizer)
+    tasks = make_tasks(config)
+    tokenizer = make_tokenizer(config.model, tasks)
+    renderer = make_renderer(config.model, tokenizer)
+    model = make_model(config, tokenizer)
     if trained:
         pretrain(config, model, renderer, tasks, lambda step, loss: None)
     return Policy(config, tasks, renderer, model)

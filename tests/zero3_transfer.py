@@ -15,8 +15,8 @@ from gloo_transfer import Group, native
 from vllm_parts import largest_gap, make_policy, perturb, prompts, sample
 
 from pact_fast.distributed.world import World
-from pact_fast.rollout.factory import make_engine
-from pact_fast.rollout.weights import WeightsGone
+from pact_fast.model.weights import WeightsUnavailable
+from pact_fast.rollout.registry import make_engine
 
 deepspeed.init_distributed("gloo")
 rank = torch.distributed.get_rank()
@@ -64,7 +64,7 @@ with native():
         result["restarts"] = engine.restarts
         try:
             sample(engine, contexts, 16, 3)
-        except WeightsGone as error:
+        except WeightsUnavailable as error:
             result["error"] = str(error)
         (folder / "result.json").write_text(json.dumps(result))
     engine.shutdown()

@@ -15,7 +15,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pact_fast.rollout import weights
+from pact_fast.model import weights
 from pact_fast.tree import TokenTree, pack, tree_forward
 
 deepspeed.init_distributed("gloo")
@@ -36,7 +36,7 @@ engine, *_ = deepspeed.initialize(
 weights.BUCKET = 1  # a layer at a time
 expected = {name: weights.fingerprint(tensor) for name, tensor in weights.checkpoint_weights(plain)}
 found, live = {}, []
-sent = weights.SentWeights(engine.module)
+sent = weights.WeightSnapshot(engine.module)
 announced = [tuple(shape) for shape in sent.metadata()]
 sent.check_alone()  # nobody has gone through them
 seen = []
@@ -47,7 +47,7 @@ for name, tensor in sent:
 try:
     iter(sent)
     again = True
-except weights.WeightsGone:
+except weights.WeightsUnavailable:
     again = False
 
 

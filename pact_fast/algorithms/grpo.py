@@ -1,11 +1,13 @@
-"""GRPO: prompt-only policy loss, outcome reward, group advantage."""
+"""GRPO (arXiv 2402.03300): prompt-only policy loss, one outcome reward per rollout, group-relative advantage."""
 
 from __future__ import annotations
 
 from pact_fast.algorithms.matchtir import MatchTIR
+from pact_fast.algorithms.registry import algorithm
 
 
+@algorithm("grpo")
 class GRPO(MatchTIR):
-    """The loss is MatchTIR's; only the advantages differ: one outcome reward per rollout, no turns."""
+    """The loss of MatchTIR with outcome rewards instead of turn-level ones."""
 
     turn_advantages = False

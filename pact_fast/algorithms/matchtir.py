@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from pact_fast.algorithms.base import Algorithm, Group, Plan, Update, add_rollouts, prompt_tree
-from pact_fast.kernels.tokens import Stream
+from pact_fast.algorithms.base import Algorithm, Group, PromptBatch, StepContext, add_rollouts, prompt_tree
+from pact_fast.algorithms.registry import algorithm
+from pact_fast.components import LossContext
 
 
+@algorithm("matchtir")
 class MatchTIR(Algorithm):
-    def plan(self, group: Group, update: Update) -> Plan:
+    """Prompt-only policy loss; turn-level rewards and advantages."""
+
+    def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
         tree, x = prompt_tree(group)
-        return Plan(group, "prompt", [tree], add_rollouts(group, tree, x, Stream.PROMPT, 1.0, update))
+        return PromptBatch(group, "prompt", [tree], add_rollouts(group, tree, x, LossContext.PROMPT, 1.0, step))

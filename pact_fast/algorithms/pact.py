@@ -1,4 +1,4 @@
-"""PACT (method, section 2): trace-conditioned policy loss + component-aware SFT, anchored to the prompt alone.
+"""PACT (arXiv 2606.16215; method, section 2): trace-conditioned policy loss, component-aware SFT, prompt-only anchoring.
 
 L = (1 − z)·(L_RL^h + β·L_SFT) + z·L_RL^x,   z ~ Bernoulli(q) per prompt and step   (gate)
 the same with z = q                                                                  (blend)
@@ -6,81 +6,124 @@ the same with z = q                                                             
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from typing import Literal, cast
 
 import numpy as np
 
-from pact_fast.algorithms.base import Algorithm, Group, Plan, Update, add_rollouts, expert_scored, prompt_tree
-from pact_fast.data.rendering import TraceContext
-from pact_fast.data.segments import lambda_at, level_at
-from pact_fast.data.types import Component
-from pact_fast.kernels.tokens import Stream
-from pact_fast.tree import Node, TokenTree
+from pact_fast.algorithms.base import (
+    Algorithm,
+    Group,
+    ImportanceWeight,
+    PromptBatch,
+    Requirements,
+    Route,
+    StepContext,
+    add_rollouts,
+    prompt_tree,
+    score_expert,
+)
+from pact_fast.algorithms.registry import algorithm
+from pact_fast.batch.tree import Node, TokenTree
+from pact_fast.chat.rendering import TraceContext
+from pact_fast.chat.segments import reasoning_level_at, sft_lambda
+from pact_fast.components import Component, LossContext
 
 
+@algorithm("pact")
 class Pact(Algorithm):
-    def schedule(self, update: Update) -> dict[str, float]:
-        """Where the annealing stands, for the metrics."""
-        sft, horizon = self.config.sft, sft_horizon(update)
+    """Privileged trace co-training."""
+
+    def schedule(self, step: StepContext) -> dict[str, float]:
+        """λ of tool-call tokens and the reasoning prefix level at this step."""
+        sft, horizon = self.config.sft, sft_horizon(step)
         return {
-            "lambda": lambda_at(update.step, horizon, sft.lambda_start, sft.lambda_end),
-            "level": float(level_at(update.step, horizon, sft.level_start, sft.level_end)),
+            "schedule/sft_lambda": sft_lambda(step.step, horizon, sft.lambda_start, sft.lambda_end),
+            "schedule/reasoning_level": float(
+                reasoning_level_at(step.step, horizon, sft.reasoning_level_start, sft.reasoning_level_end)
+            ),
         }
 
-    def plan(self, group: Group, update: Update) -> Plan:
-        anchor = prompt_share(group, update)
-        tree, x = prompt_tree(group)
-        plan = Plan(group, {0.0: "trace", 1.0: "prompt"}.get(anchor, "blend"), [tree], [])
-        if anchor < 1:
-            self._trace_branch(plan, tree, x, 1 - anchor, update)
-        if anchor > 0:
-            plan.scored += add_rollouts(group, tree, x, Stream.PROMPT, anchor, update)
-        return plan
+    def requirements(self, sampler_differs: bool) -> Requirements:
+        """The context importance weight min(clip, π(τ|x,h*)/π(τ|x)), besides what every algorithm needs."""
+        base, trace = super().requirements(sampler_differs), self.config.trace
+        if trace.context_importance_weight == "none":
+            return base
+        level: Literal["token", "geometric_mean"] = (
+            "token" if trace.context_importance_weight == "token" else "geometric_mean"
+        )
+        weight = ImportanceWeight(level, "truncate", trace.context_importance_weight_clip)
+        return dataclasses.replace(base, importance={**base.importance, LossContext.TRACE: weight})
 
-    def _trace_branch(self, plan: Plan, tree: TokenTree, x: Node, share: float, update: Update) -> None:
-        """L_RL^h + β·L_SFT. With `demonstration` and `turns`, h* stands in the shared context and SFT reads it there."""
-        group, config = plan.group, self.config
+    def routes(self, with_trace: bool) -> list[Route]:
+        prompt, trace = frozenset({LossContext.PROMPT}), frozenset({LossContext.TRACE, LossContext.EXPERT})
+        if not with_trace:
+            return [Route(1.0, prompt)]
+        q = self.config.anchor.q
+        if self.config.anchor.mode == "blend":
+            return [Route(1.0, prompt | trace)]
+        return [Route(q, prompt), Route(1.0 - q, trace)]
+
+    def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
+        anchor = prompt_only_weight(group, step)
+        tree, x = prompt_tree(group)
+        batch = PromptBatch(group, {0.0: "trace", 1.0: "prompt"}.get(anchor, "blend"), [tree], [])
+        if anchor < 1:
+            self._add_trace_branch(batch, tree, x, 1 - anchor, step)
+        if anchor > 0:
+            batch.scored += add_rollouts(group, tree, x, LossContext.PROMPT, anchor, step)
+        return batch
+
+    def _add_trace_branch(self, batch: PromptBatch, tree: TokenTree, x: Node, weight: float, step: StepContext) -> None:
+        """Add weight·(L_RL^h + β·L_SFT).
+
+        With the renderings `demonstration` and `turns`, h* is part of the rollouts' context, and SFT reads it there.
+        """
+        group, config = batch.group, self.config
         task, trace = group.task, group.task.expert
         assert trace is not None
-        level = level_at(update.step, sft_horizon(update), config.sft.level_start, config.sft.level_end)
+        sft = config.sft
+        level = reasoning_level_at(step.step, sft_horizon(step), sft.reasoning_level_start, sft.reasoning_level_end)
         cut = level if config.trace.reasoning == "level" else None
         rendering = config.trace.rendering
-        context = update.renderer.trace_context(task, trace, "turns" if rendering == "hint" else rendering, cut)
+        shared = cast(Literal["demonstration", "turns"], "turns" if rendering == "hint" else rendering)
+        context = step.renderer.trace_context(task, trace, shared, cut)
         h = tree.add(context.ids, x)
-        plan.expert = h, context.components
-        sft = expert_scored(
-            group, h, context.components, sft_mask(context, level, update), share * config.sft.coef, update
-        )
-        if sft and config.sft.coef:
-            plan.scored.append(sft)
+        batch.expert = h, context.components
+        scored = score_expert(group, h, context.components, sft_weights(context, level, step), weight * sft.coef, step)
+        if scored and sft.coef:
+            batch.scored.append(scored)
         parent = h
         if rendering == "hint":
             tree = TokenTree()
-            parent = tree.add(update.renderer.hint_prompt_ids(task, trace, cut))
-            plan.trees.append(tree)
-        plan.scored += add_rollouts(group, tree, parent, Stream.TRACE, share, update)
+            parent = tree.add(step.renderer.hint_prompt_ids(task, trace, cut))
+            batch.trees.append(tree)
+        batch.scored += add_rollouts(group, tree, parent, LossContext.TRACE, weight, step)
 
 
-def prompt_share(group: Group, update: Update) -> float:
-    """Share of the prompt-only route: z of the gate, or q. A prompt without an expert trace is always anchored."""
-    anchor = update.config.anchor
+def prompt_only_weight(group: Group, step: StepContext) -> float:
+    """Weight of the prompt-only route: z of the gate, or q of the blend; 1 for a prompt without an expert trace."""
+    anchor = step.config.anchor
     if group.task.expert is None or not group.task.expert.turns:
         return 1.0
     if anchor.mode == "blend":
         return anchor.q
-    coin = random.Random(f"gate/{update.seed}/{update.step}/{group.index}").random()
+    coin = random.Random(f"gate/{step.seed}/{step.step}/{group.prompt_index}").random()
     return 1.0 if coin < anchor.q else 0.0
 
 
-def sft_horizon(update: Update) -> int:
-    return update.config.sft.horizon or update.horizon
+def sft_horizon(step: StepContext) -> int:
+    """Annealing horizon S in steps."""
+    return step.config.sft.horizon or step.horizon
 
 
-def sft_mask(context: TraceContext, level: int, update: Update) -> np.ndarray:
-    """m_n [n]: 1 in the active reasoning prefix, λ in tool calls, 0 elsewhere."""
-    sft = update.config.sft
-    strength = lambda_at(update.step, sft_horizon(update), sft.lambda_start, sft.lambda_end)
-    mask = np.zeros(len(context.ids), np.float64)
-    mask[(context.components == Component.REASONING) & (context.level <= level)] = 1.0
-    mask[context.components == Component.TOOL_CALL] = strength
-    return mask
+def sft_weights(context: TraceContext, level: int, step: StepContext) -> np.ndarray:
+    """m_n, float64 [n]: 1 in the active reasoning prefix, λ in tool calls, 0 elsewhere."""
+    sft = step.config.sft
+    weights = np.zeros(len(context.ids), np.float64)
+    weights[(context.components == Component.REASONING) & (context.level <= level)] = 1.0
+    weights[context.components == Component.TOOL_CALL] = sft_lambda(
+        step.step, sft_horizon(step), sft.lambda_start, sft.lambda_end
+    )
+    return weights

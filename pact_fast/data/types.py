@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
-
-from pact_fast.components import Component as Component
 
 Message = dict[str, Any]  # OpenAI chat message: role, content, optionally tool_calls, reasoning_content, tool_call_id
 ToolSchema = dict[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
@@ -200,6 +199,21 @@ class TurnRecord:
         return [a for a in self.attempts if isinstance(a, str)]
 
 
+class StopReason(StrEnum):
+    """Why a trajectory ended."""
+
+    ANSWER = "answer"  # a turn without calls
+    MAX_TURNS = "max_turns"
+    MAX_COMPLETION_LENGTH = "max_completion_length"
+    MAX_TURN_TOKENS = "max_turn_tokens"
+    TIMEOUT = "timeout"
+
+    @property
+    def is_truncated(self) -> bool:
+        """A limit ended it, not the policy."""
+        return self is not StopReason.ANSWER
+
+
 @dataclass
 class Trajectory:
     """One rollout τ: token ids as sampled, never re-tokenised.
@@ -212,6 +226,8 @@ class Trajectory:
     sampled    [n] bool: the policy generated this token (M_k of the method)
     logprobs   [n] float32: sampler log-prob, after temperature; NaN where not sampled
     versions   [n] int32: version of the weights that sampled the token; -1 where not sampled
+
+    env_rewards is what the environment returned; turn_rewards, reward_parts and reward are decided by rewards/score.py.
     """
 
     task_id: str
@@ -223,10 +239,14 @@ class Trajectory:
     logprobs: np.ndarray
     versions: np.ndarray
     turns: list[TurnRecord]
-    stop_reason: str  # answer | max_turns | max_completion_length | max_turn_tokens
+    stop_reason: StopReason
     turn_rewards: list[float] = field(default_factory=list)
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
+    env_rewards: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.stop_reason = StopReason(self.stop_reason)
 
     @property
     def calls(self) -> list[ToolCall]:
@@ -248,4 +268,4 @@ class Trajectory:
     @property
     def answer(self) -> str:
         """The visible text of the last turn if the trajectory ended with an answer, else ''."""
-        return self.turns[-1].content if self.turns and self.stop_reason == "answer" else ""
+        return self.turns[-1].content if self.turns and self.stop_reason is StopReason.ANSWER else ""

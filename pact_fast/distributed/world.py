@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pact_fast.distributed.wire import decode, encode
+from pact_fast.distributed.serialization import decode, encode
 from pact_fast.errors import PactError
 
 SLURM_PORT = 29500
@@ -43,7 +43,7 @@ class World:
     sequence_group: dist.ProcessGroup | None = None
 
     @property
-    def lead(self) -> bool:
+    def is_main(self) -> bool:
         """The one process that writes the run's files and speaks to the user."""
         return self.rank == 0
 
@@ -56,7 +56,7 @@ class World:
     def replica(self) -> int:
         return self.rank // self.sequence_parallel
 
-    def gather(self, value: Any, what: str = "data") -> list[Any]:
+    def all_gather(self, value: Any, what: str = "data") -> list[Any]:
         """Everybody's value (see `wire.encode`), by rank, for everybody."""
         if self.size == 1:
             return [value]
@@ -69,11 +69,11 @@ class World:
             dist.all_gather(parts, torch.nn.functional.pad(mine, (0, longest - len(mine))))
         return [decode(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
-    def from_lead(self, make: Callable[[], Any], what: str = "data") -> Any:
+    def broadcast_from_main(self, make: Callable[[], Any], what: str = "data") -> Any:
         """What `make` returns in the lead process, for everybody; it runs nowhere else."""
-        return self.gather(make() if self.lead else None, what)[0]
+        return self.all_gather(make() if self.is_main else None, what)[0]
 
-    def total(self, values: torch.Tensor, what: str = "statistics") -> torch.Tensor:
+    def all_reduce_sum(self, values: torch.Tensor, what: str = "statistics") -> torch.Tensor:
         """Sum over the processes (fp64, on the CPU)."""
         values = values.detach().to("cpu", torch.float64, copy=True)
         if self.size > 1:
@@ -82,7 +82,7 @@ class World:
         return values
 
     def any(self, flag: bool, what: str = "whether to go on") -> bool:
-        return bool(self.total(torch.tensor(float(flag)), what) > 0)
+        return bool(self.all_reduce_sum(torch.tensor(float(flag)), what) > 0)
 
     def wait(self, what: str) -> None:
         """Until everybody is here."""
@@ -105,7 +105,7 @@ class World:
             dist.destroy_process_group()
 
 
-def join(device: str, *, timeout: float, sequence_parallel: int = 1) -> World:
+def init_world(device: str, *, timeout: float, sequence_parallel: int = 1) -> World:
     """The world that the launcher (torchrun, deepspeed, srun) has made; one process without a launcher.
 
     `timeout`: seconds after which a peer that does not answer counts as lost.

@@ -72,7 +72,7 @@ SPECS = (
     ),
     Spec("Behaviour", "Turns and calls", {"turns/mean": "turns", "tools/calls_mean": "calls"}, unit="per rollout"),
     Spec("Behaviour", "Stop reasons", {"stop/*": ""}, percent=True, full_scale=True, stacked=True),
-    Spec("Behaviour", "Malformed calls", {"tools/malformed_share": "share"}, percent=True),
+    Spec("Behaviour", "Malformed calls", {"tools/malformed_fraction": "share"}, percent=True),
     Spec("Speed", "Time per step", {"time/*": ""}, exclude=("time/step",), stacked=True, unit="s"),
     Spec("Speed", "Throughput", {"tokens_per_second": "tokens/s"}),
     Spec("Schedule", "Learning rate", {"learning_rate": "rate"}, exact=True),

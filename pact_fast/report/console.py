@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pact_fast.data.types import Component
+from pact_fast.components import Component
 from pact_fast.report.before_after import Rate, comparisons, percent, points
 from pact_fast.report.run_data import Record, Rollout, Tokens
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import jinja2
 
-from pact_fast.data.types import Component
+from pact_fast.components import Component
 from pact_fast.report import charts
 from pact_fast.report.before_after import comparisons, percent, points
 from pact_fast.report.run_data import Rollout, Run, Tokens, read_run

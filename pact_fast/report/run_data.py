@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pact_fast.data.types import Component
+from pact_fast.components import Component
 from pact_fast.errors import PactError
 
 Record = dict[str, Any]
@@ -153,7 +153,7 @@ def _read_rollouts(folder: Path, run: Run, limit: int, step: int | None) -> None
     if step is not None:
         if step not in places:
             raise PactError(
-                f"'{folder}' holds no rollouts of step {step}; trainer.rollout_keep says how many are written"
+                f"'{folder}' holds no rollouts of step {step}; trainer.save_rollouts says how many are written"
             )
         places = {step: places[step]}
     run.rollouts_written = sum(map(len, places.values()))

@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
-import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pact_fast.data.types import Message, Task, Trajectory
 from pact_fast.errors import PactError
+from pact_fast.plugins import describe_error, load_object
 
 RewardFunction = Callable[..., Any]  # returns list[float | None], or a coroutine of one
 
 
 def load_reward_function(spec: str) -> RewardFunction:
     """The function named by `file.py:name` or `module:name`. PactError if there is no such callable."""
-    place, _, name = spec.rpartition(":")
-    if not place or not name:
-        raise PactError(f"reward function '{spec}': write file.py:name or module:name")
-    module = _import_file(spec, Path(place)) if place.endswith(".py") else _import_module(spec, place)
-    try:
-        function = getattr(module, name)
-    except AttributeError:
-        close = difflib.get_close_matches(name, [n for n in vars(module) if not n.startswith("_")], n=1)
-        hint = f"did you mean '{close[0]}'?" if close else "define it there"
-        raise PactError(f"reward function '{spec}': {place} has no '{name}'; {hint}") from None
-    if not callable(function):
-        raise PactError(f"reward function '{spec}': it is a {type(function).__name__}; name a function")
-    return function
+    return load_object(spec, "reward function")
 
 
 def load_reward_functions(specs: Sequence[str]) -> dict[str, RewardFunction]:
@@ -88,7 +69,7 @@ def _values(name: str, function: RewardFunction, arguments: dict[str, Any], coun
         if inspect.iscoroutine(result):
             result = asyncio.run(result)
     except Exception as error:
-        raise PactError(f"reward function '{name}' failed: {_one_line(error)}") from error
+        raise PactError(f"reward function '{name}' failed: {describe_error(error)}") from error
     values = result.tolist() if hasattr(result, "tolist") else result  # an array or a tensor
     wanted = f"return a list of {count} numbers or None, one for each completion"
     if not isinstance(values, list | tuple):
@@ -99,38 +80,3 @@ def _values(name: str, function: RewardFunction, arguments: dict[str, Any], coun
         return [None if value is None else float(value) for value in values]
     except (TypeError, ValueError):
         raise PactError(f"reward function '{name}' returned something that is not a number; {wanted}") from None
-
-
-def _import_file(spec: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise PactError(f"reward function '{spec}': no file {path}; paths are relative to the current directory")
-    # one module per file, so that two functions of a file share its globals
-    name = f"pact_fast_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
-    if name in sys.modules:
-        return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found and found.loader
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise PactError(f"reward function '{spec}': {path} cannot be imported: {_one_line(error)}") from error
-    return module
-
-
-def _import_module(spec: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        problem = f"reward function '{spec}': module {name} cannot be imported: {_one_line(error)}"
-        raise PactError(f"{problem}; for a file write its path, file.py:name") from error
-
-
-def _one_line(error: Exception) -> str:
-    """`ValueError: message (file.py:12)`; the place is where it was raised, unless that is here."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    ours = frame.filename == __file__ or "importlib" in frame.filename
-    return text if ours else f"{text} ({frame.filename}:{frame.lineno})"

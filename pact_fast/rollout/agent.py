@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from pact_fast.chat.formats.base import ParsedTurn
+from pact_fast.chat.formats.json_calls import error_observation
+from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.config import RolloutConfig
-from pact_fast.data.formats import ParsedTurn, error_observation
-from pact_fast.data.rendering import ChatRenderer
-from pact_fast.data.types import Message, Task, ToolCall, Trajectory, TurnRecord, text_of
+from pact_fast.data.types import Message, StopReason, Task, ToolCall, Trajectory, TurnRecord, text_of
 from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
 from pact_fast.rollout.engine import Completion, Engine, Request
@@ -23,14 +24,14 @@ TOOL_STEPS = 4
 
 
 class ToolCalls:
-    """Calls under way, by trajectory.
+    """Pending tool calls, by trajectory.
 
-    With a clocked engine an answer is due a fixed number of steps after its call, and waited for; otherwise as soon as it is
-    there.
+    With a synchronous engine an answer is due a fixed number of steps after its call, and waited for; otherwise it is
+    picked up as soon as it arrives.
     """
 
-    def __init__(self, clocked: bool):
-        self._clocked, self._clock = clocked, 0
+    def __init__(self, synchronous: bool):
+        self._clocked, self._clock = synchronous, 0
         self._calls: list[tuple[int, int, list[Future | str]]] = []  # (due at step, trajectory, observations)
 
     def __len__(self) -> int:
@@ -100,7 +101,7 @@ class _Running:
         self.versions.append(np.full(n, version, np.int32))
         self.length += n
 
-    def finish(self, stop_reason: str) -> Trajectory:
+    def finish(self, stop_reason: StopReason) -> Trajectory:
         versions = _joined(self.versions, np.int32)
         return Trajectory(
             task_id=self.job.task.id,
@@ -124,7 +125,7 @@ class AgentLoop:
     """
 
     def __init__(
-        self, engine: Engine, renderer: ChatRenderer, make_env: Callable[[], Environment], config: RolloutConfig
+        self, engine: Engine, renderer: ChatRenderer, make_env: Callable[[Task], Environment], config: RolloutConfig
     ):
         self.engine, self.renderer, self.make_env, self.config = engine, renderer, make_env, config
         self._pool: ThreadPoolExecutor | None = None
@@ -147,9 +148,9 @@ class AgentLoop:
         """
         results: dict[int, Trajectory] = {}
         running = {index: self._start(index, job) for index, job in enumerate(jobs)}
-        calls = ToolCalls(self.engine.clocked)
+        calls = ToolCalls(self.engine.synchronous)
 
-        def end(index: int, stop: str) -> None:
+        def end(index: int, stop: StopReason) -> None:
             results[index] = self._end(running, index, stop, on_finish)
             group = jobs[index].group
             if keep is not None and sum(jobs[done].group == group for done in results) >= keep:
@@ -186,7 +187,7 @@ class AgentLoop:
                         record.observations = [error_observation("the trajectory's time is over")] * len(
                             record.attempts
                         )
-                    end(index, "timeout")
+                    end(index, StopReason.TIMEOUT)
         finally:
             for index in running:  # after an error: nothing goes on sampling behind the caller's back
                 self.engine.close(index)
@@ -209,11 +210,11 @@ class AgentLoop:
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def prepare(self, task: Task) -> tuple[Task, Environment]:
+    def resolve_task(self, task: Task) -> tuple[Task, Environment]:
         """The task as the policy sees it, and its environment: what `reset` tells is added to the question, and the
         environment's tools are offered where the task names none. Preparing a prepared task changes nothing.
         """
-        env = self.make_env()
+        env = self.make_env(task)
         extra = env.reset(task)
         question = text_of(task.prompt[-1].get("content"))
         if extra and not question.endswith(extra):
@@ -221,24 +222,24 @@ class AgentLoop:
         return replace(task, tools=task.tools or env.tools), env
 
     def _start(self, index: int, job: Job) -> _Running:
-        task, env = self.prepare(job.task)
+        task, env = self.resolve_task(job.task)
         job = replace(job, task=task)
         ids = self.prompt_ids(task)
         limit = min(self.config.max_turn_tokens, self.config.max_completion_length)
         self.engine.submit(Request(index, ids, limit, job.rng_key, job.temperature))
         return _Running(job, env, ids)
 
-    def _end(self, running, index: int, stop: str, on_finish) -> Trajectory:
+    def _end(self, running, index: int, stop: StopReason, on_finish) -> Trajectory:
         self.engine.close(index)
         state = running.pop(index)
         trajectory = state.finish(stop)
         # on the instance that served the calls: an environment may judge its own final state
-        trajectory.reward_parts = dict(state.env.reward(state.job.task, trajectory))
+        trajectory.env_rewards = dict(state.env.reward(state.job.task, trajectory))
         if on_finish:
             on_finish(index, trajectory)
         return trajectory
 
-    def _take_turn(self, state: _Running, completion: Completion) -> tuple[str | None, list[Future | str]]:
+    def _take_turn(self, state: _Running, completion: Completion) -> tuple[StopReason | None, list[Future | str]]:
         """Record a sampled turn and start its tool calls. Returns the stop reason, if any, and the pending observations."""
         parsed = self.renderer.parse(completion.ids, state.job.task.tools)
         record = _record(parsed)
@@ -247,9 +248,9 @@ class AgentLoop:
         if not completion.ended:
             record.attempts = []  # what was cut off is never run, and must not be rewarded
             cut = state.length >= self.config.max_completion_length
-            return "max_completion_length" if cut else "max_turn_tokens", []
+            return StopReason.MAX_COMPLETION_LENGTH if cut else StopReason.MAX_TURN_TOKENS, []
         if not parsed.attempts:
-            return "answer", []
+            return StopReason.ANSWER, []
         return None, [self._call(state, attempt) for attempt in parsed.attempts]
 
     def _call(self, state: _Running, attempt: ToolCall | str) -> Future | str:
@@ -261,22 +262,24 @@ class AgentLoop:
             self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="tool")
         return self._pool.submit(state.env.call, attempt.name, attempt.arguments)
 
-    def _observe(self, index: int, state: _Running, pending: list[Future | str]) -> str | None:
+    def _observe(self, index: int, state: _Running, pending: list[Future | str]) -> StopReason | None:
         """Append the observations and ask for the next turn; or the stop reason if there is none, or they do not fit."""
         record = state.turns[-1]
         if len(state.turns) >= self.config.max_turns:
             record.observations = [_text(o) for o in pending]
-            return "max_turns"
+            return StopReason.MAX_TURNS
         texts = [self._fit(_text(o)) for o in pending]
         record.observations = texts
-        ids, components = self.renderer.glue([_tool_message(a, t) for a, t in zip(record.attempts, texts, strict=True)])
+        ids, components = self.renderer.bridge_tokens(
+            [_tool_message(a, t) for a, t in zip(record.attempts, texts, strict=True)]
+        )
         if (
             int(state.ids[-1][-1]) not in self.renderer.eot_ids
         ):  # the engine stopped at the call; the turn still has to end
             ids, components = np.append(self.renderer.eot_id, ids), np.append(components[:1], components)
         room = self.config.max_completion_length - state.length - len(ids)
         if room < 1:
-            return "max_completion_length"
+            return StopReason.MAX_COMPLETION_LENGTH
         state.append(ids, components, None, -1)
         self.engine.submit(
             Request(index, ids, min(self.config.max_turn_tokens, room), temperature=state.job.temperature)

@@ -43,7 +43,7 @@ class Engine(Protocol):
     """Continuous batching over sessions; the key-value cache of a session lives until `close`."""
 
     version: int  # of the weights
-    clocked: bool  # each call of `step` is one step of all sessions, however long it takes
+    synchronous: bool  # each call of `step` is one step of all sessions, however long it takes
 
     def submit(self, request: Request) -> None: ...
 

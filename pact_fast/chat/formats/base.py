@@ -1,0 +1,143 @@
+"""How tool calls are written: rendering an assistant turn, and reading one that a model wrote.
+
+A format never raises on model output. Whatever looks like a call becomes a ToolCall or an error text that says why not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pact_fast.components import Component
+from pact_fast.data.types import ToolCall, ToolSchema
+
+MAX_CALLS = 64  # attempts read per turn; a model that writes more is stuck in a loop
+TOO_MANY_CALLS = f"more than {MAX_CALLS} tool calls in one turn; only the first {MAX_CALLS} are read"
+
+THINK, END_THINK = "<think>", "</think>"
+
+Span = tuple[int, int, Component]
+Found = tuple[int, int, ToolCall | str]  # start, end, call or error
+
+
+@dataclass
+class ParsedTurn:
+    """An assistant turn, read.
+
+    attempts    the calls in order; a malformed one is the text of its error
+    spans       (start, end, component) byte ranges: in order, without gaps, covering the whole turn
+    components  [n] uint8 per token; filled in by ChatRenderer.parse
+    """
+
+    text: str
+    reasoning: str = ""
+    content: str = ""
+    attempts: list[ToolCall | str] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    components: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return [a for a in self.attempts if isinstance(a, ToolCall)]
+
+    @property
+    def errors(self) -> list[str]:
+        return [a for a in self.attempts if isinstance(a, str)]
+
+
+class ToolFormat:
+    """Base of the formats. A subclass says how calls are written and where they are found.
+
+    `markers` are the strings with which a turn is structured; where the tokenizer has them as single tokens, turns
+    contain those tokens.
+    """
+
+    markers: tuple[str, ...] = (THINK, END_THINK)
+    end_of_call: str | None = None  # the marker that closes a call, if there is one
+
+    def pieces(self, reasoning: str, content: str, calls: Sequence[ToolCall]) -> list[tuple[str, Component]]:
+        """The text of an assistant turn without its end, cut by component. Whitespace belongs to what follows it."""
+        pieces: list[tuple[str, Component]] = []
+        gap = ""
+        if reasoning:
+            pieces.append((f"{THINK}\n{self._escape_markers(reasoning)}\n{END_THINK}", Component.REASONING))
+            gap = "\n\n"
+        if content:
+            pieces.append((gap + self._escape_markers(content), Component.ANSWER))
+            gap = "\n"
+        if calls:
+            pieces.append((gap + self.write_calls(calls), Component.TOOL_CALL))
+        elif not content and gap:
+            pieces.append((gap, Component.ANSWER))
+        return pieces
+
+    def render(self, reasoning: str, content: str, calls: Sequence[ToolCall]) -> str:
+        """The text of an assistant turn without its end-of-turn token."""
+        return "".join(text for text, _ in self.pieces(reasoning, content, calls))
+
+    def parse(self, data: bytes, tools: Sequence[ToolSchema], *, thinking: bool = False) -> ParsedTurn:
+        """Read a turn; linear time, never an exception. `thinking`: the prompt has already opened <think>.
+
+        Reasoning is what stands between <think> at the very start and </think>; never closed, it goes on to the end.
+        Without any attempt at a call the turn is an answer.
+        """
+        turn = ParsedTurn(data.decode("utf-8", "replace"))
+        start, turn.reasoning = _read_reasoning(data, thinking)
+        if start:
+            turn.spans.append((0, start, Component.REASONING))
+        found = self.find_calls(data, start, tools) if start < len(data) else []
+        for begin, end, attempt in found:
+            turn.spans.append((begin, end, Component.TOOL_CALL))
+            turn.attempts.append(attempt)
+        turn.spans, turn.content = _fill(data, turn.spans)
+        return turn
+
+    def _escape_markers(self, text: str) -> str:
+        """Replace the angle bracket of every marker in `text` by a similar character, so that it is not read as a marker."""
+        for marker in self.markers:
+            text = text.replace(marker, "‹" + marker[1:])
+        return text
+
+    def write_calls(self, calls: Sequence[ToolCall]) -> str:
+        raise NotImplementedError
+
+    def find_calls(self, data: bytes, start: int, tools: Sequence[ToolSchema]) -> list[Found]:
+        """(start, end, call or error) of every attempt after `start`, in order, not overlapping."""
+        raise NotImplementedError
+
+
+def _read_reasoning(data: bytes, thinking: bool) -> tuple[int, str]:
+    """(end of the reasoning span, reasoning)."""
+    lead = len(data) - len(data.lstrip())
+    if data.startswith(THINK.encode(), lead):
+        lead += len(THINK)
+    elif not thinking:
+        return 0, ""
+    close = data.find(END_THINK.encode(), lead)
+    inside = data[lead:] if close < 0 else data[lead:close]
+    return len(data) if close < 0 else close + len(END_THINK), inside.decode("utf-8", "replace").strip()
+
+
+def _fill(data: bytes, spans: list[Span]) -> tuple[list[Span], str]:
+    """Spans without gaps, and the visible text. Blanks belong to what follows; at the end, to what precedes."""
+    filled: list[Span] = []
+    content: list[str] = []
+    position = 0
+    for start, end, component in [*spans, (len(data), len(data), Component.ANSWER)]:
+        text = data[position:start]
+        kept = text.rstrip()
+        if kept:
+            filled.append((position, position + len(kept), Component.ANSWER))
+            content.append(kept.decode("utf-8", "replace").strip())
+            position += len(kept)
+        if end > start:
+            filled.append((position, end, component))
+            position = end
+    if position < len(data):  # blank
+        if filled and filled[-1][2] is not Component.REASONING:
+            filled[-1] = (filled[-1][0], len(data), filled[-1][2])
+        else:  # after reasoning, or all there is: an empty answer
+            filled.append((position, len(data), Component.ANSWER))
+    return filled, "\n".join(content)

@@ -1,0 +1,77 @@
+"""Tool calls as JSON: writing a call, reading one that a model wrote, and the errors that it reads instead of an answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pact_fast.chat.tool_schema import call_error
+from pact_fast.data.types import ToolCall, ToolSchema
+
+MAX_DEPTH = 64  # nesting of arguments
+MAX_ERROR = 400  # characters of an error observation
+
+
+def error_observation(error: str) -> str:
+    """What the model reads instead of a tool's answer: {"error": "…"}, at most 400 characters."""
+    shown = error[:MAX_ERROR]
+    while len(text := json.dumps({"error": shown + "…" * (shown != error)}, ensure_ascii=False)) > MAX_ERROR:
+        shown = shown[:-8]
+    return text
+
+
+def read_call(body: bytes, tools: Sequence[ToolSchema], key: str) -> ToolCall | str:
+    """One call from its JSON, or why it is none."""
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        if _depth_exceeds(value, MAX_DEPTH):
+            return f"the call is nested deeper than {MAX_DEPTH} levels"
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return "the call holds half of a surrogate pair (\\ud800 to \\udfff)"
+    except UnicodeDecodeError:
+        return "the call is not valid UTF-8"
+    except RecursionError:
+        return f"the call is nested deeper than {MAX_DEPTH} levels"
+    except ValueError as error:
+        return f"the call is not valid JSON: {str(error)[:200]}"
+    if not isinstance(value, dict):
+        return f'the call must be a JSON object {{"name": …, "{key}": …}}'
+    other = "parameters" if key == "arguments" else "arguments"
+    body_value = value if "name" in value or not isinstance(value.get("function"), dict) else value["function"]
+    name, arguments = body_value.get("name"), body_value.get(key, body_value.get(other))
+    if not isinstance(name, str) or not name:
+        return 'the call has no string "name"'
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        return f'"{key}" must be a JSON object'
+    call = ToolCall(name, arguments)
+    return call_error(call, tools) or call
+
+
+def call_json(value: Any, markers: Sequence[str]) -> str:
+    """JSON in which no marker stands: where an argument holds one, angle brackets are written as escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text.replace("<", "\\u003c") if any(marker in text for marker in markers) else text
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    if limit == 0:
+        return True
+    return any(_depth_exceeds(item, limit - 1) for item in (value.values() if isinstance(value, dict) else value))

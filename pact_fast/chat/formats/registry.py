@@ -1,0 +1,30 @@
+"""The registry of tool-call formats."""
+
+from __future__ import annotations
+
+from pact_fast.chat.chat_template import ChatTemplate
+from pact_fast.chat.formats.base import ToolFormat
+from pact_fast.data.types import ToolCall
+from pact_fast.errors import PactError
+from pact_fast.registry import Registry
+
+tool_format: Registry[type[ToolFormat]] = Registry("tool format", "model.tool_format", "pact_fast.chat.formats")
+
+
+def get_format(name: str, tokenizer=None) -> ToolFormat:
+    """The format named in the configuration; "auto" detects it from the tokenizer's chat template."""
+    return detect_format(tokenizer) if name == "auto" else tool_format.get(name)()
+
+
+def detect_format(tokenizer) -> ToolFormat:
+    """The format in which the tokenizer's chat template writes a tool call. PactError if it is none of the known ones."""
+    call = ToolCall("look_up", {"name": "a", "n": 1})
+    text = ChatTemplate(tokenizer).with_call(call)
+    for name in tool_format.names():
+        candidate = tool_format.get(name)()
+        if candidate.render("", "", [call]) in text:
+            return candidate
+    raise PactError(
+        f"the chat template writes tool calls in none of the known formats ({', '.join(tool_format.names())}); set "
+        "model.chat_template to a template that does, or model.tool_format to a format of your own (file.py:Class)"
+    )

@@ -1,0 +1,314 @@
+"""Messages to token ids and back, append only: ids that were sampled or rendered once are never re-tokenised."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pact_fast.chat.chat_template import ChatTemplate
+from pact_fast.chat.encoding import Encoded, Encoder, Part
+from pact_fast.chat.formats.base import END_THINK, THINK, ParsedTurn, ToolFormat
+from pact_fast.chat.formats.registry import detect_format, get_format
+from pact_fast.chat.segments import prefix_ends
+from pact_fast.chat.token_bytes import TokenBytes
+from pact_fast.components import Component
+from pact_fast.config import ModelConfig
+from pact_fast.data.types import ExpertTrace, ExpertTurn, Message, Task, ToolCall, ToolSchema, text_of
+from pact_fast.errors import PactError
+
+NO_LEVEL = 255
+_OTHER_ENDS = (
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+)  # end a turn wherever they exist
+
+
+@dataclass(frozen=True)
+class TraceContext:
+    """h* as tokens that follow the prompt. All [n].
+
+    ids         int64
+    components  uint8, see Component
+    turn_ids    int16: the expert's turn; what follows a turn (observations, restated question) has the turn's index
+    level       uint8: smallest prefix level (1 to 4) at which a reasoning token is supervised; 255 = never
+    """
+
+    ids: np.ndarray
+    components: np.ndarray
+    turn_ids: np.ndarray
+    level: np.ndarray
+
+
+class ChatRenderer:
+    """Renders prompts, turns and what stands between turns, through the model's own chat template.
+
+    eot_id       the template's end-of-turn token; eot_ids all tokens that end a turn
+    control_ids  ids of end-of-turn tokens and of the tool format's markers
+    format       the tool format
+
+    Raises PactError if the tokenizer or its template cannot be used; `template_check.check_template` looks closer.
+    """
+
+    def __init__(self, tokenizer, tool_format: ToolFormat | None = None):
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
+        self.format = tool_format or detect_format(tokenizer)
+        self.token_bytes = TokenBytes(tokenizer)
+        self.encoder = Encoder(tokenizer)
+        self.eot = self._end_of_turn()
+        self.eot_id = self.encoder.control_ids[self.eot]
+        others = [self.encoder.control_ids.get(name) for name in (tokenizer.eos_token, *_OTHER_ENDS)]
+        self.eot_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eot_id, *(i for i in others if i is not None)]))
+        markers = {self.encoder.control_ids[m] for m in self.format.markers if m in self.encoder.control_ids}
+        self.control_ids: frozenset[int] = frozenset(markers.union(self.eot_ids))
+        self._markers = self.encoder.pattern(self.format.markers)
+        # what the generation prompt has already written of a turn, e.g. "<think>\n"
+        opened = re.search(rf"{THINK}\s*\Z", self.template.generation_prompt)
+        self._opened = opened.group() if opened else ""
+
+    def stop_ids(self, at_tool_call: bool) -> tuple[int, ...]:
+        """Tokens at which an engine ends a turn: the turn's own end, and, if wanted, that of its first call."""
+        if not at_tool_call:
+            return self.eot_ids
+        end = self.encoder.control_ids.get(self.format.end_of_call or "")
+        if end is None:
+            raise PactError(
+                f"rollout.stop_at_tool_call: calls of {type(self.format).__name__} do not end with a token of their own "
+                "in this tokenizer; leave it off"
+            )
+        return (*self.eot_ids, end)
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> np.ndarray:
+        """[n] int64: the prompt up to where the assistant is to speak. Control tokens in the text are read as such."""
+        return self._template_ids(self.template.text(messages, tools, generate=True))
+
+    def bridge_tokens(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [n] int64, components [n] uint8) of what follows an end-of-turn token.
+
+        `messages` are those after an assistant turn (tool or user); the assistant speaks next. Starts right after the
+        end-of-turn token and ends with the generation prompt. Contents are plain text: a string such as "<|im_end|>" in
+        a tool's answer does not become a control token. Tool contents are OBSERVATION, the rest TEMPLATE.
+        """
+        texts, contents = self.template.bridge_tokens(
+            [{**m, "content": _valid(text_of(m.get("content")))} for m in messages], self.eot
+        )
+        parts = [Part(texts[0], self.encoder.all_controls)]
+        owners = [Component.TEMPLATE]
+        for message, content, text in zip(messages, contents, texts[1:], strict=True):
+            parts += [Part(content), Part(text, self.encoder.all_controls)]
+            owners += [Component.OBSERVATION if message["role"] == "tool" else Component.TEMPLATE, Component.TEMPLATE]
+        encoded = self.encoder.encode(parts)
+        return encoded.ids, _components(encoded, [p.text for p in parts], owners)
+
+    def bridge_ids(self, messages: Sequence[Message]) -> np.ndarray:
+        """The ids of `bridge_tokens`."""
+        return self.bridge_tokens(messages)[0]
+
+    def assistant_turn(
+        self, reasoning: str, content: str, calls: Sequence[ToolCall], end: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [n] int64, components [n] uint8) of a turn after the generation prompt; `end` adds its last token."""
+        encoded, components, _ = self._turn(reasoning, content, calls)
+        if not end:
+            return encoded.ids, components
+        return self._ended(encoded.ids, components)
+
+    def parse(self, ids: np.ndarray, tools: Sequence[ToolSchema]) -> ParsedTurn:
+        """Read one sampled turn, with or without its end; `components` has one entry per id.
+
+        A token belongs to the span in which its first byte lies. An end-of-turn token belongs to the call that it
+        follows, otherwise to the answer.
+        """
+        ids = np.asarray(ids, np.int64)
+        n = len(ids)
+        while n and int(ids[n - 1]) in self.eot_ids:
+            n -= 1
+        turn = self.format.parse(self.token_bytes.join(ids[:n]), tools, thinking=bool(self._opened))
+        components = np.full(len(ids), _end_component(turn.spans[-1][2] if turn.spans else None), np.uint8)
+        if turn.spans:
+            ends = np.array([end for _, end, _ in turn.spans])
+            kinds = np.array([component for _, _, component in turn.spans], np.uint8)
+            first_bytes = self.token_bytes.offsets(ids[:n])[:-1]
+            # a token without bytes at the very end belongs to the last span
+            components[:n] = kinds[np.minimum(np.searchsorted(ends, first_bytes, side="right"), len(kinds) - 1)]
+        turn.components = components
+        return turn
+
+    def label(self, ids: np.ndarray) -> np.ndarray:
+        """[n] uint8: components of one sampled turn."""
+        return self.parse(ids, ()).components
+
+    def truncate(self, text: str, max_tokens: int) -> str:
+        """`text` if it has at most `max_tokens` tokens, else as much of its beginning as fits with a note of the rest.
+
+        The note itself stays whole, even where `max_tokens` has no room for it.
+        """
+        text = _valid(text)
+        ids = self.encoder.plain(text[: 64 * max_tokens])  # enough to fill the room, and megabytes need not be encoded
+        if len(ids) <= max_tokens and len(text) <= 64 * max_tokens:
+            return text
+        room = max_tokens
+        while True:
+            head = self.token_bytes.join(ids[:room]).decode("utf-8", "ignore")
+            cut = f"{head}… [cut: {len(text) - len(head):,} characters]"
+            excess = len(self.encoder.plain(cut)) - max_tokens
+            if excess <= 0 or room == 0:
+                return cut
+            room = max(room - excess, 0)
+
+    def trace_context(
+        self,
+        task: Task,
+        trace: ExpertTrace,
+        rendering: Literal["demonstration", "turns"],
+        reasoning_level: int | None = None,
+    ) -> TraceContext:
+        """h* as tokens that follow the prompt of `task`; ends with a generation prompt. Never holds the final answer.
+
+        rendering        `demonstration`: the expert's turns, then the question again; `turns`: the turns only
+        reasoning_level  cut every turn's reasoning at this prefix level; None keeps all of it
+
+        Empty for a trace without turns.
+        """
+        columns: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        for index, turn in enumerate(trace.turns):
+            ids, components, level = self._expert_turn(turn, reasoning_level)
+            following = tool_messages(turn)
+            if rendering == "demonstration" and index == len(trace.turns) - 1:
+                following.append({"role": "user", "content": question_of(task)})
+            bridge_tokens, glue_components = self.bridge_tokens(following)
+            ids, components = np.concatenate([ids, bridge_tokens]), np.concatenate([components, glue_components])
+            level = np.concatenate([level, np.full(len(bridge_tokens), NO_LEVEL, np.uint8)])
+            columns.append((ids, components, np.full(len(ids), index, np.int16), level))
+        if not columns:
+            return TraceContext(
+                np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(0, np.int16), np.zeros(0, np.uint8)
+            )
+        return TraceContext(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+    def hint_prompt_ids(self, task: Task, trace: ExpertTrace, reasoning_level: int | None = None) -> np.ndarray:
+        """[n] int64: the prompt with the trace written as text at the end of the last user message."""
+        lines = ["\n\nAn expert solved this as follows, up to the final answer."]
+        for turn in trace.turns:
+            reasoning = _cut(turn, reasoning_level)
+            lines += [reasoning] if reasoning else []
+            for call, observation in zip(turn.calls, turn.observations, strict=True):
+                arguments = json.dumps(call.arguments, ensure_ascii=False)
+                lines.append(f"Call: {call.name}({arguments})\nResult: {observation}")
+        messages = [dict(m) for m in task.prompt]
+        last = _last_user(messages)
+        messages[last]["content"] = text_of(messages[last].get("content")) + self._harmless(_valid("\n".join(lines)))
+        return self.prompt_ids(messages, task.tools)
+
+    def _end_of_turn(self) -> str:
+        after = self.template.after_turn
+        match = self.encoder.all_controls.match(after) if self.encoder.all_controls else None
+        if not match:
+            raise PactError(
+                f"the chat template does not end an assistant turn with a special token (it writes {after[:20]!r}), so "
+                "a model cannot end its turn; set model.chat_template to one that does"
+            )
+        return match.group()
+
+    def _template_ids(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False), np.int64)
+
+    def _turn(self, reasoning: str, content: str, calls: Sequence[ToolCall]) -> tuple[Encoded, np.ndarray, int]:
+        """(tokens without the end of turn, components, character at which the reasoning text starts)."""
+        pieces = [(_valid(text), component) for text, component in self.format.pieces(reasoning, content, calls)]
+        begin = len(f"{THINK}\n")
+        if self._opened:
+            if not reasoning:  # what the prompt has opened is closed at once
+                (text, component), *rest = pieces or [("", Component.ANSWER)]
+                pieces = [(f"{THINK}\n\n{END_THINK}", Component.REASONING), (f"\n\n{text}", component), *rest]
+            written = min(begin, len(self._opened))
+            pieces[0] = (pieces[0][0][written:], Component.REASONING)
+            begin -= written
+        texts = [text for text, _ in pieces]
+        encoded = self.encoder.encode([Part(text, self._markers) for text in texts])
+        return encoded, _components(encoded, texts, [component for _, component in pieces]), begin
+
+    def _ended(self, ids: np.ndarray, components: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        last = _end_component(components[-1] if len(components) else None)
+        return np.append(ids, self.eot_id), np.append(components, np.uint8(last))
+
+    def _expert_turn(self, turn: ExpertTurn, reasoning_level: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, components, level) of an expert's turn with its end."""
+        reasoning = _cut(turn, reasoning_level)
+        encoded, components, begin = self._turn(reasoning, turn.content, turn.calls)
+        level = np.full(len(encoded.ids) + 1, NO_LEVEL, np.uint8)
+        if reasoning:
+            ends = prefix_ends(turn.reasoning, turn.calls)
+            # A token is supervised when all of it lies in the prefix. The opening tag comes with the first segment, the
+            # closing tag only with a reasoning that is complete and safe: a cut one must not teach to stop there.
+            complete = len(reasoning) == len(turn.reasoning) == ends[-1]
+            position = np.maximum(encoded.end - begin, 1)
+            position[position > len(reasoning)] = ends[-1] if complete else ends[-1] + 1
+            levels = np.searchsorted(ends, position, side="left")
+            inside = (components == Component.REASONING) & (levels < len(ends))
+            level[:-1][inside] = levels[inside]
+        ids, components = self._ended(encoded.ids, components)
+        return ids, components, level
+
+    def _harmless(self, text: str) -> str:
+        """Text in which no control token is spelled out: a zero-width space stands after its first character."""
+        if self.encoder.all_controls is None:
+            return text
+        return self.encoder.all_controls.sub(lambda m: m.group()[0] + "\u200b" + m.group()[1:], text)
+
+
+def tool_messages(turn: ExpertTurn) -> list[Message]:
+    """The observations of an expert's turn as messages."""
+    return [
+        {"role": "tool", "name": call.name, "content": text}
+        for call, text in zip(turn.calls, turn.observations, strict=True)
+    ]
+
+
+def question_of(task: Task) -> str:
+    """The text of the last user message."""
+    return text_of(task.prompt[_last_user(task.prompt)].get("content"))
+
+
+def _last_user(messages: Sequence[Message]) -> int:
+    found = [i for i, message in enumerate(messages) if message.get("role") == "user"]
+    if not found:
+        raise PactError("the prompt has no user message, so the expert trace has no question to restate; add one")
+    return found[-1]
+
+
+def _cut(turn: ExpertTurn, level: int | None) -> str:
+    """The turn's reasoning up to a prefix level."""
+    if level is None:
+        return turn.reasoning
+    return turn.reasoning[: prefix_ends(turn.reasoning, turn.calls)[level]].rstrip()
+
+
+def _components(encoded: Encoded, texts: Sequence[str], owners: Sequence[Component]) -> np.ndarray:
+    """[n] uint8: the owner of the text in which each token starts."""
+    ends = np.cumsum([len(text) for text in texts])
+    kinds = np.array(owners, np.uint8)
+    return kinds[np.searchsorted(ends, encoded.start, side="right")]
+
+
+def _end_component(last: int | None) -> Component:
+    """Of an end-of-turn token, by the component before it: it ends a call, or says that the answer is complete."""
+    return Component.TOOL_CALL if last == Component.TOOL_CALL else Component.ANSWER
+
+
+def _valid(text: str) -> str:
+    """Text that can be encoded: halves of surrogate pairs, which JSON may carry, become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def make_renderer(model: ModelConfig, tokenizer) -> ChatRenderer:
+    """The renderer for a tokenizer, with the tool format of the configuration."""
+    return ChatRenderer(tokenizer, get_format(model.tool_format, tokenizer))

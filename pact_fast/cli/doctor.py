@@ -1,0 +1,180 @@
+"""`pact-fast doctor` and `--dry-run`: find out before the run what would go wrong in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import yaml
+
+from pact_fast.components import Component
+from pact_fast.config import Config
+from pact_fast.data.types import Task
+from pact_fast.errors import PactError
+
+if TYPE_CHECKING:
+    from pact_fast.rollout.engine_check import EngineSmokeTest
+
+
+def doctor(config: Config) -> int:
+    """Check template, parser, masks, data, environment and model; one line each. Status 1 if a check failed."""
+    from pact_fast.rollout.registry import engine_builder
+
+    checks = _Checks(config)
+    failed = _run(checks.all())
+    if not failed and engine_builder(config).own_weights:  # a trial needs all that was checked so far
+        with closing(checks.live()) as live:
+            failed = _run(live.all())
+    return 1 if failed else 0
+
+
+def _run(checks: list[tuple[str, Callable[[], str]]]) -> int:
+    """The number of checks that failed."""
+    failed = 0
+    for name, check in checks:
+        try:
+            print(f"ok    {name}: {check()}", flush=True)
+        except PactError as error:
+            failed += 1
+            print(f"FAIL  {name}: {error}", flush=True)
+            if name in ("data", "tokenizer", "engine", "rollouts"):  # nothing further can be checked
+                break
+    return failed
+
+
+def dry_run(config: Config) -> int:
+    """The checks, then the resolved settings."""
+    status = doctor(config)
+    print("\n" + yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), end="")
+    return status
+
+
+class _Checks:
+    def __init__(self, config: Config):
+        self.config = config
+
+    def all(self) -> list[tuple[str, Callable[[], str]]]:
+        return [
+            ("data", self.data),
+            ("tokenizer", self.tokenizer),
+            ("template", self.template),
+            ("masks", self.masks),
+            ("environment", self.environment),
+            ("prompts", self.prompts),
+            ("model", self.model),
+            ("kernels", self.kernels),
+        ]
+
+    def data(self) -> str:
+        from pact_fast.envs.registry import make_tasks
+
+        self.tasks = make_tasks(self.config)
+        self.sample = self.tasks.train(0, self.config.trainer.prompts_per_step)
+        held_out = len(self.tasks.held_out(self.config.trainer.eval_tasks))
+        experts = sum(task.expert is not None for task in self.sample)
+        return f"{experts} of the first {len(self.sample)} prompts have an expert trace; {held_out} held-out tasks"
+
+    def tokenizer(self) -> str:
+        from pact_fast.chat.rendering import make_renderer
+        from pact_fast.model.tokenizer import make_tokenizer
+
+        self.tokens = make_tokenizer(self.config.model, self.tasks)
+        self.renderer = make_renderer(self.config.model, self.tokens)
+        return f"{len(self.tokens)} tokens; tool calls are written as {type(self.renderer.format).__name__}"
+
+    def template(self) -> str:
+        from pact_fast.chat.template_check import check_template
+
+        check_template(self.renderer)
+        return "parser and template agree; appending turns gives what the template would render"
+
+    def masks(self) -> str:
+        task = next((task for task in self.sample if task.expert and task.expert.turns), None)
+        if task is None or task.expert is None:
+            return "no expert trace among the first prompts"
+        context = self.renderer.trace_context(task, task.expert, "turns")
+        counts = {component.name.lower(): int((context.components == component).sum()) for component in Component}
+        ends = context.components[[int(i) in self.renderer.eot_ids for i in context.ids]]
+        if not (ends == Component.TOOL_CALL).any():
+            raise PactError("the end-of-turn token after a tool call is not supervised; check the chat template")
+        return "tokens of a trace by component: " + ", ".join(
+            f"{name} {count}" for name, count in counts.items() if count
+        )
+
+    def environment(self) -> str:
+        from pact_fast.envs.registry import EnvironmentFactory
+
+        make_env = EnvironmentFactory(self.config)
+        offered = calls = failed = 0
+        for task in self.sample[:8]:
+            env = make_env(task)
+            env.reset(task)
+            offered += len(env.tools)
+            for call in _expert_calls(task):
+                calls += 1
+                failed += env.call(call.name, call.arguments).lower().startswith(("error", '{"error'))
+        if not offered:
+            raise PactError("the first tasks offer no tools; a tool-use agent needs the column `tools` in its data")
+        tasks = min(8, len(self.sample))
+        return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {failed} returned an error"
+
+    def prompts(self) -> str:
+        limit = self.config.rollout.max_prompt_length
+        lengths = {task.id: len(self.renderer.prompt_ids(task.prompt, task.tools)) for task in self.sample}
+        longest = max(lengths, key=lambda name: lengths[name])
+        if lengths[longest] > limit:
+            raise PactError(
+                f"task {longest}: the prompt has {lengths[longest]} tokens, more than rollout.max_prompt_length={limit}; "
+                "raise it or drop the task"
+            )
+        return f"longest of the first {len(lengths)} prompts: {lengths[longest]} tokens (limit {limit})"
+
+    def model(self) -> str:
+        import torch
+
+        from pact_fast.model import lora
+        from pact_fast.model.build import check_context, from_pretrained, make_model
+        from pact_fast.rollout.registry import engine_builder
+
+        if self.config.model.path:  # reading the configuration is enough, weights may be large
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            architecture = from_pretrained(AutoConfig, self.config.model.path, "model")
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(architecture)
+        else:
+            model = make_model(self.config, self.tokens)
+        if self.config.model.lora:
+            lora.attach(model, self.config.model.lora, self.config.seed)
+        check_context(self.config, model)
+        engine_builder(self.config).check_model(model)
+        count = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        memory = (count * 4 + trained * 12) / 2**30  # float32 weights, gradients and two AdamW moments
+        adapters = f", {trained / 1e6:,.2f} M of them in adapters" if self.config.model.lora else ""
+        return (
+            f"{model.config.model_type}, {count / 1e6:,.1f} M parameters{adapters}; "
+            f"weights and optimizer take {memory:.2f} GiB"
+        )
+
+    def live(self) -> EngineSmokeTest:
+        """A trial of the engine with the model's real weights."""
+        from pact_fast.envs.registry import EnvironmentFactory
+        from pact_fast.model.build import make_model
+        from pact_fast.model.device import pick_device, precision
+        from pact_fast.rollout.engine_check import EngineSmokeTest
+
+        device = pick_device(self.config)
+        model = make_model(self.config, self.tokens, device=device).eval()
+        make_env, autocast = EnvironmentFactory(self.config), precision(self.config, device)
+        return EngineSmokeTest(self.config, model, self.renderer, make_env, self.sample, autocast)
+
+    def kernels(self) -> str:
+        from pact_fast.kernels import backends
+
+        return "; ".join(f"{name}: {state}" for name, state in backends().items())
+
+
+def _expert_calls(task: Task) -> list:
+    return task.expert.calls if task.expert else []

@@ -1,0 +1,43 @@
+"""All settings of a run: the schema, and reading it from recipes, YAML files and the command line."""
+
+from pact_fast.config.load import known_keys, load_config, parse_config, recipes, section_of
+from pact_fast.config.schema import (
+    AlgorithmConfig,
+    AnchorConfig,
+    Config,
+    DataConfig,
+    DeepSpeedConfig,
+    EnvConfig,
+    LoraConfig,
+    ModelConfig,
+    PretrainConfig,
+    RewardConfig,
+    RolloutConfig,
+    Section,
+    SFTConfig,
+    TraceConfig,
+    TrainerConfig,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "AnchorConfig",
+    "Config",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "EnvConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "PretrainConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "SFTConfig",
+    "Section",
+    "TraceConfig",
+    "TrainerConfig",
+    "known_keys",
+    "load_config",
+    "parse_config",
+    "recipes",
+    "section_of",
+]

@@ -1,0 +1,115 @@
+"""Read a configuration: a recipe or YAML file, then `key=value` overrides; errors name the key and the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pact_fast.config.schema import Config, Section
+from pact_fast.errors import PactError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def load_config(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a shipped recipe (by name) or a YAML file, apply `key=value` overrides (dotted keys, YAML values), validate.
+
+    Raises PactError with one line that names the wrong key or value and the cure.
+    """
+    path = _find(source)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PactError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise PactError(f"{path}: the file must hold a mapping of settings, found {type(data).__name__}")
+    for override in overrides:
+        _apply(data, override)
+    config = parse_config(data, str(path))
+    config.output_dir = config.output_dir.replace("{recipe}", path.stem)
+    return config
+
+
+def parse_config(data: dict[str, Any], name: str = "config") -> Config:
+    """Validate a mapping; PactError with one line otherwise."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise PactError(f"{name}: " + "; ".join(_explain(item) for item in error.errors()[:3])) from None
+
+
+def recipes() -> dict[str, Path]:
+    """Shipped recipes by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All dotted keys."""
+    keys: list[str] = []
+    for name, info in model.model_fields.items():
+        keys.append(prefix + name)
+        section = section_of(info.annotation)
+        if section:
+            keys += known_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section class in an annotation such as `TrainerConfig` or `PretrainConfig | None`."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def _find(source: str) -> Path:
+    shipped = recipes()
+    if source in shipped:
+        return shipped[source]
+    path = Path(source)
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(source, shipped, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"recipes: {', '.join(shipped) or 'none'}"
+    raise PactError(f"no recipe and no file named '{source}'; {hint} (`pact-fast recipes` lists them)")
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise PactError(f"'{override}' is not a setting; write key=value, for example trainer.max_steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise PactError(f"'{override}': the value is not valid YAML; quote it if it holds special characters") from None
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, leaf = key.split(".")
+    node = data
+    for parent in parents:
+        if not isinstance(node.get(parent), dict):
+            node[parent] = {}
+        node = node[parent]
+    node[leaf] = value
+
+
+def _number(text: str) -> Any:
+    """YAML reads 1e-6 as a string (it wants 1.0e-6); users mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+        leaf = difflib.get_close_matches(key.split(".")[-1], [k.split(".")[-1] for k in known_keys()], n=1, cutoff=0.75)
+        if not close and leaf:
+            close = [k for k in known_keys() if k.split(".")[-1] == leaf[0]][:1]
+        return f"unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else "; see docs/configuration.md")
+    message = item["msg"].removeprefix("Value error, ")
+    return f"'{key}': {message} (found {item['input']!r})" if key else message

@@ -1,0 +1,105 @@
+"""Environment of tools that come as Python sources with the task: FTRL, ToolHop, or your own (docs/environments.md)."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from pact_fast.data.types import Task, ToolCall, ToolSchema, Trajectory
+from pact_fast.envs.python_tools.pool import SandboxPool
+from pact_fast.envs.registry import environment
+from pact_fast.errors import PactError
+from pact_fast.rewards.ftrl import solve_score
+from pact_fast.rewards.toolhop import is_correct
+
+
+@environment("python_tools")
+class PythonTools:
+    """Runs each call in a limited process of the pool. Calls share no state.
+
+    `task.env_args` holds
+
+    codes         {tool name: source}; the source defines a function of that name
+    scoring       "ftrl" or "toolhop"; without it there is no outcome reward
+    unsolved_set  for ftrl: {tool name: [what its observations must mention]}
+    """
+
+    blocking = True
+
+    @classmethod
+    def factory(cls, args: dict[str, Any], tool_timeout: float) -> Callable[[], PythonTools]:
+        """Environments that share one pool of processes, which ends with the program.
+
+        Args:
+            args: Those of SandboxPool.
+            tool_timeout: Seconds per call, unless `args` has a timeout.
+
+        Raises:
+            PactError: `args` has a key that SandboxPool does not take.
+        """
+        known = list(inspect.signature(SandboxPool).parameters)
+        for key in args:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"python_tools takes {', '.join(known)}"
+                raise PactError(f"env.args: unknown key '{key}'; {hint}")
+        pool = SandboxPool(**{"timeout": tool_timeout, **args})
+        return lambda: cls(pool)
+
+    def __init__(self, pool: SandboxPool, timeout: float | None = None):
+        """`timeout`: seconds per call; default: the pool's."""
+        self._pool, self._timeout = pool, timeout
+        self._codes: dict[str, str] = {}
+        self._tools: list[ToolSchema] = []
+
+    def reset(self, task: Task) -> str | None:
+        """PactError if the task has no sources, or nothing to score by."""
+        codes = task.env_args.get("codes")
+        if not codes:
+            raise PactError(
+                f"task {task.id}: env_args has no 'codes'; python_tools needs {{tool name: Python source}} there"
+            )
+        if task.env_args.get("scoring") == "ftrl" and not any(task.env_args.get("unsolved_set", {}).values()):
+            raise PactError(
+                f"task {task.id}: env_args.unsolved_set is empty; drop the task, it has no sub-question to score"
+            )
+        self._codes, self._tools = codes, task.tools
+        return None
+
+    @property
+    def tools(self) -> list[ToolSchema]:
+        return self._tools
+
+    def call(self, name: str, arguments: dict[str, Any]) -> str:
+        source = self._codes.get(name)
+        if source is None:
+            return f"error: there is no tool '{name}'; the tools are: {', '.join(self._codes)}"
+        return self._pool.call(source, name, arguments, self._timeout)
+
+    def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
+        """FTRL: solve_p, solve_r, solve_f1, and success when all sub-questions are solved. ToolHop: success."""
+        scoring = task.env_args.get("scoring")
+        if scoring == "ftrl":
+            score = solve_score(_feedback(trajectory), task.env_args["unsolved_set"])
+            return {
+                "solve_p": score.precision,
+                "solve_r": score.recall,
+                "solve_f1": score.f1,
+                "success": float(score.solved == score.questions),
+            }
+        if scoring == "toolhop":
+            return {"success": float(is_correct(task.answer or "", trajectory))}
+        return {}
+
+
+def _feedback(trajectory: Trajectory) -> list[tuple[str, str]]:
+    """(tool name, observation) of every call. A malformed call counts as a call, of no tool."""
+    return [
+        (attempt.name if isinstance(attempt, ToolCall) else "", observation)
+        for turn in trajectory.turns
+        for attempt, observation in zip(
+            turn.attempts, turn.observations, strict=False
+        )  # the last turn may go unanswered
+    ]

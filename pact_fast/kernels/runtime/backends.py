@@ -1,0 +1,76 @@
+"""Which back-ends of the kernels are live here, and which one serves a call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from types import ModuleType
+
+import torch
+
+from pact_fast.errors import PactError
+from pact_fast.kernels.runtime import build
+
+
+def backends() -> dict[str, str]:
+    """Every back-end by name: "ready", or the reason why it is not. Compiles the C++ one if it never was."""
+    return {"torch": "ready", "triton": _triton_status(), "cpp": build.status()}
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The back-end for tensors of this device and dtype. `name`: one of `backends()`, or "auto" for the fastest.
+
+    Raises PactError when a back-end asked for by name cannot serve.
+    """
+    if name == "auto":
+        return _fastest(device, dtype)
+    known = backends()
+    reason = known.get(name, f"no such back-end; there are {', '.join(known)}")
+    if reason == "ready" and name != "torch":
+        home = "cuda" if name == "triton" and not interpreted() else "cpu"
+        if device.type != home:
+            reason = f"it serves {home} tensors, not {device.type}"
+        elif dtype == torch.float64:
+            reason = "it computes in fp32; fp64 is served by backend='torch'"
+    if reason != "ready":
+        raise PactError(f"backend='{name}': {reason}; use backend='auto'")
+    return name
+
+
+def row_pass(name: str) -> ModuleType:
+    """The row pass of a resolved back-end."""
+    return importlib.import_module(f"pact_fast.kernels.head.softmax_{name}")
+
+
+def interpreted() -> bool:
+    """Triton kernels run on CPU tensors, slowly: its own switch for tests without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _fastest(device: torch.device, dtype: torch.dtype) -> str:
+    if dtype == torch.float64:
+        return "torch"
+    if device.type == "cuda" and _triton_status() == "ready":
+        return "triton"
+    if device.type == "cpu" and build.status() == "ready":
+        return "cpp"
+    if device.type == "cpu":
+        _warn_once(build.status())
+    return "torch"
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"pact_fast: the CPU kernels are not used ({reason}); plain torch serves, slower", stacklevel=2)
+
+
+@functools.cache
+def _triton_status() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if not torch.cuda.is_available() and not interpreted():
+        return "no CUDA device"
+    return "ready"

@@ -1,0 +1,118 @@
+"""Compiles csrc/ into one library, at first use or ahead of time:  python -m pact_fast.kernels.runtime.build
+
+The library lies in a cache whose name follows from the sources, torch, the compiler and the processor, so that a change
+of any of them compiles anew (some seconds) and nothing stale is ever loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+# No -ffast-math: it would also make the loaded library flush denormals for the whole process.
+FLAGS = [
+    *("-std=c++20", "-O3", "-march=native", "-fopenmp-simd", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # stable ABI of torch 2.11
+]
+
+
+class BuildError(RuntimeError):
+    """Why there is no library, in one line."""
+
+
+@functools.cache
+def status() -> str:
+    """ "ready" once the library is loaded (compiling it first if need be), or the reason why it is not."""
+    try:
+        torch.ops.load_library(str(build()))
+    except (BuildError, OSError) as error:
+        return str(error).splitlines()[0]
+    return "ready"
+
+
+def build() -> Path:
+    """The path of the compiled library; compiles if the cache does not hold it. Raises BuildError."""
+    compiler = find_compiler()
+    library = cache_folder() / f"pact_fast-{_key(compiler)}.so"
+    if not library.exists():
+        print("pact_fast: compiling the CPU kernels (once, about fifteen seconds)", file=sys.stderr, flush=True)
+        _compile(compiler, library)
+    return library
+
+
+def find_compiler() -> str:
+    named = os.environ.get("CXX")
+    for name in [named] if named else ["c++", "g++", "clang++"]:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise BuildError(
+        f"no C++ compiler: CXX={named} was not found"
+        if named
+        else "no C++ compiler (c++, g++, clang++) on PATH; install one, for example the package g++"
+    )
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "pact_fast"
+
+
+def _sources(ending: str) -> list[Path]:
+    return sorted(SOURCES.glob(f"*.{ending}"))
+
+
+def _key(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    sources = [path.read_text() for path in _sources("cpp") + _sources("h")]
+    parts = [torch.__version__, version, " ".join(FLAGS), _processor(), *sources]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _compile(compiler: str, library: Path) -> None:
+    root = Path(torch.__file__).parent
+    include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=library.parent)
+    except OSError as error:
+        raise BuildError(f"cannot write the kernel cache {library.parent}: {error}; set XDG_CACHE_HOME") from error
+    try:
+        made = Path(folder) / library.name
+        command = [compiler, *FLAGS, *include, *map(str, _sources("cpp")), "-o", str(made), *libraries]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            log = library.with_suffix(".log")
+            log.write_text(" ".join(command) + "\n" + done.stderr)
+            raise BuildError(f"{compiler} failed to compile the CPU kernels; its messages: {log}")
+        made.replace(library)  # whole or not at all, also when several processes compile at once
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    try:
+        print(build())
+    except BuildError as error:
+        sys.exit(str(error))

@@ -1,0 +1,75 @@
+"""Functions and classes of the user's own, named in a configuration by `file.py:name` or `module:name`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+import traceback
+import zlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pact_fast.errors import PactError
+
+
+def load_object(spec: str, kind: str) -> Any:
+    """Import the callable that `spec` names.
+
+    Args:
+        spec: `file.py:name`, relative to the current directory, or `module:name`.
+        kind: What it should be ("reward function"), for messages.
+
+    Raises:
+        PactError: The file, the module or the name does not exist, the import fails, or the object is not callable.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise PactError(f"{kind} '{spec}': write file.py:name or module:name")
+    module = _import_file(spec, kind, Path(place)) if place.endswith(".py") else _import_module(spec, kind, place)
+    try:
+        found = getattr(module, name)
+    except AttributeError:
+        close = difflib.get_close_matches(name, [n for n in vars(module) if not n.startswith("_")], n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "define it there"
+        raise PactError(f"{kind} '{spec}': {place} has no '{name}'; {hint}") from None
+    if not callable(found):
+        raise PactError(f"{kind} '{spec}': it is a {type(found).__name__}; name a function or class")
+    return found
+
+
+def _import_file(spec: str, kind: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise PactError(f"{kind} '{spec}': no file {path}; paths are relative to the current directory")
+    # one module per file, so that two functions of a file share its globals
+    name = f"pact_fast_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found and found.loader
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise PactError(f"{kind} '{spec}': {path} cannot be imported: {describe_error(error)}") from error
+    return module
+
+
+def _import_module(spec: str, kind: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        problem = f"{kind} '{spec}': module {name} cannot be imported: {describe_error(error)}"
+        raise PactError(f"{problem}; for a file write its path, file.py:name") from error
+
+
+def describe_error(error: Exception) -> str:
+    """`ValueError: message (file.py:12)`; the place is where it was raised, unless that is here."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    ours = frame.filename == __file__ or "importlib" in frame.filename
+    return text if ours else f"{text} ({frame.filename}:{frame.lineno})"

@@ -1,0 +1,91 @@
+"""The reward of a trajectory, turn by turn and as a whole (method, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from pact_fast.config import RewardConfig
+from pact_fast.data.types import StopReason, Task, ToolCall, Trajectory
+from pact_fast.errors import PactError
+from pact_fast.rewards.answers import extract_answer, token_f1
+from pact_fast.rewards.matching import match
+
+
+def turn_rewards(trajectory: Trajectory, task: Task, penalty: float) -> list[float]:
+    """r_t of every assistant turn.
+
+    Calls are matched over the whole trajectory, with `task.reference_calls`, or the expert's calls where those are
+    not given. A turn earns the mean score of its calls, 0 if it has none; a malformed call counts as an unmatched
+    one, −penalty. Without any reference, calls earn 0. If the trajectory ended with an answer and the task has one,
+    the last turn earns their token F1.
+    """
+    reference = task.reference_calls
+    if reference is None and task.expert is not None:
+        reference = task.expert.calls
+    if reference is None:
+        rewards = [0.0] * len(trajectory.turns)
+    else:
+        scores = iter(match(trajectory.calls, reference, penalty).tolist())
+        rewards = []
+        for turn in trajectory.turns:
+            earned = [next(scores) if isinstance(a, ToolCall) else 0.0 - penalty for a in turn.attempts]
+            rewards.append(sum(earned) / len(earned) if earned else 0.0)
+    if task.answer is not None and trajectory.stop_reason is StopReason.ANSWER:
+        rewards[-1] = token_f1(extract_answer(trajectory.answer), task.answer)
+    return rewards
+
+
+def score(
+    config: RewardConfig,
+    task: Task,
+    trajectory: Trajectory,
+    function_rewards: Mapping[str, float] | None = None,
+    *,
+    outcome_only: bool = False,
+) -> None:
+    """Decide the reward of a training rollout: fills in `turn_rewards`, `reward_parts` and `reward` of `trajectory`.
+
+        reward = match_weight · Σ_t r_t + env_weight · success + Σ user functions
+        reward = success + Σ user functions                        (outcome_only, and the environment gives `success`)
+
+    `reward_parts` holds every part before its weight: `match` (Σ_t r_t), the environment's and the functions'.
+    `turn_rewards` are unweighted, too.
+
+    Args:
+        config: Weights and penalties.
+        task: What the rollout is an attempt at.
+        trajectory: `env_rewards` is what its environment returned.
+        function_rewards: Values of the user's reward functions, by name.
+        outcome_only: The algorithm uses no turn-level rewards.
+
+    Raises:
+        PactError: A part is not finite, two parts have one name, or env_weight finds no `success`.
+    """
+    env_rewards, functions = trajectory.env_rewards, function_rewards or {}
+    trajectory.turn_rewards = turn_rewards(trajectory, task, config.unmatched_penalty)
+    parts = {"match": sum(trajectory.turn_rewards), **env_rewards}
+    for name in functions.keys() & parts.keys():
+        raise PactError(f"reward function '{name}': the name is taken by a built-in reward; rename the function")
+    parts |= functions
+    for name, value in parts.items():
+        if not math.isfinite(value):
+            raise PactError(f"task {task.id}: reward '{name}' is {value}; rewards must be finite numbers")
+    if config.env_weight and "success" not in env_rewards:
+        raise PactError(f"task {task.id}: its environment gives no 'success'; set algorithm.reward.env_weight=0")
+    trajectory.reward_parts = parts
+    if outcome_only and "success" in env_rewards:
+        trajectory.reward = env_rewards["success"] + sum(functions.values())
+        return
+    trajectory.reward = (
+        config.match_weight * parts["match"]
+        + config.env_weight * env_rewards.get("success", 0.0)
+        + sum(functions.values())
+    )
+
+
+def score_evaluation(trajectories: Iterable[Trajectory]) -> None:
+    """The reward of an evaluation rollout is the `success` of its environment; 0 where that gives none."""
+    for trajectory in trajectories:
+        trajectory.reward_parts = dict(trajectory.env_rewards)
+        trajectory.reward = trajectory.env_rewards.get("success", 0.0)

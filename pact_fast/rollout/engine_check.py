@@ -1,0 +1,176 @@
+"""A trial of a live engine: start it, give it the model's weights, sample real tasks, and look closely at what came back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from pact_fast.chat.rendering import ChatRenderer
+from pact_fast.config import Config
+from pact_fast.data.types import Task, ToolCall, Trajectory
+from pact_fast.envs.base import Environment
+from pact_fast.errors import PactError
+from pact_fast.kernels import linear_logprob
+from pact_fast.rollout.agent import AgentLoop, Job
+from pact_fast.rollout.engine import Engine, Request
+from pact_fast.rollout.registry import make_engine
+from pact_fast.rollout.vllm.engine import VllmEngine
+
+TASKS = 4
+LARGEST_GAP = 1e-4  # float32: of any token
+MEAN_GAP = 0.05  # below: kernels round differently, the mean over tokens must stay small
+SHORTEST_CACHED = 160  # tokens; engines cache whole blocks, on CPU up to 128 tokens long
+
+
+class EngineSmokeTest:
+    """The checks, in their order; each gives one line, or a PactError with the cure. `close` in any case."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: PreTrainedModel,
+        renderer: ChatRenderer,
+        make_env: Callable[[Task], Environment],
+        tasks: list[Task],
+        autocast: AbstractContextManager,
+    ):
+        self.config, self.model, self.renderer = config, model, renderer
+        self._make_env, self._autocast = make_env, autocast
+        self._jobs = [Job(task, (config.seed, i), config.rollout.temperature) for i, task in enumerate(tasks[:TASKS])]
+        self._engine: Engine | None = None
+        self.trajectories: list[Trajectory] = []
+
+    def all(self) -> list[tuple[str, Callable[[], str]]]:
+        return [
+            ("engine", self.engine),
+            ("rollouts", self.rollouts),
+            ("turns", self.turns),
+            ("log-probs", self.logprobs),
+            ("prefix cache", self.prefix_cache),
+            ("memory", self.memory),
+        ]
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+
+    def engine(self) -> str:
+        self._engine = make_engine(self.config, self.model, self.renderer)
+        self._engine.update_weights(self.model, 0)
+        assert isinstance(self._engine, VllmEngine) and self._engine.last_sync is not None
+        sync = self._engine.last_sync
+        return (
+            f"{self._engine.host.name} holds the model's weights, {sync.bytes / 2**30:.3f} GiB: loaded in "
+            f"{sync.load_seconds:.1f} s, every tensor verified in {sync.verify_seconds:.1f} s"
+        )
+
+    def rollouts(self) -> str:
+        assert self._engine is not None
+        loop = AgentLoop(self._engine, self.renderer, self._make_env, self.config.rollout)
+        try:
+            self.trajectories = loop.run(self._jobs)
+        finally:
+            loop.close()
+        turns = sum(len(t.turns) for t in self.trajectories)
+        tokens = sum(int(t.sampled.sum()) for t in self.trajectories)
+        stops = ", ".join(sorted({str(t.stop_reason) for t in self.trajectories}))
+        return f"{len(self.trajectories)} trajectories of the first tasks: {turns} turns, {tokens} tokens; ended by {stops}"
+
+    def turns(self) -> str:
+        """The calls of a sampled turn, written by the format and read again, are the same calls."""
+        calls = same = 0
+        for job, trajectory in zip(self._jobs, self.trajectories, strict=True):
+            for index, turn in enumerate(trajectory.turns):
+                made = [attempt for attempt in turn.attempts if isinstance(attempt, ToolCall)]
+                if not made or len(made) < len(turn.attempts):
+                    continue
+                ids, _ = self.renderer.assistant_turn(turn.reasoning, turn.content, made)
+                again = self.renderer.parse(ids, job.task.tools).attempts
+                if again != made:
+                    raise PactError(
+                        f"task {trajectory.task_id}: the sampled turn {turn.text!r} is read as {made}, but these calls, "
+                        f"rendered, as {again}; choose another model.tool_format"
+                    )
+                calls += len(made)
+                same += np.array_equal(ids, _sampled(trajectory, index))
+        if not calls:
+            return "no well-formed call was sampled, so there is none to render again"
+        return f"{calls} sampled calls, rendered and read again, are the same; {same} turns token by token"
+
+    def logprobs(self) -> str:
+        gaps = np.concatenate([self._gaps(t) for t in self.trajectories])
+        mean, largest = float(gaps.mean()), float(gaps.max())
+        exact = self.config.model.dtype == "float32"
+        if (exact and largest > LARGEST_GAP) or mean > MEAN_GAP:
+            bound = f"largest {LARGEST_GAP:g}" if exact else f"mean {MEAN_GAP:g}"
+            raise PactError(
+                f"the engine's log-probs are off from the model's by {mean:.2g} in the mean, {largest:.2g} at most "
+                f"(allowed: {bound}); remove settings from rollout.vllm_args that change what is computed (quantization, "
+                "another dtype), and start a server with --logprobs-mode processed_logprobs"
+            )
+        return f"engine and model differ by {mean:.1e} in the mean, {largest:.1e} at most, over {len(gaps)} tokens"
+
+    def prefix_cache(self) -> str:
+        """The longest trajectory's context, asked for twice."""
+        longest = max(self.trajectories, key=lambda t: len(t.prompt_ids) + len(t.ids))
+        rollout = self.config.rollout
+        window = rollout.max_prompt_length + rollout.max_completion_length - 1
+        context = np.concatenate([longest.prompt_ids, longest.ids])[:window]
+        found = [self._cached(number, context) for number in (0, 1)][-1]
+        if found is None:
+            return "the server does not tell (start it with --enable-prompt-tokens-details)"
+        if not found and len(context) >= SHORTEST_CACHED:
+            raise PactError(
+                f"a context of {len(context)} tokens was computed again when it came a second time, as would that of "
+                "every turn; remove enable_prefix_caching from rollout.vllm_args, or start the server with it"
+            )
+        return f"{found} of {len(context)} tokens were not computed again when a context came a second time"
+
+    def memory(self) -> str:
+        """An upper bound: layers with sliding windows keep less."""
+        config, rollout = self.model.config.get_text_config(), self.config.rollout
+        size = torch.finfo(getattr(torch, self.config.model.dtype)).bits // 8
+        weights = sum(p.numel() for p in self.model.parameters()) * size
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * width * size
+        context = rollout.max_prompt_length + rollout.max_completion_length
+        full = token * rollout.max_batch_size * context
+        return (
+            f"the engine takes {weights / 2**30:.2f} GiB for weights and {token / 2**10:.1f} KiB of keys and values per "
+            f"token: {full / 2**30:.2f} GiB for {rollout.max_batch_size} contexts of {context} tokens"
+        )
+
+    @torch.no_grad()
+    def _gaps(self, trajectory: Trajectory) -> np.ndarray:
+        """|engine's log-prob − the model's| of the sampled tokens."""
+        head, start = self.model.get_output_embeddings(), len(trajectory.prompt_ids)
+        ids = torch.from_numpy(np.concatenate([trajectory.prompt_ids, trajectory.ids])).to(head.weight.device)
+        with self._autocast:
+            hidden = self.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        places = torch.from_numpy(np.flatnonzero(trajectory.sampled)).to(ids.device) + start
+        own = linear_logprob(
+            hidden[places - 1],
+            head.weight.to(hidden.dtype),
+            ids[places],
+            bias=getattr(head, "bias", None),
+            temperature=self.config.rollout.temperature,
+            softcap=getattr(self.model.config.get_text_config(), "final_logit_softcapping", None),
+        ).logprob
+        return np.abs(own.cpu().numpy() - trajectory.logprobs[trajectory.sampled])
+
+    def _cached(self, number: int, context: np.ndarray) -> int | None:
+        assert self._engine is not None
+        self._engine.submit(Request(number, context, 1, (self.config.seed, number)))
+        while not (done := self._engine.step()):
+            pass
+        self._engine.close(number)
+        return done[0].cached
+
+
+def _sampled(trajectory: Trajectory, turn: int) -> np.ndarray:
+    return trajectory.ids[(trajectory.turn_ids == turn) & trajectory.sampled]

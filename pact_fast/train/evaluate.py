@@ -1,0 +1,117 @@
+"""Held-out evaluation: sampled and greedy success, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pact_fast.config import Config
+from pact_fast.data.sources import TaskSource
+from pact_fast.data.types import Task, Trajectory
+from pact_fast.distributed.world import World
+from pact_fast.report.console import rollout_table
+from pact_fast.rewards.score import score_evaluation
+from pact_fast.rollout.agent import AgentLoop, Job
+from pact_fast.train.collect import RolloutCollector
+from pact_fast.train.metrics import MetricsWriter
+from pact_fast.train.progress import Progress
+from pact_fast.train.records import RolloutWriter
+
+EVAL_STREAM = 1 << 32  # keeps evaluation's random numbers apart from those of training step 0, 1, …
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A success rate with its 95 % Wilson interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Rate:
+        n = len(values)
+        if not n:
+            return cls(0.0, 0.0, 1.0, 0)
+        p, z = sum(values) / n, 1.959964
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return cls(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+    def to_json(self) -> dict[str, float | int]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+class Evaluator:
+    """Success on held-out tasks during a run. All ranks call it."""
+
+    def __init__(
+        self,
+        config: Config,
+        tasks: TaskSource,
+        collector: RolloutCollector,
+        metrics: MetricsWriter | None,
+        records: RolloutWriter,
+        progress: Progress,
+        world: World,
+    ):
+        self._config, self._tasks, self._collector = config, tasks, collector
+        self._metrics, self._records, self._progress, self._world = metrics, records, progress, world
+
+    def evaluate(self, step: int, label: str) -> dict[str, Any] | None:
+        """Rates by name ("success": sampled at temperature 1; "greedy"); None without held-out tasks."""
+        trainer = self._config.trainer
+        tasks = self._tasks.held_out(trainer.eval_tasks)
+        if not tasks:
+            return None
+        rates: dict[str, Rate] = {}
+        values: dict[str, float] = {}
+        for name, temperature in (("success", 1.0), ("greedy", 0.0)):
+            jobs = evaluation_jobs(tasks, temperature, self._config.seed)
+            trajectories = self._collector.run_jobs(jobs, f"{label}: {name}")
+            score_evaluation(trajectories)
+            rates[name] = success_rate(trajectories)
+            means = reward_means(trajectories)
+            values |= {f"eval/{name}": rates[name].mean}
+            values |= {f"eval/{name}/{key}": value for key, value in means.items() if key != "success"}
+            if name == "success" and self._world.is_main:
+                records = self._records.write_evaluation(step, tasks, trajectories)
+                if records and trainer.log_completions:
+                    self._progress.print(rollout_table(records, limit=trainer.log_completions))
+        if self._metrics:
+            self._metrics.write(step, values)
+        self._progress.note(f"{label} at step {step}: sampled {rates['success']}, greedy {rates['greedy']}")
+        return {name: rate.to_json() for name, rate in rates.items()}
+
+
+def evaluate(
+    loop: AgentLoop,
+    tasks: list[Task],
+    *,
+    temperature: float,
+    seed: int,
+    on_finish: Callable[[int, Trajectory], None] | None = None,
+) -> list[Trajectory]:
+    """One trajectory per task, rewarded by its environment (reward_parts). Temperature 0 is greedy."""
+    trajectories = loop.run(evaluation_jobs(tasks, temperature, seed), on_finish)
+    score_evaluation(trajectories)
+    return trajectories
+
+
+def evaluation_jobs(tasks: list[Task], temperature: float, seed: int) -> list[Job]:
+    return [Job(task, (seed, EVAL_STREAM, index), temperature) for index, task in enumerate(tasks)]
+
+
+def success_rate(trajectories: list[Trajectory]) -> Rate:
+    return Rate.of([t.reward_parts.get("success", 0.0) for t in trajectories])
+
+
+def reward_means(trajectories: list[Trajectory]) -> dict[str, float]:
+    keys = sorted({key for t in trajectories for key in t.reward_parts})
+    return {key: sum(t.reward_parts.get(key, 0.0) for t in trajectories) / len(trajectories) for key in keys}

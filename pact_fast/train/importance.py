@@ -1,0 +1,33 @@
+"""Importance weights that the loss kernel cannot form token by token, computed before the update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from pact_fast.algorithms.base import ImportanceWeight
+from pact_fast.batch.loss_table import ScoredTokens
+from pact_fast.components import LossContext
+
+MAX_LOG_RATIO = 50.0  # exp stays finite
+
+
+def set_importance_weights(scored: Iterable[ScoredTokens], context: LossContext, rule: ImportanceWeight) -> None:
+    """Fill in `importance` of the rollouts scored in `context`; `old_logprob` must be known."""
+    for s in scored:
+        if s.context == context and len(s.index):
+            s.importance = importance_weight(s.old_logprob, s.sampler_logprob, rule)
+
+
+def importance_weight(old: np.ndarray, sampler: np.ndarray, rule: ImportanceWeight) -> np.ndarray:
+    """w float64 [m] of one rollout, from its log-probs [m] under π_old and under the sampler."""
+    log_ratio = (old - sampler).astype(np.float64)
+    if rule.level == "sequence":
+        log_ratio = np.full_like(log_ratio, log_ratio.sum())
+    elif rule.level == "geometric_mean":
+        log_ratio = np.full_like(log_ratio, log_ratio.mean())
+    weight = np.exp(np.minimum(log_ratio, MAX_LOG_RATIO))
+    if rule.bound == "truncate":
+        return np.minimum(weight, rule.clip_max)
+    return np.where(weight <= rule.clip_max, weight, 0.0)

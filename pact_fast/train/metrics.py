@@ -1,0 +1,144 @@
+"""metrics.jsonl and TensorBoard, one flat record per step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pact_fast.algorithms.base import Group
+from pact_fast.components import Component
+from pact_fast.kernels import summarise
+from pact_fast.train.learner import UpdateResult
+from pact_fast.train.run_dir import io_errors
+
+
+class MetricsWriter:
+    """Appends to run/metrics.jsonl, flushed per record, and to TensorBoard in run/tensorboard, from step `first` on."""
+
+    def __init__(self, run: Path, first: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run = run
+        self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1 if first else None)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with io_errors(self._run / "metrics.jsonl"):
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")  # NaN is no JSON
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with io_errors(self._run / "tensorboard"):
+            for key, value in finite.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """On a full disk, what is lost here was reported by `write`, or is TensorBoard's last minutes."""
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+def rollout_metrics(groups: list[Group]) -> dict[str, float]:
+    """Rewards, lengths, turns, stop reasons and sampled shares of the step's rollouts."""
+    trajectories = [t for group in groups for t in group.trajectories]
+    if not trajectories:
+        return {}
+    rewards = np.array([t.reward for t in trajectories])
+    values = {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "reward/zero_advantage_groups": float(np.mean([not any(np.any(a) for a in g.advantages) for g in groups])),
+        "lengths/completion_mean": float(np.mean([len(t.ids) for t in trajectories])),
+        "lengths/completion_max": float(max(len(t.ids) for t in trajectories)),
+        "lengths/sampled_mean": float(np.mean([t.sampled.sum() for t in trajectories])),
+        "turns/mean": float(np.mean([len(t.turns) for t in trajectories])),
+        "tools/calls_mean": float(np.mean([len(t.calls) for t in trajectories])),
+        "tools/malformed_fraction": _share(
+            [isinstance(a, str) for t in trajectories for turn in t.turns for a in turn.attempts]
+        ),
+    }
+    for part in sorted({key for t in trajectories for key in t.reward_parts}):
+        values[f"reward/{part}"] = float(np.mean([t.reward_parts.get(part, 0.0) for t in trajectories]))
+    if "reward/success" in values:
+        values["success"] = values["reward/success"]
+    for reason in sorted({t.stop_reason for t in trajectories}):
+        values[f"stop/{reason}"] = _share([t.stop_reason == reason for t in trajectories])
+    for component in (Component.REASONING, Component.TOOL_CALL, Component.ANSWER):
+        counts = [int(((t.components == component) & t.sampled).sum()) for t in trajectories]
+        values[f"lengths/{component.name.lower()}_mean"] = float(np.mean(counts))
+    return values
+
+
+def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
+    """Losses and statistics of the step's optimizer steps; stats are sums, so they are added before they are divided."""
+    stats: dict[str, Any] = {}
+    for result in results:
+        for key, value in result.stats.items():
+            stats[key] = stats[key] + value if key in stats else value
+    tokens = sum(r.tokens for r in results)
+    values = {
+        "loss": float(np.mean([r.loss for r in results])),
+        "grad_norm": float(np.mean([r.grad_norm for r in results])),
+        "tokens/computed": float(tokens),
+        "tokens/unshared": float(sum(r.tokens_unshared for r in results)),
+        "tokens/supervised": float(sum(r.supervised for r in results)),
+        "tokens/packs": float(sum(r.packs for r in results)),
+        "sharing/flops_saved": 1.0 - _ratio(sum(r.flops for r in results), sum(r.flops_unshared for r in results)),
+        "sharing/load_balance": _ratio(sum(r.flops for r in results), sum(r.flops_waited for r in results)),
+        "sharing/pack_efficiency": _ratio(tokens, sum(r.capacity for r in results)),
+    }
+    for phase in results[0].seconds if results else ():
+        values[f"time/{phase}"] = sum(r.seconds[phase] for r in results)
+    return {**values, **mismatch_metrics(results), **(summarise(stats) if stats else {})}
+
+
+def mismatch_metrics(results: list[UpdateResult]) -> dict[str, float]:
+    """How far the trainer's log-probs of sampled tokens are from the sampler's, under the same context (prompt only).
+
+    abs_mean, p99 and max of |gap| say whether the engine computes what the trainer computes; `mean` is signed.
+    """
+    parts = [gap for result in results for gap in result.gaps if len(gap)]
+    if not parts:
+        return {}
+    component, gap = np.concatenate(parts).T
+    size = np.abs(gap)
+    values = {"mismatch/mean": float(gap.mean()), **_sizes("mismatch", size)}
+    for number in np.unique(component):
+        values |= _sizes(f"mismatch/{Component(int(number)).name.lower()}", size[component == number])
+    return values
+
+
+def _sizes(prefix: str, size: np.ndarray) -> dict[str, float]:
+    p50, p99 = np.quantile(size, (0.5, 0.99))
+    return {
+        f"{prefix}/abs_mean": float(size.mean()),
+        f"{prefix}/p50": float(p50),
+        f"{prefix}/p99": float(p99),
+        f"{prefix}/max": float(size.max()),
+    }
+
+
+def control_token_prob(groups: list[Group], control: frozenset[int]) -> dict[str, float]:
+    """Mean sampler probability of sampled control tokens (end of turn, markers): it falls first when a policy breaks."""
+    ids = np.array(sorted(control))
+    probabilities = [
+        np.exp(t.logprobs[t.sampled & np.isin(t.ids, ids)]) for group in groups for t in group.trajectories
+    ]
+    found = np.concatenate(probabilities) if probabilities else np.zeros(0)
+    return {"control_token_prob": float(found.mean())} if len(found) else {}
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
+
+
+def _share(flags: list[bool]) -> float:
+    return float(np.mean(flags)) if flags else 0.0

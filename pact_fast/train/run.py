@@ -1,0 +1,393 @@
+"""The life cycle of a training run: build, resume, step, evaluate, save, stop.
+
+All randomness is a function of (seed, step, place), never of earlier draws, and nothing depends on how fast a tool
+answered. A run that is killed and resumed therefore repeats its lost steps bit for bit (on CPU, with the same number of
+threads).
+
+All ranks go through this together (docs/scaling.md): each samples its part of the rollouts, all of them get all
+rollouts, and from there on they compute the same batches. Rank 0 writes and logs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pact_fast.algorithms.registry import make_algorithm
+from pact_fast.chat.rendering import make_renderer
+from pact_fast.chat.template_check import check_template
+from pact_fast.config import Config
+from pact_fast.distributed.world import init_world
+from pact_fast.envs.registry import EnvironmentFactory, make_tasks
+from pact_fast.errors import PactError
+from pact_fast.estimate.memory import fitting_pack_tokens
+from pact_fast.model import lora
+from pact_fast.model.adapter import adapter_tensors
+from pact_fast.model.build import check_context, make_model, make_policy
+from pact_fast.model.device import device_kind, free_memory, precision
+from pact_fast.model.tokenizer import make_tokenizer
+from pact_fast.model.weights import checkpoint_weights, save_settings
+from pact_fast.report.console import summary_table
+from pact_fast.rewards.functions import load_reward_functions
+from pact_fast.rollout.agent import AgentLoop
+from pact_fast.rollout.registry import engine_builder, make_engine
+from pact_fast.train import checkpoint
+from pact_fast.train.collect import RolloutCollector
+from pact_fast.train.evaluate import Evaluator
+from pact_fast.train.learner import Learner, PacksTooLarge
+from pact_fast.train.metrics import MetricsWriter
+from pact_fast.train.pretrain import pretrain
+from pact_fast.train.progress import Progress
+from pact_fast.train.records import RolloutWriter
+from pact_fast.train.run_dir import atomic_save_pretrained, io_errors, open_run, versions, write_text
+from pact_fast.train.shutdown import GracefulShutdown, ShutdownRequested
+from pact_fast.train.step import Stepper, StepResult
+
+
+@dataclass
+class RunState:
+    """Where a run stands, as checkpoints hold it.
+
+    step               training steps done
+    wall_seconds       of all earlier processes of this run
+    base               the evaluation of the base model; None if there was none yet
+    owes_evaluation    the evaluation after the last step is still to be done
+    """
+
+    step: int = 0
+    wall_seconds: float = 0.0
+    base: dict[str, Any] | None = None
+    owes_evaluation: bool = False
+
+
+class Trainer:
+    """Builds a run from its configuration and trains it.
+
+    summary = Trainer(load_config("quickstart")).train()
+
+    Raises:
+        PactError: Configuration, data, tokenizer or run directory cannot be used.
+    """
+
+    def __init__(self, config: Config):
+        self._started = time.monotonic()
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        kind, trainer = device_kind(config), config.trainer
+        self.world = init_world(kind, timeout=trainer.dist_timeout, sequence_parallel=trainer.sequence_parallel_size)
+        self.device = torch.device(kind, self.world.local_rank) if kind == "cuda" else torch.device(kind)
+        self.progress = Progress(quiet=not self.world.is_main)
+        self.algorithm = make_algorithm(config.algorithm)
+        self.engine_builder = engine_builder(config)
+        self.tasks = make_tasks(config)
+        self.reward_functions = load_reward_functions(config.algorithm.reward.functions)
+        self.make_env = EnvironmentFactory(config)
+        self.run = Path(config.output_dir)
+        self._run_on_main(lambda: open_run(config), "the run directory")
+        self.config = self._with_pack_tokens(config)
+        self._run_on_main(self._save_tokenizer, "the tokenizer")
+        self.tokenizer = make_tokenizer(config.model, self.tasks, self.run / "tokenizer")
+        self.renderer = make_renderer(config.model, self.tokenizer)
+        check_template(self.renderer)
+        self.shutdown = GracefulShutdown()
+        self._skipped = 0  # updates in a row
+
+    def train(self) -> dict[str, Any] | None:
+        """Train to the end; returns (and writes) the summary, or None if the run was asked to stop before (SIGTERM).
+
+        Raises:
+            ShutdownRequested: Asked to stop while there is nothing to save, before the first step or after the last.
+        """
+        with self.shutdown:
+            try:
+                return self._train()
+            except ShutdownRequested:
+                self.progress.note("asked to stop, and nothing had to be saved; go on with resume=auto")
+                raise
+            finally:
+                self.progress.close()
+
+    def _train(self) -> dict[str, Any] | None:
+        found = self._newest_checkpoint()
+        self._build(found)
+        state = self._restore(found) if found else self._start()
+        self._began = self._started - state.wall_seconds
+        try:
+            self.engine.update_weights(self.model, self.learner.updates)
+            if state.base is None:
+                state.base = self.evaluator.evaluate(0, "base")
+            if state.owes_evaluation:
+                self.evaluator.evaluate(state.step, "eval")
+            self.shutdown.deferred = True  # from here on there is a step to be saved
+            while state.step < self.config.trainer.max_steps:
+                self._log_step(state.step + 1, self.stepper(state.step))
+                state.step += 1
+                if self._maybe_evaluate_and_save(state):
+                    return None
+            self.shutdown.deferred = False
+            return self._finish(state)
+        except PacksTooLarge as error:
+            write_text(self._pack_limit, str(error.tokens))
+            raise
+        finally:
+            self._close()
+
+    # -- build and resume --------------------------------------------------------------------------------------------
+
+    def _build(self, found: Path | None) -> None:
+        """Model, learner, engine, and the parts of a step; from a checkpoint, if there is one."""
+        config = self.config
+        self.model, reference = self._load_models(found)
+        autocast = precision(config, self.device)
+        per_update = config.trainer.prompts_per_update or config.trainer.prompts_per_step
+        updates_per_batch = config.trainer.prompts_per_step // per_update
+        self.learner = Learner(
+            self.model,
+            config.trainer,
+            self.algorithm,
+            total_updates=config.trainer.max_steps * updates_per_batch,
+            updates_per_batch=updates_per_batch,
+            temperature=config.rollout.temperature,
+            reference=reference,
+            autocast=autocast,
+            sampler_differs=self.engine_builder.sampler_differs,
+            world=self.world,
+            dtype=config.model.dtype,
+        )
+        # after the learner, which may partition the model over ranks
+        self.engine = make_engine(
+            config, self.model, self.renderer, folder=self.run, autocast=autocast, world=self.world
+        )
+        self.loop = AgentLoop(self.engine, self.renderer, self.make_env, config.rollout)
+        samplers = self.engine_builder.samplers(self.world)
+        self.collector = RolloutCollector(
+            config, self.tasks, self.loop, self.algorithm, self.reward_functions, samplers, self.world, self.progress
+        )
+        self.stepper = Stepper(config, self.algorithm, self.learner, self.engine, self.collector, self.renderer)
+        self.records = RolloutWriter(self.run, self.renderer, limit=config.trainer.save_rollouts)
+
+    def _load_models(self, found: Path | None) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+        """The policy, and the frozen reference if there is a KL term."""
+        config, base_dir = self.config, self.run / "base"
+        if config.pretrain:
+            with nullcontext() if self.world.is_main else self.shutdown.suspended():
+                self._run_on_main(lambda: self._pretrain(base_dir), "the base model")
+        start, several = base_dir if config.pretrain else None, self.world.size > 1
+        weights = found and found / "model"
+        model = make_policy(config, self.tokenizer, base=start, checkpoint=weights, device=self.device, split=several)
+        check_context(config, model)
+        if not self.algorithm.requirements(self.engine_builder.sampler_differs).reference:
+            return model, None
+        if config.model.lora:
+            return model, model  # with its adapters off
+        reference = make_model(config, self.tokenizer, path=start, device=self.device, split=several)
+        return model, reference.eval().requires_grad_(False)
+
+    def _pretrain(self, target: Path) -> None:
+        """Make the base model, if it is not there; the folder appears only when it is complete."""
+        config = self.config
+        if (target / "config.json").exists():
+            return
+        assert config.pretrain is not None
+        model = make_model(config, self.tokenizer, device=self.device)
+        with self.progress.phase("base model", config.pretrain.steps) as advance:
+            pretrain(config, model, self.renderer, self.tasks, lambda step, loss: advance(f"loss {loss:.3f}"))
+        atomic_save_pretrained(model, target)
+
+    def _save_tokenizer(self) -> None:
+        saved = self.run / "tokenizer"
+        if not saved.exists():
+            atomic_save_pretrained(make_tokenizer(self.config.model, self.tasks, saved), saved)
+
+    def _newest_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from, the same on all ranks."""
+        if self.config.resume != "auto":
+            return None
+
+        def find() -> str | None:
+            found = checkpoint.latest(self.run / "checkpoints")
+            return str(found) if found else None
+
+        path = self.world.broadcast_from_main(find, "the newest checkpoint")
+        return Path(path) if path else None
+
+    def _start(self) -> RunState:
+        """A run from its beginning."""
+        self._open_metrics(0, 0)
+        return RunState()
+
+    def _restore(self, found: Path) -> RunState:
+        """Optimizer, random numbers and metrics as the checkpoint has them."""
+        saved = checkpoint.load(found)
+        state = saved.state
+        self.learner.backend.load_state(saved.tensors["optimizer"])
+        checkpoint.set_rng_state(state["rng"], saved.tensors["rng"])
+        self.learner.updates = state["updates"]
+        self._open_metrics(saved.step, state["metrics_bytes"])
+        self.progress.note(f"resuming {self.run} from step {saved.step}")
+        return RunState(saved.step, state["wall_seconds"], state["base"], state.get("owes_evaluation", False))
+
+    def _open_metrics(self, step: int, size: int) -> None:
+        """metrics.jsonl, cut to the `size` bytes that belong to the steps before `step`."""
+        self.metrics = None
+        if self.world.is_main:
+            checkpoint.rewind_metrics(self.run / "metrics.jsonl", size)
+            self.metrics = MetricsWriter(self.run, step)
+        self.evaluator = Evaluator(
+            self.config, self.tasks, self.collector, self.metrics, self.records, self.progress, self.world
+        )
+
+    def _with_pack_tokens(self, config: Config) -> Config:
+        """The configuration with a number for trainer.max_tokens_per_pack.
+
+        null becomes what is estimated to fit; a size that once ran out of memory is not tried again.
+        """
+        self._pack_limit = self.run / "max_tokens_per_pack"
+        wanted = config.trainer.max_tokens_per_pack
+        if self._pack_limit.exists():
+            known = int(self._pack_limit.read_text())
+            wanted = min(known, wanted or known)
+        if wanted is None:
+            free = free_memory(self.device)
+            found = fitting_pack_tokens(config, self.world.size, self.device.type, free)
+            wanted = min(self.world.all_gather(found, "the size of packs"))
+            self.progress.note(f"packs have at most {wanted} tokens (trainer.max_tokens_per_pack=null)")
+        trainer = config.trainer.model_copy(update={"max_tokens_per_pack": wanted})
+        return config.model_copy(update={"trainer": trainer})
+
+    def _run_on_main(self, make: Callable[[], object], what: str) -> None:
+        """Let rank 0 make something on disk before the others look for it. Its PactError is raised on all ranks."""
+
+        def attempt() -> str | None:
+            try:
+                make()
+            except PactError as error:
+                return str(error)
+            return None
+
+        problem = self.world.broadcast_from_main(attempt, what)
+        if problem is not None:
+            raise PactError(problem)
+
+    # -- after each step ---------------------------------------------------------------------------------------------
+
+    def _log_step(self, step: int, result: StepResult) -> None:
+        """Write metrics and rollouts of step `step` (from 1); stop after too many skipped updates."""
+        if self.metrics:
+            self.metrics.write(step, result.metrics)
+            self.records.write_step(step, result.batches)
+        self.progress.step(step, self.config.trainer.max_steps, result.metrics)
+        self._check_skipped(step, result)
+
+    def _check_skipped(self, step: int, result: StepResult) -> None:
+        """An update whose loss or gradient is not finite changes nothing; its batch is kept for inspection."""
+        for update in result.results:
+            self._skipped = self._skipped + 1 if update.skipped else 0
+        if not any(update.skipped for update in result.results):
+            return
+        kept = self.run / "rollouts" / f"skipped_{step:06d}.jsonl"
+        if self.world.is_main:
+            self.records.write_skipped(step, result.batches)
+        self.progress.note(
+            f"step {step}: loss or gradient is not finite; the update is skipped, its batch is in {kept}"
+        )
+        if self._skipped > self.config.trainer.max_skipped_updates:
+            raise PactError(
+                f"{self._skipped} updates in a row had a loss or gradient that is not finite (trainer.max_skipped_updates); "
+                f"look at {kept}, lower trainer.learning_rate, and go on from the last checkpoint with resume=auto"
+            )
+
+    def _maybe_evaluate_and_save(self, state: RunState) -> bool:
+        """Evaluate and save as the settings say; returns whether to stop here.
+
+        A run that is asked to stop leaves its evaluation to the process that resumes it, so that none is missing.
+        """
+        trainer, done = self.config.trainer, state.step
+        last = done == trainer.max_steps
+        stop = self._shutdown_requested()
+        due = bool(trainer.eval_steps) and done % (trainer.eval_steps or 1) == 0 and not last
+        if due and not stop:
+            self.evaluator.evaluate(done, "eval")
+            due, stop = False, self._shutdown_requested()
+        state.owes_evaluation = due
+        if done % trainer.save_steps == 0 or last or stop:
+            self._save(state)
+        if stop:
+            self.progress.note(f"asked to stop: step {done} is saved; go on with resume=auto")
+        return stop
+
+    def _shutdown_requested(self) -> bool:
+        """Whether any rank was asked to stop."""
+        return self.world.any(self.shutdown.requested)
+
+    def _save(self, state: RunState) -> None:
+        rng_state, rng_tensors = checkpoint.rng_state()
+        adapters = self.config.model.lora
+        saved = {
+            "rng": rng_state,
+            "updates": self.learner.updates,
+            "wall_seconds": time.monotonic() - self._began,
+            "base": state.base,
+            "owes_evaluation": state.owes_evaluation,
+            "metrics_bytes": (self.run / "metrics.jsonl").stat().st_size if self.metrics else 0,
+        }
+        found = adapter_tensors(self.model)
+
+        def write_model(path: Path) -> None:
+            if adapters:
+                lora.save(self.model, found, path, adapters)
+            else:
+                save_settings(self.model, path)
+            self.tokenizer.save_pretrained(path)
+
+        checkpoint.save(
+            self.run / "checkpoints",
+            state.step,
+            tensors={"optimizer": self.learner.backend.state(), "rng": rng_tensors},
+            state=saved,
+            write_model=write_model,
+            weights=None if adapters else checkpoint_weights(self.model),
+            keep=self.config.trainer.save_total_limit,
+            world=self.world,
+        )
+
+    def _finish(self, state: RunState) -> dict[str, Any]:
+        """The last evaluation, summary.json and report.html."""
+        from pact_fast.report import write_report
+
+        base, final = state.base, self.evaluator.evaluate(self.config.trainer.max_steps, "trained")
+        summary: dict[str, Any] = {
+            "recipe": self.run.name,
+            "algorithm": self.config.algorithm.name,
+            "steps": self.config.trainer.max_steps,
+            "base_success": base and base["success"],
+            "success": final and final["success"],
+            "base_greedy": base and base["greedy"],
+            "greedy": final and final["greedy"],
+            "wall_seconds": round(time.monotonic() - self._began, 1),
+            "seed": self.config.seed,
+            "versions": versions(),
+        }
+        if not self.world.is_main:
+            return summary
+        write_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        with io_errors(self.run / "report.html"):
+            report = write_report(self.run)
+        self.progress.print(summary_table(summary))
+        self.progress.note(f"report: {report}")
+        return summary
+
+    def _close(self) -> None:
+        self.collector.close()
+        if self.metrics:
+            self.metrics.close()
+        self.loop.close()
+        self.engine.shutdown()
