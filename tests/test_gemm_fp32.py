@@ -12,7 +12,7 @@ from pact_fast.kernels import build
 def ops():
     if (status := build.status()) != "ready":
         pytest.skip(f"no C++ library: {status}")
-    if not torch.ops.pact_fast.fp32_products_ready():
+    if not torch.ops.pact_fast.fp32_gemm_ready():
         pytest.skip("no fp32 products: no AVX-512")
     return torch.ops.pact_fast
 
