@@ -40,4 +40,6 @@ def backward(
     coupled = (None, None, None, None, False)
     if pairing is not None:
         coupled = (pairing.partner, pairing.divergence, pairing.own, pairing.cross, pairing.kind == JSD)  # type: ignore[assignment]
-    torch.ops.pact_fast.head_softmax_backward(z, out, source, target, temperature, softcap or 0.0, *stats, g, h, *coupled)
+    torch.ops.pact_fast.head_softmax_backward(
+        z, out, source, target, temperature, softcap or 0.0, *stats, g, h, *coupled
+    )
