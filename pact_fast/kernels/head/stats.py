@@ -43,7 +43,7 @@ def token_stats(
                        clipped, clipped_low, clipped_high (tokens)
     sft_weight ≠ 0     sft_count
     rl, reference known  ref_count, kl (k3 against the reference)
-    rl, sampler known  sampler_count, is_weight, is_weight_sq, logprob_diff and logprob_diff_sq (of log π_old − sampler's log-prob)
+    rl, sampler known  sampler_count, is_weight, is_weight_sq, logprob_diff, logprob_diff_sq (log π_old − log π_sampler)
     first of a pair    pair_count, divergence
     """
     rl = tokens.rl_weight != 0
@@ -87,8 +87,8 @@ def token_stats(
 def summarise(stats: dict[str, torch.Tensor]) -> dict[str, float]:
     """Means of summed statistics, by context ("prompt/clip_fraction") and component ("trace/tool_call/entropy").
 
-    Empty cells are left out. `tokens` counts tokens, `loss_rl` and `loss_sft` are sums, `logprob_diff_std` is the standard
-    deviation of it, `ess` the effective sample size (Σw)²/Σw² in tokens and `ess_fraction` the same as a fraction of the tokens.
+    Empty cells are left out. `tokens` counts tokens, `loss_rl` and `loss_sft` are sums, `logprob_diff_std` is its
+    standard deviation, `ess` the effective sample size (Σw)²/Σw² in tokens, `ess_fraction` the same per token.
     """
     host = {name: table.double().cpu() for name, table in stats.items()}
     values: dict[str, float] = {}
