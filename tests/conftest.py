@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="session")
 def steady(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of the fault drills, undisturbed."""
-    from faults import STEPS, Life, metrics
+    from tests.support.runs import STEPS, Life, metrics
 
     run = tmp_path_factory.mktemp("steady") / "run"
     Life(run).ends_well()

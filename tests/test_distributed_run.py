@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults import Life
-from test_resume import SETTINGS
+
+from tests.support.runs import SETTINGS, Life
 
 STAGES = {
     "replicated": [],

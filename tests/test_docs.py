@@ -90,7 +90,7 @@ def test_python_fragment_imports_what_there_is(block):
 
 
 def test_algorithm_of_the_guide_makes_a_plan_that_can_be_trained():
-    from helpers import lookup_chain_renderer, make_groups, step_context_of
+    from tests.support.groups import lookup_chain_renderer, make_groups, step_context_of
 
     renderer, config = lookup_chain_renderer(), AlgorithmConfig(name="grpo")
     groups = make_groups(renderer, config, prompts=2, rollouts=4, use_turns=False)

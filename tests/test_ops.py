@@ -10,39 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pact_fast.errors import PactError
-from pact_fast.kernels import LossTokens, TokenPairs, linear_logprob, pact_loss
+from pact_fast.kernels import TokenPairs, linear_logprob, pact_loss
 from pact_fast.kernels.head import loss
-
-ROWS, WIDTH, VOCAB = 12, 6, 31
-
-
-def inputs(dtype: torch.dtype = torch.float32, grad: bool = True) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    shapes = (ROWS, WIDTH), (VOCAB, WIDTH), (VOCAB,)
-    return [torch.randn(*shape).to(dtype).requires_grad_(grad) for shape in shapes]
-
-
-def tokens(n: int = 20, seed: int = 0) -> LossTokens:
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform() -> torch.Tensor:
-        return torch.rand(n, generator=generator)
-
-    context = torch.arange(n) % 3
-    return LossTokens(
-        row=torch.randint(ROWS, (n,), generator=generator),
-        target=torch.randint(VOCAB, (n,), generator=generator),
-        context=context,
-        component=torch.arange(n) % 5,
-        sequence=torch.arange(n) // 4,
-        advantage=uniform() - 0.5,
-        old_logprob=-4.0 * uniform(),
-        rl_weight=uniform() * (context < 2),
-        sft_weight=uniform() * (context == 2),
-        ref_logprob=-4.0 * uniform(),
-        sampler_logprob=-4.0 * uniform(),
-    )
-
+from tests.support.loss_inputs import ROWS, VOCAB, WIDTH, inputs, tokens
 
 OPTIONS = dict(kl_coef=0.1, entropy_coef=0.05, is_cap=2.0, temperature=0.8, softcap=10.0)
 

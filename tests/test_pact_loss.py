@@ -7,12 +7,12 @@ from collections import defaultdict
 
 import pytest
 import torch
-from memory import peak_bytes
 
 from pact_fast.components import Component
 from pact_fast.errors import PactError
 from pact_fast.kernels import LossContext, LossTokens, pact_loss, summarise
 from pact_fast.kernels.head import chunked
+from tests.support.memory import peak_bytes
 
 VOCAB, WIDTH = 1003, 12
 NAN = float("nan")

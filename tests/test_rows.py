@@ -12,10 +12,8 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ import torch.multiprocessing
 
 from pact_fast.kernels.head.softmax_torch import Pairing, RowStats, compact
 from pact_fast.kernels.runtime import build
+from tests.support.triton_interpreter import interpreter
 
 EPS = torch.finfo(torch.float32).eps
 LONG = 3 * 4096 + 77  # some tiles and an odd rest
@@ -32,15 +31,6 @@ VECTORISED = "-fsanitize" not in os.environ.get("PACT_FAST_CXXFLAGS", "")
 
 def call(module: str, name: str, *args: Any) -> Any:
     return getattr(importlib.import_module(f"pact_fast.kernels.head.{module}"), name)(*args)
-
-
-@functools.cache
-def interpreter() -> ProcessPoolExecutor:
-    # Tensors travel in shared memory, so that changes in place arrive
-    pool = ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn"))
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        pool.submit(os.getpid).result()  # starts the process
-    return pool
 
 
 def triton_call(module: str, name: str, *args: Any) -> Any:
