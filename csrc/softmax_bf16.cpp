@@ -11,7 +11,7 @@
 // instead of two. Rounding exp_z costs as much as rounding dz: one part in 256 at most.
 //
 // One thread owns a panel, or the statistics of a row, and adds in a fixed order: results do not depend on the
-// number of threads. Reference in plain torch: pact_fast/kernels/rows_torch.py.
+// number of threads. Reference in plain torch: pact_fast/kernels/head/softmax_torch.py.
 
 #include <torch/csrc/stable/library.h>
 
