@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pact_fast.data.types import ExpertTrace, ToolCall, Trajectory, TurnRecord
-from pact_fast.rewards.ftrl import mentions, solve_score
+from pact_fast.rewards.ftrl import contains_parts, solve_score
 from pact_fast.rewards.toolhop import is_correct
 
 EXPERT = Path(__file__).parent / "data" / "ftrl_expert.jsonl"
@@ -86,8 +86,8 @@ def test_equal_sub_questions_need_a_call_each():
         ("4", "category five", False),
     ],
 )
-def test_mentions(expected, text, found):
-    assert mentions(expected, text) is found
+def test_contains_parts(expected, text, found):
+    assert contains_parts(text, expected) is found
 
 
 words = st.text("aB1,. ", max_size=6)
