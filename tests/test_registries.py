@@ -92,8 +92,9 @@ TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 def only_built_in_classes(monkeypatch):
     """Every test starts with the built-in classes, and leaves no others behind."""
     for registry in (environment, tool_format):
-        registry.names()
-        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+        built_in = {name: registry.get(name) for name in registry.names()}
+        built_in = {name: cls for name, cls in built_in.items() if cls.__module__.startswith("pact_fast.")}
+        monkeypatch.setattr(registry, "_classes", built_in)
 
 
 @pytest.fixture

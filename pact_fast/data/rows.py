@@ -294,7 +294,9 @@ def check_environment(env: str | None, registered: Collection[str]) -> None:
         return
     names = sorted(registered)
     if ":" in env:
-        problem = f"a row cannot name a file or module ({quoted(env)}); set env.name to it, and write a registered name"
+        problem = (
+            f"a row cannot name a file or module ({quoted(env)}); set env.name to it and give the row a registered name"
+        )
     else:
         problem = (
             f"unknown environment {quoted(env)}{nearest(env, names)} Correct it, or set env.name to your own class"
