@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pact_fast.chat.chat_template import calling
+from pact_fast.chat.chat_template import call_message
 from pact_fast.chat.formats.hermes import Hermes
 from pact_fast.chat.formats.registry import get_format
 from pact_fast.chat.rendering import NO_LEVEL, ChatRenderer
@@ -98,7 +98,7 @@ def test_prompt_is_the_templates_own(name):
 
 
 @every_template
-def test_glue_is_what_the_template_writes_after_a_turn(name):
+def test_bridge_is_what_the_template_writes_after_a_turn(name):
     r = renderer(name)
     rng = random.Random(0)
     pieces = [*' \n\t"\\{}[]<>.,:;!', *"é中🙂\x00", "e\u0301", "\n\n", "the", " quick", "3.14", "'s", '"}', "{{ x }}"]
@@ -106,8 +106,8 @@ def test_glue_is_what_the_template_writes_after_a_turn(name):
         contents = ["".join(rng.choices(pieces, k=rng.randint(0, 8))) for _ in range(rng.randint(1, 3))]
         following = [{"role": "tool", "name": "get_time", "content": c} for c in contents]
         following += [{"role": "user", "content": "And\nnow? "}] if rng.random() < 0.5 else []
-        spoken = calling(ToolCall("get_time", {"city": "MARK"}))
-        whole = r.template.text([*PROMPT, spoken, *following], TOOLS, generate=True)
+        spoken = call_message(ToolCall("get_time", {"city": "MARK"}))
+        whole = r.template.render([*PROMPT, spoken, *following], TOOLS, generate=True)
         after = whole.index(r.eot, whole.index("MARK")) + len(r.eot)
         ids, components = r.bridge_tokens(following)
         assert ids.tolist() == r.tokenizer.encode(whole[after:], add_special_tokens=False)
@@ -149,7 +149,7 @@ def test_halves_of_surrogate_pairs_in_a_tool_answer_are_replaced():
     assert "?ok" in text(renderer(), renderer().bridge_ids([{"role": "tool", "content": "\ud800ok"}]))
 
 
-def test_glue_does_not_depend_on_the_order_of_calls():
+def test_bridge_does_not_depend_on_the_order_of_calls():
     r = ChatRenderer(chatml_like())
     long = [{"role": "tool", "content": "a"}, {"role": "user", "content": "b"}]
     first = r.bridge_ids(long[:1]).tolist()
@@ -242,7 +242,7 @@ def test_prompt_that_opens_the_reasoning_is_not_repeated():
 
 @every_template
 @pytest.mark.parametrize("rendering", ["demonstration", "turns"])
-def test_trace_context_is_turns_and_glue(name, rendering):
+def test_trace_context_is_turns_and_bridges(name, rendering):
     r = renderer(name)
     context = r.trace_context(TASK, TRACE, rendering)
     expected = []
