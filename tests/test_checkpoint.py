@@ -347,13 +347,13 @@ def test_adamw_continues_bit_for_bit(tmp_path: Path) -> None:
     expected = train(backend, 3, 5)
 
     resumed = make_backend()
-    resumed._model.load_state_dict(weights)
+    resumed.model.load_state_dict(weights)
     saved = checkpoint.load(path).tensors["optimizer"]
     before = {name: tensor.clone() for name, tensor in saved.items()}
     resumed.load_state(saved)
     assert train(resumed, 3, 5) == expected
     for name, weight in backend.model.state_dict().items():
-        assert torch.equal(resumed._model.state_dict()[name], weight), name
+        assert torch.equal(resumed.model.state_dict()[name], weight), name
     old, new = dict(backend.state()), dict(resumed.state())
     assert old.keys() == new.keys() == before.keys()
     assert all(torch.equal(old[name], new[name]) and old[name].dtype == new[name].dtype for name in old)
