@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="session")
 def steady(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of the fault drills, undisturbed."""
-    from faults import STEPS, Life, metrics
+    from tests.support.runs import STEPS, Life, metrics
 
     run = tmp_path_factory.mktemp("steady") / "run"
     Life(run).ends_well()
@@ -34,6 +34,6 @@ def bf16_ops():
 
     if (status := build.status()) != "ready":
         pytest.skip(f"no C++ library: {status}")
-    if not torch.ops.pact_fast.bf16_products_ready():
+    if not torch.ops.pact_fast.bf16_gemm_ready():
         pytest.skip("no bf16 products: no AVX512-BF16, or a torch without brgemm")
     return torch.ops.pact_fast

@@ -4,7 +4,6 @@ import time
 
 import numpy as np
 import pytest
-from helpers import lookup_chain_renderer
 
 from pact_fast.components import Component
 from pact_fast.config import RolloutConfig
@@ -13,6 +12,7 @@ from pact_fast.envs.lookup_chain import LookupChain, LookupChainTasks
 from pact_fast.errors import PactError
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.engine import Completion
+from tests.support.groups import lookup_chain_renderer
 
 
 @pytest.fixture(scope="module")

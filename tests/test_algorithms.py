@@ -7,7 +7,6 @@ hidden state is a random vector that belongs to a prefix of tokens, so both side
 import numpy as np
 import pytest
 import torch
-from helpers import GENERATED, lookup_chain_renderer, make_groups, step_context_of
 
 from pact_fast.algorithms.pact import prompt_only_weight
 from pact_fast.algorithms.registry import make_algorithm
@@ -18,6 +17,7 @@ from pact_fast.kernels import LossContext, pact_loss
 from pact_fast.train.importance import set_importance_weights
 from pact_fast.train.learner import loss_tokens
 from pact_fast.tree import pack
+from tests.support.groups import GENERATED, lookup_chain_renderer, make_groups, step_context_of
 
 D, V = 12, 512
 

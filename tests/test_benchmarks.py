@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(FOLDER))
-
 import correctness  # noqa: E402
 import gpu_suite  # noqa: E402
 import head  # noqa: E402

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from faults import STEPS, Life, assert_same, at_call, cut_back, metrics, saved, seconds_since, terminate
 
 from pact_fast.train.learner import Learner, UpdateResult
+from tests.support.faults import at_call, seconds_since, terminate
+from tests.support.runs import STEPS, Life, assert_same, cut_back, metrics, saved
 
 pytestmark = pytest.mark.chaos
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from faults import DEADLINE, STEPS, Life, assert_same, contents, cut_back, metrics, saved
 
 from pact_fast.envs.python_tools.pool import BROKEN
 from pact_fast.errors import PactError
 from pact_fast.train.metrics import MetricsWriter
+from tests.support.runs import DEADLINE, STEPS, Life, assert_same, contents, cut_back, metrics, saved
 
 pytestmark = pytest.mark.chaos
 

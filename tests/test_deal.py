@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pact_fast.batch.flops import work_of_packs
 from pact_fast.tree import TokenTree, distribute_packs
+from tests.support.trees import cost
 
 
 def forest(seed: int, prompts: int, rollouts: int = 4) -> list[TokenTree]:
@@ -19,10 +20,6 @@ def forest(seed: int, prompts: int, rollouts: int = 4) -> list[TokenTree]:
             tree.add(np.arange(rng.integers(1, 90)), root)
         trees.append(tree)
     return trees
-
-
-def cost(tokens: float, pairs: float) -> float:
-    return 1000.0 * tokens + pairs
 
 
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 5), st.sampled_from([40, 150, 400, 10_000]))

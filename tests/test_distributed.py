@@ -1,16 +1,14 @@
 """Several real processes (gloo; real DeepSpeed) against one: the same gradients, the same loss curve."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed_updates import run
 
 from pact_fast.distributed.world import World
+from tests.support.distributed_updates import run
+from tests.support.processes import run_module
 
-HERE = Path(__file__).parent
 CASES = {
     "replicated": ["replicated/whole/qwen3", "replicated/small/llama", "replicated/small/qwen3/sequence"],
     "zero": [
@@ -22,12 +20,7 @@ CASES = {
 
 
 def launch(out: Path, cases: list[str], processes: int = 2) -> dict[str, np.ndarray]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-        str(HERE / "distributed_updates.py"), str(out), *cases,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("tests.support.distributed_updates", str(out), *cases, ranks=processes)
     return dict(np.load(out))
 
 

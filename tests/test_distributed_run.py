@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults import Life
-from test_resume import SETTINGS
+
+from tests.support.runs import SETTINGS, Life
 
 STAGES = {
     "replicated": [],
@@ -22,7 +22,7 @@ STAGES = {
 RECIPE = ["quickstart", *SETTINGS, "trainer.max_steps=4", "trainer.save_steps=2", "trainer.eval_steps=2"]
 CLOCK = ("time/", "tokens_per_second")
 PACKS = ("sharing/", "tokens/")  # how trees are cut depends on the number of processes
-ROUNDING = ("mismatch/", "gap", "approx_kl")  # differences of two roundings
+ROUNDING = ("mismatch/", "logprob_diff", "approx_kl")  # differences of two roundings
 
 
 def command(run: Path, *settings: str) -> list[str]:

@@ -6,7 +6,6 @@ from itertools import groupby
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_for_tests import chatml_like, llama3_like, qwen3_like
 
 from pact_fast.chat.formats.base import MAX_CALLS, ParsedTurn, ToolFormat
 from pact_fast.chat.formats.hermes import Hermes
@@ -17,6 +16,7 @@ from pact_fast.chat.tool_schema import call_error
 from pact_fast.components import Component
 from pact_fast.data.types import ToolCall
 from pact_fast.errors import PactError
+from tests.support.chat_tokenizers import chatml_like, llama3_like, qwen3_like
 
 HERMES, LLAMA = Hermes(), Llama3Json()
 FORMATS = pytest.mark.parametrize("fmt", [HERMES, LLAMA], ids=lambda f: type(f).__name__)

@@ -7,7 +7,6 @@ import time
 
 import numpy as np
 import pytest
-from tokenizers_for_tests import chatml_like, llama3_like
 
 from pact_fast.chat.formats.base import ToolFormat
 from pact_fast.chat.formats.hermes import Hermes
@@ -16,6 +15,7 @@ from pact_fast.chat.formats.llama3_json import Llama3Json
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
 from pact_fast.data.types import ToolCall
+from tests.support.chat_tokenizers import chatml_like, llama3_like
 
 SEEDS = [
     ("Think about it.", "", [ToolCall("f", {"x": 1})]),

@@ -7,14 +7,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from memory import decoder_step, peak_bytes
-from test_tree_models import KINDS, as_tree, gradients, make, trees
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pact_fast.kernels.runtime import build
 from pact_fast.model.build import enable_gradient_checkpointing
 from pact_fast.model.patch import _is_gated, _is_norm, _is_rotary, _is_silu, fused_kernels, without_fused_kernels
+from tests.support.memory import decoder_step, peak_bytes
+from tests.support.models import KINDS, make
+from tests.support.trees import as_tree, gradients, trees
 
 NORMS = {"qwen2": 5, "qwen3": 9, "qwen3_moe": 9, "llama": 5, "mistral": 5, "phi3": 5}  # in two layers
 GATED = {"qwen2": 2, "qwen3": 2, "llama": 2, "mistral": 2, "olmo2": 2}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from memory import peak_bytes
 from torch import nn
 from torch.profiler import profile
 
@@ -13,6 +12,7 @@ from pact_fast.kernels.decoder.pointwise import RmsNorm, SiluMul, silu_mul, silu
 from pact_fast.kernels.runtime import build
 from pact_fast.model.patch import fused_kernels
 from pact_fast.model.rematerialize import Rematerialize
+from tests.support.memory import peak_bytes
 
 STEP = "_GatedMlp"  # of autograd
 

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import lookup_chain_renderer, make_groups, step_context_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_fast.algorithms.registry import make_algorithm
@@ -13,6 +12,7 @@ from pact_fast.config import AlgorithmConfig, TrainerConfig
 from pact_fast.errors import PactError
 from pact_fast.train.learner import Learner
 from pact_fast.train.schedule import lr_factor
+from tests.support.groups import lookup_chain_renderer, make_groups, step_context_of
 
 TEMPERATURE = 0.8
 

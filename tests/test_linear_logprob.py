@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from memory import peak_bytes
 
 from pact_fast.errors import PactError
 from pact_fast.kernels import backends, linear_logprob
 from pact_fast.kernels.head import chunked
+from tests.support.memory import peak_bytes
 
 VOCAB = 1003
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import make_groups, step_context_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pact_fast.algorithms.registry import make_algorithm
@@ -27,6 +26,7 @@ from pact_fast.model.weights import checkpoint_weights, fingerprint
 from pact_fast.rollout.embedded.engine import TransformersEngine
 from pact_fast.rollout.engine import Request
 from pact_fast.train.learner import Learner
+from tests.support.groups import make_groups, step_context_of
 
 peft = pytest.importorskip("peft", reason="needs the extra lora: pip install 'pact-fast[lora]'")
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from update_probe import probe
 
 from pact_fast.cli.main import main
 from pact_fast.config import parse_config
@@ -15,6 +14,7 @@ from pact_fast.estimate.sharding import Sharding
 from pact_fast.estimate.workload import Lengths, full_load, update_loads
 from pact_fast.kernels.runtime import build
 from pact_fast.model.patch import without_fused_kernels
+from tests.support.update_probe import probe
 
 DEEP = {
     "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,

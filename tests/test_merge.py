@@ -9,9 +9,9 @@ import importlib
 
 import pytest
 import torch
-from test_rows import interpreter
 
 from pact_fast.model.attention.tree import _merge
+from tests.support.triton_interpreter import interpreter
 
 pytest.importorskip("triton", reason="needs triton: pip install triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

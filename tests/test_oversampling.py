@@ -3,12 +3,12 @@
 import math
 
 import pytest
-from test_resume import SETTINGS, metrics
 
 from pact_fast.config import load_config
 from pact_fast.distributed.world import World
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.train.run import Trainer
+from tests.support.runs import SETTINGS, metrics
 
 RUN = [
     *SETTINGS, "device=cpu", "trainer.max_steps=2", "trainer.prompts_per_step=3", "trainer.prompts_per_update=null",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_ops import VOCAB, inputs, tokens
 
 from pact_fast.errors import PactError
 from pact_fast.kernels import TokenPairs, pact_loss, summarise
 from pact_fast.kernels.head import chunked
+from tests.support.loss_inputs import VOCAB, inputs, tokens
 
 INDEX = torch.tensor([[0, 7], [12, 3], [5, 19], [1, 2], [9, 8]])
 WEIGHT = torch.tensor([0.7, 0.0, 1.3, 0.2, 0.4])

@@ -2,14 +2,14 @@
 
 import pytest
 import yaml
-from update_probe import probe
 
 from pact_fast.cli.main import main
 from pact_fast.config import parse_config
 from pact_fast.estimate import hardware
 from pact_fast.estimate.sharding import Sharding
-from pact_fast.estimate.time import plan
+from pact_fast.estimate.time import estimate_step
 from pact_fast.estimate.workload import Lengths
+from tests.support.update_probe import probe
 
 DEEP = {
     "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -33,7 +33,7 @@ def settings(architecture, **sections):
 
 def planned(config, gpu="h100", gpus=1, stage=0, lengths=LENGTHS):
     parsed = parse_config(config)
-    return plan(parsed, hardware.named(gpu), lengths, Sharding(gpus, stage), gpus)
+    return estimate_step(parsed, hardware.named(gpu), lengths, Sharding(gpus, stage), gpus)
 
 
 @pytest.mark.parametrize(("shape", "lengths"), [(DEEP, (256, 128, 64, 4)), (WIDE, (128, 128, 64, 4))])
@@ -44,7 +44,7 @@ def test_seconds_are_near_those_of_a_real_update(shape, lengths):
         real = probe(config, lengths, rates=True)
         ratios = []
         for rates in real["rates"]:
-            found = plan(parsed, hardware.Hardware(**rates), Lengths(*lengths), Sharding(), 1)
+            found = estimate_step(parsed, hardware.Hardware(**rates), Lengths(*lengths), Sharding(), 1)
             ratios.append(found.update_seconds / real["seconds"])
         amounts = {part.name: part.amount for part in found.parts if part.phase == "update"}
         trunk = amounts["trunk, matrix products"] + amounts["trunk, attention"]

@@ -13,16 +13,8 @@ import pytest
 from pact_fast.data.readers import attach_traces, read_tasks, read_traces, tool_schema, write_tasks
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall
 from pact_fast.errors import DataError, PactError
+from tests.support.data_rows import CALL, PARAMETERS, QUESTION, TRACE, WEATHER, toolhop_row
 
-QUESTION = [{"role": "user", "content": "How warm is Oslo?"}]
-PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-WEATHER = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": PARAMETERS}}
-CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
-TRACE = [
-    {"role": "assistant", "content": "", "reasoning_content": "Look it up.", "tool_calls": [{"function": CALL}]},
-    {"role": "tool", "name": "weather", "content": "7"},
-    {"role": "assistant", "content": "7 degrees"},
-]
 EXPERT = ExpertTrace((ExpertTurn("Look it up.", (ToolCall("weather", {"city": "Oslo"}),), ("7",)),), "7 degrees")
 
 
@@ -223,30 +215,6 @@ def test_ftrl_file():
         assert task.env_args["scoring"] == "ftrl"
         assert task.answer == row["answer"]
         assert task.columns == {name: row[name] for name in ("solve_rate", "data_source", "split")}
-
-
-SOURCE = "import math\n\ndef helper(x):\n    return x\n\ndef {name}(x):\n    return '{text}'\n\nprint({name}(1))"
-
-
-def toolhop_row():
-    schema = {"description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}
-    return {
-        "id": 41,
-        "question": "Sum of digits?",
-        "answer": "15",
-        "sub_task": {"Who?": "Ada", "Digits?": "15"},
-        "tools": {
-            "Who?": {"name": "who", **schema},
-            "Digits?": {"name": "digits", **schema},
-            "Who else?": {"name": "who", **schema, "description": "later"},
-        },
-        "functions": [
-            SOURCE.format(name="who", text="first"),
-            SOURCE.format(name="digits", text="15"),
-            SOURCE.format(name="who", text="last"),
-        ],
-        "domain": "History",
-    }
 
 
 def test_toolhop_functions_are_keyed_by_name_and_the_last_of_a_name_counts(raw):

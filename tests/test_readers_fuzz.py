@@ -7,10 +7,10 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_readers import CALL, QUESTION, TRACE, WEATHER, toolhop_row
 
 from pact_fast.data.readers import attach_traces, read_tasks, read_traces, write_tasks
 from pact_fast.errors import DataError
+from tests.support.data_rows import CALL, QUESTION, TRACE, WEATHER, toolhop_row
 
 ROWS = 100  # of each kind
 VALID = {

@@ -6,13 +6,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from memory import decoder_step, peak_bytes
-from test_tree_models import KINDS, as_tree, make, trees
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pact_fast.model import forward, rematerialize
 from pact_fast.model.build import enable_gradient_checkpointing
 from pact_fast.model.rematerialize import Rematerialize
+from tests.support.memory import decoder_step, peak_bytes
+from tests.support.models import KINDS, make
+from tests.support.trees import as_tree, trees
 
 
 def parameter_gradients(model, total: torch.Tensor) -> list[torch.Tensor]:

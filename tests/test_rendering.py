@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tokenizers_for_tests import build, chatml_like, llama3_like, qwen3_like, template
 
 from pact_fast.chat.chat_template import calling
 from pact_fast.chat.formats.hermes import Hermes
@@ -21,6 +20,7 @@ from pact_fast.chat.token_bytes import TokenBytes
 from pact_fast.components import Component
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall
 from pact_fast.errors import PactError
+from tests.support.chat_tokenizers import build, chatml_like, llama3_like, qwen3_like, template
 
 TOOLS = [
     {

@@ -9,9 +9,9 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from test_report import ATTACK, embedded, sample_rollout, write_lines, write_sample_run
 
 from pact_fast.report import write_report, write_view
+from tests.support.report_samples import ATTACK, embedded, sample_rollout, write_lines, write_sample_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = [

@@ -11,28 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SETTINGS = [
-    "trainer.max_steps=8",
-    "trainer.save_steps=1",
-    "trainer.prompts_per_step=4",
-    "trainer.prompts_per_update=2",
-    "trainer.eval_tasks=6",
-    "trainer.eval_steps=4",
-    "trainer.learning_rate=1e-3",
-    "trainer.lr_scheduler_type=cosine",
-    "rollout.num_generations=2",
-    "rollout.max_turn_tokens=12",
-    "rollout.max_completion_length=40",
-    "algorithm.reward.gamma=0.8",
-    "algorithm.beta=0.01",
-    "pretrain.steps=3",
-    "pretrain.batch_size=2",
-    "model.random_init.hidden_size=32",
-    "model.random_init.intermediate_size=32",
-    "model.random_init.num_hidden_layers=2",
-    "model.random_init.head_dim=8",
-    "threads=1",
-]
+from tests.support.runs import SETTINGS, metrics
 
 
 def command(run: Path) -> list[str]:
@@ -46,12 +25,6 @@ def command(run: Path) -> list[str]:
         "resume=auto",
         *SETTINGS,
     ]
-
-
-def metrics(run: Path) -> list[dict]:
-    """All records without what a clock decides."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "tokens_per_second"} for r in records]
 
 
 @pytest.fixture(scope="module")

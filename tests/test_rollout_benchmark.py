@@ -1,14 +1,10 @@
 """The benchmark of rollouts gives everybody the same work, and notices when somebody does less."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import rollout
 

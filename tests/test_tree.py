@@ -10,31 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from pact_fast.batch.flops import decoder_flops, work_of_packs, work_of_paths
 from pact_fast.model.attention.tree import TreeLayout, tree_mask
 from pact_fast.tree import TokenTree, pack, tree_attention, tree_forward
-
-SHAPE = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
-
+from tests.support.models import SHAPE
+from tests.support.trees import path_ids, random_tree
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def random_tree(rng: random.Random, nodes: int) -> TokenTree:
-    tree = TokenTree()
-    handles = [tree.add(np.array([rng.randrange(97) for _ in range(rng.randint(1, 6))]))]
-    for _ in range(nodes):
-        handles.append(tree.add(np.array([rng.randrange(97) for _ in range(rng.randint(0, 6))]), rng.choice(handles)))
-    return tree
-
-
-def path_ids(node) -> np.ndarray:
-    return np.concatenate([n.ids for n in node.path()])
 
 
 @pytest.mark.parametrize("seed", range(12))

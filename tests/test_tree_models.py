@@ -7,78 +7,13 @@ import random
 import numpy as np
 import pytest
 import torch
-import transformers
-from test_tree import SHAPE, path_ids, random_tree
 
 from pact_fast.errors import PactError
 from pact_fast.model.build import enable_gradient_checkpointing
 from pact_fast.model.forward import unsupported
 from pact_fast.tree import PathCache, TokenTree, branches_forward, pack, paths_forward, tree_forward
-
-KINDS = {
-    "qwen2": {},
-    "qwen3": {},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "phi": {},
-    "phi3": {"pad_token_id": 0},
-    "gemma": {},
-    "olmo2": {},
-}
-
-
-def make(kind: str, **changes) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **KINDS.get(kind, {}), **changes})
-    # grouped products of experts take no fp64
-    options = {"experts_implementation": "eager"} if kind == "qwen3_moe" else {}
-    model = transformers.AutoModelForCausalLM.from_config(config, **options).double()
-    for parameter in model.parameters():  # away from the symmetric start: norms of 1, biases of 0
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def trees(seed: int = 0) -> list[TokenTree]:
-    rng = random.Random(seed)
-    return [random_tree(rng, 7), random_tree(rng, 4), random_tree(rng, 0)]
-
-
-def weights_of(trees: list[TokenTree]) -> dict[int, torch.Tensor]:
-    torch.manual_seed(1)
-    return {id(n): torch.randn(len(n.ids), dtype=torch.float64) for t in trees for n in t.nodes}
-
-
-def gradients(model, total: torch.Tensor) -> torch.Tensor:
-    model.zero_grad()
-    total.backward()
-    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
-
-
-def as_tree(model, trees: list[TokenTree], share: bool = True, forward=tree_forward) -> torch.Tensor:
-    """A weighted sum over the hidden states that predict every token."""
-    weights = weights_of(trees)
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in pack(trees, max_tokens=60, share=share):
-        hidden = forward(model, batch)
-        for node in batch.owned:
-            rows = batch.rows(node)
-            keep = rows >= 0
-            total = total + (hidden[rows[keep]].double().sum(-1) * weights[id(node)][keep]).sum()
-    return total
-
-
-def alone(model, trees: list[TokenTree]) -> torch.Tensor:
-    """The same from every path by itself, through the model's own attention."""
-    model.set_attn_implementation("eager")
-    weights = weights_of(trees)
-    total = torch.zeros((), dtype=torch.float64)
-    for node in (n for t in trees for n in t.nodes if len(n.ids)):
-        hidden = model.base_model(torch.as_tensor(path_ids(node))[None]).last_hidden_state[0]
-        rows = np.arange(node.start, node.end) - 1
-        keep = rows >= 0
-        total = total + (hidden[rows[keep]].double().sum(-1) * weights[id(node)][keep]).sum()
-    return total
+from tests.support.models import KINDS, make
+from tests.support.trees import alone, as_tree, gradients, trees
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,8 +8,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_deal import cost
-from test_tree_models import alone, gradients, make, path_ids, weights_of
 
 from pact_fast.batch import merge as merge_module
 from pact_fast.batch.flops import work_of_packs, work_of_paths
@@ -18,6 +16,8 @@ from pact_fast.components import LossContext
 from pact_fast.kernels.head.loss import pact_loss
 from pact_fast.train.learner import loss_tokens
 from pact_fast.tree import PackedBatch, PathCache, TokenTree, branches_forward, distribute_packs, pack, tree_forward
+from tests.support.models import make
+from tests.support.trees import alone, cost, gradients, path_ids, weights_of
 
 
 @pytest.fixture

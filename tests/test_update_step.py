@@ -10,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 import update_run
 import update_step
 from update_peers import flex_forward

@@ -8,13 +8,12 @@ import torch
 
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
 
-from vllm_parts import caught, largest_gap, make_policy, perturb, prompts, sample
-
 from pact_fast.errors import EngineError
 from pact_fast.model.weights import WeightMismatch
 from pact_fast.rollout.agent import Job
 from pact_fast.rollout.engine import Request
 from pact_fast.rollout.registry import make_engine
+from tests.support.vllm_engines import caught, largest_gap, make_policy, perturb, prompts, sample
 
 pytestmark = pytest.mark.vllm
 

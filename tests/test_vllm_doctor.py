@@ -9,14 +9,13 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
 
-from vllm_parts import SETTINGS, make_policy, perturb
-
 from pact_fast.cli.main import main
 from pact_fast.data.types import ToolCall, TurnRecord
 from pact_fast.envs.registry import EnvironmentFactory
 from pact_fast.errors import PactError
 from pact_fast.rollout.engine_check import SHORTEST_CACHED, EngineSmokeTest
 from pact_fast.rollout.vllm.colocated import LocalVllm
+from tests.support.vllm_engines import SETTINGS, make_policy, perturb
 
 pytestmark = pytest.mark.vllm
 LIVE = ["engine", "rollouts", "turns", "log-probs", "prefix cache", "memory"]

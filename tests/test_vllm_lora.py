@@ -9,12 +9,11 @@ import torch
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
 pytest.importorskip("peft", reason="needs the extra lora: pip install 'pact-fast[lora]'")
 
-from vllm_parts import caught, largest_gap, make_policy, prompts, sample
-
 from pact_fast.config import LoraConfig
 from pact_fast.model import lora
 from pact_fast.model.adapter import adapter_tensors
 from pact_fast.rollout.registry import make_engine
+from tests.support.vllm_engines import caught, largest_gap, make_policy, prompts, sample
 
 pytestmark = pytest.mark.vllm
 

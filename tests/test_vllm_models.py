@@ -6,11 +6,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
 
-from vllm_parts import largest_gap, make_policy, perturb, prompts, sample
-
 from pact_fast.errors import PactError
 from pact_fast.model.weights import WeightMismatch
 from pact_fast.rollout.registry import make_engine
+from tests.support.vllm_engines import largest_gap, make_policy, perturb, prompts, sample
 
 pytestmark = pytest.mark.vllm
 SIZES = dict(

@@ -11,8 +11,6 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
 
-from vllm_parts import SETTINGS, largest_gap, make_policy, perturb, prompts, running_server, sample
-
 from pact_fast.config import load_config
 from pact_fast.errors import EngineDied, EngineError, PactError
 from pact_fast.rollout.engine import Request
@@ -21,6 +19,7 @@ from pact_fast.rollout.vllm.engine import Sampled, VllmEngine
 from pact_fast.rollout.vllm.server import ManagedVllm, VllmServer
 from pact_fast.train.learner import Learner
 from pact_fast.train.run import Trainer
+from tests.support.vllm_engines import SETTINGS, largest_gap, make_policy, perturb, prompts, running_server, sample
 
 pytestmark = pytest.mark.vllm
 STEPS = 20

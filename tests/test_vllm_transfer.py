@@ -4,17 +4,11 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
-
-from gloo_transfer import EXTENSION, Group, native
-from vllm_parts import caught, largest_gap, make_policy, perturb, prompts, running_server, sample
 
 from pact_fast.config import LoraConfig
 from pact_fast.errors import PactError
@@ -24,6 +18,9 @@ from pact_fast.rollout.registry import make_engine
 from pact_fast.rollout.vllm import weight_transfer
 from pact_fast.rollout.vllm.server import ManagedVllm
 from pact_fast.rollout.vllm.weight_transfer import choose_transfer
+from tests.support.gloo_transfer import EXTENSION, Group, native
+from tests.support.processes import run_module
+from tests.support.vllm_engines import caught, largest_gap, make_policy, perturb, prompts, running_server, sample
 
 pytestmark = pytest.mark.vllm
 FLAGS = ["--weight-transfer-config", '{"backend": "nccl"}']
@@ -222,11 +219,7 @@ def test_a_dying_server_does_not_start_while_its_weights_cannot_be_sent(policy, 
 def test_weights_that_zero3_has_split(tmp_path):
     """Two processes gather them; a server that died before that is started first, one that dies later ends the run."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    script = Path(__file__).parent / "zero3_transfer.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("tests.support.zero3_transfer", str(tmp_path), ranks=2, timeout=300)
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(result["gaps"]) == 3 and max(result["gaps"]) <= 1e-4 and result["restarts"] == 1
     assert result["broadcasts"] > 3 and "ZeRO-3 has split them" in result["error"]

@@ -1,29 +1,17 @@
 """A model that real DeepSpeed ZeRO-3 has partitioned over two processes: its weights for an engine, and its gradients."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.support.processes import run_module
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
 
 @pytest.mark.slow
 def test_every_rank_sees_all_weights_but_never_at_once_and_trees_keep_their_gradients(tmp_path):
-    script = Path(__file__).parent / "zero3_weights.py"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        str(tmp_path),
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    run_module("tests.support.zero3_weights", str(tmp_path), ranks=2, timeout=240)
     for rank in range(2):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
         assert result["equal"] and result["announced"]

@@ -21,10 +21,10 @@ from pact_fast.model.device import pick_device, precision
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.registry import make_engine
+from pact_fast.train.checkpoint import run_weights
 from pact_fast.train.evaluate import evaluate, reward_means, success_rate
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import rollout_record
-from pact_fast.train.run_dir import run_weights
 
 
 @dataclass

@@ -26,7 +26,8 @@ from pact_fast.kernels.head.stats import SUMS
 from pact_fast.kernels.head.tokens import COMPONENTS, LossTokens
 from pact_fast.model.lora import adapters_off
 from pact_fast.model.policy import Policy
-from pact_fast.train.backends.base import CanDiscard, Forward, make_backend
+from pact_fast.train.backends.base import CanDiscard, Forward
+from pact_fast.train.backends.factory import make_backend
 from pact_fast.train.dummy_pack import dummy_pack, dummy_tokens
 from pact_fast.train.importance import set_importance_weights
 from pact_fast.train.packs import PackCost, PackTable, make_packs

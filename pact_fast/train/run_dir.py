@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 
 from pact_fast.config import Config
 from pact_fast.errors import PactError
-from pact_fast.train import checkpoint
 
 
 def open_run(config: Config) -> Path:
@@ -66,12 +65,6 @@ def atomic_save_pretrained(objects: Any, folder: Path) -> None:
         for item in objects if isinstance(objects, list) else [objects]:
             item.save_pretrained(temporary)
         temporary.rename(folder)
-
-
-def run_weights(run: Path) -> tuple[Path | None, Path | None]:
-    """Model folders of a run: the base model that it has trained, and the newest complete checkpoint's; None where absent."""
-    base, newest = run / "base", checkpoint.latest(run / "checkpoints")
-    return (base if (base / "config.json").exists() else None), (newest / "model" if newest else None)
 
 
 def versions() -> dict[str, str]:

@@ -12,10 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from pact_fast.batch.packing import PackedBatch
-from pact_fast.config import TrainerConfig
-from pact_fast.distributed.world import World
 from pact_fast.kernels.head.tokens import LossTokens
-from pact_fast.model.policy import Policy
 
 
 class Forward(Protocol):
@@ -75,21 +72,3 @@ class CanDiscard(Protocol):
 
     def discard(self) -> None:
         """Clear the gradients accumulated since the last step."""
-
-
-def make_backend(policy: Policy, trainer: TrainerConfig, dtype: str, world: World) -> Backend:
-    """The backend that `trainer.deepspeed` asks for.
-
-    Args:
-        policy: The policy to train.
-        trainer: Optimizer and DeepSpeed settings.
-        dtype: "float32" or "bfloat16"; DeepSpeed holds parameters in it.
-        world: All ranks.
-    """
-    if trainer.deepspeed is None or trainer.deepspeed.stage == 0:
-        from pact_fast.train.backends.replicated import Replicated
-
-        return Replicated(policy, trainer, world)
-    from pact_fast.train.backends.zero import Zero
-
-    return Zero(policy, trainer, dtype, world)

@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes (test_weights_zero3.py): a ZeRO-3 model's weights, gathered bucket by bucket, and its
+"""Run in two ranks by test_weights_zero3.py: a ZeRO-3 model's weights, gathered bucket by bucket, and its
 gradients through a tree.
 """
 

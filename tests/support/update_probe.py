@@ -1,6 +1,7 @@
-"""One update by the real learner in a process of its own: its peak of resident memory and its seconds, as JSON.
+r"""One update by the real learner in a process of its own: its peak of resident memory and its seconds, as JSON.
 
-python update_probe.py '{"config": {…}, "lengths": [prompt, trace, response, rollouts], "prompts": 1, "rates": false}'
+python -m tests.support.update_probe \
+    '{"config": {…}, "lengths": [prompt, trace, response, rollouts], "prompts": 1, "rates": false}'
 
 The process has to be started under benchmarks/measure.py's MALLOC settings for the memory to mean anything.
 """
@@ -14,12 +15,7 @@ import faulthandler
 import gc
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import numpy as np
 import torch
@@ -32,13 +28,13 @@ from pact_fast.batch.loss_table import ScoredTokens
 from pact_fast.config import Config, parse_config
 from pact_fast.distributed.world import World, init_world
 from pact_fast.estimate import hardware
-from pact_fast.estimate.update_trace import architecture
 from pact_fast.kernels import LossContext, release_memory
 from pact_fast.model import lora
-from pact_fast.model.build import enable_gradient_checkpointing
+from pact_fast.model.build import architecture, enable_gradient_checkpointing
 from pact_fast.model.device import precision
 from pact_fast.train.learner import Learner, UpdateResult
 from pact_fast.tree import Node, TokenTree
+from tests.support.processes import run_module
 
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
 WARM = (64, 32, 16, 2)
@@ -53,11 +49,8 @@ def probe(
 ) -> dict:
     """What `main` prints, from fresh processes; `rates`: of this machine right before and after the update, too."""
     request = json.dumps({"config": config, "lengths": lengths, "prompts": prompts, "rates": rates})
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), __file__, request]
-    done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    output = run_module(__name__, request, ranks=processes, timeout=300, **MALLOC)
+    return json.loads(output.splitlines()[-1])
 
 
 def main(request: dict[str, Any]) -> None:

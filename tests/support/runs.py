@@ -1,24 +1,48 @@
-"""Runs that faults can strike: each in a process of its own, forked from one that has imported everything already.
+"""Tiny training runs, each in a process of its own, forked from one that has imported everything already.
 
-The imports are most of a tiny run's time. Some drills start `python -m pact_fast` itself instead; what runs is the same.
+The imports are most of a tiny run's time. Some tests start `python -m pact_fast` itself instead; it does the same work.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from test_resume import SETTINGS, metrics
+SETTINGS = [
+    "trainer.max_steps=8",
+    "trainer.save_steps=1",
+    "trainer.prompts_per_step=4",
+    "trainer.prompts_per_update=2",
+    "trainer.eval_tasks=6",
+    "trainer.eval_steps=4",
+    "trainer.learning_rate=1e-3",
+    "trainer.lr_scheduler_type=cosine",
+    "rollout.num_generations=2",
+    "rollout.max_turn_tokens=12",
+    "rollout.max_completion_length=40",
+    "algorithm.reward.gamma=0.8",
+    "algorithm.beta=0.01",
+    "pretrain.steps=3",
+    "pretrain.batch_size=2",
+    "model.random_init.hidden_size=32",
+    "model.random_init.intermediate_size=32",
+    "model.random_init.num_hidden_layers=2",
+    "model.random_init.head_dim=8",
+    "threads=1",
+]
+
+
+def metrics(run: Path) -> list[dict]:
+    """All records without what a clock decides."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "tokens_per_second"} for r in records]
+
 
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(["pact_fast.train.run", "pact_fast.report", "torch.utils.tensorboard", "pytest"])
@@ -28,8 +52,6 @@ QUICKSTART = [
 ]  # fmt: skip
 DEADLINE = 180.0  # seconds for a life that takes two on a quiet machine: nothing may hang
 STEPS = [0, 1, 2, 2, 3, 4, 4]  # of the records of an undisturbed run
-
-Strike = Callable[[], object]
 
 
 class Life:
@@ -42,7 +64,7 @@ class Life:
         run: Path,
         *settings: str,
         recipe: list[str] = QUICKSTART,
-        strike: Strike | None = None,
+        strike: Callable[[], object] | None = None,
         file_size: int = -1,
     ):
         self.log = run.with_name(f"{run.name}.log")
@@ -83,7 +105,7 @@ class Life:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
 
-def _live(arguments: list[str], log: Path, strike: Strike | None, file_size: int) -> None:
+def _live(arguments: list[str], log: Path, strike: Callable[[], object] | None, file_size: int) -> None:
     from pact_fast.cli.main import main
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -94,33 +116,6 @@ def _live(arguments: list[str], log: Path, strike: Strike | None, file_size: int
     if strike:
         strike()
     sys.exit(main(arguments))
-
-
-def at_call(place: str, number: int, act: Callable[..., Any]) -> None:
-    """Call `act(arguments of the call)` when the method `module:Class.name` is entered for the `number`-th time, from 1."""
-    module, _, path = place.partition(":")
-    owner, name = path.split(".")
-    holder = getattr(importlib.import_module(module), owner)
-    original, calls = getattr(holder, name), 0
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            act(*args)
-        return original(*args, **kwargs)
-
-    setattr(holder, name, counted)
-
-
-def terminate(mark: Path, *_: object) -> None:
-    """SIGTERM to this process; the file `mark` gets the time."""
-    mark.write_text(str(time.monotonic()))
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def seconds_since(mark: Path) -> float:
-    return time.monotonic() - float(mark.read_text())
 
 
 def cut_back(source: Path, run: Path, step: int) -> Path:

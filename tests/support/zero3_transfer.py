@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes (test_vllm_transfer.py): a ZeRO-3 model's weights by vLLM's weight transfer API."""
+"""Run in two ranks by test_vllm_transfer.py: a ZeRO-3 model's weights by vLLM's weight transfer API."""
 
 import copy
 import json
@@ -11,12 +11,12 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
 import torch
-from gloo_transfer import Group, native
-from vllm_parts import largest_gap, make_policy, perturb, prompts, sample
 
 from pact_fast.distributed.world import World
 from pact_fast.model.weights import WeightsUnavailable
 from pact_fast.rollout.registry import make_engine
+from tests.support.gloo_transfer import Group, native
+from tests.support.vllm_engines import largest_gap, make_policy, perturb, prompts, sample
 
 deepspeed.init_distributed("gloo")
 rank = torch.distributed.get_rank()

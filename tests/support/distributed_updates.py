@@ -1,6 +1,6 @@
-"""Ten updates on uneven packs, in this process or, run by torchrun, in several; see test_distributed.py.
+"""Ten updates on uneven packs, in this process or, run by torchrun, in several ranks (test_distributed.py).
 
-python -m torch.distributed.run --nproc-per-node 2 tests/distributed_updates.py OUT.npz CASE…
+python -m torch.distributed.run --nproc-per-node 2 -m tests.support.distributed_updates OUT.npz CASE…
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import numpy as np
 import torch
-from helpers import lookup_chain_renderer, make_groups, step_context_of
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.config import AlgorithmConfig, TrainerConfig
 from pact_fast.distributed.world import World, init_world
 from pact_fast.train.learner import Learner
+from tests.support.groups import lookup_chain_renderer, make_groups, step_context_of
 
 STEPS = 10
 OFFLOAD = {"offload_optimizer": "cpu"}

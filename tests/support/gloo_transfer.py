@@ -1,7 +1,7 @@
 """vLLM's NCCL weight transfer without a GPU: everything is vLLM's own, but the broadcast underneath, which is gloo's.
 
-The trainer's side is used inside `native`; a server is started with `--worker-extension-cls gloo_server.WeightReport`.
-Streams, of which a CPU has one, do nothing.
+The trainer's side is used inside `native`; a server is started with `--worker-extension-cls` and EXTENSION. Streams, of
+which a CPU has one, do nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import socket
 import threading
 from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -22,8 +21,9 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from pact_fast.rollout import factory
 from pact_fast.rollout.vllm import server, weight_transfer
+from tests.support.processes import environment
 
-EXTENSION = "gloo_server.WeightReport"
+EXTENSION = "tests.support.gloo_server.WeightReport"
 
 
 class Group:
@@ -76,10 +76,9 @@ def gloo_instead_of_nccl():
 @contextlib.contextmanager
 def native():
     """Inside a trainer, whose servers get their weights this way, in many broadcasts although the model is small."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with (
         gloo_instead_of_nccl(),
-        mock.patch.dict(os.environ, PYTHONPATH=path),
+        mock.patch.dict(os.environ, environment()),
         mock.patch.object(server, "EXTENSION", EXTENSION),
         mock.patch.object(weight_transfer, "BUCKET", 1 << 16),
         mock.patch.object(factory, "choose_transfer", lambda *args, **more: "nccl"),
