@@ -20,7 +20,7 @@ from pact_fast.report.before_after import Comparison, Rate, comparisons
 from pact_fast.report.charts import format_value, panels
 from pact_fast.report.console import print_rollout, rollout_table, summary_table
 from pact_fast.report.html import duration, embed_json
-from pact_fast.report.run_data import Rollout, read_run, spread
+from pact_fast.report.run_data import Rollout, read_run, sample_evenly
 from tests.support.report_samples import ATTACK, SUMMARY, embedded, sample_rollout, write_lines, write_sample_run
 
 TEMPLATE, REASONING, CALL, ANSWER, OBSERVATION = range(5)
@@ -37,21 +37,21 @@ def run(tmp_path):
 # ---- reading runs that are incomplete
 
 
-def test_torn_lines_are_skipped_and_counted(run):
+def test_truncated_lines_are_skipped_and_counted(run):
     path = run / "metrics.jsonl"
     text = path.read_text()
     path.write_text(text + '{"step": 61, "loss": 0.')
     read = read_run(run, rollouts=5)
     assert read.metrics[-1]["step"] == 60 and len(read.metrics) == 61
-    assert read.problems == ["metrics.jsonl: 1 torn line skipped."]
+    assert read.problems == ["metrics.jsonl: 1 truncated line skipped."]
 
 
-def test_a_line_torn_inside_a_character_is_skipped(run):
+def test_a_line_cut_inside_a_character_is_skipped(run):
     path = run / "rollouts/step_000060.jsonl"
     path.write_bytes(path.read_bytes() + '{"question": "é'.encode()[:-1])
     read = read_run(run, rollouts=100, step=60)
     assert len(read.rollouts) == 13 and read.rollouts_written == 14
-    assert "rollouts: 1 torn line skipped." in read.problems
+    assert "rollouts: 1 truncated line skipped." in read.problems
 
 
 def test_a_repeated_step_of_a_resumed_run_counts_once_and_the_later_value_wins(tmp_path):
@@ -117,10 +117,10 @@ def test_misshapen_rollouts_become_empty_fields_and_columns_of_one_length():
 # ---- which rollouts are shown, and how large a page may become
 
 
-def test_spread_is_even_and_keeps_both_ends():
-    assert spread(range(10), 4) == [0, 3, 6, 9]
-    assert spread(range(3), 4) == [0, 1, 2]
-    assert spread(range(5), 1) == [4]
+def test_sampling_is_even_and_keeps_both_ends():
+    assert sample_evenly(range(10), 4) == [0, 3, 6, 9]
+    assert sample_evenly(range(3), 4) == [0, 1, 2]
+    assert sample_evenly(range(5), 1) == [4]
 
 
 def test_the_report_shows_at_most_sixty_rollouts_from_the_first_to_the_last_step(tmp_path):
@@ -146,7 +146,7 @@ def test_long_rollouts_lose_their_middle_and_the_page_says_so(tmp_path):
     record = {"step": 1, "tokens": [str(i) for i in range(n)], "logprobs": [-0.123456] * n, "prompt": "p" * 50_000}
     write_lines(tmp_path / "rollouts/step_000001.jsonl", [record])
     shown = embedded(write_view(tmp_path))["rollouts"][0]
-    text, (kept, left_out) = shown["response"]["text"], shown["response"]["gap"]
+    text, (kept, left_out) = shown["response"]["text"], shown["response"]["cut"]
     assert len(text) == 400_000 and left_out == 100_000
     assert text[kept - 1] == str(kept - 1) and text[kept] == str(kept + left_out) and text[-1] == str(n - 1)
     assert shown["response"]["logprob"][0] == -0.1235
