@@ -14,14 +14,25 @@ import re
 import pytest
 from rich.console import Console
 
+from pact_fast.config import load_config
 from pact_fast.errors import PactError
 from pact_fast.report import write_report, write_view
 from pact_fast.report.before_after import Comparison, Rate, comparisons
-from pact_fast.report.charts import format_value, panels
+from pact_fast.report.charts import SPECS, format_value, panels
 from pact_fast.report.console import print_rollout, rollout_table, summary_table
 from pact_fast.report.html import duration, embed_json
 from pact_fast.report.run_data import Rollout, read_run, sample_evenly
-from tests.support.report_samples import ATTACK, SUMMARY, embedded, sample_rollout, write_lines, write_sample_run
+from pact_fast.train.run import Trainer
+from tests.support.report_samples import (
+    ATTACK,
+    SUMMARY,
+    embedded,
+    sample_metrics,
+    sample_rollout,
+    write_lines,
+    write_sample_run,
+)
+from tests.support.runs import SETTINGS
 
 TEMPLATE, REASONING, CALL, ANSWER, OBSERVATION = range(5)
 
@@ -282,6 +293,29 @@ def test_numbers_are_short():
     assert [format_value(v) for v in (0, 0.12345, 5432.1, 5e-5, -2)] == ["0", "0.123", "5,432", "5e−5", "−2"]
     assert format_value(0.1234, True) == "12.3\u00a0%"
     assert [duration(s) for s in (9.6, 552, 7300)] == ["10 s", "9 min 12 s", "2 h 1 min"]
+
+
+def test_the_curves_of_a_run_are_drawn(run):
+    titles = {panel.spec.title for panel in panels(read_run(run, rollouts=1).metrics)}
+    assert {"SFT weight λ of calls", "Reasoning level", "Loss", "Entropy", "Stop reasons", "Time per step"} <= titles
+
+
+def test_every_curve_shows_a_metric_that_runs_write(tmp_path):
+    """One step of PACT with both contexts writes every metric that SPECS names; the sample run has no others."""
+    config = [
+        "algorithm.anchor.mode=blend",
+        "trainer.max_steps=1",
+        "trainer.eval_steps=null",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    Trainer(load_config("quickstart", [*SETTINGS, *config])).train()
+    metrics = read_run(tmp_path / "run", rollouts=1).metrics
+    written = {key for record in metrics for key in record}
+    for spec in SPECS:
+        for key in [*spec.keys, *([spec.band] if spec.band else [])]:
+            assert any(re.fullmatch(re.escape(key).replace(r"\*", "[^/]+"), name) for name in written), key
+    for key in sample_metrics(0, 1, random.Random(0)):
+        assert key in written or key.startswith(("stop/", "reward/")), key
 
 
 # ---- terminal

@@ -110,14 +110,7 @@ class RolloutCollector:
         return groups, trajectories
 
     def _local_jobs(self, jobs: int, unit: int = 1) -> range:
-        """Positions of this rank's jobs among `jobs`: one block, so that rollouts of a prompt share a prefix cache.
-
-        `unit` consecutive jobs stay on one rank.
-        """
-        if self._world.rank not in self._samplers:
-            return range(0)
-        index, count, units = self._samplers.index(self._world.rank), len(self._samplers), jobs // unit
-        return range(index * units // count * unit, (index + 1) * units // count * unit)
+        return local_jobs(jobs, unit, self._world.rank, self._samplers)
 
     def _score(self, tasks: list[Task], trajectories: list[Trajectory]) -> None:
         """Fill in the rewards; `tasks` has one entry per trajectory."""
@@ -152,3 +145,18 @@ def _oldest(group: Group, default: int) -> int:
     """Oldest weight version that sampled a token of the group, or `default` without tokens."""
     oldest = [int(t.versions[t.sampled].min(initial=default)) for t in group.trajectories]
     return min(oldest, default=default)
+
+
+def local_jobs(jobs: int, unit: int, rank: int, samplers: list[int]) -> range:
+    """Positions of a rank's jobs: one block, so that rollouts of a prompt share a prefix cache.
+
+    Args:
+        jobs: Number of jobs of all ranks, a multiple of `unit`.
+        unit: Consecutive jobs that stay on one rank.
+        rank: The rank.
+        samplers: Ranks that have an engine; others get no jobs.
+    """
+    if rank not in samplers:
+        return range(0)
+    index, count, units = samplers.index(rank), len(samplers), jobs // unit
+    return range(index * units // count * unit, (index + 1) * units // count * unit)
