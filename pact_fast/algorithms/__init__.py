@@ -3,5 +3,5 @@
 base.py      the base class, and helpers that weight tokens
 registry.py  `@algorithm("name")`; one of your own is named `file.py:Class` in the settings
 
-Nothing outside this package tests an algorithm's name; what an algorithm needs, it states in `Requirements`.
+Nothing outside this package tests an algorithm's name; an algorithm states its needs in `Requirements`.
 """

@@ -1,8 +1,8 @@
 """Base class of algorithms: turns the rollouts of one prompt into token trees with a weight on every supervised token.
 
 Weights include every normaliser (prompts in the optimizer step, rollouts, tokens), so losses and gradients of packs and
-ranks simply add up, however the batch is split. The learner knows no algorithm: what an algorithm needs beyond weighted
-tokens, it states in `Requirements`.
+ranks simply add up, however the batch is split. The learner knows no algorithm: needs beyond weighted tokens are
+stated in `Requirements`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def doctor(config: Config) -> int:
 
     checks = _Checks(config)
     failed = _run(checks.all(), checks.warnings)
-    if not failed and engine_builder(config).own_weights:  # the smoke test needs what was checked so far
+    if not failed and engine_builder(config).own_weights:  # the smoke test relies on these checks
         with closing(checks.smoke_test()) as smoke_test:
             failed = _run(smoke_test.all(), [])
     return 1 if failed else 0
@@ -132,7 +132,7 @@ class _Checks:
         from pact_fast.chat.template_check import check_template
 
         check_template(self.renderer)
-        return "parser and template agree; appending turns gives what the template would render"
+        return "parser and template agree; appended turns equal the template's rendering"
 
     def masks(self) -> str:
         task = next((task for task in self.sample if task.expert and task.expert.turns), None)

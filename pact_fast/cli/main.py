@@ -84,7 +84,7 @@ EXPORT_EXAMPLES = """\
   pact-fast export runs/quickstart quickstart-model
 """
 RECIPES = """\
-List the shipped recipes. Each is a YAML file that says in its head how it is started and what it needs.
+List the shipped recipes. Each is a YAML file whose first lines say how to start it and what it needs.
 """
 RECIPES_EXAMPLES = """\
   pact-fast recipes

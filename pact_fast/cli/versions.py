@@ -17,14 +17,14 @@ TESTED = {
 
 def installed() -> dict[str, str]:
     """Installed versions of the packages in TESTED, without those that are not installed."""
-    found = {}
+    versions = {}
     for package, (distributions, _, _) in TESTED.items():
         for distribution in distributions:
             try:
-                found[package] = version(distribution)
+                versions[package] = version(distribution)
             except PackageNotFoundError:
                 continue
-    return found
+    return versions
 
 
 def untested(versions: dict[str, str]) -> list[str]:

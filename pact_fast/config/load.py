@@ -39,7 +39,7 @@ def load_config(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
 
 
 def parse_config(data: dict[str, Any], name: str = "config") -> Config:
-    """Validate a mapping. `name`: where it comes from, for the PactError that lists what is wrong with it."""
+    """Validate a mapping. `name`: its source, for messages. PactError lists the first three problems."""
     try:
         return Config.model_validate(data)
     except ValidationError as error:

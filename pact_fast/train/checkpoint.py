@@ -355,5 +355,5 @@ def _sync(path: Path) -> None:
 
 def run_weights(run: Path) -> tuple[Path | None, Path | None]:
     """Model folders of a run: its trained base model, and its newest complete checkpoint\'s; None where absent."""
-    base, found = run / "base", latest(run / "checkpoints")
-    return (base if (base / "config.json").exists() else None), (found / "model" if found else None)
+    base, newest = run / "base", latest(run / "checkpoints")
+    return (base if (base / "config.json").exists() else None), (newest / "model" if newest else None)

@@ -70,7 +70,7 @@ class PacksTooLarge(PactError):
 
 
 class Learner:
-    """Optimizer steps on prompt batches. Knows no algorithm: what one needs is in its `requirements`.
+    """Optimizer steps on prompt batches. Knows no algorithm, only its `requirements`.
 
     Every rank of `world` passes the same batches. Packs are distributed by FLOPs, and sums over packs are summed over
     ranks, so results are the same on all of them.

@@ -13,7 +13,9 @@ from pact_fast.estimate.memory import fitting_pack_tokens
 from pact_fast.model.device import free_memory
 from pact_fast.train.run_dir import write_text
 
-FILE = "max_tokens_per_pack"  # in the run directory: a budget that a process of this run found to be the largest
+FILE = (
+    "max_tokens_per_pack"  # in the run directory: upper bound of the budget, after an earlier process ran out of memory
+)
 
 
 def with_pack_budget(

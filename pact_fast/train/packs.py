@@ -53,7 +53,7 @@ def make_packs(
         max_tokens: Token budget of a pack.
         replicas: Groups of ranks that work on packs of their own.
         share: Compute shared prefixes once.
-        merge: Also compute once what rollouts of a prompt have in common at their start.
+        merge: Also compute equal beginnings of a prompt's rollouts once.
     """
     per_token, per_pair = flops_per(model)
 

@@ -32,7 +32,7 @@ class RolloutPrefetcher(Generic[T]):
             return self._make(step)
         self._start(step)
         result = self._steps.pop(step).result()
-        # not before the result is there: what is sampled from here on must be used at most `ahead` updates later
+        # only after the wait above: rollouts that start now must be used at most `ahead` updates later
         for following in range(step + 1, min(step + self._ahead, self._last - 1) + 1):
             self._start(following)
         return result

@@ -1,4 +1,4 @@
-"""The backend protocol: who holds parameters, gradients and optimizer state, and how an optimizer step is made.
+"""The backend protocol: ownership of parameters, gradients and optimizer state, and the optimizer step.
 
 Losses of packs add up, and so do their gradients over ranks: every normaliser is already in the tokens' weights. Backends
 therefore sum gradients, they never average them.
