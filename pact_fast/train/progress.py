@@ -26,11 +26,9 @@ class Progress:
             TextColumn("{task.fields[info]}"), console=self.console, transient=True,
         )  # fmt: skip
         self._run: Any = None
-        if self._live:
-            self._bars.start()
 
     def close(self) -> None:
-        """Remove the bars."""
+        """Remove the bars and give the terminal its cursor back."""
         if self._live:
             self._bars.stop()
             self._live = False
@@ -47,7 +45,7 @@ class Progress:
         """Report a finished training step, with a few of its metrics."""
         if self._live:
             if self._run is None:
-                self._run = self._bars.add_task("training", total=total, info="")
+                self._run = self._add("training", total)
             self._bars.update(self._run, completed=done, info=_brief(values))
         else:
             self.note(f"step {done}/{total}  {_brief(values)}")
@@ -55,7 +53,7 @@ class Progress:
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Callable[[str], None]]:
         """A phase of `total` units of work; call the yielded function, with a remark, after each."""
-        task = self._bars.add_task(name, total=total, info="") if self._live else None
+        task = self._add(name, total)
         done, shown = 0, time.monotonic()
 
         def advance(info: str = "") -> None:
@@ -74,7 +72,7 @@ class Progress:
     @contextmanager
     def rollouts(self, total: int, name: str = "rollouts") -> Iterator[Callable[[], None]]:
         """Sampling of `total` rollouts; call the yielded function after each. Silent without a terminal."""
-        task = self._bars.add_task(f"  {name}", total=total, info="") if self._live else None
+        task = self._add(f"  {name}", total)
 
         def advance() -> None:
             if task is not None:
@@ -83,6 +81,13 @@ class Progress:
         yield advance
         if task is not None:
             self._bars.remove_task(task)
+
+    def _add(self, name: str, total: int) -> Any:
+        """A new bar, None without a terminal. The display starts here, so that an early error leaves the cursor alone."""
+        if not self._live:
+            return None
+        self._bars.start()
+        return self._bars.add_task(name, total=total, info="")
 
 
 def _brief(values: dict[str, Any]) -> str:

@@ -89,7 +89,7 @@ class Trainer:
     stepper: Stepper
     records: RolloutWriter
     evaluator: Evaluator
-    metrics: MetricsWriter | None
+    metrics: MetricsWriter | None = None
 
     def __init__(self, config: Config):
         self._started = time.monotonic()
@@ -130,11 +130,12 @@ class Trainer:
                 self.progress.close()
 
     def _train(self) -> dict[str, Any] | None:
+        """Build, resume, and run the steps that are left. Always stops the engine."""
         newest = self._newest_checkpoint()
         self._build(newest)
-        state = self._restore(newest) if newest else self._start()
-        self._began = self._started - state.wall_seconds
         try:
+            state = self._restore(newest) if newest else self._start()
+            self._began = self._started - state.wall_seconds
             self.engine.update_weights(self.model, self.learner.updates)
             if state.base is None:
                 state.base = self.evaluator.evaluate(0, "base")
@@ -217,6 +218,7 @@ class Trainer:
         atomic_save_pretrained(model, target)
 
     def _save_tokenizer(self) -> None:
+        """Save the tokenizer to the run directory, unless it is there."""
         saved = self.run / "tokenizer"
         if not saved.exists():
             atomic_save_pretrained(make_tokenizer(self.config.model, self.tasks, saved), saved)
@@ -251,7 +253,6 @@ class Trainer:
 
     def _open_metrics(self, step: int, size: int) -> None:
         """Open metrics.jsonl, cut to its first `size` bytes (steps up to `step`), and make the evaluator that writes to it."""
-        self.metrics = None
         if self.world.is_main:
             checkpoint.rewind_metrics(self.run / "metrics.jsonl", size)
             self.metrics = MetricsWriter(self.run, step)
@@ -383,6 +384,7 @@ class Trainer:
         return summary
 
     def _close(self) -> None:
+        """Stop sampling, environments and the engine."""
         self.collector.close()
         if self.metrics:
             self.metrics.close()
