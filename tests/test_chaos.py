@@ -42,7 +42,7 @@ def test_sigterm_ends_a_run_soon_and_nothing_is_lost(moment, steady, tmp_path):
     assert seconds_since(mark) < 60
     assert saved(run) == ([] if newest is None else list(range(1, newest + 1)))
     expected = ", and nothing had to be saved" if status else f": step {newest} is saved"
-    assert f"asked to stop{expected}; go on with resume=auto" in life.output()
+    assert f"stopped by SIGTERM{expected}; continue with resume=auto" in life.output()
     assert "Traceback" not in life.output()
     assert not (run / "summary.json").exists()
     Life(run).ends_well()

@@ -29,7 +29,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(steady, tmp
     size = (run / "checkpoints/step_2/optimizer.safetensors").stat().st_size
     error = Life(run, file_size=size - 1).error()
     assert f"cannot save the checkpoint {run}/checkpoints/step_3: " in error and "File too large" in error
-    assert "free some space" in error and "earlier checkpoints are intact, go on with resume=auto" in error
+    assert "free some space" in error and "earlier checkpoints are intact, continue with resume=auto" in error
     assert saved(run) == [1, 2] and contents(run / "checkpoints") == before
     Life(run).ends_well()
     assert_same(run, steady)

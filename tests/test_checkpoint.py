@@ -332,7 +332,7 @@ def train(backend: Replicated, first: int, steps: int) -> list[float]:
     losses = []
     for step in range(first, first + steps):
         x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
-        loss = (backend._model(x) ** 2).mean() + backend._model(x).sum() * 0.01
+        loss = (backend.model(x) ** 2).mean() + backend.model(x).sum() * 0.01
         backend.backward(loss, last=True)
         backend.step(learning_rate=1e-2 / (step + 1))
         losses.append(loss.item())
@@ -342,18 +342,18 @@ def train(backend: Replicated, first: int, steps: int) -> list[float]:
 def test_adamw_continues_bit_for_bit(tmp_path: Path) -> None:
     backend = make_backend()
     train(backend, 0, 3)
-    weights = copy.deepcopy(backend._model.state_dict())
+    weights = copy.deepcopy(backend.model.state_dict())
     path = checkpoint.save(tmp_path, 3, tensors={"optimizer": backend.state()}, state={}, write_model=None, keep=1)
     expected = train(backend, 3, 5)
 
     resumed = make_backend()
-    resumed._model.load_state_dict(weights)
+    resumed.model.load_state_dict(weights)
     saved = checkpoint.load(path).tensors["optimizer"]
     before = {name: tensor.clone() for name, tensor in saved.items()}
     resumed.load_state(saved)
     assert train(resumed, 3, 5) == expected
-    for name, weight in backend._model.state_dict().items():
-        assert torch.equal(resumed._model.state_dict()[name], weight), name
+    for name, weight in backend.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], weight), name
     old, new = dict(backend.state()), dict(resumed.state())
     assert old.keys() == new.keys() == before.keys()
     assert all(torch.equal(old[name], new[name]) and old[name].dtype == new[name].dtype for name in old)

@@ -106,7 +106,7 @@ def test_sigterm_ends_all_processes_after_the_step(receiver, alone, tmp_path):
     assert time.monotonic() - asked < 60
     assert (process.returncode == 0) == (receiver == "one process"), error
     newest = max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir())
-    assert f"asked to stop: step {newest} is saved; go on with resume=auto" in error
+    assert f"stopped by SIGTERM: step {newest} is saved; continue with resume=auto" in error
     assert not (run / "summary.json").exists()
     train(run, 1)
     assert_same(run, alone)

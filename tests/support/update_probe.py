@@ -15,6 +15,7 @@ import faulthandler
 import gc
 import json
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -153,3 +154,7 @@ def _scored(node: Node, context: LossContext, rollout: int | None) -> ScoredToke
         advantage=np.full(n, 1.0 if context == LossContext.TRACE else -1.0, np.float32), weight=1e-4,
         sampler_logprob=np.full(n, np.nan, np.float32),
     )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
