@@ -23,8 +23,8 @@ from pact_fast.tree import PackedBatch, PathCache, TokenTree, branches_forward, 
 @pytest.fixture
 def eager(monkeypatch):
     """Every common token is merged, however little it saves."""
-    monkeypatch.setattr(merge_module, "SPAN", 0)
-    monkeypatch.setattr(merge_module, "ROWS", float("inf"))
+    monkeypatch.setattr(merge_module, "SPAN_COST", 0)
+    monkeypatch.setattr(merge_module, "ROWS_PER_TOKEN", float("inf"))
 
 
 def alike(seed: int, nodes: int = 14, depth: int = 5) -> TokenTree:

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pact_fast.algorithms.base import Algorithm, PromptBatch
-from pact_fast.batch.flops import flops_per, work_of_packs, work_of_paths
+from pact_fast.batch.flops import work_of_packs, work_of_paths
 from pact_fast.batch.loss_table import ScoredTokens, build_loss_table
 from pact_fast.batch.packing import PackedBatch, distribute_packs, pack
 from pact_fast.batch.tree import TokenTree
@@ -26,6 +26,7 @@ from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
 from pact_fast.kernels.head.stats import SUMS
 from pact_fast.kernels.head.tokens import COMPONENTS, LossTokens
+from pact_fast.model.flops import flops_per_token_and_pair
 from pact_fast.model.lora import adapters_off
 from pact_fast.model.policy import Policy
 from pact_fast.train.backends.replicated import Backend, Replicated
@@ -223,7 +224,7 @@ class Learner:
         """Packs by step and replica, and what they cost; the same on every process."""
         trees = [tree for batch in batches for tree in batch.trees]
         budget = self.max_tokens
-        per_token, per_pair = flops_per(self.model)
+        per_token, per_pair = flops_per_token_and_pair(self.model)
 
         def cost(tokens: int, pairs: int) -> float:
             return per_token * tokens + per_pair * pairs
