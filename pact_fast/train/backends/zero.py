@@ -45,18 +45,18 @@ class Zero:
         self._make_states()
 
     def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        with self._world.deadline("parameters"):
+        with self._world.peer_errors("parameters"):
             return self.engine(*args)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        with self._world.deadline("gradients"):
+        with self._world.peer_errors("gradients"):
             self.engine.backward(loss * self._world.size)
 
     def step(self, learning_rate: float) -> float:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        with self._world.deadline("gradients"):
+        with self._world.peer_errors("gradients"):
             self.engine.step()
         norm = self.engine.get_global_grad_norm()
         if not self.engine.was_step_applied():
@@ -140,7 +140,7 @@ def split_frozen(
         engine, *_ = deepspeed.initialize(model=policy, config=config, dist_init_required=False)
 
     def forward(*args: Any) -> tuple[torch.Tensor, ...]:
-        with world.deadline("parameters"):
+        with world.peer_errors("parameters"):
             return engine(*args)
 
     return forward
