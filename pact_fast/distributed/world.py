@@ -135,8 +135,8 @@ def init_world(device: str, *, timeout: float, sequence_parallel: int = 1) -> Wo
     if not launcher:
         if sequence_parallel > 1:
             raise PactError(
-                f"trainer.sequence_parallel_size={sequence_parallel} needs at least {sequence_parallel} ranks; start with torchrun "
-                f"--nproc-per-node {sequence_parallel} -m pact_fast train …"
+                f"trainer.sequence_parallel_size={sequence_parallel} needs at least {sequence_parallel} ranks; start with "
+                f"torchrun --nproc-per-node {sequence_parallel} -m pact_fast train …"
             )
         return World()
     rank, size, local_rank = (int(launcher[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
