@@ -1,4 +1,4 @@
-"""Tokens and attention pairs of an update, with prefix sharing and without it. `model/flops.py` turns them into FLOPs."""
+"""Tokens and attention pairs of an update, with and without prefix sharing; `model/flops.py` makes FLOPs of them."""
 
 from __future__ import annotations
 

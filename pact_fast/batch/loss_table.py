@@ -31,9 +31,9 @@ class ScoredTokens:
     rl_weight        float64 [m] weight of the policy loss
     sft_weight       float64 [m] weight of the SFT loss −log π
     sampler_logprob  float32 [m] log-prob (nats) that the rollout engine reported; NaN if unknown
-    old_logprob      float32 [m] log-prob before the first optimizer step on the batch; NaN: the current policy (ratio 1)
+    old_logprob      float32 [m] log-prob before the first optimizer step on the batch; NaN: current policy (ratio 1)
     ref_logprob      float32 [m] log-prob of the reference policy; NaN: no KL term
-    importance       float64 [m] importance weight, a factor of rl_weight without gradient; the learner sets it where needed
+    importance       float64 [m] importance weight, a factor of rl_weight without gradient; set by the learner
     """
 
     node: Node

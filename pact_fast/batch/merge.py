@@ -1,8 +1,8 @@
 """Prefix merging: tokens that siblings have in common at their start become a node of their own, computed once.
 
-The merged tree replaces the caller's tree when packs are built. It has the same root-to-leaf paths, so positions and masks
-need no correction, and it records where each of the caller's nodes ends: the tokens of such a node are the last ones on the
-path to that point.
+The merged tree replaces the caller's tree when packs are built. It has the same root-to-leaf paths, so positions and
+masks need no correction, and it records where each of the caller's nodes ends: the tokens of such a node are the last
+ones on the path to that point.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 
 from pact_fast.batch.tree import Node, TokenTree
 
-# The cost of a branching, in decoder tokens. A branching inside its parent's largest child adds one attention span; any other
-# also adds one partial attention result for every row that branches off. Measured on a CPU, derived from memory bandwidth for
-# GPUs.
+# The cost of a branching, in decoder tokens. A branching inside its parent's largest child adds one attention span; any
+# other also adds one partial attention result for every row that branches off. Measured on a CPU, derived from memory
+# bandwidth for GPUs.
 SPAN_COST = 16
 ROWS_PER_TOKEN = 32  # partial results of this many rows cost as much as one token
 
@@ -53,7 +53,8 @@ class MergedTree(TokenTree):
     def add_prefix(self, group: list[Suffix], count: int, parent: Node | None) -> tuple[Node, list[Suffix]]:
         """Add a node of the first `count` tokens, which all suffixes of the group share.
 
-        Returns (the node, the suffixes that continue it). Where a suffix is used up, its node's children continue instead.
+        Returns (the node, the suffixes that continue it). Where a suffix is used up, its node's children continue
+        instead.
         """
         added = self.add(group[0].ids(0, count), parent)
         sources = self._sources[id(added)] = []
@@ -70,7 +71,7 @@ class MergedTree(TokenTree):
 
 
 def merge_prefixes(tree: TokenTree) -> TokenTree:
-    """A tree with the same paths in which siblings share common first tokens, where sharing saves more than it costs."""
+    """A tree with the same paths, in which siblings share common first tokens where that saves more than it costs."""
     if not tree.nodes:
         return tree
     sizes = tree.subtree_sizes()

@@ -1,7 +1,7 @@
 """Packing: token trees laid out in rows of at most a budget of tokens.
 
-A pack is one row of tokens in depth-first order. In that order the tokens that may see token k are exactly those from k to the
-end of k's subtree, so that `subtree_end` [T] is the whole attention mask.
+A pack is one row of tokens in depth-first order. In that order the tokens that may see token k are exactly those from k
+to the end of k's subtree, so that `subtree_end` [T] is the whole attention mask.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class PackedBatch:
     input_ids     int64 [T]
     position_ids  int64 [T] position of each token in its own sequence
     subtree_end   int64 [T] the attention mask: row k is seen by rows k ≤ q < subtree_end[k]
-    calls         the same mask as dense attention calls. The first is causal and covers every row; each of the others adds the
-                  keys of one more level of ancestors
+    calls         the same mask as dense attention calls. The first is causal and covers every row; each of the others
+                  adds the keys of one more level of ancestors
     owned         nodes whose tokens this pack accounts for; a node that splitting repeats is owned by one pack only
     _rows         id(owned node) → (rows of its tokens as ranges, the row before them)
     """
@@ -66,9 +66,9 @@ class PackedBatch:
         return len(self.input_ids)
 
     def rows(self, node: Node) -> np.ndarray:
-        """int64 [n]: for each token of an owned node, the hidden row that predicts it, which is the row before it on its path.
+        """int64 [n]: for each token of an owned node, the hidden row that predicts it.
 
-        The first token of a root has no predecessor; its row is −1.
+        This is the row before the token on its path. The first token of a root has no predecessor; its row is −1.
         """
         ranges, previous = self._rows[id(node)]
         return _concat_ranges([range(previous, previous + 1), *ranges])[:-1]
@@ -83,11 +83,11 @@ def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True, mer
 
     Args:
         trees: The trees. They are not changed.
-        max_tokens: Budget of a pack. A larger tree is split by its leaves into parts that repeat the shared path. A single path
-            over the budget gets a pack of its own; nothing is ever truncated.
+        max_tokens: Budget of a pack. A larger tree is split by its leaves into parts that repeat the shared path. A
+            single path over the budget gets a pack of its own; nothing is ever truncated.
         share: False gives every root-to-leaf path its own copy of all tokens: the same results without prefix sharing.
-        merge: Whether siblings that begin with the same tokens share these, too (`batch/merge.py`). Rows, ownership and results
-            are still those of the caller's nodes.
+        merge: Whether siblings that begin with the same tokens share these, too (`batch/merge.py`). Rows, ownership and
+            results are still those of the caller's nodes.
     """
     return _build_packs(_first_fit(_split_trees(_merge_trees(trees, share and merge), max_tokens, share), max_tokens))
 
@@ -103,8 +103,8 @@ def distribute_packs(
 ) -> list[list[PackedBatch]]:
     """Packs for ranks that run in lockstep, balanced by cost. Every rank computes the same result.
 
-    With too few trees for all ranks, trees are split further than the budget requires (and repeat their shared path); a rank
-    that still has none gets an empty pack.
+    With too few trees for all ranks, trees are split further than the budget requires (and repeat their shared path); a
+    rank that still has none gets an empty pack.
 
     Args:
         trees: The trees of an optimizer step.
@@ -315,8 +315,8 @@ def _spans(part: TreePart, first_row: dict[int, int], end: dict[int, int]) -> tu
 
     A run is a path of nodes whose rows are contiguous; it attends to itself causally, and every row is in one run. The
     further children of a node (all but the first) and their subtrees are contiguous, too, right after the first child's
-    subtree, and all of them see the node's run up to the node's end: one span for each branching node, whatever the number
-    of branches.
+    subtree, and all of them see the node's run up to the node's end: one span for each branching node, whatever the
+    number of branches.
     """
     run_start: dict[int, int] = {}
     runs: list[tuple[int, int]] = []

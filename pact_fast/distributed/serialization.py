@@ -21,9 +21,9 @@ DTYPE_KINDS = "biuf"  # kinds of numpy dtypes that may be sent: booleans, intege
 
 
 def encode(value: Any) -> bytes:
-    """Serialize None, booleans, numbers, text, lists, tuples (decoded as lists), dicts with text keys, arrays and RECORDS.
+    """Serialize a value of None, booleans, numbers, text, lists, dicts with text keys, arrays and RECORDS.
 
-    Raises TypeError for any other type.
+    Tuples are decoded as lists. Raises TypeError for any other type.
     """
     arrays: list[np.ndarray] = []
     text = json.dumps(_to_json(value, arrays)).encode()

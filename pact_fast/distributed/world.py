@@ -1,7 +1,7 @@
 """The ranks of a run: the number of this process among them, and the collectives by which they agree.
 
-Every rank computes the same plan from the same rollouts, so little is exchanged: rollouts once a step, sums of statistics, and
-whether to continue. Gradients and weights are left to the training backend.
+Every rank computes the same plan from the same rollouts, so little is exchanged: rollouts once a step, sums of
+statistics, and whether to continue. Gradients and weights are left to the training backend.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class World:
         return self.rank // self.sequence_parallel
 
     def all_gather(self, value: Any, what: str = "data") -> list[Any]:
-        """The values of all ranks, by rank. `value`: whatever `serialization.encode` takes; `what`: its name in errors."""
+        """The values of all ranks, by rank. `value` is anything that `encode` supports, `what` its name in errors."""
         if self.size == 1:
             return [value]
         message = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)
@@ -135,14 +135,14 @@ def init_world(device: str, *, timeout: float, sequence_parallel: int = 1) -> Wo
     if not launcher:
         if sequence_parallel > 1:
             raise PactError(
-                f"trainer.sequence_parallel_size={sequence_parallel} needs at least {sequence_parallel} ranks; start with "
-                f"torchrun --nproc-per-node {sequence_parallel} -m pact_fast train …"
+                f"trainer.sequence_parallel_size={sequence_parallel} needs at least {sequence_parallel} ranks; start "
+                f"with torchrun --nproc-per-node {sequence_parallel} -m pact_fast train …"
             )
         return World()
     rank, size, local_rank = (int(launcher[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if size % sequence_parallel:
         raise PactError(
-            f"trainer.sequence_parallel_size={sequence_parallel} does not divide the number of ranks, {size}; change either"
+            f"trainer.sequence_parallel_size={sequence_parallel} does not divide the number of ranks, {size}; change one"
         )
     if device == "cuda":
         torch.cuda.set_device(local_rank)

@@ -1,4 +1,7 @@
-"""Forward passes of Hugging Face decoders on packed trees, through transformers' attention registry, without model code."""
+"""Forward passes of Hugging Face decoders on packed trees.
+
+Attention is replaced through transformers' registry, so no model code is copied.
+"""
 
 from __future__ import annotations
 
@@ -66,8 +69,8 @@ def tree_forward(
         model: A causal LM of transformers, also one wrapped by peft.
         batch: A pack of T tokens.
         keep: Where to store the detached keys and values of one path, for `branches_forward`.
-        row_shards: Sequence parallelism. Only rows [row_shards.start, row_shards.end) are computed and returned; all ranks
-            of the group have to call.
+        row_shards: Sequence parallelism. Only rows [row_shards.start, row_shards.end) are computed and returned; all
+            ranks of the group have to call.
 
     Returns:
         [T, D] in the model's dtype.
@@ -92,9 +95,9 @@ def tree_forward(
 def branches_forward(model: PreTrainedModel, cache: PathCache, batch: PackedBatch) -> torch.Tensor:
     """Hidden states [T + 1, D], without gradient, of a tree that continues a cached path.
 
-    `batch` packs one tree made as TokenTree(start=len(cache)). Row −1 is the last hidden state of the cached path, so that
-    hidden[batch.rows(node)] also predicts the first tokens. Only the branches' own tokens are computed: a teacher without
-    gradient is scored on top of the prefix that the student's forward pass has already computed.
+    `batch` packs one tree made as TokenTree(start=len(cache)). Row −1 is the last hidden state of the cached path, so
+    that hidden[batch.rows(node)] also predicts the first tokens. Only the branches' own tokens are computed: a teacher
+    without gradient is scored on top of the prefix that the student's forward pass has already computed.
     """
     layout = TreeLayout(batch, next(model.parameters()).device, prefix_length=len(cache))
     layout.cache = cache
@@ -128,8 +131,8 @@ def _pointwise_optimizations(decoder: torch.nn.Module) -> Iterator[None]:
 def paths_forward(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Hidden states [T, D] of a pack made with share=False, by the model's own attention on a padded batch of paths.
 
-    For models that `tree_forward` refuses. Paths are padded on the right, where causal attention does not see the padding.
-    Raises ValueError for a pack with shared prefixes.
+    For models that `tree_forward` refuses. Paths are padded on the right, where causal attention does not see the
+    padding. Raises ValueError for a pack with shared prefixes.
     """
     if any(call.spans for call in batch.calls[1:]):
         raise ValueError("paths_forward needs a pack without shared prefixes: pack(…, share=False)")

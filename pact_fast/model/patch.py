@@ -1,9 +1,9 @@
 """Fused kernels in place of a decoder's norms, gated MLPs and rotary embeddings (`kernels/decoder/`), within a context.
 
-No model class is named. Code that computes exactly what a kernel computes, which is tested once on probe values, is replaced
-until the context ends: a module gets a `forward` attribute, and the rotary function is replaced in the namespace of the model's
-code. Weights, hooks and submodules stay in use, except that the three linear layers of a gated MLP are not called where they
-are nothing but x·Wᵀ.
+No model class is named. Code that computes exactly what a kernel computes, which is tested once on probe values, is
+replaced until the context ends: a module gets a `forward` attribute, and the rotary function is replaced in the
+namespace of the model's code. Weights, hooks and submodules stay in use, except that the three linear layers of a gated
+MLP are not called where they are nothing but x·Wᵀ.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ _enabled = True
 def fused_kernels(decoder: torch.nn.Module) -> Iterator[None]:
     """Run the decoder's pointwise operations in fused kernels while the context lasts.
 
-    Tensors that the kernels do not support still take the modules' own code. Nothing is changed for a decoder that is not
-    on the CPU, and for one with gradient checkpointing, which runs its forward code again after the context has ended.
+    Tensors that the kernels do not support still take the modules' own code. Nothing is changed for a decoder that is
+    not on the CPU, and for one with gradient checkpointing, which runs its forward code again after the context has
+    ended.
     """
     modules = list(decoder.modules())
     on_cpu = all(p.device.type == "cpu" for p in decoder.parameters())
@@ -107,7 +108,7 @@ def _gated_mlp_forward(module: Any, x: Tensor) -> Tensor:
 
 
 def _is_plain_linear(module: Any) -> bool:
-    """Whether the module computes x·Wᵀ and nothing else: no bias, adapter or hook (such as ZeRO-3's, which gather W)."""
+    """Whether the module computes x·Wᵀ and nothing else: no bias, no adapter, no hook (ZeRO-3's hooks gather W)."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return (
         type(module) is torch.nn.Linear
@@ -172,8 +173,8 @@ def _computes(
 ) -> bool:
     """Whether a model's code computes `formula`, bit for bit, on probe values in fp32 and bf16.
 
-    `inputs` makes the arguments of both from a [16, 16] tensor. In place of a module it passes a namespace that has only the
-    attributes that the kernel knows of, so code that reads any other attribute fails and does not match.
+    `inputs` makes the arguments of both from a [16, 16] tensor. In place of a module it passes a namespace that has
+    only the attributes that the kernel knows of, so code that reads any other attribute fails and does not match.
     """
     with unset_fake_temporarily():  # fake tensors have no values to compare
         for dtype in (torch.float32, torch.bfloat16):  # bf16 shows where the code casts

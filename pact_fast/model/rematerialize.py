@@ -1,9 +1,9 @@
 """Rematerialization of pointwise activations: the backward pass recomputes them instead of keeping them.
 
-A gated MLP keeps gate, up, silu(gate) and silu(gate)·up for its backward pass; a norm keeps x, x/rms and weight·x/rms. Autograd
-needs the first of each in any case, and one pass over memory gives the others again, bit for bit. No model code is changed: a
-torch function mode sees the inputs of every operation, and a saved-tensor hook stores the graph node that produced a tensor in
-place of the tensor.
+A gated MLP keeps gate, up, silu(gate) and silu(gate)·up for its backward pass; a norm keeps x, x/rms and weight·x/rms.
+Autograd needs the first of each in any case, and one pass over memory gives the others again, bit for bit. No model
+code is changed: a torch function mode sees the inputs of every operation, and a saved-tensor hook stores the graph node
+that produced a tensor in place of the tensor.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Rematerialize(TorchFunctionMode):
         return result
 
     def _pack(self, tensor: torch.Tensor) -> Saved:
-        """Autograd passes a detached tensor. It is recognised as an input by its storage, and may have another shape."""
+        """Autograd passes a detached tensor, perhaps in another shape; its storage shows which input it is."""
         size, node = self._inputs.get(_storage_key(tensor), (0, None))
         if node is None or size != tensor.numel() or not tensor.is_contiguous():
             return tensor, tensor._version
@@ -66,8 +66,8 @@ def _storage_key(tensor: torch.Tensor) -> tuple[int, int]:
 def _producer(tensor: torch.Tensor) -> Node | None:
     """The graph node that computed the tensor.
 
-    ZeRO-3's hooks add an identity node behind every module. It is skipped only for silu: a product might need a weight that
-    ZeRO-3 has released by the time of the backward pass.
+    ZeRO-3's hooks add an identity node behind every module. It is skipped only for silu: a product might need a weight
+    that ZeRO-3 has released by the time of the backward pass.
     """
     node = tensor.grad_fn
     if node is not None and node.name().startswith("PreBackwardFunction"):
@@ -93,7 +93,8 @@ def _can_recompute(tensor: torch.Tensor, node: Node) -> bool:
 def _unpack(saved: Saved) -> torch.Tensor:
     """The saved tensor, recomputed if only its node was kept.
 
-    The node still has its saved tensors: the engine frees them when the node has run, which is after every use of its result.
+    The node still has its saved tensors: the engine frees them when the node has run, which is after every use of its
+    result.
     """
     source: Any
     source, expected = saved

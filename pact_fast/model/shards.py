@@ -1,7 +1,8 @@
 """Named tensors in sharded safetensors files.
 
 `write` is for checkpoints: all ranks write in parallel, and the result does not depend on their number.
-`write_model_shards` is for a single rank that hands weights to another program. `TensorFiles` reads tensors one at a time.
+`write_model_shards` is for a single rank that hands weights to another program. `TensorFiles` reads tensors one at a
+time.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def write(
 ) -> tuple[list[Path], Exception | None]:
     """Write `folder/name.safetensors`, or `name-00000.safetensors` and so on with Hugging Face's index.
 
-    A partitioned tensor has to be gathered by all ranks, so every rank iterates over all tensors in the same order. Each
-    rank keeps the tensors of every `size`-th file and writes a file while the next one is filled. The iterable is
+    A partitioned tensor has to be gathered by all ranks, so every rank iterates over all tensors in the same order.
+    Each rank keeps the tensors of every `size`-th file and writes a file while the next one is filled. The iterable is
     exhausted even after an error, because other ranks would wait for this one.
 
     Args:

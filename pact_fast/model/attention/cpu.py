@@ -27,7 +27,8 @@ def serves(q: torch.Tensor, v: torch.Tensor, scale: float) -> bool:
 class TreeAttentionCpu(torch.autograd.Function):
     """softmax(scale · q kᵀ + tree mask) v.
 
-    q [1, Hq, T, D], k and v [1, Hkv, S + T, D] with S cached keys, end int64 [S + T]; row i sees key k if k ≤ S + i < end[k].
+    q [1, Hq, T, D], k and v [1, Hkv, S + T, D] with S cached keys, end int64 [S + T]; row i sees key k if k ≤ S + i <
+    end[k].
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Dense flash-attention kernels for one `Call` of a pack: the interface, and torch's kernel for CPU.
 
-Tree attention merges the results of several calls, so forward returns the log-sum-exp with the output, and backward takes the
-merged output and the merged log-sum-exp.
+Tree attention merges the results of several calls, so forward returns the log-sum-exp with the output, and backward
+takes the merged output and the merged log-sum-exp.
 """
 
 from __future__ import annotations

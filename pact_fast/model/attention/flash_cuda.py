@@ -45,7 +45,7 @@ def varlen_backward(grad, q, k, v, out, lse, plan: _VarlenPlan, causal: bool, sc
 
 
 class CudaFlash:
-    """FlashKernel for one packed batch on one device. Key ranges of a call are concatenated unless they are contiguous."""
+    """FlashKernel for one packed batch on one device. Key ranges of a call are copied unless they are contiguous."""
 
     def __init__(self, device: torch.device):
         self._device = device

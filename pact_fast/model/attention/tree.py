@@ -1,12 +1,12 @@
 """Attention over a packed tree, exact in forward and backward.
 
-On CPU, a kernel of this package reads the tree's mask directly (cpu.py). With ordinary flash kernels, the mask is decomposed
-into dense calls (`PackedBatch.calls`): one causal call over all runs, and one non-causal call for each further level of
-ancestors. Partial results of a row are merged by their log-sum-exp.
+On CPU, a kernel of this package reads the tree's mask directly (cpu.py). With ordinary flash kernels, the mask is
+decomposed into dense calls (`PackedBatch.calls`): one causal call over all runs, and one non-causal call for each
+further level of ancestors. Partial results of a row are merged by their log-sum-exp.
 
-Autograd through that merge would be silently wrong, because flash kernels drop the gradient of the log-sum-exp. Instead,
-each kernel's raw backward is given the merged output and the merged log-sum-exp: its softmax is then the softmax over all
-keys of the row, and the calls' contributions to dQ, dK and dV add up.
+Autograd through that merge would be silently wrong, because flash kernels drop the gradient of the log-sum-exp.
+Instead, each kernel's raw backward is given the merged output and the merged log-sum-exp: its softmax is then the
+softmax over all keys of the row, and the calls' contributions to dQ, dK and dV add up.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pact_fast.model.attention.ulysses import RowShards
 class TreeLayout:
     """The attention mask of a PackedBatch in the forms that kernels need, and the caches of one forward pass.
 
-    `prefix_length` is the number S of keys of a cached path (PathCache). They precede the keys of the T rows, and every row
-    sees them.
+    `prefix_length` is the number S of keys of a cached path (PathCache). They precede the keys of the T rows, and every
+    row sees them.
 
     calls       dense attention calls, see `PackedBatch.calls`
     end         int64 [S + T]: row i sees key k if k ≤ S + i < end[k]
@@ -81,8 +81,8 @@ def tree_attention(
 ) -> torch.Tensor:
     """softmax(scale · q kᵀ + tree mask) v.
 
-    On CPU in fp32 and bf16 with heads of a multiple of 16 elements, up to 256, this is the kernel of cpu.py. Other tensors on
-    CPU, and bf16 and fp16 on CUDA, use torch's flash kernels; everything else a dense mask.
+    On CPU in fp32 and bf16 with heads of a multiple of 16 elements, up to 256, this is the kernel of cpu.py. Other
+    tensors on CPU, and bf16 and fp16 on CUDA, use torch's flash kernels; everything else a dense mask.
 
     Args:
         q: [1, Hq, T, D].

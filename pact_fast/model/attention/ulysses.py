@@ -1,8 +1,8 @@
 """Sequence parallelism (DeepSpeed-Ulysses, arXiv 2309.14509).
 
 Every rank of a group computes a slice of a pack's rows; in attention it computes a part of the heads over all rows. One
-all-to-all before attention turns slices of rows into slices of heads, one after it turns them back. Attention itself sees
-whole packs, so tree attention needs no change.
+all-to-all before attention turns slices of rows into slices of heads, one after it turns them back. Attention itself
+sees whole packs, so tree attention needs no change.
 """
 
 from __future__ import annotations
