@@ -142,7 +142,7 @@ def init_world(device: str, *, timeout: float, sequence_parallel: int = 1) -> Wo
     rank, size, local_rank = (int(launcher[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if size % sequence_parallel:
         raise PactError(
-            f"trainer.sequence_parallel_size={sequence_parallel} does not divide the number of ranks, {size}; change one"
+            f"trainer.sequence_parallel_size={sequence_parallel} does not divide the number of ranks, {size}"
         )
     if device == "cuda":
         torch.cuda.set_device(local_rank)
@@ -158,13 +158,13 @@ def init_world(device: str, *, timeout: float, sequence_parallel: int = 1) -> Wo
 
 def _sequence_group(rank: int, size: int, sequence_parallel: int, timeout: float) -> dist.ProcessGroup | None:
     """The group of this rank. Every rank creates all groups, as `torch.distributed.new_group` requires."""
-    own = None
+    result = None
     for first in range(0, size, sequence_parallel):
         ranks = list(range(first, first + sequence_parallel))
         group = dist.new_group(ranks, timeout=timedelta(seconds=timeout))
         if rank in ranks:
-            own = group
-    return own
+            result = group
+    return result
 
 
 def _launcher_environment(env: Mapping[str, str]) -> dict[str, str]:

@@ -53,8 +53,8 @@ def import_deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError as error:
         raise PactError(
-            f"trainer.deepspeed needs the deepspeed package ({error}); pip install 'pact-fast[deepspeed]', or leave the "
-            "setting out"
+            f"trainer.deepspeed needs the deepspeed package ({error}); pip install 'pact-fast[deepspeed]', or leave "
+            "trainer.deepspeed out"
         ) from None
     return deepspeed
 

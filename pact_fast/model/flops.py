@@ -20,8 +20,9 @@ def flops_per_token_and_pair(model: PreTrainedModel) -> tuple[float, float]:
     """Forward and backward FLOPs for each token, and for each query-key pair over all layers and heads.
 
     A weight costs 6 FLOPs per token (2 forward, 2 for the gradient of its input, 2 for its own gradient) or, if it is
-    frozen, 4. A pair costs 12·head_dim in each layer and head: QKᵀ and PV with 4·head_dim forward, twice that backward; what
-    flash attention recomputes is not counted. In mixtures of experts only the experts that a token is routed to count.
+    frozen, 4. A pair costs 12·head_dim in each layer and head: QKᵀ and PV with 4·head_dim forward, twice that backward;
+    recomputation in flash attention is not counted. In mixtures of experts only the experts that a token is routed to
+    count.
     """
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

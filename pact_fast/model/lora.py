@@ -59,8 +59,8 @@ def load(model: PreTrainedModel, folder: Path) -> None:
     ]
     if mismatched:
         raise PactError(
-            f"the adapters in {folder} do not fit model.lora: '{min(mismatched)}' differs; resume with the settings that "
-            "the run began with"
+            f"the adapters in {folder} do not fit model.lora: '{min(mismatched)}' differs; resume with the settings "
+            "that the run began with"
         )
     with torch.no_grad():
         for name, tensor in current.items():

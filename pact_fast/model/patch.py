@@ -61,7 +61,7 @@ def without_fused_kernels() -> Iterator[None]:
 
 
 def _patch_module(module: torch.nn.Module, undo: ExitStack) -> None:
-    """Give the module a fused forward if there is one, unless somebody else has already replaced its forward."""
+    """Give the module a fused forward if there is one, unless other code has already replaced its forward."""
     forward = None if "forward" in vars(module) else _fused_forward(module)
     if forward is not None:
         module.forward = forward

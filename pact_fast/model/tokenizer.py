@@ -53,7 +53,7 @@ def make_tokenizer(model: ModelConfig, tasks: TaskSource, saved: Path | None = N
 
 
 def train_tokenizer(tasks: Iterable[Task], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a BPE tokenizer of at most `vocab_size` tokens on tasks; it has a ChatML template with Hermes tool calls."""
+    """Train a BPE tokenizer of at most `vocab_size` tokens on tasks; its template is ChatML with Hermes tool calls."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -223,7 +223,7 @@ def verify(expected: ExpectedWeights, shards: Iterable[WeightShard]) -> None:
         shown = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise WeightMismatch(
             f"the engine does not hold the trainer's weights: {len(wrong)} of {len(expected)} tensors differ "
-            f"({shown}); nothing was sampled from them. Resume the run; if it happens again, the engine's loading is at fault"
+            f"({shown}); nothing was sampled from them. Resume the run; if it happens again, the engine loads weights wrongly"
         )
 
 
