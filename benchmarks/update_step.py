@@ -44,8 +44,9 @@ from measure import MALLOC, MIB, PeakMemory, add_run_options, markdown, median_r
 from update_run import CHECKED, DEFAULT_LAYERS, MODELS, Bench, Case, check, reason, time_attention
 from update_variants import VARIANTS, Shape, make_problem, token_tree
 
-from pact_fast.batch.flops import decoder_flops, work_of_packs
+from pact_fast.batch.flops import work_of_packs
 from pact_fast.kernels import LossContext
+from pact_fast.model.flops import decoder_flops
 from pact_fast.tree import pack
 
 SHAPES = {"cpu": ["1024,1024,256,8"], "cuda": ["4096,4096,1024,8", "1024,2048,1024,8", "8192,2048,1024,8"]}

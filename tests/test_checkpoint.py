@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from pact_fast.config import TrainerConfig
@@ -287,7 +290,7 @@ def test_a_failing_model_writer_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_large_tensors_go_to_several_files_and_come_back_one_by_one(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "SHARD", 300)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 300)
     tensors = {f"t{i}": torch.arange(20.0) + i for i in range(9)}  # three to a file
     model = {"a.weight": torch.randn(20, 2), "b.weight": torch.randn(20, 2)}
     path = checkpoint.save(
@@ -305,6 +308,49 @@ def test_large_tensors_go_to_several_files_and_come_back_one_by_one(tmp_path: Pa
     assert not (path / "model/model.safetensors").exists()  # they would take it for the whole
     (path / names[1]).write_bytes(b"")
     assert checkpoint.latest(tmp_path) is None
+
+
+def test_model_shards_are_read_by_hugging_face_with_one_file_in_memory(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "MODEL_SHARD_BYTES", 10_000)
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    alive: list[weakref.ref] = []
+    most = 0
+
+    original = shards._cpu_copy
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        copy = original(tensor)
+        alive.append(weakref.ref(copy))
+        most = max(most, sum(ref().nbytes for ref in alive if ref() is not None))
+        return copy
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        buffer = torch.empty(max(weight.numel() for weight in weights.values()))  # one buffer for all, as under ZeRO-3
+        for name, weight in weights.items():
+            tensor = buffer[: weight.numel()].view(weight.shape)
+            yield name, tensor.copy_(weight)
+
+    monkeypatch.setattr(shards, "_cpu_copy", copied)
+    config.save_pretrained(tmp_path)
+    shards.write_model_shards(gathered(), tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 3 and files[0] == "model-00001.safetensors" and set(index["weight_map"].values()) == set(files)
+    assert index["metadata"] == {"total_size": sum(weight.nbytes for weight in weights.values())}
+    assert most <= 10_000
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+
+
+def test_model_shards_that_cannot_be_written_are_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"model-00001\.safetensors.*No such file"):
+        shards.write_model_shards([("weight", torch.zeros(1))], tmp_path / "missing")
 
 
 def test_what_was_gathered_may_be_released_before_it_is_written(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_killed_process_takes_the_others_with_it_and_the_run_goes_on(alone, tm
     killed = time.monotonic()
     error = ended(process)
     assert process.returncode != 0 and time.monotonic() - killed < 45
-    assert "another process has ended or hangs" in error and "resume=auto" in error
+    assert "another rank has ended or hangs" in error and "resume=auto" in error
     train(run, 2)
     assert_same(run, alone)
 

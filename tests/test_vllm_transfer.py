@@ -211,7 +211,7 @@ def test_a_dying_server_does_not_start_while_its_weights_cannot_be_sent(policy, 
     engine.update_weights(policy.model, 10)
     monkeypatch.setattr(ManagedVllm, "_start", lambda host, model: pytest.fail("it was started"))
     os.killpg(engine.host.pid, signal.SIGKILL)
-    with pytest.raises(WeightsUnavailable, match="ZeRO-3 has split them"):
+    with pytest.raises(WeightsUnavailable, match="ZeRO-3 has partitioned them"):
         exact(engine, policy, 10)
 
 
@@ -222,4 +222,4 @@ def test_weights_that_zero3_has_split(tmp_path):
     run_module("tests.support.zero3_transfer", str(tmp_path), ranks=2, timeout=300)
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(result["gaps"]) == 3 and max(result["gaps"]) <= 1e-4 and result["restarts"] == 1
-    assert result["broadcasts"] > 3 and "ZeRO-3 has split them" in result["error"]
+    assert result["broadcasts"] > 3 and "ZeRO-3 has partitioned them" in result["error"]

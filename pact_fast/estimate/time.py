@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from pact_fast.algorithms.registry import make_algorithm
-from pact_fast.batch.flops import decoder_flops, work_of_packs
+from pact_fast.batch.flops import work_of_packs
 from pact_fast.config import Config
 from pact_fast.estimate.hardware import Hardware
 from pact_fast.estimate.memory import MemoryEstimate, estimate
 from pact_fast.estimate.sharding import Sharding
 from pact_fast.estimate.workload import Lengths, PackLoad, update_loads
 from pact_fast.model.build import meta_model
+from pact_fast.model.flops import decoder_flops
 from pact_fast.rollout.registry import engine_builder
 
 SAMPLE = 16  # prompts whose packs are made; the result is scaled to all prompts of a step

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from pact_fast.batch.flops import flops_per, work_of_packs, work_of_paths
+from pact_fast.batch.flops import work_of_packs, work_of_paths
 from pact_fast.batch.packing import PackedBatch, distribute_packs
 from pact_fast.batch.tree import TokenTree
+from pact_fast.model.flops import flops_per_token_and_pair
 
 PackTable = list[list[PackedBatch]]  # [micro-step][replica]
 
@@ -55,7 +56,7 @@ def make_packs(
         share: Compute shared prefixes once.
         merge: Also compute equal beginnings of a prompt's rollouts once.
     """
-    per_token, per_pair = flops_per(model)
+    per_token, per_pair = flops_per_token_and_pair(model)
 
     def flops(tokens: int, pairs: int) -> float:
         return per_token * tokens + per_pair * pairs

@@ -33,7 +33,7 @@ from pact_fast.model.adapter import adapter_tensors
 from pact_fast.model.build import check_context, make_model, make_policy
 from pact_fast.model.device import device_kind, precision
 from pact_fast.model.tokenizer import make_tokenizer
-from pact_fast.model.weights import checkpoint_weights, save_settings
+from pact_fast.model.weights import checkpoint_weights, save_model_config
 from pact_fast.report.console import summary_table
 from pact_fast.rewards.functions import load_reward_functions
 from pact_fast.rollout.agent import AgentLoop
@@ -195,15 +195,17 @@ class Trainer:
         if config.pretrain:
             with nullcontext() if self.world.is_main else self.shutdown.suspended():
                 self._run_on_main(lambda: self._pretrain(base_dir), "the base model")
-        base, split = base_dir if config.pretrain else None, self.world.size > 1
+        base, several = base_dir if config.pretrain else None, self.world.size > 1
         weights = newest and newest / "model"
-        model = make_policy(config, self.tokenizer, base=base, checkpoint=weights, device=self.device, split=split)
+        model = make_policy(
+            config, self.tokenizer, base=base, checkpoint=weights, device=self.device, partition=several
+        )
         check_context(config, model)
         if not self.algorithm.requirements(self.engine_builder.sampler_differs).reference:
             return model, None
         if config.model.lora:
             return model, model
-        reference = make_model(config, self.tokenizer, path=base, device=self.device, split=split)
+        reference = make_model(config, self.tokenizer, path=base, device=self.device, partition=several)
         return model, reference.eval().requires_grad_(False)
 
     def _pretrain(self, target: Path) -> None:
@@ -343,7 +345,7 @@ class Trainer:
             if lora_config:
                 lora.save(self.model, adapters, path, lora_config)
             else:
-                save_settings(self.model, path)
+                save_model_config(self.model, path)
             self.tokenizer.save_pretrained(path)
 
         checkpoint.save(

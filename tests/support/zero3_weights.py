@@ -38,7 +38,7 @@ expected = {name: weights.fingerprint(tensor) for name, tensor in weights.checkp
 found, live = {}, []
 sent = weights.WeightSnapshot(engine.module)
 announced = [tuple(shape) for shape in sent.metadata()]
-sent.check_alone()  # nobody has gone through them
+sent.check_available()  # nobody has gone through them
 seen = []
 for name, tensor in sent:
     found[name] = weights.fingerprint(tensor)

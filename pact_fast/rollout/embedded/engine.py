@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pact_fast.model.adapter import NAME, adapted_layers
+from pact_fast.model.adapter import ADAPTER_NAME, adapted_layers
 from pact_fast.model.weights import base_parameters, gathered
 from pact_fast.rollout.embedded.slot_cache import SlotCache, forward
 from pact_fast.rollout.engine import Completion, Request
@@ -214,5 +214,5 @@ class ReplicaEngine(TransformersEngine):
                 own[name].copy_(parameter)
         for name, layer in adapted_layers(model):
             with gathered(layer.parameters()):
-                own[f"{name}.weight"].add_(layer.get_delta_weight(NAME))
+                own[f"{name}.weight"].add_(layer.get_delta_weight(ADAPTER_NAME))
         super().update_weights(model, version)

@@ -17,7 +17,7 @@ from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.config import Config
 from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
-from pact_fast.model.weights import save_settings
+from pact_fast.model.weights import save_model_config
 from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.registry import EngineBuilder, engine
 from pact_fast.rollout.vllm.engine import VllmTransport
@@ -148,7 +148,7 @@ def _model_folder(model: PreTrainedModel, renderer: ChatRenderer, folder: Path) 
     """Configuration and tokenizer, which vLLM reads; weights come later."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    save_settings(model, folder)
+    save_model_config(model, folder)
     renderer.tokenizer.save_pretrained(folder)
     return folder
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout
 from pact_fast.model.adapter import engine_adapter
 from pact_fast.model.weights import (
-    Expected,
+    ExpectedWeights,
     WeightMismatch,
     WeightShard,
     WeightSnapshot,
@@ -127,8 +127,8 @@ class VllmEngine:
         self._sessions: dict[int, _Session] = {}
         self._closed = False
         self._asked = 0  # turns, so that each has a key of its own
-        self._expected: Expected = {}
-        self._adapter: Expected = {}  # empty without LoRA
+        self._expected: ExpectedWeights = {}
+        self._adapter: ExpectedWeights = {}  # empty without LoRA
         # Sampling may go on in one thread while another one brings new weights. Who wants to enter queues at the turnstile:
         # a lock alone would let the sampling thread in again and again.
         self._turnstile, self._lock = threading.Lock(), threading.Lock()

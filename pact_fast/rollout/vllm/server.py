@@ -184,7 +184,7 @@ class VllmServer:
         if self._transfer:
             self._transfer.close()
         if self._weights and isinstance(self._weights[0], WeightSnapshot):
-            self._weights[0].check_alone()
+            self._weights[0].check_available()
 
     def _adapter_name(self) -> str | None:
         return f"pact-{self._adapter[1]}" if self._adapter else None

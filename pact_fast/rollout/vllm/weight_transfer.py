@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from pact_fast.config import Config
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
-from pact_fast.model.weights import BUCKET, Shape, WeightSnapshot, needs_all_ranks
+from pact_fast.model.weights import BUCKET, TensorSpec, WeightSnapshot, needs_all_ranks
 from pact_fast.rollout.vllm.colocated import import_vllm
 
 FILES, NCCL = "files", "nccl"
@@ -126,7 +126,7 @@ class _Outgoing:
         self._pass: Iterator[tuple[str, torch.Tensor]] | None = None
         self.failed: EngineError | None = None
 
-    def metadata(self) -> list[Shape]:
+    def metadata(self) -> list[TensorSpec]:
         return self._weights.metadata()
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -88,7 +88,7 @@ class Replicated:
         if not bucket:
             return
         flat = torch.cat([grad.flatten() for grad in bucket])
-        with self._world.deadline("gradients"):
+        with self._world.peer_errors("gradients"):
             dist.all_reduce(flat)
         for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
             grad.copy_(part.view_as(grad))

@@ -55,18 +55,18 @@ class Zero:
         temperature: float | torch.Tensor,
         loss: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        with self._world.deadline("parameters"):
+        with self._world.peer_errors("parameters"):
             return self.engine(batch, tokens, temperature, loss)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        with self._world.deadline("gradients"):
+        with self._world.peer_errors("gradients"):
             self.engine.backward(loss * self._world.size)
 
     def step(self, learning_rate: float) -> float:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        with self._world.deadline("gradients"):
+        with self._world.peer_errors("gradients"):
             self.engine.step()
         norm = self.engine.get_global_grad_norm()
         if not self.engine.was_step_applied():
@@ -158,7 +158,7 @@ def sharded_forward(policy: Policy, trainer: TrainerConfig, dtype: str, world: W
         temperature: float | torch.Tensor,
         loss: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        with world.deadline("parameters"):
+        with world.peer_errors("parameters"):
             return engine(batch, tokens, temperature, loss)
 
     return forward
