@@ -26,10 +26,10 @@ class Registry(Generic[T]):
     Args:
         kind: The noun for messages ("algorithm").
         key: The configuration key that holds a name ("algorithm.name").
-        package: The package whose modules register the built-in classes.
+        package: The package whose modules register the built-in classes; None if they are in the registry's own module.
     """
 
-    def __init__(self, kind: str, key: str, package: str):
+    def __init__(self, kind: str, key: str, package: str | None = None):
         self.kind, self.key, self._package = kind, key, package
         self._classes: dict[str, T] = {}
         self._loaded = False
@@ -63,11 +63,11 @@ class Registry(Generic[T]):
         if ":" in name:
             return load_object(name, self.kind)
         close = difflib.get_close_matches(name, self.names(), n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(self.names())}"
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(self.names())}."
         raise PactError(f"{self.key}: no {self.kind} '{name}'; {hint} One of your own is named file.py:Class")
 
     def _load(self) -> None:
-        if self._loaded:
+        if self._loaded or self._package is None:
             return
         self._loaded = True
         package = importlib.import_module(self._package)

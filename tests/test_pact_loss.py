@@ -360,21 +360,21 @@ def test_gradient_of_one_input_only(wanted):
 
 
 @pytest.mark.parametrize("backend, dtype", [("torch", torch.float64), ("auto", torch.float32)])
-def test_tokens_without_a_coefficient_cost_no_backward_product(backend, dtype, monkeypatch):
+def test_tokens_without_a_coefficient_cost_no_backward_gemm(backend, dtype, monkeypatch):
     hidden, weight, _ = model(dtype=dtype)
     tokens = table(hidden, weight)
     active = (gradient_coefficient(hidden.double(), weight.double(), tokens) != 0).sum()
     assert 0 < active < len(tokens)
     rows = []
-    make = chunked.products
+    make = chunked.make_gemms
 
     def watched(*arguments):
-        made = make(*arguments)
-        product = made.backward
-        made.backward = lambda dz, *rest: rows.append(len(dz)) or product(dz, *rest)
-        return made
+        gemms = make(*arguments)
+        backward = gemms.backward
+        gemms.backward = lambda dz, *rest: rows.append(len(dz)) or backward(dz, *rest)
+        return gemms
 
-    monkeypatch.setattr(chunked, "products", watched)
+    monkeypatch.setattr(chunked, "make_gemms", watched)
     pact_loss(hidden, weight, tokens, backend=backend)
     assert rows == [active]
 
@@ -421,7 +421,7 @@ def test_runs_are_bit_identical():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"policy_loss": "dapo"}, "policy_loss='dapo'"),
+        ({"policy_loss": "dapo"}, "no policy loss 'dapo'; there are cispo, gspo, ppo"),
         ({"delta": 1.1}, "delta=1.1"),
         ({"delta": 3.0, "policy_loss": "cispo"}, "delta"),
         ({"kl_coef": 0.1}, "ref_logprob"),

@@ -1,4 +1,4 @@
-"""The row pass of the head: every back-end against its definition, in fp64 and differentiated by autograd.
+"""The softmax passes of the head: every backend against its definition, in fp64 and differentiated by autograd.
 
 An error may be twice that of the same definition in plain fp32 torch. Triton runs on the GPU where there is one, else
 interpreted: in a process of its own, because Triton reads TRITON_INTERPRET while it is imported.
@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from pact_fast.kernels.head.softmax_torch import Pairing, RowStats, compact
+from pact_fast.kernels.head.softmax_torch import Pairing, RowStats, compaction_index
 from pact_fast.kernels.runtime import build
 
 EPS = torch.finfo(torch.float32).eps
@@ -135,7 +135,7 @@ def definition(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         z = case.softcap * torch.tanh(z / case.softcap)
     z = z / cast(case.temperature)[:, None]
     lse = z.logsumexp(-1)
-    log_p = z - lse[:, None]  # not log_softmax: a back-end gets lse rounded, too
+    log_p = z - lse[:, None]  # not log_softmax: a backend gets lse rounded, too
     logprob = log_p[torch.arange(len(z)), case.target]
     entropy = -(log_p.exp() * log_p).sum(-1)
     loss = (cast(case.g) * logprob).sum()
@@ -161,7 +161,7 @@ def padded(x: torch.Tensor) -> torch.Tensor:
 
 
 def run(rows: Backend, case: Case, dtype=torch.float32, source=None, in_place=False) -> dict[str, torch.Tensor]:
-    """What the back-end makes of a case, under the names of `definition`."""
+    """Results of the backend for a case, under the names of `definition`."""
     z, vocab = padded(case.raw), case.raw.shape[1]
     stats = RowStats(*rows.forward(z, case.target, case.bias, case.temperature, case.softcap))
     found = stats._asdict()
@@ -253,7 +253,7 @@ def test_gradient_over_the_logits(rows, dtype):
     n, vocab = (1024, 151_936) if rows.device == "cuda" else (9, LONG)
     case = example(rows.device, n=n, vocab=vocab, temperature=True)
     case.g *= torch.rand(n, device=rows.device) < 0.5
-    source = compact(case.g != 0)
+    source = compaction_index(case.g != 0)
     assert (source != torch.arange(len(source), device=rows.device)).any()
     apart = run(rows, case, dtype=dtype)["dz"][source]
     assert torch.equal(run(rows, case, dtype=dtype, source=source, in_place=True)["dz"], apart)

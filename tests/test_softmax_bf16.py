@@ -15,7 +15,7 @@ from pact_fast.kernels.head import softmax_torch
 from pact_fast.kernels.head.chunked import ChunkedHead
 from pact_fast.kernels.head.logits import Logits
 from pact_fast.kernels.head.softmax_bf16 import PANEL, Bf16SoftmaxChunk
-from pact_fast.kernels.head.softmax_torch import RowStats, compact
+from pact_fast.kernels.head.softmax_torch import RowStats, compaction_index
 
 EPS = torch.finfo(torch.float32).eps
 UNIT = 2.0**-8  # what rounding to bf16 is off by at most
@@ -59,7 +59,7 @@ def ours(c: Case, keep: bool = True) -> Result:
     stats = RowStats(*(torch.full((n,), torch.nan) for _ in range(3)))
     terms = chunk(n, vocab)
     ops.bf16_softmax(c.x, c.weight, c.target, c.temperature, *(terms if keep else (None, None)), *stats)
-    source = compact(c.g != 0)
+    source = compaction_index(c.g != 0)
     if not keep:
         return Result(stats, source, c.x[:0], c.x[:0])
     dx, hi = torch.full((len(source), width), torch.nan), torch.full_like(c.weight, torch.nan)
@@ -71,7 +71,7 @@ def ours(c: Case, keep: bool = True) -> Result:
 
 def exact(c: Case) -> Result:
     z, temperature, g = c.x.double() @ c.weight.double().T, c.temperature.double(), c.g.double()
-    stats, source = softmax_torch.forward(z, c.target, None, temperature, None), compact(c.g != 0)
+    stats, source = softmax_torch.forward(z, c.target, None, temperature, None), compaction_index(c.g != 0)
     dz = torch.empty_like(z)
     softmax_torch.backward(z, dz, source, c.target, temperature, None, stats, g, None)
     dz = dz[: len(source)]

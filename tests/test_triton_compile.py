@@ -13,13 +13,13 @@ triton = pytest.importorskip("triton", reason="needs triton: pip install triton"
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from pact_fast.kernels import rows_triton  # noqa: E402
-from pact_fast.tree import merge_triton  # noqa: E402
+from pact_fast.kernels.head import softmax_triton  # noqa: E402
+from pact_fast.model.attention import merge_triton  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def variants(module=rows_triton):
+def variants(module=softmax_triton):
     found = []
     for kernel, signature, constexprs, num_warps in module.specialisations():
         if isinstance(kernel, triton.JITFunction):  # not so under TRITON_INTERPRET
@@ -68,7 +68,7 @@ def test_hopper_without_spills(kernel, signature, constexprs, num_warps, tmp_pat
     # which computes more than it reads
     assert usage["REG"] <= (80 if constexprs.get("KIND") == "jsd" else 64)
     # 16 bytes per thread and access, in whole tiles and in the rest
-    tiles = 2 * rows_triton.DEPTH.value
+    tiles = 2 * softmax_triton.DEPTH.value
     assert binary.asm["ptx"].count("ld.global.v4.b32") >= tiles
 
 
