@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,30 @@ from pact_fast.kernels import LossTokens, TokenPairs, linear_logprob, pact_loss
 from pact_fast.kernels.head import loss
 
 ROWS, WIDTH, VOCAB = 12, 6, 31
+
+ALONE = """
+import sys
+from importlib.machinery import PathFinder
+
+ABSENT = {"numpy", "pydantic", "yaml", "transformers", "tokenizers", "triton", "vllm", "deepspeed"}
+
+class WithoutThem(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in ABSENT else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [WithoutThem if finder is PathFinder else finder for finder in sys.meta_path]
+import torch
+from pact_fast.kernels import linear_logprob
+linear_logprob(torch.ones(2, 3), torch.ones(5, 3), torch.tensor([0, 4]), backend="torch")
+print(*sorted(name for name in sys.modules if name.startswith("pact_fast.") and "kernels" not in name))
+"""
+
+
+def test_the_kernels_need_torch_alone():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["pact_fast." + name for name in ("components", "errors", "plugins", "registry")]
 
 
 def inputs(dtype: torch.dtype = torch.float32, grad: bool = True) -> list[torch.Tensor]:

@@ -238,7 +238,11 @@ class AlgorithmConfig(Section):
     )
     beta: float = Field(0.0, ge=0, description="Coefficient of the KL to the frozen reference (k3 estimator).")
     entropy_coef: float = Field(0.0, description="Entropy bonus.")
-    policy_loss: Literal["ppo", "cispo"] = Field("ppo", description="Clip rule.")
+    policy_loss: str = Field(
+        "ppo",
+        description="Policy loss: `ppo` or `cispo`, or one of your own as `file.py:Class` (`gspo`: kernel only, not in the "
+        "trainer).",
+    )
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = Field(
         "grpo",
         description="Aggregation: mean over tokens, then over rollouts (grpo); mean over all tokens of the batch (dapo); sum "
