@@ -116,7 +116,7 @@ def example(device, n=6, vocab=1003, spread=4.0, bias=False, softcap=None, tempe
         case.own, case.cross = torch.randn(n), torch.randn(n)
         if kind == "jsd":  # its gradient through the mean vanishes when both rows weigh the same
             case.own = torch.where(case.partner > torch.arange(n), case.own, case.own[case.partner])
-        case.own[case.partner < 0] = case.cross[case.partner < 0] = torch.nan  # nobody reads it
+        case.own[case.partner < 0] = case.cross[case.partner < 0] = torch.nan  # never read
     for name, value in vars(case).items():
         if isinstance(value, torch.Tensor):
             setattr(case, name, value.to(device))
@@ -241,7 +241,7 @@ def test_no_rows(rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradient_types(rows, dtype):
     if dtype.itemsize < 4 and not rows.small_types:
-        pytest.skip("its products take fp32")
+        pytest.skip("its GEMMs take fp32")
     check(rows, example(rows.device, entropy=True), dtype=dtype)
 
 
@@ -249,7 +249,7 @@ def test_gradient_types(rows, dtype):
 def test_gradient_over_the_logits(rows, dtype):
     """In place, the rows that matter moved together, it is bit by bit what a matrix of its own gets."""
     if dtype.itemsize < 4 and not rows.small_types:
-        pytest.skip("its products take fp32")
+        pytest.skip("its GEMMs take fp32")
     n, vocab = (1024, 151_936) if rows.device == "cuda" else (9, LONG)
     case = example(rows.device, n=n, vocab=vocab, temperature=True)
     case.g *= torch.rand(n, device=rows.device) < 0.5
@@ -353,8 +353,8 @@ def test_indices_outside_are_refused_by_the_cpp_ops_before_anything_is_read(ops)
         with pytest.raises(RuntimeError, match=rf"partner\[0\] = {wrong} is outside \[-1, 3\)"):
             ops.head_softmax_divergence(z, ones, partner, False, torch.empty(3))
         with pytest.raises(RuntimeError, match=rf"partner\[0\] = {wrong} is outside \[-1, 3\)"):
-            coupled = partner, ones, ones, ones, False
-            ops.head_softmax_backward(z, z.clone(), source, fine, ones, 0.0, *stats, ones, None, *coupled)
+            pairs = partner, ones, ones, ones, False
+            ops.head_softmax_backward(z, z.clone(), source, fine, ones, 0.0, *stats, ones, None, *pairs)
 
 
 def test_tensors_that_do_not_fit_are_refused_by_the_cpp_ops(ops):

@@ -1,7 +1,7 @@
 """Gated MLP down(silu(gate(x))·up(x)) on CPU as one autograd function: torch's GEMMs, pointwise steps in csrc/pointwise.cpp.
 
-With separate autograd functions, silu(gate)·up must be recomputed or kept for dW of down, and the gradients of gate and up
-read the same activations again. Here one pass over memory computes all three, and dL/dx is accumulated by the second GEMM.
+As separate autograd functions, the backward pass would read the activations of gate and up twice: for silu(gate)·up, which
+dW of down needs, and for their own gradients. Here one pass over memory computes all three, and dL/dx is one sum.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class _GatedMlp(torch.autograd.Function):
         x, gate, up, down, a, b = ctx.saved_tensors
         x_grad, gate_grad, up_grad, down_grad = ctx.needs_input_grad
         g, rows, a, b = (_rows(t) for t in (grad, x, a, b))
-        d_a, d_b, product = silu_mul_backward(g @ down, a, b)
-        d_down = g.t() @ product if down_grad else None
-        del product
+        d_a, d_b, activation = silu_mul_backward(g @ down, a, b)
+        d_down = g.t() @ activation if down_grad else None
+        del activation
         dx = torch.addmm(d_a @ gate, d_b, up).view(x.shape) if x_grad else None
         return dx, d_a.t() @ rows if gate_grad else None, d_b.t() @ rows if up_grad else None, d_down
 

@@ -17,7 +17,7 @@ class Logits:
 
     Args:
         backend: Whose softmax passes run.
-        gemms: The matrix products.
+        gemms: The GEMMs of the head.
         bias: [V] in the accumulation dtype, or None.
         softcap: None: no cap.
         rows: Most rows of a chunk.
@@ -64,7 +64,7 @@ class Logits:
     def backward(
         self, source: torch.Tensor, g: torch.Tensor, h: torch.Tensor | None, pairing: Pairing | None
     ) -> torch.Tensor | None:
-        """dx [m, D] of the rows `source` [m], None if not needed. Their dz overwrites the head of the last buffer."""
+        """dx [m, D] of the rows `source` [m], None if not needed. Their dz is written to the front of the last buffer."""
         z, scale = self._buffers[0][: len(g)], self._gemms.scale(g)
         if scale != 1.0:
             g, h = g * scale, None if h is None else h * scale

@@ -1,7 +1,7 @@
 """A chunk of rows kept as exp(z − panel maximum) in bf16 (csrc/softmax_bf16.cpp).
 
 This takes half the memory of fp32 logits and no separate softmax passes: the GEMM for the logits writes it, and the GEMMs
-of the backward pass read dz from it. It serves losses that need log-probs, entropies and dL/dlogprob only.
+of the backward pass read dz from it. It suffices for losses that need log-probs, entropies and dL/dlogprob only.
 """
 
 from __future__ import annotations

@@ -36,16 +36,14 @@ def token_stats(
 ) -> torch.Tensor:
     """Sums over the tokens, fp64 [len(SUMS), contexts, components], named by SUMS; they add up over micro-batches.
 
-    all tokens             count, loss_rl and loss_sft (weighted, as in the loss), logprob, prob, entropy
-    rl_weight ≠ 0          rl_count, ratio (of the policy loss), approx_kl (r − 1 − log r: k3 of π_old and π),
-                           clipped, clipped_low, clipped_high (tokens)
-    sft_weight ≠ 0         sft_count
-    … and reference known  ref_count, kl (k3 to the reference)
-    … and sampler known    sampler_count, is_weight, is_weight_sq, logprob_diff, logprob_diff_sq
-                           (logprob_diff = log π_old − log π_sampler)
-    first token of a pair  pair_count, divergence
-
-    "…": of the tokens with rl_weight ≠ 0.
+    all tokens                 count, loss_rl and loss_sft (weighted, as in the loss), logprob, prob, entropy
+    rl_weight ≠ 0              rl_count, ratio (of the policy loss), approx_kl (r − 1 − log r: k3 of π_old and π),
+                               clipped, clipped_low, clipped_high (tokens)
+    the same, reference known  ref_count, kl (k3 to the reference)
+    the same, sampler known    sampler_count, is_weight, is_weight_sq, logprob_diff, logprob_diff_sq
+                               (logprob_diff = log π_old − log π_sampler)
+    sft_weight ≠ 0             sft_count
+    first token of a pair      pair_count, divergence
 
     Args:
         tokens: The loss table, N rows.
