@@ -68,7 +68,9 @@ def _fastest(device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"pact_fast: the CPU kernels are not used ({reason}); falling back to plain torch, slower", stacklevel=2)
+    warnings.warn(
+        f"pact_fast: the CPU kernels are not used ({reason}); falling back to plain torch, slower", stacklevel=2
+    )
 
 
 @functools.cache
