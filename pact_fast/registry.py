@@ -29,11 +29,11 @@ class Registry(Generic[T]):
     Args:
         kind: Noun for error messages ("algorithm").
         key: Configuration key that holds a name ("algorithm.name").
-        package: Package whose modules register the built-in classes.
+        package: Package whose modules register the built-in classes; None: they are in the registry's own module.
         base: Class that every registered class must extend; None: any class.
     """
 
-    def __init__(self, kind: str, key: str, package: str, base: type | None = None):
+    def __init__(self, kind: str, key: str, package: str | None = None, base: type | None = None):
         self.kind, self.key, self.base, self._package = kind, key, base, package
         self._classes: dict[str, Any] = {}
         # Held while the package is imported. The decorator must not take it: a thread that is importing a module of the
@@ -97,7 +97,9 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         """Import the modules of the package, once. A failed import is raised again by the next look-up."""
         with self._lock:
-            if self._loaded or self._loading:  # loading: a module of the package looks a name up while it is imported
+            if (
+                self._package is None or self._loaded or self._loading
+            ):  # loading: a module of the package looks a name up while it is imported
                 return
             self._loading = True
             try:

@@ -6,7 +6,7 @@ from pact_fast.algorithms.base import Algorithm
 from pact_fast.config import AlgorithmConfig
 from pact_fast.registry import Registry
 
-algorithm: Registry[type[Algorithm]] = Registry("algorithm", "algorithm.name", "pact_fast.algorithms")
+algorithm: Registry[type[Algorithm]] = Registry("algorithm", "algorithm.name", "pact_fast.algorithms", base=Algorithm)
 
 
 def make_algorithm(config: AlgorithmConfig) -> Algorithm:

@@ -262,8 +262,10 @@ class AlgorithmConfig(Section):
         0.0, ge=0, description="Coefficient of the KL divergence to the frozen reference policy (k3 estimator)."
     )
     entropy_coef: float = Field(0.0, description="Coefficient of the entropy bonus.")
-    policy_loss: Literal["ppo", "cispo"] = Field(
-        "ppo", description="Clip rule: PPO's clipped surrogate or CISPO's clipped importance weight."
+    policy_loss: str = Field(
+        "ppo",
+        description="Policy loss: `ppo` (clipped surrogate), `cispo` (clipped importance weight), or one of your own as "
+        "`file.py:Class`. `gspo` is in the kernels only, not in the trainer.",
     )
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = Field(
         "grpo",

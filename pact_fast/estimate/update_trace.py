@@ -16,7 +16,7 @@ from pact_fast.config import Config
 from pact_fast.errors import PactError
 from pact_fast.estimate.memory_tracker import MemoryKind, MemoryTracker
 from pact_fast.estimate.workload import PackLoad
-from pact_fast.kernels.head.chunked import balanced, chunk_rows
+from pact_fast.kernels.head.chunked import balanced_chunk_rows, max_chunk_rows
 from pact_fast.model.build import meta_model
 from pact_fast.model.forward import decoder_of, tree_forward, unsupported
 from pact_fast.model.patch import without_fused_kernels
@@ -130,7 +130,7 @@ def _paths(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
 
 def _chunk(weight: torch.Tensor, supervised: int, device: str) -> int:
     """Rows of logits that exist at a time."""
-    return balanced(supervised, chunk_rows(len(weight), 4 * len(weight), torch.device(device)))
+    return balanced_chunk_rows(supervised, max_chunk_rows(len(weight), 4 * len(weight), torch.device(device)))
 
 
 class _Head(torch.autograd.Function):

@@ -68,7 +68,7 @@ class EngineBuilder:
         raise NotImplementedError
 
 
-engine: Registry[type[EngineBuilder]] = Registry("engine", "rollout.engine", "pact_fast.rollout")
+engine: Registry[type[EngineBuilder]] = Registry("engine", "rollout.engine", "pact_fast.rollout", base=EngineBuilder)
 
 
 def engine_builder(config: Config) -> EngineBuilder:

@@ -22,6 +22,7 @@ from pact_fast.components import LossContext
 from pact_fast.config import TrainerConfig
 from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
+from pact_fast.kernels.head.objective import make_policy_loss
 from pact_fast.kernels.head.stats import SUMS
 from pact_fast.kernels.head.tokens import COMPONENTS, LossTokens
 from pact_fast.model.lora import adapters_off
@@ -111,6 +112,7 @@ class Learner:
         self.world = world or World()
         self.requirements = algorithm.requirements(sampler_differs)
         self.loss_settings = {**algorithm.loss_settings(), "is_cap": self.requirements.is_cap}
+        check_policy_loss(self.loss_settings.get("policy_loss", "ppo"))
         self.max_tokens = trainer.pack_tokens  # halved after a pack that ran out of memory
         self.policy = Policy(model, self.world, autocast)
         self.backend = make_backend(self.policy, trainer, dtype, self.world)
@@ -327,6 +329,14 @@ class Learner:
     def _lockstep(self) -> bool:
         """Forward and backward contain collectives, so every rank runs both in every micro-step."""
         return self.backend.lockstep or self.world.sequence_parallel > 1
+
+
+def check_policy_loss(name: str) -> None:
+    """Raise PactError if there is no such policy loss, or if it needs all tokens of a sequence in one pack."""
+    if make_policy_loss(name).sequence_ratio:
+        raise PactError(
+            f"algorithm.policy_loss='{name}' takes one ratio per sequence, but packs may split a sequence; use ppo or cispo"
+        )
 
 
 def loss_tokens(
