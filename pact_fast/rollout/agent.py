@@ -45,7 +45,7 @@ class PendingToolCalls:
         self._calls.append((self._clock + (TOOL_STEPS if blocking else 0), index, observations))
 
     def drop(self, index: int) -> bool:
-        """Stop waiting for the calls of trajectory `index`; returns whether there were any. Running tools end by their own timeout."""
+        """Stop waiting for the calls of trajectory `index`, which end by their own timeout; returns whether there were any."""
         before = len(self._calls)
         self._calls = [call for call in self._calls if call[1] != index]
         return len(self._calls) < before
@@ -269,7 +269,9 @@ class AgentLoop:
             on_finish(index, trajectory)
         return trajectory
 
-    def _take_turn(self, state: _ActiveTrajectory, completion: Completion) -> tuple[StopReason | None, list[Future | str]]:
+    def _take_turn(
+        self, state: _ActiveTrajectory, completion: Completion
+    ) -> tuple[StopReason | None, list[Future | str]]:
         """Record a sampled turn and start its tool calls; returns the stop reason, if any, and the observations to come."""
         parsed = self.renderer.parse(completion.ids, state.job.task.tools)
         record = TurnRecord(parsed.text, parsed.reasoning, parsed.content, list(parsed.attempts))

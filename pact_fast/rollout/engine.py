@@ -97,6 +97,8 @@ class Engine(Protocol):
 
     def sleep(self) -> None:
         """Free as much memory as possible until the next `update_weights`."""
+        return
 
     def shutdown(self) -> None:
         """Stop for good, and release processes and memory."""
+        return

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -101,7 +102,9 @@ class PlainEngineBuilder(EngineBuilder):
         return self._engine_class(self.config, model, renderer)
 
 
-engine: Registry[type[EngineBuilder] | EngineClass] = Registry("engine", "rollout.engine", "pact_fast.rollout")
+engine: Registry[Any] = Registry(
+    "engine", "rollout.engine", "pact_fast.rollout"
+)  # → an EngineBuilder class, or an EngineClass
 
 
 def engine_builder(config: Config) -> EngineBuilder:
