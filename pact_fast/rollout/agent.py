@@ -1,7 +1,8 @@
 """The agent loop: samples many multi-turn trajectories at once.
 
-Each advances on its own: render the prompt, ask the engine for a turn, parse it, run its tool calls, append the observations,
-and so on until an answer or a limit. There is no barrier between turns, so a slow tool holds up its own trajectory only.
+Each advances on its own: render the prompt, ask the engine for a turn, parse it, run its tool calls, append the
+observations, and so on until an answer or a limit. There is no barrier between turns, so a slow tool holds up its own
+trajectory only.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
 from pact_fast.rollout.engine import Completion, Engine, Request
 
-# Synchronous engines: a tool's result is picked up exactly this many engine steps after the call, and waited for if it is late.
-# Batches then never depend on how fast a tool happened to be, so a run repeats bit for bit.
+# Synchronous engines: a tool's result is picked up exactly this many engine steps after the call, and waited for if it
+# is late. Batches then never depend on how fast a tool happened to be, so a run repeats bit for bit.
 TOOL_STEPS = 4
 
 
 class PendingToolCalls:
     """Tool calls under way, by trajectory.
 
-    With a synchronous engine, results are due a fixed number of steps after their call, and are waited for; otherwise they
-    are picked up as soon as they arrive.
+    With a synchronous engine, results are due a fixed number of steps after their call, and are waited for; otherwise
+    they are picked up as soon as they arrive.
     """
 
     def __init__(self, synchronous: bool):
@@ -45,7 +46,7 @@ class PendingToolCalls:
         self._calls.append((self._clock + (TOOL_STEPS if blocking else 0), index, observations))
 
     def drop(self, index: int) -> bool:
-        """Stop waiting for the calls of trajectory `index`, which end by their own timeout; returns whether there were any."""
+        """Stop waiting for the calls of trajectory `index`, which end by their own timeout; True if there were any."""
         before = len(self._calls)
         self._calls = [call for call in self._calls if call[1] != index]
         return len(self._calls) < before
@@ -220,7 +221,7 @@ class AgentLoop:
         return [results[index] for index in sorted(results)]
 
     def _poll_timeout(self, calls: PendingToolCalls) -> float | None:
-        """Seconds to wait for the engine: short while tool results may arrive, else until a trajectory may be overdue."""
+        """Seconds to wait for the engine: short while tool results may arrive, else until one may be overdue."""
         if len(calls):
             return 0.005
         return None if self.config.trajectory_timeout is None else 0.1
@@ -272,7 +273,7 @@ class AgentLoop:
     def _take_turn(
         self, state: _ActiveTrajectory, completion: Completion
     ) -> tuple[StopReason | None, list[Future | str]]:
-        """Record a sampled turn and start its tool calls; returns the stop reason, if any, and the observations to come."""
+        """Record a sampled turn and start its tool calls; returns the stop reason, if any, and the pending results."""
         parsed = self.renderer.parse(completion.ids, state.job.task.tools)
         record = TurnRecord(parsed.text, parsed.reasoning, parsed.content, list(parsed.attempts))
         state.turns.append(record)

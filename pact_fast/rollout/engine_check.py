@@ -1,7 +1,7 @@
 """Smoke test of a live engine, for `pact-fast doctor`.
 
-Starts the engine, sends the model's weights, samples a few of the recipe's tasks, and checks what came back: whether tool
-calls survive rendering and parsing, how far log-probs differ from the model's, and whether the prefix cache works.
+Starts the engine, sends the model's weights, samples a few of the recipe's tasks, and checks what came back: whether
+tool calls survive rendering and parsing, how far log-probs differ from the model's, and whether the prefix cache works.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class EngineSmokeTest:
         turns = sum(len(t.turns) for t in self.trajectories)
         tokens = sum(int(t.sampled.sum()) for t in self.trajectories)
         stops = ", ".join(sorted({str(t.stop_reason) for t in self.trajectories}))
-        return f"{len(self.trajectories)} trajectories of the first tasks: {turns} turns, {tokens} tokens; ended by {stops}"
+        count = len(self.trajectories)
+        return f"{count} trajectories of the first tasks: {turns} turns, {tokens} tokens; ended by {stops}"
 
     def turns(self) -> str:
         """Tool calls of a sampled turn, rendered and parsed again, are the same calls."""
@@ -107,8 +108,8 @@ class EngineSmokeTest:
                 again = self.renderer.parse(ids, job.task.tools).attempts
                 if again != made:
                     raise PactError(
-                        f"task {trajectory.task_id}: the sampled turn {turn.text!r} is parsed as {made}, but these calls, "
-                        f"rendered, as {again}; choose another model.tool_format"
+                        f"task {trajectory.task_id}: the sampled turn {turn.text!r} is parsed as {made}, but these "
+                        f"calls, rendered, as {again}; choose another model.tool_format"
                     )
                 calls += len(made)
                 same += np.array_equal(ids, _sampled_ids(trajectory, index))
@@ -125,8 +126,8 @@ class EngineSmokeTest:
             bound = f"largest {MAX_LOGPROB_DIFF:g}" if exact else f"mean {MEAN_LOGPROB_DIFF:g}"
             raise PactError(
                 f"the engine's log-probs differ from the model's by {mean:.2g} on average, {largest:.2g} at most "
-                f"(allowed: {bound}); remove settings from rollout.vllm_args that change what is computed (quantization, "
-                "another dtype), and start a server with --logprobs-mode processed_logprobs"
+                f"(allowed: {bound}); remove settings from rollout.vllm_args that change what is computed "
+                "(quantization, another dtype), and start a server with --logprobs-mode processed_logprobs"
             )
         return f"engine and model differ by {mean:.1e} on average, {largest:.1e} at most, over {len(diffs)} tokens"
 
@@ -141,8 +142,8 @@ class EngineSmokeTest:
             return "the engine does not report it (start a server with --enable-prompt-tokens-details)"
         if not found and len(context) >= MIN_CACHED_CONTEXT:
             raise PactError(
-                f"a context of {len(context)} tokens was computed again when it was requested a second time, and so would be "
-                "that of every turn; remove enable_prefix_caching from rollout.vllm_args, or start the server with it"
+                f"a context of {len(context)} tokens was computed again when it was requested a second time, and so would "
+                "be that of every turn; remove enable_prefix_caching from rollout.vllm_args, or start the server with it"
             )
         return f"{found} of {len(context)} tokens were not computed again when a context was requested a second time"
 
@@ -157,8 +158,8 @@ class EngineSmokeTest:
         context = rollout.max_prompt_length + rollout.max_completion_length
         full = token * rollout.max_batch_size * context
         return (
-            f"the engine takes {weights / 2**30:.2f} GiB for weights and {token / 2**10:.1f} KiB of keys and values per "
-            f"token: {full / 2**30:.2f} GiB for {rollout.max_batch_size} contexts of {context} tokens"
+            f"the engine takes {weights / 2**30:.2f} GiB for weights and {token / 2**10:.1f} KiB of keys and values "
+            f"per token: {full / 2**30:.2f} GiB for {rollout.max_batch_size} contexts of {context} tokens"
         )
 
     @torch.no_grad()

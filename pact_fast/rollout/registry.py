@@ -1,7 +1,7 @@
 """The registry of rollout engines, and the engine that a configuration asks for.
 
-An engine is registered as the engine's own class, or as an EngineBuilder where something has to be known before there is
-an engine (ranks, devices, memory), or where the configuration decides which class it is:
+An engine is registered as the engine's own class, or as an EngineBuilder where something has to be known before there
+is an engine (ranks, devices, memory), or where the configuration decides which class it is:
 
     @engine("mine")                      # or rollout.engine=my_engine.py:MyEngine, from outside the package
     class MyEngine(Engine):

@@ -27,8 +27,8 @@ class EmbeddedBuilder(EngineBuilder):
         reason = unsupported(model)
         if reason is not None:
             raise PactError(
-                f"the embedded rollout engine does not serve this model ({reason}); use rollout.engine=vllm, or another "
-                "model"
+                f"the embedded rollout engine does not serve this model ({reason}); use rollout.engine=vllm, or "
+                "another model"
             )
 
     def build(

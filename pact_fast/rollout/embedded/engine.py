@@ -1,8 +1,8 @@
 """The embedded engine: continuous batching on a transformers model in this process.
 
-Every running session feeds one token per step: the token it has just sampled, or the next token of the text appended to its
-context. Turns therefore need no barrier, and an observation is fed while the other sessions go on sampling. Long texts are
-prefilled in one forward pass; sessions that start with the same prompt share it.
+Every running session feeds one token per step: the token it has just sampled, or the next token of the text appended to
+its context. Turns therefore need no barrier, and an observation is fed while the other sessions go on sampling. Long
+texts are prefilled in one forward pass; sessions that start with the same prompt share it.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ class TransformersEngine(Engine):
 class ReplicaEngine(TransformersEngine):
     """For a model that ZeRO-3 has partitioned: the engine holds a whole copy, with adapters merged.
 
-    Forward passes of a partitioned model are collectives; with a copy, every rank can make as many steps as it needs. An
-    update refreshes the copy tensor by tensor. For models of which one device can hold a copy.
+    Forward passes of a partitioned model are collectives; with a copy, every rank can make as many steps as it needs.
+    An update refreshes the copy tensor by tensor. For models of which one device can hold a copy.
     """
 
     def __init__(self, model: PreTrainedModel, eot_ids: Iterable[int], **settings: Any):

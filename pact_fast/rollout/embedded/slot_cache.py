@@ -1,7 +1,7 @@
 """Key-value cache with one slot per session, each with its own length, for any Hugging Face decoder.
 
-It plugs into the attention registry of transformers, not into the model's cache class: the attention function gets the new
-tokens' keys and values (after the rotary embedding), writes them into their slots, and attends over the slots.
+It plugs into the attention registry of transformers, not into the model's cache class: the attention function gets the
+new tokens' keys and values (after the rotary embedding), writes them into their slots, and attends over the slots.
 """
 
 from __future__ import annotations

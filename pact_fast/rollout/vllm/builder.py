@@ -39,8 +39,8 @@ class VllmBuilder(EngineBuilder):
             return list(range(world.size))
         if count > world.size:
             raise PactError(
-                f"rollout.vllm_data_parallel_size={count}, but only {world.size} processes train, and each drives at most one "
-                "server; lower it, or start more training processes"
+                f"rollout.vllm_data_parallel_size={count}, but only {world.size} processes train, and each drives at most "
+                "one server; lower it, or start more training processes"
             )
         return [i * world.size // count for i in range(count)]
 
@@ -149,8 +149,8 @@ def server_devices(world: World, servers: list[int], wanted: int, count: int) ->
     first = trainers + earlier * wanted
     if first + wanted > count:
         raise PactError(
-            f"{count} GPUs are too few for {trainers} training processes on this node and a vLLM server on GPUs {first} to "
-            f"{first + wanted - 1}; start fewer processes, or lower rollout.vllm_tensor_parallel_size or "
+            f"{count} GPUs are too few for {trainers} training processes on this node and a vLLM server on GPUs {first} "
+            f"to {first + wanted - 1}; start fewer processes, or lower rollout.vllm_tensor_parallel_size or "
             "rollout.vllm_data_parallel_size"
         )
     return list(range(first, first + wanted))

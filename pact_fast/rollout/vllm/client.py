@@ -1,7 +1,7 @@
 """vLLM servers over HTTP: the transport that all servers share, and the client of a running server behind a URL.
 
-Servers are stock vLLM. Turns go through the completions endpoint. Weights go from GPU to GPU (weight_transfer), or through
-files that the server reads (weight_files, `collective_rpc("reload_weights")`).
+Servers are stock vLLM. Turns go through the completions endpoint. Weights go from GPU to GPU (weight_transfer), or
+through files that the server reads (weight_files, `collective_rpc("reload_weights")`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class VllmServerTransport(VllmTransport):
         self._adapter: tuple[Path, int] | None = None  # last loaded adapter's folder, version
         self._served_model = ""
 
-    # -- turns ---------------------------------------------------------------------------------------------------------------
+    # -- turns ---------------------------------------------------------------------------------------------------------
 
     def submit(self, turn: TurnRequest) -> None:
         self._turns[turn.key] = self._http.start(self._complete(turn))
@@ -97,8 +97,8 @@ class VllmServerTransport(VllmTransport):
         """Send a turn, and put its output, or an EngineError, into the queue of results."""
         body = {
             "model": self.adapter_name or self._served_model,
-            "prompt": turn.ids, "max_tokens": turn.max_tokens, "temperature": turn.temperature, "top_p": 1.0, "top_k": -1,
-            "seed": turn.seed, "logprobs": 0, "stop_token_ids": turn.stop, "ignore_eos": True,
+            "prompt": turn.ids, "max_tokens": turn.max_tokens, "temperature": turn.temperature, "top_p": 1.0,
+            "top_k": -1, "seed": turn.seed, "logprobs": 0, "stop_token_ids": turn.stop, "ignore_eos": True,
             "return_token_ids": True, "skip_special_tokens": False,
         }  # fmt: skip
         try:
@@ -122,7 +122,7 @@ class VllmServerTransport(VllmTransport):
             while True:
                 self._results.get_nowait()
 
-    # -- weights -------------------------------------------------------------------------------------------------------------
+    # -- weights -------------------------------------------------------------------------------------------------------
 
     @property
     def adapter_name(self) -> str | None:
@@ -203,7 +203,7 @@ class VllmServerTransport(VllmTransport):
         if self._weights and isinstance(self._weights[0], WeightSnapshot):
             self._weights[0].check_alone()
 
-    # -- requests ------------------------------------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------------------
 
     def rpc(self, method: str, args: list[str] | None = None, kwargs: dict[str, str] | None = None) -> list:
         """Call a method of all workers; returns one result per worker. Errors: see `call`."""
@@ -291,9 +291,9 @@ class VllmServerClient(VllmServerTransport):
             self.rpc("pact_report_weights")
         except EngineError as error:
             raise PactError(
-                f"{self.name} cannot report its weights ({error.problem}); start it with VLLM_SERVER_DEV_MODE=1 vllm serve "
-                f"MODEL --logprobs-mode processed_logprobs --generation-config vllm --worker-extension-cls {WORKER_EXTENSION}, "
-                "and pact-fast installed beside it"
+                f"{self.name} cannot report its weights ({error.problem}); start it with VLLM_SERVER_DEV_MODE=1 vllm "
+                "serve MODEL --logprobs-mode processed_logprobs --generation-config vllm --worker-extension-cls "
+                f"{WORKER_EXTENSION}, and pact-fast installed beside it"
             ) from None
 
 

@@ -42,8 +42,8 @@ class ColocatedVllm(VllmTransport):
             from vllm.v1.engine.llm_engine import LLMEngine
 
             settings = vllm.EngineArgs(
-                model=str(model_folder), load_format="dummy", enable_sleep_mode=sleep, worker_extension_cls=WORKER_EXTENSION,
-                **engine_args(args),
+                model=str(model_folder), load_format="dummy", enable_sleep_mode=sleep,
+                worker_extension_cls=WORKER_EXTENSION, **engine_args(args),
             )  # fmt: skip
             self.llm_engine = LLMEngine.from_engine_args(settings)
         self._vllm = vllm
@@ -128,8 +128,8 @@ def import_vllm() -> Any:
         import vllm
     except ImportError as error:
         raise PactError(
-            f"rollout.engine=vllm needs the vllm package ({error}); pip install 'pact-fast[vllm]', on a machine without GPU "
-            "see docs/rollouts.md, or use rollout.engine=transformers"
+            f"rollout.engine=vllm needs the vllm package ({error}); pip install 'pact-fast[vllm]', on a machine without "
+            "GPU see docs/rollouts.md, or use rollout.engine=transformers"
         ) from None
     # at each update it warns of every module that is not in the checkpoint; weights are verified anyway
     logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
@@ -150,7 +150,7 @@ def engine_args(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def sampling_params(vllm: Any, turn: TurnRequest) -> Any:
-    """vLLM's SamplingParams of a turn: temperature alone shapes the distribution, and only `turn.stop` ends the turn."""
+    """vLLM's SamplingParams: temperature alone shapes the distribution, and only `turn.stop` ends the turn."""
     from vllm.sampling_params import RequestOutputKind
 
     return vllm.SamplingParams(

@@ -1,8 +1,8 @@
 """Rollouts by vLLM: token ids in, token ids out, and weights that are verified after every update.
 
-vLLM is driven turn by turn. The request of a turn carries its whole context, which vLLM finds in its prefix cache. As the
-context is known here, an engine that died can be restarted with the current weights and given the unfinished turns again;
-finished turns are never sampled twice.
+vLLM is driven turn by turn. The request of a turn carries its whole context, which vLLM finds in its prefix cache. As
+the context is known here, an engine that died can be restarted with the current weights and given the unfinished turns
+again; finished turns are never sampled twice.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class VllmEngine(Engine):
         self._sessions: dict[int, _Session] = {}
         self._closed = False
         self._turn_count = 0  # makes the key of every turn unique
-        # A plain lock is not fair: the sampling thread would take it again and again, and an update would wait for ever.
-        # Whoever waits for _lock holds _fair_lock, so the next one queues behind.
+        # A plain lock is not fair: the sampling thread would take it again and again, and an update would wait for
+        # ever. Whoever waits for _lock holds _fair_lock, so the next one queues behind.
         self._fair_lock, self._lock = threading.Lock(), threading.Lock()
         self._completed: list[Completion] = []  # finished during a weight update, for the next `step`
         self._last_activity = time.monotonic()  # when a turn last finished, or the first one was submitted
         self._failures_in_row = 0  # restarts since a turn last finished
 
-    # -- sampling ------------------------------------------------------------------------------------------------------------
+    # -- sampling ------------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         with self._exclusive():
@@ -190,15 +190,15 @@ class VllmEngine(Engine):
         if problem:
             raise EngineError(self.name, problem)
 
-    # -- weights -------------------------------------------------------------------------------------------------------------
+    # -- weights -------------------------------------------------------------------------------------------------------
 
     def update_weights(self, model: PreTrainedModel, version: int) -> None:
         """Send the model's weights as `version`, verify them, and reset the prefix cache.
 
         Turns under way finish first. Then the old weights are verified once more: tokens sampled since the last update
-        came from the weights of the version they are stamped with. With LoRA, the frozen weights are sent once; after that
-        only the adapter is, and it is verified in the buffers that vLLM multiplies with. May be called while another
-        thread samples; that thread waits.
+        came from the weights of the version they are stamped with. With LoRA, the frozen weights are sent once; after
+        that only the adapter is, and it is verified in the buffers that vLLM multiplies with. May be called while
+        another thread samples; that thread waits.
 
         Raises:
             WeightMismatch: The engine holds anything else than what was sent.
@@ -269,7 +269,7 @@ class VllmEngine(Engine):
             self.version = version
 
     def _verify_until_stable(self, version: int, *, weights: bool = True) -> None:
-        """Verify what was loaded, then sample from it. An engine that dies meanwhile is restarted and verified again."""
+        """Verify what was loaded, then sample from it. An engine that dies is restarted and verified again."""
         while self.version < 0:
             try:
                 self._verify(version, weights=weights)
@@ -282,7 +282,7 @@ class VllmEngine(Engine):
         self._verifier.verify(version, weights=weights)
         self.transport.reset_prefix_cache()
 
-    # -- failures ------------------------------------------------------------------------------------------------------------
+    # -- failures ------------------------------------------------------------------------------------------------------
 
     def _call_or_recover(self, call: Callable[[], None]) -> None:
         try:

@@ -1,7 +1,7 @@
 """A vLLM server that the trainer starts, supervises and restarts.
 
-It listens on a Unix socket in a private folder: vLLM's endpoints for weights ask for no password, and a port is open to every
-user of the machine.
+It listens on a Unix socket in a private folder: vLLM's endpoints for weights ask for no password, and a port is open to
+every user of the machine.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ class WeightFiles:
 def write_model_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
     """Write safetensors files of about 1 GiB, and Hugging Face's index of them.
 
-    One file's tensors are held in memory at a time; gathered tensors are copied, as they exist only during their iteration.
+    One file's tensors are held in memory at a time; gathered tensors are copied, as they exist only during their
+    iteration.
     """
     index: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}

@@ -1,11 +1,11 @@
 """Weights from the trainer's GPU to a server's GPUs over NCCL, through vLLM's weight transfer API.
 
-vLLM packs, broadcasts, receives and loads. This module does the rest: choose between NCCL and files, form the NCCL group,
-and give up when the other side is gone.
+vLLM packs, broadcasts, receives and loads. This module does the rest: choose between NCCL and files, form the NCCL
+group, and give up when the other side is gone.
 
-Security: the NCCL id goes through the server's own endpoint. vLLM's rendezvous is not used, because it opens a port, and
-workers unpickle whatever anybody on the network sends there. vLLM's other backend, CUDA IPC, is not used either: over HTTP its
-handles are pickles (VLLM_ALLOW_INSECURE_SERIALIZATION). To share one GPU, use vllm_mode=colocate.
+Security: the NCCL id goes through the server's own endpoint. vLLM's rendezvous is not used, because it opens a port,
+and workers unpickle whatever anybody on the network sends there. vLLM's other backend, CUDA IPC, is not used either:
+over HTTP its handles are pickles (VLLM_ALLOW_INSECURE_SERIALIZATION). To share one GPU, use vllm_mode=colocate.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _nccl_obstacle(config: Config, separate_devices: bool) -> str | None:
 
 
 def _can_resend(config: Config, model: PreTrainedModel) -> bool:
-    """True if a server that dies in the middle of a step can be sent the same weights again; there is no copy of them."""
+    """True if a server that dies in the middle of a step can be sent the same weights; there is no copy of them."""
     trained_meanwhile = config.trainer.max_off_policy_steps > 0 and config.model.lora is None
     return not trained_meanwhile and not needs_all_ranks(model)
 
@@ -177,7 +177,7 @@ def _connect(client: NcclTransfer, source: _WeightStream) -> Any:
     try:
         sender.model_update_group = group.result(client.timeout)
     except TimeoutError:
-        problem = f"its workers and the trainer did not form an NCCL group within {client.timeout:g} s (rollout.engine_timeout)"
+        problem = f"its workers did not join the NCCL group within {client.timeout:g} s (rollout.engine_timeout)"
         raise EngineTimeout(client.name, problem) from None
     return sender
 
