@@ -54,9 +54,9 @@ class Faults:
         update, step, rpc = Learner.update, VllmEngine.step, VllmServerTransport.rpc
         submit, poll = VllmServerProcess.submit, VllmServerProcess.poll
 
-        def during_update(learner, batches):
+        def during_update(learner, batches, **kwargs):
             self.inject("idle")
-            return update(learner, batches)
+            return update(learner, batches, **kwargs)
 
         def during_step(engine, timeout=None):
             done = step(engine, timeout)
