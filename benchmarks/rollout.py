@@ -60,7 +60,8 @@ from pact_fast.model.tokenizer import train_tokenizer
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.registry import make_engine
 from pact_fast.rollout.vllm.colocated import import_vllm, sampling_params
-from pact_fast.rollout.vllm.engine import Turn, VllmEngine
+from pact_fast.rollout.vllm.engine import VllmEngine
+from pact_fast.rollout.vllm.transport import TurnRequest
 
 LIMIT = 0.05
 GROUP = 8
@@ -126,8 +127,8 @@ class Work:
     def sampled(self) -> int:
         return len(self.prompts) * self.turns * self.tokens
 
-    def ask(self, index: int, turn: int, ids: list[int]) -> Turn:
-        return Turn(f"{index}/{turn}", ids, self.tokens, self.temperature, 1000 * index + turn, [], 0)
+    def ask(self, index: int, turn: int, ids: list[int]) -> TurnRequest:
+        return TurnRequest(f"{index}/{turn}", ids, self.tokens, self.temperature, 1000 * index + turn, [], 0)
 
 
 class Subject:
@@ -174,7 +175,7 @@ class Subject:
     def forget_prefixes(self) -> None:
         for engine in self.engines.values():
             if isinstance(engine, VllmEngine):
-                engine.host.reset_prefix_cache()
+                engine.transport.reset_prefix_cache()
 
     def close(self) -> None:
         for engine in self.engines.values():
@@ -213,7 +214,7 @@ class Raw:
 
     def __init__(self, engine: VllmEngine, work: Work):
         self._vllm = import_vllm()
-        self._engine, self._work = engine.host._engine, work
+        self._engine, self._work = engine.transport.llm_engine, work
         with mock.patch.object(type(self._engine), "from_engine_args", return_value=self._engine):
             self._llm = self._vllm.LLM(model=self._engine.model_config.model)
 
@@ -256,7 +257,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(Subject(args, Path(folder))) as subject:
         work = subject.work()
         raw = Raw(subject.engines["vllm"], work)
-        steps = Steps(subject.engines["vllm"].host._engine)
+        steps = Steps(subject.engines["vllm"].transport.llm_engine)
         sampled: dict[str, set[int]] = {}
         inside: dict[str, list[tuple[float, int]]] = {}
 
@@ -315,10 +316,10 @@ def sync(engine: VllmEngine, model: torch.nn.Module, rounds: int) -> dict[str, f
         with torch.no_grad():
             next(model.parameters()).mul_(1.001)
         engine.update_weights(model, version)
-        assert engine.last_sync is not None
-        size = engine.last_sync.bytes / 1e9
-        load.append(engine.last_sync.load_seconds / size)
-        verify.append(engine.last_sync.verify_seconds / size)
+        assert engine.sync_report is not None
+        size = engine.sync_report.bytes / 1e9
+        load.append(engine.sync_report.load_seconds / size)
+        verify.append(engine.sync_report.verify_seconds / size)
     return {
         "gigabytes": size,
         "load_s_per_gb": statistics.median(load),

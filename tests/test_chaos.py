@@ -17,12 +17,13 @@ from tests.support.runs import STEPS, Life, assert_same, cut_back, metrics, save
 pytestmark = pytest.mark.chaos
 
 AGENT, LEARNER = "pact_fast.rollout.agent:AgentLoop", "pact_fast.train.learner:Learner"
+ENGINE = "pact_fast.rollout.embedded.engine:TransformersEngine"
 PRETRAINING = 3  # calls of Learner.update before the first step; each step has two
 
 # what is entered for the n-th time when SIGTERM comes → exit status, and the newest checkpoint
 MOMENTS = {
     "pretraining": (f"{LEARNER}.update", 2, 143, None),
-    "the base's evaluation": (f"{AGENT}._take_turn", 2, 143, None),
+    "the base's evaluation": (f"{ENGINE}.step", 2, 143, None),
     "rollouts": (f"{AGENT}.run", 3, 0, 1),
     "the update before an evaluation": (f"{LEARNER}.update", PRETRAINING + 3, 0, 2),
     "an evaluation": (f"{AGENT}.run", 5, 0, 2),

@@ -19,18 +19,18 @@ def config(**rollout):
     "size, servers, expected", [(1, 1, [0]), (4, 1, [0]), (8, 2, [0, 4]), (4, 4, [0, 1, 2, 3]), (5, 2, [0, 2])]
 )
 def test_servers_are_spread_over_the_processes(size, servers, expected):
-    assert VllmBuilder(config(vllm_data_parallel_size=servers)).samplers(World(0, size)) == expected
+    assert VllmBuilder(config(vllm_data_parallel_size=servers)).engine_ranks(World(0, size)) == expected
 
 
 def test_every_process_has_an_engine_unless_there_are_servers():
-    assert VllmBuilder(config(vllm_mode="colocate")).samplers(World(1, 3)) == [0, 1, 2]
+    assert VllmBuilder(config(vllm_mode="colocate")).engine_ranks(World(1, 3)) == [0, 1, 2]
     with pytest.raises(PactError, match="vllm_data_parallel_size=3, but only 2 processes"):
-        VllmBuilder(config(vllm_data_parallel_size=3)).samplers(World(0, 2))
+        VllmBuilder(config(vllm_data_parallel_size=3)).engine_ranks(World(0, 2))
 
 
 def test_two_nodes_of_eight_gpus_train_on_four_and_serve_on_four(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    servers = VllmBuilder(config(vllm_data_parallel_size=2)).samplers(World(0, 8))
+    servers = VllmBuilder(config(vllm_data_parallel_size=2)).engine_ranks(World(0, 8))
     for rank in servers:
         assert server_devices(World(rank, 8, rank % 4), servers, 4, 8) == [4, 5, 6, 7]
 

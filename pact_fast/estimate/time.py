@@ -187,7 +187,7 @@ def _rollouts(
     if not make_algorithm(config.algorithm).needs_rollouts:
         return []
     text, rollout, builder = model.config.get_text_config(), config.rollout, engine_builder(config)
-    ranks = builder.devices()
+    ranks = builder.devices_per_engine()
     replicas = max(gpus // ranks, 1) if builder.own_weights else 1
     sequences = config.trainer.prompts_per_step * lengths.rollouts / replicas
     batch = min(sequences, rollout.max_batch_size)

@@ -182,7 +182,7 @@ class Trainer:
             config, self.model, self.renderer, folder=self.run, autocast=autocast, world=self.world
         )
         self.loop = AgentLoop(self.engine, self.renderer, self.make_env, config.rollout)
-        samplers = self.engine_builder.samplers(self.world)
+        samplers = self.engine_builder.engine_ranks(self.world)
         self.collector = RolloutCollector(
             config, self.tasks, self.loop, self.algorithm, self.reward_functions, samplers, self.world, self.progress
         )
