@@ -85,7 +85,7 @@ class Registry(Generic[T]):
             return found
         raise PactError(
             f"{self.key}: unknown {self.kind} '{name}'{did_you_mean(name, self.names())}; registered: "
-            f"{', '.join(self.names())}; write file.py:Class for one of your own"
+            f"{', '.join(self.names())}; write file.py:Class for a class of your own"
         )
 
     def _check(self, cls: Any, place: str) -> None:

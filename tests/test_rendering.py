@@ -174,12 +174,12 @@ def test_assistant_turn_reads_back_with_the_same_labels(name, reasoning, content
     ids, components = r.assistant_turn(reasoning, content, calls)
     turn = r.parse(ids, TOOLS)
     assert (turn.reasoning, turn.content, turn.attempts) == (reasoning, content, calls)
-    assert turn.components.tolist() == components.tolist() == r.label(ids).tolist()
+    assert turn.components.tolist() == components.tolist() == r.parse(ids, ()).components.tolist()
     assert ids[-1] == r.eot_id
     assert components[-1] == (Component.TOOL_CALL if calls else Component.ANSWER)
     without_end, shorter = r.assistant_turn(reasoning, content, calls, end=False)
     assert without_end.tolist() == ids[:-1].tolist() and shorter.tolist() == components[:-1].tolist()
-    assert r.label(without_end).tolist() == shorter.tolist()
+    assert r.parse(without_end, ()).components.tolist() == shorter.tolist()
 
 
 def test_components_of_a_turn():
@@ -203,7 +203,7 @@ def test_truncated_turn_is_labelled_by_what_it_is_in():
     r = renderer("qwen3")
     ids, components = r.assistant_turn("I think so.", "", [WEATHER])
     for cut in range(1, len(ids)):
-        labels = r.label(ids[:cut])
+        labels = r.parse(ids[:cut], ()).components
         solid = [k for k in range(cut) if r.token_bytes.table[ids[k]].strip()]
         assert labels[solid].tolist() == components[:cut][solid].tolist()
 
@@ -211,7 +211,7 @@ def test_truncated_turn_is_labelled_by_what_it_is_in():
 def test_label_gives_a_token_to_the_span_of_its_first_byte():
     r = renderer("qwen3")
     ids = np.array(r.tokenizer.encode("<think>中é</think>中<tool_call>{}</tool_call>é", add_special_tokens=False))
-    labels = r.label(ids)
+    labels = r.parse(ids, ()).components
     assert of(r, ids, labels, Component.REASONING) == "<think>中é</think>"
     assert of(r, ids, labels, Component.TOOL_CALL) == "<tool_call>{}</tool_call>"
     assert of(r, ids, labels, Component.ANSWER) == "中é"
@@ -363,7 +363,7 @@ DEFECTS = {
     "does not show the tools": ("+ function.name +", "+"),
     "differently than before": ("assistant\\n' }}", "assistant\\n' + '=' * messages|length }}"),
     "content of a 'tool' message": (RESULT, RESULT.replace("content", "content[:3]")),
-    "depending on what they contain": (RESULT, "message.content + '!' * ('two' in messages[-2].content)"),
+    "depending on their contents": (RESULT, "message.content + '!' * ('two' in messages[-2].content)"),
     "does not end an assistant turn with": ("{{- '<|im_end|>\\n' }}\n{%- elif not", "{{- '\\n' }}\n{%- elif not"),
     "no generation prompt": ("if add_generation_prompt", "if false"),
     "none of the known formats": ("<tool_call>\\n{", "<call>\\n{"),
@@ -395,7 +395,7 @@ def test_format_that_does_not_read_what_it_writes_is_refused():
         def write_calls(self, calls):
             return "<tool_call>" + " ".join(call.name for call in calls) + "</tool_call>"
 
-    with pytest.raises(PactError, match="does not read back"):
+    with pytest.raises(PactError, match="does not parse"):
         check_template(ChatRenderer(chatml_like(), Broken()))
 
 

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: what append-only rendering needs to know of it, found by rendering probes."""
+"""Renders a tokenizer's chat template, and finds its end of turn and the text between turns by rendering probes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ChatTemplate:
         text = self.render([QUESTION, {"role": "assistant", "content": _MARKER}])
         if text.count(_MARKER) != 1:
             raise PactError(
-                "the chat template does not show what the assistant said; set model.chat_template to one that does"
+                "the chat template does not show the assistant's text; set model.chat_template to one that does"
             )
         return text.split(_MARKER)[1]
 
@@ -93,7 +93,7 @@ class ChatTemplate:
         if pieces is None or _join(pieces, transformed) != self._after(pattern, probes, eot):
             roles = ", ".join(role for role, _ in pattern)
             raise PactError(
-                f"the chat template renders the messages ({roles}) differently depending on what they contain, so "
+                f"the chat template renders the messages ({roles}) differently depending on their contents, so "
                 "turns cannot be appended; set model.chat_template to one that does not"
             )
         return pieces

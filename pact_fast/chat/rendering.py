@@ -147,10 +147,6 @@ class ChatRenderer:
         turn.components = components
         return turn
 
-    def label(self, ids: np.ndarray) -> np.ndarray:
-        """[n] uint8: components of one sampled turn."""
-        return self.parse(ids, ()).components
-
     def truncate(self, text: str, max_tokens: int) -> str:
         """`text`, cut to `max_tokens` tokens with a note of how much was cut.
 

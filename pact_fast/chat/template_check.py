@@ -75,12 +75,12 @@ def _check_round_trip(renderer: ChatRenderer) -> None:
         turn = renderer.parse(ids, [_TOOL])
         if (turn.reasoning, turn.content, turn.attempts) != (reasoning, content, made):
             raise PactError(
-                f"the tool format {type(renderer.format).__name__} does not read back what it writes: {turn.text!r} gives "
+                f"the tool format {type(renderer.format).__name__} does not parse what it renders: {turn.text!r} gives "
                 f"{turn.attempts}; choose another model.tool_format"
             )
         if not np.array_equal(turn.components, components):
             raise PactError(
-                "with this tokenizer, rendered and sampled tokens get different labels; use a byte-level BPE tokenizer"
+                "with this tokenizer, rendered and sampled tokens get different components; use a byte-level BPE tokenizer"
             )
 
 
@@ -101,7 +101,7 @@ def _check_texts(renderer: ChatRenderer) -> None:
             )
             raise PactError(
                 f"after turn {number} the chat template renders the conversation differently than before (it writes "
-                f"{theirs[at : at + 40]!r} where {ours[at : at + 40]!r} stands), so turns cannot be appended; set "
+                f"{theirs[at : at + 40]!r} instead of {ours[at : at + 40]!r}), so turns cannot be appended; set "
                 "model.chat_template to one that keeps what it has written"
             )
 

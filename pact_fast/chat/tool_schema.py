@@ -1,4 +1,4 @@
-"""Validates a tool call against the tools' JSON schemas. Lenient, because schemas in real data are sloppy."""
+"""Validates a tool call against the tools' JSON schemas. Lenient, because schemas in real data are often incomplete."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ class EnvironmentFactory:
         if task.env not in known:
             raise PactError(
                 f"task {task.id}: its column 'env' names {task.env!r}, which is not registered"
-                f"{did_you_mean(str(task.env), known)}; registered: {', '.join(known)}; a row cannot name a file: set "
-                "env.name to your own file.py:Class"
+                f"{did_you_mean(str(task.env), known)}; registered: {', '.join(known)}; a row cannot name a file; set "
+                "env.name to file.py:Class for a class of your own"
             )
         return environment.get(str(task.env))
 
