@@ -119,9 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", type=Path, help="folder to make")
 
     _command(commands, "recipes", _recipes, "list the shipped recipes")
-    bench = _command(commands, "bench", _bench, "list the repository's benchmarks, or run one")
-    bench.add_argument("name", nargs="?", help="benchmark to run (default: list them)")
-    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments; --help lists them")
+    bench = _command(commands, "bench", _bench, "list the benchmarks of a checkout, or run one")
+    bench.add_argument("name", metavar="NAME", nargs="?", help="benchmark to run (default: list all)")
+    bench.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the benchmark; --help explains them"
+    )
     return parser
 
 
@@ -222,16 +224,15 @@ def _recipes(arguments) -> int:
 
 
 def _bench(arguments) -> int:
+    """List the benchmarks of the checkout, or run one in a process of its own."""
     folder = Path(__file__).resolve().parents[2] / "benchmarks"
     sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
-    found = {name: text for name, text in sources.items() if '__name__ == "__main__"' in text}
+    found = {name: text for name, text in sources.items() if '\nif __name__ == "__main__":' in text}
     if not found:
-        raise PactError(
-            "no benchmarks here: they are in the repository's benchmarks/ folder, not in the installed package"
-        )
+        raise PactError(f"no benchmarks in {folder}: the installed package has none; run the command from a checkout")
     if arguments.name is None:
         for name, text in found.items():
-            print(f"{name:14} {text.splitlines()[0].strip(chr(34))}")
+            print(f"{name:20} {text.splitlines()[0].strip(chr(34))}")
         return 0
     if arguments.name not in found:
         raise PactError(f"no benchmark '{arguments.name}'; there are: {', '.join(found)}")
