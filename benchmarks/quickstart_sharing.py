@@ -71,16 +71,18 @@ class Comparison:
         self.results: list[UpdateResult] = []
 
     def run(self) -> None:
-        update = Learner.update
+        comparison = self
 
-        def compared(learner: Learner, batches: list[PromptBatch], *args: Any) -> UpdateResult:
-            self._compare(learner, batches)
-            self.results.append(update(learner, batches, *args))
-            if len(self.results) == self._count:
-                raise EnoughSteps
-            return self.results[-1]
+        class ComparedLearner(Learner):
+            def update(self, batches: list[PromptBatch], lr_scale: float = 1.0) -> UpdateResult:
+                comparison._compare(self, batches)
+                comparison.results.append(super().update(batches, lr_scale))
+                if len(comparison.results) == comparison._count:
+                    raise EnoughSteps
+                return comparison.results[-1]
 
-        with mock.patch.object(Learner, "update", compared), contextlib.suppress(EnoughSteps):
+        # the learner of the run, not that of the base-model stage
+        with mock.patch("pact_fast.train.run.Learner", ComparedLearner), contextlib.suppress(EnoughSteps):
             Trainer(self._config).train()
 
     def _compare(self, learner: Learner, batches: list[PromptBatch]) -> None:
