@@ -17,7 +17,7 @@ from typing import NoReturn
 
 
 def run_as_module(file: str) -> NoReturn:
-    """Do what `python -m benchmarks.NAME` does for benchmarks/NAME.py, from any working directory; does not return."""
+    """Run benchmarks/NAME.py as `python -m benchmarks.NAME`, from any working directory; does not return."""
     path = Path(file).resolve()
     sys.path[0] = str(path.parent.parent)
     runpy.run_module(f"{path.parent.name}.{path.stem}", run_name="__main__", alter_sys=True)

@@ -146,7 +146,7 @@ def run_loss(inputs: Inputs, backend: str, double: bool = False) -> Values:
     return {"logprob": out.logprob, "entropy": out.entropy, "loss": out.loss.detach(), **_gradients(out.loss, leaves)}
 
 
-def run_torch(inputs: Inputs, what: str) -> Values:
+def run_torch(inputs: Inputs, call: str) -> Values:
     """The same call in plain torch: logits in the dtype of the inputs, softmax in fp32, autograd."""
     hidden, weight, bias = leaves = inputs.leaves(double=False)
     z = torch.nn.functional.linear(hidden, weight, bias).float()
@@ -157,14 +157,14 @@ def run_torch(inputs: Inputs, what: str) -> Values:
     del z
     logprob = log_p.gather(1, inputs.target[:, None]).squeeze(1)
     entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
-    if what == "linear_logprob":
+    if call == "linear_logprob":
         loss = (inputs.g * logprob + inputs.h * entropy).sum()
     else:  # at ratio 1 the policy term is −A, and its derivative by the log-prob is −A
         ratio = (logprob - logprob.detach()).exp()
         rl = -inputs.rl_weight * (ratio * inputs.advantage + ENTROPY_COEF * entropy)
         loss = rl.sum() - (inputs.sft_weight * logprob).sum()
     values = {"logprob": logprob.detach(), "entropy": entropy.detach(), **_gradients(loss, leaves)}
-    return values if what == "linear_logprob" else values | {"loss": loss.detach()}
+    return values if call == "linear_logprob" else values | {"loss": loss.detach()}
 
 
 def _gradients(loss: Tensor, leaves: tuple[Tensor | None, ...]) -> Values:
@@ -183,26 +183,26 @@ def errors(values: Values, exact: Values) -> dict[str, float]:
     return found
 
 
-def check(case: KernelCase, what: str, backend: str, device: torch.device) -> dict[str, Any]:
+def check(case: KernelCase, call: str, backend: str, device: torch.device) -> dict[str, Any]:
     """Errors of one call and of plain torch, and whether a second call gives the same bits."""
     inputs = Inputs(case, device)
-    run = run_loss if what == "pact_loss" else run_logprob
+    run = run_loss if call == "pact_loss" else run_logprob
     begin = time.perf_counter()
     ours, again = run(inputs, backend), run(inputs, backend)
     same = [bool(torch.equal(ours[name], again[name])) for name in ours]
     del again
     exact = run(inputs, "torch", double=True)
     found = errors(ours, exact)
-    own = errors(run_torch(inputs, what), exact)
+    own = errors(run_torch(inputs, call), exact)
     failures = [
         f"{key} {error:.3g} is above {limit:.3g}"
         for key, error in found.items()
         if not error <= (limit := _limit(key, own[key]))
     ]
     failures += [f"{name} differs from run to run" for name, equal in zip(ours, same, strict=True) if not equal]
-    if "masked" in case.options and what == "pact_loss":
+    if "masked" in case.options and call == "pact_loss":
         failures += [f"{name} is not exactly 0" for name in ("loss", "dx", "dw") if ours[name].any()]
-    result = {"case": case.name, "what": what, "N": case.n, "D": case.d, "V": case.v, "dtype": case.dtype}
+    result = {"case": case.name, "call": call, "N": case.n, "D": case.d, "V": case.v, "dtype": case.dtype}
     seconds = round(time.perf_counter() - begin, 2)
     return result | {"errors": found, "torch_own": own, "failures": failures, "seconds": seconds}
 
@@ -236,13 +236,13 @@ def main(argv: list[str] | None = None) -> int:
         report["failures"].append(f"backend {backend}: {state}")
     for case in CASES if state == "ready" else []:
         case = case.tiny() if args.tiny or args.device == "cpu" else case
-        for what in ("linear_logprob", "pact_loss"):
-            label = f"{what}, {case.name}, {case.dtype}, N={case.n} D={case.d} V={case.v}"
+        for call in ("linear_logprob", "pact_loss"):
+            label = f"{call}, {case.name}, {case.dtype}, N={case.n} D={case.d} V={case.v}"
             log(label)
             try:
-                result = check(case, what, backend, device)
+                result = check(case, call, backend, device)
             except Exception as error:  # the other cases still count
-                result = {"case": case.name, "what": what, "failures": [failure(error)]}
+                result = {"case": case.name, "call": call, "failures": [failure(error)]}
             report["results"].append(result)
             report["failures"] += [f"{label}: {line}" for line in result["failures"]]
             write_report(report, args.out)
@@ -257,7 +257,7 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = []
     for r in (r for r in results if "errors" in r):
         cells = [f"{r['errors'][k]:.1e} / {r['torch_own'][k]:.1e}" if k in r["errors"] else "" for k in keys]
-        lines.append([r["what"], r["case"], r["dtype"], *cells, "FAIL" if r["failures"] else "ok"])
+        lines.append([r["call"], r["case"], r["dtype"], *cells, "FAIL" if r["failures"] else "ok"])
     return markdown(["call", "case", "dtype", *(f"{key} / torch" for key in keys), ""], lines)
 
 

@@ -6,7 +6,7 @@ python -m benchmarks.gpu_suite --only head update        some of them
 python -m benchmarks.gpu_suite --device cpu              smoke test at small sizes, without a GPU
 
 Each section is a command in a process of its own, with a time budget; one that fails or runs out of time keeps the results
-that it has written, and the others run. A section writes its results as it goes to a file beside --out (gpu.head.json);
+that it has written, and the others run. A section writes its results as it goes to a file next to --out (gpu.head.json);
 gpu.json, written after every section, holds all of them, exit codes and the end of the output.
 
 Exit status: 0 all passed, 1 a section failed, 2 no CUDA device.
@@ -47,13 +47,13 @@ TAIL = 6000  # characters of a section's output that go into the JSON
 class Section:
     """One command.
 
-    what       its line in --list
+    title      its line in --list
     seconds    time budget
     command    (device, result file) → command line
-    needs      modules that it imports beside torch and triton
+    needs      modules that it imports besides torch and triton
     """
 
-    what: str
+    title: str
     seconds: float
     command: Callable[[str, Path], list[str]]
     needs: tuple[str, ...] = ()
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     no_cuda = args.device == "cuda" and not torch.cuda.is_available()
     if args.list or no_cuda:
         for name, section in plan.items():
-            print(f"{name:12} {section.seconds:4.0f} s  {section.what}")
+            print(f"{name:12} {section.seconds:4.0f} s  {section.title}")
         if no_cuda and not args.list:
             print("no CUDA device: nothing was run; --device cpu is a smoke test", file=sys.stderr)
             return 2
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out.resolve()
     begin = time.monotonic()
     for name, section in plan.items():
-        print(f"{name}: {section.what}", flush=True)
+        print(f"{name}: {section.title}", flush=True)
         left = LIMIT - (time.monotonic() - begin)
         result = run(section, args.device, out.with_suffix(f".{name}.json"), min(section.seconds, left))
         report["sections"][name] = result

@@ -148,7 +148,8 @@ def _run_case(
 def exit_status(failures: Iterable[str]) -> int:
     """Print the failures; 1 if there are any."""
     lines = [f"FAIL {line}" for line in failures]
-    print("\n".join(lines))
+    for line in lines:
+        print(line)
     return 1 if lines else 0
 
 

@@ -3,7 +3,7 @@
 python -m benchmarks.head                          CUDA: heads of Qwen3 and Llama 3; CPU: N=2048 D=1024 V=32768
 python -m benchmarks.head --shapes qwen3-8b 4096x2048x50304 --fractions 1 0.5 --out head.json
 
-Columns, beside the three GEMMs that no head can avoid (method "gemms": z = XWᵀ, dX = dZ·W, dW = dZᵀX):
+Columns, next to the three GEMMs that no head can avoid (method "gemms": z = XWᵀ, dX = dZ·W, dW = dZᵀX):
 
 forward ms      log-probs of all tokens without gradients (kind ce: the loss); median over rounds
 fwd+bwd ms      loss and the gradients of hidden states and weight; median over rounds
