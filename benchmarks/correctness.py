@@ -175,11 +175,11 @@ def _gradients(loss: Tensor, leaves: tuple[Tensor | None, ...]) -> Values:
 def errors(values: Values, exact: Values) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, value in values.items():
-        off, reference = value.double() - exact[name], exact[name].norm()
+        off, reference = value.detach().double() - exact[name].detach(), exact[name].detach().norm()
         if name in ("logprob", "entropy"):
             found |= {f"{name}_max": float(off.abs().max()), f"{name}_rms": float(off.square().mean().sqrt())}
         else:
-            found[name] = float(off.detach().norm() / reference) if reference else float(off.detach().norm())
+            found[name] = float(off.norm() / reference) if reference else float(off.norm())
     return found
 
 
