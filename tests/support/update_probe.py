@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import MALLOC, PeakMemory, _resident
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.measure import MALLOC, PeakMemory, resident_bytes
 from pact_fast.algorithms.base import PromptBatch
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.batch.loss_table import ScoredTokens
@@ -67,7 +67,7 @@ def main(request: dict[str, Any]) -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    baseline = _resident("VmRSS")
+    baseline = resident_bytes("VmRSS")
     subject, vocab = learner(config, world), config.model.random_init["vocab_size"]
     subject.update(plans(WARM, 1, vocab))  # AdamW has its states from here on
     release_memory()  # what the head keeps counts as the update's
