@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pact_fast.kernels import build
+from pact_fast.kernels.runtime import build
 
 SOURCE = Path(__file__).parent / "cpp" / "test_common.cpp"
 
