@@ -11,6 +11,8 @@ import pytest
 
 from pact_fast.kernels.runtime import build
 
+pytestmark = pytest.mark.slow
+
 USE = """
 import warnings, torch
 from pact_fast.kernels import backends, linear_logprob
@@ -43,7 +45,6 @@ def needs_compiler():
         pytest.skip(str(error))
 
 
-@pytest.mark.slow
 def test_processes_that_compile_at_once_all_get_a_whole_library_and_later_ones_find_it(tmp_path):
     needs_compiler()
     for process in [start(tmp_path) for _ in range(2)]:

@@ -9,6 +9,8 @@ from pact_fast.distributed.world import World
 from tests.support.distributed_updates import run
 from tests.support.processes import run_module
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     "replicated": ["replicated/whole/qwen3", "replicated/small/llama", "replicated/small/qwen3/sequence"],
     "zero": [
@@ -37,7 +39,6 @@ def errors(found: dict[str, np.ndarray], case: str, alone: dict) -> dict[str, fl
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", CASES)
 def test_gradients_and_loss_curve_equal_those_of_one_process(backend, alone, tmp_path):
     if backend == "zero":

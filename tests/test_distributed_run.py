@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import SETTINGS, Life
+from tests.support.runs import SETTINGS, RunProcess
+
+pytestmark = pytest.mark.slow
 
 STAGES = {
     "replicated": [],
@@ -33,7 +35,7 @@ def command(run: Path, *settings: str) -> list[str]:
 
 def train(run: Path, processes: int, *settings: str) -> None:
     if processes == 1:
-        Life(run, *settings, recipe=RECIPE).ends_well()
+        RunProcess(run, *settings, recipe=RECIPE).succeed()
         return
     done = subprocess.run(command(run, *settings), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -61,7 +63,6 @@ def alone(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_give_what_one_gives_and_each_goes_on_with_the_others_checkpoint(stage, alone, tmp_path):
     if stage != "replicated":
@@ -78,7 +79,6 @@ def test_two_processes_give_what_one_gives_and_each_goes_on_with_the_others_chec
         assert_same(run, alone)
 
 
-@pytest.mark.slow
 @pytest.mark.chaos
 def test_a_killed_process_takes_the_others_with_it_and_the_run_goes_on(alone, tmp_path):
     """SIGKILL of one rank: no hang, an error that names the cause, and a resumed run that equals an undisturbed one."""
@@ -93,7 +93,6 @@ def test_a_killed_process_takes_the_others_with_it_and_the_run_goes_on(alone, tm
     assert_same(run, alone)
 
 
-@pytest.mark.slow
 @pytest.mark.chaos
 @pytest.mark.parametrize("receiver", ["one process", "torchrun"])
 def test_sigterm_ends_all_processes_after_the_step(receiver, alone, tmp_path):
@@ -112,7 +111,6 @@ def test_sigterm_ends_all_processes_after_the_step(receiver, alone, tmp_path):
     assert_same(run, alone)
 
 
-@pytest.mark.slow
 @pytest.mark.chaos
 def test_sigterm_reaches_a_process_that_waits_for_the_base_model(tmp_path):
     """Python's handlers do not run while a library waits; the lead process would be busy for hours here."""

@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.runs import SETTINGS, metrics
 
+pytestmark = pytest.mark.slow
+
 
 def command(run: Path) -> list[str]:
     return [

@@ -19,7 +19,7 @@ from pact_fast.envs.python_tools import pool as pool_module
 from pact_fast.envs.python_tools.pool import BROKEN, SandboxPool
 from pact_fast.errors import PactError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux"), pytest.mark.slow]
 
 LIMIT = 2000  # characters of an observation in these tests
 LATE = "error: the tool did not finish within 0.4 s"

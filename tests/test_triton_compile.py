@@ -16,6 +16,8 @@ from triton.compiler import ASTSource  # noqa: E402
 from pact_fast.kernels.head import softmax_triton  # noqa: E402
 from pact_fast.model.attention import merge_triton  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 

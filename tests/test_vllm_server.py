@@ -21,7 +21,7 @@ from pact_fast.train.learner import Learner
 from pact_fast.train.run import Trainer
 from tests.support.vllm_engines import SETTINGS, largest_gap, make_policy, perturb, prompts, running_server, sample
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 STEPS = 20
 DEADLINE = 15.0  # seconds after which the engine counts as hung
 RUN = [
@@ -38,26 +38,26 @@ RUN = [
 
 
 class Faults:
-    """Strikes at the server once in each state, at given optimizer steps, and writes down what was asked and answered."""
+    """Injects one fault per server state, at given optimizer steps, and records requests and answers."""
 
     STATES = ((4, "idle"), (9, "generating"), (11, "verifying"), (14, "updating"), (17, "hanging"))
 
     def __init__(self, monkeypatch, trainer):
-        self.trainer, self.due, self.struck = trainer, dict(self.STATES), []
+        self.trainer, self.due, self.injected = trainer, dict(self.STATES), []
         self.loaded = -1
         self.ended, self.asked_again = set(), []
         update, step, rpc = Learner.update, VllmEngine.step, VllmServer._rpc
         add, finish = ManagedVllm.add, VllmEngine._finish
 
         def during_update(learner, plans):
-            self.strike("idle")
+            self.inject("idle")
             return update(learner, plans)
 
         def during_step(engine, timeout=None):
             done = step(engine, timeout)
             if done and engine._waiting():
-                self.strike("generating")
-                self.strike("hanging", signal.SIGSTOP)
+                self.inject("generating")
+                self.inject("hanging", signal.SIGSTOP)
             return done
 
         def ask(host, turn):
@@ -72,9 +72,9 @@ class Faults:
 
         def during_rpc(host, method, *args, **kwargs):
             if method == "reload_weights" and self.due.get(self.now()) == "updating":
-                threading.Timer(0.01, self.strike, ["updating"]).start()  # the request is on its way by then
+                threading.Timer(0.01, self.inject, ["updating"]).start()  # the request is on its way by then
             if method == "pact_weights" and self.loaded == self.now():
-                self.strike("verifying")  # new weights are there, and nobody has looked at them yet
+                self.inject("verifying")  # new weights are there, and nobody has looked at them yet
             if method == "pact_loaded":
                 self.loaded = self.now()
             return rpc(host, method, *args, **kwargs)
@@ -89,10 +89,10 @@ class Faults:
         learner = getattr(self.trainer, "learner", None)
         return learner.updates if learner else -1
 
-    def strike(self, state, sign=signal.SIGKILL):
+    def inject(self, state, sign=signal.SIGKILL):
         if self.due.get(self.now()) == state:
             del self.due[self.now()]
-            self.struck.append(state)
+            self.injected.append(state)
             os.killpg(self.trainer.engine.host.pid, sign)
 
 
@@ -109,8 +109,8 @@ def test_a_run_goes_on_after_every_fault(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "_exchange", keep)
     trainer.train()
-    assert faults.struck == [state for _, state in Faults.STATES]
-    assert trainer.engine.restarts >= len(faults.struck)  # on a busy machine a slow answer may count as a hang
+    assert faults.injected == [state for _, state in Faults.STATES]
+    assert trainer.engine.restarts >= len(faults.injected)  # on a busy machine a slow answer may count as a hang
     assert not faults.asked_again
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == list(range(STEPS + 1))

@@ -22,7 +22,7 @@ from tests.support.gloo_transfer import EXTENSION, Group, native
 from tests.support.processes import run_module
 from tests.support.vllm_engines import caught, largest_gap, make_policy, perturb, prompts, running_server, sample
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 FLAGS = ["--weight-transfer-config", '{"backend": "nccl"}']
 
 
@@ -44,17 +44,17 @@ def engine(policy):
     made.shutdown()
 
 
-class Striking:
-    """Does something at the n-th broadcast of an update."""
+class BroadcastFault:
+    """Calls `inject` at the n-th broadcast of an update."""
 
-    def __init__(self, monkeypatch, at, strike):
-        self.seen, self.at, self.strike = 0, at, strike
+    def __init__(self, monkeypatch, at, inject):
+        self.seen, self.at, self.inject = 0, at, inject
         monkeypatch.setattr(Group, "before_broadcast", self)
 
     def __call__(self, tensor):
         self.seen += 1
         if self.seen == self.at:
-            self.strike(tensor)
+            self.inject(tensor)
 
 
 def exact(engine, policy, version):
@@ -65,7 +65,7 @@ def exact(engine, policy, version):
 def test_logprobs_equal_the_trainers_and_no_file_is_written(policy, engine, monkeypatch):
     for version in range(3):
         perturb(policy.model)
-        broadcasts = Striking(monkeypatch, 0, None)
+        broadcasts = BroadcastFault(monkeypatch, 0, None)
         engine.update_weights(policy.model, version)
         assert broadcasts.seen > 3
         assert engine.last_sync.bytes == sum(p.nbytes for p in policy.model.parameters())
@@ -75,7 +75,7 @@ def test_logprobs_equal_the_trainers_and_no_file_is_written(policy, engine, monk
 
 def test_a_bit_that_changes_on_the_way_is_caught(policy, engine, monkeypatch):
     perturb(policy.model)
-    Striking(monkeypatch, 2, lambda packed: packed[packed.numel() // 2].bitwise_xor_(1))
+    BroadcastFault(monkeypatch, 2, lambda packed: packed[packed.numel() // 2].bitwise_xor_(1))
     caught(engine, policy.model, r"1 of \d+ tensors differ")
 
 
@@ -106,13 +106,13 @@ def test_a_server_that_dies_or_hangs_while_it_receives(policy, engine, monkeypat
     perturb(policy.model)
     before, server, waited = engine.restarts, engine.host.pid, []
 
-    def strike(packed):
+    def inject(packed):
         Group.given_up.clear()
         os.killpg(server, signal.SIGSTOP if fault == "hangs" else signal.SIGKILL)
         if "waits" in fault:  # as gloo does not
             waited.append(Group.given_up.wait(30))
 
-    Striking(monkeypatch, 3, strike)
+    BroadcastFault(monkeypatch, 3, inject)
     engine.update_weights(policy.model, 7)
     assert all(waited) and engine.restarts > before and engine.host.pid != server
     exact(engine, policy, 7)
@@ -215,7 +215,6 @@ def test_a_dying_server_does_not_start_while_its_weights_cannot_be_sent(policy, 
         exact(engine, policy, 10)
 
 
-@pytest.mark.slow
 def test_weights_that_zero3_has_split(tmp_path):
     """Two processes gather them; a server that died before that is started first, one that dies later ends the run."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")

@@ -8,8 +8,9 @@ from tests.support.processes import run_module
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_every_rank_sees_all_weights_but_never_at_once_and_trees_keep_their_gradients(tmp_path):
     run_module("tests.support.zero3_weights", str(tmp_path), ranks=2, timeout=240)
     for rank in range(2):
