@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pact_fast.cli.main import main
+from tests.support.processes import run_ranks
 from tests.support.runs import SETTINGS, RunProcess
 
 pytestmark = pytest.mark.slow
@@ -28,17 +30,19 @@ ROUNDING = ("mismatch/", "gap", "approx_kl")  # differences of two roundings
 
 
 def command(run: Path, *settings: str) -> list[str]:
-    """Of two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*launcher, "-m", "pact_fast", "train", *RECIPE, f"output_dir={run}", "resume=auto", *settings]
+    return ["train", *RECIPE, f"output_dir={run}", "resume=auto", *settings]
+
+
+def call_command(arguments: list[str]) -> None:
+    """In each rank."""
+    sys.exit(main(arguments))
 
 
 def train(run: Path, processes: int, *settings: str) -> None:
     if processes == 1:
         RunProcess(run, *settings, recipe=RECIPE).succeed()
         return
-    done = subprocess.run(command(run, *settings), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(call_command, command(run, *settings), ranks=processes)
 
 
 def records(run: Path) -> list[dict]:
@@ -125,9 +129,21 @@ def test_sigterm_reaches_a_process_that_waits_for_the_base_model(tmp_path):
 
 
 def start(run: Path, *settings: str, done: Callable[[], bool] | None = None) -> subprocess.Popen:
-    """A run of two processes that has got so far; default: it has done a step."""
+    """A run of two ranks under torchrun that has got so far; default: it has done a step."""
     done = done or (lambda: (run / "metrics.jsonl").exists() and len(records(run)) >= 2)
-    process = subprocess.Popen(command(run, *settings), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "pact_fast",
+    ]
+    process = subprocess.Popen(
+        [*launcher, *command(run, *settings)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 200
     while not done() and time.monotonic() < deadline:
         if process.poll() is not None:

@@ -71,7 +71,7 @@ def test_the_estimate_under_zero_is_within_a_tenth_of_two_real_processes(stage, 
     lengths, parsed = (384, 256, 128, 4), parse_config(config)
     [load] = update_loads(parsed, Lengths(*lengths), 1)
     found = estimate(parsed, [load], sharding=Sharding(2, stage))
-    measured = probe(config, lengths, prompts=2, processes=2)
+    measured = probe(config, lengths, prompts=2, ranks=2)
     assert measured["packs"] == 2 and measured["tokens"] == 2 * len(load.batch)
     print(f"ZeRO-{stage}, {dtype}: estimated {found.total / MIB:.0f} MiB, measured {measured['peak'] / MIB:.0f}")
     assert abs(found.total / measured["peak"] - 1) < WITHIN

@@ -6,13 +6,13 @@ The imports are most of a tiny run's time. Some tests start `python -m pact_fast
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import resource
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.support.processes import WARM, redirect_output
 
 SETTINGS = [
     "trainer.max_steps=8",
@@ -44,8 +44,6 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "tokens_per_second"} for r in records]
 
 
-WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload(["pact_fast.train.run", "pact_fast.report", "torch.utils.tensorboard", "pytest"])
 QUICKSTART = [
     "quickstart", *SETTINGS, "trainer.max_steps=4", "trainer.eval_steps=2", "trainer.eval_tasks=2",
     "trainer.save_total_limit=9", "trainer.log_completions=0",
@@ -114,9 +112,7 @@ class RunProcess:
 def _run(arguments: list[str], log: Path, inject: Callable[[], object] | None, file_size: int) -> None:
     from pact_fast.cli.main import main
 
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    redirect_output(log)
     if file_size >= 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     if inject:
