@@ -1,4 +1,6 @@
-// The backward pass of tree attention on CPU: dPᵀ = V·dOᵀ, dSᵀ = Pᵀ∘(dPᵀ − Σ dO∘O), dV += Pᵀ·dO, dK += dSᵀ·Q, dQᵀ += Kᵀ·dSᵀ.
+// Backward pass of tree attention on CPU, with delta = Σ dO∘O:
+//
+//     dPᵀ = V·dOᵀ, dSᵀ = Pᵀ∘(dPᵀ − delta), dV += Pᵀ·dO, dK += dSᵀ·Q, dQᵀ += Kᵀ·dSᵀ
 
 #pragma once
 
@@ -6,215 +8,259 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
+#include "attention_mask.h"
 #include "attention_tiles.h"
-#include "attention_views.h"
-#include "brgemm.h"
-#include "work.h"
+#include "common/brgemm.h"
+#include "common/exp.h"
+#include "common/parallel.h"
 
 namespace pact_fast::attention {
 
 template <typename T>
-struct Grads {
-  Heads<const T> out, d_out;
+struct AttentionGrads {
+  HeadView<const T> out, d_out;
   const float* lse;  // [2, heads, rows], see Forward
-  float* work;       // [heads, rows up to whole tiles, width + 3]
-  Heads<T> dq, dk, dv;
+  HeadView<T> dq, dk, dv;
 };
 
-// Pᵀ and dSᵀ of a tile as A, dSᵀ as B. In fp32 these are the same, and ds_pairs is ds.
+// fp32 values of each head's rows, padded to whole tiles, that outlive a unit of work. The caller allocates them.
+struct BackwardWorkspace {
+  float* dq;                       // dQᵀ by tiles [head_dim, kTile]
+  float *shift, *log_sum, *delta;  // both terms of log-sum-exp, Σ dO∘O
+
+  static BackwardWorkspace layout(ScratchArena& arena, const AttentionShape& shape) {
+    const int64_t rows = shape.heads * shape.padded_rows();
+    return {.dq = arena.take<float>(/* dq */ rows * shape.head_dim),
+            .shift = arena.take<float>(/* shift */ rows),
+            .log_sum = arena.take<float>(/* log_sum */ rows),
+            .delta = arena.take<float>(/* delta */ rows)};
+  }
+
+  static int64_t bytes(const AttentionShape& shape) {
+    return scratch_bytes([&](ScratchArena& arena) { return layout(arena, shape); });
+  }
+};
+
+// Pᵀ and dSᵀ of a tile as A, dSᵀ as B as well. In fp32 both layouts are the same, and ds_b is ds.
 template <bool masked, typename T>
-void differentiate(const float* scores, const float* dp, const uint64_t* seen, float c, const float* shift,
-                   const float* log_sum, const float* mean, T* p, T* ds, T* ds_pairs) {
+void softmax_backward_tile(const float* scores, const float* dp, const uint64_t* row_bits, float c, const float* shift,
+                           const float* log_sum, const float* delta, T* p, T* ds, T* ds_b) {
   const __m512 factor = _mm512_set1_ps(c);
-  for (int64_t g = 0; g < kTile; g += 16) {
-    const __m512 shifts = load(shift + g), log_sums = load(log_sum + g), less = load(mean + g);
-    const auto term = [&](int64_t at) {
-      return exp2<T>(_mm512_sub_ps(_mm512_fmsub_ps(load(scores + at), factor, shifts), log_sums));
+  for (int64_t r = 0; r < kTile; r += 16) {
+    const __m512 shifts = loadu(shift + r), log_sums = loadu(log_sum + r), deltas = loadu(delta + r);
+    const auto probability = [&](int64_t at) {
+      return exp2_for<T>(_mm512_sub_ps(_mm512_fmsub_ps(loadu(scores + at), factor, shifts), log_sums));
     };
     for (int64_t k = 0; k < kTile; k += 2) {
-      const int64_t at = k * kTile + g, next = at + kTile;
-      __m512 p_x = term(at), p_y = term(next);
-      __m512 ds_x = _mm512_mul_ps(p_x, _mm512_sub_ps(load(dp + at), less));
-      __m512 ds_y = _mm512_mul_ps(p_y, _mm512_sub_ps(load(dp + next), less));
+      const int64_t at = k * kTile + r, next = at + kTile;
+      __m512 p_x = probability(at), p_y = probability(next);
+      __m512 ds_x = _mm512_mul_ps(p_x, _mm512_sub_ps(loadu(dp + at), deltas));
+      __m512 ds_y = _mm512_mul_ps(p_y, _mm512_sub_ps(loadu(dp + next), deltas));
       if constexpr (masked) {
-        const auto mask_x = static_cast<__mmask16>(seen[k] >> g), mask_y = static_cast<__mmask16>(seen[k + 1] >> g);
+        const auto mask_x = static_cast<__mmask16>(row_bits[k] >> r);
+        const auto mask_y = static_cast<__mmask16>(row_bits[k + 1] >> r);
         p_x = _mm512_maskz_mov_ps(mask_x, p_x), ds_x = _mm512_maskz_mov_ps(mask_x, ds_x);
         p_y = _mm512_maskz_mov_ps(mask_y, p_y), ds_y = _mm512_maskz_mov_ps(mask_y, ds_y);
       }
-      store_rows(p + at, p_x, p_y);
-      store_rows(ds + at, ds_x, ds_y);
-      if constexpr (sizeof(T) == 2) store_pairs(ds_pairs, k, g, ds_x, ds_y);
+      store_a(p + at, p_x, p_y);
+      store_a(ds + at, ds_x, ds_y);
+      if constexpr (sizeof(T) == 2) store_b(ds_b, k, r, ds_x, ds_y);
     }
   }
 }
 
 template <typename T>
 struct Backward {
-  const Inputs<T>& in;
-  const Grads<T>& grads;
+  const AttentionInputs<T>& in;
+  const AttentionGrads<T>& grads;
+  const BackwardWorkspace work;
 
-  const Sizes& size = in.size;
-  const int64_t width = size.width, tiles = owned(width);
-  const Mask mask{in.end, size};
-  const int64_t row_tiles = mask.row_tiles(), padded = row_tiles * kTile, shared = size.heads / size.groups;
-  // of each head's rows, up to whole tiles: dQᵀ in tiles [width, kTile], both parts of log-sum-exp, Σ dO∘O
-  float *const dq = grads.work, *const shift = dq + size.heads * padded * width;
-  float *const log_sum = shift + size.heads * padded, *const mean = log_sum + size.heads * padded;
-  std::vector<int32_t> turns = std::vector<int32_t>(ceil_div(mask.key_tiles(), tiles) * row_tiles);
-  std::unique_ptr<std::atomic<int32_t>[]> taken = std::make_unique<std::atomic<int32_t>[]>(size.heads * row_tiles);
+  const AttentionShape& shape = in.shape;
+  const int64_t head_dim = shape.head_dim, tiles = unit_tiles(head_dim);
+  const TreeMask mask{in.end, shape};
+  const int64_t row_tiles = mask.row_tiles(), key_blocks = ceil_div(mask.key_tiles(), tiles);
+  const int64_t heads_per_kv_head = shape.heads / shape.kv_heads;
+  // Many units add to the dQ of a tile of rows, in the order of their blocks of keys, so that sums do not depend on
+  // the schedule: ticket[block, row tile] is the number of blocks before it, now_serving[head, row tile] of those
+  // that are done.
+  std::vector<int32_t> ticket = std::vector<int32_t>(key_blocks * row_tiles);
+  std::unique_ptr<std::atomic<int32_t>[]> now_serving =
+      std::make_unique<std::atomic<int32_t>[]>(shape.heads * row_tiles);
+  FirstError error = {};
 
-  void run() {
-    const int64_t blocks = ceil_div(mask.key_tiles(), tiles);
-    for (int64_t b = 0; b < blocks; ++b) {
-      for (int64_t t = 0; t < row_tiles; ++t) {  // how many blocks come first
-        turns[b * row_tiles + t] = b == 0 ? 0 : turns[(b - 1) * row_tiles + t] + sees(b - 1, t);
-      }
-    }
-    share<char>(size.heads * row_tiles, 0, [&](int64_t u, char*) { prepare(u / row_tiles, u % row_tiles); });
-    const int64_t scratch = tiles * kTile * width * (4 * sizeof(T) + 8) + 4 * kTile * width * sizeof(T) +
-                            kScores * (8 + 2 * sizeof(T) + tiles * sizeof(T)) + 64 * kTile;
-    // a unit waits only for units of smaller number, which have been started before it
-    share<char, pact_fast::Tiles>(blocks * size.groups, scratch, [&](int64_t u, char* mine) {
-      unit(u % size.groups, u / size.groups, Pieces(mine));
-    });
-    share<char>(size.heads * row_tiles, 0, [&](int64_t u, char*) { finish(u / row_tiles, u % row_tiles); });
+  // A unit's tiles of keys and, one after the other, the tiles of rows that see them. A and B: operands of BRGEMM.
+  struct Scratch {
+    T *k, *v, *k_transposed;                      // A [tiles·kTile, head_dim], the same, and [head_dim, tiles·kTile]
+    float *dk, *dv;                               // [tiles·kTile, head_dim]
+    T *q_transposed, *q, *do_transposed, *d_out;  // B
+    T *p, *ds;                                    // A, of one tile of scores
+    T* ds_b;                                      // B, of all tiles of keys
+    float *scores, *dp;
+    int64_t first, last;  // tiles of keys
+  };
+
+  Scratch layout(ScratchArena& arena) const {
+    const int64_t unit = tiles * kTile * head_dim, one = kTile * head_dim;
+    return {.k = arena.take<T>(/* A, K */ unit),
+            .v = arena.take<T>(/* A, V */ unit),
+            .k_transposed = arena.take<T>(/* A, Kᵀ */ unit),
+            .dk = arena.take<float>(/* dK */ unit),
+            .dv = arena.take<float>(/* dV */ unit),
+            .q_transposed = arena.take<T>(/* B, Qᵀ */ one),
+            .q = arena.take<T>(/* B, Q */ one),
+            .do_transposed = arena.take<T>(/* B, dOᵀ */ one),
+            .d_out = arena.take<T>(/* B, dO */ one),
+            .p = arena.take<T>(/* A, Pᵀ */ kScores),
+            .ds = arena.take<T>(/* A, dSᵀ */ kScores),
+            .ds_b = arena.take<T>(/* B, dSᵀ */ tiles * kScores),
+            .scores = arena.take<float>(/* Sᵀ */ kScores),
+            .dp = arena.take<float>(/* dPᵀ */ kScores),
+            .first = 0,
+            .last = 0};
   }
 
-  int64_t count(int64_t t) const { return std::min(kTile, size.rows - t * kTile); }
+  void run() {
+    for (int64_t b = 1; b < key_blocks; ++b) {
+      for (int64_t t = 0; t < row_tiles; ++t) {
+        ticket[b * row_tiles + t] = ticket[(b - 1) * row_tiles + t] + any_visible(b - 1, t);
+      }
+    }
+    parallel_for_dynamic(shape.heads * row_tiles, [&](int64_t u) { prepare_rows(u / row_tiles, u % row_tiles); });
+    // A unit waits only for units of smaller number, which started before it.
+    parallel_for_dynamic<AmxTileGuard>(
+        key_blocks * shape.kv_heads, [&](ScratchArena& arena) { return layout(arena); },
+        [&](int64_t u, Scratch& scratch) { unit(u % shape.kv_heads, u / shape.kv_heads, scratch); }, error);
+    parallel_for_dynamic(shape.heads * row_tiles, [&](int64_t u) { write_dq(u / row_tiles, u % row_tiles); });
+  }
 
-  float* dq_of(int64_t head, int64_t t) const { return dq + (head * padded + t * kTile) * width; }
+  int64_t row_count(int64_t t) const { return std::min(kTile, shape.rows - t * kTile); }
+  int64_t key_count(int64_t k) const { return std::min(kTile, shape.keys - k * kTile); }
 
-  bool sees(int64_t block, int64_t t) const {
+  float* dq_tile(int64_t head, int64_t t) const {
+    return work.dq + (head * shape.padded_rows() + t * kTile) * head_dim;
+  }
+
+  bool any_visible(int64_t block, int64_t t) const {
     for (int64_t k = block * tiles; k < std::min((block + 1) * tiles, mask.key_tiles()); ++k) {
-      if (mask.some(k, t)) return true;
+      if (mask.any_visible(k, t)) return true;
     }
     return false;
   }
 
-  void prepare(int64_t head, int64_t t) {
+  // Log-sum-exp and delta of a tile of rows, zeros beyond the last row.
+  void prepare_rows(int64_t head, int64_t t) {
     for (int64_t r = 0; r < kTile; ++r) {
-      const int64_t row = t * kTile + r, at = head * padded + row;
-      const bool real = row < size.rows;
-      shift[at] = real ? grads.lse[head * size.rows + row] : 0.0f;
-      log_sum[at] = real ? grads.lse[(size.heads + head) * size.rows + row] : 0.0f;
-      mean[at] = 0.0f;
-      if (!real) continue;
+      const int64_t row = t * kTile + r, at = head * shape.padded_rows() + row;
+      const bool is_row = row < shape.rows;
+      work.shift[at] = is_row ? grads.lse[head * shape.rows + row] : 0.0f;
+      work.log_sum[at] = is_row ? grads.lse[(shape.heads + head) * shape.rows + row] : 0.0f;
+      work.delta[at] = 0.0f;
+      if (!is_row) continue;
       const T *out = grads.out.at(head, row), *d_out = grads.d_out.at(head, row);
       __m512 sum = _mm512_setzero_ps();
-      for (int64_t d = 0; d < width; d += 16) sum = _mm512_fmadd_ps(load(out + d), load(d_out + d), sum);
-      mean[at] = _mm512_reduce_add_ps(sum);
+      for (int64_t d = 0; d < head_dim; d += 16) sum = _mm512_fmadd_ps(loadu(out + d), loadu(d_out + d), sum);
+      work.delta[at] = _mm512_reduce_add_ps(sum);
     }
   }
 
-  // What a unit works with: its keys, and the tile of rows that passes.
-  struct Tiles {
-    int64_t first, last;       // tiles of keys
-    T *k, *v, *k_turned;        // [tiles·kTile, width] as A, twice, and [width, tiles·kTile]
-    float *dk, *dv;             // [tiles·kTile, width]
-    T *q_turned, *q, *d_out_turned, *d_out;  // as B
-    T *p, *ds, *ds_pairs;       // of one tile, of one, and of all tiles of keys
-    float *scores, *dp;
-  };
-
-  void unit(int64_t group, int64_t block, Pieces mine) {
-    const Tiles u = load_keys(group, block, mine);
-    for (int64_t head = group * shared; head < (group + 1) * shared; ++head) {
+  // A block of keys of one head of keys, for all heads of queries that share it.
+  void unit(int64_t kv_head, int64_t block, Scratch& s) {
+    load_keys(s, kv_head, block);
+    for (int64_t head = kv_head * heads_per_kv_head; head < (kv_head + 1) * heads_per_kv_head; ++head) {
       for (int64_t t = 0; t < row_tiles; ++t) {
-        if (!sees(block, t)) continue;
-        load_rows(u, head, t);
-        fetch(dq_of(head, t), kTile, width, kTile);
+        if (!any_visible(block, t)) continue;
+        load_rows(s, head, t);
+        prefetch_rows(dq_tile(head, t), kTile, head_dim, kTile);
         if (t + 1 < row_tiles) {
-          fetch(in.q.at(head, (t + 1) * kTile), in.q.row, count(t + 1), width);
-          fetch(grads.d_out.at(head, (t + 1) * kTile), grads.d_out.row, count(t + 1), width);
+          const int64_t next = (t + 1) * kTile;
+          prefetch_rows(in.q.at(head, next), in.q.row_stride, row_count(t + 1), head_dim);
+          prefetch_rows(grads.d_out.at(head, next), grads.d_out.row_stride, row_count(t + 1), head_dim);
         }
-        for (int64_t k = u.first; k < u.last; ++k) tile(u, head, k, t);
-        add_to_rows(u, head, block, t);
+        for (int64_t k = s.first; k < s.last; ++k) tile(s, head, k, t);
+        accumulate_dq(s, head, block, t);
       }
     }
-    for (int64_t k = u.first; k < u.last; ++k) {
-      const int64_t keys = std::min(kTile, size.keys - k * kTile), at = (k - u.first) * kTile * width;
-      write(u.dk + at, size.scale, keys, grads.dk.at(group, k * kTile), grads.dk.row);
-      write(u.dv + at, 1.0f, keys, grads.dv.at(group, k * kTile), grads.dv.row);
+    for (int64_t k = s.first; k < s.last; ++k) {
+      const int64_t at = (k - s.first) * kTile * head_dim;
+      write_scaled(s.dk + at, shape.scale, key_count(k), grads.dk.at(kv_head, k * kTile), grads.dk.row_stride);
+      write_scaled(s.dv + at, 1.0f, key_count(k), grads.dv.at(kv_head, k * kTile), grads.dv.row_stride);
     }
   }
 
-  Tiles load_keys(int64_t group, int64_t block, Pieces& mine) const {
-    Tiles u{block * tiles, std::min((block + 1) * tiles, mask.key_tiles())};
-    const int64_t all = tiles * kTile * width, one = kTile * width;
-    for (T** p : {&u.k, &u.v, &u.k_turned}) *p = mine.take<T>(all);
-    for (float** p : {&u.dk, &u.dv}) std::fill_n(*p = mine.take<float>(all), all, 0.0f);
-    for (T** p : {&u.q_turned, &u.q, &u.d_out_turned, &u.d_out}) *p = mine.take<T>(one);
-    u.p = mine.take<T>(kScores);
-    u.ds = mine.take<T>(kScores);
-    u.ds_pairs = mine.take<T>(tiles * kScores);
-    u.scores = mine.take<float>(kScores);
-    u.dp = mine.take<float>(kScores);
-    for (int64_t k = u.first; k < u.last; ++k) {
-      const int64_t keys = std::min(kTile, size.keys - k * kTile), at = (k - u.first) * kTile;
-      pack_rows(in.k.at(group, k * kTile), in.k.row, keys, width, u.k + at * width);
-      pack_rows(in.v.at(group, k * kTile), in.v.row, keys, width, u.v + at * width);
-      pair(in.k.at(group, k * kTile), in.k.row, keys, width, u.q);
-      turn_paired(u.q, width, u.k_turned + at, tiles * kTile);
+  void load_keys(Scratch& s, int64_t kv_head, int64_t block) const {
+    s.first = block * tiles, s.last = std::min((block + 1) * tiles, mask.key_tiles());
+    for (float* sums : {s.dk, s.dv}) std::fill_n(sums, tiles * kTile * head_dim, 0.0f);
+    for (int64_t k = s.first; k < s.last; ++k) {
+      const int64_t at = (k - s.first) * kTile;
+      pack_a(in.k.at(kv_head, k * kTile), in.k.row_stride, key_count(k), head_dim, s.k + at * head_dim);
+      pack_a(in.v.at(kv_head, k * kTile), in.v.row_stride, key_count(k), head_dim, s.v + at * head_dim);
+      pack_b(in.k.at(kv_head, k * kTile), in.k.row_stride, key_count(k), head_dim, s.q);  // q is not loaded yet
+      transpose_packed_b(s.q, head_dim, s.k_transposed + at, tiles * kTile);
     }
-    return u;
   }
 
-  void load_rows(const Tiles& u, int64_t head, int64_t t) const {
+  void load_rows(const Scratch& s, int64_t head, int64_t t) const {
     const T *q = in.q.at(head, t * kTile), *d_out = grads.d_out.at(head, t * kTile);
-    pack_turned(q, in.q.row, count(t), width, u.q_turned);
-    pair(q, in.q.row, count(t), width, u.q);
-    pack_turned(d_out, grads.d_out.row, count(t), width, u.d_out_turned);
-    pair(d_out, grads.d_out.row, count(t), width, u.d_out);
+    pack_b_transposed(q, in.q.row_stride, row_count(t), head_dim, s.q_transposed);
+    pack_b(q, in.q.row_stride, row_count(t), head_dim, s.q);
+    pack_b_transposed(d_out, grads.d_out.row_stride, row_count(t), head_dim, s.do_transposed);
+    pack_b(d_out, grads.d_out.row_stride, row_count(t), head_dim, s.d_out);
   }
 
-  // One tile of keys with the tile of rows: adds to dK and dV, leaves dSᵀ.
-  void tile(const Tiles& u, int64_t head, int64_t k, int64_t t) const {
-    const int64_t at = (k - u.first) * kTile * width, row = head * padded + t * kTile;
-    T* ds_pairs = u.ds_pairs + (k - u.first) * kScores;
-    T* ds = sizeof(T) == 2 ? u.ds : ds_pairs;
-    if (!mask.some(k, t)) {
-      std::fill_n(ds_pairs, kScores, T{});
+  // One tile of scores: adds to dK and dV, leaves dSᵀ for dQ.
+  void tile(const Scratch& s, int64_t head, int64_t k, int64_t t) const {
+    const int64_t at = (k - s.first) * kTile * head_dim, row = head * shape.padded_rows() + t * kTile;
+    T* ds_b = s.ds_b + (k - s.first) * kScores;
+    T* ds = sizeof(T) == 2 ? s.ds : ds_b;
+    if (!mask.any_visible(k, t)) {
+      std::fill_n(ds_b, kScores, T{});
       return;
     }
-    brgemm(kTile, kTile, width, u.k + at, width, u.q_turned, kTile, u.scores, kTile, false);
-    brgemm(kTile, kTile, width, u.v + at, width, u.d_out_turned, kTile, u.dp, kTile, false);
-    const float c = size.scale * kLog2E;
-    if (mask.all(k, t)) {
-      differentiate<false>(u.scores, u.dp, nullptr, c, shift + row, log_sum + row, mean + row, u.p, ds, ds_pairs);
+    brgemm(kTile, kTile, head_dim, s.k + at, head_dim, s.q_transposed, kTile, s.scores, kTile, false);
+    brgemm(kTile, kTile, head_dim, s.v + at, head_dim, s.do_transposed, kTile, s.dp, kTile, false);
+    const float c = shape.scale * kLog2E;
+    const float *shift = work.shift + row, *log_sum = work.log_sum + row, *delta = work.delta + row;
+    if (mask.all_visible(k, t)) {
+      softmax_backward_tile<false>(s.scores, s.dp, nullptr, c, shift, log_sum, delta, s.p, ds, ds_b);
     } else {
-      uint64_t seen[kTile];
-      mask.write(k, t, seen);
-      differentiate<true>(u.scores, u.dp, seen, c, shift + row, log_sum + row, mean + row, u.p, ds, ds_pairs);
+      uint64_t row_bits[kTile];
+      mask.row_bits(k, t, row_bits);
+      softmax_backward_tile<true>(s.scores, s.dp, row_bits, c, shift, log_sum, delta, s.p, ds, ds_b);
     }
-    brgemm(kTile, width, kTile, u.p, kTile, u.d_out, width, u.dv + at, width, true);
-    brgemm(kTile, width, kTile, ds, kTile, u.q, width, u.dk + at, width, true);
+    brgemm(kTile, head_dim, kTile, s.p, kTile, s.d_out, head_dim, s.dv + at, head_dim, true);
+    brgemm(kTile, head_dim, kTile, ds, kTile, s.q, head_dim, s.dk + at, head_dim, true);
   }
 
-  // dQᵀ of the tile of rows, when those before have added theirs.
-  void add_to_rows(const Tiles& u, int64_t head, int64_t block, int64_t t) {
-    const int32_t turn = turns[block * row_tiles + t];
-    std::atomic<int32_t>& done = taken[head * row_tiles + t];
-    while (done.load(std::memory_order_acquire) != turn) std::this_thread::yield();
-    brgemm(width, kTile, (u.last - u.first) * kTile, u.k_turned, tiles * kTile, u.ds_pairs, kTile,
-           dq_of(head, t), kTile, turn > 0);
-    done.store(turn + 1, std::memory_order_release);
+  // dQᵀ of a tile of rows, after the blocks of keys before this one have added theirs.
+  void accumulate_dq(const Scratch& s, int64_t head, int64_t block, int64_t t) {
+    const int32_t turn = ticket[block * row_tiles + t];
+    std::atomic<int32_t>& serving = now_serving[head * row_tiles + t];
+    while (serving.load(std::memory_order_acquire) != turn) {
+      if (error.raised()) throw std::runtime_error("pact_fast: stopped, another unit of work failed");
+      std::this_thread::yield();
+    }
+    brgemm(head_dim, kTile, (s.last - s.first) * kTile, s.k_transposed, tiles * kTile, s.ds_b, kTile, dq_tile(head, t),
+           kTile, turn > 0);
+    serving.store(turn + 1, std::memory_order_release);
   }
 
-  void write(const float* sums, float factor, int64_t rows, T* to, int64_t ld) const {
+  void write_scaled(const float* sums, float factor, int64_t rows, T* to, int64_t ld) const {
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t d = 0; d < width; d += 16) {
-        store(to + i * ld + d, _mm512_mul_ps(load(sums + i * width + d), _mm512_set1_ps(factor)));
+      for (int64_t d = 0; d < head_dim; d += 16) {
+        storeu(to + i * ld + d, _mm512_mul_ps(loadu(sums + i * head_dim + d), _mm512_set1_ps(factor)));
       }
     }
   }
 
-  void finish(int64_t head, int64_t t) const {
+  void write_dq(int64_t head, int64_t t) const {
     float factor[kTile];
-    std::fill_n(factor, kTile, size.scale);
-    unturn(dq_of(head, t), factor, count(t), width, grads.dq.at(head, t * kTile), grads.dq.row);
+    std::fill_n(factor, kTile, shape.scale);
+    untranspose_scaled(dq_tile(head, t), factor, row_count(t), head_dim, grads.dq.at(head, t * kTile),
+                       grads.dq.row_stride);
   }
 };
 

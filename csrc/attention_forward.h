@@ -1,4 +1,4 @@
-// The forward pass of tree attention on CPU: Sᵀ = K·Qᵀ, Pᵀ = exp(scale·Sᵀ − lse), Oᵀ += Vᵀ·Pᵀ.
+// Forward pass of tree attention on CPU: Sᵀ = K·Qᵀ, Pᵀ = exp(scale·Sᵀ − lse), Oᵀ += Vᵀ·Pᵀ, with online softmax.
 
 #pragma once
 
@@ -6,141 +6,170 @@
 #include <cmath>
 #include <cstdint>
 
+#include "attention_mask.h"
 #include "attention_tiles.h"
-#include "attention_views.h"
-#include "brgemm.h"
-#include "work.h"
+#include "common/brgemm.h"
+#include "common/exp.h"
+#include "common/parallel.h"
 
 namespace pact_fast::attention {
 
-struct Running {
-  float top[kTile], shift[kTile], sum[kTile];  // of each row: the largest score so far, c·top, Σ exp2(c·score − shift)
+// Of each row: the largest score so far, shift = c·max, and Σ exp2(c·score − shift), c = scale·log2(e).
+struct RunningSoftmax {
+  float max[kTile], shift[kTile], sum[kTile];
 };
 
-// Pᵀ of a tile as B, and the running maximum and sum of its rows; `decay` is what takes older sums to the new maximum.
+// Pᵀ of a tile as B, and the running softmax of its rows. rescale [kTile]: the factor from the old maximum to the
+// new one. row_bits: see TreeMask, read if `masked`.
 template <bool masked, typename T>
-void soften(const float* scores, const uint64_t* seen, float c, Running& rows, float* decay, T* p) {
+void softmax_tile(const float* scores, const uint64_t* row_bits, float c, RunningSoftmax& running, float* rescale,
+                  T* p) {
   const __m512 factor = _mm512_set1_ps(c);
-  for (int64_t g = 0; g < kTile; g += 16) {
-    __m512 top = load(rows.top + g);
+  for (int64_t r = 0; r < kTile; r += 16) {
+    __m512 max = loadu(running.max + r);
     for (int64_t k = 0; k < kTile; ++k) {
-      const auto mask = static_cast<__mmask16>(masked ? seen[k] >> g : 0xffff);
-      top = _mm512_mask_max_ps(top, mask, load(scores + k * kTile + g), top);
+      const auto mask = static_cast<__mmask16>(masked ? row_bits[k] >> r : 0xffff);
+      max = _mm512_mask_max_ps(max, mask, loadu(scores + k * kTile + r), max);
     }
-    // the difference of the rounded shifts, which terms have had: c·(before − top) is another one where scores are large
-    const __m512 shift = _mm512_mul_ps(top, factor), less = exp2<T>(_mm512_sub_ps(load(rows.shift + g), shift));
-    __m512 sum = _mm512_mul_ps(load(rows.sum + g), less);
+    // The difference of the rounded shifts, which the exponentials had: c·(old − new) is another one where scores
+    // are large.
+    const __m512 shift = _mm512_mul_ps(max, factor),
+                 decay = exp2_for<T>(_mm512_sub_ps(loadu(running.shift + r), shift));
+    __m512 sum = _mm512_mul_ps(loadu(running.sum + r), decay);
     for (int64_t k = 0; k < kTile; k += 2) {
-      __m512 x = exp2<T>(_mm512_fmsub_ps(load(scores + k * kTile + g), factor, shift));
-      __m512 y = exp2<T>(_mm512_fmsub_ps(load(scores + (k + 1) * kTile + g), factor, shift));
+      __m512 x = exp2_for<T>(_mm512_fmsub_ps(loadu(scores + k * kTile + r), factor, shift));
+      __m512 y = exp2_for<T>(_mm512_fmsub_ps(loadu(scores + (k + 1) * kTile + r), factor, shift));
       if constexpr (masked) {
-        x = _mm512_maskz_mov_ps(static_cast<__mmask16>(seen[k] >> g), x);
-        y = _mm512_maskz_mov_ps(static_cast<__mmask16>(seen[k + 1] >> g), y);
+        x = _mm512_maskz_mov_ps(static_cast<__mmask16>(row_bits[k] >> r), x);
+        y = _mm512_maskz_mov_ps(static_cast<__mmask16>(row_bits[k + 1] >> r), y);
       }
       sum = _mm512_add_ps(sum, _mm512_add_ps(x, y));
-      store_pairs(p, k, g, x, y);
+      store_b(p, k, r, x, y);
     }
-    store(rows.top + g, top);
-    store(rows.shift + g, shift);
-    store(rows.sum + g, sum);
-    store(decay + g, less);
+    storeu(running.max + r, max);
+    storeu(running.shift + r, shift);
+    storeu(running.sum + r, sum);
+    storeu(rescale + r, decay);
   }
 }
 
-// Oᵀ [width, kTile] ← Oᵀ·decay, unless that changes nothing.
-inline void shrink(float* out, const float* decay, int64_t width) {
-  if (std::all_of(decay, decay + kTile, [](float x) { return x == 1.0f; })) return;
-  for (int64_t g = 0; g < kTile; g += 16) {
-    const __m512 factor = load(decay + g);
-    for (int64_t d = 0; d < width; ++d) store(out + d * kTile + g, _mm512_mul_ps(load(out + d * kTile + g), factor));
+// Oᵀ [head_dim, kTile] ← Oᵀ·rescale, skipped where all factors are 1.
+inline void rescale_output(float* out, const float* rescale, int64_t head_dim) {
+  if (std::all_of(rescale, rescale + kTile, [](float x) { return x == 1.0f; })) return;
+  for (int64_t r = 0; r < kTile; r += 16) {
+    const __m512 factor = loadu(rescale + r);
+    for (int64_t d = 0; d < head_dim; ++d)
+      storeu(out + d * kTile + r, _mm512_mul_ps(loadu(out + d * kTile + r), factor));
   }
 }
 
 template <typename T>
 struct Forward {
-  const Inputs<T>& in;
-  Heads<T> out;
-  // [2, heads, rows] shift and log2(sum) of each row: together log-sum-exp in base 2. Where scores are large, one rounded
-  // number would lose digits that the shift, which is rounded as it was in the forward pass, does not.
+  const AttentionInputs<T>& in;
+  HeadView<T> out;
+  // [2, heads, rows]: shift and log2(sum) of each row, log-sum-exp in base 2 in two terms. One rounded sum of both
+  // would lose digits where scores are large; the shift alone does not, the backward pass subtracts it as the
+  // forward pass did.
   float* lse;
 
-  const Sizes& size = in.size;
-  const int64_t width = size.width, tiles = owned(width);
-  const float c = size.scale * kLog2E;
-  const Mask mask{in.end, size};
+  const AttentionShape& shape = in.shape;
+  const int64_t head_dim = shape.head_dim, tiles = unit_tiles(head_dim);
+  const float c = shape.scale * kLog2E;
+  const TreeMask mask{in.end, shape};
 
   struct RowTile {
-    T* q;       // as B
-    float* out;  // Oᵀ
-    Running running;
+    T* q;        // B, Qᵀ [head_dim, kTile]
+    float* out;  // Oᵀ [head_dim, kTile]
+    RunningSoftmax* running;
   };
+
+  struct Scratch {
+    T *k, *v_packed, *v_transposed, *p;
+    float* scores;
+    RowTile row_tiles[kMaxUnitTiles];
+  };
+
+  Scratch layout(ScratchArena& arena) const {
+    Scratch s{.k = arena.take<T>(/* A, K */ kTile * head_dim),
+              .v_packed = arena.take<T>(/* B, V */ kTile * head_dim),
+              .v_transposed = arena.take<T>(/* A, Vᵀ */ head_dim * kTile),
+              .p = arena.take<T>(/* B, Pᵀ */ kScores),
+              .scores = arena.take<float>(/* Sᵀ */ kScores),
+              .row_tiles = {}};
+    for (int64_t t = 0; t < tiles; ++t) {
+      s.row_tiles[t] = {.q = arena.take<T>(/* B, Qᵀ */ head_dim * kTile),
+                        .out = arena.take<float>(/* Oᵀ */ head_dim * kTile),
+                        .running = arena.take<RunningSoftmax>(1)};
+    }
+    return s;
+  }
 
   void run() {
     const int64_t blocks = ceil_div(mask.row_tiles(), tiles);
-    const int64_t scratch = 16 * kTile * width * sizeof(float) + 8 * kScores + 8 * sizeof(Running);
-    share<char, pact_fast::Tiles>(blocks * size.heads, scratch, [&](int64_t u, char* mine) {
-      unit(u % size.heads, blocks - 1 - u / size.heads, Pieces(mine));  // the last rows see most
-    });
+    parallel_for_dynamic<AmxTileGuard>(
+        blocks * shape.heads, [&](ScratchArena& arena) { return layout(arena); },
+        [&](int64_t u, Scratch& scratch) {
+          unit(u % shape.heads, blocks - 1 - u / shape.heads, scratch);  // the last rows first: they see the most keys
+        });
   }
 
-  void unit(int64_t head, int64_t block, Pieces mine) const {
+  // The block of row tiles of one head.
+  void unit(int64_t head, int64_t block, Scratch& s) const {
     const int64_t first = block * tiles, last = std::min(first + tiles, mask.row_tiles());
-    const int64_t group = head / (size.heads / size.groups);
-    T *keys = mine.take<T>(kTile * width), *paired = mine.take<T>(kTile * width), *values = mine.take<T>(kTile * width);
-    RowTile row_tiles[4];
-    for (int64_t t = first; t < last; ++t) begin(row_tiles[t - first], head, t, mine);
+    const int64_t kv_head = head / (shape.heads / shape.kv_heads);
+    for (int64_t t = first; t < last; ++t) init_rows(s.row_tiles[t - first], head, t);
     for (int64_t k = 0; k < mask.key_tiles(); ++k) {
       bool packed = false;
       for (int64_t t = first; t < last; ++t) {
-        if (!mask.some(k, t)) continue;
-        if (!packed) {
-          const int64_t count = std::min(kTile, size.keys - k * kTile);
-          pack_rows(in.k.at(group, k * kTile), in.k.row, count, width, keys);
-          pair(in.v.at(group, k * kTile), in.v.row, count, width, paired);
-          turn_paired(paired, width, values, kTile);
-          packed = true;
-        }
-        tile(row_tiles[t - first], keys, values, k, t, mine);
+        if (!mask.any_visible(k, t)) continue;
+        if (!packed) pack_keys(s, kv_head, k);
+        packed = true;
+        tile(s, s.row_tiles[t - first], k, t);
       }
     }
-    for (int64_t t = first; t < last; ++t) finish(row_tiles[t - first], head, t);
+    for (int64_t t = first; t < last; ++t) write_rows(s.row_tiles[t - first], head, t);
   }
 
-  int64_t count(int64_t t) const { return std::min(kTile, size.rows - t * kTile); }
+  int64_t row_count(int64_t t) const { return std::min(kTile, shape.rows - t * kTile); }
 
-  void begin(RowTile& rows, int64_t head, int64_t t, Pieces& mine) const {
-    rows.q = mine.take<T>(kTile * width);
-    rows.out = mine.take<float>(kTile * width);
-    std::fill_n(rows.out, kTile * width, 0.0f);
-    std::fill_n(rows.running.top, kTile, kNoScore);
-    std::fill_n(rows.running.shift, kTile, kNoScore * c);
-    std::fill_n(rows.running.sum, kTile, 0.0f);
-    pack_turned(in.q.at(head, t * kTile), in.q.row, count(t), width, rows.q);
+  void init_rows(const RowTile& rows, int64_t head, int64_t t) const {
+    std::fill_n(rows.out, head_dim * kTile, 0.0f);
+    std::fill_n(rows.running->max, kTile, kMaskedScore);
+    std::fill_n(rows.running->shift, kTile, kMaskedScore * c);
+    std::fill_n(rows.running->sum, kTile, 0.0f);
+    pack_b_transposed(in.q.at(head, t * kTile), in.q.row_stride, row_count(t), head_dim, rows.q);
   }
 
-  void tile(RowTile& rows, const T* keys, const T* values, int64_t k, int64_t t, Pieces mine) const {
-    float *scores = mine.take<float>(kScores), decay[kTile];
-    T* p = mine.take<T>(kScores);
-    brgemm(kTile, kTile, width, keys, width, rows.q, kTile, scores, kTile, false);
-    if (mask.all(k, t)) {
-      soften<false>(scores, nullptr, c, rows.running, decay, p);
+  void pack_keys(const Scratch& s, int64_t kv_head, int64_t k) const {
+    const int64_t count = std::min(kTile, shape.keys - k * kTile);
+    pack_a(in.k.at(kv_head, k * kTile), in.k.row_stride, count, head_dim, s.k);
+    pack_b(in.v.at(kv_head, k * kTile), in.v.row_stride, count, head_dim, s.v_packed);
+    transpose_packed_b(s.v_packed, head_dim, s.v_transposed, kTile);
+  }
+
+  // One tile of scores: Sᵀ = K·Qᵀ, Pᵀ, Oᵀ += Vᵀ·Pᵀ.
+  void tile(const Scratch& s, const RowTile& rows, int64_t k, int64_t t) const {
+    float rescale[kTile];
+    brgemm(kTile, kTile, head_dim, s.k, head_dim, rows.q, kTile, s.scores, kTile, false);
+    if (mask.all_visible(k, t)) {
+      softmax_tile<false>(s.scores, nullptr, c, *rows.running, rescale, s.p);
     } else {
-      uint64_t seen[kTile];
-      mask.write(k, t, seen);
-      soften<true>(scores, seen, c, rows.running, decay, p);
+      uint64_t row_bits[kTile];
+      mask.row_bits(k, t, row_bits);
+      softmax_tile<true>(s.scores, row_bits, c, *rows.running, rescale, s.p);
     }
-    shrink(rows.out, decay, width);
-    brgemm(width, kTile, kTile, values, kTile, p, kTile, rows.out, kTile, true);
+    rescale_output(rows.out, rescale, head_dim);
+    brgemm(head_dim, kTile, kTile, s.v_transposed, kTile, s.p, kTile, rows.out, kTile, true);
   }
 
-  void finish(const RowTile& rows, int64_t head, int64_t t) const {
-    float inverse[kTile];
-    for (int64_t r = 0; r < kTile; ++r) inverse[r] = 1.0f / rows.running.sum[r];
-    unturn(rows.out, inverse, count(t), width, out.at(head, t * kTile), out.row);
-    for (int64_t r = 0; r < count(t); ++r) {
-      const int64_t at = head * size.rows + t * kTile + r;
-      lse[at] = rows.running.shift[r];
-      lse[size.heads * size.rows + at] = std::log2(rows.running.sum[r]);
+  void write_rows(const RowTile& rows, int64_t head, int64_t t) const {
+    float inverse_sum[kTile];
+    for (int64_t r = 0; r < kTile; ++r) inverse_sum[r] = 1.0f / rows.running->sum[r];
+    untranspose_scaled(rows.out, inverse_sum, row_count(t), head_dim, out.at(head, t * kTile), out.row_stride);
+    for (int64_t r = 0; r < row_count(t); ++r) {
+      const int64_t row = head * shape.rows + t * kTile + r;
+      lse[row] = rows.running->shift[r];
+      lse[shape.heads * shape.rows + row] = std::log2(rows.running->sum[r]);
     }
   }
 };

@@ -68,6 +68,6 @@ def bf16_ops(cpp_library: str):
 
     if cpp_library != "ready":
         pytest.skip(f"no C++ library: {cpp_library}")
-    if not torch.ops.pact_fast.bf16_products_ready():
+    if not torch.ops.pact_fast.bf16_gemm_ready():
         pytest.skip("no bf16 products: no AVX512-BF16, or a torch without brgemm")
     return torch.ops.pact_fast

@@ -198,9 +198,36 @@ def test_tensors_that_do_not_fit_together_are_refused_by_name():
     for args, named in [
         ((q, k, rows(2, 4, 16), end), "v must be"),
         ((q, rows(2, 4, 16), v, end), "a key for each row"),
-        ((q, k, v, end[:4]), "end must be int64"),
+        ((q, k, v, end[:4]), "end must be contiguous int64"),
+        ((q, k, v, torch.tensor([5, 5, 2, 5, 5])), r"end\[2\] = 2 is outside \[3, 5\]"),
+        ((q, k, v, torch.tensor([5, 5, 5, 6, 5])), r"end\[3\] = 6 is outside \[4, 5\]"),
         ((q, k, v.bfloat16(), end), "v must be"),
         ((rows(3, 5, 16), k, v, end), "divide"),
     ]:
         with pytest.raises(RuntimeError, match=named):
             TreeAttentionCpu.apply(*args, 0.25)
+
+
+def test_outputs_that_do_not_fit_are_refused():
+    needs(torch.float32)
+    ops, end = torch.ops.pact_fast, torch.full((5,), 5)
+    q, k, v, out = (rows(2, 5, 16) for _ in range(4))
+    lse = torch.empty(2, 2, 5)
+    for wrong in (rows(2, 4, 16), out.bfloat16(), rows(2, 16, 5).mT):
+        with pytest.raises(RuntimeError, match="out must be fp32"):
+            ops.tree_attention_forward(q, k, v, end, 0.25, wrong, lse)
+    for wrong in (lse[:1], lse.double(), torch.empty(2, 5, 2).mT, lse.flatten()):
+        with pytest.raises(RuntimeError, match="lse must be contiguous fp32"):
+            ops.tree_attention_forward(q, k, v, end, 0.25, out, wrong)
+    ops.tree_attention_forward(q, k, v, end, 0.25, out, lse)
+    given = dict(work=torch.empty(2, 64, 19), dq=rows(2, 5, 16), dk=rows(2, 5, 16), dv=rows(2, 5, 16))
+    for name, wrong, named in [
+        ("work", torch.empty(2, 64, 18), "work has 9216 bytes, 9728 are needed"),
+        ("work", torch.empty(2, 64, 19).double(), "work must be contiguous fp32"),
+        ("dq", rows(2, 4, 16), "dq must be fp32"),
+        ("dk", rows(1, 5, 16), "dk must be fp32"),
+        ("dv", rows(2, 5, 16).bfloat16(), "dv must be fp32"),
+    ]:
+        with pytest.raises(RuntimeError, match=named):
+            outputs = {**given, name: wrong}.values()
+            ops.tree_attention_backward(torch.ones_like(out), q, k, v, end, 0.25, out, lse, *outputs)

@@ -66,7 +66,7 @@ def test_without_a_working_compiler_torch_serves_after_one_line(compiler, tmp_pa
 def test_a_failed_build_leaves_the_compilers_messages(tmp_path):
     lines(start(tmp_path, CXX="false"))
     log = next(tmp_path.rglob("*.log"))
-    assert "rows.cpp" in log.read_text()
+    assert "softmax_fp32.cpp" in log.read_text()
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -78,5 +78,30 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     assert str(blocked) in out[2] and "XDG_CACHE_HOME" in out[2]
 
 
+def test_flags_of_the_environment_reach_the_compiler_and_name_another_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    keys = set()
+    for flags in ("", "-DFIRST", "-DFIRST -DNAME='two words'"):
+        monkeypatch.setenv("PACT_FAST_CXXFLAGS", flags)
+        with pytest.raises(build.BuildError) as caught:
+            build.build()
+        log = Path(str(caught.value).split("its messages: ")[1])
+        keys.add(log.stem)
+    assert len(keys) == 3
+    assert "-DNAME=two words" in build.flags() and "-DFIRST -DNAME=two words" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("-fsanitize" in os.environ.get("PACT_FAST_CXXFLAGS", ""), reason="this is that run")
+def test_the_cpp_tests_pass_under_address_sanitizer():
+    needs_compiler()
+    version = subprocess.run([build.find_compiler(), "--version"], capture_output=True, text=True).stdout
+    if "Free Software Foundation" not in version:
+        pytest.skip("tests/run_asan.sh needs GCC")
+    done = subprocess.run([Path(__file__).parent / "run_asan.sh"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+
+
 def test_the_sources_are_part_of_the_package():
-    assert "rows.cpp" in {path.name for path in build.SOURCES.glob("*.cpp")}
+    assert {"softmax_fp32.cpp", "scratch.h"} <= {path.name for path in build.SOURCES.rglob("*.*")}

@@ -26,7 +26,7 @@ STAGES = {
 RECIPE = ["quickstart", *SETTINGS, "trainer.max_steps=4", "trainer.save_steps=2", "trainer.eval_steps=2"]
 CLOCK = ("time/", "tokens_per_second")
 PACKS = ("sharing/", "tokens/")  # how trees are cut depends on the number of processes
-ROUNDING = ("mismatch/", "gap", "approx_kl")  # differences of two roundings
+ROUNDING = ("mismatch/", "logprob_diff", "approx_kl")  # differences of two roundings
 
 
 def command(run: Path, *settings: str) -> list[str]:

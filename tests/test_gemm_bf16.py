@@ -17,15 +17,15 @@ def integers(*shape: int) -> torch.Tensor:
 
 
 class Sums(tuple):
-    """(high, rest): a matrix in the 24 bits of the weight gradient."""
+    """(hi, lo): a matrix in the 24 bits of the weight gradient."""
 
     def __new__(cls, values: torch.Tensor):
-        high = values.bfloat16()
-        return super().__new__(cls, (high, torch.zeros(values.shape, dtype=torch.int8)))
+        hi = values.bfloat16()
+        return super().__new__(cls, (hi, torch.zeros(values.shape, dtype=torch.int8)))
 
     def value(self) -> torch.Tensor:
-        high, rest = (t.int() for t in (self[0].view(torch.int16), self[1]))
-        return (((high << 8) + rest) << 8).view(torch.float32).double()
+        hi, lo = (t.int() for t in (self[0].view(torch.int16), self[1]))
+        return (((hi << 8) + lo) << 8).view(torch.float32).double()
 
     def is_rounded(self, exact: torch.Tensor) -> bool:
         """Nearest in 24 bits, the first part alone nearest in bf16 (ties may go either way)."""
@@ -138,19 +138,21 @@ def test_no_rows(ops):
 
 def test_tensors_that_do_not_fit_are_refused(ops):
     x, weight, z = torch.ones(3, 8).bfloat16(), torch.ones(5, 8).bfloat16(), torch.empty(3, 5)
-    dx, (high, rest) = torch.empty(3, 8), Sums(torch.zeros(5, 8))
+    dx, (hi, lo) = torch.empty(3, 8), Sums(torch.zeros(5, 8))
     for arguments in ((x.float(), weight, z), (x, weight[:, :7], z), (x, weight, z[:2]), (x, weight, z.bfloat16()),
                       (x, weight.T.contiguous().T, z), (x, weight, torch.empty(5, 3).T)):  # fmt: skip
-        with pytest.raises(RuntimeError, match=r"x and weight|z: fp32"):
+        with pytest.raises(
+            RuntimeError, match=r"x must be contiguous bf16|weight must be contiguous bf16|z must be fp32"
+        ):
             ops.bf16_logits(*arguments)
     for arguments in (
         (z, x, weight, dx.T, None, None),
-        (z, x, weight, None, high[:4], rest[:4]),
-        (z, x, weight, None, high, None),
-        (z, x, weight, None, high.float(), rest),
+        (z, x, weight, None, hi[:4], lo[:4]),
+        (z, x, weight, None, hi, None),
+        (z, x, weight, None, hi.float(), lo),
         (z.double(), x, weight, dx, None, None),
     ):
-        with pytest.raises(RuntimeError, match=r"d[xz]: |d_weight and rest"):
+        with pytest.raises(RuntimeError, match=r"d[xz] must be|d_weight must be|d_weight and lo"):
             ops.bf16_grads(*arguments, True)
 
 
@@ -158,8 +160,8 @@ def test_without_onednn_they_say_that_they_are_not_ready(ops):
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        assert not ops.bf16_products_ready()
-        with pytest.raises(RuntimeError, match="no bf16 products"):
+        assert not ops.bf16_gemm_ready()
+        with pytest.raises(RuntimeError, match="no bf16 GEMMs"):
             ops.bf16_logits(torch.ones(3, 8).bfloat16(), torch.ones(5, 8).bfloat16(), torch.empty(3, 5))
     finally:
         torch._C._set_mkldnn_enabled(enabled)

@@ -12,7 +12,7 @@ from pact_fast.kernels.runtime import build
 def ops():
     if (status := build.status()) != "ready":
         pytest.skip(f"no C++ library: {status}")
-    if not torch.ops.pact_fast.fp32_products_ready():
+    if not torch.ops.pact_fast.fp32_gemm_ready():
         pytest.skip("no fp32 products: no AVX-512")
     return torch.ops.pact_fast
 
@@ -94,10 +94,16 @@ def test_results_do_not_depend_on_the_threads(ops):
 
 def test_what_does_not_fit_is_refused(ops):
     x, weight, z = torch.zeros(2, 8), torch.zeros(5, 8), torch.zeros(2, 5)
-    with pytest.raises(RuntimeError, match="x and weight"):
+    with pytest.raises(RuntimeError, match="weight must be contiguous fp32"):
         ops.fp32_logits(x, weight[:, :4], z)
-    with pytest.raises(RuntimeError, match="z and dz"):
+    with pytest.raises(RuntimeError, match="z must be fp32"):
         ops.fp32_logits(x, weight, torch.zeros(2, 6))
+    with pytest.raises(RuntimeError, match="z must be fp32"):
+        ops.fp32_logits(x, weight, torch.zeros(2, 5).bfloat16())
+    with pytest.raises(RuntimeError, match="dz must be fp32"):
+        ops.fp32_grads(z.T.contiguous().T, x, weight, None, None, False)
+    with pytest.raises(RuntimeError, match="not empty"):
+        ops.fp32_logits(x[:, :0], weight[:, :0], z)
     with pytest.raises(RuntimeError, match="dx"):
         ops.fp32_grads(z, x, weight, torch.zeros(2, 7), None, False)
     with pytest.raises(RuntimeError, match="d_weight"):

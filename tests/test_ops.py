@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pact_fast.errors import PactError
 from pact_fast.kernels import TokenPairs, linear_logprob, pact_loss
 from pact_fast.kernels.head import loss
 from tests.support.loss_inputs import ROWS, VOCAB, WIDTH, inputs, tokens
@@ -62,6 +65,46 @@ def test_compiled_losses_and_gradients_are_the_eager_ones(policy_loss):
     compiled = gradients(torch.compile(run, fullgraph=True))
     for a, b in zip(compiled, gradients(run), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong, mode", [(-100, "inductor"), *itertools.product([-100, -1, VOCAB], ["eager", "aot_eager"])]
+)
+@pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
+def test_a_target_outside_the_vocabulary_is_an_error_in_compiled_graphs_too(backend, mode, wrong):
+    hidden, weight, _ = inputs()
+    table = tokens()
+    targets = torch.arange(ROWS)
+    targets[3] = table.target[7] = wrong
+
+    def logprobs(targets):
+        return linear_logprob(hidden * 2.0, weight, targets, backend=backend).logprob
+
+    def value(table):
+        return pact_loss(hidden * 2.0, weight, table, backend=backend).loss
+
+    for function, argument, place in ((logprobs, targets, 3), (value, table, 7)):
+        torch._dynamo.reset()
+        run = function if mode == "eager" else torch.compile(function, fullgraph=True, backend=mode)
+        with pytest.raises(PactError, match=f"target {wrong} of token {place} is outside the vocabulary of {VOCAB}"):
+            run(argument)
+
+
+@pytest.mark.parametrize("mode", ["eager", "aot_eager"])
+@pytest.mark.parametrize("index, message", [([[0, 1], [3, 20]], "outside the table of 20"),
+                                            ([[0, -1], [3, 4]], "outside the table of 20"),
+                                            ([[0, 1], [1, 4]], "two pairs")])  # fmt: skip
+def test_pairs_outside_the_table_are_an_error_in_compiled_graphs_too(index, message, mode):
+    hidden, weight, _ = inputs()
+    table = tokens()
+
+    def value(index):
+        return pact_loss(hidden * 2.0, weight, table, pairs=TokenPairs(index, torch.ones(2))).loss
+
+    torch._dynamo.reset()
+    run = value if mode == "eager" else torch.compile(value, fullgraph=True, backend=mode)
+    with pytest.raises(PactError, match=message):
+        run(torch.tensor(index))
 
 
 def test_a_second_backward_pass_gives_the_same_gradients():

@@ -119,7 +119,7 @@ def oracle(
         if not math.isnan(sampler):
             gap = float(old[i]) - sampler
             count("sampler_count"), count("is_weight", w), count("is_weight_sq", w * w)
-            count("gap", gap), count("gap_sq", gap * gap)
+            count("logprob_diff", gap), count("logprob_diff_sq", gap * gap)
         part = rl * (w * term + kl_coef * kl - entropy_coef * h)
         loss = loss + part
         count("rl_count"), count("loss_rl", part), count("ratio", ratio)
@@ -456,12 +456,12 @@ def test_summary_names_means_and_skips_empty_cells():
     assert values["trace/tokens"] == 2 and values["trace/tool_call/tokens"] == 1
     assert values["trace/entropy"] == pytest.approx(float(out.entropy[1:3].mean()))
     assert values["trace/tool_call/entropy"] == pytest.approx(float(out.entropy[1]))
-    assert values["trace/gap"] == pytest.approx(math.log(3.0) / 2)
-    assert values["trace/gap_std"] == pytest.approx(math.log(3.0) / 2)
+    assert values["trace/logprob_diff"] == pytest.approx(math.log(3.0) / 2)
+    assert values["trace/logprob_diff_std"] == pytest.approx(math.log(3.0) / 2)
     assert values["trace/ess"] == pytest.approx((1 + 2) ** 2 / (1 + 4))
-    assert values["trace/ess_share"] == pytest.approx(0.9)
+    assert values["trace/ess_fraction"] == pytest.approx(0.9)
     assert values["trace/is_weight"] == pytest.approx(1.5)
     assert values["expert/loss_sft"] == pytest.approx(-float(out.logprob[3]))
     assert "expert/clip_fraction" not in values and "expert/loss_rl" not in values
-    assert "prompt/gap" not in values and "prompt/reasoning/tokens" not in values
+    assert "prompt/logprob_diff" not in values and "prompt/reasoning/tokens" not in values
     assert 0.0 <= values["prompt/clip_fraction"] <= 1.0

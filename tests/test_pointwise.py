@@ -205,3 +205,33 @@ def test_operators_refuse_what_does_not_fit():
         ops.rotary(torch.randn(1, 2, 3, 7), torch.randn(1, 3, 7), torch.randn(1, 3, 7), False, torch.empty(1, 2, 3, 7))
     with pytest.raises(RuntimeError, match="fp32 or bf16"):
         ops.silu_mul(x.half(), x.half(), torch.empty_like(x).half())
+
+
+def test_tensors_without_elements_are_served():
+    ops = torch.ops.pact_fast
+    none = torch.empty(3, 0)
+    ops.rms_norm(none, torch.empty(0), EPS, torch.empty(3, 0))
+    ops.rms_norm_backward(none, none, torch.empty(0), EPS, torch.empty(3, 0), torch.empty(0))
+    ops.rotary(torch.empty(1, 0, 3, 8), torch.randn(1, 3, 8), torch.randn(1, 3, 8), False, torch.empty(1, 0, 3, 8))
+    ops.rotary(torch.empty(1, 2, 3, 0), torch.empty(1, 3, 0), torch.empty(1, 3, 0), False, torch.empty(1, 2, 3, 0))
+
+
+def test_outputs_that_do_not_fit_are_refused():
+    ops, x, weight = torch.ops.pact_fast, torch.randn(3, 8), torch.ones(8)
+    fine = torch.empty(3, 8)
+    for wrong in (torch.empty(2, 8), fine.double(), fine.bfloat16(), torch.empty(8, 3).T):
+        with pytest.raises(RuntimeError, match="out must be"):
+            ops.rms_norm(x, weight, EPS, wrong)
+        with pytest.raises(RuntimeError, match="dx must be"):
+            ops.rms_norm_backward(x, x, weight, EPS, wrong, None)
+        with pytest.raises(RuntimeError, match="out must be"):
+            ops.silu_mul(x, x, wrong)
+        for place, name in enumerate(("d_gate", "d_up", "out")):
+            outputs = [fine, fine, fine]
+            outputs[place] = wrong
+            with pytest.raises(RuntimeError, match=f"{name} must be"):
+                ops.silu_mul_backward(x, x, x, *outputs)
+    heads, angles = torch.randn(1, 2, 3, 8), torch.randn(1, 3, 8)
+    for wrong in (heads[:, :1], heads[:, :, :2], heads.bfloat16(), torch.empty(1, 2, 8, 3).mT):
+        with pytest.raises(RuntimeError, match="out must"):
+            ops.rotary(heads, angles, angles, False, wrong)

@@ -62,11 +62,11 @@ def ours(c: Case, keep: bool = True) -> Result:
     source = compact(c.g != 0)
     if not keep:
         return Result(stats, source, c.x[:0], c.x[:0])
-    dx, high = torch.full((len(source), width), torch.nan), torch.full_like(c.weight, torch.nan)
-    rest = torch.full(c.weight.shape, 99, dtype=torch.int8)
+    dx, hi = torch.full((len(source), width), torch.nan), torch.full_like(c.weight, torch.nan)
+    lo = torch.full(c.weight.shape, 99, dtype=torch.int8)
     given = source, c.target, c.temperature, stats.logprob, stats.lse, c.g, c.x[source], c.weight
-    ops.bf16_softmax_grads(*terms, *given, dx, high, rest, False)
-    return Result(stats, source, dx, high.T)
+    ops.bf16_softmax_grads(*terms, *given, dx, hi, lo, False)
+    return Result(stats, source, dx, hi.T)
 
 
 def exact(c: Case) -> Result:
@@ -246,24 +246,47 @@ def test_no_rows(ops):
 
 
 def test_tensors_that_do_not_fit_are_refused(ops):
-    c, (terms, tops) = case(torch.randn(3, 70)), chunk(3, 70)
+    c, (exp_z, panel_max) = case(torch.randn(3, 70)), chunk(3, 70)
     stats = [torch.empty(3) for _ in range(3)]
     for given in (
-        (c.x.float(), c.weight, c.target, c.temperature, terms, tops),
-        (c.x, c.weight, c.target.int(), c.temperature, terms, tops),
-        (c.x, c.weight, c.target, c.temperature[:2], terms, tops),
-        (c.x, c.weight, c.target, c.temperature, terms, None),
-        (c.x, c.weight, c.target, c.temperature, terms[:1], tops),
-        (c.x, c.weight, c.target, c.temperature, terms, tops.T),
+        (c.x.float(), c.weight, c.target, c.temperature, exp_z, panel_max),
+        (c.x, c.weight, c.target.int(), c.temperature, exp_z, panel_max),
+        (c.x, c.weight, c.target, c.temperature[:2], exp_z, panel_max),
+        (c.x, c.weight, c.target, c.temperature, exp_z, None),
+        (c.x, c.weight, c.target, c.temperature, exp_z[:1], panel_max),
+        (c.x, c.weight, c.target, c.temperature, exp_z, panel_max.T),
     ):
-        with pytest.raises(RuntimeError, match=r"x and weight|bf16 softmax"):
+        with pytest.raises(RuntimeError, match=r"must be contiguous|given together"):
             ops.bf16_softmax(*given, *stats)
     source, rows = torch.arange(3), (c.target, c.temperature, *stats[:2], c.g)
     dx = torch.empty(3, 3)
     for given in (
-        (terms[:, :2], tops, source, *rows, c.x, c.weight, dx),
-        (terms, tops, source[:2], *rows, c.x, c.weight, dx),
-        (terms, tops, source, *rows, c.x, c.weight, dx[:2]),
+        (exp_z[:, :2], panel_max, source, *rows, c.x, c.weight, dx),
+        (exp_z, panel_max, source[:2], *rows, c.x, c.weight, dx),
+        (exp_z, panel_max, source, *rows, c.x, c.weight, dx[:2]),
     ):
-        with pytest.raises(RuntimeError, match=r"dx: |bf16 softmax"):
+        with pytest.raises(RuntimeError, match="must be contiguous"):
             ops.bf16_softmax_grads(*given, None, None, False)
+
+
+@pytest.mark.parametrize("outside", [-100, -1, 70])
+def test_indices_outside_are_refused_before_anything_is_read(ops, outside):
+    c, (exp_z, panel_max) = case(torch.randn(3, 70)), chunk(3, 70)
+    stats, wrong = [torch.zeros(3) for _ in range(3)], torch.tensor([0, outside, 1])
+    with pytest.raises(RuntimeError, match=rf"target\[1\] = {outside} is outside \[0, 70\)"):
+        ops.bf16_softmax(c.x, c.weight, wrong, c.temperature, exp_z, panel_max, *stats)
+    assert all((t == 0).all() for t in stats)
+    for source, target, named in ((wrong, c.target, "source"), (torch.arange(3), wrong, "target")):
+        rows = source, target, c.temperature, *stats[:2], c.g
+        with pytest.raises(RuntimeError, match=rf"{named}\[1\] = {outside} is outside"):
+            ops.bf16_softmax_grads(exp_z, panel_max, *rows, c.x, c.weight, torch.empty(3, 3), None, None, False)
+
+
+def test_outputs_that_do_not_fit_are_refused(ops):
+    c, (exp_z, panel_max) = case(torch.randn(3, 70)), chunk(3, 70)
+    given = c.x, c.weight, c.target, c.temperature, exp_z, panel_max
+    for name in ("logprob", "lse", "entropy"):
+        for wrong in (torch.empty(2), torch.empty(3).double(), torch.empty(3, 2)[:, 0]):
+            stats = {"logprob": torch.empty(3), "lse": torch.empty(3), "entropy": torch.empty(3), name: wrong}
+            with pytest.raises(RuntimeError, match=rf"{name} must be contiguous fp32 \[3\]"):
+                ops.bf16_softmax(*given, *stats.values())

@@ -21,7 +21,7 @@ from pact_fast.model.device import pick_device, precision
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.registry import make_engine
-from pact_fast.train import checkpoint
+from pact_fast.train.checkpoint import run_weights
 from pact_fast.train.evaluate import evaluate, reward_means, success_rate
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import rollout_record
@@ -70,12 +70,6 @@ def load_policy(source: str, settings: Sequence[str]) -> Policy:
     engine = make_engine(config, model, renderer, autocast=precision(config, device))
     engine.update_weights(model, 0)
     return Policy(config, renderer, AgentLoop(engine, renderer, EnvironmentFactory(config), config.rollout), tasks)
-
-
-def run_weights(run: Path) -> tuple[Path | None, Path | None]:
-    """(base model that the run has made, model folder of its newest complete checkpoint)."""
-    base, found = run / "base", checkpoint.latest(run / "checkpoints")
-    return (base if (base / "config.json").exists() else None), (found / "model" if found else None)
 
 
 def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> int:

@@ -60,8 +60,14 @@ SPECS = (
     Spec("Optimisation", "Entropy", {"entropy": "policy", "*/entropy": ""}, unit="nats"),
     Spec("Optimisation", "Approximate KL", {"approx_kl": "policy", "*/approx_kl": ""}, unit="nats"),
     Spec("Optimisation", "Clipped tokens", {"clip_fraction": "policy", "*/clip_fraction": ""}, percent=True),
-    Spec("Optimisation", "Gap between contexts, mean ± std", {"trace/gap": "mean"}, band="trace/gap_std", unit="nats"),
-    Spec("Optimisation", "Effective sample size", {"*/ess_share": ""}, percent=True, full_scale=True),
+    Spec(
+        "Optimisation",
+        "Log-prob difference of contexts, mean ± std",
+        {"trace/logprob_diff": "mean"},
+        band="trace/logprob_diff_std",
+        unit="nats",
+    ),
+    Spec("Optimisation", "Effective sample size", {"*/ess_fraction": ""}, percent=True, full_scale=True),
     Spec("Optimisation", "Gradient norm", {"grad_norm": "before clipping"}),
     Spec("Optimisation", "Control-token probability", {"control_token_prob": "mean"}),
     Spec(

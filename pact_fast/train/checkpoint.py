@@ -335,3 +335,9 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def run_weights(run: Path) -> tuple[Path | None, Path | None]:
+    """(folder of the base model that the run has made, model folder of its newest complete checkpoint); None where missing."""
+    base, found = run / "base", latest(run / "checkpoints")
+    return (base if (base / "config.json").exists() else None), (found / "model" if found else None)

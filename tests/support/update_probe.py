@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 

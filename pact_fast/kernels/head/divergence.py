@@ -33,16 +33,17 @@ class TokenPairs:
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     second_grad: bool = False
 
-    def check(self, tokens: int) -> None:
-        """PactError if the pairs do not fit a table of so many tokens."""
+    def check(self) -> None:
+        """PactError if kind or shapes are wrong."""
         if self.divergence not in DIVERGENCES:
             raise PactError(f"pairs.divergence='{self.divergence}' is not known; use one of {', '.join(DIVERGENCES)}")
         if self.index.ndim != 2 or self.index.shape[1] != 2 or self.weight.shape != self.index.shape[:1]:
             raise PactError(
                 f"pairs: index {list(self.index.shape)} and weight {list(self.weight.shape)} must be [M, 2] and [M]"
             )
-        if torch.compiler.is_compiling():
-            return
+
+    def check_index(self, tokens: int) -> None:
+        """PactError if the pairs do not fit a table of so many tokens. Called by the custom op, see `check_targets`."""
         if ((self.index < 0) | (self.index >= tokens)).any():
             raise PactError(f"pairs.index points outside the table of {tokens} tokens")
         if len(self.index.unique()) < self.index.numel():

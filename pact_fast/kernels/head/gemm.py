@@ -114,11 +114,11 @@ class CpuBf16Gemms(HeadGemms):
     def __init__(self, weight: torch.Tensor, needs_weight_grad: bool):
         super().__init__(weight.contiguous(), needs_weight_grad)
         self.scratch = padded_nbytes(self.weight.shape, torch.int8) if needs_weight_grad else 0
-        self._rest: torch.Tensor | None = None
+        self._lo: torch.Tensor | None = None
 
     def take(self, scratch: Scratch) -> None:
         if self._needs_weight_grad:
-            self._rest = scratch.empty(self.weight.shape, torch.int8)
+            self._lo = scratch.empty(self.weight.shape, torch.int8)
 
     def logits(self, x: torch.Tensor, out: torch.Tensor) -> None:
         torch.ops.pact_fast.bf16_logits(x.contiguous(), self.weight, out)
@@ -136,7 +136,7 @@ class CpuBf16Gemms(HeadGemms):
         add = self._d_weight is not None
         if self._needs_weight_grad and not add:
             self._d_weight = torch.empty_like(self.weight)
-        return dx, self._d_weight, self._rest, add
+        return dx, self._d_weight, self._lo, add
 
 
 class CudaProducts(HeadGemms):
@@ -170,8 +170,8 @@ def products(backend: str, hidden: torch.Tensor, weight: torch.Tensor, needs_wei
     ops = torch.ops.pact_fast
     if weight.is_cuda and weight.dtype.itemsize == 2:
         return CudaProducts(weight, needs_weight_grad)
-    if backend == "cpp" and weight.dtype == torch.float32 and ops.fp32_products_ready():
+    if backend == "cpp" and weight.dtype == torch.float32 and ops.fp32_gemm_ready():
         return CpuFp32Products(weight, needs_weight_grad)
-    if backend == "cpp" and weight.dtype == torch.bfloat16 and ops.bf16_products_ready():
+    if backend == "cpp" and weight.dtype == torch.bfloat16 and ops.bf16_gemm_ready():
         return CpuBf16Gemms(weight, needs_weight_grad)
     return (ChunkedCastGemms if weight.dtype.itemsize == 2 else HeadGemms)(weight, needs_weight_grad)

@@ -42,7 +42,6 @@ def linear_logprob(
         raise PactError(
             f"linear_logprob: targets {list(targets.shape)} must be one token id per row of hidden {list(hidden.shape)}"
         )
-    check_targets(targets, len(weight))
     logprob, entropies = _linear_logprob(
         hidden, weight, bias, targets, per_token(temperature, targets), softcap, backend
     )  # fmt: skip
@@ -58,9 +57,11 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 def check_targets(targets: torch.Tensor, vocab: int) -> None:
-    """Targets are ids of the vocabulary: the row passes read logits at these places."""
-    if torch.compiler.is_compiling() or not len(targets):
-        return
+    """PactError unless targets are ids of the vocabulary: the kernels read logits at these places.
+
+    Called by the custom ops, which run in compiled graphs as well. On CUDA it is an assertion on the device, so that
+    nothing waits for it.
+    """
     outside = (targets < 0) | (targets >= vocab)
     if targets.is_cuda:
         torch._assert_async(~outside.any(), "pact_fast: a target is outside the vocabulary")
@@ -107,6 +108,7 @@ def _linear_logprob(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logprob, entropy) [N]."""
+    check_targets(targets, len(weight))
     logprob = torch.empty(len(hidden), dtype=accumulation_dtype(hidden, weight), device=hidden.device)
     entropy = torch.empty_like(logprob)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -81,12 +81,11 @@ def pact_loss(
     other, for shapes that do not fit, for a target that is no token id, and for a back-end that cannot serve.
     """
     check_head(hidden, weight, bias)
-    check_targets(tokens.target, len(weight))
     caps = None if is_cap is None else _caps(is_cap)
     settings = Settings(policy_loss, clip, delta, kl_coef, entropy_coef, caps, softcap)
     _check(settings, tokens)
     if pairs is not None:
-        pairs.check(len(tokens))
+        pairs.check()
     loss, logprob, entropy, divergence, stats, *_ = _pact_loss(
         hidden, weight, bias, *tokens.columns(), per_token(temperature, tokens.target),
         *((None, None) if pairs is None else (pairs.index, pairs.weight)),
@@ -154,6 +153,8 @@ def _pact_loss(
     pairs = None
     if pair_index is not None and pair_weight is not None:
         pairs = TokenPairs(pair_index, pair_weight, divergence, second_grad)  # type: ignore[arg-type]
+        pairs.check_index(len(tokens))
+    check_targets(target, len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
         return _evaluate(
             hidden, weight, bias, tokens, temperature, settings, pairs, backend, (grads[0], grads[1], grads[2])

@@ -24,12 +24,12 @@ class Bf16SoftmaxChunk:
     def __init__(self, products: CpuBf16Gemms, rows: int, grads: tuple[bool, bool, bool]):
         self._products, self._x_grad = products, grads[0]
         self._panels, self._keep = -(-len(products.weight) // PANEL), any(grads)
-        terms, tops = (self._panels * rows * PANEL,), (self._panels * rows,)
-        kept = padded_nbytes(terms, torch.bfloat16) + padded_nbytes(tops, torch.float32) if self._keep else 0
+        exp_z, panel_max = (self._panels * rows * PANEL,), (self._panels * rows,)
+        kept = padded_nbytes(exp_z, torch.bfloat16) + padded_nbytes(panel_max, torch.float32) if self._keep else 0
         scratch = Scratch(kept + products.scratch, products.weight.device)
         products.take(scratch)
         if self._keep:
-            self._terms, self._tops = scratch.empty(terms, torch.bfloat16), scratch.empty(tops, torch.float32)
+            self._exp_z, self._panel_max = scratch.empty(exp_z, torch.bfloat16), scratch.empty(panel_max, torch.float32)
         self._scratch = scratch  # given back when this pass is over
 
     def forward(self, x: torch.Tensor, target: torch.Tensor, temperature: torch.Tensor) -> RowStats:
@@ -52,10 +52,10 @@ class Bf16SoftmaxChunk:
         return dx
 
     def _chunk(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(terms [panels, n, 64], tops [panels, n]) of the n rows of this chunk."""
+        """(exp_z [panels, n, 64], panel_max [panels, n]) of the n rows of this chunk."""
         shape = self._panels, len(self._x)
         entries = shape[0] * shape[1]
-        return self._terms[: entries * PANEL].view(*shape, PANEL), self._tops[:entries].view(shape)
+        return self._exp_z[: entries * PANEL].view(*shape, PANEL), self._panel_max[:entries].view(shape)
 
     def weight_grads(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return self._products.weight_grad(), None

@@ -1,4 +1,4 @@
-"""The row pass in C++ (csrc/rows.cpp), fp32 on CPU; semantics: rows_torch.py. Load the library first (build.status)."""
+"""The row pass in C++ (csrc/softmax_fp32.cpp), fp32 on CPU; semantics: rows_torch.py. Load the library first (build.status)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def forward(
     softcap: float | None,
 ) -> RowStats:
     logprob, lse, entropy = (torch.empty(len(z), dtype=torch.float32) for _ in range(3))
-    torch.ops.pact_fast.head_rows_forward(z, target, bias, temperature, softcap or 0.0, logprob, lse, entropy)
+    torch.ops.pact_fast.head_softmax_forward(z, target, bias, temperature, softcap or 0.0, logprob, lse, entropy)
     return RowStats(logprob, lse, entropy)
 
 
 def divergence(z: torch.Tensor, lse: torch.Tensor, partner: torch.Tensor, kind: str) -> torch.Tensor:
     result = torch.empty(len(z), dtype=torch.float32)
-    torch.ops.pact_fast.head_rows_divergence(z, lse, partner, kind == JSD, result)
+    torch.ops.pact_fast.head_softmax_divergence(z, lse, partner, kind == JSD, result)
     return result
 
 
@@ -40,4 +40,6 @@ def backward(
     coupled = (None, None, None, None, False)
     if pairing is not None:
         coupled = (pairing.partner, pairing.divergence, pairing.own, pairing.cross, pairing.kind == JSD)  # type: ignore[assignment]
-    torch.ops.pact_fast.head_rows_backward(z, out, source, target, temperature, softcap or 0.0, *stats, g, h, *coupled)
+    torch.ops.pact_fast.head_softmax_backward(
+        z, out, source, target, temperature, softcap or 0.0, *stats, g, h, *coupled
+    )

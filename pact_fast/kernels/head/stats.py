@@ -8,7 +8,7 @@ from pact_fast.components import Component, LossContext
 from pact_fast.kernels.head.objective import TokenTerms
 from pact_fast.kernels.head.tokens import LossTokens
 
-# What each mean of `summarise` is a share of: {name: (sum, count)}.
+# Means of `summarise`: {name: (sum, count)}.
 MEANS = {
     "logprob": ("logprob", "count"),
     "prob": ("prob", "count"),
@@ -20,14 +20,14 @@ MEANS = {
     "clip_fraction_high": ("clipped_high", "rl_count"),
     "kl": ("kl", "ref_count"),
     "is_weight": ("is_weight", "sampler_count"),
-    "gap": ("gap", "sampler_count"),
+    "logprob_diff": ("logprob_diff", "sampler_count"),
     "divergence": ("divergence", "pair_count"),
 }
 # The sums of `token_stats`, in order.
 SUMS = (
     "count", "rl_count", "sft_count", "ref_count", "sampler_count", "pair_count", "loss_rl", "loss_sft", "logprob",
     "prob", "entropy", "ratio", "approx_kl", "clipped", "clipped_low", "clipped_high", "kl", "is_weight",
-    "is_weight_sq", "gap", "gap_sq", "divergence",
+    "is_weight_sq", "logprob_diff", "logprob_diff_sq", "divergence",
 )  # fmt: skip
 
 
@@ -43,14 +43,14 @@ def token_stats(
                        clipped, clipped_low, clipped_high (tokens)
     sft_weight ≠ 0     sft_count
     rl, reference known  ref_count, kl (k3 against the reference)
-    rl, sampler known  sampler_count, is_weight, is_weight_sq, gap and gap_sq (of log π_old − sampler's log-prob)
+    rl, sampler known  sampler_count, is_weight, is_weight_sq, logprob_diff, logprob_diff_sq (log π_old − log π_sampler)
     first of a pair    pair_count, divergence
     """
     rl = tokens.rl_weight != 0
     ref = rl & ~tokens.ref_logprob.isnan() if tokens.ref_logprob is not None else torch.zeros_like(rl)
     sampler = tokens.sampler_logprob
     sampled = rl & ~sampler.isnan() if sampler is not None else torch.zeros_like(rl)
-    gap = terms.old - sampler if sampler is not None else torch.zeros_like(logprob)
+    logprob_diff = terms.old - sampler if sampler is not None else torch.zeros_like(logprob)
     log_ratio = terms.log_ratio.double()
     everything, pair = torch.ones_like(rl), ~divergence.isnan()
     columns = {
@@ -73,8 +73,8 @@ def token_stats(
         "kl": (ref, terms.k3),
         "is_weight": (sampled, terms.weight),
         "is_weight_sq": (sampled, terms.weight.square()),
-        "gap": (sampled, gap),
-        "gap_sq": (sampled, gap.square()),
+        "logprob_diff": (sampled, logprob_diff),
+        "logprob_diff_sq": (sampled, logprob_diff.square()),
         "divergence": (pair, divergence),
     }
     # a product with 0/1 cells adds in a fixed order on every device, unlike scattered additions
@@ -85,23 +85,23 @@ def token_stats(
 
 
 def summarise(stats: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Readable means of summed stats, by context ("prompt/clip_fraction") and component ("trace/tool_call/entropy").
+    """Means of summed statistics, by context ("prompt/clip_fraction") and component ("trace/tool_call/entropy").
 
-    Empty cells are left out. `tokens` counts tokens, `loss_rl` and `loss_sft` are sums, `gap_std` is the standard
-    deviation of the gap, `ess` the effective sample size (Σw)²/Σw² in tokens and `ess_share` its share of the tokens.
+    Empty cells are left out. `tokens` counts tokens, `loss_rl` and `loss_sft` are sums, `logprob_diff_std` is its
+    standard deviation, `ess` the effective sample size (Σw)²/Σw² in tokens, `ess_fraction` the same per token.
     """
     host = {name: table.double().cpu() for name, table in stats.items()}
     values: dict[str, float] = {}
     for context in LossContext:
         totals = {name: float(table[context].sum()) for name, table in host.items()}
-        values |= _describe(context.name.lower(), totals)
+        values |= _means(context.name.lower(), totals)
         for component in Component:
             cell = {name: float(table[context, component]) for name, table in host.items()}
-            values |= _describe(f"{context.name.lower()}/{component.name.lower()}", cell)
+            values |= _means(f"{context.name.lower()}/{component.name.lower()}", cell)
     return values
 
 
-def _describe(prefix: str, sums: dict[str, float]) -> dict[str, float]:
+def _means(prefix: str, sums: dict[str, float]) -> dict[str, float]:
     if not sums["count"]:
         return {}
     values = {"tokens": sums["count"]}
@@ -111,9 +111,9 @@ def _describe(prefix: str, sums: dict[str, float]) -> dict[str, float]:
         values["loss_sft"] = sums["loss_sft"]
     values |= {name: sums[total] / sums[count] for name, (total, count) in MEANS.items() if sums[count]}
     if sums["sampler_count"]:
-        mean_sq = sums["gap_sq"] / sums["sampler_count"]
-        values["gap_std"] = max(mean_sq - values["gap"] ** 2, 0.0) ** 0.5
+        mean_sq = sums["logprob_diff_sq"] / sums["sampler_count"]
+        values["logprob_diff_std"] = max(mean_sq - values["logprob_diff"] ** 2, 0.0) ** 0.5
         if sums["is_weight_sq"]:
             values["ess"] = sums["is_weight"] ** 2 / sums["is_weight_sq"]
-            values["ess_share"] = values["ess"] / sums["sampler_count"]
+            values["ess_fraction"] = values["ess"] / sums["sampler_count"]
     return {f"{prefix}/{name}": value for name, value in values.items()}

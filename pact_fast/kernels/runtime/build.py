@@ -1,7 +1,8 @@
 """Compiles csrc/ into one library, at first use or ahead of time:  python -m pact_fast.kernels.runtime.build
 
-The library lies in a cache whose name follows from the sources, torch, the compiler and the processor, so that a change
-of any of them compiles anew (some seconds) and nothing stale is ever loaded.
+The library lies in a cache under a name that is a hash of the sources, torch, the compiler, its flags and the processor:
+a change of any of them compiles again (some seconds) and nothing stale is ever loaded. Which CPU gets which kernels:
+docs/cpu-kernels.md.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,14 +71,19 @@ def cache_folder() -> Path:
     return Path(base) / "pact_fast"
 
 
+def flags() -> list[str]:
+    """FLAGS, then those of the environment variable PACT_FAST_CXXFLAGS (split like a shell does), which win."""
+    return FLAGS + shlex.split(os.environ.get("PACT_FAST_CXXFLAGS", ""))
+
+
 def _sources(ending: str) -> list[Path]:
-    return sorted(SOURCES.glob(f"*.{ending}"))
+    return sorted(SOURCES.rglob(f"*.{ending}"))
 
 
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     sources = [path.read_text() for path in _sources("cpp") + _sources("h")]
-    parts = [torch.__version__, version, " ".join(FLAGS), _processor(), *sources]
+    parts = [torch.__version__, version, " ".join(flags()), _processor(), *sources]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -91,7 +98,7 @@ def _processor() -> str:
 
 def _compile(compiler: str, library: Path) -> None:
     root = Path(torch.__file__).parent
-    include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    include = [f"-I{SOURCES}", f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +107,7 @@ def _compile(compiler: str, library: Path) -> None:
         raise BuildError(f"cannot write the kernel cache {library.parent}: {error}; set XDG_CACHE_HOME") from error
     try:
         made = Path(folder) / library.name
-        command = [compiler, *FLAGS, *include, *map(str, _sources("cpp")), "-o", str(made), *libraries]
+        command = [compiler, *flags(), *include, *map(str, _sources("cpp")), "-o", str(made), *libraries]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             log = library.with_suffix(".log")

@@ -1,4 +1,4 @@
-// Blocks of 16×16 numbers of 32 bits (fp32, or pairs of bf16), turned over in registers.
+// In-register transposes of blocks of 16 × 16 elements of 32 bits: fp32, or VNNI pairs of bf16.
 
 #pragma once
 
@@ -8,9 +8,9 @@
 
 namespace pact_fast {
 
-// One step of the transposition: swaps the off-diagonal blocks of S×S in every block of 2S×2S.
+// One stage of the transpose: swaps the off-diagonal S × S blocks of every 2S × 2S block.
 template <int S>
-[[gnu::always_inline]] inline void swap_blocks(__m512i (&rows)[16]) {
+[[gnu::always_inline]] inline void swap_off_diagonal(__m512i (&rows)[16]) {
   alignas(64) int32_t low[16], high[16];
   for (int i = 0; i < 16; ++i) {
     low[i] = i & S ? 16 + i - S : i;
@@ -26,11 +26,11 @@ template <int S>
   }
 }
 
-[[gnu::always_inline]] inline void transpose(__m512i (&rows)[16]) {
-  swap_blocks<8>(rows);
-  swap_blocks<4>(rows);
-  swap_blocks<2>(rows);
-  swap_blocks<1>(rows);
+[[gnu::always_inline]] inline void transpose_16x16(__m512i (&rows)[16]) {
+  swap_off_diagonal<8>(rows);
+  swap_off_diagonal<4>(rows);
+  swap_off_diagonal<2>(rows);
+  swap_off_diagonal<1>(rows);
 }
 
 }  // namespace pact_fast
