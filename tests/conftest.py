@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.ci import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary
+
+__all__ = ["pytest_addoption", "pytest_sessionfinish", "pytest_terminal_summary"]
+
 NEW_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"}
 _processes: list[str] | None = None  # that the running test has started; None: they are not recorded
 
