@@ -31,6 +31,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_sigterm_ends_a_run_soon_and_nothing_is_lost(moment, baseline_run, tmp_path):
     """Inside a step: the step is finished and saved, status 0. Where nothing is to be saved: at once, status 143."""

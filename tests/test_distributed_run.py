@@ -83,6 +83,7 @@ def test_two_processes_give_what_one_gives_and_each_goes_on_with_the_others_chec
         assert_same(run, alone)
 
 
+@pytest.mark.timing
 @pytest.mark.chaos
 def test_a_killed_process_takes_the_others_with_it_and_the_run_goes_on(alone, tmp_path):
     """SIGKILL of one rank: no hang, an error that names the cause, and a resumed run that equals an undisturbed one."""
@@ -97,6 +98,7 @@ def test_a_killed_process_takes_the_others_with_it_and_the_run_goes_on(alone, tm
     assert_same(run, alone)
 
 
+@pytest.mark.timing
 @pytest.mark.chaos
 @pytest.mark.parametrize("receiver", ["one process", "torchrun"])
 def test_sigterm_ends_all_processes_after_the_step(receiver, alone, tmp_path):
@@ -115,6 +117,7 @@ def test_sigterm_ends_all_processes_after_the_step(receiver, alone, tmp_path):
     assert_same(run, alone)
 
 
+@pytest.mark.timing
 @pytest.mark.chaos
 def test_sigterm_reaches_a_process_that_waits_for_the_base_model(tmp_path):
     """Python's handlers do not run while a library waits; the lead process would be busy for hours here."""

@@ -16,13 +16,13 @@ def nothing_kept():
     release_memory()
 
 
-def scratch(size: int) -> scratch.Scratch:
+def make_scratch(size: int) -> scratch.Scratch:
     return scratch.Scratch(size, torch.device("cpu"))
 
 
 def test_pieces_lie_apart_and_are_as_large_as_asked():
     shapes = [(3, 5), (7,), (2, 1000)]
-    made = scratch(sum(scratch.padded_nbytes(shape, torch.float32) for shape in shapes))
+    made = make_scratch(sum(scratch.padded_nbytes(shape, torch.float32) for shape in shapes))
     pieces = [made.empty(shape, torch.float32).fill_(i) for i, shape in enumerate(shapes)]
     assert [piece.shape for piece in pieces] == [torch.Size(shape) for shape in shapes]
     assert all(bool((piece == i).all()) for i, piece in enumerate(pieces))
@@ -30,7 +30,7 @@ def test_pieces_lie_apart_and_are_as_large_as_asked():
 
 def test_the_next_pass_gets_the_memory_of_the_last_and_a_larger_one_replaces_it():
     def place(size: int) -> int:
-        made = scratch(size)
+        made = make_scratch(size)
         return made.empty((size,), torch.uint8).data_ptr()
 
     first = place(100_000)
@@ -43,7 +43,7 @@ def test_the_next_pass_gets_the_memory_of_the_last_and_a_larger_one_replaces_it(
 
 
 def test_two_passes_at_once_never_share():
-    one, other = scratch(10_000), scratch(10_000)
+    one, other = make_scratch(10_000), make_scratch(10_000)
     assert one.empty((10,), torch.uint8).data_ptr() != other.empty((10,), torch.uint8).data_ptr()
     del one, other
     assert len(scratch._kept) == 1

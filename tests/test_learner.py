@@ -45,6 +45,7 @@ def gradients(renderer, model, config, chunks, **trainer) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 @pytest.mark.parametrize("name", ["pact", "matchtir", "sft"])
 def test_every_split_gives_the_same_parameter_gradients(renderer, name, kind):

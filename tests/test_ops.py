@@ -13,6 +13,7 @@ from pact_fast.errors import PactError
 from pact_fast.kernels import TokenPairs, linear_logprob, pact_loss
 from pact_fast.kernels.head import loss
 from tests.support.loss_inputs import ROWS, VOCAB, WIDTH, inputs, tokens
+from tests.support.processes import WARM
 
 OPTIONS = dict(kl_coef=0.1, entropy_coef=0.05, is_cap=2.0, temperature=0.8, softcap=10.0)
 
@@ -46,6 +47,7 @@ def test_opcheck_of_pact_loss(dtype, backend, coupled, monkeypatch):
     torch.library.opcheck(real, seen["arguments"], seen["settings"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy_loss", ["ppo", "cispo", "gspo"])
 def test_compiled_losses_and_gradients_are_the_eager_ones(policy_loss):
     table = tokens()
@@ -67,6 +69,7 @@ def test_compiled_losses_and_gradients_are_the_eager_ones(policy_loss):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong, mode", [(-100, "inductor"), *itertools.product([-100, -1, VOCAB], ["eager", "aot_eager"])]
 )
@@ -169,7 +172,7 @@ class Policy(torch.nn.Module):
         self.head = torch.nn.Parameter(weight.detach())
 
     def forward(self, hidden, table):
-        return pact_loss(self.decoder_of(hidden), self.head, table).loss
+        return pact_loss(self.trunk(hidden), self.head, table).loss
 
 
 def one_rank(rank: int, store: str, results) -> None:
@@ -183,10 +186,12 @@ def one_rank(rank: int, store: str, results) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ddp_averages_the_gradients_of_both_ranks(tmp_path):
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    ranks = mp.spawn(one_rank, args=(str(tmp_path / "store"), results), nprocs=2, join=False)
+    results = WARM.SimpleQueue()
+    ranks = mp.start_processes(
+        one_rank, args=(str(tmp_path / "store"), results), nprocs=2, join=False, start_method="forkserver"
+    )
     shared = [torch.from_numpy(g) for g in results.get()]
     ranks.join()
     model = Policy()

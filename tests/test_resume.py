@@ -45,6 +45,7 @@ def kill_at(run: Path, lines: int, delay: float) -> None:
     assert process.exit_code() == -signal.SIGKILL
 
 
+@pytest.mark.timing
 def test_killed_at_five_random_moments_it_ends_with_the_same_metrics(undisturbed, tmp_path):
     rng = random.Random(os.environ.get("PACT_KILL_SEED", "7"))
     target = tmp_path / "run"

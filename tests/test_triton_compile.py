@@ -57,11 +57,6 @@ def test_merge_of_partial_attention(kernel, signature, constexprs, num_warps, ca
     assert resources(binary, tmp_path)["REG"] <= 64
 
 
-@pytest.fixture(autouse=True)
-def fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
 @pytest.mark.parametrize(("kernel", "signature", "constexprs", "num_warps"), variants())
 def test_hopper_without_spills(kernel, signature, constexprs, num_warps, tmp_path):
     binary = compiled(90, kernel, signature, constexprs, num_warps)

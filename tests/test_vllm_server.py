@@ -96,6 +96,7 @@ class Faults:
             os.killpg(self.trainer.engine.host.pid, sign)
 
 
+@pytest.mark.timing
 def test_a_run_goes_on_after_every_fault(tmp_path, monkeypatch):
     trainer = Trainer(load_config("quickstart", [*RUN, f"output_dir={tmp_path / 'run'}"]))
     faults = Faults(monkeypatch, trainer)
@@ -194,6 +195,7 @@ def test_a_running_server(policy, tmp_path):
         engine.shutdown()
 
 
+@pytest.mark.timing
 def test_nobody_at_the_address_is_an_error_within_the_deadline(policy, tmp_path):
     config = policy.config.model_copy(deep=True)
     config.rollout.vllm_server_base_url, config.rollout.vllm_server_timeout = "http://127.0.0.1:9", 1.0
