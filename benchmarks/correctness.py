@@ -1,28 +1,40 @@
-"""Is a back-end right here? linear_logprob and pact_loss against fp64 where kernels tend to break. Needs no pytest.
+"""Correctness of a backend: linear_logprob and pact_loss against fp64 at sizes where kernels tend to fail.
 
-python benchmarks/correctness.py                    the back-end of the device: triton on CUDA, else cpp, else torch
-python benchmarks/correctness.py --device cpu --backend torch --out correctness.json
+python -m benchmarks.correctness                    the backend of the device: triton on CUDA, else cpp, else torch
+python -m benchmarks.correctness --device cpu --backend torch --out correctness.json
 
-Errors are those against back-end "torch" in fp64; the limit is twice the error of plain torch (full logits, autograd)
-in the same dtype, and 5e-3 nats RMS for log-probs. The exit status is 1 when a case fails.
+Errors are relative to backend "torch" in fp64. The limit is twice the error of plain torch (full logits, autograd) in the
+same dtype, and 5e-3 nats RMS for log-probs. A second call must give the same bits. Needs no pytest.
+
+Exit status 1: a case fails, or the backend is not available.
 """
 
 from __future__ import annotations
 
+if not __package__:  # started as a file
+    from as_module import run_as_module
+
+    run_as_module(__file__)
+
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, from wherever it is imported
-
-from measure import markdown, stamp
-
+from benchmarks.harness import (
+    Case,
+    add_device_option,
+    exit_status,
+    failure,
+    log,
+    make_parser,
+    markdown,
+    new_report,
+    write_report,
+)
 from pact_fast.kernels import LossTokens, backends, linear_logprob, pact_loss
 
 FACTOR, FLOOR, LOGPROB_RMS = 2.0, 4e-6, 5e-3
@@ -32,41 +44,45 @@ Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase(Case):
+    """Sizes, dtype and options of one call."""
+
     name: str
     n: int
     d: int
     v: int
     dtype: str = "bfloat16"
-    lift: tuple[float, float] = (0.0, 20.0)  # by how much the target's logit is raised: probabilities up to 1
+    lift: tuple[float, float] = (0.0, 20.0)  # range by which the target's logit is raised: probabilities up to 1
     options: tuple[str, ...] = field(default=())  # of "bias", "softcap", "temperature" (one per row), "masked"
 
-    def tiny(self) -> Case:
-        """The same case at a size for a dry run; odd stays odd."""
-        return Case(self.name, 40 + self.n % 2, 32, 1003 if self.v % 2 else 1024, self.dtype, self.lift, self.options)
+    def tiny(self) -> KernelCase:
+        """The same case at a small size; odd sizes stay odd."""
+        return KernelCase(
+            self.name, 40 + self.n % 2, 32, 1003 if self.v % 2 else 1024, self.dtype, self.lift, self.options
+        )
 
 
 CASES = [
-    Case("plain", 4096, 1024, 32_768),
-    Case("plain", 4096, 1024, 32_768, "float32"),
-    Case("plain", 4096, 1024, 32_768, "float16"),
-    Case("V of Qwen3", 2048, 1024, 151_936),
-    Case("odd V", 2048, 256, 1003),
-    Case("odd V", 2048, 256, 1003, "float32"),
-    Case("more than 65,535 rows", 70_001, 128, 1003),
-    Case("N·V > 2³¹", 16_384, 64, 151_936),
-    Case("bias, softcap, temperatures", 2047, 512, 50_257, options=("bias", "softcap", "temperature")),
-    Case("bias, softcap, temperatures", 2047, 512, 50_257, "float32", options=("bias", "softcap", "temperature")),
-    Case("p → 1", 2048, 256, 32_768, "float32", lift=(25.0, 45.0)),
-    Case("p → 1", 2048, 256, 32_768, lift=(25.0, 45.0)),
-    Case("all rows masked", 1024, 128, 1003, options=("masked",)),
+    KernelCase("plain", 4096, 1024, 32_768),
+    KernelCase("plain", 4096, 1024, 32_768, "float32"),
+    KernelCase("plain", 4096, 1024, 32_768, "float16"),
+    KernelCase("V of Qwen3", 2048, 1024, 151_936),
+    KernelCase("odd V", 2048, 256, 1003),
+    KernelCase("odd V", 2048, 256, 1003, "float32"),
+    KernelCase("more than 65,535 rows", 70_001, 128, 1003),
+    KernelCase("N·V > 2³¹", 16_384, 64, 151_936),
+    KernelCase("bias, softcap, temperatures", 2047, 512, 50_257, options=("bias", "softcap", "temperature")),
+    KernelCase("bias, softcap, temperatures", 2047, 512, 50_257, "float32", options=("bias", "softcap", "temperature")),
+    KernelCase("p → 1", 2048, 256, 32_768, "float32", lift=(25.0, 45.0)),
+    KernelCase("p → 1", 2048, 256, 32_768, lift=(25.0, 45.0)),
+    KernelCase("all rows masked", 1024, 128, 1003, options=("masked",)),
 ]
 
 
 class Inputs:
-    """Leaves hidden, weight and bias (None without "bias"), and the rest of both calls."""
+    """Arguments of both calls; hidden, weight and bias (None without "bias") are leaves."""
 
-    def __init__(self, case: Case, device: torch.device):
+    def __init__(self, case: KernelCase, device: torch.device):
         rng = torch.Generator(device).manual_seed(0)
 
         def randn(*shape: int) -> Tensor:
@@ -91,7 +107,7 @@ class Inputs:
         self.rl_weight = live / n
         self.sft_weight = (sft & live) / n
         self.advantage = randn(n)
-        # at masked rows a ratio that overflows; at live ones the current policy's: a ratio of exactly 1
+        # masked rows: a ratio that overflows; live rows: NaN, the current policy, a ratio of exactly 1
         self.old = torch.where(live, torch.nan, -5000.0)
         self.g, self.h = randn(n) / n, 0.1 * randn(n) / n
 
@@ -130,8 +146,8 @@ def run_loss(inputs: Inputs, backend: str, double: bool = False) -> Values:
     return {"logprob": out.logprob, "entropy": out.entropy, "loss": out.loss.detach(), **_gradients(out.loss, leaves)}
 
 
-def run_torch(inputs: Inputs, what: str) -> Values:
-    """What the same call would be in plain torch: logits in the dtype of the inputs, softmax in fp32, autograd."""
+def run_torch(inputs: Inputs, call: str) -> Values:
+    """The same call in plain torch: logits in the dtype of the inputs, softmax in fp32, autograd."""
     hidden, weight, bias = leaves = inputs.leaves(double=False)
     z = torch.nn.functional.linear(hidden, weight, bias).float()
     if inputs.softcap:
@@ -141,14 +157,14 @@ def run_torch(inputs: Inputs, what: str) -> Values:
     del z
     logprob = log_p.gather(1, inputs.target[:, None]).squeeze(1)
     entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
-    if what == "linear_logprob":
+    if call == "linear_logprob":
         loss = (inputs.g * logprob + inputs.h * entropy).sum()
-    else:  # at ratio 1 the policy term is −A and its slope −A by the log-prob
+    else:  # at ratio 1 the policy term is −A, and its derivative by the log-prob is −A
         ratio = (logprob - logprob.detach()).exp()
         rl = -inputs.rl_weight * (ratio * inputs.advantage + ENTROPY_COEF * entropy)
         loss = rl.sum() - (inputs.sft_weight * logprob).sum()
     values = {"logprob": logprob.detach(), "entropy": entropy.detach(), **_gradients(loss, leaves)}
-    return values if what == "linear_logprob" else values | {"loss": loss.detach()}
+    return values if call == "linear_logprob" else values | {"loss": loss.detach()}
 
 
 def _gradients(loss: Tensor, leaves: tuple[Tensor | None, ...]) -> Values:
@@ -159,7 +175,7 @@ def _gradients(loss: Tensor, leaves: tuple[Tensor | None, ...]) -> Values:
 def errors(values: Values, exact: Values) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, value in values.items():
-        off, reference = value.double() - exact[name], exact[name].norm()
+        off, reference = value.detach().double() - exact[name].detach(), exact[name].detach().norm()
         if name in ("logprob", "entropy"):
             found |= {f"{name}_max": float(off.abs().max()), f"{name}_rms": float(off.square().mean().sqrt())}
         else:
@@ -167,26 +183,26 @@ def errors(values: Values, exact: Values) -> dict[str, float]:
     return found
 
 
-def check(case: Case, what: str, backend: str, device: torch.device) -> dict[str, Any]:
-    """Errors of one call beside torch's own, and whether a second call gives the same bits."""
+def check(case: KernelCase, call: str, backend: str, device: torch.device) -> dict[str, Any]:
+    """Errors of one call and of plain torch, and whether a second call gives the same bits."""
     inputs = Inputs(case, device)
-    run = run_loss if what == "pact_loss" else run_logprob
+    run = run_loss if call == "pact_loss" else run_logprob
     begin = time.perf_counter()
     ours, again = run(inputs, backend), run(inputs, backend)
     same = [bool(torch.equal(ours[name], again[name])) for name in ours]
     del again
     exact = run(inputs, "torch", double=True)
     found = errors(ours, exact)
-    own = errors(run_torch(inputs, what), exact)
+    own = errors(run_torch(inputs, call), exact)
     failures = [
         f"{key} {error:.3g} is above {limit:.3g}"
         for key, error in found.items()
         if not error <= (limit := _limit(key, own[key]))
     ]
     failures += [f"{name} differs from run to run" for name, equal in zip(ours, same, strict=True) if not equal]
-    if "masked" in case.options and what == "pact_loss":
+    if "masked" in case.options and call == "pact_loss":
         failures += [f"{name} is not exactly 0" for name in ("loss", "dx", "dw") if ours[name].any()]
-    result = {"case": case.name, "what": what, "N": case.n, "D": case.d, "V": case.v, "dtype": case.dtype}
+    result = {"case": case.name, "call": call, "N": case.n, "D": case.d, "V": case.v, "dtype": case.dtype}
     seconds = round(time.perf_counter() - begin, 2)
     return result | {"errors": found, "torch_own": own, "failures": failures, "seconds": seconds}
 
@@ -202,48 +218,47 @@ def default_backend(device: torch.device) -> str:
     return "cpp" if backends().get("cpp") == "ready" else "torch"
 
 
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__, "correctness")
+    add_device_option(parser)
+    parser.add_argument("--backend", choices=list(backends()), help="(default: that of the device)")
+    parser.add_argument("--tiny", action="store_true", help="all cases at small sizes (always so on the CPU)")
+    return parser.parse_args(argv)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", choices=list(backends()))
-    parser.add_argument("--tiny", action="store_true", help="every case at a small size; default on the CPU")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
+    args = arguments(argv)
     device = torch.device(args.device)
     backend = args.backend or default_backend(device)
-    report: dict[str, Any] = {"check": "correctness", "backend": backend, **stamp(), "results": [], "failures": []}
+    report = new_report("correctness", args, backend=backend, results=[], failures=[])
     state = backends()[backend]
     if state != "ready":
         report["failures"].append(f"backend {backend}: {state}")
     for case in CASES if state == "ready" else []:
         case = case.tiny() if args.tiny or args.device == "cpu" else case
-        for what in ("linear_logprob", "pact_loss"):
-            label = f"{what}, {case.name}, {case.dtype}, N={case.n} D={case.d} V={case.v}"
-            print(label, file=sys.stderr, flush=True)
+        for call in ("linear_logprob", "pact_loss"):
+            label = f"{call}, {case.name}, {case.dtype}, N={case.n} D={case.d} V={case.v}"
+            log(label)
             try:
-                result = check(case, what, backend, device)
+                result = check(case, call, backend, device)
             except Exception as error:  # the other cases still count
-                result = {"case": case.name, "what": what, "failures": [f"{type(error).__name__}: {error}"]}
+                result = {"case": case.name, "call": call, "failures": [failure(error)]}
             report["results"].append(result)
-            report["failures"] += [f"{label}: {failure}" for failure in result["failures"]]
-            if args.out:
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+            report["failures"] += [f"{label}: {line}" for line in result["failures"]]
+            write_report(report, args.out)
+    write_report(report, args.out)
     print(table(report["results"]))
-    for failure in report["failures"]:
-        print(f"FAIL {failure}")
-    return 1 if report["failures"] else 0
+    return exit_status(report["failures"])
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Our error and torch's own in every cell."""
+    """One row per call; cells hold our error / plain torch's error."""
     keys = ("logprob_max", "logprob_rms", "entropy_max", "dx", "dw", "db")
     lines = []
     for r in (r for r in results if "errors" in r):
         cells = [f"{r['errors'][k]:.1e} / {r['torch_own'][k]:.1e}" if k in r["errors"] else "" for k in keys]
-        lines.append([r["what"], r["case"], r["dtype"], *cells, "FAIL" if r["failures"] else "ok"])
-    return markdown(["call", "case", "dtype", *(f"{key} / torch's" for key in keys), ""], lines)
+        lines.append([r["call"], r["case"], r["dtype"], *cells, "FAIL" if r["failures"] else "ok"])
+    return markdown(["call", "case", "dtype", *(f"{key} / torch" for key in keys), ""], lines)
 
 
 if __name__ == "__main__":

@@ -1,88 +1,100 @@
-"""How fast is the language-model head? Our back-ends and the peers in the same run, on the same tensors.
+"""Language-model head: time, memory and error of our backends and other projects, on the same tensors.
 
-python benchmarks/head.py                                    on CUDA: Qwen3 and Llama-3 heads; on CPU: 2048 x 1024 x 32768
-python benchmarks/head.py --shapes qwen3-8b 4096x2048x50304 --fractions 1 0.5 --out head.json
+python -m benchmarks.head                          CUDA: heads of Qwen3 and Llama 3; CPU: N=2048 D=1024 V=32768
+python -m benchmarks.head --shapes qwen3-8b 4096x2048x50304 --fractions 1 0.5 --out head.json
 
-Per method, beside the three GEMMs that no head can avoid (z = XWᵀ, dX = dZ·W, dW = dZᵀX):
+Columns, next to the three GEMMs that no head can avoid (method "gemms": z = XWᵀ, dX = dZ·W, dW = dZᵀX):
 
-forward      log-probs of all tokens without gradients (CE heads: the loss), ms, median over the rounds
-both         loss and gradients of hidden and weight, ms; x GEMMs: median over the rounds of the ratio within a round
-extra        peak memory beyond inputs and gradients (the gradients in the dtype of their leaves), MiB. CUDA: the
-             allocator's peak over what was allocated before the method's first call. CPU: resident memory in a
-             process of its own over what it was before the call, after a warm-up on few rows (compiled: on all)
-errors       against fp64 on the first 256 tokens: log-prob in nats, gradients as ‖a − b‖/‖b‖
+forward ms      log-probs of all tokens without gradients (kind ce: the loss); median over rounds
+fwd+bwd ms      loss and the gradients of hidden states and weight; median over rounds
+x GEMMs         fwd+bwd relative to "gemms": median over rounds of the ratio within a round
+extra … MiB     peak memory beyond inputs and gradients. CUDA: allocator peak, beyond what was allocated before the
+                method's first call. CPU: resident memory of a process of its own, after a warm-up on few rows
+logp, dX, dW    errors against fp64 on the first 256 tokens: log-prob in nats, gradients as ‖a − b‖/‖b‖
+setting         the fastest of the method's settings, found by trying
 
-Every method takes part in every round, in rotating order; one that takes ten times the GEMMs or longer, in the first
-three. Compilation and warm-up are not timed. Of a method's settings the fastest is taken (found by trying, and named in
-the table). kind "ce": heads without a policy loss get mean cross entropy with the inactive rows as ignore_index.
+Kind rl: policy loss. Kind ce: heads that have cross entropy only; inactive tokens are their ignore_index. Methods take
+part in every round, in rotating order; those that take over ten times the GEMMs, in the first three. Compilation and
+warm-up are not timed.
 
-The exit status is 1 when one of our back-ends fails or its error is more than twice that of plain torch in the dtype.
+Exit status 1: one of our backends fails, or its error is above twice that of plain torch in the same dtype.
 """
 
 from __future__ import annotations
 
+if not __package__:  # started as a file
+    from as_module import run_as_module
+
+    run_as_module(__file__)
+
 import argparse
-import functools
 import gc
 import json
-import os
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, from wherever it is imported
-
-from measure import (
-    MALLOC,
-    MIB,
-    PeakMemory,
-    add_run_options,
+from benchmarks.harness import (
+    Case,
+    add_case_options,
+    add_device_option,
     failure,
+    log,
+    make_parser,
     markdown,
-    median_ratio,
-    milliseconds,
-    paired_rounds,
+    new_report,
+    number,
+    probe_in_process,
+    rounds_per_method,
     run_cases,
-    stamp,
+    settings_text,
 )
-from peers import METHODS, WIDTHS, Method, Problem, buffer, eager, make_problem, policy_loss
-
+from benchmarks.head_methods import METHODS, HeadMethod, buffer, eager, policy_loss
+from benchmarks.head_problem import WIDTHS, HeadProblem, make_problem
+from benchmarks.measure import MIB, PeakMemory, median_ratio, milliseconds, paired_rounds
 from pact_fast.kernels import release_memory
 
 ERROR_ROWS = 256
-ERROR_FACTOR = 2.0  # ours may be this much worse than torch's own same-dtype code
-ERROR_FLOOR = 4e-6  # nats, or relative: fp32 rounding of logits of size 20, below which factors mean nothing
-LOGPROB_RMS = 5e-3  # nats; the most a log-prob may be off, whatever torch's own does
-SLOW, SLOW_ROUNDS = 10.0, 3
-COLUMNS = ("method", "kind", "forward ms", "both ms", "x GEMMs", "extra fwd MiB", "extra both MiB",
+ERROR_FACTOR = 2.0  # limit of our error, relative to plain torch's in the same dtype
+ERROR_FLOOR = 4e-6  # nats, or relative: fp32 rounding of logits of size 20; below it the factor does not apply
+LOGPROB_RMS = 5e-3  # nats; limit of a log-prob's RMS error, whatever plain torch's is
+SLOW = 10.0  # times the GEMMs
+COLUMNS = ("method", "kind", "forward ms", "fwd+bwd ms", "x GEMMs", "extra fwd MiB", "extra fwd+bwd MiB",
            "logp max", "logp rms", "dX", "dW", "setting")  # fmt: skip
 
 Errors = dict[str, float | None]
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class HeadCase(Case):
+    """A head of shape (N, D, V) whose loss is on a fraction of the N tokens."""
+
     name: str
     shape: tuple[int, int, int]
     dtype: str
     fraction: float
 
-    def problem(self, device: torch.device) -> Problem:
+    def problem(self, device: torch.device) -> HeadProblem:
         return make_problem(self.shape, getattr(torch, self.dtype), device, self.fraction)
 
     def __str__(self) -> str:
         n, d, v = self.shape
-        return f"{self.name}: N={n} D={d} V={v}, {self.dtype}, {self.fraction:g} of the rows active"
+        return f"{self.name}: N={n} D={d} V={v}, {self.dtype}, {self.fraction:g} of the tokens active"
 
 
-def measure_case(
-    case: Case, device: torch.device, names: list[str], rounds: int, memory: bool, log: Callable[..., None]
-) -> dict[str, Any]:
-    """Every row of the table of one case, with the reason in place of the numbers where a method does not run."""
+def measure_case(case: HeadCase, device: torch.device, names: list[str], rounds: int, memory: bool) -> dict[str, Any]:
+    """Results of one case: a row for each method, with the reason in place of numbers where it does not run.
+
+    Args:
+        case: Shape, dtype and fraction of active tokens.
+        device: Where to measure.
+        names: Of METHODS.
+        rounds: Paired rounds.
+        memory: Whether to measure peak memory.
+    """
     problem = case.problem(device)
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -113,8 +125,8 @@ def measure_case(
     }
 
 
-def _prepare(name: str, case: Case, problem: Problem, memory: bool) -> dict[str, Any]:
-    """Warm up, choose the fastest setting, measure the memory."""
+def _prepare(name: str, case: HeadCase, problem: HeadProblem, memory: bool) -> dict[str, Any]:
+    """Warm up, choose the fastest setting, measure peak memory."""
     method = METHODS[name]
     reason = method.missing(problem)
     if reason:
@@ -133,7 +145,7 @@ def _prepare(name: str, case: Case, problem: Problem, memory: bool) -> dict[str,
         if memory and method.kind != "floor":
             row |= _extra(method, setting, problem, held) if cuda else _extra_in_process(name, setting, case, problem)
         return row
-    except Exception as error:  # a peer's failure is a row of the table
+    except Exception as error:  # a row of the table; _judge decides whether it is a failure
         return _failed(error)
     finally:
         problem.clear()
@@ -146,24 +158,21 @@ def _failed(error: Exception) -> dict[str, Any]:
     return {"status": failure(error), "failed": True}
 
 
-def _forward(method: Method, problem: Problem, setting: dict[str, Any]) -> torch.Tensor | None:
+def _forward(method: HeadMethod, problem: HeadProblem, setting: dict[str, Any]) -> torch.Tensor | None:
     with torch.no_grad():
         return method.forward(problem, **setting)
 
 
-def _step(method: Method, problem: Problem, setting: dict[str, Any]) -> torch.Tensor | None:
+def _step(method: HeadMethod, problem: HeadProblem, setting: dict[str, Any]) -> torch.Tensor | None:
     problem.clear()
     return method.step(problem, **setting)
 
 
-def _time(rows: dict[str, dict[str, Any]], live: list[str], problem: Problem, rounds: int) -> None:
+def _time(rows: dict[str, dict[str, Any]], live: list[str], problem: HeadProblem, rounds: int) -> None:
     if not live:
         return
-    floor = rows["gemms"]["trial_ms"] if "gemms" in live else 0.0
-    count = {
-        name: min(rounds, SLOW_ROUNDS) if floor and rows[name].pop("trial_ms") > SLOW * floor else rounds
-        for name in live
-    }
+    base = "gemms" if "gemms" in live else None
+    count = rounds_per_method({name: rows[name].pop("trial_ms") for name in live}, base, SLOW, rounds)
     for column, call in (("forward_ms", _forward), ("both_ms", _step)):
         calls = {
             name: lambda name=name, call=call: call(METHODS[name], problem, rows[name]["setting"]) for name in live
@@ -171,18 +180,20 @@ def _time(rows: dict[str, dict[str, Any]], live: list[str], problem: Problem, ro
         times = paired_rounds(calls, count, problem.hidden.device, between=problem.clear)
         for name in live:
             rows[name][column] = {"median": statistics.median(times[name]), "rounds": times[name]}
-            if "gemms" in live:
-                rows[name][column]["ratio_to_gemms"] = median_ratio(times[name], times["gemms"])
+            if base:
+                rows[name][column]["ratio_to_gemms"] = median_ratio(times[name], times[base])
     problem.clear()
 
 
-def _extra(method: Method, setting: dict[str, Any], problem: Problem, held: int | None = None) -> dict[str, Any]:
-    """Peaks of one forward and one step; what the method has kept since `held` bytes were allocated counts too."""
+def _extra(
+    method: HeadMethod, setting: dict[str, Any], problem: HeadProblem, held: int | None = None
+) -> dict[str, Any]:
+    """Peak memory of one forward and one step, with what the method has kept since `held` bytes were allocated."""
     extra: dict[str, Any] = {}
     gradients = {"extra_forward_bytes": 0, "extra_both_bytes": problem.gradient_bytes}
     for (key, expected), call in zip(gradients.items(), (_forward, _step), strict=True):
         problem.clear()
-        release_memory()  # what ours keeps from the call before counts as much as what it takes anew
+        release_memory()  # scratch that ours caches between calls counts
         with PeakMemory(problem.hidden.device) as peak:
             call(method, problem, setting)
         kept = peak.before - held if held is not None and peak.before is not None else 0
@@ -190,25 +201,18 @@ def _extra(method: Method, setting: dict[str, Any], problem: Problem, held: int 
     return extra
 
 
-def _extra_in_process(name: str, setting: dict[str, Any], case: Case, problem: Problem) -> dict[str, Any]:
+def _extra_in_process(name: str, setting: dict[str, Any], case: HeadCase, problem: HeadProblem) -> dict[str, Any]:
     index = METHODS[name].settings(problem).index(setting)
-    request = json.dumps({"method": name, "case": case, "setting": index})
-    command = [sys.executable, __file__, "--probe", request]
-    environment = os.environ | MALLOC | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        return {"extra_note": (done.stderr.strip().splitlines() or ["killed"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    return probe_in_process("head", {"method": name, "case": case.request(), "setting": index}, note="extra_note")
 
 
 def probe(request: dict[str, Any]) -> dict[str, Any]:
     """`_extra` of one method on the CPU, in this fresh process."""
-    name, shape, dtype, fraction = request["case"]
     method = METHODS[request["method"]]
-    problem = Case(name, tuple(shape), dtype, fraction).problem(torch.device("cpu"))
+    problem = HeadCase(**request["case"]).problem(torch.device("cpu"))
     setting = method.settings(problem)[request["setting"]]
-    _ = problem.labels, problem.advantage, problem.token_weight, problem.tokens  # inputs of one method or another
-    warm = problem if method.compiled else problem.few(ERROR_ROWS)
+    _ = problem.labels, problem.advantage, problem.token_weight, problem.tokens  # inputs, not extra memory
+    warm = problem if method.compiled else problem.subset(ERROR_ROWS)
     _forward(method, warm, setting)
     _step(method, warm, setting)
     warm.clear()
@@ -222,16 +226,18 @@ class Reference(NamedTuple):
     dw: torch.Tensor
 
 
-def _reference(problem: Problem, kind: str) -> Reference:
-    exact = problem.few(ERROR_ROWS).double()
+def _reference(problem: HeadProblem, kind: str) -> Reference:
+    exact = problem.subset(ERROR_ROWS).double()
     logprob = eager(exact)
     loss = policy_loss(exact, logprob) if kind == "rl" else -logprob[exact.active].mean()
     return Reference(logprob.detach(), *torch.autograd.grad(loss, (exact.hidden, exact.weight)))
 
 
-def _errors(method: Method, setting: dict[str, Any], problem: Problem, references: dict[str, Reference]) -> Errors:
-    """Largest over all the log-probs that the method gives: those of its forward pass and those of its step."""
-    few = problem.few(ERROR_ROWS)
+def _errors(
+    method: HeadMethod, setting: dict[str, Any], problem: HeadProblem, references: dict[str, Reference]
+) -> Errors:
+    """Errors of gradients, and of log-probs: the larger of the forward pass's and the step's."""
+    few = problem.subset(ERROR_ROWS)
     exact = references[method.kind]
     few.clear()
     outputs = [method.step(few, **setting)]
@@ -250,7 +256,7 @@ def _errors(method: Method, setting: dict[str, Any], problem: Problem, reference
 
 
 def _judge(name: str, row: dict[str, Any], torch_own: Errors) -> list[str]:
-    """Why this row of ours is wrong; empty where it is right or its back-end is not live here."""
+    """Failures of a row of ours; none where its backend is not available on this machine."""
     if row["status"] != "ok":
         return [f"{name}: {row['status']}"] if row.get("failed") else []
     failures = []
@@ -259,12 +265,12 @@ def _judge(name: str, row: dict[str, Any], torch_own: Errors) -> list[str]:
         limit = min(limit, LOGPROB_RMS) if key == "logprob_rms" else limit
         error = row["errors"][key]
         if error is None or not error <= limit:
-            failures.append(f"{name}: {key} {error} is above {limit:.3g}; plain torch in this dtype has {own:.3g}")
+            failures.append(f"{name}: {key} {error} is above {limit:.3g}; plain torch in this dtype: {own:.3g}")
     return failures
 
 
 def _verdict(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Our best back-end beside the floor, eager's memory and the fastest peer."""
+    """Our fastest backend compared with the GEMMs, with eager's memory and with the fastest other project."""
     timed = {name: row["both_ms"]["median"] for name, row in rows.items() if "both_ms" in row}
     ours = [name for name in timed if METHODS[name].ours]
     peers = [name for name in timed if not METHODS[name].ours and METHODS[name].kind != "floor"]
@@ -283,9 +289,6 @@ def _verdict(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
     lines = []
     for row in result["rows"]:
         if row["status"] != "ok":
@@ -299,34 +302,42 @@ def table(result: dict[str, Any]) -> str:
             number(times.get("ratio_to_gemms"), ".2f"),
             *(number(None if size is None else size / MIB, ".0f") for size in extra),
             *(number(errors.get(key), ".1e") for key in ("logprob_max", "logprob_rms", "dx", "dw")),
-            ", ".join(f"{key}={value}" for key, value in row["setting"].items()),
+            settings_text(row["setting"]),
         ])  # fmt: skip
     verdict = ", ".join(f"{k}: {v:.3g}" if isinstance(v, float) else f"{k}: {v}" for k, v in result["verdict"].items())
     return f"\n{result['case']}\n\n{markdown(list(COLUMNS), lines)}\n\n{verdict}"
 
 
 def parse_shape(text: str, rows: int) -> tuple[str, tuple[int, int, int]]:
-    """A name of WIDTHS, of `rows` rows, or NxDxV."""
+    """(name, (N, D, V)) of a name of WIDTHS, with N = `rows`, or of NxDxV."""
     if text in WIDTHS:
         return text, (rows, *WIDTHS[text])
     try:
         n, d, v = map(int, text.lower().split("x"))
     except ValueError:
-        raise SystemExit(f"--shapes {text}: not one of {', '.join(WIDTHS)}, nor NxDxV") from None
+        raise SystemExit(f"--shapes {text}: expected one of {', '.join(WIDTHS)}, or NxDxV") from None
     return text, (n, d, v)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--shapes", nargs="+", help=f"of {', '.join(WIDTHS)}, or NxDxV")
-    parser.add_argument("--rows", type=int, help="N of the named shapes; default 16384, on the CPU 2048")
-    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--fractions", nargs="+", type=float, default=[1.0, 0.5, 0.25], help="of rows that are active")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--rounds", type=int, default=7)
-    add_run_options(parser)
+    parser = make_parser(__doc__, "head")
+    add_device_option(parser)
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="SHAPE", help=f"of {', '.join(WIDTHS)}, or NxDxV (default: all models; CPU: cpu)"
+    )
+    parser.add_argument("--rows", type=int, metavar="N", help="tokens of the named shapes (default: 16384; CPU: 2048)")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"), help="(default: bfloat16; CPU: float32, too)"
+    )
+    parser.add_argument(
+        "--fractions", nargs="+", type=float, default=[1.0, 0.5, 0.25], metavar="F",
+        help="fractions of tokens that have a loss (default: 1 0.5 0.25)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
+        help=f"default: all of {', '.join(METHODS)}",
+    )  # fmt: skip
+    add_case_options(parser, rounds=7)
     args = parser.parse_args(argv)
     on_cuda = args.device == "cuda"
     args.shapes = args.shapes or ([name for name in WIDTHS if name != "cpu"] if on_cuda else ["cpu"])
@@ -341,23 +352,22 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(probe(json.loads(args.probe))))
         return 0
     cases = [
-        Case(*parse_shape(shape, args.rows), dtype, fraction)
+        HeadCase(*parse_shape(shape, args.rows), dtype, fraction)
         for shape in args.shapes
         for dtype in args.dtypes
         for fraction in args.fractions
     ]
-    report = {"benchmark": "head", **stamp(args.date, args.commit), "device": args.device, "rounds": args.rounds}
-    log = functools.partial(print, file=sys.stderr, flush=True)
     compiled_for: tuple[object, ...] | None = None
 
-    def measure(case: Case) -> dict[str, Any]:
+    def measure(case: HeadCase) -> dict[str, Any]:
         nonlocal compiled_for
         if compiled_for != (case.shape, case.dtype):
-            torch._dynamo.reset()  # else the compiled code of many shapes runs into the recompile limit
+            torch._dynamo.reset()  # else many shapes exceed the recompile limit
             compiled_for = (case.shape, case.dtype)
-        return measure_case(case, torch.device(args.device), args.methods, args.rounds, not args.no_memory, log)
+        return measure_case(case, torch.device(args.device), args.methods, args.rounds, not args.no_memory)
 
-    return run_cases(report, cases, measure, table, args.time_limit, args.out)
+    report = new_report("head", args, device=args.device, rounds=args.rounds)
+    return run_cases(args, report, cases, measure, table)
 
 
 if __name__ == "__main__":

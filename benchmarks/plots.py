@@ -1,6 +1,6 @@
 """The plots of the README, drawn from committed results: nothing is measured here.
 
-    pip install -e '.[bench]' && python benchmarks/plots.py
+    pip install -e '.[bench]' && python -m benchmarks.plots
 
 docs/images/quickstart.svg    success on held-out tasks before and after the quickstart, three seeds
 docs/images/update-step.svg   time and memory of one update, with and without shared prefixes

@@ -1,39 +1,41 @@
-"""The quickstart with and without shared prefixes: the same losses and gradients, and how long an update takes.
+"""Prefix sharing in the quickstart: the same losses and gradients with and without it, and the time of an update.
 
-python benchmarks/quickstart_sharing.py                    the shipped recipe after a shorter base-model stage
-python benchmarks/quickstart_sharing.py pretrain.steps=700 --steps 8 --out results.json
+python -m benchmarks.quickstart_sharing                    the shipped recipe after a shorter base-model stage
+python -m benchmarks.quickstart_sharing pretrain.steps=700 --steps 8 --out results.json
 
-The steps are the recipe's own: its model, tasks, rollouts, rewards and plans; after each, the weights move as they do in a
-run. Before they do, the step's plans are applied to the same weights in three ways: with rollouts merged where they begin
-alike, with shared prefixes only, and with every sequence alone:
+The steps are the recipe's own: its model, tasks, rollouts, rewards and optimizer steps. Before each optimizer step, the same
+batches are applied to the same weights in three modes: prefixes shared and rollouts merged where they begin alike (merged),
+prefixes shared (shared), every sequence by itself (unshared).
 
-loss, gradient  relative differences from every sequence alone (gradient: of all parameters as one vector), fp32, at most 1e-5
-seconds         packing, forward, loss and backward; median over all rounds, the ways alternate. The optimizer's step, which
-                is the same in any way, is counted apart
-ratio           every sequence alone to the way, median over the rounds of the ratio within a round
-tokens          that the trunk computes, by step
+loss, gradient  relative differences from unshared (gradient: all parameters as one vector), fp32, at most 1e-5
+seconds         packing, forward, loss and backward; median over rounds, in rotating order. The optimizer step, which is the
+                same in all modes, is reported apart
+ratio           time of unshared relative to the mode: median over rounds of the ratio within a round
+tokens          that the decoder computes per step
 
-Status 1: losses or gradients differ, or sharing is not faster.
+Exit status 1: losses or gradients differ, or sharing is not faster.
 """
 
 from __future__ import annotations
 
+if not __package__:  # started as a file
+    from as_module import run_as_module
+
+    run_as_module(__file__)
+
 import argparse
+import contextlib
 import functools
-import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, from wherever it is imported
-
-from measure import markdown, median_ratio, paired_rounds, stamp
-
+from benchmarks.harness import exit_status, make_parser, markdown, new_report, write_report
+from benchmarks.measure import median_ratio, paired_rounds
 from pact_fast.algorithms.base import PromptBatch
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.config import Config, load_config
@@ -42,126 +44,138 @@ from pact_fast.train.run import Trainer
 
 LIMIT = 1e-5
 SHORT = ["pretrain.steps=200"]  # enough for rollouts of several turns
-WAYS = {
+MODES = {
     "merged": {"share_prefixes": True, "merge_rollouts": True},
     "shared": {"share_prefixes": True, "merge_rollouts": False},
-    "alone": {"share_prefixes": False},
+    "unshared": {"share_prefixes": False},
 }
 SHARING = ("merged", "shared")
 
 
-class Steps(Trainer):
-    """The recipe's steps without evaluations and checkpoints."""
-
-    def each(self, count: int, look: Callable[[list[PromptBatch]], None]) -> list[UpdateResult]:
-        """`look` is given the plans of every update before the weights move."""
-        self._assemble(*self._models(None))
-        update, done = self.learner.update, []
-
-        def looked_at(plans: list[PromptBatch]) -> UpdateResult:
-            look(plans)
-            return update(plans)
-
-        self.learner.update = looked_at
-        try:
-            for step in range(count):
-                done += self._update(step, self._exchange(self._sample(step)))[1]
-        finally:
-            self.progress.close()
-            self.loop.close()
-        return done
+class EnoughSteps(Exception):
+    """Ends the run after the steps that are compared."""
 
 
 class Comparison:
-    """All ways over the plans of one update after another."""
+    """Compares all modes on the batches of every optimizer step of a run, before the weights change.
 
-    def __init__(self, trainer: Steps, rounds: int):
-        self._trainer, self._rounds = trainer, rounds
+    Args:
+        config: The run's configuration.
+        count: Steps, after which the run is ended.
+        rounds: Paired rounds per step.
+    """
+
+    def __init__(self, config: Config, count: int, rounds: int):
+        self._config, self._count, self._rounds = config, count, rounds
         self.steps: list[dict[str, Any]] = []
+        self.results: list[UpdateResult] = []
 
-    def __call__(self, plans: list[PromptBatch]) -> None:
-        learners = {way: self._learner(settings) for way, settings in WAYS.items()}
-        found = {way: self._gradient(learner, plans) for way, learner in learners.items()}
-        alone, theirs = found["alone"]
-        calls = {way: functools.partial(self._gradient, learner, plans) for way, learner in learners.items()}
-        times = paired_rounds(calls, dict.fromkeys(calls, self._rounds), self._trainer.device)
-        self._trainer.model.zero_grad(set_to_none=True)
+    def run(self) -> None:
+        comparison = self
+
+        class ComparedLearner(Learner):
+            def update(self, batches: list[PromptBatch], lr_scale: float = 1.0) -> UpdateResult:
+                comparison._compare(self, batches)
+                comparison.results.append(super().update(batches, lr_scale))
+                if len(comparison.results) == comparison._count:
+                    raise EnoughSteps
+                return comparison.results[-1]
+
+        # the learner of the run, not that of the base-model stage
+        with mock.patch("pact_fast.train.run.Learner", ComparedLearner), contextlib.suppress(EnoughSteps):
+            Trainer(self._config).train()
+
+    def _compare(self, learner: Learner, batches: list[PromptBatch]) -> None:
+        learners = {mode: self._learner(learner, settings) for mode, settings in MODES.items()}
+        found = {mode: gradient(own, batches) for mode, own in learners.items()}
+        reference, reference_gradient = found["unshared"]
+        calls = {mode: functools.partial(gradient, own, batches) for mode, own in learners.items()}
+        times = paired_rounds(calls, dict.fromkeys(calls, self._rounds), learner.model.device)
+        learner.model.zero_grad(set_to_none=True)
+        norm = reference_gradient.norm()
         self.steps.append({
-            "loss": {way: result.loss for way, (result, _) in found.items()},
-            "loss_error": max(abs(found[way][0].loss / alone.loss - 1.0) for way in SHARING),
-            "gradient_error": max(float((found[way][1] - theirs).norm() / theirs.norm()) for way in SHARING),
-            "tokens": {way: result.tokens for way, (result, _) in found.items()},
+            "loss": {mode: result.loss for mode, (result, _) in found.items()},
+            "loss_error": max(abs(found[mode][0].loss / reference.loss - 1.0) for mode in SHARING),
+            "gradient_error": max(float((found[mode][1] - reference_gradient).norm() / norm) for mode in SHARING),
+            "tokens": {mode: result.tokens for mode, (result, _) in found.items()},
             "round_ms": times,
         })  # fmt: skip
 
-    def _learner(self, settings: dict[str, bool]) -> Learner:
-        config = self._trainer.config
-        trainer = config.trainer.model_copy(update=settings)
-        temperature = config.rollout.temperature
+    def _learner(self, learner: Learner, settings: dict[str, bool]) -> Learner:
+        config = self._config
+        trainer = learner.trainer.model_copy(update=settings)
         return Learner(
-            self._trainer.model, trainer, make_algorithm(config.algorithm), total_updates=1, temperature=temperature
+            learner.model,
+            trainer,
+            make_algorithm(config.algorithm),
+            total_updates=1,
+            temperature=config.rollout.temperature,
         )
 
-    def _gradient(self, learner: Learner, plans: list[PromptBatch]) -> tuple[UpdateResult, torch.Tensor]:
-        self._trainer.model.zero_grad(set_to_none=True)
-        result = learner.accumulate(plans)
-        return result, torch.cat([p.grad.flatten() for p in self._trainer.model.parameters() if p.grad is not None])
+
+def gradient(learner: Learner, batches: list[PromptBatch]) -> tuple[UpdateResult, torch.Tensor]:
+    """(result, gradient of all parameters as one vector) of the batches."""
+    learner.model.zero_grad(set_to_none=True)
+    result = learner.accumulate(batches)
+    return result, torch.cat([p.grad.flatten() for p in learner.model.parameters() if p.grad is not None])
 
 
 def measure(config: Config, steps: int, rounds: int) -> dict[str, Any]:
-    """Everything of one recipe."""
-    trainer = Steps(config)
-    comparison = Comparison(trainer, rounds)
-    done = trainer.each(steps, comparison)
+    """All results of one configuration."""
+    comparison = Comparison(config, steps, rounds)
+    comparison.run()
     found = comparison.steps
-    times = {way: [t for step in found for t in step["round_ms"][way]] for way in WAYS}
+    times = {mode: [t for step in found for t in step["round_ms"][mode]] for mode in MODES}
     return {
         "steps": found,
         "loss_error": max(step["loss_error"] for step in found),
         "gradient_error": max(step["gradient_error"] for step in found),
-        "tokens": {way: statistics.median(step["tokens"][way] for step in found) for way in WAYS},
-        "seconds": {way: statistics.median(times[way]) / 1e3 for way in WAYS},
-        "optimizer_s": statistics.median(result.seconds["optimizer"] for result in done),
-        "ratio": {way: median_ratio(times["alone"], times[way]) for way in SHARING},
+        "tokens": {mode: statistics.median(step["tokens"][mode] for step in found) for mode in MODES},
+        "seconds": {mode: statistics.median(times[mode]) / 1e3 for mode in MODES},
+        "optimizer_s": statistics.median(result.seconds["optimizer"] for result in comparison.results),
+        "ratio": {mode: median_ratio(times["unshared"], times[mode]) for mode in SHARING},
     }
 
 
 def failures(result: dict[str, Any]) -> list[str]:
     off = [f"{what} is off by {result[what]:.2g}" for what in ("loss_error", "gradient_error") if result[what] > LIMIT]
-    return off + [f"{way} is not faster: {ratio:.2f}" for way, ratio in result["ratio"].items() if ratio <= 1.0]
+    return off + [f"{mode} is not faster: {ratio:.2f}" for mode, ratio in result["ratio"].items() if ratio <= 1.0]
 
 
 def table(result: dict[str, Any]) -> str:
     rows = [
-        [way, f"{result['seconds'][way]:.3f}", f"{result['tokens'][way]:.0f}"]
-        + [f"{step['loss'][way]:.7f}" for step in result["steps"]]
-        for way in WAYS
+        [mode, f"{result['seconds'][mode]:.3f}", f"{result['tokens'][mode]:.0f}"]
+        + [f"{step['loss'][mode]:.7f}" for step in result["steps"]]
+        for mode in MODES
     ]
-    header = ["prefixes", "seconds", "tokens", *(f"loss {i + 1}" for i in range(len(result["steps"])))]
+    header = ["mode", "seconds", "tokens", *(f"loss {i + 1}" for i in range(len(result["steps"])))]
     return (
         f"{markdown(header, rows)}\n\nratio: merged {result['ratio']['merged']:.2f}, shared {result['ratio']['shared']:.2f}; "
-        f"optimizer {result['optimizer_s']:.3f} s; differences: "
+        f"optimizer step {result['optimizer_s']:.3f} s; differences: "
         f"loss {result['loss_error']:.1e}, gradient {result['gradient_error']:.1e} (at most {LIMIT:g})"
     )
 
 
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__, "quickstart_sharing")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help=f"recipe settings (default: {' '.join(SHORT)})"
+    )
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="paired rounds per step (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"settings; default {' '.join(SHORT)}")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=3, help="of each way, for every step")
-    parser.add_argument("--out", type=Path, help="write everything as JSON")
-    args = parser.parse_args(argv)
-    report: dict[str, Any] = {"benchmark": "quickstart_sharing", **stamp(), "overrides": args.overrides or SHORT}
+    args = arguments(argv)
+    report = new_report("quickstart_sharing", args, settings=args.settings or SHORT)
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config("quickstart", [*report["overrides"], f"output_dir={folder}/run"])
-        report |= measure(config, args.steps, args.rounds)
+        own = [f"output_dir={folder}/run", "trainer.eval_tasks=1"]  # the success rate is of no interest
+        report |= measure(load_config("quickstart", [*report["settings"], *own]), args.steps, args.rounds)
     report["failures"] = failures(report)
     print(table(report))
-    print("\n".join(f"FAIL {failure}" for failure in report["failures"]))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
-    return 1 if report["failures"] else 0
+    write_report(report, args.out)
+    return exit_status(report["failures"])
 
 
 if __name__ == "__main__":

@@ -1,38 +1,42 @@
-"""Rollouts: trajectories and tokens per second of both engines against vLLM driven by hand, and the time of a weight update.
+"""Rollouts: throughput of the agent loop with both engines against raw vLLM, and the time of a weight update.
 
-python benchmarks/rollout.py                               a 30 M parameter model, 32 trajectories of 4 turns
-python benchmarks/rollout.py --trajectories 64 --tokens 96 --server --out results.json
+python -m benchmarks.rollout                               a model of 30 M parameters, 32 trajectories of 4 turns
+python -m benchmarks.rollout --trajectories 64 --tokens 96 --server --out results.json
 
-Everybody does the same work: the quickstart's tasks in groups of 8, turns of exactly --tokens sampled tokens, between them
-the answer of a tool. A model with random weights calls no tools, so two things are settled by hand: nothing ends a turn but
-its length, and every turn, parsed as usual, counts as one call of the task's first tool.
+All configurations do the same work: the quickstart's tasks in groups of 8; turns of exactly --tokens sampled tokens; a tool's
+answer between turns. A model with random weights calls no tools, so two things are forced: only its length ends a turn, and
+every turn, parsed as usual, counts as one call of the task's first tool.
 
 transformers   the agent loop with the embedded engine
 vllm           the agent loop with vLLM in this process
-vllm server    the agent loop with a vLLM process of its own (--server)
-raw stream     vLLM's own engine, no agent loop: a trajectory's next turn is asked for as soon as the last one has ended
+vllm server    the agent loop with a vLLM server process (--server)
+raw stream     vLLM's engine without agent loop: the next turn of a trajectory is requested when the last one has ended
 raw generate   LLM.generate, all trajectories turn by turn
 
-Raw means the same engine object, prompts, sampling parameters and token counts, but no rendering, parsing, environment or
-record. The prefix cache is empty at the start of every run. Ratios are medians over rounds of the ratio within a round;
-`overhead` is against the faster of the two raw ways, at most 5 %.
+"Raw": the same engine object, prompts, sampling parameters and token counts, without rendering, parsing, environment and
+records. The prefix cache is empty at the start of every run.
 
-outside        seconds of a run that vLLM's `step` did not take, and the number of steps: on a busy machine, where rounds differ
-               by more than the goal, they still tell what the loop costs. With more threads than free cores vLLM is slower
-               by far: OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind keeps it to one
+time/raw       time relative to the faster raw configuration: median over rounds of the ratio within a round. The overhead of
+               the agent loop is this minus 1, and must be at most 5 %
+outside s      seconds of a run outside vLLM's `step`, and the number of steps; on a busy machine, where rounds differ by more
+               than 5 %, they still show the loop's cost. vLLM needs as many free cores as it has threads:
+               OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind restricts it to one
+weight update  loading all weights, then verifying fingerprints of those that vLLM holds, per GB of weights
 
-sync           a verified update of all weights: loading, then fingerprints of what vLLM holds, per GB of weights
-
-Status 1: the overhead is above 5 %, or somebody did other work.
+Exit status 1: the overhead is above 5 %, or a configuration did other work.
 """
 
 from __future__ import annotations
+
+if not __package__:  # started as a file
+    from as_module import run_as_module
+
+    run_as_module(__file__)
 
 import argparse
 import contextlib
 import functools
 import itertools
-import json
 import statistics
 import sys
 import sysconfig
@@ -46,10 +50,8 @@ from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, from wherever it is imported
-
-from measure import markdown, median_ratio, paired_rounds, stamp
-
+from benchmarks.harness import exit_status, make_parser, markdown, new_report, write_report
+from benchmarks.measure import median_ratio, paired_rounds
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.config import Config, load_config
 from pact_fast.data.sources import TaskSource
@@ -60,7 +62,8 @@ from pact_fast.model.tokenizer import train_tokenizer
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.registry import make_engine
 from pact_fast.rollout.vllm.colocated import import_vllm, sampling_params
-from pact_fast.rollout.vllm.engine import Turn, VllmEngine
+from pact_fast.rollout.vllm.engine import VllmEngine
+from pact_fast.rollout.vllm.transport import TurnRequest
 
 LIMIT = 0.05
 GROUP = 8
@@ -73,7 +76,7 @@ TINY = SHAPE | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, 
 
 
 class FixedRenderer(ChatRenderer):
-    """Reads turns as usual, and then says that each was a call; no token ends a turn."""
+    """Parses turns as usual, then reports each as one tool call; no token ends a turn."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer)
@@ -86,7 +89,7 @@ class FixedRenderer(ChatRenderer):
 
 
 class Ended:
-    """An engine whose turns count as ended where their length is reached."""
+    """Wraps an engine: a turn that reaches its length counts as ended."""
 
     def __init__(self, engine):
         self._engine = engine
@@ -99,7 +102,7 @@ class Ended:
 
 
 class Steps:
-    """Time and number of vLLM's steps."""
+    """Counts and times vLLM's steps."""
 
     def __init__(self, engine):
         self._step, self.seconds, self.count = engine.step, 0.0, 0
@@ -114,10 +117,10 @@ class Steps:
 
 @dataclass
 class Work:
-    """What is sampled: prompts, and the text between turns, all as token ids."""
+    """The work of a run, as token ids: prompts, and the tokens between turns."""
 
     prompts: list[list[int]]
-    bridge_tokens: list[list[list[int]]]  # [trajectory][turn]: what follows the turn; none follows the last
+    bridge_tokens: list[list[list[int]]]  # [trajectory][turn]: tokens after the turn; none after the last
     turns: int
     tokens: int
     temperature: float
@@ -126,8 +129,8 @@ class Work:
     def sampled(self) -> int:
         return len(self.prompts) * self.turns * self.tokens
 
-    def ask(self, index: int, turn: int, ids: list[int]) -> Turn:
-        return Turn(f"{index}/{turn}", ids, self.tokens, self.temperature, 1000 * index + turn, [], 0)
+    def ask(self, index: int, turn: int, ids: list[int]) -> TurnRequest:
+        return TurnRequest(f"{index}/{turn}", ids, self.tokens, self.temperature, 1000 * index + turn, [], 0)
 
 
 class Subject:
@@ -162,7 +165,7 @@ class Subject:
             loop.close()
 
     def work(self) -> Work:
-        """What the agent loop asked for."""
+        """The work of the agent loop, recorded from one run."""
         done = self.loop("vllm")
         bridge_tokens = [
             [t.ids[(t.turn_ids == turn) & ~t.sampled].tolist() for turn in range(len(t.turns) - 1)] for t in done
@@ -174,7 +177,7 @@ class Subject:
     def forget_prefixes(self) -> None:
         for engine in self.engines.values():
             if isinstance(engine, VllmEngine):
-                engine.host.reset_prefix_cache()
+                engine.transport.reset_prefix_cache()
 
     def close(self) -> None:
         for engine in self.engines.values():
@@ -197,7 +200,7 @@ def _config(args: argparse.Namespace) -> Config:
 
 
 def _tokenizer(tasks: TaskSource, size: int):
-    """The quickstart's own text has too few words for a vocabulary of this size; Python's library has enough."""
+    """A tokenizer trained on the tasks and, since they have too few words, on Python's standard library."""
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = [Task(path.name, [{"role": "user", "content": path.read_text("utf-8", "replace")}]) for path in library]
     return train_tokenizer([*tasks.train(0, 100), *texts], size)
@@ -209,11 +212,11 @@ def _jobs(tasks: TaskSource, count: int) -> list[Job]:
 
 
 class Raw:
-    """vLLM without us, on the engine object that the agent loop uses."""
+    """vLLM without the agent loop, on the engine object that the agent loop uses."""
 
     def __init__(self, engine: VllmEngine, work: Work):
         self._vllm = import_vllm()
-        self._engine, self._work = engine.host._engine, work
+        self._engine, self._work = engine.transport.llm_engine, work
         with mock.patch.object(type(self._engine), "from_engine_args", return_value=self._engine):
             self._llm = self._vllm.LLM(model=self._engine.model_config.model)
 
@@ -256,7 +259,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(Subject(args, Path(folder))) as subject:
         work = subject.work()
         raw = Raw(subject.engines["vllm"], work)
-        steps = Steps(subject.engines["vllm"].host._engine)
+        steps = Steps(subject.engines["vllm"].transport.llm_engine)
         sampled: dict[str, set[int]] = {}
         inside: dict[str, list[tuple[float, int]]] = {}
 
@@ -309,16 +312,16 @@ def rows(
 
 
 def sync(engine: VllmEngine, model: torch.nn.Module, rounds: int) -> dict[str, float]:
-    """Seconds per GB of loading and of verifying what was loaded; medians."""
+    """Seconds per GB to load weights and to verify them; medians."""
     load, verify = [], []
     for version in range(1, rounds + 1):
         with torch.no_grad():
             next(model.parameters()).mul_(1.001)
         engine.update_weights(model, version)
-        assert engine.last_sync is not None
-        size = engine.last_sync.bytes / 1e9
-        load.append(engine.last_sync.load_seconds / size)
-        verify.append(engine.last_sync.verify_seconds / size)
+        assert engine.sync_report is not None
+        size = engine.sync_report.bytes / 1e9
+        load.append(engine.sync_report.load_seconds / size)
+        verify.append(engine.sync_report.verify_seconds / size)
     return {
         "gigabytes": size,
         "load_s_per_gb": statistics.median(load),
@@ -342,32 +345,38 @@ def table(result: dict[str, Any]) -> str:
     return (
         f"{result['parameters'] / 1e6:.1f} M parameters; {work['trajectories']} trajectories of {work['turns']} turns of "
         f"{work['tokens_per_turn']} tokens\n\n"
-        + markdown(["who", "seconds", "trajectories/s", "tokens/s", "time/raw", "outside s", "steps"], lines)
+        + markdown(["configuration", "seconds", "trajectories/s", "tokens/s", "time/raw", "outside s", "steps"], lines)
         + f"\n\noverhead of the agent loop {result['rows']['vllm']['ratio_to_raw'] - 1:+.1%} (at most {LIMIT:.0%}); "
         f"verified weight update: {found['load_s_per_gb']:.2f} s to load and {found['verify_s_per_gb']:.2f} s to verify "
         f"per GB ({found['gigabytes']:.3f} GB)"
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trajectories", type=int, default=32)
-    parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=32, help="sampled tokens of a turn")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--transformers-rounds", type=int, default=2, help="of the embedded engine; 0: leave it out")
-    parser.add_argument("--server", action="store_true", help="also a vLLM process of its own")
-    parser.add_argument("--tiny", action="store_true", help="a model of no interest, to try the benchmark")
-    parser.add_argument("--out", type=Path, help="write everything as JSON")
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__, "rollout")
+    parser.add_argument("--trajectories", type=int, default=32, metavar="N", help="per run (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=4, metavar="N", help="per trajectory (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="sampled per turn (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="paired rounds (default: %(default)s)")
+    parser.add_argument(
+        "--transformers-rounds", type=int, default=2, metavar="N",
+        help="rounds of the embedded engine; 0 leaves it out (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--server", action="store_true", help="also measure a vLLM server process")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, as a smoke test")
     args = parser.parse_args(argv)
     args.shape = TINY if args.tiny else SHAPE
-    report: dict[str, Any] = {"benchmark": "rollout", **stamp(), **measure(args)}
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    report = new_report("rollout", args)
+    report |= measure(args)
     report["failures"] = failures(report)
     print(table(report))
-    print("\n".join(f"FAIL {failure}" for failure in report["failures"]))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if report["failures"] else 0
+    write_report(report, args.out)
+    return exit_status(report["failures"])
 
 
 if __name__ == "__main__":

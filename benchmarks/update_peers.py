@@ -1,4 +1,4 @@
-"""What others bring to an update: heads in chunks, and attention over packs that share prefixes."""
+"""Competing implementations of parts of an update: chunked heads, and attention over packs with shared prefixes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TORCH_HEAD_ROWS = 1024
 
 
 def torch_head(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Log-probs of one chunk of rows after another, whose logits are computed again in the backward pass."""
+    """Log-probs in chunks of rows; logits are recomputed in the backward pass."""
 
     def chunk(rows: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         logits = (rows @ weight.t()).float()
@@ -37,6 +37,7 @@ def liger_head(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def last_hidden(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """Hidden states of the decoder [B, T, D], after the final norm."""
     return model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
@@ -51,7 +52,7 @@ def _inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Tensor]:
 
 
 def flex_forward(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Hidden states [T, D] by one FlexAttention call per layer; the block mask is made anew for each update."""
+    """Hidden states [T, D] by one FlexAttention call per layer; the block mask is built in each update."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     use_attention(model, "bench_flex")
@@ -79,7 +80,7 @@ def _flex_attention(module, q, k, v, mask, scaling=None, dropout=0.0, block_mask
 
 
 def grouped_forward(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Hidden states [T, D] by the package prefix-grouper; the pack is one prefix and what branches off it."""
+    """Hidden states [T, D] by the package prefix-grouper; the pack is one prefix with branches."""
     from prefix_grouper import PrefixGrouper
 
     use_attention(model, "bench_grouped")

@@ -1,24 +1,21 @@
-"""What an update benchmark runs: models of random weights, the update itself with a clock over its phases, and the check."""
+"""One update: models with random weights, the step with a clock over its phases, and the check against fp64."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import gc
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, from wherever it is imported
-
-from measure import failure
-from update_variants import VARIANTS, Problem, Shape, Variant, make_problem
-
+from benchmarks.harness import Case, failure
+from benchmarks.update_methods import METHODS, UpdateMethod
+from benchmarks.update_problem import PromptProblem, Shape, make_problem
 from pact_fast.config import TrainerConfig
 from pact_fast.train.backends.replicated import make_optimizer
 
@@ -45,18 +42,33 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }  # fmt: skip
-DEFAULT_LAYERS = {"qwen3-8b": 8}  # of 36: activations of 25,000 tokens beside AdamW's state fill one GPU
+REFERENCE = "full-logits"  # the method that the others are checked against, in fp64
+DEFAULT_LAYERS = {"qwen3-8b": 8}  # of 36: activations of 25,000 tokens and AdamW's state fill one GPU
 CHECKED = Shape(48, 40, 24, 4, 8)
-LIMIT, FACTOR = 1e-5, 2.0  # relative in fp32; in other dtypes times the error of (a), if that is above the rounding
+LIMIT, FACTOR = 1e-5, 2.0  # of relative errors: in fp32; in other dtypes times REFERENCE's own error, at least eps
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class UpdateCase(Case):
+    """An update of a model.
+
+    model      of MODELS
+    layers     of its decoder
+    shape      of a prompt
+    dtype      of weights and activations
+    prompts    of the update, each a micro-batch
+    old        whether log-probs of the old policy are computed by a pass of their own
+    """
+
     model: str
     layers: int
     shape: Shape
     dtype: str
     prompts: int
     old: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", Shape(*self.shape))  # a list, where it comes from JSON
 
     def __str__(self) -> str:
         full = MODELS[self.model]["num_hidden_layers"]
@@ -66,8 +78,8 @@ class Case(NamedTuple):
         return f"{self.model}{some}, {self.dtype}: {self.prompts} x (P={p} Z={z} L={n} K={k} R={r}){old}"
 
 
-def build(case: Case, device: torch.device) -> PreTrainedModel:
-    """Random weights, the same ones every time."""
+def build(case: UpdateCase, device: torch.device) -> PreTrainedModel:
+    """The model with random weights (seed 0)."""
     torch.manual_seed(0)
     config = Qwen3Config(**MODELS[case.model] | {"num_hidden_layers": case.layers, "use_cache": False})
     with device:
@@ -75,9 +87,9 @@ def build(case: Case, device: torch.device) -> PreTrainedModel:
 
 
 class Clock:
-    """Which phase took how long, by a mark wherever another one begins."""
+    """Seconds by phase, from a mark at every change of phase (CUDA: events)."""
 
-    now: Clock | None = None  # the one that attention functions report to
+    now: Clock | None = None  # the clock that attention functions report to
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -95,7 +107,7 @@ class Clock:
         self._marks.append((phase, mark))
 
     def seconds(self) -> dict[str, float]:
-        """By phase, after the device has finished."""
+        """By phase; the device must have finished."""
         total: dict[str, float] = {}
         for (phase, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             lasted = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
@@ -109,17 +121,17 @@ def timed(attention: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(attention)
     def with_marks(module, q, k, v, *args, **kwargs):
         clock = Clock.now
-        if clock is None or clock.phase != "trunk":
+        if clock is None or clock.phase != "decoder":
             return attention(module, q, k, v, *args, **kwargs)
         clock.enter("attention")
         result = attention(module, q, k, v, *args, **kwargs)
-        clock.enter("trunk")
+        clock.enter("decoder")
         waiting = [q, k, v]
 
         def arrived(_: torch.Tensor) -> None:
             waiting.pop()
             if not waiting:
-                clock.enter("trunk")
+                clock.enter("decoder")
 
         result[0].register_hook(lambda _: clock.enter("attention"))
         for tensor in list(waiting):
@@ -130,7 +142,7 @@ def timed(attention: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def time_attention() -> None:
-    """From now on every attention function that a variant uses reports to `Clock.now`."""
+    """Make every attention function that a method uses report to `Clock.now`."""
     functions = AttentionInterface()
     for name in ("sdpa", "pact_tree", "bench_flex", "bench_grouped"):
         if not hasattr(functions[name], "__wrapped__"):
@@ -138,9 +150,9 @@ def time_attention() -> None:
 
 
 class Bench:
-    """One model, its optimizer and its data; the update of any variant."""
+    """One model, its optimizer and its data, on which every method runs its update."""
 
-    def __init__(self, case: Case, device: torch.device):
+    def __init__(self, case: UpdateCase, device: torch.device):
         self.case, self.device = case, device
         self.model = build(case, device)
         vocab = self.model.config.vocab_size
@@ -148,12 +160,12 @@ class Bench:
         self.trainer = TrainerConfig(learning_rate=1e-6)
         self.optimizer = make_optimizer(self.model, self.trainer)
 
-    def step(self, variant: Variant, setting: dict[str, int]) -> dict[str, Any]:
-        """One update: its clock, loss and tokens of the trunk."""
+    def step(self, method: UpdateMethod, setting: dict[str, int]) -> dict[str, Any]:
+        """One update: its clock, loss, and tokens that the decoder computed."""
         Clock.now = clock = Clock(self.device)
         clock.enter("rest")
         self.optimizer.zero_grad(set_to_none=True)
-        loss, tokens = gradients(self.model, self.problems, variant, setting, self.case.old, clock)
+        loss, tokens = gradients(self.model, self.problems, method, setting, self.case.old, clock)
         clock.enter("optimizer")
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.trainer.max_grad_norm)
         self.optimizer.step()
@@ -170,20 +182,25 @@ class Bench:
 
 
 def gradients(
-    model: PreTrainedModel, problems: list[Problem], variant: Variant, setting: dict[str, int], old: bool, clock: Clock
+    model: PreTrainedModel,
+    problems: list[PromptProblem],
+    method: UpdateMethod,
+    setting: dict[str, int],
+    old: bool,
+    clock: Clock,
 ) -> tuple[torch.Tensor, int]:
-    """Loss and tokens of the trunk; gradients are left in the parameters."""
+    """(loss, tokens that the decoder computed); gradients are left in the parameters."""
     loss, tokens = torch.zeros((), device=model.device), 0
     for problem in problems:
-        for part in variant.passes(model, problem, **setting):
+        for part in method.passes(model, problem, **setting):
             known = None
             if old:
                 clock.enter("old")
                 with torch.no_grad():
-                    known = part.logprob(part.decoder_of())
-            clock.enter("trunk")
-            hidden = part.decoder_of()
-            hidden.register_hook(lambda _: clock.enter("trunk"))
+                    known = part.logprob(part.decoder())
+            clock.enter("decoder")
+            hidden = part.decoder()
+            hidden.register_hook(lambda _: clock.enter("decoder"))
             clock.enter("head")
             value = part.loss(hidden, known)
             value.backward()
@@ -192,19 +209,19 @@ def gradients(
     return loss, tokens
 
 
-def check(case: Case, device: torch.device, names: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Errors of every variant against (a) in fp64 at a small shape, and what is wrong with them."""
-    small = case._replace(layers=min(case.layers, 8 if case.model == "30m" else 2))
+def check(case: UpdateCase, device: torch.device, names: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """(errors of every method against REFERENCE in fp64 at a small shape, failures)."""
+    small = replace(case, layers=min(case.layers, 8 if case.model == "30m" else 2))
     model = build(small, device)
     problems = [make_problem(CHECKED, model.config.vocab_size, seed=0)]
 
     def run(name: str, dtype: str) -> tuple[float, dict[str, torch.Tensor]]:
         subject = copy.deepcopy(model).to(getattr(torch, dtype))
-        variant = VARIANTS[name]
-        loss, _ = gradients(subject, problems, variant, variant.settings(CHECKED)[0], case.old, Clock(device))
+        method = METHODS[name]
+        loss, _ = gradients(subject, problems, method, method.settings(CHECKED)[0], case.old, Clock(device))
         return float(loss), {key: p.grad.double() for key, p in subject.named_parameters() if p.grad is not None}
 
-    exact_loss, exact = run("alone", "float64")
+    exact_loss, exact = run(REFERENCE, "float64")
 
     def errors(name: str, dtype: str) -> dict[str, float]:
         loss, grads = run(name, dtype)
@@ -213,13 +230,16 @@ def check(case: Case, device: torch.device, names: list[str]) -> tuple[dict[str,
 
     found: dict[str, dict[str, Any]] = {}
     failures = []
-    own = errors("alone", case.dtype)
+    own = errors(REFERENCE, case.dtype)
     for name in names:
+        if missing := METHODS[name].not_installed():
+            found[name] = {"status": missing}
+            continue
         try:
             found[name] = {dtype: errors(name, dtype) for dtype in dict.fromkeys(("float32", case.dtype))}
-        except Exception as error:  # a peer that does not run is a row of the table
-            found[name] = {"status": reason(error)}
-            if VARIANTS[name].ours:
+        except Exception as error:  # a row of the table
+            found[name] = {"status": failure(error)}
+            if METHODS[name].ours:
                 failures.append(f"{name}: {found[name]['status']}")
             continue
         for dtype, pair in found[name].items():
@@ -228,9 +248,3 @@ def check(case: Case, device: torch.device, names: list[str]) -> tuple[dict[str,
                 if not value <= limit:
                     failures.append(f"{name}: {what} in {dtype} is off by {value:.2g}, more than {limit:.2g}")
     return found, failures
-
-
-def reason(error: Exception) -> str:
-    if isinstance(error, ImportError):
-        return f"not installed: {error.name}"
-    return failure(error)

@@ -1,78 +1,99 @@
-"""How long does one optimizer update take? Every sequence alone, packed, sharing prefixes, and one tree for both contexts.
+"""One optimizer update: time, memory and tokens of per-sequence training, packing, prefix sharing and token trees.
 
-python benchmarks/update_step.py                                 on CPU: a Qwen3 of 30M; on CUDA: Qwen3-0.6B
-python benchmarks/update_step.py --model qwen3-1.7b --shape 4096,4096,1024,8 --only kept tree --out update.json
+python -m benchmarks.update_step                      CPU: a Qwen3 of 30M parameters; CUDA: Qwen3-0.6B
+python -m benchmarks.update_step --model qwen3-1.7b --shape 4096,4096,1024,8 --only selected-logits tree --out update.json
 
-The same data, the same weights, one loss (update_variants.py): old log-probs when asked for (--old), forward, loss, backward,
-gradient clipping, AdamW. Each prompt is a micro-batch of its own. Before anything is timed, every variant's loss and
-gradients are compared at a small shape with (a) in fp64: in fp32 to 1e-5, in bf16 to twice the error of (a) in bf16.
+All methods use the same data, weights and loss (update_problem.py): optional log-probs of the old policy (--old), forward,
+loss, backward, gradient clipping, AdamW. Each prompt is a micro-batch. Before anything is timed, loss and gradients of every
+method are compared with those of full-logits in fp64 at a small shape: to 1e-5 in fp32, in bf16 to twice the error of
+full-logits in bf16.
 
-seconds      median over rounds; x tree: median over the rounds of the ratio within a round. Every variant once per round,
-             in rotating order, after a warm-up of one whole step; one three times as slow as the tree, in the first three
-tokens       that the trunk computes, forward and backward
-useful/s     tokens that there are if every sequence runs alone, by the seconds: the same numerator for all
-peak         memory beyond weights and optimizer state, gradients included, MiB. CUDA: the allocator's peak. CPU: resident
-             memory in a process of its own
-trunk … rest parts of the same steps, by marks between the phases (CUDA: events): embedding, layers and final norm,
-             forward and backward; attention: its share within, from the attention function's call to its return and, in
-             the backward pass, from its output's gradient to those of q, k and v; head: logits and loss; rest: packing, tables
-floor        of the tree's seconds, the share that its FLOPs (trunk, attention, head) take at the rate of a large matmul
-             of the same dtype timed in the same rounds
+seconds      median over rounds. Every method runs once per round, in rotating order, after one step of warm-up; those
+             three times as slow as the tree take part in the first three rounds
+x tree       time relative to the tree: median over rounds of the ratio within a round
+tokens       that the decoder computes, forward and backward
+useful/s     tokens without prefix sharing per second: the same numerator for all methods
+peak         memory beyond weights and optimizer states, with gradients, MiB. CUDA: allocator peak; CPU: resident memory
+             of a process of its own
+decoder …    parts of the same steps, by marks at changes of phase (CUDA: events): decoder (embedding, layers, final norm;
+             attention included), attention (from the call to its return; in the backward pass, from its output's gradient
+             to those of q, k and v), head (logits and loss), optimizer, rest (packing, tables)
+floor        fraction of the tree's time that its FLOPs (decoder, attention, head) take at the rate of a large matmul of the
+             same dtype, timed in the same rounds
 
-Status 1: a variant's loss or gradients are off, or one of ours does not run.
+Exit status 1: loss or gradients of a method are wrong, or one of ours does not run.
 """
 
 from __future__ import annotations
 
+if not __package__:  # started as a file
+    from as_module import run_as_module
+
+    run_as_module(__file__)
+
 import argparse
 import functools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # a script among its siblings, from wherever it is imported
-
-from measure import MALLOC, MIB, PeakMemory, add_run_options, markdown, median_ratio, paired_rounds, run_cases, stamp
-from update_run import CHECKED, DEFAULT_LAYERS, MODELS, Bench, Case, check, reason, time_attention
-from update_variants import VARIANTS, Shape, make_problem, token_tree
-
-from pact_fast.batch.flops import decoder_flops, work_of_packs
+from benchmarks.harness import (
+    add_case_options,
+    add_device_option,
+    failure,
+    log,
+    make_parser,
+    markdown,
+    new_report,
+    number,
+    probe_in_process,
+    rounds_per_method,
+    run_cases,
+    settings_text,
+)
+from benchmarks.measure import MIB, PeakMemory, median_ratio, paired_rounds
+from benchmarks.update_methods import METHODS
+from benchmarks.update_problem import Shape, make_problem, token_tree
+from benchmarks.update_run import CHECKED, DEFAULT_LAYERS, MODELS, REFERENCE, Bench, UpdateCase, check, time_attention
+from pact_fast.batch.flops import work_of_packs
 from pact_fast.kernels import LossContext
+from pact_fast.model.flops import decoder_flops
 from pact_fast.tree import pack
 
 SHAPES = {"cpu": ["1024,1024,256,8"], "cuda": ["4096,4096,1024,8", "1024,2048,1024,8", "8192,2048,1024,8"]}
-SLOW, SLOW_ROUNDS = 3.0, 3
+SLOW = 3.0  # times the tree
 MATMUL = {"cpu": 2048, "cuda": 8192}
-PHASES = ("trunk", "attention", "head", "optimizer", "rest")
+PHASES = ("decoder", "attention", "head", "optimizer", "rest")
 TREE = "tree"
 OUT_OF_MEMORY = "out of memory"
 
 
 def prepare(bench: Bench, name: str, memory: bool) -> dict[str, Any]:
-    """Warm up with a whole step, in the first setting that fits into memory, and measure the peak of another."""
-    variant = VARIANTS[name]
-    for setting in variant.settings(bench.case.shape):
+    """Warm up with one step, in the first setting that fits into memory, and measure the peak of another step."""
+    method = METHODS[name]
+    for setting in method.settings(bench.case.shape):
         try:
             begin = time.perf_counter()
-            tokens = bench.step(variant, setting)["tokens"]
+            tokens = bench.step(method, setting)["tokens"]
             if bench.device.type == "cuda":
                 torch.cuda.synchronize()
             row = {"status": "ok", "setting": setting, "tokens": tokens, "trial_s": time.perf_counter() - begin}
             if memory:
-                row |= peak(bench, name, setting) if bench.device.type == "cuda" else peak_in_process(bench.case, name)
+                row |= (
+                    peak(bench, name, setting)
+                    if bench.device.type == "cuda"
+                    else probe_in_process("update_step", {"case": bench.case.request(), "name": name}, note="peak_note")
+                )
             return row
         except torch.OutOfMemoryError:
             continue
         except Exception as error:
-            return {"status": reason(error)}
+            return {"status": failure(error)}
         finally:
             bench.clear()
     return {"status": OUT_OF_MEMORY}
@@ -81,51 +102,39 @@ def prepare(bench: Bench, name: str, memory: bool) -> dict[str, Any]:
 def peak(bench: Bench, name: str, setting: dict[str, int]) -> dict[str, Any]:
     bench.clear()
     with PeakMemory(bench.device) as memory:
-        bench.step(VARIANTS[name], setting)
+        bench.step(METHODS[name], setting)
     return {"peak_bytes": memory.bytes}
 
 
-def peak_in_process(case: Case, name: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--probe", json.dumps({"case": case, "name": name})]
-    environment = os.environ | MALLOC | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
-    if done.returncode:
-        return {"peak_note": (done.stderr.strip().splitlines() or ["killed"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def probe(request: dict[str, Any]) -> dict[str, Any]:
-    """The peak of one variant on the CPU, in this fresh process; the optimizer's state is there before."""
-    model, layers, shape, dtype, prompts, old = request["case"]
-    bench = Bench(Case(model, layers, Shape(*shape), dtype, prompts, old), torch.device("cpu"))
-    variant, data = VARIANTS[request["name"]], bench.problems
-    setting = variant.settings(bench.case.shape)[0]
+    """Peak memory of one method on the CPU, in this fresh process; optimizer states are allocated before."""
+    bench = Bench(UpdateCase(**request["case"]), torch.device("cpu"))
+    method, data = METHODS[request["name"]], bench.problems
+    setting = method.settings(bench.case.shape)[0]
     bench.problems = [make_problem(CHECKED, bench.model.config.vocab_size, seed=0)]
-    bench.step(variant, setting)
+    bench.step(method, setting)
     bench.problems = data
     return peak(bench, request["name"], setting)
 
 
-def measure_case(
-    case: Case, device: torch.device, args: argparse.Namespace, log: Callable[..., None]
-) -> dict[str, Any]:
-    """Every row of one case, with the reason in place of the numbers where a variant does not run."""
-    names = args.only or list(VARIANTS)
+def measure_case(case: UpdateCase, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """Results of one case: a row for each method, with the reason in place of numbers where it does not run."""
+    names = args.only or list(METHODS)
     found, failures = check(case, device, names)
     bench = Bench(case, device)
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
         log(f"  {name}")
         if "status" in found[name]:
-            rows[name] = {"label": VARIANTS[name].label, **found[name]}
+            rows[name] = {"label": METHODS[name].label, **found[name]}
             continue
         row = prepare(bench, name, not args.no_memory)
-        rows[name] = {"label": VARIANTS[name].label, "errors": found[name], **row}
-        if VARIANTS[name].ours and row["status"] not in ("ok", OUT_OF_MEMORY):
+        rows[name] = {"label": METHODS[name].label, "errors": found[name], **row}
+        if METHODS[name].ours and row["status"] not in ("ok", OUT_OF_MEMORY):
             failures.append(f"{name}: {row['status']}")
     time_rows(bench, rows, args.rounds)
     return {
-        "case": str(case), **case._asdict(), "shape": case.shape._asdict(),
+        "case": str(case), **case.request(), "shape": case.shape._asdict(),
         "unshared_tokens": case.prompts * case.shape.unshared,
         "rows": [{"variant": name, **row} for name, row in rows.items()],
         "criteria": criteria(rows) if case.model == "30m" else [], "failures": failures,
@@ -140,11 +149,10 @@ def time_rows(bench: Bench, rows: dict[str, dict[str, Any]], rounds: int) -> Non
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in live}
 
     def step(name: str) -> None:
-        steps[name].append(bench.step(VARIANTS[name], rows[name]["setting"]))
+        steps[name].append(bench.step(METHODS[name], rows[name]["setting"]))
 
     calls: dict[str, Callable[[], object]] = {name: functools.partial(step, name) for name in live}
-    slow = SLOW * rows[base]["trial_s"]
-    count = {name: min(rounds, SLOW_ROUNDS) if rows[name].pop("trial_s") > slow else rounds for name in live}
+    count = rounds_per_method({name: rows[name].pop("trial_s") for name in live}, base, SLOW, rounds)
     size = MATMUL[bench.device.type]
     a = torch.randn(size, size, device=bench.device).to(bench.model.dtype)
     a @ a
@@ -171,30 +179,35 @@ def time_rows(bench: Bench, rows: dict[str, dict[str, Any]], rounds: int) -> Non
 
 
 def tree_flops(bench: Bench) -> float:
-    """Of an update by trees: the trunk with its attention, and 6·D·V for each supervised token."""
+    """FLOPs of an update by trees: the decoder with its attention, and 6·D·V for each supervised token."""
     model, case = bench.model, bench.case
     packs = [pack([token_tree(p, tuple(LossContext))[0]], max_tokens=1 << 40) for p in bench.problems]
-    trunk = decoder_flops(model, work_of_packs([batch for some in packs for batch in some]))
+    decoder = decoder_flops(model, work_of_packs([batch for some in packs for batch in some]))
     head = 6.0 * case.prompts * case.shape.supervised * model.lm_head.weight.numel()
-    return (trunk + head) * (4 / 3 if case.old else 1.0)
+    return (decoder + head) * (4 / 3 if case.old else 1.0)
 
 
 def criteria(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What an update by the tree is to reach. (a) is a padded batch, as trainers run it; (a') and (c) are the fastest of
-    their rows. For (a) one sequence at a time there is no goal: its logits stay in a CPU's cache, and 8 times that is what
-    the tree would reach at the full rate of its FLOPs. Its row stands in the table.
+    """The project's goals for an update by the tree, at the CPU's default shape.
+
+    full-logits counts as trainers run it, in padded batches. full-logits-b1 has no goal: on a CPU its logits stay in the
+    cache, and eight times that is the tree's rate if all its FLOPs ran at the rate of a large matmul.
     """
 
     def fastest(*names: str) -> float | None:
         ratios = [rows[name]["ratio_to_tree"] for name in names if rows.get(name, {}).get("ratio_to_tree")]
         return min(ratios, default=None)
 
-    ours, theirs = (rows.get(name, {}).get("peak_bytes") for name in (TREE, "alone"))
+    ours, theirs = (rows.get(name, {}).get("peak_bytes") for name in (TREE, REFERENCE))
     found = [
-        ("times (a), padded batches, logits of all positions", fastest("alone"), 8.0),
-        ("times (a'), logits of supervised tokens", fastest("kept", "kept-1"), 5.0),
-        ("times (c), flat sharing", fastest("flat-pact", "flat-prefix-grouper"), 1.1),
-        ("peak memory of (a) to the tree's", theirs / ours if ours and theirs else None, 4.0),
+        ("times faster than padded batches with logits of all positions", fastest("full-logits"), 8.0),
+        (
+            "times faster than per sequence with logits of supervised tokens",
+            fastest("selected-logits", "selected-logits-b1"),
+            5.0,
+        ),
+        ("times faster than a shared prefix per context", fastest("prefix-pact", "prefix-grouper"), 1.1),
+        ("times less peak memory than logits of all positions", theirs / ours if ours and theirs else None, 4.0),
     ]
     return [
         {"what": what, "value": value, "at_least": least, "pass": None if value is None else value >= least}
@@ -203,12 +216,9 @@ def criteria(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
     phases = ("old", *PHASES) if result["old"] else PHASES
     header = [
-        "variant",
+        "method",
         "",
         "seconds",
         "x tree",
@@ -225,7 +235,7 @@ def table(result: dict[str, Any]) -> str:
         if row["status"] != "ok":
             continue  # the reason is below
         parts = {phase: row["parts_s"].get(phase, 0.0) for phase in phases}
-        parts["trunk"] += parts["attention"]
+        parts["decoder"] += parts["attention"]
         memory = row.get("peak_bytes")
         lines.append([
             row["variant"], row["label"],
@@ -233,7 +243,7 @@ def table(result: dict[str, Any]) -> str:
             number(row["useful_tokens_per_s"], ".4g"), number(None if memory is None else memory / MIB, ".0f"),
             *(number(part, ".3g") for part in parts.values()),
             *(number(row["errors"]["float32"][key], ".0e") for key in ("loss", "gradient")),
-            ", ".join(f"{key}={value}" for key, value in row["setting"].items()),
+            settings_text(row["setting"]),
         ])  # fmt: skip
     out = [f"\n{result['case']}\n", markdown(header, lines), ""]
     for row in result["rows"]:
@@ -241,7 +251,9 @@ def table(result: dict[str, Any]) -> str:
             out.append(f"{row['variant']}, {row['label']}: {row['status']}")
         if "floor" in row:
             rate = row["matmul_flops_per_s"] / 1e12
-            out.append(f"tree: {row['floor']:.0%} of its time is its {row['flops']:.3g} FLOPs at {rate:.3g} TFLOP/s")
+            out.append(
+                f"tree: {row['flops']:.3g} FLOPs at {rate:.3g} TFLOP/s would take {row['floor']:.0%} of its time"
+            )
     verdict = {True: "pass", False: "FAIL", None: "not measured"}
     for goal in result["criteria"]:
         value = number(goal["value"], ".2f")
@@ -250,27 +262,33 @@ def table(result: dict[str, Any]) -> str:
 
 
 def parse_shape(text: str) -> Shape:
+    """P,Z,L,K or P,Z,L,K,R."""
     try:
         shape = Shape(*map(int, text.split(",")))
     except (ValueError, TypeError):
-        raise SystemExit(f"--shape {text}: want P,Z,L,K or P,Z,L,K,R") from None
+        raise SystemExit(f"--shape {text}: expected P,Z,L,K or P,Z,L,K,R") from None
     if min(shape[:3]) < 1 or shape.rollouts < 2:
-        raise SystemExit(f"--shape {text}: P, Z and L are at least 1, K at least 2")
+        raise SystemExit(f"--shape {text}: P, Z and L must be at least 1, K at least 2")
     return shape
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", choices=list(MODELS))
-    parser.add_argument("--layers", type=int, help="fewer than the model has; default all, 8 of the 36 of qwen3-8b")
-    parser.add_argument("--shape", action="append", help="P,Z,L,K or P,Z,L,K,R; may be repeated")
-    parser.add_argument("--prompts", type=int, default=1, help="of one update")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--old", action="store_true", help="log-probs of the old policy by a pass without gradients")
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help=", ".join(VARIANTS))
-    parser.add_argument("--rounds", type=int, default=5)
-    add_run_options(parser)
+    parser = make_parser(__doc__, "update_step")
+    add_device_option(parser)
+    parser.add_argument("--model", choices=list(MODELS), help="(default: 30m; CUDA: qwen3-0.6b)")
+    parser.add_argument("--layers", type=int, metavar="N", help="use N layers only (default: all; qwen3-8b: 8 of 36)")
+    parser.add_argument(
+        "--shape", action="append", metavar="P,Z,L,K[,R]",
+        help="tokens of prompt, trace and rollout, number of rollouts, tokens of the question restated after the trace; "
+        "may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--prompts", type=int, default=1, metavar="N", help="prompts per update (default: 1)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--old", action="store_true", help="compute log-probs of the old policy by a pass of their own")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(METHODS), metavar="METHOD", help=f"default: all of {', '.join(METHODS)}"
+    )
+    add_case_options(parser, rounds=5)
     args = parser.parse_args(argv)
     on_cuda = args.device == "cuda"
     args.model = args.model or ("qwen3-0.6b" if on_cuda else "30m")
@@ -286,13 +304,11 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(probe(json.loads(args.probe))))
         return 0
     cases = [
-        Case(args.model, args.layers, parse_shape(shape), args.dtype, args.prompts, args.old) for shape in args.shape
+        UpdateCase(args.model, args.layers, parse_shape(shape), args.dtype, args.prompts, args.old)
+        for shape in args.shape
     ]
-    report = {"benchmark": "update_step", **stamp(args.date, args.commit)}
-    report |= {"device": args.device, "rounds": args.rounds}
-    log = functools.partial(print, file=sys.stderr, flush=True)
-    measure = lambda case: measure_case(case, torch.device(args.device), args, log)  # noqa: E731
-    return run_cases(report, cases, measure, table, args.time_limit, args.out)
+    report = new_report("update_step", args, device=args.device, rounds=args.rounds)
+    return run_cases(args, report, cases, lambda case: measure_case(case, torch.device(args.device), args), table)
 
 
 if __name__ == "__main__":

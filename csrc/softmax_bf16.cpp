@@ -1,4 +1,4 @@
-// The bf16 head without fp32 logits: what is kept of a chunk of rows are the exponentials of its softmax, in bf16.
+// The bf16 head without fp32 logits: a chunk of rows keeps the exponentials of its softmax, in bf16.
 //
 //     z = x·Wᵀ/T        exp_z = bf16(exp(z − panel_max)), panel_max: the largest z of a row in a panel of 64 columns
 //     dz = g·(onehot − p)/T,        p = exp_z·exp(panel_max − lse)
@@ -11,7 +11,7 @@
 // instead of two. Rounding exp_z costs as much as rounding dz: one part in 256 at most.
 //
 // One thread owns a panel, or the statistics of a row, and adds in a fixed order: results do not depend on the
-// number of threads. Reference in plain torch: pact_fast/kernels/rows_torch.py.
+// number of threads. Reference in plain torch: pact_fast/kernels/head/softmax_torch.py.
 
 #include <torch/csrc/stable/library.h>
 
@@ -37,7 +37,7 @@ struct HeadChunk {
   float *logprob, *lse, *entropy;
 };
 
-// The rows whose dz is wanted, source[j] at place j, and dL/dlogprob of all rows.
+// The rows with a gradient, source[j] at place j, and dL/dlogprob of all rows.
 struct ActiveRows {
   const int64_t* source;
   int64_t count;
@@ -249,7 +249,7 @@ void check_exp_z(const Tensor& exp_z, const Tensor& panel_max, int64_t n, int64_
 }
 
 // x [n, D], weight [V, D] bf16; target [n] int64, temperature [n] fp32. Out: logprob, lse, entropy [n] fp32 and,
-// both or neither, what gradients are made from: exp_z [panels of 64 columns, n, 64] bf16, panel_max [panels, n]
+// both or neither, the inputs of bf16_softmax_grads: exp_z [panels of 64 columns, n, 64] bf16, panel_max [panels, n]
 // fp32.
 void bf16_softmax(const Tensor x, const Tensor weight, const Tensor target, const Tensor temperature,
                   std::optional<Tensor> exp_z, std::optional<Tensor> panel_max, Tensor logprob, Tensor lse,

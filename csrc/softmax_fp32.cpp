@@ -7,7 +7,7 @@
 // replaces them by
 //     dz = [g·(onehot − p) − h·p·(log p + H) + pair]·(1 − (z·T/softcap)²)/T,      p = exp(z − lse),
 // where `pair` is the gradient of a divergence between the softmax of this row and that of its partner. Formulas
-// and shapes: pact_fast/kernels/rows_torch.py, the reference in plain torch. One thread owns a row and adds in a
+// and shapes: pact_fast/kernels/head/softmax_torch.py, the reference in plain torch. One thread owns a row and adds in a
 // fixed order: results do not depend on the number of threads.
 //
 // LibTorch stable ABI: one build serves every torch from 2.11 on.

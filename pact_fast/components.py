@@ -1,4 +1,4 @@
-"""What the losses tell apart: the component of a token, and the context it is scored in. No torch; shared by all packages."""
+"""The component of a token, and the context in which a loss scores it. No torch; shared by all packages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Component(enum.IntEnum):
-    """What a token is. The policy generates REASONING, TOOL_CALL and ANSWER; the rest is context only."""
+    """The part of a conversation to which a token belongs. The policy generates REASONING, TOOL_CALL and ANSWER only."""
 
     TEMPLATE = 0
     REASONING = 1
@@ -16,7 +16,7 @@ class Component(enum.IntEnum):
 
 
 class LossContext(enum.IntEnum):
-    """Under which context a token is scored, and by which loss (x: prompt, h*: expert trace)."""
+    """The context under which a token is scored, which decides its loss (x: prompt, h*: expert trace)."""
 
     PROMPT = 0  # rollout token given x: prompt-only policy loss
     TRACE = 1  # rollout token given [x; h*]: trace-conditioned policy loss

@@ -1,15 +1,15 @@
-"""Errors a user can act on."""
+"""Errors that a user can fix."""
 
 
 class PactError(Exception):
-    """Something the user can mend. The message is one line: what is wrong, where, and the cure.
+    """An error that the user can fix. The message is one line: what is wrong, where, and how to fix it.
 
     The command line prints it without a traceback and exits with status 2.
     """
 
 
 class DataError(PactError):
-    """A data row that cannot be used; names the file, the line (1-based) and the field."""
+    """A data row that cannot be used. The message names the file, the line (from 1) and the field."""
 
     def __init__(self, problem: str, *, file: str = "", line: int | None = None, field: str = ""):
         self.problem, self.file, self.line, self.field = problem, file, line, field
@@ -19,7 +19,7 @@ class DataError(PactError):
 
 
 class EngineError(PactError):
-    """The inference engine failed. `engine` names the peer."""
+    """The inference engine failed; `engine` says which one."""
 
     def __init__(self, engine: str, problem: str):
         self.engine, self.problem = engine, problem
@@ -27,8 +27,8 @@ class EngineError(PactError):
 
 
 class EngineDied(EngineError):
-    """The engine's process has ended, or nobody answers at its address."""
+    """The process of the engine has exited, or its address does not answer."""
 
 
 class EngineTimeout(EngineError):
-    """The engine is there but has not answered within the deadline."""
+    """The engine is running but has not answered within the deadline."""

@@ -1,4 +1,4 @@
-"""Functions and classes of the user's own, named in a configuration by `file.py:name` or `module:name`."""
+"""Imports the user's functions and classes, named in a configuration as `file.py:name` or `module:name`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
+import threading
 import traceback
 import zlib
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any
 
 from pact_fast.errors import PactError
 
+_import_lock = threading.RLock()  # no thread sees a module that another one is still executing
+
 
 def load_object(spec: str, kind: str) -> Any:
     """Import the callable that `spec` names.
 
     Args:
         spec: `file.py:name`, relative to the current directory, or `module:name`.
-        kind: What it should be ("reward function"), for messages.
+        kind: Noun for error messages ("reward function").
 
     Raises:
         PactError: The file, the module or the name does not exist, the import fails, or the object is not callable.
@@ -41,34 +44,40 @@ def load_object(spec: str, kind: str) -> Any:
 
 
 def _import_file(spec: str, kind: str, path: Path) -> ModuleType:
+    """The module of a file, executed once per process, so that functions of one file share its globals."""
     if not path.is_file():
         raise PactError(f"{kind} '{spec}': no file {path}; paths are relative to the current directory")
-    # one module per file, so that two functions of a file share its globals
-    name = f"pact_fast_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
-    if name in sys.modules:
-        return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found and found.loader
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise PactError(f"{kind} '{spec}': {path} cannot be imported: {describe_error(error)}") from error
+    path = path.resolve()
+    name = f"pact_fast_user_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    with _import_lock:
+        if name in sys.modules:
+            return sys.modules[name]
+        found = importlib.util.spec_from_file_location(name, path)
+        assert found and found.loader
+        module = importlib.util.module_from_spec(found)
+        sys.modules[name] = module  # dataclasses and pickle look up the module of a class there
+        try:
+            found.loader.exec_module(module)
+        except BaseException as error:
+            del sys.modules[name]
+            if isinstance(error, PactError) or not isinstance(error, Exception):
+                raise
+            raise PactError(f"{kind} '{spec}': {path} cannot be imported: {describe_error(error)}") from error
     return module
 
 
 def _import_module(spec: str, kind: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
+    except PactError:
+        raise
     except Exception as error:
         problem = f"{kind} '{spec}': module {name} cannot be imported: {describe_error(error)}"
         raise PactError(f"{problem}; for a file write its path, file.py:name") from error
 
 
 def describe_error(error: Exception) -> str:
-    """`ValueError: message (file.py:12)`; the place is where it was raised, unless that is here."""
+    """`ValueError: message (file.py:12)`, with the place where it was raised unless that is this module."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     frame = traceback.extract_tb(error.__traceback__)[-1]
     ours = frame.filename == __file__ or "importlib" in frame.filename

@@ -1,6 +1,6 @@
-"""Shared prefixes computed once: token trees, packing, and tree attention for Hugging Face decoders.
+"""Prefix sharing: token trees, packing, and tree attention for Hugging Face decoders (docs/tree.md). A public module.
 
-Importing this module needs numpy alone; torch and transformers load when a function that uses them is first asked for.
+Importing it needs numpy alone; torch and transformers are imported on first access to a function that uses them.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def test_keys_of_a_kept_path_come_first_and_all_rows_see_them(dtype, after):
     needs(dtype)
     torch.manual_seed(after)
     batch = batch_of(after, nodes=4)
-    layout = TreeLayout(batch, after=after)
+    layout = TreeLayout(batch, prefix_length=after)
     inputs = [rows(4, len(batch), 32).to(dtype), *(rows(2, after + len(batch), 32).to(dtype) for _ in range(2))]
     assert_as_good(
         inputs, rows(4, len(batch), 32).to(dtype), layout.end, 0.2,

@@ -1,21 +1,26 @@
-"""The benchmarks run, at sizes of no interest: every method has a row or a reason, and a wrong kernel does not pass."""
+"""The benchmarks run at small sizes: every method has a row or a reason, and a wrong kernel is a failure."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
+import os
+import re
+import shlex
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-import correctness  # noqa: E402
-import gpu_suite  # noqa: E402
-import head  # noqa: E402
-import measure  # noqa: E402
-import peers  # noqa: E402
+from benchmarks import correctness, gpu_suite, harness, head, head_methods, head_problem, measure, quickstart
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def arguments(" in path.read_text())
 
 TINY = ["--device", "cpu", "--shapes", "64x32x515", "--rounds", "2"]
 
@@ -28,10 +33,10 @@ def run_head(tmp_path: Path, *options: str) -> tuple[int, dict]:
 
 @pytest.mark.slow
 def test_head_compares_every_method_or_says_why_not(tmp_path, monkeypatch, capsys):
-    for name, method in peers.METHODS.items():
+    for name, method in head_methods.METHODS.items():
         if method.compiled:
             slow = dataclasses.replace(method, reason=lambda problem: "compiles for too long")
-            monkeypatch.setitem(peers.METHODS, name, slow)
+            monkeypatch.setitem(head_methods.METHODS, name, slow)
     options = ("--dtypes", "bfloat16", "float32", "--fractions", "0.5", "--no-memory", "--date", "2026-01-02")
     status, report = run_head(tmp_path, *options)
     assert status == 0 and report["failures"] == []
@@ -39,14 +44,14 @@ def test_head_compares_every_method_or_says_why_not(tmp_path, monkeypatch, capsy
     printed = capsys.readouterr().out
     for case in report["cases"]:
         rows = {row["method"]: row for row in case["rows"]}
-        assert list(rows) == list(peers.METHODS)
+        assert list(rows) == list(head_methods.METHODS)
         assert all(f"| {name} " in printed for name in rows)
         for name, row in rows.items():
             if row["status"] != "ok":
                 assert len(row["status"]) > 5
                 continue
             for column in ("forward_ms", "both_ms"):
-                assert len(row[column]["rounds"]) in (2, head.SLOW_ROUNDS)
+                assert len(row[column]["rounds"]) in (2, harness.SLOW_ROUNDS)
                 assert row[column]["median"] > 0 and row[column]["ratio_to_gemms"] > 0
             if row["kind"] != "floor":
                 assert all(math.isfinite(error) for error in row["errors"].values()), name
@@ -57,9 +62,9 @@ def test_head_compares_every_method_or_says_why_not(tmp_path, monkeypatch, capsy
 
 
 def test_inactive_rows_are_ignored_by_heads_that_know_only_cross_entropy():
-    problem = peers.make_problem((64, 32, 515), head.torch.float32, head.torch.device("cpu"), 0.25)
+    problem = head_problem.make_problem((64, 32, 515), head.torch.float32, head.torch.device("cpu"), 0.25)
     assert int(problem.active.sum()) == 16
-    assert (problem.labels == peers.IGNORE).sum() == 48
+    assert (problem.labels == head_problem.IGNORE).sum() == 48
     assert (problem.advantage[~problem.active] == 0).all() and (problem.tokens.rl_weight[~problem.active] == 0).all()
     assert problem.token_weight.sum() == pytest.approx(1.0)
 
@@ -81,12 +86,14 @@ def test_memory_on_the_cpu_is_that_of_the_call(tmp_path):
 
 
 def break_method(monkeypatch: pytest.MonkeyPatch, **broken) -> None:
-    monkeypatch.setitem(peers.METHODS, "pact torch", dataclasses.replace(peers.METHODS["pact torch"], **broken))
+    monkeypatch.setitem(
+        head_methods.METHODS, "pact torch", dataclasses.replace(head_methods.METHODS["pact torch"], **broken)
+    )
 
 
 @pytest.mark.slow
 def test_a_wrong_log_prob_of_ours_is_an_exit_status(tmp_path, monkeypatch, capsys):
-    right = peers.METHODS["pact torch"].forward
+    right = head_methods.METHODS["pact torch"].forward
     break_method(monkeypatch, forward=lambda problem: right(problem) + 0.01)
     options = ("--dtypes", "bfloat16", "--fractions", "1", "--no-memory", "--methods", "gemms", "eager", "pact torch")
     status, report = run_head(tmp_path, *options)
@@ -97,7 +104,7 @@ def test_a_wrong_log_prob_of_ours_is_an_exit_status(tmp_path, monkeypatch, capsy
 
 @pytest.mark.slow
 def test_a_wrong_gradient_of_ours_is_an_exit_status(tmp_path, monkeypatch):
-    right = peers.METHODS["pact torch"].step
+    right = head_methods.METHODS["pact torch"].step
 
     def step(problem):
         logprob = right(problem)
@@ -117,7 +124,9 @@ def test_a_failing_method_of_ours_is_an_exit_status_and_a_failing_peer_is_a_row(
         raise RuntimeError("no such luck")
 
     break_method(monkeypatch, step=fail)
-    monkeypatch.setitem(peers.METHODS, "trl chunked", dataclasses.replace(peers.METHODS["verl's formula"], step=fail))
+    monkeypatch.setitem(
+        head_methods.METHODS, "trl chunked", dataclasses.replace(head_methods.METHODS["verl's formula"], step=fail)
+    )
     options = ("--dtypes", "float32", "--fractions", "1", "--no-memory", "--methods", "gemms", "trl chunked")
     status, report = run_head(tmp_path, *options)
     assert status == 0 and "no such luck" in report["cases"][0]["rows"][1]["status"]
@@ -146,7 +155,7 @@ def test_every_call_takes_part_in_its_rounds_in_rotating_order():
 
 
 def test_correctness_flags_a_kernel_that_is_wrong(monkeypatch, capsys):
-    case = correctness.Case("odd V", 40, 16, 131, "float32")
+    case = correctness.KernelCase("odd V", 40, 16, 131, "float32")
     device = head.torch.device("cpu")
     assert correctness.check(case, "pact_loss", "torch", device)["failures"] == []
     right = correctness.run_loss
@@ -163,31 +172,93 @@ def test_correctness_flags_a_kernel_that_is_wrong(monkeypatch, capsys):
 @pytest.mark.slow
 def test_gpu_suite_runs_dry_without_a_gpu(tmp_path):
     out = tmp_path / "suite.json"
-    status = gpu_suite.main(["--device", "cpu", "--only", "correctness", "head", "rows", "--out", str(out)])
+    status = gpu_suite.main(["--device", "cpu", "--only", "correctness", "head", "softmax", "--out", str(out)])
     report = json.loads(out.read_text())
     states = {name: section["status"] for name, section in report["sections"].items()}
-    assert status == 0 and states == {"correctness": "passed", "head": "passed", "rows": "passed"}, report
+    assert status == 0 and states == dict.fromkeys(("correctness", "head", "softmax"), "passed"), report
     assert report["sections"]["head"]["results"]["cases"]
     assert len(report["sections"]["correctness"]["results"]["results"]) == 2 * len(correctness.CASES)
-    assert report["sections"]["rows"]["results"]["shapes"][0]["profiler"]
+    assert report["sections"]["softmax"]["results"]["shapes"][0]["profiler"]
 
 
 @pytest.mark.slow
 def test_gpu_suite_keeps_what_a_section_has_written_when_its_time_is_up(tmp_path, monkeypatch):
     code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('{\"half\": 1}'); time.sleep(60)"
     section = gpu_suite.Section("sleeps", 3, lambda device, out: [sys.executable, "-c", code, str(out)])
-    absent = gpu_suite.Section("absent", 1, lambda device, out: [], lambda: "not here")
+    absent = gpu_suite.Section("absent", 1, lambda device, out: [], needs=("no_such_module",))
     monkeypatch.setattr(gpu_suite, "SECTIONS", {"sleeps": section, "absent": absent})
     out = tmp_path / "suite.json"
     assert gpu_suite.main(["--device", "cpu", "--only", "sleeps", "absent", "--out", str(out)]) == 1
     sections = json.loads(out.read_text())["sections"]
     assert sections["sleeps"]["status"] == "out of time" and sections["sleeps"]["results"] == {"half": 1}
-    assert sections["absent"] == {"status": "not possible", "reason": "not here"}
+    assert sections["absent"] == {"status": "not possible", "reason": "not installed: no_such_module"}
 
 
-def test_gpu_suite_fits_nine_minutes_and_says_so_when_there_is_no_gpu(capsys):
-    assert sum(section.seconds for section in gpu_suite.SECTIONS.values()) < 9 * 60
+def test_gpu_suite_fits_eight_minutes_and_says_so_when_there_is_no_gpu(capsys):
+    assert sum(section.seconds for section in gpu_suite.SECTIONS.values()) <= gpu_suite.LIMIT < 8 * 60
+    assert all((ROOT / test).is_file() for test in gpu_suite.TESTS)
     assert gpu_suite.main(["--list"]) == 0
     if not head.torch.cuda.is_available():
         assert gpu_suite.main([]) == 2
         assert "no CUDA device" in capsys.readouterr().err
+
+
+def documented_commands() -> Iterator[tuple[str, str]]:
+    """(page, command) of every benchmark command in the docs; a backslash continues a line."""
+    for page in PAGES:
+        text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+        for command in re.findall(r"python (?:-m )?benchmarks[./][^`|&;\n]+", text):
+            yield page.name, command.rstrip()
+
+
+@pytest.mark.parametrize(("page", "command"), list(documented_commands()), ids=lambda value: value)
+def test_command_in_the_docs_parses(page, command):
+    words = shlex.split(command)[1:]
+    target, arguments = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
+    name = target.removeprefix("benchmarks").removesuffix(".py").strip("./")
+    assert name in COMMANDS, f"{page}: {target}"
+    importlib.import_module(f"benchmarks.{name}").arguments(arguments)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_the_docstring_and_has_the_common_options(name, capsys):
+    module = importlib.import_module(f"benchmarks.{name}")
+    with pytest.raises(SystemExit) as ended:
+        module.arguments(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert text.startswith(f"usage: python -m benchmarks.{name}") and module.__doc__.splitlines()[0] in text
+    assert {"--out", "--date", "--commit"} <= set(re.findall(r"--\w+", text))
+
+
+def test_a_benchmark_started_as_a_file_is_the_module(tmp_path, monkeypatch):
+    """From any directory, without the checkout on the import path."""
+    path = ROOT / "benchmarks" / "head.py"
+    monkeypatch.chdir(tmp_path)
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, str(path), "--help"], env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: python -m benchmarks.head")
+
+
+def test_result_files_say_where_they_come_from(tmp_path):
+    out = tmp_path / "report.json"
+    args = head.arguments(["--date", "2026-01-02", "--commit", "abc", "--out", str(out)])
+    harness.write_report(harness.new_report("head", args, rounds=3), args.out)
+    report = json.loads(out.read_text())
+    assert (report["benchmark"], report["date"], report["commit"], report["rounds"]) == ("head", "2026-01-02", "abc", 3)
+    assert report["versions"]["torch"] and report["machine"]["threads"]
+
+
+def test_quickstart_results_are_stamped(tmp_path, monkeypatch):
+    rate = {"mean": 0.9, "low": 0.8, "high": 1.0}
+    base = {"mean": 0.2, "low": 0.1, "high": 0.3}
+    summary = {"base_success": base, "success": rate, "base_greedy": base, "greedy": rate, "wall_seconds": 60}
+    monkeypatch.setattr(quickstart, "train", lambda seed, *rest: summary | {"seed": seed})
+    out = tmp_path / "quickstart.json"
+    assert quickstart.main(["--seeds", "0", "1", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert [run["seed"] for run in report["runs"]] == [0, 1]
+    assert report["date"] and report["versions"]["torch"] and report["machine"]["cpu"]
+    monkeypatch.setattr(quickstart, "train", lambda seed, *rest: summary | {"seed": seed, "wall_seconds": 601})
+    assert quickstart.main(["--seeds", "0"]) == 1

@@ -60,7 +60,7 @@ def test_without_a_working_compiler_torch_serves_after_one_line(compiler, tmp_pa
     out, _ = lines(start(tmp_path, CXX=compiler))
     assert out[0] == out[1] and out[0].startswith("[-1.609")
     assert compiler in out[2] and out[2] != "ready"
-    assert out[3].count("plain torch serves") == 1 and compiler in out[3]
+    assert out[3].count("falling back to plain torch") == 1 and compiler in out[3]
 
 
 def test_a_failed_build_leaves_the_compilers_messages(tmp_path):

@@ -17,12 +17,13 @@ from tests.support.runs import STEPS, RunProcess, assert_same, cut_back, metrics
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 AGENT, LEARNER = "pact_fast.rollout.agent:AgentLoop", "pact_fast.train.learner:Learner"
+ENGINE = "pact_fast.rollout.embedded.engine:TransformersEngine"
 PRETRAINING = 3  # calls of Learner.update before the first step; each step has two
 
 # SIGTERM arrives at the n-th call of a method → exit status, and the newest checkpoint
 MOMENTS = {
     "pretraining": (f"{LEARNER}.update", 2, 143, None),
-    "the base's evaluation": (f"{AGENT}._take_turn", 2, 143, None),
+    "the base's evaluation": (f"{ENGINE}.step", 2, 143, None),
     "rollouts": (f"{AGENT}.run", 3, 0, 1),
     "the update before an evaluation": (f"{LEARNER}.update", PRETRAINING + 3, 0, 2),
     "an evaluation": (f"{AGENT}.run", 5, 0, 2),
@@ -43,7 +44,7 @@ def test_sigterm_ends_a_run_soon_and_nothing_is_lost(moment, baseline_run, tmp_p
     assert seconds_since(mark) < 60
     assert saved(run) == ([] if newest is None else list(range(1, newest + 1)))
     expected = ", and nothing had to be saved" if status else f": step {newest} is saved"
-    assert f"asked to stop{expected}; go on with resume=auto" in process.output()
+    assert f"stopped by SIGTERM{expected}; continue with resume=auto" in process.output()
     assert "Traceback" not in process.output()
     assert not (run / "summary.json").exists()
     RunProcess(run).succeed()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pact_fast.envs.python_tools.pool import BROKEN
+from pact_fast.envs.python_tools.pool import WORKER_FAILED
 from pact_fast.errors import PactError
 from pact_fast.train.metrics import MetricsWriter
 from tests.support.runs import DEADLINE, STEPS, RunProcess, assert_same, contents, cut_back, metrics, saved
@@ -29,7 +29,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(baseline_ru
     size = (run / "checkpoints/step_2/optimizer.safetensors").stat().st_size
     error = RunProcess(run, file_size=size - 1).error()
     assert f"cannot save the checkpoint {run}/checkpoints/step_3: " in error and "File too large" in error
-    assert "free some space" in error and "earlier checkpoints are intact, go on with resume=auto" in error
+    assert "free some space" in error and "earlier checkpoints are intact, continue with resume=auto" in error
     assert saved(run) == [1, 2] and contents(run / "checkpoints") == before
     RunProcess(run).succeed()
     assert_same(run, baseline_run)
@@ -177,7 +177,7 @@ def test_killed_tool_processes_cost_one_observation_each(caller, tmp_path):
     process.succeed()
     assert len(killed) >= 2
     seen = ["".join(record["tokens"]) for n in (1, 2) for record in records(tmp_path / "run", n)]
-    assert any(BROKEN in text for text in seen)
+    assert any(WORKER_FAILED in text for text in seen)
     assert any("error: the tool's process ended without a result (SIGKILL)" in text for text in seen)
     assert any(">7<" in "".join(text.split()) for text in seen)  # the other calls went on
 

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from pact_fast.config import TrainerConfig
@@ -291,7 +294,7 @@ def test_a_failing_model_writer_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_large_tensors_go_to_several_files_and_come_back_one_by_one(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "SHARD", 300)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 300)
     tensors = {f"t{i}": torch.arange(20.0) + i for i in range(9)}  # three to a file
     model = {"a.weight": torch.randn(20, 2), "b.weight": torch.randn(20, 2)}
     path = checkpoint.save(
@@ -309,6 +312,49 @@ def test_large_tensors_go_to_several_files_and_come_back_one_by_one(tmp_path: Pa
     assert not (path / "model/model.safetensors").exists()  # they would take it for the whole
     (path / names[1]).write_bytes(b"")
     assert checkpoint.latest(tmp_path) is None
+
+
+def test_model_shards_are_read_by_hugging_face_with_one_file_in_memory(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "MODEL_SHARD_BYTES", 10_000)
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    alive: list[weakref.ref] = []
+    most = 0
+
+    original = shards._cpu_copy
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        copy = original(tensor)
+        alive.append(weakref.ref(copy))
+        most = max(most, sum(ref().nbytes for ref in alive if ref() is not None))
+        return copy
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        buffer = torch.empty(max(weight.numel() for weight in weights.values()))  # one buffer for all, as under ZeRO-3
+        for name, weight in weights.items():
+            tensor = buffer[: weight.numel()].view(weight.shape)
+            yield name, tensor.copy_(weight)
+
+    monkeypatch.setattr(shards, "_cpu_copy", copied)
+    config.save_pretrained(tmp_path)
+    shards.write_model_shards(gathered(), tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 3 and files[0] == "model-00001.safetensors" and set(index["weight_map"].values()) == set(files)
+    assert index["metadata"] == {"total_size": sum(weight.nbytes for weight in weights.values())}
+    assert most <= 10_000
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+
+
+def test_model_shards_that_cannot_be_written_are_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"model-00001\.safetensors.*No such file"):
+        shards.write_model_shards([("weight", torch.zeros(1))], tmp_path / "missing")
 
 
 def test_what_was_gathered_may_be_released_before_it_is_written(tmp_path: Path) -> None:
@@ -336,7 +382,7 @@ def train(backend: Replicated, first: int, steps: int) -> list[float]:
     losses = []
     for step in range(first, first + steps):
         x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
-        loss = (backend._model(x) ** 2).mean() + backend._model(x).sum() * 0.01
+        loss = (backend.model(x) ** 2).mean() + backend.model(x).sum() * 0.01
         backend.backward(loss, last=True)
         backend.step(learning_rate=1e-2 / (step + 1))
         losses.append(loss.item())
@@ -346,18 +392,18 @@ def train(backend: Replicated, first: int, steps: int) -> list[float]:
 def test_adamw_continues_bit_for_bit(tmp_path: Path) -> None:
     backend = make_backend()
     train(backend, 0, 3)
-    weights = copy.deepcopy(backend._model.state_dict())
+    weights = copy.deepcopy(backend.model.state_dict())
     path = checkpoint.save(tmp_path, 3, tensors={"optimizer": backend.state()}, state={}, write_model=None, keep=1)
     expected = train(backend, 3, 5)
 
     resumed = make_backend()
-    resumed._model.load_state_dict(weights)
+    resumed.model.load_state_dict(weights)
     saved = checkpoint.load(path).tensors["optimizer"]
     before = {name: tensor.clone() for name, tensor in saved.items()}
     resumed.load_state(saved)
     assert train(resumed, 3, 5) == expected
-    for name, weight in backend._model.state_dict().items():
-        assert torch.equal(resumed._model.state_dict()[name], weight), name
+    for name, weight in backend.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], weight), name
     old, new = dict(backend.state()), dict(resumed.state())
     assert old.keys() == new.keys() == before.keys()
     assert all(torch.equal(old[name], new[name]) and old[name].dtype == new[name].dtype for name in old)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pact_fast.cli import versions
+from pact_fast.cli.doctor import embedded_engine_warning
 from pact_fast.cli.main import main
 from pact_fast.config import Config, known_keys, load_config, recipes
 from pact_fast.errors import PactError
+from pact_fast.train.run import Trainer
 
 TINY = {
     "model": {
@@ -54,9 +58,36 @@ def test_importing_and_help_are_quick(arguments):
     assert min(seconds) < 0.5
 
 
+COMMANDS = ("train", "eval", "rollout", "doctor", "plan", "view", "export", "recipes", "bench")
+
+
+def test_help_lists_all_commands_and_first_steps(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert set(re.findall(r"^    (\w+) ", text, re.MULTILINE)) == set(COMMANDS)
+    assert "pact-fast train quickstart" in text and "docs/configuration.md" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_says_what_it_does_and_shows_examples(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    description, _, examples = capsys.readouterr().out.partition("examples:")
+    assert len(description.split()) > 20
+    assert re.search(rf"^  pact-fast {command}", examples, re.MULTILINE)
+    assert max(map(len, examples.splitlines())) <= 120
+
+
 def test_every_shipped_recipe_is_valid():
     for name in recipes():
         assert load_config(name).output_dir.startswith("runs/")
+
+
+def test_every_recipe_of_a_large_model_samples_with_vllm():
+    for name in recipes():
+        config = load_config(name)
+        assert config.rollout.engine == ("vllm" if config.model.path else "transformers"), name
 
 
 @pytest.mark.parametrize(
@@ -152,6 +183,59 @@ def test_doctor_and_dry_run_pass_on_the_quickstart_and_train_nothing(capsys, tmp
     shown = capsys.readouterr().out
     assert "FAIL" not in shown and "max_steps" in shown
     assert not os.listdir(tmp_path)
+
+
+def test_a_run_leaves_its_settings_as_they_were(tiny):
+    config = load_config(str(tiny), ["trainer.max_tokens_per_pack=null"])
+    before = config.model_copy(deep=True)
+    Trainer(config).train()
+    assert config == before
+
+
+def test_the_embedded_engine_is_advised_for_small_models_and_few_tokens_only():
+    quickstart = load_config("quickstart")
+    assert embedded_engine_warning(quickstart, 1_000_000) is None
+    assert "1,700 M parameters" in embedded_engine_warning(quickstart, 1_700_000_000)
+    paper = load_config("pact-paper", ["rollout.engine=transformers"])
+    assert "47,104,000 sampled tokens" in embedded_engine_warning(paper, 1_000_000)
+    assert embedded_engine_warning(load_config("pact-paper"), 1_700_000_000) is None
+    assert embedded_engine_warning(load_config("quickstart", ["algorithm.name=sft"]), 1_700_000_000) is None
+
+
+def test_doctor_warns_of_the_embedded_engine_and_does_not_fail(capsys, tiny):
+    assert main(["doctor", str(tiny), "trainer.prompts_per_step=2000"]) == 0
+    report = capsys.readouterr().out
+    assert "warn  model: the embedded engine is for small models" in report and "set rollout.engine=vllm" in report
+
+
+def test_doctors_memory_line_is_the_estimate(capsys, tiny):
+    assert main(["doctor", str(tiny), "device=cpu"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ok    memory"))
+    assert main(["doctor", str(tiny), "device=cpu", "--memory"]) == 0
+    total = re.search(r"total\s*│\s*([\d.]+ [MG]iB)", capsys.readouterr().out)
+    assert total and f"estimated to peak at {total[1]}:" in line
+
+
+def test_doctor_warns_of_untested_versions_and_does_not_fail(capsys, tiny, monkeypatch):
+    monkeypatch.setattr(versions, "installed", lambda: {"torch": "3.0.1+cu140", "transformers": "5.24.0"})
+    assert main(["doctor", str(tiny)]) == 0
+    report = capsys.readouterr().out
+    assert "ok    versions: torch 3.0.1+cu140, transformers 5.24.0" in report
+    assert re.findall(r"warn  versions: (\S+ \S+)", report) == ["torch 3.0.1+cu140"]
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"), [("2.13.0", True), ("2.13.1+cpu", True), ("2.9.1", False), ("2.14", False)]
+)
+def test_versions_are_compared_as_numbers(version, tested):
+    assert (versions.untested({"torch": version}) == []) == tested
+
+
+def test_the_versions_of_this_environment_are_among_the_tested_ones():
+    assert "torch" in versions.installed()
+    assert versions.untested(versions.installed()) == [], (
+        "the tests pass here: widen TESTED in pact_fast/cli/versions.py"
+    )
 
 
 def test_doctor_fails_with_the_reason(capsys):

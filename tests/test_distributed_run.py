@@ -93,7 +93,7 @@ def test_a_killed_process_takes_the_others_with_it_and_the_run_goes_on(alone, tm
     killed = time.monotonic()
     error = ended(process)
     assert process.returncode != 0 and time.monotonic() - killed < 45
-    assert "another process has ended or hangs" in error and "resume=auto" in error
+    assert "another rank has ended or hangs" in error and "resume=auto" in error
     train(run, 2)
     assert_same(run, alone)
 
@@ -111,7 +111,7 @@ def test_sigterm_ends_all_processes_after_the_step(receiver, alone, tmp_path):
     assert time.monotonic() - asked < 60
     assert (process.returncode == 0) == (receiver == "one process"), error
     newest = max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir())
-    assert f"asked to stop: step {newest} is saved; go on with resume=auto" in error
+    assert f"stopped by SIGTERM: step {newest} is saved; continue with resume=auto" in error
     assert not (run / "summary.json").exists()
     train(run, 1)
     assert_same(run, alone)

@@ -173,7 +173,7 @@ def test_command_and_its_settings_exist(place, command, capsys):
     words = shlex.split(command, comments=True)[1:]
     if len(words) == 1 and words[0] not in ("recipes", "bench"):
         words.append("quickstart")
-    arguments = cli._parser().parse_args(words)
+    arguments = cli.make_parser().parse_args(words)
     if hasattr(arguments, "settings"):
         source = arguments.source if arguments.source in recipes() else "quickstart"
         load_config(source, arguments.settings)

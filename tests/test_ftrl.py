@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pact_fast.data.types import ExpertTrace, ToolCall, Trajectory, TurnRecord
-from pact_fast.rewards.ftrl import mentions, solve_score
+from pact_fast.rewards.ftrl import contains_parts, solve_score
 from pact_fast.rewards.toolhop import is_correct
 
 EXPERT = Path(__file__).parent / "data" / "ftrl_expert.jsonl"
@@ -86,8 +86,8 @@ def test_equal_sub_questions_need_a_call_each():
         ("4", "category five", False),
     ],
 )
-def test_mentions(expected, text, found):
-    assert mentions(expected, text) is found
+def test_contains_parts(expected, text, found):
+    assert contains_parts(text, expected) is found
 
 
 words = st.text("aB1,. ", max_size=6)
@@ -138,7 +138,7 @@ def test_expert_traces_solve_their_tasks_with_the_real_tools():
     if "PACT_TEST_DATA" not in os.environ:
         pytest.skip("set PACT_TEST_DATA to a folder that holds ftrl/test.parquet")
     from pact_fast.data.types import Task
-    from pact_fast.envs.python_tools.env import PythonToolsEnvironment
+    from pact_fast.envs.python_tools.env import PythonTools
     from pact_fast.envs.python_tools.pool import SandboxPool
 
     rows = pq.read_table(Path(os.environ["PACT_TEST_DATA"]) / "ftrl" / "test.parquet").to_pylist()
@@ -151,7 +151,7 @@ def test_expert_traces_solve_their_tasks_with_the_real_tools():
                 expert["id"], row["messages"], json.loads(row["tools"]), answer=row["answer"], env_args=env_args
             )
             trace = ExpertTrace.from_messages(expert["expert_trace"])
-            env = PythonToolsEnvironment(pool)
+            env = PythonTools(pool)
             env.reset(task)
             records = []
             for turn in trace.turns:

@@ -1,7 +1,7 @@
-"""Every back-end on the sizes and values that broke other fused heads: error at most twice that of torch's own code.
+"""Every backend on the sizes and values that broke other fused heads: error at most twice that of torch's own code.
 
 Truth is plain torch in fp64; the yardstick is the same plain torch in the dtype of the inputs, all logits at once. With
-TRITON_INTERPRET=1 the Triton back-end takes part on the small cases (see test_triton_interpreter.py); on a machine with
+TRITON_INTERPRET=1 the Triton backend takes part on the small cases (see test_triton_interpreter.py); on a machine with
 CUDA it does so on all of them.
 """
 
@@ -130,7 +130,7 @@ LARGE = ("wide", "Qwen's vocabulary", "70,001 tokens")
 SMALL = ("one token", "odd sizes", "a vocabulary of five", "certain and impossible targets")
 
 
-@functools.lru_cache(maxsize=1)  # the same for every back-end
+@functools.lru_cache(maxsize=1)  # the same for every backend
 def yardstick(name: str, dtype: torch.dtype, entropy_coef: float) -> tuple:
     """(parameters, table, options) of a case, the truth, and the errors of torch's own code."""
     parameters, table, options = CASES[name].inputs(dtype)
@@ -193,5 +193,5 @@ def test_runs_are_bit_identical_for_any_number_of_threads(dtype, backend):
         runs.append(ours(parameters, table, options, backend))
     torch.set_num_threads(before)
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
-    if backend == "cpp":  # the products are the library's own business, the row pass is ours
+    if backend == "cpp":  # the GEMMs are the BLAS library's, the softmax passes are ours
         assert torch.equal(runs[0]["entropy"], runs[2]["entropy"])

@@ -1,4 +1,4 @@
-"""Memory that passes on the CPU hand on to each other."""
+"""Working memory on CPU is reused between calls, and never shared by two at a time."""
 
 import threading
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pact_fast.kernels import linear_logprob, release_memory
-from pact_fast.kernels.runtime import scratch
+from pact_fast.kernels.runtime import scratch as memory
+from pact_fast.kernels.runtime.scratch import Scratch, padded_nbytes
 
 
 @pytest.fixture(autouse=True)
@@ -16,13 +17,13 @@ def nothing_kept():
     release_memory()
 
 
-def make_scratch(size: int) -> scratch.Scratch:
-    return scratch.Scratch(size, torch.device("cpu"))
+def scratch(size: int) -> Scratch:
+    return Scratch(size, torch.device("cpu"))
 
 
 def test_pieces_lie_apart_and_are_as_large_as_asked():
     shapes = [(3, 5), (7,), (2, 1000)]
-    made = make_scratch(sum(scratch.padded_nbytes(shape, torch.float32) for shape in shapes))
+    made = scratch(sum(padded_nbytes(shape, torch.float32) for shape in shapes))
     pieces = [made.empty(shape, torch.float32).fill_(i) for i, shape in enumerate(shapes)]
     assert [piece.shape for piece in pieces] == [torch.Size(shape) for shape in shapes]
     assert all(bool((piece == i).all()) for i, piece in enumerate(pieces))
@@ -30,23 +31,23 @@ def test_pieces_lie_apart_and_are_as_large_as_asked():
 
 def test_the_next_pass_gets_the_memory_of_the_last_and_a_larger_one_replaces_it():
     def place(size: int) -> int:
-        made = make_scratch(size)
+        made = scratch(size)
         return made.empty((size,), torch.uint8).data_ptr()
 
     first = place(100_000)
     assert place(50_000) == first == place(100_000)
     place(200_000)
-    (kept,) = scratch._kept
+    (kept,) = memory._kept
     assert len(kept) == 200_000
     release_memory()
-    assert not scratch._kept
+    assert not memory._kept
 
 
 def test_two_passes_at_once_never_share():
-    one, other = make_scratch(10_000), make_scratch(10_000)
+    one, other = scratch(10_000), scratch(10_000)
     assert one.empty((10,), torch.uint8).data_ptr() != other.empty((10,), torch.uint8).data_ptr()
     del one, other
-    assert len(scratch._kept) == 1
+    assert len(memory._kept) == 1
 
 
 def test_a_pass_in_inference_mode_leaves_memory_that_gradients_can_use():

@@ -45,6 +45,15 @@ def gradients(renderer, model, config, chunks, **trainer) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+@pytest.mark.parametrize(
+    "name, message", [("dapo", "no policy loss 'dapo'"), ("gspo", "'gspo' takes one ratio per sequence")]
+)
+def test_policy_losses_that_the_trainer_cannot_use_are_refused_before_the_first_step(renderer, name, message):
+    algorithm = make_algorithm(AlgorithmConfig(policy_loss=name))
+    with pytest.raises(PactError, match=message):
+        Learner(tiny_model(renderer), TrainerConfig(), algorithm, total_updates=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 @pytest.mark.parametrize("name", ["pact", "matchtir", "sft"])

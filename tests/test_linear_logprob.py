@@ -99,7 +99,7 @@ def test_chunk_size_changes_nothing(rows, monkeypatch):
 
     whole = run()
     monkeypatch.setattr(chunked, "LOGITS_BUDGET", rows * 5 * 8 * VOCAB)
-    assert chunked.chunk_rows(VOCAB, 5 * 8 * VOCAB, hidden.device) == rows
+    assert chunked.max_chunk_rows(VOCAB, 5 * 8 * VOCAB, hidden.device) == rows
     assert all(close(a, b) for a, b in zip(run(), whole, strict=True))
 
 
@@ -199,7 +199,7 @@ def test_backends_are_named_with_the_reason_why_not():
         else:
             with pytest.raises(PactError, match=re.escape(reason)):
                 linear_logprob(hidden, weight, targets, backend=name)
-    with pytest.raises(PactError, match="no such back-end"):
+    with pytest.raises(PactError, match="no such backend"):
         linear_logprob(hidden, weight, targets, backend="cuda")
 
 

@@ -147,8 +147,8 @@ def test_what_else_is_on_the_device_counts(deep):
     deep.algorithm.beta = 0.01
     assert estimate(deep).total == plain + 4 * estimate(deep).parameters
     deep.rollout.engine = "vllm"
-    assert estimate(deep, device="cuda", capacity=10 << 30).parts["vLLM"] == 3 << 30
-    assert "vLLM takes 30%" in estimate(deep).notes[0]
+    assert estimate(deep, device="cuda", capacity=10 << 30).parts["rollout engine"] == 3 << 30
+    assert "rollout engine takes 30%" in estimate(deep).notes[0]
 
 
 @pytest.mark.timing

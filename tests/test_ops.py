@@ -21,30 +21,30 @@ OPTIONS = dict(kl_coef=0.1, entropy_coef=0.05, is_cap=2.0, temperature=0.8, soft
 @pytest.mark.parametrize("dtype, backend", [(torch.float64, "torch"), (torch.float32, "auto")])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_opcheck_of_linear_logprob(dtype, backend, with_bias):
-    from pact_fast.kernels.head.logprob import _linear_logprob
+    from pact_fast.kernels.head.logprob import linear_logprob_op
 
     hidden, weight, bias = inputs(dtype)
     targets = torch.randint(VOCAB, (ROWS,))
     arguments = (hidden, weight, bias if with_bias else None, targets, torch.ones(ROWS), 10.0, backend)
-    torch.library.opcheck(_linear_logprob, arguments)
+    torch.library.opcheck(linear_logprob_op, arguments)
 
 
 @pytest.mark.parametrize("dtype, backend", [(torch.float64, "torch"), (torch.float32, "auto")])
-@pytest.mark.parametrize("coupled", [True, False])
-def test_opcheck_of_pact_loss(dtype, backend, coupled, monkeypatch):
+@pytest.mark.parametrize("paired", [True, False])
+def test_opcheck_of_pact_loss(dtype, backend, paired, monkeypatch):
     """With the arguments that pact_loss itself passes on."""
     seen = {}
-    real = loss._pact_loss
+    op = loss.pact_loss_op
 
     def spy(*arguments, **settings):
         seen.update(arguments=arguments, settings=settings)
-        return real(*arguments, **settings)
+        return op(*arguments, **settings)
 
-    monkeypatch.setattr(loss, "_pact_loss", spy)
+    monkeypatch.setattr(loss, "pact_loss_op", spy)
     hidden, weight, bias = inputs(dtype)
-    pairs = TokenPairs(torch.tensor([[0, 1], [3, 4]]), torch.ones(2)) if coupled else None
+    pairs = TokenPairs(torch.tensor([[0, 1], [3, 4]]), torch.ones(2)) if paired else None
     pact_loss(hidden, weight, tokens(), bias=bias, pairs=pairs, backend=backend, **OPTIONS)
-    torch.library.opcheck(real, seen["arguments"], seen["settings"])
+    torch.library.opcheck(op, seen["arguments"], seen["settings"])
 
 
 @pytest.mark.slow
@@ -166,13 +166,13 @@ class Policy(torch.nn.Module):
     def __init__(self):
         super().__init__()
         _, weight, _ = inputs()
-        self.trunk = torch.nn.Linear(WIDTH, WIDTH)
-        torch.nn.init.eye_(self.trunk.weight)
-        torch.nn.init.zeros_(self.trunk.bias)
+        self.decoder = torch.nn.Linear(WIDTH, WIDTH)
+        torch.nn.init.eye_(self.decoder.weight)
+        torch.nn.init.zeros_(self.decoder.bias)
         self.head = torch.nn.Parameter(weight.detach())
 
     def forward(self, hidden, table):
-        return pact_loss(self.trunk(hidden), self.head, table).loss
+        return pact_loss(self.decoder(hidden), self.head, table).loss
 
 
 def one_rank(rank: int, store: str, results) -> None:

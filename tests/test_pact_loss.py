@@ -10,7 +10,7 @@ import torch
 
 from pact_fast.components import Component
 from pact_fast.errors import PactError
-from pact_fast.kernels import LossContext, LossTokens, pact_loss, summarise
+from pact_fast.kernels import LossContext, LossTokens, PolicyLoss, PolicyTerm, pact_loss, policy_loss, summarise
 from pact_fast.kernels.head import chunked
 from tests.support.memory import peak_bytes
 
@@ -62,7 +62,11 @@ def oracle(
     hidden, weight, t, *, bias=None, policy_loss="ppo", clip=(0.2, 0.2), delta=None, kl_coef=0.0, entropy_coef=0.0,
     is_cap=None, temperature=1.0, softcap=None,
 ):  # fmt: skip
-    """(loss, logprob [N], entropy [N], {(statistic, context, component): sum}) straight from the formulas."""
+    """(loss, logprob [N], entropy [N], {(statistic, context, component): sum}) straight from the formulas.
+
+    Besides the built-in rules it knows the two of OWN_RULES.
+    """
+    policy_loss = policy_loss.rpartition(":")[2]
     low, high = (math.inf if c is None else c for c in clip)
     logprobs, entropies = [], []
     for i in range(len(t)):
@@ -94,13 +98,18 @@ def oracle(
             continue
         token_ratio = (lp - old[i]).exp()
         ratio = token_ratio
-        if policy_loss == "gspo":
+        if policy_loss in ("gspo", "SequenceWeighted"):
             values = sequences[int(t.sequence[i]), int(t.context[i])]
             ratio = (sum(values) / len(values)).exp() * (lp - lp.detach()).exp()
         bounded = ratio.clamp(1 - low, 1 + high)
         if policy_loss == "cispo":
             term = -bounded.detach() * a * lp
             below, above = ratio < 1 - low and a != 0, ratio > 1 + high and a != 0
+        elif policy_loss in ("reinforce", "Reinforce"):
+            term, below, above = -a * lp, False, False
+        elif policy_loss == "SequenceWeighted":
+            below, above = False, delta is not None and ratio > delta and a != 0
+            term = -(ratio if delta is None else ratio.clamp(max=delta)).detach() * a * lp
         else:
             unclipped = ratio if delta is None else ratio.clamp(max=delta)
             term = -torch.minimum(unclipped * a, bounded * a)
@@ -167,6 +176,83 @@ def test_dual_clip(policy_loss):
 
 def test_bias_and_temperature_per_token():
     check("ppo", with_bias=True, temperature=torch.rand(60) + 0.5, softcap=7.0, entropy_coef=0.1)
+
+
+OWN_RULES = """
+from pact_fast.kernels import PolicyLoss, PolicyTerm
+
+class Reinforce(PolicyLoss):
+    def term(self, log_ratio, advantage, logprob, clip, delta):
+        return PolicyTerm(-advantage * logprob, -advantage)
+
+class SequenceWeighted(PolicyLoss):
+    sequence_ratio = True
+    takes_delta = True
+
+    def term(self, log_ratio, advantage, logprob, clip, delta):
+        ratio = log_ratio.exp()
+        slope = -(ratio if delta is None else ratio.clamp(max=delta)) * advantage
+        above = None if delta is None else ratio > delta
+        return PolicyTerm(slope * logprob, slope, clipped_high=above)
+
+class NoRule:
+    pass
+"""
+
+
+@policy_loss("reinforce")
+class Registered(PolicyLoss):
+    def term(self, log_ratio, advantage, logprob, clip, delta):
+        return PolicyTerm(-advantage * logprob, -advantage)
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "rules.py").write_text(OWN_RULES)
+    return f"{tmp_path / 'rules.py'}:"
+
+
+OWN_OPTIONS = [{}, {"is_cap": 0.9, "kl_coef": 0.1, "entropy_coef": 0.05, "softcap": 8.0, "temperature": 0.9}]
+
+
+@pytest.mark.parametrize("options", OWN_OPTIONS)
+def test_rules_of_a_file_outside_the_package(options, own):
+    check(own + "Reinforce", **options)
+    check(own + "SequenceWeighted", **options)
+    check(own + "SequenceWeighted", delta=1.25, **options)
+
+
+@pytest.mark.parametrize("options", OWN_OPTIONS)
+def test_a_rule_registered_by_its_decorator(options):
+    check("reinforce", **options)
+
+
+def test_own_rules_work_in_compiled_graphs(own):
+    hidden, weight, _ = model(dtype=torch.float32)
+    tokens = table(hidden, weight)
+
+    def run(hidden, name):
+        return pact_loss(hidden * 2.0, weight, tokens, policy_loss=name).loss
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for name in ("reinforce", own + "SequenceWeighted"):
+        a, b = (gradients(f(hidden, name), [hidden, weight]) for f in (run, compiled))
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    with pytest.raises(PactError, match="no policy loss 'dapo'"):
+        compiled(hidden, "dapo")
+
+
+def test_rules_that_cannot_be_used_are_one_line_errors(own):
+    hidden, weight, _ = model()
+    tokens = table(hidden, weight)
+    for name, options, message in (
+        (own + "NoRule", {}, "derive the class from pact_fast.kernels.PolicyLoss"),
+        (own + "Reinforced", {}, "did you mean 'Reinforce'"),
+        (own + "Reinforce", {"delta": 3.0}, "takes no delta"),
+    ):
+        with pytest.raises(PactError, match=message) as error:
+            pact_loss(hidden, weight, tokens, policy_loss=name, **options)
+        assert "\n" not in str(error.value)
 
 
 def check(policy_loss, with_bias=False, **options):
@@ -360,21 +446,21 @@ def test_gradient_of_one_input_only(wanted):
 
 
 @pytest.mark.parametrize("backend, dtype", [("torch", torch.float64), ("auto", torch.float32)])
-def test_tokens_without_a_coefficient_cost_no_backward_product(backend, dtype, monkeypatch):
+def test_tokens_without_a_coefficient_cost_no_backward_gemm(backend, dtype, monkeypatch):
     hidden, weight, _ = model(dtype=dtype)
     tokens = table(hidden, weight)
     active = (gradient_coefficient(hidden.double(), weight.double(), tokens) != 0).sum()
     assert 0 < active < len(tokens)
     rows = []
-    make = chunked.products
+    make = chunked.make_gemms
 
     def watched(*arguments):
-        made = make(*arguments)
-        product = made.backward
-        made.backward = lambda dz, *rest: rows.append(len(dz)) or product(dz, *rest)
-        return made
+        gemms = make(*arguments)
+        backward = gemms.backward
+        gemms.backward = lambda dz, *rest: rows.append(len(dz)) or backward(dz, *rest)
+        return gemms
 
-    monkeypatch.setattr(chunked, "products", watched)
+    monkeypatch.setattr(chunked, "make_gemms", watched)
     pact_loss(hidden, weight, tokens, backend=backend)
     assert rows == [active]
 
@@ -421,7 +507,7 @@ def test_runs_are_bit_identical():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"policy_loss": "dapo"}, "policy_loss='dapo'"),
+        ({"policy_loss": "dapo"}, "no policy loss 'dapo'; there are cispo, gspo, ppo"),
         ({"delta": 1.1}, "delta=1.1"),
         ({"delta": 3.0, "policy_loss": "cispo"}, "delta"),
         ({"kl_coef": 0.1}, "ref_logprob"),

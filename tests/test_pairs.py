@@ -1,4 +1,4 @@
-"""Coupled pairs of tokens against the definition: full distributions in fp64, gradients from autograd."""
+"""Pairs of tokens against the definition: full distributions in fp64, gradients from autograd."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def definition(log_p, index, kind, second_grad):
 @pytest.mark.parametrize("softcap, per_token, rows", [(None, False, 2), (4.0, True, 6), (None, True, 1000)])
 @pytest.mark.parametrize("dtype, backend, bound", [(torch.float64, "torch", 1e-10), (torch.float32, "auto", 2e-6)])
 def test_values_and_gradients(kind, second_grad, softcap, per_token, rows, dtype, backend, bound, monkeypatch):
-    monkeypatch.setattr(chunked, "chunk_rows", lambda *_: rows)  # pairs in several chunks, in the last but one, in one
+    # pairs in several chunks, in all but the last chunk, in one chunk
+    monkeypatch.setattr(chunked, "max_chunk_rows", lambda *_: rows)
     arguments, table = inputs(dtype), tokens()
     hidden, weight, bias = arguments
     temperature = torch.rand(len(table), dtype=torch.float64) + 0.5 if per_token else 0.8

@@ -115,7 +115,7 @@ def test_a_task_that_cannot_run_or_be_scored_is_an_error_with_its_id(env):
 
 @pytest.mark.slow
 def test_the_factory_makes_environments_of_one_pool():
-    make = env.factory({"timeout": 0.4, "workers": 1})
+    make = PythonTools.factory({"timeout": 0.4, "workers": 1}, 10.0)
     one, other = make(), make()
     assert one is not other and one._pool is other._pool
     one.reset(ftrl_task())
@@ -125,6 +125,6 @@ def test_the_factory_makes_environments_of_one_pool():
 
 def test_the_factory_names_the_nearest_known_key():
     with pytest.raises(PactError, match=r"env\.args: unknown key 'worker'; did you mean 'workers'\?"):
-        env.factory({"worker": 1})
+        PythonTools.factory({"worker": 1}, 10.0)
     with pytest.raises(PactError, match="python_tools takes workers, timeout, memory_mb, max_output"):
-        env.factory({"zzz": 1})
+        PythonTools.factory({"zzz": 1}, 10.0)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import quickstart_sharing
 
+from benchmarks import quickstart_sharing
 from pact_fast.config import load_config
 from pact_fast.train.learner import Learner
 from pact_fast.train.run import Trainer
@@ -29,9 +29,9 @@ def losses(folder: Path, share: bool) -> list[dict]:
 
 @pytest.mark.slow
 def test_a_run_has_the_same_losses_without_sharing(tmp_path):
-    shared, alone = (losses(tmp_path, share) for share in (True, False))
-    assert len(shared) == len(alone) == 3
-    for ours, theirs in zip(shared, alone, strict=True):
+    shared, unshared = (losses(tmp_path, share) for share in (True, False))
+    assert len(shared) == len(unshared) == 3
+    for ours, theirs in zip(shared, unshared, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         assert ours["tokens/computed"] < 0.6 * theirs["tokens/computed"]
@@ -46,17 +46,17 @@ def test_the_benchmark_compares_the_recipes_own_updates(tmp_path, capsys):
     assert status == (1 if report["failures"] else 0)
     assert len(report["steps"]) == 2 and report["gradient_error"] < 1e-5
     assert report["steps"][0]["loss"]["shared"] != report["steps"][1]["loss"]["shared"]
-    assert report["tokens"]["merged"] <= report["tokens"]["shared"] < 0.6 * report["tokens"]["alone"]
+    assert report["tokens"]["merged"] <= report["tokens"]["shared"] < 0.6 * report["tokens"]["unshared"]
     assert "ratio" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_wrong_update_is_found_out(tmp_path, monkeypatch):
+def test_a_wrong_update_is_a_failure(tmp_path, monkeypatch):
     right = Learner.accumulate
 
-    def wrong(self, plans):
-        result = right(self, plans)
-        if self._share:
+    def wrong(self, batches):
+        result = right(self, batches)
+        if self.trainer.share_prefixes:
             next(self.model.parameters()).grad.mul_(1.001)
         return result
 

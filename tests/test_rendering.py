@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pact_fast.chat.chat_template import calling
+from pact_fast.chat.chat_template import call_message
 from pact_fast.chat.formats.hermes import Hermes
 from pact_fast.chat.formats.registry import get_format
 from pact_fast.chat.rendering import NO_LEVEL, ChatRenderer
@@ -98,7 +98,7 @@ def test_prompt_is_the_templates_own(name):
 
 
 @every_template
-def test_glue_is_what_the_template_writes_after_a_turn(name):
+def test_bridge_is_what_the_template_writes_after_a_turn(name):
     r = renderer(name)
     rng = random.Random(0)
     pieces = [*' \n\t"\\{}[]<>.,:;!', *"é中🙂\x00", "e\u0301", "\n\n", "the", " quick", "3.14", "'s", '"}', "{{ x }}"]
@@ -106,8 +106,8 @@ def test_glue_is_what_the_template_writes_after_a_turn(name):
         contents = ["".join(rng.choices(pieces, k=rng.randint(0, 8))) for _ in range(rng.randint(1, 3))]
         following = [{"role": "tool", "name": "get_time", "content": c} for c in contents]
         following += [{"role": "user", "content": "And\nnow? "}] if rng.random() < 0.5 else []
-        spoken = calling(ToolCall("get_time", {"city": "MARK"}))
-        whole = r.template.text([*PROMPT, spoken, *following], TOOLS, generate=True)
+        spoken = call_message(ToolCall("get_time", {"city": "MARK"}))
+        whole = r.template.render([*PROMPT, spoken, *following], TOOLS, generate=True)
         after = whole.index(r.eot, whole.index("MARK")) + len(r.eot)
         ids, components = r.bridge_tokens(following)
         assert ids.tolist() == r.tokenizer.encode(whole[after:], add_special_tokens=False)
@@ -149,7 +149,7 @@ def test_halves_of_surrogate_pairs_in_a_tool_answer_are_replaced():
     assert "?ok" in text(renderer(), renderer().bridge_ids([{"role": "tool", "content": "\ud800ok"}]))
 
 
-def test_glue_does_not_depend_on_the_order_of_calls():
+def test_bridge_does_not_depend_on_the_order_of_calls():
     r = ChatRenderer(chatml_like())
     long = [{"role": "tool", "content": "a"}, {"role": "user", "content": "b"}]
     first = r.bridge_ids(long[:1]).tolist()
@@ -174,12 +174,12 @@ def test_assistant_turn_reads_back_with_the_same_labels(name, reasoning, content
     ids, components = r.assistant_turn(reasoning, content, calls)
     turn = r.parse(ids, TOOLS)
     assert (turn.reasoning, turn.content, turn.attempts) == (reasoning, content, calls)
-    assert turn.components.tolist() == components.tolist() == r.label(ids).tolist()
+    assert turn.components.tolist() == components.tolist() == r.parse(ids, ()).components.tolist()
     assert ids[-1] == r.eot_id
     assert components[-1] == (Component.TOOL_CALL if calls else Component.ANSWER)
     without_end, shorter = r.assistant_turn(reasoning, content, calls, end=False)
     assert without_end.tolist() == ids[:-1].tolist() and shorter.tolist() == components[:-1].tolist()
-    assert r.label(without_end).tolist() == shorter.tolist()
+    assert r.parse(without_end, ()).components.tolist() == shorter.tolist()
 
 
 def test_components_of_a_turn():
@@ -203,7 +203,7 @@ def test_truncated_turn_is_labelled_by_what_it_is_in():
     r = renderer("qwen3")
     ids, components = r.assistant_turn("I think so.", "", [WEATHER])
     for cut in range(1, len(ids)):
-        labels = r.label(ids[:cut])
+        labels = r.parse(ids[:cut], ()).components
         solid = [k for k in range(cut) if r.token_bytes.table[ids[k]].strip()]
         assert labels[solid].tolist() == components[:cut][solid].tolist()
 
@@ -211,7 +211,7 @@ def test_truncated_turn_is_labelled_by_what_it_is_in():
 def test_label_gives_a_token_to_the_span_of_its_first_byte():
     r = renderer("qwen3")
     ids = np.array(r.tokenizer.encode("<think>中é</think>中<tool_call>{}</tool_call>é", add_special_tokens=False))
-    labels = r.label(ids)
+    labels = r.parse(ids, ()).components
     assert of(r, ids, labels, Component.REASONING) == "<think>中é</think>"
     assert of(r, ids, labels, Component.TOOL_CALL) == "<tool_call>{}</tool_call>"
     assert of(r, ids, labels, Component.ANSWER) == "中é"
@@ -242,7 +242,7 @@ def test_prompt_that_opens_the_reasoning_is_not_repeated():
 
 @every_template
 @pytest.mark.parametrize("rendering", ["demonstration", "turns"])
-def test_trace_context_is_turns_and_glue(name, rendering):
+def test_trace_context_is_turns_and_bridges(name, rendering):
     r = renderer(name)
     context = r.trace_context(TASK, TRACE, rendering)
     expected = []
@@ -363,7 +363,7 @@ DEFECTS = {
     "does not show the tools": ("+ function.name +", "+"),
     "differently than before": ("assistant\\n' }}", "assistant\\n' + '=' * messages|length }}"),
     "content of a 'tool' message": (RESULT, RESULT.replace("content", "content[:3]")),
-    "depending on what they contain": (RESULT, "message.content + '!' * ('two' in messages[-2].content)"),
+    "depending on their contents": (RESULT, "message.content + '!' * ('two' in messages[-2].content)"),
     "does not end an assistant turn with": ("{{- '<|im_end|>\\n' }}\n{%- elif not", "{{- '\\n' }}\n{%- elif not"),
     "no generation prompt": ("if add_generation_prompt", "if false"),
     "none of the known formats": ("<tool_call>\\n{", "<call>\\n{"),
@@ -395,7 +395,7 @@ def test_format_that_does_not_read_what_it_writes_is_refused():
         def write_calls(self, calls):
             return "<tool_call>" + " ".join(call.name for call in calls) + "</tool_call>"
 
-    with pytest.raises(PactError, match="does not read back"):
+    with pytest.raises(PactError, match="does not parse"):
         check_template(ChatRenderer(chatml_like(), Broken()))
 
 

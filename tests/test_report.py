@@ -14,14 +14,25 @@ import re
 import pytest
 from rich.console import Console
 
+from pact_fast.config import load_config
 from pact_fast.errors import PactError
 from pact_fast.report import write_report, write_view
 from pact_fast.report.before_after import Comparison, Rate, comparisons
-from pact_fast.report.charts import format_value, panels
+from pact_fast.report.charts import SPECS, format_value, panels
 from pact_fast.report.console import print_rollout, rollout_table, summary_table
 from pact_fast.report.html import duration, embed_json
-from pact_fast.report.run_data import Rollout, read_run, spread
-from tests.support.report_samples import ATTACK, SUMMARY, embedded, sample_rollout, write_lines, write_sample_run
+from pact_fast.report.run_data import Rollout, read_run, sample_evenly
+from pact_fast.train.run import Trainer
+from tests.support.report_samples import (
+    ATTACK,
+    SUMMARY,
+    embedded,
+    sample_metrics,
+    sample_rollout,
+    write_lines,
+    write_sample_run,
+)
+from tests.support.runs import SETTINGS
 
 TEMPLATE, REASONING, CALL, ANSWER, OBSERVATION = range(5)
 
@@ -37,21 +48,21 @@ def run(tmp_path):
 # ---- reading runs that are incomplete
 
 
-def test_torn_lines_are_skipped_and_counted(run):
+def test_truncated_lines_are_skipped_and_counted(run):
     path = run / "metrics.jsonl"
     text = path.read_text()
     path.write_text(text + '{"step": 61, "loss": 0.')
     read = read_run(run, rollouts=5)
     assert read.metrics[-1]["step"] == 60 and len(read.metrics) == 61
-    assert read.problems == ["metrics.jsonl: 1 torn line skipped."]
+    assert read.problems == ["metrics.jsonl: 1 truncated line skipped."]
 
 
-def test_a_line_torn_inside_a_character_is_skipped(run):
+def test_a_line_cut_inside_a_character_is_skipped(run):
     path = run / "rollouts/step_000060.jsonl"
     path.write_bytes(path.read_bytes() + '{"question": "é'.encode()[:-1])
     read = read_run(run, rollouts=100, step=60)
     assert len(read.rollouts) == 13 and read.rollouts_written == 14
-    assert "rollouts: 1 torn line skipped." in read.problems
+    assert "rollouts: 1 truncated line skipped." in read.problems
 
 
 def test_a_repeated_step_of_a_resumed_run_counts_once_and_the_later_value_wins(tmp_path):
@@ -117,10 +128,10 @@ def test_misshapen_rollouts_become_empty_fields_and_columns_of_one_length():
 # ---- which rollouts are shown, and how large a page may become
 
 
-def test_spread_is_even_and_keeps_both_ends():
-    assert spread(range(10), 4) == [0, 3, 6, 9]
-    assert spread(range(3), 4) == [0, 1, 2]
-    assert spread(range(5), 1) == [4]
+def test_sampling_is_even_and_keeps_both_ends():
+    assert sample_evenly(range(10), 4) == [0, 3, 6, 9]
+    assert sample_evenly(range(3), 4) == [0, 1, 2]
+    assert sample_evenly(range(5), 1) == [4]
 
 
 def test_the_report_shows_at_most_sixty_rollouts_from_the_first_to_the_last_step(tmp_path):
@@ -146,7 +157,7 @@ def test_long_rollouts_lose_their_middle_and_the_page_says_so(tmp_path):
     record = {"step": 1, "tokens": [str(i) for i in range(n)], "logprobs": [-0.123456] * n, "prompt": "p" * 50_000}
     write_lines(tmp_path / "rollouts/step_000001.jsonl", [record])
     shown = embedded(write_view(tmp_path))["rollouts"][0]
-    text, (kept, left_out) = shown["response"]["text"], shown["response"]["gap"]
+    text, (kept, left_out) = shown["response"]["text"], shown["response"]["cut"]
     assert len(text) == 400_000 and left_out == 100_000
     assert text[kept - 1] == str(kept - 1) and text[kept] == str(kept + left_out) and text[-1] == str(n - 1)
     assert shown["response"]["logprob"][0] == -0.1235
@@ -282,6 +293,29 @@ def test_numbers_are_short():
     assert [format_value(v) for v in (0, 0.12345, 5432.1, 5e-5, -2)] == ["0", "0.123", "5,432", "5e−5", "−2"]
     assert format_value(0.1234, True) == "12.3\u00a0%"
     assert [duration(s) for s in (9.6, 552, 7300)] == ["10 s", "9 min 12 s", "2 h 1 min"]
+
+
+def test_the_curves_of_a_run_are_drawn(run):
+    titles = {panel.spec.title for panel in panels(read_run(run, rollouts=1).metrics)}
+    assert {"SFT weight λ of calls", "Reasoning level", "Loss", "Entropy", "Stop reasons", "Time per step"} <= titles
+
+
+def test_every_curve_shows_a_metric_that_runs_write(tmp_path):
+    """One step of PACT with both contexts writes every metric that SPECS names; the sample run has no others."""
+    config = [
+        "algorithm.anchor.mode=blend",
+        "trainer.max_steps=1",
+        "trainer.eval_steps=null",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    Trainer(load_config("quickstart", [*SETTINGS, *config])).train()
+    metrics = read_run(tmp_path / "run", rollouts=1).metrics
+    written = {key for record in metrics for key in record}
+    for spec in SPECS:
+        for key in [*spec.keys, *([spec.band] if spec.band else [])]:
+            assert any(re.fullmatch(re.escape(key).replace(r"\*", "[^/]+"), name) for name in written), key
+    for key in sample_metrics(0, 1, random.Random(0)):
+        assert key in written or key.startswith(("stop/", "reward/")), key
 
 
 # ---- terminal

@@ -1,4 +1,4 @@
-"""The benchmark of rollouts gives everybody the same work, and notices when somebody does less."""
+"""The rollout benchmark gives all configurations the same work, and fails when one does less."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
 
-import rollout
+from benchmarks import rollout
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SMALL = [
@@ -24,7 +24,7 @@ SMALL = [
 ]
 
 
-def test_everybody_does_the_same_work(tmp_path, capsys):
+def test_all_configurations_do_the_same_work(tmp_path, capsys):
     out = tmp_path / "rollout.json"
     status = rollout.main([*SMALL, "--out", str(out)])
     report = json.loads(out.read_text())

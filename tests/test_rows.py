@@ -1,4 +1,4 @@
-"""The row pass of the head: every back-end against its definition, in fp64 and differentiated by autograd.
+"""The softmax passes of the head: every backend against its definition, in fp64 and differentiated by autograd.
 
 An error may be twice that of the same definition in plain fp32 torch. Triton runs on the GPU where there is one, else
 interpreted: in a process of its own, because Triton reads TRITON_INTERPRET while it is imported.
@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from pact_fast.kernels.head.softmax_torch import Pairing, RowStats, compact
+from pact_fast.kernels.head.softmax_torch import Pairing, RowStats, compaction_index
 from pact_fast.kernels.runtime import build
 from tests.support.triton_interpreter import interpreter
 
@@ -106,7 +106,7 @@ def example(device, n=6, vocab=1003, spread=4.0, bias=False, softcap=None, tempe
         case.own, case.cross = torch.randn(n), torch.randn(n)
         if kind == "jsd":  # its gradient through the mean vanishes when both rows weigh the same
             case.own = torch.where(case.partner > torch.arange(n), case.own, case.own[case.partner])
-        case.own[case.partner < 0] = case.cross[case.partner < 0] = torch.nan  # nobody reads it
+        case.own[case.partner < 0] = case.cross[case.partner < 0] = torch.nan  # never read
     for name, value in vars(case).items():
         if isinstance(value, torch.Tensor):
             setattr(case, name, value.to(device))
@@ -125,7 +125,7 @@ def definition(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         z = case.softcap * torch.tanh(z / case.softcap)
     z = z / cast(case.temperature)[:, None]
     lse = z.logsumexp(-1)
-    log_p = z - lse[:, None]  # not log_softmax: a back-end gets lse rounded, too
+    log_p = z - lse[:, None]  # not log_softmax: a backend gets lse rounded, too
     logprob = log_p[torch.arange(len(z)), case.target]
     entropy = -(log_p.exp() * log_p).sum(-1)
     loss = (cast(case.g) * logprob).sum()
@@ -151,7 +151,7 @@ def padded(x: torch.Tensor) -> torch.Tensor:
 
 
 def run(rows: Backend, case: Case, dtype=torch.float32, source=None, in_place=False) -> dict[str, torch.Tensor]:
-    """What the back-end makes of a case, under the names of `definition`."""
+    """Results of the backend for a case, under the names of `definition`."""
     z, vocab = padded(case.raw), case.raw.shape[1]
     stats = RowStats(*rows.forward(z, case.target, case.bias, case.temperature, case.softcap))
     found = stats._asdict()
@@ -231,7 +231,7 @@ def test_no_rows(rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradient_types(rows, dtype):
     if dtype.itemsize < 4 and not rows.small_types:
-        pytest.skip("its products take fp32")
+        pytest.skip("its GEMMs take fp32")
     check(rows, example(rows.device, entropy=True), dtype=dtype)
 
 
@@ -239,11 +239,11 @@ def test_gradient_types(rows, dtype):
 def test_gradient_over_the_logits(rows, dtype):
     """In place, the rows that matter moved together, it is bit by bit what a matrix of its own gets."""
     if dtype.itemsize < 4 and not rows.small_types:
-        pytest.skip("its products take fp32")
+        pytest.skip("its GEMMs take fp32")
     n, vocab = (1024, 151_936) if rows.device == "cuda" else (9, LONG)
     case = example(rows.device, n=n, vocab=vocab, temperature=True)
     case.g *= torch.rand(n, device=rows.device) < 0.5
-    source = compact(case.g != 0)
+    source = compaction_index(case.g != 0)
     assert (source != torch.arange(len(source), device=rows.device)).any()
     apart = run(rows, case, dtype=dtype)["dz"][source]
     assert torch.equal(run(rows, case, dtype=dtype, source=source, in_place=True)["dz"], apart)
@@ -343,8 +343,8 @@ def test_indices_outside_are_refused_by_the_cpp_ops_before_anything_is_read(ops)
         with pytest.raises(RuntimeError, match=rf"partner\[0\] = {wrong} is outside \[-1, 3\)"):
             ops.head_softmax_divergence(z, ones, partner, False, torch.empty(3))
         with pytest.raises(RuntimeError, match=rf"partner\[0\] = {wrong} is outside \[-1, 3\)"):
-            coupled = partner, ones, ones, ones, False
-            ops.head_softmax_backward(z, z.clone(), source, fine, ones, 0.0, *stats, ones, None, *coupled)
+            pairs = partner, ones, ones, ones, False
+            ops.head_softmax_backward(z, z.clone(), source, fine, ones, 0.0, *stats, ones, None, *pairs)
 
 
 def test_tensors_that_do_not_fit_are_refused_by_the_cpp_ops(ops):

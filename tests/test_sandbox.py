@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pact_fast.envs.python_tools import pool as pool_module
-from pact_fast.envs.python_tools.pool import BROKEN, SandboxPool
+from pact_fast.envs.python_tools.pool import WORKER_FAILED, SandboxPool
 from pact_fast.errors import PactError
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux"), pytest.mark.slow]
@@ -125,7 +125,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def tidy(pool: SandboxPool) -> bool:
-    """Only the processes that wait for the next call are left: keeper, init and tool, or the tool alone."""
+    """Only the processes that wait for the next call are left: reaper, init and tool, or the tool alone."""
     return wait_for(lambda: len(descendants(server(pool))) == (3 if "processes" in pool.protections else 1))
 
 
@@ -283,7 +283,7 @@ def test_a_dead_worker_costs_one_observation_and_is_replaced():
     with SandboxPool(workers=1) as pool:
         first = server(pool)
         os.kill(first, signal.SIGKILL)
-        assert pool.call("def f(): return 1", "f", {}) == BROKEN
+        assert pool.call("def f(): return 1", "f", {}) == WORKER_FAILED
         assert pool.call("def f(): return 1", "f", {}) == "1"
         assert server(pool) != first and not alive(first)
 
@@ -293,7 +293,7 @@ def test_a_stopped_worker_is_given_up_and_replaced(monkeypatch):
     with SandboxPool(workers=1, timeout=0.3) as pool:
         first = server(pool)
         os.kill(first, signal.SIGSTOP)
-        assert pool.call("def f(): return 1", "f", {}) == BROKEN
+        assert pool.call("def f(): return 1", "f", {}) == WORKER_FAILED
         assert not alive(first)
         assert pool.call("def f(): return 1", "f", {}) == "1"
 
@@ -326,7 +326,7 @@ def test_close_ends_running_calls_and_all_processes():
     started = time.monotonic()
     pool.close()
     thread.join(5.0)
-    assert answers == [BROKEN] and time.monotonic() - started < 3.0
+    assert answers == [WORKER_FAILED] and time.monotonic() - started < 3.0
     assert not alive(pid) and wait_for(lambda: not any(map(alive, inside)))
     with pytest.raises(PactError, match="closed"):
         pool.call("def f(): return 1", "f", {})
@@ -345,7 +345,7 @@ def test_nothing_survives_a_killed_trainer(tmp_path, idle):
         "print(next(iter(pool._running))._process.pid, holder, flush=True)\n"
         + ("time.sleep(60)" if idle else f"pool.call({tool(body)!r}, 'f', {{}})")
     )
-    path = {"PYTHONPATH": str(Path(pool.__file__).parents[2])}
+    path = {"PYTHONPATH": str(Path(pool_module.__file__).parents[3])}
     trainer = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=os.environ | path)
     assert trainer.stdout
     pid, holder = map(int, trainer.stdout.readline().split())

@@ -1,6 +1,6 @@
-"""The head from the terms of its softmax (csrc/softmax_bf16.cpp) against its twin in plain torch, in fp64.
+"""The fused bf16 softmax of the head (csrc/softmax_bf16.cpp) against softmax_torch.py in fp64.
 
-Most cases take the identity as hidden rows: the logits are then the entries of W, exactly, and dW is dz, rounded once.
+Most cases use the identity as hidden states: the logits are then exactly the entries of W, and dW is dz, rounded once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pact_fast.kernels.head import softmax_torch
 from pact_fast.kernels.head.chunked import ChunkedHead
 from pact_fast.kernels.head.logits import Logits
 from pact_fast.kernels.head.softmax_bf16 import PANEL, Bf16SoftmaxChunk
-from pact_fast.kernels.head.softmax_torch import RowStats, compact
+from pact_fast.kernels.head.softmax_torch import RowStats, compaction_index
 
 EPS = torch.finfo(torch.float32).eps
 UNIT = 2.0**-8  # what rounding to bf16 is off by at most
@@ -57,21 +57,21 @@ def chunk(n: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
 def ours(c: Case, keep: bool = True) -> Result:
     ops, (n, width), vocab = torch.ops.pact_fast, c.x.shape, len(c.weight)
     stats = RowStats(*(torch.full((n,), torch.nan) for _ in range(3)))
-    terms = chunk(n, vocab)
-    ops.bf16_softmax(c.x, c.weight, c.target, c.temperature, *(terms if keep else (None, None)), *stats)
-    source = compact(c.g != 0)
+    buffers = chunk(n, vocab)
+    ops.bf16_softmax(c.x, c.weight, c.target, c.temperature, *(buffers if keep else (None, None)), *stats)
+    source = compaction_index(c.g != 0)
     if not keep:
         return Result(stats, source, c.x[:0], c.x[:0])
     dx, hi = torch.full((len(source), width), torch.nan), torch.full_like(c.weight, torch.nan)
     lo = torch.full(c.weight.shape, 99, dtype=torch.int8)
     given = source, c.target, c.temperature, stats.logprob, stats.lse, c.g, c.x[source], c.weight
-    ops.bf16_softmax_grads(*terms, *given, dx, hi, lo, False)
+    ops.bf16_softmax_grads(*buffers, *given, dx, hi, lo, False)
     return Result(stats, source, dx, hi.T)
 
 
 def exact(c: Case) -> Result:
     z, temperature, g = c.x.double() @ c.weight.double().T, c.temperature.double(), c.g.double()
-    stats, source = softmax_torch.forward(z, c.target, None, temperature, None), compact(c.g != 0)
+    stats, source = softmax_torch.forward(z, c.target, None, temperature, None), compaction_index(c.g != 0)
     dz = torch.empty_like(z)
     softmax_torch.backward(z, dz, source, c.target, temperature, None, stats, g, None)
     dz = dz[: len(source)]
@@ -99,7 +99,7 @@ def test_every_shape(n, vocab, per_row):
 
 
 @pytest.mark.parametrize("n, width, vocab", [(5, 8, 5), (37, 101, 1003), (70, 2500, 700), (300, 896, 4099)])
-def test_products_of_any_width(n, width, vocab):
+def test_gemms_of_any_width(n, width, vocab):
     """Integers of which sums are exact, so that nothing but the softmax is rounded."""
     torch.manual_seed(0)
     c = case(torch.randint(-1, 2, (width, vocab)).float(), torch.randint(-1, 2, (n, width)).float())
@@ -181,7 +181,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(before)
 
 
-def test_statistics_are_the_same_when_no_terms_are_kept():
+def test_statistics_are_the_same_when_nothing_is_kept():
     torch.manual_seed(0)
     c = case(torch.randn(100, 1003), per_row=True)
     assert all(map(torch.equal, ours(c, keep=False).stats, ours(c).stats))
@@ -212,7 +212,7 @@ def test_a_weight_gradient_grows_from_chunk_to_chunk():
         (Logits, {"dtype": torch.float32}),
     ],
 )
-def test_terms_are_kept_where_no_more_is_asked_for(kept, options):
+def test_the_fused_softmax_is_used_where_it_suffices(kept, options):
     options = {"backend": "cpp", "bias": None, "softcap": None, **options}
     dtype, backend, softcap = options.pop("dtype", torch.bfloat16), options.pop("backend"), options.pop("softcap")
     bias = torch.zeros(50) if options.pop("bias") else None

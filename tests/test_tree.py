@@ -1,14 +1,17 @@
 """Packing and tree attention against a dense mask and against every path alone."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from pact_fast.batch.flops import decoder_flops, work_of_packs, work_of_paths
+from pact_fast.batch.flops import work_of_packs, work_of_paths
 from pact_fast.model.attention.tree import TreeLayout, tree_mask
+from pact_fast.model.flops import decoder_flops
 from pact_fast.tree import TokenTree, pack, tree_attention, tree_forward
 from tests.support.models import SHAPE
 from tests.support.trees import path_ids, random_tree
@@ -90,7 +93,7 @@ def test_variable_length_calls_add_up_to_the_tree(seed, monkeypatch):
         q, k, v = (torch.randn(1, h, len(batch), 16, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
         expected = tree_attention(q, k, v, TreeLayout(batch), scale=0.25)
         layout, cuda = TreeLayout(batch), flash_cuda.CudaFlash(torch.device("cpu"))
-        monkeypatch.setattr(layout, "flash", lambda _, cuda=cuda: cuda)
+        monkeypatch.setattr(layout, "flash_kernel", lambda _, cuda=cuda: cuda)
         out = tree_attention(q, k, v, layout, scale=0.25)
         upstream = torch.randn_like(out)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
@@ -232,3 +235,15 @@ def test_error_is_at_most_twice_that_of_a_dense_mask_in_the_same_dtype(device, d
     for mine, theirs, value in zip(ours, plain, truth, strict=True):
         unit = torch.finfo(dtype).eps / 2 * value.norm()
         assert (mine - value).norm() <= 2 * (theirs - value).norm() + unit
+
+
+def test_batches_and_the_tree_module_import_numpy_alone():
+    code = """
+import importlib, pkgutil, sys
+import pact_fast.batch, pact_fast.tree
+for module in pkgutil.walk_packages(pact_fast.batch.__path__, "pact_fast.batch."):
+    importlib.import_module(module.name)
+found = {"torch", "transformers"} & set(sys.modules)
+assert not found, found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -106,7 +106,7 @@ def test_paths_forward_refuses_a_pack_with_shared_prefixes():
 def test_branches_over_a_kept_path_have_the_hidden_states_of_the_whole_tree(dense, monkeypatch):
     """The teacher's stream: rollouts after x → h* over the keys and values that the pass over x → h*, x → {τ} has made."""
     if dense:  # what serves where there is no flash kernel
-        monkeypatch.setattr("pact_fast.model.attention.tree.flash_for", lambda q: None)
+        monkeypatch.setattr("pact_fast.model.attention.tree.select_flash_kernel", lambda q: None)
     model, rng = make("qwen3"), random.Random(5)
     x, h, *rollouts = (np.array([rng.randrange(97) for _ in range(n)]) for n in (7, 5, 4, 1, 6))
     whole = TokenTree()

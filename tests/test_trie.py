@@ -23,8 +23,8 @@ from tests.support.trees import alone, cost, gradients, path_ids, weights_of
 @pytest.fixture
 def eager(monkeypatch):
     """Every common token is merged, however little it saves."""
-    monkeypatch.setattr(merge_module, "SPAN", 0)
-    monkeypatch.setattr(merge_module, "ROWS", float("inf"))
+    monkeypatch.setattr(merge_module, "SPAN_COST", 0)
+    monkeypatch.setattr(merge_module, "ROWS_PER_TOKEN", float("inf"))
 
 
 def alike(seed: int, nodes: int = 14, depth: int = 5) -> TokenTree:

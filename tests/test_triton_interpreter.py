@@ -1,4 +1,4 @@
-"""The Triton back-end end to end without a GPU: the precision and loss tests of small cases under Triton's interpreter."""
+"""The Triton backend end to end without a GPU: the precision and loss tests of small cases under Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The update benchmark: every variant computes the same update or says why not, and one that does not is found out."""
+"""The update benchmark: every method computes the same update or says why not, and a wrong one is a failure."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import update_run
-import update_step
-from update_peers import flex_forward
-from update_variants import VARIANTS, Shape, make_problem, packed, token_tree
 
+from benchmarks import update_run, update_step
+from benchmarks.update_methods import METHODS, loss_tokens, packed
+from benchmarks.update_peers import flex_forward
+from benchmarks.update_problem import Shape, make_problem, token_tree
 from pact_fast.kernels import LossContext
+from pact_fast.train import learner
 from pact_fast.tree import pack, tree_forward
 
 TINY = ["--device", "cpu", "--model", "tiny", "--shape", "32,24,16,4,8", "--rounds", "1"]
@@ -37,24 +38,24 @@ def run(tmp_path: Path, *options: str) -> tuple[int, dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [("--prompts", "2", "--dtype", "float32"), ("--old",)])
-def test_all_variants_compute_the_same_update(tmp_path, capsys, options):
+def test_all_methods_compute_the_same_update(tmp_path, capsys, options):
     status, report = run(tmp_path, "--no-memory", "--date", "2026-01-02", *options)
     assert status == 0 and report["failures"] == [] and report["date"] == "2026-01-02"
     (case,) = report["cases"]
     rows = {row["variant"]: row for row in case["rows"]}
-    assert list(rows) == list(VARIANTS)
+    assert list(rows) == list(METHODS)
     printed = capsys.readouterr().out
     for name, row in rows.items():
         assert f"{name}" in printed
         if row["status"] != "ok":
-            assert not VARIANTS[name].ours and len(row["status"]) > 5
+            assert not METHODS[name].ours and len(row["status"]) > 5
             continue
         assert max(row["errors"]["float32"].values()) < 1e-5
         parts = row["parts_s"]
-        assert set(parts) == {"trunk", "attention", "head", "optimizer", "rest"} | ({"old"} if case["old"] else set())
+        assert set(parts) == {"decoder", "attention", "head", "optimizer", "rest"} | ({"old"} if case["old"] else set())
         assert all(seconds > 0 for seconds in parts.values())
         assert sum(parts.values()) <= 1.5 * max(row["round_ms"]) / 1e3
-    assert rows["alone"]["tokens"] == case["unshared_tokens"] == case["prompts"] * (4 * (48 + 80) + 56)
+    assert rows["full-logits"]["tokens"] == case["unshared_tokens"] == case["prompts"] * (4 * (48 + 80) + 56)
     assert rows["tree"]["tokens"] == case["prompts"] * (32 + 24 + 8 + 2 * 4 * 16)
     assert rows["tree"]["ratio_to_tree"] == 1.0 and 0 < rows["tree"]["floor"] < 1
 
@@ -70,17 +71,17 @@ def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["positions", "weights"])
-def test_a_wrong_variant_is_found_out(tmp_path, monkeypatch, capsys, what):
+def test_a_wrong_method_is_a_failure(tmp_path, monkeypatch, capsys, what):
     def shifted(model, batch):
         return tree_forward(model, dataclasses.replace(batch, position_ids=np.maximum(batch.position_ids - 1, 0)))
 
     def wrong(model, problem):
         if what == "positions":
-            return packed(model, problem, trunk=shifted)
+            return packed(model, problem, decoder=shifted)
         return packed(model, dataclasses.replace(problem, weight=problem.weight * 1.0001))
 
-    monkeypatch.setitem(VARIANTS, "tree", dataclasses.replace(VARIANTS["tree"], passes=wrong))
-    status, report = run(tmp_path, "--no-memory", "--only", "kept", "tree")
+    monkeypatch.setitem(METHODS, "tree", dataclasses.replace(METHODS["tree"], passes=wrong))
+    status, report = run(tmp_path, "--no-memory", "--only", "selected-logits", "tree")
     assert status == 1
     assert report["failures"] and all("tree: " in failure for failure in report["failures"])
     assert "FAIL" in capsys.readouterr().out
@@ -105,7 +106,7 @@ def test_a_case_that_raises_is_a_failure_and_the_others_still_count(tmp_path, mo
 def test_flex_sees_what_the_tree_sees():
     """Its backward pass needs CUDA; its mask does not."""
     shape = Shape(13, 11, 7, 3, 4)
-    case = update_run.Case("tiny", 2, shape, "float32", 1, False)
+    case = update_run.UpdateCase("tiny", 2, shape, "float32", 1, False)
     model = update_run.build(case, torch.device("cpu")).eval()
     tree, _ = token_tree(make_problem(shape, 256, seed=0), tuple(LossContext))
     (batch,) = pack([tree], max_tokens=1000)
@@ -117,3 +118,16 @@ def test_shapes_are_checked():
     for wrong in ("1,2,3", "a,b,c,d", "8,0,8,2", "8,8,8,1"):
         with pytest.raises(SystemExit, match="--shape"):
             update_step.main(["--shape", wrong])
+
+
+def test_the_loss_table_is_the_learners():
+    """Both are made by pact_fast.batch; weights and targets agree."""
+    problem = make_problem(Shape(6, 5, 4, 3, 2), 50, seed=0)
+    tree, scored = token_tree(problem, tuple(LossContext))
+    (batch,) = pack([tree], max_tokens=1000)
+    tokens, (expected, _) = loss_tokens(batch, scored), learner.loss_tokens(batch, scored)
+    assert len(tokens) == problem.y.size * 2 + len(problem.z)
+    for name in ("row", "target", "context", "sequence", "advantage"):
+        torch.testing.assert_close(getattr(tokens, name), getattr(expected, name))
+    assert float(tokens.rl_weight.sum()) == pytest.approx(1.0)
+    assert float(tokens.sft_weight.sum()) == pytest.approx(0.7 * 0.5)

@@ -57,14 +57,14 @@ def test_sampling_repeats_itself(policy, engine):
 def test_200_trajectories_carry_exactly_what_vllm_sampled(policy, engine, monkeypatch):
     engine.update_weights(policy.model, 7)
     outputs = {}
-    step = engine.host._engine.step
+    step = engine.transport.llm_engine.step
 
     def spy():
         found = step()
         outputs.update({output.request_id.rsplit("/", 1)[0]: output for output in found if output.finished})
         return found
 
-    monkeypatch.setattr(engine.host._engine, "step", spy)
+    monkeypatch.setattr(engine.transport.llm_engine, "step", spy)
     loop = policy.loop(engine)
     tasks = policy.tasks.train(0, 200)
     trajectories = loop.run([Job(task, (3, i), 1.0) for i, task in enumerate(tasks)])
@@ -104,7 +104,7 @@ class TestFaults:
         assert largest_gap(model, [np.arange(9)], sample(engine, [np.arange(9)], 8, 0)) <= 1e-4
 
     def test_one_number_corrupted_on_the_way(self, engine, model, monkeypatch):
-        load = engine.host.load
+        load = engine.transport.load_weights
 
         def corrupt(weights, version):
             def changed():
@@ -116,59 +116,59 @@ class TestFaults:
 
             load(changed(), version)
 
-        monkeypatch.setattr(engine.host, "load", corrupt)
+        monkeypatch.setattr(engine.transport, "load_weights", corrupt)
         caught(engine, model, r"1 of \d+ tensors differ \(model.layers.1.self_attn.k_proj.weight\)")
         monkeypatch.undo()
 
     def test_a_dropped_tensor(self, engine, model, monkeypatch):
-        load = engine.host.load
+        load = engine.transport.load_weights
         kept = lambda weights: (item for item in weights if "0.mlp.up_proj" not in item[0])  # noqa: E731
-        monkeypatch.setattr(engine.host, "load", lambda weights, version: load(kept(weights), version))
+        monkeypatch.setattr(engine.transport, "load_weights", lambda weights, version: load(kept(weights), version))
         caught(engine, model, "mlp")
         monkeypatch.undo()
 
     def test_a_dropped_update(self, engine, model, monkeypatch):
         def claim(weights, version):
             list(weights)
-            engine.host._engine.collective_rpc("pact_loaded", args=(version,))
+            engine.transport.llm_engine.collective_rpc("pact_finish_loading", args=(version,))
 
-        monkeypatch.setattr(engine.host, "load", claim)
+        monkeypatch.setattr(engine.transport, "load_weights", claim)
         caught(engine, model, "tensors differ")
         monkeypatch.undo()
 
     def test_an_update_that_says_nothing(self, engine, model, monkeypatch):
-        monkeypatch.setattr(engine.host, "load", lambda weights, version: list(weights))
+        monkeypatch.setattr(engine.transport, "load_weights", lambda weights, version: list(weights))
         caught(engine, model, "version 100, the trainer has sent 102")
         monkeypatch.undo()
 
     def test_a_late_update(self, policy, engine, model, monkeypatch):
         """Old weights arrive after the new ones were verified: what was sampled since then must not be trained on."""
         engine.update_weights(model, 103)
-        load, late = engine.host.load, copy.deepcopy(model)
+        load, late = engine.transport.load_weights, copy.deepcopy(model)
         perturb(late)
         load(iter(late.state_dict().items()), 103)
-        monkeypatch.setattr(engine.host, "load", lambda *args: pytest.fail("the check must come first"))
+        monkeypatch.setattr(engine.transport, "load_weights", lambda *args: pytest.fail("the check must come first"))
         with pytest.raises(WeightMismatch, match="tensors differ"):
             engine.update_weights(model, 104)
         monkeypatch.undo()
 
     def test_a_tied_head_that_keeps_its_packed_copy(self, engine, model, monkeypatch):
         """What vLLM's own reload leaves on CPU; our worker repairs it, and without the repair the check must see it."""
-        rpc = engine.host._engine.collective_rpc
+        rpc = engine.transport.llm_engine.collective_rpc
 
         def stale(method, *args, **kwargs):
-            if method == "pact_loaded":
+            if method == "pact_finish_loading":
                 method, kwargs["args"] = "pact_version_only", kwargs["args"]
             return rpc(method, *args, **kwargs)
 
         from pact_fast.rollout.vllm.worker import WeightReport
 
-        worker = type(engine.host._engine.engine_core.engine_core.model_executor.driver_worker.worker)
+        worker = type(engine.transport.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker)
         assert issubclass(worker, WeightReport)
         monkeypatch.setattr(
             worker, "pact_version_only", lambda self, version: setattr(self, "_pact_version", version), raising=False
         )
-        monkeypatch.setattr(engine.host._engine, "collective_rpc", stale)
+        monkeypatch.setattr(engine.transport.llm_engine, "collective_rpc", stale)
         caught(engine, model, r"lm_head.weight \(copies differ\)")
         monkeypatch.undo()
 
@@ -195,7 +195,7 @@ def test_a_cancelled_turn_leaves_nothing_behind(policy, engine):
     engine.step()
     for i in range(3):
         engine.close(i)
-    assert engine.step() == [] and not engine.host._engine.has_unfinished_requests()
+    assert engine.step() == [] and not engine.transport.llm_engine.has_unfinished_requests()
     engine.submit(Request(1, np.arange(7), 4, (9,)))  # the number can be used again
     done = []
     while not done:

@@ -13,8 +13,8 @@ from pact_fast.cli.main import main
 from pact_fast.data.types import ToolCall, TurnRecord
 from pact_fast.envs.registry import EnvironmentFactory
 from pact_fast.errors import PactError
-from pact_fast.rollout.engine_check import SHORTEST_CACHED, EngineSmokeTest
-from pact_fast.rollout.vllm.colocated import LocalVllm
+from pact_fast.rollout.engine_check import MIN_CACHED_CONTEXT, EngineSmokeTest
+from pact_fast.rollout.vllm.colocated import ColocatedVllm
 from tests.support.vllm_engines import SETTINGS, make_policy, perturb
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -48,7 +48,7 @@ def checks(policy):
 
 def with_call(checks):
     """The first trajectory, as if the small policy had sampled the expert's first call."""
-    task = checks._jobs[0].task
+    task = checks.jobs[0].task
     ids, _ = checks.renderer.assistant_turn("", "", task.expert.turns[0].calls)
     parsed = checks.renderer.parse(ids, task.tools)
     return dataclasses.replace(
@@ -73,30 +73,30 @@ def test_a_model_that_is_not_the_engines_is_found(checks, monkeypatch):
     other = copy.deepcopy(checks.model)
     perturb(other, 0.001)
     monkeypatch.setattr(checks, "model", other)
-    with pytest.raises(PactError, match="log-probs are off"):
+    with pytest.raises(PactError, match="log-probs differ"):
         checks.logprobs()
 
 
 def test_a_format_that_reads_other_calls_than_it_writes_is_found(checks, monkeypatch):
     monkeypatch.setattr(checks, "trajectories", [with_call(checks), *checks.trajectories[1:]])
-    assert checks.turns() == "1 sampled calls, rendered and read again, are the same; 1 turns token by token"
+    assert checks.turns() == "1 sampled calls, rendered and parsed again, are the same; 1 turns token by token"
     right = checks.renderer.assistant_turn
 
     def wrong(reasoning, content, calls):
         return right(reasoning, content, [ToolCall(call.name, {"of": "nobody"}) for call in calls])
 
     monkeypatch.setattr(checks.renderer, "assistant_turn", wrong)
-    with pytest.raises(PactError, match=r"is read as .* choose another model\.tool_format"):
+    with pytest.raises(PactError, match=r"is parsed as .* choose another model\.tool_format"):
         checks.turns()
 
 
 def test_a_prefix_that_is_not_cached_is_found(checks, monkeypatch):
-    poll = LocalVllm.poll
-    forget = lambda host, timeout: [dataclasses.replace(s, cached=0) for s in poll(host, timeout)]  # noqa: E731
-    monkeypatch.setattr(LocalVllm, "poll", forget)
+    poll = ColocatedVllm.poll
+    forget = lambda self, timeout: [dataclasses.replace(s, cached=0) for s in poll(self, timeout)]  # noqa: E731
+    monkeypatch.setattr(ColocatedVllm, "poll", forget)
     longest = max(checks.trajectories, key=lambda t: len(t.prompt_ids) + len(t.ids))
-    assert len(longest.prompt_ids) + len(longest.ids) >= SHORTEST_CACHED
-    with pytest.raises(PactError, match="computed again when it came a second time"):
+    assert len(longest.prompt_ids) + len(longest.ids) >= MIN_CACHED_CONTEXT
+    with pytest.raises(PactError, match="computed again when it was requested a second time"):
         checks.prefix_cache()
 
 
@@ -111,12 +111,12 @@ def test_the_doctor_tries_the_engine_with_the_saved_weights(saved, capsys, mode)
 
 
 def test_an_engine_with_other_weights_fails_the_doctor(saved, capsys, monkeypatch):
-    load = LocalVllm.load
+    load = ColocatedVllm.load_weights
 
-    def spoiled(host, weights, version):
-        load(host, ((name, tensor * 1.01 if "norm" in name else tensor) for name, tensor in weights), version)
+    def spoiled(self, weights, version):
+        load(self, ((name, tensor * 1.01 if "norm" in name else tensor) for name, tensor in weights), version)
 
-    monkeypatch.setattr(LocalVllm, "load", spoiled)
+    monkeypatch.setattr(ColocatedVllm, "load_weights", spoiled)
     assert main(["doctor", "quickstart", *saved]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("FAIL  engine: the engine does not hold the trainer's weights")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -44,8 +47,10 @@ def engine(policy):
 
 
 def test_logprobs_equal_the_trainers_after_each_of_ten_updates(policy, engine, monkeypatch):
-    contexts, loads, load = prompts(len(policy.renderer.tokenizer)), [], engine.host.load
-    monkeypatch.setattr(engine.host, "load", lambda weights, version: (loads.append(version), load(weights, version)))
+    contexts, loads, load = prompts(len(policy.renderer.tokenizer)), [], engine.transport.load_weights
+    monkeypatch.setattr(
+        engine.transport, "load_weights", lambda weights, version: (loads.append(version), load(weights, version))
+    )
     ids = set()
     for version in range(10):
         engine.update_weights(policy.model, version)
@@ -53,12 +58,12 @@ def test_logprobs_equal_the_trainers_after_each_of_ten_updates(policy, engine, m
             done = sample(engine, contexts, 16, 0, temperature)
             assert largest_gap(policy.model, contexts, done, temperature) <= 1e-4
             ids.add(tuple(np.concatenate([d.ids for d in done]).tolist()))
-        assert engine.host._adapter.lora_name == f"pact-{version}"
+        assert engine.transport.adapter_name == f"pact-{version}"
         perturb_adapter(policy.model)
     assert loads == [0]  # the weights under the adapter went over once
     assert len(ids) > 10  # and the adapters made a difference
     moved = sum(tensor.nbytes for tensor in adapter_tensors(policy.model).values())
-    assert engine.last_sync.bytes == moved
+    assert engine.sync_report.bytes == moved
 
 
 class TestFaults:
@@ -73,7 +78,7 @@ class TestFaults:
         assert largest_gap(policy.model, [np.arange(9)], sample(engine, [np.arange(9)], 8, 0)) <= 1e-4
 
     def test_one_number_corrupted_on_the_way(self, engine, model, monkeypatch):
-        load = engine.host.load_adapter
+        load = engine.transport.load_adapter
 
         def corrupt(tensors, version):
             name = next(name for name in tensors if name.endswith("1.mlp.down_proj.lora_B.weight"))
@@ -81,34 +86,36 @@ class TestFaults:
             changed.view(torch.int32)[3, 1] ^= 1  # the last bit of one number
             load(tensors | {name: changed}, version)
 
-        monkeypatch.setattr(engine.host, "load_adapter", corrupt)
+        monkeypatch.setattr(engine.transport, "load_adapter", corrupt)
         caught(engine, model, r"1 of \d+ tensors differ \(model.layers.1.mlp.down_proj.lora_B.weight\)")
         monkeypatch.undo()
 
     def test_a_dropped_layer(self, engine, model, monkeypatch):
-        load = engine.host.load_adapter
+        load = engine.transport.load_adapter
         kept = lambda tensors: {k: t for k, t in tensors.items() if "0.self_attn.q_proj" not in k}  # noqa: E731
-        monkeypatch.setattr(engine.host, "load_adapter", lambda tensors, version: load(kept(tensors), version))
+        monkeypatch.setattr(engine.transport, "load_adapter", lambda tensors, version: load(kept(tensors), version))
         caught(engine, model, r"2 of \d+ tensors differ \(model.layers.0.self_attn.q_proj")
         monkeypatch.undo()
 
     def test_a_dropped_update(self, engine, model, monkeypatch):
-        rpc = engine.host._engine.collective_rpc
-        monkeypatch.setattr(engine.host, "load_adapter", lambda tensors, version: rpc("pact_loaded", args=(version,)))
+        rpc = engine.transport.llm_engine.collective_rpc
+        monkeypatch.setattr(
+            engine.transport, "load_adapter", lambda tensors, version: rpc("pact_finish_loading", args=(version,))
+        )
         caught(engine, model, "tensors differ")
         monkeypatch.undo()
 
     def test_an_adapter_on_the_embedding(self, engine, model, monkeypatch):
         """vLLM has room for one there; the trainer has none, so what stands in it must be seen."""
-        load = engine.host.load_adapter
+        load = engine.transport.load_adapter
 
         def more(tensors, version):
             load(tensors, version)
-            worker = engine.host._engine.engine_core.engine_core.model_executor.driver_worker
+            worker = engine.transport.llm_engine.engine_core.engine_core.model_executor.driver_worker
             manager = worker.model_runner.get_model().lora_manager
             manager.modules["model.embed_tokens"].lora_b_stacked[0, 0, 2, 1] = 1.0
 
-        monkeypatch.setattr(engine.host, "load_adapter", more)
+        monkeypatch.setattr(engine.transport, "load_adapter", more)
         caught(engine, model, "embed_tokens.lora .unknown to the trainer")
         monkeypatch.undo()
 
@@ -123,7 +130,7 @@ def test_a_server_takes_adapters_and_gets_them_again_when_it_was_killed():
             engine.update_weights(policy.model, version)
             done = sample(engine, contexts, 16, version)
             assert largest_gap(policy.model, contexts, done) <= 1e-4
-        engine.host._process.kill()
+        os.killpg(engine.transport.pid, signal.SIGKILL)
         done = sample(engine, contexts, 16, 5)
         assert engine.restarts == 1 and largest_gap(policy.model, contexts, done) <= 1e-4
         perturb_adapter(policy.model)

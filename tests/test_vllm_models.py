@@ -62,12 +62,12 @@ def test_samples_and_fingerprints(policy, case, monkeypatch):
             engine.update_weights(model, version)
             assert largest_gap(model, contexts, sample(engine, contexts, 16, version)) <= bound
         lost = {"llama": "q_proj", "qwen2": "v_proj.bias", "qwen3": "lm_head"}[kind]
-        load = engine.host.load
+        load = engine.transport.load_weights
 
         def partly(weights, version):
             load(((name, tensor * (1 + 1e-2 * (lost in name))) for name, tensor in weights), version)
 
-        monkeypatch.setattr(engine.host, "load", partly)
+        monkeypatch.setattr(engine.transport, "load_weights", partly)
         with pytest.raises(WeightMismatch, match=lost):
             engine.update_weights(model, 2)
     finally:

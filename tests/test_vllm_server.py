@@ -15,9 +15,13 @@ from pact_fast.config import load_config
 from pact_fast.errors import EngineDied, EngineError, PactError
 from pact_fast.rollout.engine import Request
 from pact_fast.rollout.registry import make_engine
-from pact_fast.rollout.vllm.engine import Sampled, VllmEngine
-from pact_fast.rollout.vllm.server import ManagedVllm, VllmServer
+from pact_fast.rollout.vllm.client import VllmServerTransport
+from pact_fast.rollout.vllm.engine import VllmEngine
+from pact_fast.rollout.vllm.process import VllmServerProcess
+from pact_fast.rollout.vllm.transport import TurnOutput
+from pact_fast.train.collect import RolloutCollector
 from pact_fast.train.learner import Learner
+from pact_fast.train.prefetch import RolloutPrefetcher
 from pact_fast.train.run import Trainer
 from tests.support.vllm_engines import SETTINGS, largest_gap, make_policy, perturb, prompts, running_server, sample
 
@@ -38,52 +42,52 @@ RUN = [
 
 
 class Faults:
-    """Injects one fault per server state, at given optimizer steps, and records requests and answers."""
+    """Kills or stops the server once in each state, at given optimizer steps; records turns submitted and finished."""
 
     STATES = ((4, "idle"), (9, "generating"), (11, "verifying"), (14, "updating"), (17, "hanging"))
 
     def __init__(self, monkeypatch, trainer):
         self.trainer, self.due, self.injected = trainer, dict(self.STATES), []
         self.loaded = -1
-        self.ended, self.asked_again = set(), []
-        update, step, rpc = Learner.update, VllmEngine.step, VllmServer._rpc
-        add, finish = ManagedVllm.add, VllmEngine._finish
+        self.finished, self.submitted_again = set(), []
+        update, step, rpc = Learner.update, VllmEngine.step, VllmServerTransport.rpc
+        submit, poll = VllmServerProcess.submit, VllmServerProcess.poll
 
-        def during_update(learner, plans):
+        def during_update(learner, batches, **kwargs):
             self.inject("idle")
-            return update(learner, plans)
+            return update(learner, batches, **kwargs)
 
         def during_step(engine, timeout=None):
             done = step(engine, timeout)
-            if done and engine._waiting():
+            if done and engine.has_unfinished_turns():
                 self.inject("generating")
                 self.inject("hanging", signal.SIGSTOP)
             return done
 
-        def ask(host, turn):
-            if turn.key in self.ended:
-                self.asked_again.append(turn.key)
-            return add(host, turn)
+        def record_submit(transport, turn):
+            if turn.key in self.finished:
+                self.submitted_again.append(turn.key)
+            return submit(transport, turn)
 
-        def end(engine, sampled):
-            done = finish(engine, sampled)
-            self.ended |= {sampled.key} if done else set()
+        def record_poll(transport, timeout):
+            done = poll(transport, timeout)
+            self.finished |= {output.key for output in done}
             return done
 
-        def during_rpc(host, method, *args, **kwargs):
+        def during_rpc(transport, method, *args, **kwargs):
             if method == "reload_weights" and self.due.get(self.now()) == "updating":
                 threading.Timer(0.01, self.inject, ["updating"]).start()  # the request is on its way by then
-            if method == "pact_weights" and self.loaded == self.now():
-                self.inject("verifying")  # new weights are there, and nobody has looked at them yet
-            if method == "pact_loaded":
+            if method == "pact_report_weights" and self.loaded == self.now():
+                self.inject("verifying")  # new weights are loaded, but not verified yet
+            if method == "pact_finish_loading":
                 self.loaded = self.now()
-            return rpc(host, method, *args, **kwargs)
+            return rpc(transport, method, *args, **kwargs)
 
         monkeypatch.setattr(Learner, "update", during_update)
         monkeypatch.setattr(VllmEngine, "step", during_step)
-        monkeypatch.setattr(ManagedVllm, "add", ask)
-        monkeypatch.setattr(VllmEngine, "_finish", end)
-        monkeypatch.setattr(VllmServer, "_rpc", during_rpc)
+        monkeypatch.setattr(VllmServerProcess, "submit", record_submit)
+        monkeypatch.setattr(VllmServerProcess, "poll", record_poll)
+        monkeypatch.setattr(VllmServerTransport, "rpc", during_rpc)
 
     def now(self) -> int:
         learner = getattr(self.trainer, "learner", None)
@@ -93,7 +97,7 @@ class Faults:
         if self.due.get(self.now()) == state:
             del self.due[self.now()]
             self.injected.append(state)
-            os.killpg(self.trainer.engine.host.pid, sign)
+            os.killpg(self.trainer.engine.transport.pid, sign)
 
 
 @pytest.mark.timing
@@ -101,18 +105,18 @@ def test_a_run_goes_on_after_every_fault(tmp_path, monkeypatch):
     trainer = Trainer(load_config("quickstart", [*RUN, f"output_dir={tmp_path / 'run'}"]))
     faults = Faults(monkeypatch, trainer)
     finished = []
-    exchange = Trainer._exchange
+    collect = RolloutCollector.collect
 
-    def keep(self, sampled):
-        groups = exchange(self, sampled)
+    def keep(self, *args, **kwargs):
+        groups, stale = collect(self, *args, **kwargs)
         finished.append([t for group in groups for t in group.trajectories])
-        return groups
+        return groups, stale
 
-    monkeypatch.setattr(Trainer, "_exchange", keep)
+    monkeypatch.setattr(RolloutCollector, "collect", keep)
     trainer.train()
     assert faults.injected == [state for _, state in Faults.STATES]
     assert trainer.engine.restarts >= len(faults.injected)  # on a busy machine a slow answer may count as a hang
-    assert not faults.asked_again
+    assert not faults.submitted_again
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == list(range(STEPS + 1))
     assert [len(step) for step in finished] == [8] * STEPS
@@ -124,7 +128,7 @@ def test_a_run_goes_on_after_every_fault(tmp_path, monkeypatch):
     ]
     assert max(gaps) <= 1e-4 and sum(gap > 0 for gap in gaps) > 3
     with pytest.raises(ProcessLookupError):  # and no server is left behind
-        os.killpg(trainer.engine.host.pid or 2**22 + 1, 0)
+        os.killpg(trainer.engine.transport.pid or 2**22 + 1, 0)
 
 
 def test_sampling_during_updates_is_bounded_and_stamped(tmp_path, monkeypatch):
@@ -137,17 +141,22 @@ def test_sampling_during_updates_is_bounded_and_stamped(tmp_path, monkeypatch):
         "trainer.max_off_policy_steps=1",
         f"output_dir={tmp_path / 'run'}",
     ]
-    fresh = Trainer._fresh
+    get, collect = RolloutPrefetcher.get, RolloutCollector.collect
 
-    def keep(self, step, groups):
-        if step == 4:  # one group is older than allowed
-            groups[1].trajectories[2].versions[groups[1].trajectories[2].sampled] = 1
-        groups, lagging = fresh(self, step, groups)
+    def age(self, step):
+        groups, trajectories = get(self, step)
+        if step == 4:  # one rollout of the second prompt is older than allowed
+            trajectories[6].versions[trajectories[6].sampled] = 1
+        return groups, trajectories
+
+    def keep(self, step, oldest_version):
+        groups, stale = collect(self, step, oldest_version)
         seen.append([t.versions[t.sampled] for group in groups for t in group.trajectories])
-        assert [group.index for group in groups] == [0, 1] and lagging == (step == 4)
-        return groups, lagging
+        assert [group.prompt_index for group in groups] == [0, 1] and stale == (step == 4)
+        return groups, stale
 
-    monkeypatch.setattr(Trainer, "_fresh", keep)
+    monkeypatch.setattr(RolloutPrefetcher, "get", age)
+    monkeypatch.setattr(RolloutCollector, "collect", keep)
     trainer = Trainer(load_config("quickstart", settings))
     trainer.train()
     assert len(seen) == steps
@@ -189,7 +198,7 @@ def test_a_running_server(policy, tmp_path):
             engine.update_weights(policy.model, version)
             assert largest_gap(policy.model, contexts, sample(engine, contexts, 16, version)) <= 1e-4
         # what another trainer does to the server is seen before the next update
-        engine.host._rpc("pact_loaded", args=["77"])
+        engine.transport.rpc("pact_finish_loading", args=["77"])
         with pytest.raises(PactError, match="version 77, the trainer has sent 1"):
             engine.update_weights(policy.model, 2)
         engine.shutdown()
@@ -223,22 +232,26 @@ def test_a_thread_that_samples_ends_when_the_engine_is_shut_down(policy, tmp_pat
     thread.start()
     engine.shutdown()
     thread.join(timeout=10)
-    assert errors == ["the vLLM server: it was shut down"] and engine.host.pid is None
+    assert errors == ["the vLLM server: it was shut down"] and engine.transport.pid is None
 
 
 def test_ids_of_contexts_are_what_they_were(policy):
-    """The list that is sent is the session's own no more."""
+    """A request holds a copy of the session's context, which grows."""
     sent = []
 
-    class VllmTransport:
-        name, synchronous = "a host", False
+    class FakeTransport:
+        name, synchronous = "a fake", False
 
-        def add(self, turn):
+        def submit(self, turn):
             sent.append(turn)
 
-    engine = VllmEngine(VllmTransport(), [1], deadline=5)
+        def poll(self, timeout):
+            return [TurnOutput(sent[0].key, [7, 1], [-0.1, -0.2])]
+
+    engine = VllmEngine(FakeTransport(), [1], deadline=5)
     engine.version = 0
     engine.submit(Request(0, np.array([5, 6]), 3))
-    engine._finish(Sampled(sent[0].key, [7, 1], [-0.1, -0.2]))
+    (done,) = engine.step()
+    assert done.ids.tolist() == [7, 1]
     engine.submit(Request(0, np.array([8]), 3))
     assert [turn.ids for turn in sent] == [[5, 6], [5, 6, 7, 1, 8]]

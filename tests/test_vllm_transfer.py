@@ -13,10 +13,9 @@ pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md"
 from pact_fast.config import LoraConfig
 from pact_fast.errors import PactError
 from pact_fast.model import lora
-from pact_fast.model.weights import WeightsUnavailable
+from pact_fast.model.weights import WeightSnapshot, WeightsUnavailable
 from pact_fast.rollout.registry import make_engine
 from pact_fast.rollout.vllm import weight_transfer
-from pact_fast.rollout.vllm.server import ManagedVllm
 from pact_fast.rollout.vllm.weight_transfer import choose_transfer
 from tests.support.gloo_transfer import EXTENSION, Group, native
 from tests.support.processes import run_module
@@ -44,17 +43,17 @@ def engine(policy):
     made.shutdown()
 
 
-class BroadcastFault:
-    """Calls `inject` at the n-th broadcast of an update."""
+class AtBroadcast:
+    """Calls `act` at the n-th broadcast of an update."""
 
-    def __init__(self, monkeypatch, at, inject):
-        self.seen, self.at, self.inject = 0, at, inject
+    def __init__(self, monkeypatch, at, act):
+        self.seen, self.at, self.act = 0, at, act
         monkeypatch.setattr(Group, "before_broadcast", self)
 
     def __call__(self, tensor):
         self.seen += 1
         if self.seen == self.at:
-            self.inject(tensor)
+            self.act(tensor)
 
 
 def exact(engine, policy, version):
@@ -65,35 +64,37 @@ def exact(engine, policy, version):
 def test_logprobs_equal_the_trainers_and_no_file_is_written(policy, engine, monkeypatch):
     for version in range(3):
         perturb(policy.model)
-        broadcasts = BroadcastFault(monkeypatch, 0, None)
+        broadcasts = AtBroadcast(monkeypatch, 0, None)
         engine.update_weights(policy.model, version)
         assert broadcasts.seen > 3
-        assert engine.last_sync.bytes == sum(p.nbytes for p in policy.model.parameters())
+        assert engine.sync_report.bytes == sum(p.nbytes for p in policy.model.parameters())
         exact(engine, policy, version)
-    assert not list(engine.host._folder.iterdir()) and engine.restarts == 0
+    assert not list(engine.transport.weight_files.folder.iterdir()) and engine.restarts == 0
 
 
 def test_a_bit_that_changes_on_the_way_is_caught(policy, engine, monkeypatch):
     perturb(policy.model)
-    BroadcastFault(monkeypatch, 2, lambda packed: packed[packed.numel() // 2].bitwise_xor_(1))
+    AtBroadcast(monkeypatch, 2, lambda packed: packed[packed.numel() // 2].bitwise_xor_(1))
     caught(engine, policy.model, r"1 of \d+ tensors differ")
 
 
 def test_a_tensor_that_is_left_out_is_caught(policy, engine, monkeypatch):
     perturb(policy.model)
-    left_out, outgoing = "model.layers.1.mlp.down_proj.weight", weight_transfer._Outgoing
-    shapes, tensors = outgoing.metadata, outgoing.__iter__
-    monkeypatch.setattr(outgoing, "metadata", lambda self: [m for m in shapes(self) if m.name != left_out])
-    monkeypatch.setattr(outgoing, "__iter__", lambda self: (pair for pair in tensors(self) if pair[0] != left_out))
+    left_out = "model.layers.1.mlp.down_proj.weight"
+    shapes, tensors = WeightSnapshot.metadata, WeightSnapshot.__iter__
+    monkeypatch.setattr(WeightSnapshot, "metadata", lambda self: [m for m in shapes(self) if m.name != left_out])
+    monkeypatch.setattr(
+        WeightSnapshot, "__iter__", lambda self: (pair for pair in tensors(self) if pair[0] != left_out)
+    )
     caught(engine, policy.model, left_out)
 
 
 def test_a_server_that_died_gets_the_current_weights(policy, engine):
     perturb(policy.model)
     engine.update_weights(policy.model, 4)
-    os.killpg(engine.host.pid, signal.SIGKILL)
+    os.killpg(engine.transport.pid, signal.SIGKILL)
     exact(engine, policy, 4)
-    os.killpg(engine.host.pid, signal.SIGKILL)
+    os.killpg(engine.transport.pid, signal.SIGKILL)
     perturb(policy.model)
     engine.update_weights(policy.model, 5)
     exact(engine, policy, 5)
@@ -104,7 +105,7 @@ def test_a_server_that_dies_or_hangs_while_it_receives(policy, engine, monkeypat
     perturb(policy.model)
     engine.update_weights(policy.model, 6)
     perturb(policy.model)
-    before, server, waited = engine.restarts, engine.host.pid, []
+    before, server, waited = engine.restarts, engine.transport.pid, []
 
     def inject(packed):
         Group.given_up.clear()
@@ -112,15 +113,15 @@ def test_a_server_that_dies_or_hangs_while_it_receives(policy, engine, monkeypat
         if "waits" in fault:  # as gloo does not
             waited.append(Group.given_up.wait(30))
 
-    BroadcastFault(monkeypatch, 3, inject)
+    AtBroadcast(monkeypatch, 3, inject)
     engine.update_weights(policy.model, 7)
-    assert all(waited) and engine.restarts > before and engine.host.pid != server
+    assert all(waited) and engine.restarts > before and engine.transport.pid != server
     exact(engine, policy, 7)
 
 
 def test_weights_that_are_gone_are_an_error_that_says_so(policy, engine, monkeypatch):
     engine.update_weights(policy.model, 8)
-    os.killpg(engine.host.pid, signal.SIGKILL)
+    os.killpg(engine.transport.pid, signal.SIGKILL)
     with torch.no_grad():
         policy.model.get_input_embeddings().weight[0, 0] += 1
     with pytest.raises(
@@ -146,7 +147,7 @@ def test_the_weights_under_an_adapter(tmp_path):
                 if ".lora_" in name:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
     engine.update_weights(policy.model, 2)
-    os.killpg(engine.host.pid, signal.SIGKILL)
+    os.killpg(engine.transport.pid, signal.SIGKILL)
     exact(engine, policy, 2)
     engine.shutdown()
 
@@ -160,7 +161,7 @@ def test_a_running_server_and_two_trainers_one_after_the_other(policy, tmp_path)
                 perturb(policy.model)
                 engine.update_weights(policy.model, version)
                 exact(engine, policy, version)
-            assert not list(engine.host._folder.iterdir())
+            assert not list(engine.transport.weight_files.folder.iterdir())
             engine.shutdown()
 
 
@@ -178,7 +179,7 @@ def test_a_running_server_that_was_not_started_for_it(policy, tmp_path, caplog):
         assert "its weights go through files in" in caplog.text
         perturb(policy.model)
         engine.update_weights(policy.model, 0)
-        assert [path.name for path in engine.host._folder.iterdir()] == ["weights-0"]
+        assert [path.name for path in engine.transport.weight_files.folder.iterdir()] == ["weights-0"]
         exact(engine, policy, 0)
         engine.shutdown()
 
@@ -186,17 +187,17 @@ def test_a_running_server_that_was_not_started_for_it(policy, tmp_path, caplog):
 def test_which_way_is_taken(policy, monkeypatch):
     config = policy.config.model_copy(deep=True, update={"device": "auto"})
 
-    def way(wanted="auto", apart=True):
+    def way(wanted="auto", separate=True):
         config.rollout.vllm_weight_transfer = wanted
-        return choose_transfer(config, policy.model, apart=apart)
+        return choose_transfer(config, policy.model, separate_devices=separate)
 
     assert way() == way("files") == "files"
     with pytest.raises(PactError, match="nccl does not work here: the trainer has no GPU; use auto or files"):
         way("nccl")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert way() == way("nccl") == "nccl" and way("files") == way(apart=False) == "files"
+    assert way() == way("nccl") == "nccl" and way("files") == way(separate=False) == "files"
     with pytest.raises(PactError, match="share a GPU"):
-        way("nccl", apart=False)
+        way("nccl", separate=False)
     config.trainer.max_off_policy_steps = 1  # while the next steps are sampled, the weights change
     assert way() == "files" and way("nccl") == "nccl"
     config.model.lora = LoraConfig()  # those under an adapter do not
@@ -209,10 +210,10 @@ def test_a_dying_server_does_not_start_while_its_weights_cannot_be_sent(policy, 
     """Under ZeRO-3, processes that gather go through the weights once."""
     monkeypatch.setattr("pact_fast.model.weights.needs_all_ranks", lambda model: True)
     engine.update_weights(policy.model, 10)
-    monkeypatch.setattr(ManagedVllm, "_start", lambda host, model: pytest.fail("it was started"))
-    os.killpg(engine.host.pid, signal.SIGKILL)
-    with pytest.raises(WeightsUnavailable, match="ZeRO-3 has split them"):
+    os.killpg(engine.transport.pid, signal.SIGKILL)
+    with pytest.raises(WeightsUnavailable, match="ZeRO-3 has partitioned them"):
         exact(engine, policy, 10)
+    assert engine.transport.pid is None
 
 
 def test_weights_that_zero3_has_split(tmp_path):
@@ -221,4 +222,4 @@ def test_weights_that_zero3_has_split(tmp_path):
     run_module("tests.support.zero3_transfer", str(tmp_path), ranks=2, timeout=300)
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(result["gaps"]) == 3 and max(result["gaps"]) <= 1e-4 and result["restarts"] == 1
-    assert result["broadcasts"] > 3 and "ZeRO-3 has split them" in result["error"]
+    assert result["broadcasts"] > 3 and "ZeRO-3 has partitioned them" in result["error"]

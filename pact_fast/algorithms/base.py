@@ -1,8 +1,8 @@
-"""The protocol of an algorithm: the rollouts of one prompt become token trees with a weight on every supervised token.
+"""Base class of algorithms: turns the rollouts of one prompt into token trees with a weight on every supervised token.
 
-Weights already hold every normaliser (number of prompts in the optimizer step, rollouts, tokens), so the losses and
-gradients of packs and micro-batches simply add up, however the batch is split. The learner knows no algorithm: what an
-algorithm needs beyond weighted tokens, it says in `Requirements`.
+Weights include every normaliser (prompts in the optimizer step, rollouts, tokens), so losses and gradients of packs and
+ranks simply add up, however the batch is split. The learner knows no algorithm: needs beyond weighted tokens are
+stated in `Requirements`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,17 @@ from pact_fast.data.types import Task, Trajectory
 
 @dataclass
 class Group:
-    """One prompt of a step, its rollouts and their token advantages (float32, one per response token)."""
+    """One prompt of a step and its rollouts.
+
+    task          the task behind the prompt
+    prompt_index  position of the prompt in the step
+    prompt_ids    int64 [p] tokens of the prompt
+    trajectories  its rollouts
+    advantages    float32 [n] for each rollout, one value per response token
+    """
 
     task: Task
-    prompt_index: int  # place of the prompt in the step
+    prompt_index: int
     prompt_ids: np.ndarray
     trajectories: list[Trajectory] = field(default_factory=list)
     advantages: list[np.ndarray] = field(default_factory=list)
@@ -34,11 +41,16 @@ class Group:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What an algorithm knows of the optimizer step: its place in the schedule, and the normalisers of its batch.
+    """What an algorithm knows about an optimizer step: its position in the schedule, and the normalisers of its batch.
 
-    horizon         steps of the whole run, the default annealing horizon
-    prompts         prompts of the optimizer step
-    sampled_tokens  over all rollouts of the optimizer step
+    config                 the algorithm's settings
+    renderer               renders expert traces
+    seed                   of the run
+    step                   training step, from 0
+    horizon                training steps of the run, the default annealing horizon
+    prompts                prompts of the optimizer step
+    sampled_tokens         sampled tokens of all its rollouts
+    max_completion_length  limit of a rollout, the normaliser of `loss_type: dr_grpo`
     """
 
     config: AlgorithmConfig
@@ -53,10 +65,13 @@ class StepContext:
 
 @dataclass
 class PromptBatch:
-    """The token trees of one prompt, and the supervised tokens in them.
+    """The token trees of one prompt and the supervised tokens in them.
 
-    route   prompt | trace | blend | expert: the contexts in use, for metrics and the viewer
-    expert  the node of h* and the component of each of its tokens, for the viewer
+    group   the prompt
+    route   prompt, trace, blend or expert: the contexts in use, for metrics and the viewer
+    trees   token trees
+    scored  supervised tokens of their nodes
+    expert  node of the expert trace and the component of each of its tokens, for the viewer
     """
 
     group: Group
@@ -72,7 +87,7 @@ class ImportanceWeight:
 
     level     token: one w per token; sequence: one per rollout, the product over its tokens (as in TRL);
               geometric_mean: one per rollout, the geometric mean over its tokens
-    bound     truncate: min(clip_max, w); mask: w, or 0 above clip_max
+    bound     truncate: min(clip_max, w); mask: w up to clip_max, 0 above
     clip_max  the bound
     """
 
@@ -82,16 +97,24 @@ class ImportanceWeight:
 
     @property
     def in_loss(self) -> bool:
-        """The loss kernel forms this weight itself (`is_cap`); others need a pass for π_old before the update."""
+        """The loss kernel computes this weight itself (`is_cap`). Others need π_old before the update."""
         return self.level == "token" and self.bound == "truncate"
+
+
+SAMPLER_CORRECTIONS: dict[str, tuple[Literal["token", "sequence"], Literal["truncate", "mask"]]] = {
+    "token_truncate": ("token", "truncate"),
+    "token_mask": ("token", "mask"),
+    "sequence_truncate": ("sequence", "truncate"),
+    "sequence_mask": ("sequence", "mask"),
+}  # vllm_importance_sampling_mode → level and bound
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What an algorithm needs of the learner beyond weighted tokens.
+    """What an algorithm needs from the learner beyond weighted tokens.
 
-    importance  importance weights by loss context
-    reference   log-probs of the frozen reference policy (KL term)
+    importance  importance weight of each loss context that has one
+    reference   log-probs of the frozen reference policy are needed (KL term)
     """
 
     importance: Mapping[LossContext, ImportanceWeight] = field(default_factory=dict)
@@ -99,20 +122,20 @@ class Requirements:
 
     @property
     def old_logprob(self) -> bool:
-        """Some weight is not formed by the loss, so π_old is computed before the first optimizer step of a batch."""
+        """A weight is not computed by the loss, so π_old is needed before the first optimizer step of a batch."""
         return any(not weight.in_loss for weight in self.importance.values())
 
     @property
     def is_cap(self) -> dict[LossContext, float] | None:
-        """`is_cap` of pact_loss: the weights that the loss forms itself."""
+        """Argument `is_cap` of pact_loss: caps of the weights that the loss computes itself, by context."""
         return {context: w.clip_max for context, w in self.importance.items() if w.in_loss} or None
 
 
 class Route(NamedTuple):
-    """A way in which a prompt may be trained, for estimates before a run.
+    """One way in which prompts are trained, for estimates before a run.
 
-    fraction  of the prompts
-    contexts  contexts of the rollouts; EXPERT stands for a supervised trace
+    fraction  expected fraction of the prompts
+    contexts  loss contexts of their rollouts; EXPERT: the expert trace is supervised
     """
 
     fraction: float
@@ -120,10 +143,10 @@ class Route(NamedTuple):
 
 
 class Algorithm:
-    """Base class. Subclasses implement `prompt_batch`, and register with `@algorithm("name")`.
+    """Base class. Subclasses implement `prompt_batch` and register with `@algorithm("name")`.
 
-    needs_rollouts   False: no rollouts are sampled, and groups have no trajectories
-    turn_advantages  turn-level matching rewards and advantages; False: outcome reward and group advantage only
+    needs_rollouts   False: no rollouts are sampled, groups have no trajectories
+    turn_advantages  True: turn-level matching rewards and advantages; False: outcome reward and group advantage only
     """
 
     needs_rollouts = True
@@ -133,35 +156,33 @@ class Algorithm:
         self.config = config
 
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
-        """Trees and weighted tokens of one prompt. Must not depend on anything random but (step.seed, step.step, group)."""
+        """Trees and weighted tokens of one prompt. Random choices may depend on (step.seed, step.step, group) only."""
         raise NotImplementedError
 
     def schedule(self, step: StepContext) -> dict[str, float]:
-        """Annealed quantities, for the metrics."""
+        """Current values of annealed quantities, for the metrics. Keys begin with "schedule/"."""
         return {}
 
     def requirements(self, sampler_differs: bool) -> Requirements:
-        """What the learner has to prepare.
+        """What the learner has to provide.
 
         Args:
-            sampler_differs: Rollouts come from other kernels or older weights than the learner's (vLLM), so prompt-only
-                terms are corrected as `vllm_importance_sampling_*` says.
+            sampler_differs: Rollouts come from other kernels or older weights than the learner's (vLLM). Prompt-only
+                policy terms then get the importance weight of `vllm_importance_sampling_*`.
         """
         config = self.config
         importance = {}
         if sampler_differs and config.vllm_importance_sampling_correction:
-            level, _, bound = config.vllm_importance_sampling_mode.partition("_")
-            importance[LossContext.PROMPT] = ImportanceWeight(
-                level, bound, config.vllm_importance_sampling_clip_max  # type: ignore[arg-type]
-            )  # fmt: skip
+            level, bound = SAMPLER_CORRECTIONS[config.vllm_importance_sampling_mode]
+            importance[LossContext.PROMPT] = ImportanceWeight(level, bound, config.vllm_importance_sampling_clip_max)
         return Requirements(importance, reference=config.beta > 0)
 
     def routes(self, with_trace: bool) -> list[Route]:
-        """Expected routes of the prompts, for estimates; `with_trace`: tasks have expert traces."""
+        """Expected routes of the prompts, for estimates before a run. `with_trace`: tasks have expert traces."""
         return [Route(1.0, frozenset({LossContext.PROMPT}))]
 
     def loss_settings(self) -> dict[str, Any]:
-        """Keyword arguments of pact_loss that follow from the configuration."""
+        """Keyword arguments of pact_loss, from the settings."""
         config = self.config
         return {
             "policy_loss": config.policy_loss,
@@ -181,10 +202,15 @@ def prompt_tree(group: Group) -> tuple[TokenTree, Node]:
 def add_rollouts(
     group: Group, tree: TokenTree, parent: Node, context: LossContext, weight: float, step: StepContext
 ) -> list[ScoredTokens]:
-    """Add every rollout as a child of `parent`, and weight its generated tokens.
+    """Add every rollout as a child of `parent` and weight its sampled tokens.
 
     Args:
-        weight: Of the prompt's policy loss, for example 1 − q.
+        group: The prompt.
+        tree: The tree that `parent` belongs to.
+        parent: The context in which the rollouts are scored.
+        context: Name of that context in the loss.
+        weight: Weight of the prompt's policy loss, for example 1 − q.
+        step: Normalisers of the optimizer step.
     """
     return [
         score_rollout(group, k, tree.add(trajectory.ids, parent), context, weight, step)
@@ -195,7 +221,16 @@ def add_rollouts(
 def score_rollout(
     group: Group, k: int, node: Node, context: LossContext, weight: float, step: StepContext
 ) -> ScoredTokens:
-    """The generated tokens of rollout k, which stands in `node`, with `weight` times the weight of `loss_type`."""
+    """The sampled tokens of rollout `k`, weighted by `loss_type`.
+
+    Args:
+        group: The prompt.
+        k: Index of the rollout.
+        node: The rollout's node.
+        context: Loss context.
+        weight: Weight of the prompt's policy loss.
+        step: Normalisers of the optimizer step.
+    """
     trajectory = group.trajectories[k]
     index = np.flatnonzero(trajectory.sampled)
     if step.config.mask_truncated_completions and trajectory.stop_reason.is_truncated:
@@ -210,11 +245,15 @@ def score_rollout(
 def score_expert(
     group: Group, node: Node, components: np.ndarray, token_weights: np.ndarray, weight: float, step: StepContext
 ) -> ScoredTokens | None:
-    """Expert tokens with component-aware weights; None if nothing is supervised (Z = 0).
+    """Weighted tokens of the expert trace; None if none has a weight (Z = 0).
 
     Args:
-        token_weights: [n], m_n of the method.
-        weight: Of the prompt's SFT loss, for example (1 − q)·coef.
+        group: The prompt.
+        node: The trace's node.
+        components: uint8 [n], component of each token of the node.
+        token_weights: float64 [n], m_n of the method.
+        weight: Weight of the prompt's SFT loss, for example (1 − q)·coef.
+        step: Normalisers of the optimizer step.
     """
     index = np.flatnonzero(token_weights)
     if not len(index):
@@ -227,7 +266,7 @@ def score_expert(
 
 
 def _token_weight(group: Group, tokens: int, step: StepContext) -> float:
-    """Weight of one of a rollout's `tokens` generated tokens, by loss_type."""
+    """Weight of each token of a rollout with `tokens` sampled tokens, by `loss_type`."""
     rollouts = step.prompts * len(group.trajectories)
     if step.config.loss_type == "dapo":
         return 1.0 / max(step.sampled_tokens, 1)

@@ -8,6 +8,6 @@ from pact_fast.algorithms.registry import algorithm
 
 @algorithm("grpo")
 class GRPO(MatchTIR):
-    """The loss of MatchTIR with outcome rewards instead of turn-level ones."""
+    """Prompt-only policy loss with outcome rewards; MatchTIR without its turn-level rewards."""
 
     turn_advantages = False

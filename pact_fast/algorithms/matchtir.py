@@ -12,5 +12,6 @@ class MatchTIR(Algorithm):
     """Prompt-only policy loss; turn-level rewards and advantages."""
 
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
+        """x → {τ}."""
         tree, x = prompt_tree(group)
         return PromptBatch(group, "prompt", [tree], add_rollouts(group, tree, x, LossContext.PROMPT, 1.0, step))

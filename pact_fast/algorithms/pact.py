@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 
@@ -33,10 +33,10 @@ from pact_fast.components import Component, LossContext
 
 @algorithm("pact")
 class Pact(Algorithm):
-    """Privileged trace co-training."""
+    """Privileged trace co-training: trace-conditioned policy loss and SFT on the trace, anchored by prompt-only rollouts."""
 
     def schedule(self, step: StepContext) -> dict[str, float]:
-        """λ of tool-call tokens and the reasoning prefix level at this step."""
+        """SFT weight λ of tool-call tokens, and the level of the reasoning prefix."""
         sft, horizon = self.config.sft, sft_horizon(step)
         return {
             "schedule/sft_lambda": sft_lambda(step.step, horizon, sft.lambda_start, sft.lambda_end),
@@ -46,7 +46,7 @@ class Pact(Algorithm):
         }
 
     def requirements(self, sampler_differs: bool) -> Requirements:
-        """The context importance weight min(clip, π(τ|x,h*)/π(τ|x)), besides what every algorithm needs."""
+        """Adds the context importance weight min(clip, π(τ|x,h*)/π(τ|x)) of the trace-conditioned terms."""
         base, trace = super().requirements(sampler_differs), self.config.trace
         if trace.context_importance_weight == "none":
             return base
@@ -57,6 +57,7 @@ class Pact(Algorithm):
         return dataclasses.replace(base, importance={**base.importance, LossContext.TRACE: weight})
 
     def routes(self, with_trace: bool) -> list[Route]:
+        """Gate: a fraction q of the prompts is prompt-only. Blend: both contexts for every prompt."""
         prompt, trace = frozenset({LossContext.PROMPT}), frozenset({LossContext.TRACE, LossContext.EXPERT})
         if not with_trace:
             return [Route(1.0, prompt)]
@@ -66,19 +67,21 @@ class Pact(Algorithm):
         return [Route(q, prompt), Route(1.0 - q, trace)]
 
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
-        anchor = prompt_only_weight(group, step)
+        """x → {τ} with weight z, and x → h* → {τ} with SFT on h* with weight 1 − z."""
+        z = prompt_only_weight(group, step)
         tree, x = prompt_tree(group)
-        batch = PromptBatch(group, {0.0: "trace", 1.0: "prompt"}.get(anchor, "blend"), [tree], [])
-        if anchor < 1:
-            self._add_trace_branch(batch, tree, x, 1 - anchor, step)
-        if anchor > 0:
-            batch.scored += add_rollouts(group, tree, x, LossContext.PROMPT, anchor, step)
+        batch = PromptBatch(group, {0.0: "trace", 1.0: "prompt"}.get(z, "blend"), [tree], [])
+        if z < 1:
+            self._add_trace_branch(batch, tree, x, 1 - z, step)
+        if z > 0:
+            batch.scored += add_rollouts(group, tree, x, LossContext.PROMPT, z, step)
         return batch
 
     def _add_trace_branch(self, batch: PromptBatch, tree: TokenTree, x: Node, weight: float, step: StepContext) -> None:
-        """Add weight·(L_RL^h + β·L_SFT).
+        """Add weight·(L_RL^h + β·L_SFT) to `batch`.
 
-        With the renderings `demonstration` and `turns`, h* is part of the rollouts' context, and SFT reads it there.
+        With the renderings `demonstration` and `turns`, SFT supervises h* where it is part of the rollouts' context. With
+        `hint`, the context is a tree of its own, and h* is a branch for SFT alone.
         """
         group, config = batch.group, self.config
         task, trace = group.task, group.task.expert
@@ -87,8 +90,7 @@ class Pact(Algorithm):
         level = reasoning_level_at(step.step, sft_horizon(step), sft.reasoning_level_start, sft.reasoning_level_end)
         cut = level if config.trace.reasoning == "level" else None
         rendering = config.trace.rendering
-        shared = cast(Literal["demonstration", "turns"], "turns" if rendering == "hint" else rendering)
-        context = step.renderer.trace_context(task, trace, shared, cut)
+        context = step.renderer.trace_context(task, trace, "turns" if rendering == "hint" else rendering, cut)
         h = tree.add(context.ids, x)
         batch.expert = h, context.components
         scored = score_expert(group, h, context.components, sft_weights(context, level, step), weight * sft.coef, step)
@@ -103,7 +105,7 @@ class Pact(Algorithm):
 
 
 def prompt_only_weight(group: Group, step: StepContext) -> float:
-    """Weight of the prompt-only route: z of the gate, or q of the blend; 1 for a prompt without an expert trace."""
+    """z, the weight of the prompt-only route: a coin (gate) or q (blend); 1 for a prompt without an expert trace."""
     anchor = step.config.anchor
     if group.task.expert is None or not group.task.expert.turns:
         return 1.0
@@ -114,12 +116,18 @@ def prompt_only_weight(group: Group, step: StepContext) -> float:
 
 
 def sft_horizon(step: StepContext) -> int:
-    """Annealing horizon S in steps."""
+    """Annealing horizon S in training steps."""
     return step.config.sft.horizon or step.horizon
 
 
 def sft_weights(context: TraceContext, level: int, step: StepContext) -> np.ndarray:
-    """m_n, float64 [n]: 1 in the active reasoning prefix, λ in tool calls, 0 elsewhere."""
+    """SFT weights m_n of the trace's tokens, float64 [n]: 1 in the active reasoning prefix, λ in tool calls, else 0.
+
+    Args:
+        context: The rendered trace.
+        level: Level of the active reasoning prefix.
+        step: Gives λ.
+    """
     sft = step.config.sft
     weights = np.zeros(len(context.ids), np.float64)
     weights[(context.components == Component.REASONING) & (context.level <= level)] = 1.0

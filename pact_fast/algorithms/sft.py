@@ -1,4 +1,4 @@
-"""SFT on expert traces: mean negative log-likelihood of all tokens that the expert generated in h*."""
+"""SFT: mean negative log-likelihood of the tokens that the expert generated (reasoning, calls, visible text)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pact_fast.errors import PactError
 
 @algorithm("sft")
 class SFT(Algorithm):
-    """Supervised fine-tuning; samples no rollouts."""
+    """Supervised fine-tuning on expert traces. Samples no rollouts."""
 
     needs_rollouts = False
 
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
-        """PactError if the task has no expert trace."""
+        """x → h* with all generated tokens supervised. PactError if the task has no expert trace."""
         task = group.task
         if task.expert is None or not task.expert.turns:
             raise PactError(

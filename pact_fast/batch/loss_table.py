@@ -1,6 +1,6 @@
-"""Supervised tokens of tree nodes, and the table of a pack: one row per supervised token, as `LossTokens` has it.
+"""Supervised tokens: attached to tree nodes (`ScoredTokens`), and as the loss table of a pack (`LossTable`).
 
-Weights already hold every normaliser (number of prompts in the optimizer step, rollouts, tokens), so the losses and
+The weights include every normaliser (numbers of prompts, rollouts and tokens in the optimizer step), so the losses and
 gradients of packs and ranks simply add up, however the batch is split.
 """
 
@@ -19,21 +19,21 @@ from pact_fast.components import LossContext
 
 @dataclass
 class ScoredTokens:
-    """Supervised tokens of one node, m of them.
+    """The m supervised tokens of one node.
 
-    node                     the node they stand in
-    context                  under which context they are scored
-    prompt                   place of the prompt in the step
-    rollout                  number of the rollout of that prompt; None for the expert trace
-    index            int64   [m] positions within node.ids
-    component        uint8   [m] see Component
+    node                         the node that contains the tokens
+    context                      the context under which they are scored
+    prompt                       index of the prompt in the step
+    rollout                      index of the rollout among those of its prompt; None for the expert trace
+    index            int64   [m] indices into node.ids
+    component        uint8   [m] `Component` of each token
     advantage        float32 [m]
     rl_weight        float64 [m] weight of the policy loss
-    sft_weight       float64 [m] weight of −log π
-    sampler_logprob  float32 [m] NaN where unknown
-    old_logprob      float32 [m] NaN: the current policy (ratio 1)
-    ref_logprob      float32 [m] NaN: no KL term
-    importance       float64 [m] stop-gradient factor of rl_weight, filled in by the learner where one is needed
+    sft_weight       float64 [m] weight of the SFT loss −log π
+    sampler_logprob  float32 [m] log-prob (nats) that the rollout engine reported; NaN if unknown
+    old_logprob      float32 [m] log-prob before the first optimizer step on the batch; NaN: current policy (ratio 1)
+    ref_logprob      float32 [m] log-prob of the reference policy; NaN: no KL term
+    importance       float64 [m] importance weight, a factor of rl_weight without gradient; set by the learner
     """
 
     node: Node
@@ -64,27 +64,60 @@ class ScoredTokens:
         weight: float,
         sampler_logprob: np.ndarray,
     ) -> ScoredTokens:
-        """Tokens of a policy loss, all of one `weight`."""
+        """Tokens of a rollout, for the policy loss.
+
+        Args:
+            node: The node that contains the rollout's tokens.
+            context: PROMPT or TRACE.
+            prompt: Index of the prompt in the step.
+            rollout: Index of the rollout among those of its prompt.
+            index: int64 [m], indices into node.ids.
+            component: uint8 [m].
+            advantage: float32 [m].
+            weight: The rl_weight of all tokens.
+            sampler_logprob: float32 [m], NaN where unknown.
+        """
         m = len(index)
         return cls(
             node, context, prompt, rollout, index, component, advantage, np.full(m, weight, np.float64),
-            np.zeros(m, np.float64), sampler_logprob, _unknown(m), _unknown(m), np.ones(m),
+            np.zeros(m, np.float64), sampler_logprob, _all_nan(m), _all_nan(m), np.ones(m),
         )  # fmt: skip
 
     @classmethod
     def of_expert(
         cls, node: Node, *, prompt: int, index: np.ndarray, component: np.ndarray, weight: np.ndarray
     ) -> ScoredTokens:
-        """Tokens of an SFT loss; weight [m]."""
+        """Tokens of an expert trace, for the SFT loss.
+
+        Args:
+            node: The node that contains the trace.
+            prompt: Index of the prompt in the step.
+            index: int64 [m], indices into node.ids.
+            component: uint8 [m].
+            weight: float64 [m], the sft_weight of each token.
+        """
         m = len(index)
         return cls(
             node, LossContext.EXPERT, prompt, None, index, component, np.zeros(m, np.float32), np.zeros(m, np.float64),
-            weight, _unknown(m), _unknown(m), _unknown(m), np.ones(m),
+            weight, _all_nan(m), _all_nan(m), _all_nan(m), np.ones(m),
         )  # fmt: skip
 
 
 class LossTable(NamedTuple):
-    """The columns of `pact_fast.kernels.LossTokens` as numpy arrays [N]."""
+    """The columns of `pact_fast.kernels.LossTokens` as numpy arrays [N], N supervised tokens.
+
+    row              int64   hidden row of the pack that predicts the token
+    target           int64   token id
+    context          int64   `LossContext`
+    component        int64   `Component`
+    sequence         int64   dense id of the (prompt, rollout, context) that the token belongs to
+    advantage        float32
+    old_logprob      float32
+    rl_weight        float64 importance weights included
+    sft_weight       float64
+    ref_logprob      float32 None without a reference policy
+    sampler_logprob  float32
+    """
 
     row: np.ndarray
     target: np.ndarray
@@ -102,35 +135,38 @@ class LossTable(NamedTuple):
 def build_loss_table(
     batch: PackedBatch, scored: Iterable[ScoredTokens], *, reference: bool = False
 ) -> tuple[LossTable, list[ScoredTokens]]:
-    """The loss table of a pack, and the ScoredTokens in its order.
+    """Build the loss table of a pack.
 
     Args:
         batch: The pack.
-        scored: Supervised tokens of any nodes; those of nodes that other packs own are left to them.
-        reference: Whether the table has reference log-probs.
+        scored: Supervised tokens of any nodes; only those of nodes that the pack owns are used.
+        reference: Whether the table has a column of reference log-probs.
+
+    Returns:
+        The table, and the ScoredTokens whose tokens it has, in its order.
     """
     owned = {id(node) for node in batch.owned}
-    here = [s for s in scored if id(s.node) in owned and len(s.index)]
-    lengths = [len(s.index) for s in here]
+    selected = [s for s in scored if id(s.node) in owned and len(s.index)]
+    lengths = [len(s.index) for s in selected]
 
     def concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
         return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
 
     def column(name: str, dtype: type) -> np.ndarray:
-        return concatenate([getattr(s, name) for s in here], dtype)
+        return concatenate([getattr(s, name) for s in selected], dtype)
 
     def constant(values: list[int]) -> np.ndarray:
         return np.repeat(np.array(values, np.int64), lengths)
 
-    # sequence ids are dense: the k-th distinct (prompt, rollout, context) gets number k
-    keys = [(s.prompt, s.rollout, s.context) for s in here]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    # sequence ids are dense, because they index the rows of per-sequence sums: the k-th distinct key gets id k
+    keys = [(s.prompt, s.rollout, s.context) for s in selected]
+    ids = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     table = LossTable(
-        row=concatenate([batch.rows(s.node)[s.index] for s in here], np.int64),
-        target=concatenate([s.node.ids[s.index] for s in here], np.int64),
-        context=constant([int(s.context) for s in here]),
+        row=concatenate([batch.rows(s.node)[s.index] for s in selected], np.int64),
+        target=concatenate([s.node.ids[s.index] for s in selected], np.int64),
+        context=constant([int(s.context) for s in selected]),
         component=column("component", np.int64),
-        sequence=constant([numbers[key] for key in keys]),
+        sequence=constant([ids[key] for key in keys]),
         advantage=column("advantage", np.float32),
         old_logprob=column("old_logprob", np.float32),
         rl_weight=column("rl_weight", np.float64) * column("importance", np.float64),
@@ -138,8 +174,8 @@ def build_loss_table(
         ref_logprob=column("ref_logprob", np.float32) if reference else None,
         sampler_logprob=column("sampler_logprob", np.float32),
     )
-    return table, here
+    return table, selected
 
 
-def _unknown(m: int) -> np.ndarray:
+def _all_nan(m: int) -> np.ndarray:
     return np.full(m, np.nan, np.float32)

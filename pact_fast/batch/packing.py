@@ -1,7 +1,7 @@
-"""Lay trees out in packs under a token budget.
+"""Packing: token trees laid out in rows of at most a budget of tokens.
 
-A pack is one row of tokens in depth-first order. That order makes attention simple: the tokens that may see token k are
-exactly those between k and the end of k's subtree, so `subtree_end` [T] is the whole mask.
+A pack is one row of tokens in depth-first order. In that order the tokens that may see token k are exactly those from k
+to the end of k's subtree, so that `subtree_end` [T] is the whole attention mask.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pact_fast.batch.merge import merged
+from pact_fast.batch.merge import merge_prefixes
 from pact_fast.batch.tree import Node, TokenTree
 
 
 class Span(NamedTuple):
-    """Query rows [q0, q1) see key rows [k0, k1)."""
+    """Query rows [q0, q1) that see key rows [k0, k1)."""
 
     q0: int
     q1: int
@@ -27,62 +27,69 @@ class Span(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One dense attention call: spans in order of their rows, which they share with no other span of the call.
+    """One dense (variable-length) attention call.
 
-    causal: every span is its own key range, seen causally; otherwise key ranges are seen whole.
+    spans   in order of their query rows; no query row is in two spans of a call
+    causal  True: each span's queries are its own keys, seen causally. False: queries see the whole key range
     """
 
     spans: list[Span]
     causal: bool
 
     def contiguous_rows(self) -> slice | None:
-        """The query rows of the spans if these follow each other without a gap, else None."""
+        """The query rows of all spans as one slice, or None if there is a gap between two spans."""
         gaps = any(a.q1 != b.q0 for a, b in itertools.pairwise(self.spans))
         return None if gaps else slice(self.spans[0].q0, self.spans[-1].q1)
 
 
 @dataclass
 class PackedBatch:
-    """Trees in one row.
+    """Trees in one row of T tokens.
 
-    input_ids, position_ids  int64 [T]
-    subtree_end              int64 [T]: row k is seen by rows k ≤ q < subtree_end[k]
-    calls                    the same, as dense attention calls: the first is causal and covers every row, each of the others
-                             adds what rows see of one more level of ancestors
+    input_ids     int64 [T]
+    position_ids  int64 [T] position of each token in its own sequence
+    subtree_end   int64 [T] the attention mask: row k is seen by rows k ≤ q < subtree_end[k]
+    calls         the same mask as dense attention calls. The first is causal and covers every row; each of the others
+                  adds the keys of one more level of ancestors
+    owned         nodes whose tokens this pack accounts for; a node that splitting repeats is owned by one pack only
+    _rows         id(owned node) → (rows of its tokens as ranges, the row before them)
     """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
     subtree_end: np.ndarray
     calls: list[Call]
-    owned: list[Node]  # nodes whose tokens this pack accounts for; a node repeated by splitting is owned once
-    _rows: dict[int, tuple[list[range], int]] = field(repr=False)  # id(owned node) -> (rows of its tokens, row before)
+    owned: list[Node]
+    _rows: dict[int, tuple[list[range], int]] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def rows(self, node: Node) -> np.ndarray:
-        """[n] hidden row that predicts each token of an owned node: the row before it on its path.
+        """int64 [n]: for each token of an owned node, the hidden row that predicts it.
 
-        The first token of a path has no predecessor: row −1.
+        This is the row before the token on its path. The first token of a root has no predecessor; its row is −1.
         """
-        own, before = self._rows[id(node)]
-        return _concatenated([range(before, before + 1), *own])[:-1]
+        ranges, previous = self._rows[id(node)]
+        return _concat_ranges([range(previous, previous + 1), *ranges])[:-1]
 
     def path_rows(self, node: Node) -> np.ndarray:
-        """[n] the row of every token on the path to a node; all of its nodes must be owned by this pack."""
-        return _concatenated([part for n in node.path() for part in self._rows[id(n)][0]])
+        """int64 [n]: the row of every token on the path to a node, all of whose nodes this pack must own."""
+        return _concat_ranges([part for n in node.path() for part in self._rows[id(n)][0]])
 
 
 def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True, merge: bool = False) -> list[PackedBatch]:
-    """Pack trees, largest first, each into the first pack with room.
+    """Pack trees by first-fit decreasing: largest first, each into the first pack with enough free tokens.
 
-    A tree over the budget is split by leaves into sub-trees that repeat the shared path; a single path over the budget gets a
-    pack of its own (nothing is ever cut). `share=False` gives every root-to-leaf path a copy of its own: the same numbers
-    without sharing. `merge`: siblings that begin with the same tokens share these, too; nothing else changes for the caller.
+    Args:
+        trees: The trees. They are not changed.
+        max_tokens: Budget of a pack. A larger tree is split by its leaves into parts that repeat the shared path. A
+            single path over the budget gets a pack of its own; nothing is ever truncated.
+        share: False gives every root-to-leaf path its own copy of all tokens: the same results without prefix sharing.
+        merge: Whether siblings that begin with the same tokens share these, too (`batch/merge.py`). Rows, ownership and
+            results are still those of the caller's nodes.
     """
-    forest = _merged(trees, share and merge)
-    return _lay_out_all(_first_fit(_pieces(forest, max_tokens, share), max_tokens))
+    return _build_packs(_first_fit(_split_trees(_merge_trees(trees, share and merge), max_tokens, share), max_tokens))
 
 
 def distribute_packs(
@@ -94,236 +101,259 @@ def distribute_packs(
     share: bool = True,
     merge: bool = False,
 ) -> list[list[PackedBatch]]:
-    """Packs for `ranks` processes that work in step: packs[step][rank], the same on every process.
+    """Packs for ranks that run in lockstep, balanced by cost. Every rank computes the same result.
 
-    `cost(tokens, pairs)` of a piece, see `tree.cost.Work`. Every process gets one pack a step; those of a step cost about the
-    same. Where there is too little to share out, trees are split further than the budget asks (they repeat their shared path),
-    and what still lacks is an empty pack.
+    With too few trees for all ranks, trees are split further than the budget requires (and repeat their shared path); a
+    rank that still has none gets an empty pack.
+
+    Args:
+        trees: The trees of an optimizer step.
+        max_tokens: Budget of a pack, see `pack`.
+        ranks: Number of ranks.
+        cost: cost(tokens, pairs) of a part of a tree; its arguments are those of `batch.flops.Work`.
+        share: See `pack`.
+        merge: See `pack`.
+
+    Returns:
+        packs[step][rank]. The packs of a step cost about the same.
     """
     if ranks == 1:
         return [[batch] for batch in pack(trees, max_tokens=max_tokens, share=share, merge=merge)]
-    forest = _merged(trees, share and merge)
-    pieces = _pieces(forest, max_tokens, share)
+    trees = _merge_trees(trees, share and merge)
+    parts = _split_trees(trees, max_tokens, share)
     budget = max_tokens
-    while share and len(pieces) < ranks and budget > 1:
+    while share and len(parts) < ranks and budget > 1:
         budget //= 2
-        pieces = _pieces(forest, budget, share)
-    costs = [cost(*_work(piece)) for piece in pieces]
-    steps = -(-len(_first_fit(pieces, max_tokens)) // ranks)
-    while (bins := _balanced(pieces, costs, steps * ranks, max_tokens)) is None:
+        parts = _split_trees(trees, budget, share)
+    costs = [cost(*_tokens_and_pairs(part)) for part in parts]
+    steps = -(-len(_first_fit(parts, max_tokens)) // ranks)
+    while (bins := _balance_by_cost(parts, costs, steps * ranks, max_tokens)) is None:
         steps += 1
-    bins.sort(key=lambda members: -sum(costs[i] for i in members))  # a step waits for its slowest process
-    batches = _lay_out_all([[pieces[i] for i in sorted(members)] for members in bins])
+    bins.sort(key=lambda members: -sum(costs[i] for i in members))  # a step takes as long as its slowest rank
+    batches = _build_packs([[parts[i] for i in sorted(members)] for members in bins])
     load = [0.0] * ranks
     table = []
     for step in range(steps):
         row: list[PackedBatch] = [batches[0]] * ranks
-        lightest = sorted(range(ranks), key=load.__getitem__)
-        for place, rank in zip(range(step * ranks, (step + 1) * ranks), lightest, strict=True):
-            row[rank] = batches[place]
-            load[rank] += sum(costs[i] for i in bins[place])
+        by_load = sorted(range(ranks), key=load.__getitem__)
+        for index, rank in zip(range(step * ranks, (step + 1) * ranks), by_load, strict=True):
+            row[rank] = batches[index]
+            load[rank] += sum(costs[i] for i in bins[index])
         table.append(row)
     return table
 
 
-Piece = list[Node]  # nodes of one tree in depth-first order, closed under parents
+TreePart = list[Node]  # nodes of one tree in depth-first order; with a node, its parent is in the part, too
 
 
-def _merged(trees: Sequence[TokenTree], merge: bool) -> Sequence[TokenTree]:
-    return [merged(tree) for tree in trees] if merge else trees
+def _merge_trees(trees: Sequence[TokenTree], merge: bool) -> Sequence[TokenTree]:
+    return [merge_prefixes(tree) for tree in trees] if merge else trees
 
 
-def _pieces(trees: Sequence[TokenTree], max_tokens: int, share: bool) -> list[Piece]:
-    return [piece for tree in trees for piece in _split(tree, max_tokens if share else 0)]
+def _split_trees(trees: Sequence[TokenTree], max_tokens: int, share: bool) -> list[TreePart]:
+    return [part for tree in trees for part in _split(tree, max_tokens if share else 0)]
 
 
-def _balanced(pieces: list[Piece], costs: list[float], count: int, max_tokens: int) -> list[list[int]] | None:
-    """The dearest piece first, each into the cheapest of `count` bins with room for it; None if one finds no room."""
+def _balance_by_cost(parts: list[TreePart], costs: list[float], count: int, max_tokens: int) -> list[list[int]] | None:
+    """Greedy balancing: the most expensive part first, each into the cheapest of `count` bins that can hold it.
+
+    Returns the indices of the parts in each bin, or None if some part does not fit into any bin.
+    """
     bins: list[list[int]] = [[] for _ in range(count)]
-    load, size = [0.0] * count, [0] * count
-    for index in sorted(range(len(pieces)), key=lambda i: -costs[i]):
-        tokens = _size(pieces[index])
-        free = [b for b in range(count) if not bins[b] or size[b] + tokens <= max_tokens]
-        if not free:
+    load, tokens = [0.0] * count, [0] * count
+    for index in sorted(range(len(parts)), key=lambda i: -costs[i]):
+        size = _num_tokens(parts[index])
+        candidates = [b for b in range(count) if not bins[b] or tokens[b] + size <= max_tokens]
+        if not candidates:
             return None
-        target = min(free, key=load.__getitem__)
+        target = min(candidates, key=load.__getitem__)
         bins[target].append(index)
         load[target] += costs[index]
-        size[target] += tokens
+        tokens[target] += size
     return bins
 
 
-def _work(piece: Piece) -> tuple[int, int]:
-    """(tokens, query-key pairs): a token sees all of its path up to itself."""
-    pairs = sum(len(node.ids) * node.start + len(node.ids) * (len(node.ids) + 1) // 2 for node in piece)
-    return _size(piece), pairs
-
-
-def _first_fit(pieces: list[Piece], max_tokens: int) -> list[list[Piece]]:
-    """The largest first, each into the first pack with room."""
-    order = sorted(range(len(pieces)), key=lambda i: -_size(pieces[i]))
+def _first_fit(parts: list[TreePart], max_tokens: int) -> list[list[TreePart]]:
+    """First-fit decreasing bin packing; a part over the budget gets a bin of its own."""
+    order = sorted(range(len(parts)), key=lambda i: -_num_tokens(parts[i]))
     bins: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []
     for index in order:
-        size = _size(pieces[index])
-        target = next((b for b, free in enumerate(room) if size <= free), None)
+        size = _num_tokens(parts[index])
+        target = next((b for b, available in enumerate(free) if size <= available), None)
         if target is None:
             bins.append([])
-            room.append(max(max_tokens, size))
+            free.append(max(max_tokens, size))
             target = len(bins) - 1
         bins[target].append(index)
-        room[target] -= size
-    return [[pieces[i] for i in sorted(members)] for members in bins]
+        free[target] -= size
+    return [[parts[i] for i in sorted(members)] for members in bins]
 
 
-def _lay_out_all(packs: list[list[Piece]]) -> list[PackedBatch]:
-    owner: set[int] = set()
-    return [_lay_out(pieces, owner) for pieces in packs]
+def _num_tokens(part: TreePart) -> int:
+    return sum(len(node.ids) for node in part)
 
 
-def _size(piece: Piece) -> int:
-    return sum(len(node.ids) for node in piece)
+def _tokens_and_pairs(part: TreePart) -> tuple[int, int]:
+    """(tokens, query-key pairs): a token sees its path up to and including itself."""
+    pairs = sum(len(node.ids) * node.start + len(node.ids) * (len(node.ids) + 1) // 2 for node in part)
+    return _num_tokens(part), pairs
 
 
-def _split(tree: TokenTree, budget: int) -> list[Piece]:
-    """Depth-first pieces of at most `budget` tokens; one leaf is the smallest piece."""
+def _split(tree: TokenTree, budget: int) -> list[TreePart]:
+    """Split a tree by its leaves, in depth-first order, into parts of at most `budget` tokens and at least one leaf."""
     if not tree.nodes:
         return []
     if len(tree) <= budget:
         return [_depth_first(tree.nodes[0], None)]
-    pieces: list[Piece] = []
-    chosen: set[int] = set()
+    parts: list[TreePart] = []
+    selected: set[int] = set()
     size = 0
     for leaf in (node for node in _depth_first(tree.nodes[0], None) if not node.children):
-        new = [node for node in leaf.path() if id(node) not in chosen]
+        new = [node for node in leaf.path() if id(node) not in selected]
         extra = sum(len(node.ids) for node in new)
-        if chosen and size + extra > budget:
-            pieces.append(_depth_first(tree.nodes[0], chosen))
-            chosen, size, new = set(), 0, leaf.path()
+        if selected and size + extra > budget:
+            parts.append(_depth_first(tree.nodes[0], selected))
+            selected, size, new = set(), 0, leaf.path()
             extra = sum(len(node.ids) for node in new)
-        chosen |= {id(node) for node in new}
+        selected |= {id(node) for node in new}
         size += extra
-    return [*pieces, _depth_first(tree.nodes[0], chosen)]
+    return [*parts, _depth_first(tree.nodes[0], selected)]
 
 
-def _depth_first(root: Node, chosen: set[int] | None) -> Piece:
-    """Nodes of the (sub)tree, the child with the largest subtree first: it continues its parent's causal run."""
-    order: Piece = []
+def _depth_first(root: Node, selected: set[int] | None) -> TreePart:
+    """The selected nodes (all if None) in depth-first order.
+
+    The child with the largest subtree comes first, because the first child extends its parent's causal run.
+    """
+    order: TreePart = []
     stack = [root]
-    weight = root.tree.subtree_sizes()
+    sizes = root.tree.subtree_sizes()
     while stack:
         node = stack.pop()
         order.append(node)
-        children = [c for c in node.children if chosen is None or id(c) in chosen]
-        stack.extend(sorted(children, key=lambda c: weight[id(c)]))
+        children = [c for c in node.children if selected is None or id(c) in selected]
+        stack.extend(sorted(children, key=lambda c: sizes[id(c)]))
     return order
 
 
-def _lay_out(pieces: list[Piece], owner: set[int]) -> PackedBatch:
-    """Concatenate pieces. Two of them may repeat a node, so everything about rows is worked out piece by piece."""
+def _build_packs(packs: list[list[TreePart]]) -> list[PackedBatch]:
+    owned: set[int] = set()
+    return [_build_pack(parts, owned) for parts in packs]
+
+
+def _build_pack(parts: list[TreePart], already_owned: set[int]) -> PackedBatch:
+    """Concatenate parts of trees. Two parts may repeat a node, so row numbers are kept per part.
+
+    `already_owned` holds id(node) of the nodes that earlier packs own; those of this pack are added.
+    """
     rows: dict[int, tuple[list[range], int]] = {}
     owned: list[Node] = []
     runs: list[Span] = []
     branches: list[Span] = []
     subtree_ends: list[np.ndarray] = []
     row = 0
-    for piece in pieces:
-        first: dict[int, int] = {}
-        before: dict[int, int] = {}  # the last row on the path up to and including a node
-        for node in piece:
-            first[id(node)] = row
-            above = -1 if node.parent is None else before[id(node.parent)]
+    for part in parts:
+        first_row: dict[int, int] = {}
+        last_row: dict[int, int] = {}  # on the path up to and including a node, which may be empty
+        for node in part:
+            first_row[id(node)] = row
+            above = -1 if node.parent is None else last_row[id(node.parent)]
             row += len(node.ids)
-            before[id(node)] = row - 1 if len(node.ids) else above
-            if id(node) not in owner:
-                owner.add(id(node))
-                for own in node.tree.ending(node):
-                    owned.append(own)
-                    rows[id(own)] = _rows_up(node, len(own.ids), first, before)
-        end = _subtree_ends(piece, first)
-        subtree_ends += [np.full(len(node.ids), end[id(node)], np.int64) for node in piece]
-        own_runs, own_branches = _spans(piece, first, end)
-        runs += own_runs
-        branches += own_branches
-    nodes = [node for piece in pieces for node in piece]
+            last_row[id(node)] = row - 1 if len(node.ids) else above
+            if id(node) not in already_owned:
+                already_owned.add(id(node))
+                for source in node.tree.source_nodes(node):
+                    owned.append(source)
+                    rows[id(source)] = _rows_of_last_tokens(node, len(source.ids), first_row, last_row)
+        end = _subtree_ends(part, first_row)
+        subtree_ends += [np.full(len(node.ids), end[id(node)], np.int64) for node in part]
+        part_runs, part_branches = _spans(part, first_row, end)
+        runs += part_runs
+        branches += part_branches
+    nodes = [node for part in parts for node in part]
     empty = [np.zeros(0, np.int64)]
     return PackedBatch(
         input_ids=np.concatenate(empty + [node.ids for node in nodes]),
         position_ids=np.concatenate(empty + [np.arange(node.start, node.end) for node in nodes]),
         subtree_end=np.concatenate(empty + subtree_ends),
-        calls=[Call(runs, True), *_levels(branches)],
+        calls=[Call(runs, True), *_nesting_levels(branches)],
         owned=owned,
         _rows=rows,
     )
 
 
-def _rows_up(node: Node | None, count: int, first: dict[int, int], before: dict[int, int]) -> tuple[list[range], int]:
-    """Rows of the last `count` tokens on the path to a node, which are whole nodes, and the row before them."""
-    parts: list[range] = []
+def _rows_of_last_tokens(
+    node: Node | None, count: int, first_row: dict[int, int], last_row: dict[int, int]
+) -> tuple[list[range], int]:
+    """(rows, previous row) of the last `count` tokens on the path to a node; they must make up whole nodes."""
+    ranges: list[range] = []
     while count:
         assert node is not None
-        start, length = first[id(node)], len(node.ids)
-        parts.append(range(start, start + length))
+        start, length = first_row[id(node)], len(node.ids)
+        ranges.append(range(start, start + length))
         count -= length
         node = node.parent
-    return parts[::-1], -1 if node is None else before[id(node)]
+    return ranges[::-1], -1 if node is None else last_row[id(node)]
 
 
-def _concatenated(parts: list[range]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.int64), *(np.arange(p.start, p.stop) for p in parts)])
+def _concat_ranges(ranges: list[range]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(r.start, r.stop) for r in ranges)])
 
 
-def _subtree_ends(piece: Piece, first: dict[int, int]) -> dict[int, int]:
-    """Row after the last token of each node's subtree."""
-    end = {id(node): first[id(node)] + len(node.ids) for node in piece}
-    for node in reversed(piece):
+def _subtree_ends(part: TreePart, first_row: dict[int, int]) -> dict[int, int]:
+    """id(node) → the row after the last token of its subtree."""
+    end = {id(node): first_row[id(node)] + len(node.ids) for node in part}
+    for node in reversed(part):
         if node.parent is not None:
             end[id(node.parent)] = max(end[id(node.parent)], end[id(node)])
     return end
 
 
-def _spans(piece: Piece, first: dict[int, int], end: dict[int, int]) -> tuple[list[Span], list[Span]]:
-    """(runs, branches) of one piece.
+def _spans(part: TreePart, first_row: dict[int, int], end: dict[int, int]) -> tuple[list[Span], list[Span]]:
+    """(runs, branches) of one part of a tree.
 
-    A *run* is a path of nodes that lie directly behind each other; it attends to itself causally, and every row is in
-    one. What branches off a node lies contiguously behind the node's first child, and all of it sees the node's run up to
-    that node: one span per branching, whatever the number of branches.
+    A run is a path of nodes whose rows are contiguous; it attends to itself causally, and every row is in one run. The
+    further children of a node (all but the first) and their subtrees are contiguous, too, right after the first child's
+    subtree, and all of them see the node's run up to the node's end: one span for each branching node, whatever the
+    number of branches.
     """
     run_start: dict[int, int] = {}
     runs: list[tuple[int, int]] = []
     branches: list[Span] = []
-    follower: set[int] = set()
+    continues_parent: set[int] = set()
     children: dict[int, list[Node]] = {}
-    for node in piece:
+    for node in part:
         if node.parent is not None:
             children.setdefault(id(node.parent), []).append(node)
-    for node in piece:
-        here = first[id(node)] + len(node.ids)
-        if id(node) in follower:
+    for node in part:
+        node_end = first_row[id(node)] + len(node.ids)
+        if id(node) in continues_parent:
             start = run_start[id(node)] = run_start[id(node.parent)]
-            runs[-1] = start, here
+            runs[-1] = start, node_end
         else:
-            start = run_start[id(node)] = first[id(node)]
-            runs.append((start, here))
-        kids = children.get(id(node), [])
-        if not kids:
+            start = run_start[id(node)] = first_row[id(node)]
+            runs.append((start, node_end))
+        followers = children.get(id(node), [])
+        if not followers:
             continue
-        follower.add(id(kids[0]))
-        branch = end[id(kids[0])], end[id(node)]
-        if branch[1] > branch[0] and here > start:
-            branches.append(Span(*branch, start, here))
+        first_child = followers[0]
+        continues_parent.add(id(first_child))
+        q0, q1 = end[id(first_child)], end[id(node)]
+        if q1 > q0 and node_end > start:
+            branches.append(Span(q0, q1, start, node_end))
     return [Span(a, b, a, b) for a, b in runs if b > a], branches
 
 
-def _levels(branches: list[Span]) -> list[Call]:
-    """Branches lie in each other or apart. Those of one level of nesting share no rows: one call each level."""
+def _nesting_levels(branches: list[Span]) -> list[Call]:
+    """One call for each level of nesting: two branches are nested or disjoint, and those of one level share no rows."""
     levels: list[list[Span]] = []
-    open_until: list[int] = []  # where the branches end that hold the current row
+    enclosing_ends: list[int] = []  # q1 of the branches that contain the current row, outermost first
     for span in sorted(branches, key=lambda s: (s.q0, -s.q1)):
-        while open_until and open_until[-1] <= span.q0:
-            open_until.pop()
-        if len(levels) == len(open_until):
+        while enclosing_ends and enclosing_ends[-1] <= span.q0:
+            enclosing_ends.pop()
+        if len(levels) == len(enclosing_ends):
             levels.append([])
-        levels[len(open_until)].append(span)
-        open_until.append(span.q1)
+        levels[len(enclosing_ends)].append(span)
+        enclosing_ends.append(span.q1)
     return [Call(spans, False) for spans in levels]

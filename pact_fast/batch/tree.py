@@ -1,4 +1,4 @@
-"""A tree of token segments: what several sequences share is held, and later computed, once."""
+"""Token trees: sequences with common prefixes, in which each common segment is stored, and later computed, once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import numpy as np
 
 @dataclass(eq=False)
 class Node:
-    """A segment of tokens that continues its parent. `ids` is int64 [n]; n may be 0. `start`: position of the first token."""
+    """A segment of tokens that continues its parent. Made by `TokenTree.add`.
+
+    tree      the tree that the node belongs to
+    ids       int64 [n] token ids; n may be 0
+    parent    None for the root
+    start     position of the first token in its sequence
+    children  nodes that continue this one
+    """
 
     tree: TokenTree
     ids: np.ndarray
@@ -20,10 +27,11 @@ class Node:
 
     @property
     def end(self) -> int:
+        """Position after the last token."""
         return self.start + len(self.ids)
 
     def path(self) -> list[Node]:
-        """From the root to this node."""
+        """The nodes from the root to this one."""
         nodes: list[Node] = []
         node: Node | None = self
         while node is not None:
@@ -33,13 +41,13 @@ class Node:
 
 
 class TokenTree:
-    """x → {τ…}, x → h* → x′ → {τ…}, or any other tree.
+    """A tree of token segments such as x → {τ…} or x → h* → x′ → {τ…}; every root-to-leaf path is one sequence.
 
     tree = TokenTree()
     x = tree.add(prompt_ids)
     y = tree.add(rollout_ids, parent=x)
 
-    `start`: the position of the root's first token; not 0 for a tree that goes on after a kept path (PathCache).
+    `start` is the position of the root's first token; not 0 for a tree that continues a cached path (PathCache).
     """
 
     def __init__(self, start: int = 0) -> None:
@@ -47,7 +55,10 @@ class TokenTree:
         self.nodes: list[Node] = []
 
     def add(self, ids: np.ndarray, parent: Node | None = None) -> Node:
-        """Add a segment after `parent` (None: the root, once). Returns its handle."""
+        """Add a segment after `parent`, or the root if `parent` is None, and return its node.
+
+        Raises ValueError for a second root or a parent of another tree.
+        """
         if parent is None and self.nodes:
             raise ValueError("a tree has one root; pass parent=")
         if parent is not None and parent.tree is not self:
@@ -63,17 +74,20 @@ class TokenTree:
         return (node for node in self.nodes if not node.children)
 
     def subtree_sizes(self) -> dict[int, int]:
-        """id(node) → tokens of the node and of all below it."""
+        """id(node) → number of tokens of the node and of all nodes below it."""
         sizes = {id(node): len(node.ids) for node in self.nodes}
         for node in reversed(self.nodes):  # a node is added after its parent
             if node.parent is not None:
                 sizes[id(node.parent)] += sizes[id(node)]
         return sizes
 
-    def ending(self, node: Node) -> list[Node]:
-        """The caller's nodes whose last token is this node's; a merged tree's nodes are not the caller's (trie.py)."""
+    def source_nodes(self, node: Node) -> list[Node]:
+        """The caller's nodes whose last token is this node's last token.
+
+        This is the node itself, except in a merged tree, whose nodes are not the caller's (`batch/merge.py`).
+        """
         return [node]
 
     def __len__(self) -> int:
-        """Tokens, shared ones counted once."""
+        """Number of tokens, shared ones counted once."""
         return sum(len(node.ids) for node in self.nodes)

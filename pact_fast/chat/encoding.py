@@ -1,4 +1,4 @@
-"""Text to token ids, with a say in which strings may become control tokens."""
+"""Text to token ids, with control over which strings may become control tokens."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 
 from pact_fast.errors import PactError
 
-_SHORT = 128  # characters; short texts come again and again (template text, tool names), so their ids are kept
+_CACHED_LENGTH = 128  # characters; the ids of shorter texts are cached, since they recur (template text, tool names)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of text. Only the strings in `controls` become control tokens; anything else stays plain text."""
+    """A piece of text. Strings that match `controls` become control tokens; the rest is encoded as plain text."""
 
     text: str
     controls: re.Pattern[str] | None = None
@@ -26,7 +26,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids, and the characters [start, end) of the joined text that each token covers; all [n] int64."""
+    """Token ids, and the characters [start, end) of the joined text that each token covers; all [n] int64."""
 
     ids: np.ndarray
     start: np.ndarray
@@ -36,16 +36,20 @@ class Encoded:
 class Encoder:
     """Encodes a sequence of parts as one text.
 
-    The parts are not encoded one by one: text between two control tokens is encoded as a whole, so the ids are those of
-    the tokenizer itself, whatever merges across the border of two parts. Nevertheless, text that came from a tool
-    cannot become a control token.
+    Text between two control tokens is encoded as a whole, not part by part, so that the ids are those of the tokenizer
+    itself, merges across the border of two parts included. Nevertheless, text that came from a tool cannot become a
+    control token.
+
+    control_ids   {content: id} of all control tokens: special tokens, and added tokens that look like tags
+    all_controls  pattern that matches any of them; None if there are none
+
+    Raises PactError if the tokenizer has no fast version or makes a control token of plain text.
     """
 
     def __init__(self, tokenizer):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise PactError(f"{type(tokenizer).__name__} has no fast version; use a tokenizer with a tokenizer.json")
-        # content -> id of everything that structures a chat: special tokens, and added tokens that look like tags
         self.control_ids: dict[str, int] = {
             token.content: i
             for i, token in tokenizer.added_tokens_decoder.items()
@@ -53,7 +57,7 @@ class Encoder:
         }
         self.all_controls = self.pattern(self.control_ids)
         self._plain = _without_controls(backend, self.control_ids)
-        self._short = functools.lru_cache(maxsize=1 << 14)(self._encode)
+        self._encode_cached = functools.lru_cache(maxsize=1 << 14)(self._encode)
         for content, i in self.control_ids.items():
             if i in self._plain.encode(content, add_special_tokens=False).ids:
                 raise PactError(
@@ -61,22 +65,23 @@ class Encoder:
                 )
 
     def pattern(self, contents: Collection[str]) -> re.Pattern[str] | None:
-        """Matches those of `contents` that are control tokens; None if none is."""
+        """A pattern that matches those of `contents` that are control tokens; None if none is."""
         known = sorted((c for c in contents if c in self.control_ids), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, known))) if known else None
 
     def encode(self, parts: Sequence[Part]) -> Encoded:
+        """Ids and character spans of the joined text of `parts`."""
         ids: list[int] = []
         starts: list[int] = []
         ends: list[int] = []
-        pending: list[str] = []  # plain text not yet encoded; starts at character `done`
+        pending: list[str] = []  # plain text not yet encoded, from character `done` on
         done = position = 0
 
         def flush() -> None:
             nonlocal done
             text = "".join(pending)
             if text:
-                found, offsets = self._short(text) if len(text) <= _SHORT else self._encode(text)
+                found, offsets = self._encode_cached(text) if len(text) <= _CACHED_LENGTH else self._encode(text)
                 ids.extend(found)
                 starts.extend([done + start for start, _ in offsets])
                 ends.extend([done + end for _, end in offsets])
@@ -99,7 +104,7 @@ class Encoder:
         return Encoded(np.array(ids, np.int64), np.array(starts, np.int64), np.array(ends, np.int64))
 
     def plain(self, text: str) -> list[int]:
-        """Ids of text in which nothing is a control token."""
+        """Ids of a text, all of it plain."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -108,10 +113,10 @@ class Encoder:
 
 
 def _without_controls(backend: Tokenizer, controls: Collection[str]) -> Tokenizer:
-    """A copy that reads control strings as plain text.
+    """A copy of the tokenizer that encodes control strings as plain text.
 
-    `encode_special_tokens` does this for special tokens, so exactly the controls are marked special in the copy. The
-    post-processor goes too: it would add tokens and shift offsets.
+    `encode_special_tokens` does this for special tokens, so exactly the control tokens are marked special in the copy.
+    The post-processor is removed: it would add tokens and shift offsets.
     """
     description = json.loads(backend.to_str())
     for token in description["added_tokens"]:

@@ -1,4 +1,4 @@
-"""Messages to token ids and back, append only: ids that were sampled or rendered once are never re-tokenised."""
+"""Messages to token ids and back. Append only: ids that were sampled or rendered are never tokenised again."""
 
 from __future__ import annotations
 
@@ -21,24 +21,19 @@ from pact_fast.config import ModelConfig
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Message, Task, ToolCall, ToolSchema, text_of
 from pact_fast.errors import PactError
 
-NO_LEVEL = 255
-_OTHER_ENDS = (
-    "<|endoftext|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-)  # end a turn wherever they exist
+NO_LEVEL = 255  # TraceContext.level of a token that is never supervised
+# Tokens that end a turn in every tokenizer that has them, beside the end-of-turn token of the template.
+_OTHER_ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True)
 class TraceContext:
-    """h* as tokens that follow the prompt. All [n].
+    """The expert trace h* as tokens that follow the prompt. All arrays are [n].
 
     ids         int64
     components  uint8, see Component
-    turn_ids    int16: the expert's turn; what follows a turn (observations, restated question) has the turn's index
-    level       uint8: smallest prefix level (1 to 4) at which a reasoning token is supervised; 255 = never
+    turn_ids    int16: index of the expert's turn; the bridge tokens after a turn have its index, too
+    level       uint8: smallest prefix level (1 to 4) at which a reasoning token is supervised; NO_LEVEL: never
     """
 
     ids: np.ndarray
@@ -48,13 +43,14 @@ class TraceContext:
 
 
 class ChatRenderer:
-    """Renders prompts, turns and what stands between turns, through the model's own chat template.
+    """Renders prompts, turns and the text between turns through the model's own chat template.
 
-    eot_id       the template's end-of-turn token; eot_ids all tokens that end a turn
+    eot, eot_id  the template's end-of-turn token, its text and its id
+    eot_ids      ids of all tokens that end a turn
     control_ids  ids of end-of-turn tokens and of the tool format's markers
     format       the tool format
 
-    Raises PactError if the tokenizer or its template cannot be used; `template_check.check_template` looks closer.
+    Raises PactError if the tokenizer or its template cannot be used. `template_check.check_template` checks more.
     """
 
     def __init__(self, tokenizer, tool_format: ToolFormat | None = None):
@@ -70,12 +66,15 @@ class ChatRenderer:
         markers = {self.encoder.control_ids[m] for m in self.format.markers if m in self.encoder.control_ids}
         self.control_ids: frozenset[int] = frozenset(markers.union(self.eot_ids))
         self._markers = self.encoder.pattern(self.format.markers)
-        # what the generation prompt has already written of a turn, e.g. "<think>\n"
+        # beginning of a turn that the generation prompt has already written, e.g. "<think>\n"
         opened = re.search(rf"{THINK}\s*\Z", self.template.generation_prompt)
         self._opened = opened.group() if opened else ""
 
     def stop_ids(self, at_tool_call: bool) -> tuple[int, ...]:
-        """Tokens at which an engine ends a turn: the turn's own end, and, if wanted, that of its first call."""
+        """Tokens at which an engine ends a turn: `eot_ids` and, with `at_tool_call`, the end of a call.
+
+        Raises PactError if calls do not end with a single token in this tokenizer.
+        """
         if not at_tool_call:
             return self.eot_ids
         end = self.encoder.control_ids.get(self.format.end_of_call or "")
@@ -87,18 +86,17 @@ class ChatRenderer:
         return (*self.eot_ids, end)
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> np.ndarray:
-        """[n] int64: the prompt up to where the assistant is to speak. Control tokens in the text are read as such."""
-        return self._template_ids(self.template.text(messages, tools, generate=True))
+        """[n] int64: the prompt with the generation prompt. Control strings in messages become control tokens."""
+        return self._template_ids(self.template.render(messages, tools, generate=True))
 
     def bridge_tokens(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [n] int64, components [n] uint8) of what follows an end-of-turn token.
+        """(ids [n] int64, components [n] uint8) from an end-of-turn token (excluded) through the generation prompt.
 
-        `messages` are those after an assistant turn (tool or user); the assistant speaks next. Starts right after the
-        end-of-turn token and ends with the generation prompt. Contents are plain text: a string such as "<|im_end|>" in
-        a tool's answer does not become a control token. Tool contents are OBSERVATION, the rest TEMPLATE.
+        `messages` are the tool and user messages between two assistant turns. Contents are plain text: a string such as
+        "<|im_end|>" in a tool result does not become a control token. Tool contents are OBSERVATION, the rest TEMPLATE.
         """
         texts, contents = self.template.bridge_tokens(
-            [{**m, "content": _valid(text_of(m.get("content")))} for m in messages], self.eot
+            [{**m, "content": _replace_surrogates(text_of(m.get("content")))} for m in messages], self.eot
         )
         parts = [Part(texts[0], self.encoder.all_controls)]
         owners = [Component.TEMPLATE]
@@ -115,17 +113,24 @@ class ChatRenderer:
     def assistant_turn(
         self, reasoning: str, content: str, calls: Sequence[ToolCall], end: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [n] int64, components [n] uint8) of a turn after the generation prompt; `end` adds its last token."""
+        """(ids [n] int64, components [n] uint8) of an assistant turn after the generation prompt.
+
+        Args:
+            reasoning: Text between the think tags; empty: no tags.
+            content: Visible text.
+            calls: Tool calls, after the content.
+            end: Whether to add the end-of-turn token.
+        """
         encoded, components, _ = self._turn(reasoning, content, calls)
         if not end:
             return encoded.ids, components
-        return self._ended(encoded.ids, components)
+        return self._append_eot(encoded.ids, components)
 
     def parse(self, ids: np.ndarray, tools: Sequence[ToolSchema]) -> ParsedTurn:
-        """Read one sampled turn, with or without its end; `components` has one entry per id.
+        """Parse a sampled turn, with or without its end-of-turn token; `components` has one entry per id.
 
-        A token belongs to the span in which its first byte lies. An end-of-turn token belongs to the call that it
-        follows, otherwise to the answer.
+        A token belongs to the span in which its first byte lies. An end-of-turn token is TOOL_CALL after a call,
+        otherwise ANSWER.
         """
         ids = np.asarray(ids, np.int64)
         n = len(ids)
@@ -142,17 +147,13 @@ class ChatRenderer:
         turn.components = components
         return turn
 
-    def label(self, ids: np.ndarray) -> np.ndarray:
-        """[n] uint8: components of one sampled turn."""
-        return self.parse(ids, ()).components
-
     def truncate(self, text: str, max_tokens: int) -> str:
-        """`text` if it has at most `max_tokens` tokens, else as much of its beginning as fits with a note of the rest.
+        """`text`, cut to `max_tokens` tokens with a note of how much was cut.
 
-        The note itself stays whole, even where `max_tokens` has no room for it.
+        The note itself is never cut, even if it has more than `max_tokens` tokens.
         """
-        text = _valid(text)
-        ids = self.encoder.plain(text[: 64 * max_tokens])  # enough to fill the room, and megabytes need not be encoded
+        text = _replace_surrogates(text)
+        ids = self.encoder.plain(text[: 64 * max_tokens])  # longer than max_tokens, without encoding megabytes
         if len(ids) <= max_tokens and len(text) <= 64 * max_tokens:
             return text
         room = max_tokens
@@ -171,12 +172,13 @@ class ChatRenderer:
         rendering: Literal["demonstration", "turns"],
         reasoning_level: int | None = None,
     ) -> TraceContext:
-        """h* as tokens that follow the prompt of `task`; ends with a generation prompt. Never holds the final answer.
+        """The trace as tokens that follow the prompt of `task`, without the final answer. Ends with a generation prompt.
 
-        rendering        `demonstration`: the expert's turns, then the question again; `turns`: the turns only
-        reasoning_level  cut every turn's reasoning at this prefix level; None keeps all of it
-
-        Empty for a trace without turns.
+        Args:
+            task: Its question is restated by `demonstration`.
+            trace: A trace without turns gives an empty context.
+            rendering: `demonstration`: the expert's turns, then the question again; `turns`: the turns only.
+            reasoning_level: Cut the reasoning of every turn at this prefix level; None: keep all of it.
         """
         columns: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         for index, turn in enumerate(trace.turns):
@@ -184,9 +186,9 @@ class ChatRenderer:
             following = tool_messages(turn)
             if rendering == "demonstration" and index == len(trace.turns) - 1:
                 following.append({"role": "user", "content": question_of(task)})
-            bridge_tokens, glue_components = self.bridge_tokens(following)
-            ids, components = np.concatenate([ids, bridge_tokens]), np.concatenate([components, glue_components])
-            level = np.concatenate([level, np.full(len(bridge_tokens), NO_LEVEL, np.uint8)])
+            bridge_ids, bridge_components = self.bridge_tokens(following)
+            ids, components = np.concatenate([ids, bridge_ids]), np.concatenate([components, bridge_components])
+            level = np.concatenate([level, np.full(len(bridge_ids), NO_LEVEL, np.uint8)])
             columns.append((ids, components, np.full(len(ids), index, np.int16), level))
         if not columns:
             return TraceContext(
@@ -195,17 +197,18 @@ class ChatRenderer:
         return TraceContext(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
     def hint_prompt_ids(self, task: Task, trace: ExpertTrace, reasoning_level: int | None = None) -> np.ndarray:
-        """[n] int64: the prompt with the trace written as text at the end of the last user message."""
+        """[n] int64: the prompt, with the trace as text at the end of the last user message."""
         lines = ["\n\nAn expert solved this as follows, up to the final answer."]
         for turn in trace.turns:
-            reasoning = _cut(turn, reasoning_level)
+            reasoning = _cut_reasoning(turn, reasoning_level)
             lines += [reasoning] if reasoning else []
             for call, observation in zip(turn.calls, turn.observations, strict=True):
                 arguments = json.dumps(call.arguments, ensure_ascii=False)
                 lines.append(f"Call: {call.name}({arguments})\nResult: {observation}")
         messages = [dict(m) for m in task.prompt]
         last = _last_user(messages)
-        messages[last]["content"] = text_of(messages[last].get("content")) + self._harmless(_valid("\n".join(lines)))
+        hint = self._escape_control_tokens(_replace_surrogates("\n".join(lines)))
+        messages[last]["content"] = text_of(messages[last].get("content")) + hint
         return self.prompt_ids(messages, task.tools)
 
     def _end_of_turn(self) -> str:
@@ -223,10 +226,12 @@ class ChatRenderer:
 
     def _turn(self, reasoning: str, content: str, calls: Sequence[ToolCall]) -> tuple[Encoded, np.ndarray, int]:
         """(tokens without the end of turn, components, character at which the reasoning text starts)."""
-        pieces = [(_valid(text), component) for text, component in self.format.pieces(reasoning, content, calls)]
+        pieces = [
+            (_replace_surrogates(text), component) for text, component in self.format.pieces(reasoning, content, calls)
+        ]
         begin = len(f"{THINK}\n")
         if self._opened:
-            if not reasoning:  # what the prompt has opened is closed at once
+            if not reasoning:  # close the block that the generation prompt has opened
                 (text, component), *rest = pieces or [("", Component.ANSWER)]
                 pieces = [(f"{THINK}\n\n{END_THINK}", Component.REASONING), (f"\n\n{text}", component), *rest]
             written = min(begin, len(self._opened))
@@ -236,30 +241,30 @@ class ChatRenderer:
         encoded = self.encoder.encode([Part(text, self._markers) for text in texts])
         return encoded, _components(encoded, texts, [component for _, component in pieces]), begin
 
-    def _ended(self, ids: np.ndarray, components: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _append_eot(self, ids: np.ndarray, components: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         last = _end_component(components[-1] if len(components) else None)
         return np.append(ids, self.eot_id), np.append(components, np.uint8(last))
 
     def _expert_turn(self, turn: ExpertTurn, reasoning_level: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids, components, level) of an expert's turn with its end."""
-        reasoning = _cut(turn, reasoning_level)
+        """(ids, components, level) of an expert's turn, with its end-of-turn token."""
+        reasoning = _cut_reasoning(turn, reasoning_level)
         encoded, components, begin = self._turn(reasoning, turn.content, turn.calls)
         level = np.full(len(encoded.ids) + 1, NO_LEVEL, np.uint8)
         if reasoning:
             ends = prefix_ends(turn.reasoning, turn.calls)
-            # A token is supervised when all of it lies in the prefix. The opening tag comes with the first segment, the
-            # closing tag only with a reasoning that is complete and safe: a cut one must not teach to stop there.
+            # A token is supervised if all of it lies in the prefix. The opening tag belongs to the first segment. The
+            # closing tag is supervised only after complete and safe reasoning: a cut must not teach to stop there.
             complete = len(reasoning) == len(turn.reasoning) == ends[-1]
             position = np.maximum(encoded.end - begin, 1)
             position[position > len(reasoning)] = ends[-1] if complete else ends[-1] + 1
             levels = np.searchsorted(ends, position, side="left")
             inside = (components == Component.REASONING) & (levels < len(ends))
             level[:-1][inside] = levels[inside]
-        ids, components = self._ended(encoded.ids, components)
+        ids, components = self._append_eot(encoded.ids, components)
         return ids, components, level
 
-    def _harmless(self, text: str) -> str:
-        """Text in which no control token is spelled out: a zero-width space stands after its first character."""
+    def _escape_control_tokens(self, text: str) -> str:
+        """Break every control string in the text by a zero-width space after its first character."""
         if self.encoder.all_controls is None:
             return text
         return self.encoder.all_controls.sub(lambda m: m.group()[0] + "\u200b" + m.group()[1:], text)
@@ -285,30 +290,30 @@ def _last_user(messages: Sequence[Message]) -> int:
     return found[-1]
 
 
-def _cut(turn: ExpertTurn, level: int | None) -> str:
-    """The turn's reasoning up to a prefix level."""
+def _cut_reasoning(turn: ExpertTurn, level: int | None) -> str:
+    """The reasoning of a turn, up to a prefix level."""
     if level is None:
         return turn.reasoning
     return turn.reasoning[: prefix_ends(turn.reasoning, turn.calls)[level]].rstrip()
 
 
 def _components(encoded: Encoded, texts: Sequence[str], owners: Sequence[Component]) -> np.ndarray:
-    """[n] uint8: the owner of the text in which each token starts."""
+    """[n] uint8: the component of the text in which each token starts."""
     ends = np.cumsum([len(text) for text in texts])
     kinds = np.array(owners, np.uint8)
     return kinds[np.searchsorted(ends, encoded.start, side="right")]
 
 
 def _end_component(last: int | None) -> Component:
-    """Of an end-of-turn token, by the component before it: it ends a call, or says that the answer is complete."""
+    """Component of an end-of-turn token, from the component before it: it ends a call or completes an answer."""
     return Component.TOOL_CALL if last == Component.TOOL_CALL else Component.ANSWER
 
 
-def _valid(text: str) -> str:
-    """Text that can be encoded: halves of surrogate pairs, which JSON may carry, become question marks."""
+def _replace_surrogates(text: str) -> str:
+    """Replace unpaired surrogates, which JSON may contain and UTF-8 cannot encode, by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def make_renderer(model: ModelConfig, tokenizer) -> ChatRenderer:
-    """The renderer for a tokenizer, with the tool format of the configuration."""
+    """The renderer of a tokenizer, with the tool format of the configuration."""
     return ChatRenderer(tokenizer, get_format(model.tool_format, tokenizer))

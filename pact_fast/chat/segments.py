@@ -1,7 +1,12 @@
-"""Semantic segments of a reasoning text, and how much of it is supervised as training goes on (method, section 2).
+"""Segments of a reasoning text, and the prefix of it that SFT supervises at a step (docs/method.md, section 2).
 
-A segment is a sentence, a line or a list item. The reasoning prefix grows by whole segments, L0 (nothing) to L4 (the
-longest safe prefix), so it never ends inside a number, a URL, an abbreviation, JSON or code.
+A segment is a sentence, a line or a list item. Prefixes consist of whole segments, from L0 (nothing) to L4 (the longest
+safe prefix), so that none ends inside a number, a URL, an abbreviation, JSON or code.
+
+The safe prefix ends before the first segment that reveals a call: one with call syntax (<tool_call>, a JSON object with a
+"name" or with the name of an argument), an argument with its value (key=value, "key": value), or the tool's name. A name
+that is an ordinary word ("search") counts only where it is used as a name: in quotes, before "(", or beside "tool",
+"function", "API" or "call". A value alone does not count: reasoning must be able to name what the question names.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from pact_fast.data.types import ToolCall
 
 LEVELS = 4
 
-# Code and URLs come first: what stands inside them is no boundary.
+# Code and URLs come first: they contain no boundary.
 _SCAN = re.compile(
     r"""(?P<code>```.*?(?:```|\Z)|`[^`\n]*`)
       | (?P<url>(?:https?|ftp|file)://\S*[^\s.,;:!?)\]}"'])
@@ -42,7 +47,7 @@ _USED_BEFORE = re.compile(r"\b(?:tool|function|API|call|calling)\s\Z")
 
 
 def segments(reasoning: str) -> list[tuple[int, int]]:
-    """Character spans of the segments. They tile the text; whitespace after a segment belongs to it."""
+    """(start, end) characters of the segments. They tile the text; whitespace after a segment belongs to it."""
     spans: list[tuple[int, int]] = []
     start = 0
     for cut in _boundaries(reasoning):
@@ -54,37 +59,27 @@ def segments(reasoning: str) -> list[tuple[int, int]]:
     return spans
 
 
-def safe_length(reasoning: str, calls: Sequence[ToolCall]) -> int:
-    """Number of leading segments before the first one that gives a call away.
-
-    A segment gives a call away if it holds call syntax (<tool_call>, a JSON object with a "name" or with the name of an
-    argument), an argument with its value (key=value, "key": value), or the tool's name. A name that is an ordinary word
-    ("search") counts only where it is used as a name: in quotes, before "(", or beside "tool", "function", "API" or
-    "call". A value alone does not count: to name what the question names is what reasoning does.
-    """
-    return _count_before(segments(reasoning), _first_preview(reasoning, calls))
-
-
 def prefix_ends(reasoning: str, calls: Sequence[ToolCall]) -> list[int]:
-    """[5] ends (characters) of the prefixes L0 … L4. L4 is the longest safe prefix; its segments are split evenly."""
+    """[5] ends of the prefixes L0 … L4, in characters. L4 is the longest safe prefix; L1 to L3 split its segments evenly."""
     spans = segments(reasoning)
-    safe = _count_before(spans, _first_preview(reasoning, calls))
+    revealed = _first_reveal(reasoning, calls)
+    safe = sum(end <= revealed for _, end in spans)
     counts = [-(-safe * level // LEVELS) for level in range(LEVELS + 1)]
     return [spans[count - 1][1] if count else 0 for count in counts]
 
 
 def reasoning_level_at(step: int, horizon: int, start: int, end: int) -> int:
-    """Prefix level at a step: linear from `start` to `end` over `horizon` steps, rounded (halves up)."""
+    """Prefix level at a step: linear from `start` to `end` over `horizon` steps, rounded half up."""
     return math.floor(sft_lambda(step, horizon, start, end) + 0.5)
 
 
 def sft_lambda(step: int, horizon: int, start: float, end: float) -> float:
-    """λ(s) = λ_start − (λ_start − λ_end)·min(s/S, 1) (method, section 2)."""
+    """SFT weight of tool calls: λ(s) = λ_start − (λ_start − λ_end)·min(s/S, 1) (docs/method.md, section 2)."""
     return start - (start - end) * min(step / max(horizon, 1), 1.0)
 
 
 def _boundaries(text: str) -> Iterator[int]:
-    """Where a segment may end, ascending."""
+    """Characters at which a segment may end, ascending."""
     groups = _bracket_groups(text)
     inside = 0  # end of the bracket groups that began before the match
     for match in _SCAN.finditer(text):
@@ -98,7 +93,7 @@ def _boundaries(text: str) -> Iterator[int]:
 
 
 def _bracket_groups(text: str) -> list[tuple[int, int]]:
-    """(start, end) of balanced {…} and […], last start first."""
+    """(start, end) of balanced {…} and […], in descending order of start."""
     opened: list[tuple[str, int]] = []
     groups: list[tuple[int, int]] = []
     for match in re.finditer(r"[{}\[\]]", text):
@@ -111,7 +106,7 @@ def _bracket_groups(text: str) -> list[tuple[int, int]]:
 
 
 def _ends_sentence(text: str, match: re.Match[str]) -> bool:
-    """False for the full stop of an abbreviation, an initial or a list number, and before a small letter."""
+    """Whether a stop ends a sentence: not after an abbreviation, an initial or a list number, nor before lower case."""
     stop = match.start()
     if text[stop] != "." or text[stop + 1 : stop + 2] == ".":
         return True
@@ -119,12 +114,8 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
     return not _NO_END.search(before) and not text[match.end() : match.end() + 1].islower()
 
 
-def _count_before(spans: list[tuple[int, int]], position: int) -> int:
-    return sum(end <= position for _, end in spans)
-
-
-def _first_preview(text: str, calls: Sequence[ToolCall]) -> int:
-    """Where a call is first given away; beyond the text if nowhere."""
+def _first_reveal(text: str, calls: Sequence[ToolCall]) -> int:
+    """Character at which a call is first revealed; beyond the text if nowhere."""
     keys = _CALL_KEYS.union(*(call.arguments for call in calls))
     found = [match.start() for match in _SYNTAX.finditer(text)]
     found += [match.start() for match in _JSON_KEY.finditer(text) if match.group(1) in keys]
@@ -152,7 +143,7 @@ def _assignments(text: str, key: str, value: str) -> Iterator[int]:
 
 
 def _words(text: str, word: str) -> Iterator[tuple[int, int]]:
-    """Occurrences of `word` that are no part of a longer word."""
+    """(start, end) of occurrences of `word` that are not part of a longer word."""
     start = text.find(word) if word else -1
     while start >= 0:
         end = start + len(word)

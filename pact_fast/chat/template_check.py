@@ -1,4 +1,4 @@
-"""Start-up check: may turns be appended to a prompt, as the chat template itself would have rendered them?"""
+"""Check at start-up: appended turns must equal the chat template's own rendering of the conversation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from pact_fast.chat.chat_template import calling
+from pact_fast.chat.chat_template import call_message
 from pact_fast.chat.formats.base import END_THINK, THINK
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.data.types import Message, ToolCall, ToolSchema
@@ -21,7 +21,7 @@ _TOOL: ToolSchema = {
     },
 }
 _PROMPT: list[Message] = [{"role": "system", "content": "Use the tools."}, {"role": "user", "content": "Who is it?"}]
-_TURNS: list[list[Message]] = [  # what follows each assistant turn of the trial conversation
+_TURNS: list[list[Message]] = [  # messages after each assistant turn of the trial conversation
     [{"role": "tool", "name": "look_up", "content": "first result"}],
     [{"role": "tool", "name": "look_up", "content": '{"second": "result"}'}],
     [{"role": "tool", "name": "look_up", "content": "third."}, {"role": "user", "content": "Again: who is it?"}],
@@ -29,7 +29,7 @@ _TURNS: list[list[Message]] = [  # what follows each assistant turn of the trial
 
 
 def check_template(renderer: ChatRenderer) -> None:
-    """PactError with the reason and the cure if the template, the tokenizer and the tool format do not go together."""
+    """PactError with reason and cure if template, tokenizer and tool format do not work together."""
     _check_clock(renderer)
     _check_tools(renderer)
     _check_plain(renderer)
@@ -41,8 +41,8 @@ def check_template(renderer: ChatRenderer) -> None:
 def _check_clock(renderer: ChatRenderer) -> None:
     """A date in the prompt makes a run depend on the day, and a resumed run differ from itself."""
     try:
-        # transformers gives templates a function of this name; with a string in its place, only those that call it fail
-        renderer.template.text(_PROMPT, [_TOOL], strftime_now="")
+        # transformers passes templates a function of this name; with a string in its place, templates that call it fail
+        renderer.template.render(_PROMPT, [_TOOL], strftime_now="")
     except PactError:
         raise PactError(
             "the chat template writes today's date into the prompt, so the same task is another prompt tomorrow; set "
@@ -51,7 +51,7 @@ def _check_clock(renderer: ChatRenderer) -> None:
 
 
 def _check_tools(renderer: ChatRenderer) -> None:
-    if "look_up" not in renderer.template.text(_PROMPT, [_TOOL]):
+    if "look_up" not in renderer.template.render(_PROMPT, [_TOOL]):
         raise PactError(
             "the chat template does not show the tools to the model; set model.chat_template to one that does"
         )
@@ -68,46 +68,46 @@ def _check_plain(renderer: ChatRenderer) -> None:
 
 
 def _check_round_trip(renderer: ChatRenderer) -> None:
-    """What is rendered is read back, and its tokens carry the same labels."""
+    """A rendered turn must parse to the same turn, with the same components."""
     calls = [ToolCall("look_up", {"key": 'a "b" é'}), ToolCall("look_up", {"key": "1"})]
     for reasoning, content, made in (("Look.", "", calls), ("", "Wait.", calls[:1]), ("Think.\nTwice.", "Done.", [])):
         ids, components = renderer.assistant_turn(reasoning, content, made)
         turn = renderer.parse(ids, [_TOOL])
         if (turn.reasoning, turn.content, turn.attempts) != (reasoning, content, made):
             raise PactError(
-                f"the tool format {type(renderer.format).__name__} does not read back what it writes: {turn.text!r} gives "
+                f"the tool format {type(renderer.format).__name__} does not parse what it renders: {turn.text!r} gives "
                 f"{turn.attempts}; choose another model.tool_format"
             )
         if not np.array_equal(turn.components, components):
             raise PactError(
-                "with this tokenizer, rendered and sampled tokens get different labels; use a byte-level BPE tokenizer"
+                "with this tokenizer, rendered and sampled tokens get different components; use a byte-level BPE tokenizer"
             )
 
 
 def _check_texts(renderer: ChatRenderer) -> None:
-    """Prompt, turns and bridge_tokens, appended, are the template's own rendering of the conversation at every turn.
+    """After every turn, prompt, turns and bridge tokens must decode to the template's rendering of the conversation.
 
-    Templates keep, strip or blank the reasoning of earlier turns. So turns without reasoning are compared, and empty
-    blocks are ignored.
+    Templates keep, strip or blank the reasoning of earlier turns. So the turns compared have no reasoning, and empty
+    think blocks are ignored.
     """
     messages = list(_PROMPT)
     for number, following in enumerate(_TURNS, start=1):
-        messages += [calling(_call(number)), *following]
+        messages += [call_message(_call(number)), *following]
         ours = _comparable(_text(renderer, _appended(renderer, "", number)))
-        theirs = _comparable(renderer.template.text(messages, [_TOOL], generate=True))
+        theirs = _comparable(renderer.template.render(messages, [_TOOL], generate=True))
         if ours != theirs:
             at = next(
                 (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
             )
             raise PactError(
                 f"after turn {number} the chat template renders the conversation differently than before (it writes "
-                f"{theirs[at : at + 40]!r} where {ours[at : at + 40]!r} stands), so turns cannot be appended; set "
+                f"{theirs[at : at + 40]!r} instead of {ours[at : at + 40]!r}), so turns cannot be appended; set "
                 "model.chat_template to one that keeps what it has written"
             )
 
 
 def _check_ids(renderer: ChatRenderer) -> None:
-    """The appended ids are those of the whole text: at the seams, nothing is lost, added or split differently."""
+    """The appended ids must be those that the tokenizer gives the whole text, seams between the parts included."""
     ids = _appended(renderer, "Look.", len(_TURNS))
     if renderer.tokenizer.encode(_text(renderer, ids), add_special_tokens=False) != ids.tolist():
         raise PactError(

@@ -1,7 +1,7 @@
-"""A chat template of our own, for models that start from random weights."""
+"""The chat template of models that start from random weights."""
 
-# ChatML turns with Hermes tool calls. Tools are written as signatures (strings untyped), and reasoning of earlier turns
-# is kept.
+# ChatML turns with Hermes tool calls. Tools are written as signatures (strings have no type), to keep prompts short.
+# Reasoning of earlier turns is kept.
 CHATML_HERMES = """\
 {%- if tools or messages[0].role == 'system' -%}
 <|im_start|>system

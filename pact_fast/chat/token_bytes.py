@@ -1,4 +1,4 @@
-"""The bytes that every token id stands for: token arrays become text, and labels, without calling the decoder."""
+"""The bytes of every token id, so that token arrays become text and components without the tokenizer's decoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from pact_fast.errors import PactError
 
-# Embedding matrices are often padded beyond the tokenizer; a policy can sample such an id. It stands for no text.
+# Embedding matrices are often padded beyond the vocabulary. A policy can sample such an id; it has no text.
 _PADDING = 1024
 _SAMPLE = 'Zoë paid 3.50 € for "naïve" 中文, жук and 🙂.\n\t{}'
 
@@ -49,7 +49,7 @@ class TokenBytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for every byte: printable Latin-1 stands for itself, the others follow from U+0100."""
+    """GPT-2's printable character for every byte: printable Latin-1 maps to itself, the others to U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(b): b for b in printable}
     others = [b for b in range(256) if b not in set(printable)]
@@ -75,9 +75,9 @@ def _sentencepiece(token: str) -> bytes:
 
 
 def _verify(table: TokenBytes, tokenizer) -> None:
-    """Compare with the tokenizer's decoder: on runs of ids from all over the vocabulary, and on a text in many scripts.
+    """Compare with the tokenizer's decoder, on random ids and on a text in several scripts.
 
-    Runs are made of ids that stand for whole characters, because decoders differ in what they show for broken ones.
+    Only ids of whole characters are drawn, because decoders differ in how they show broken ones.
     """
     added = tokenizer.added_tokens_decoder
     whole = [i for i, piece in enumerate(table.table) if piece and i not in added and _is_text(piece)]
@@ -86,7 +86,7 @@ def _verify(table: TokenBytes, tokenizer) -> None:
     for ids in [*runs, tokenizer.encode(_SAMPLE, add_special_tokens=False)]:
         ours = table.join(ids).decode("utf-8", "replace")
         theirs = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        # decoders of sentencepiece models drop the first space of a text; that difference is theirs
+        # decoders of sentencepiece models drop the first space of a text
         if ours.removeprefix(" ") != theirs.removeprefix(" "):
             raise PactError(
                 f"the tokenizer cannot be mapped to bytes: ids {ids[:8]} decode to {theirs[:60]!r}, their bytes are "

@@ -1,4 +1,4 @@
-"""Does a tool call fit the tools on offer? A small, lenient reading of JSON schema: data in the wild is sloppy."""
+"""Validates a tool call against the tools' JSON schemas. Lenient, because schemas in real data are often incomplete."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict, "dict": dict,
     "null": type(None), "none": type(None),
 }  # fmt: skip
-_SHOWN_TOOLS = 20
+_MAX_TOOLS_SHOWN = 20
 
 
 def call_error(call: ToolCall, tools: Sequence[ToolSchema]) -> str | None:
-    """Why the call does not fit, or None.
+    """The reason why the call is not valid, or None.
 
-    Checked: the tool exists; required arguments are there; `type` and `enum`, also inside objects and arrays; unknown
+    Checked: the tool exists; required arguments are present; `type` and `enum`, also inside objects and arrays; unknown
     arguments only where `additionalProperties` is false. A missing or unknown type ("any") accepts everything.
     """
     known = {str(function.get("name")): function for function in map(_function, tools)}
@@ -33,11 +33,12 @@ def call_error(call: ToolCall, tools: Sequence[ToolSchema]) -> str | None:
 
 
 def tool_names(tools: Sequence[ToolSchema]) -> list[str]:
+    """Names of the tools, in order."""
     return [str(_function(tool).get("name")) for tool in tools]
 
 
 def value_error(value: Any, schema: dict[str, Any], where: str, *, top: bool = False) -> str | None:
-    """Why `value` does not fit `schema`, or None; `where` opens the message."""
+    """The reason why `value` does not fit `schema`, or None; the message starts with `where`."""
     if not top and not _fits(value, schema.get("type")):
         return f"{where}must be {_type_names(schema['type'])}, not {_json_type(value)}"
     allowed = schema.get("enum")
@@ -84,8 +85,8 @@ def _unknown_tool(name: str, known: list[str]) -> str:
     name = name[:100]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
     names = [*near, *(n for n in known if n not in near)]
-    more = f" and {len(names) - _SHOWN_TOOLS} more" if len(names) > _SHOWN_TOOLS else ""
-    return f"unknown tool {name!r}; tools: {', '.join(names[:_SHOWN_TOOLS]) or 'none'}{more}"
+    more = f" and {len(names) - _MAX_TOOLS_SHOWN} more" if len(names) > _MAX_TOOLS_SHOWN else ""
+    return f"unknown tool {name!r}; tools: {', '.join(names[:_MAX_TOOLS_SHOWN]) or 'none'}{more}"
 
 
 def _function(tool: ToolSchema) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""`pact-fast doctor` and `--dry-run`: find out before the run what would go wrong in it."""
+"""`pact-fast doctor` and `pact-fast train --dry-run`: checks that find problems before a run does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from math import ceil
 from typing import TYPE_CHECKING
 
 import yaml
 
+from pact_fast.cli import versions
 from pact_fast.components import Component
 from pact_fast.config import Config
 from pact_fast.data.types import Task
@@ -16,46 +18,83 @@ from pact_fast.errors import PactError
 if TYPE_CHECKING:
     from pact_fast.rollout.engine_check import EngineSmokeTest
 
+PREREQUISITES = ("data", "tokenizer", "engine", "rollouts")  # if one of these fails, later checks cannot run
+EMBEDDED_PARAMETERS = 200_000_000  # beyond these, the embedded engine takes most of a step's time
+EMBEDDED_TOKENS = 65_536  # sampled tokens per training step
+
 
 def doctor(config: Config) -> int:
-    """Check template, parser, masks, data, environment and model; one line each. Status 1 if a check failed."""
+    """Run all checks and print one line for each: ok, warn or FAIL. Returns 1 if a check failed, else 0."""
     from pact_fast.rollout.registry import engine_builder
 
     checks = _Checks(config)
-    failed = _run(checks.all())
-    if not failed and engine_builder(config).own_weights:  # a trial needs all that was checked so far
-        with closing(checks.live()) as live:
-            failed = _run(live.all())
+    failed = _run(checks.all(), checks.warnings)
+    if not failed and engine_builder(config).own_weights:  # the smoke test relies on these checks
+        with closing(checks.smoke_test()) as smoke_test:
+            failed = _run(smoke_test.all(), [])
     return 1 if failed else 0
 
 
-def _run(checks: list[tuple[str, Callable[[], str]]]) -> int:
-    """The number of checks that failed."""
+def _run(checks: list[tuple[str, Callable[[], str]]], warnings: list[str]) -> int:
+    """Run checks and print their results. `warnings`: filled by the checks. Returns the number of failures."""
     failed = 0
     for name, check in checks:
+        warnings.clear()
         try:
             print(f"ok    {name}: {check()}", flush=True)
         except PactError as error:
             failed += 1
             print(f"FAIL  {name}: {error}", flush=True)
-            if name in ("data", "tokenizer", "engine", "rollouts"):  # nothing further can be checked
+            if name in PREREQUISITES:
                 break
+        for warning in warnings:
+            print(f"warn  {name}: {warning}", flush=True)
     return failed
 
 
+def embedded_engine_warning(config: Config, parameters: int) -> str | None:
+    """Why the embedded engine (the training model, one token per forward pass) is too slow for a run; None if it is not.
+
+    The rule: more than 200 M parameters, or more than 65,536 sampled tokens per step at the length limits.
+
+    Args:
+        config: The run's configuration.
+        parameters: Elements of the model's parameters.
+    """
+    from pact_fast.algorithms.registry import make_algorithm
+    from pact_fast.rollout.registry import engine_builder
+
+    if engine_builder(config).own_weights or not make_algorithm(config.algorithm).needs_rollouts:
+        return None
+    rollout = config.rollout
+    rollouts = config.trainer.prompts_per_step * ceil(rollout.num_generations * rollout.oversampling_factor)
+    tokens = rollouts * min(rollout.max_completion_length, rollout.max_turns * rollout.max_turn_tokens)
+    if parameters <= EMBEDDED_PARAMETERS and tokens <= EMBEDDED_TOKENS:
+        return None
+    return (
+        f"the embedded engine is for small models, and this run asks it for up to {tokens:,} sampled tokens per step of a "
+        f"model of {parameters / 1e6:,.0f} M parameters (advised: at most {EMBEDDED_TOKENS:,} tokens and "
+        f"{EMBEDDED_PARAMETERS / 1e6:.0f} M parameters); set rollout.engine=vllm"
+    )
+
+
 def dry_run(config: Config) -> int:
-    """The checks, then the resolved settings."""
+    """Run the checks, then print the resolved settings. Returns the status of `doctor`."""
     status = doctor(config)
     print("\n" + yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), end="")
     return status
 
 
 class _Checks:
+    """The checks, in an order in which later ones use results of earlier ones. `warnings`: of the check that ran last."""
+
     def __init__(self, config: Config):
         self.config = config
+        self.warnings: list[str] = []
 
     def all(self) -> list[tuple[str, Callable[[], str]]]:
         return [
+            ("versions", self.versions),
             ("data", self.data),
             ("tokenizer", self.tokenizer),
             ("template", self.template),
@@ -63,8 +102,14 @@ class _Checks:
             ("environment", self.environment),
             ("prompts", self.prompts),
             ("model", self.model),
+            ("memory", self.memory),
             ("kernels", self.kernels),
         ]
+
+    def versions(self) -> str:
+        installed = versions.installed()
+        self.warnings += versions.untested(installed)
+        return ", ".join(f"{package} {version}" for package, version in installed.items())
 
     def data(self) -> str:
         from pact_fast.envs.registry import make_tasks
@@ -87,7 +132,7 @@ class _Checks:
         from pact_fast.chat.template_check import check_template
 
         check_template(self.renderer)
-        return "parser and template agree; appending turns gives what the template would render"
+        return "parser and template agree; appended turns equal the template's rendering"
 
     def masks(self) -> str:
         task = next((task for task in self.sample if task.expert and task.expert.turns), None)
@@ -137,7 +182,7 @@ class _Checks:
         from pact_fast.model.build import check_context, from_pretrained, make_model
         from pact_fast.rollout.registry import engine_builder
 
-        if self.config.model.path:  # reading the configuration is enough, weights may be large
+        if self.config.model.path:  # the configuration suffices; weights may be large
             from transformers import AutoConfig, AutoModelForCausalLM
 
             architecture = from_pretrained(AutoConfig, self.config.model.path, "model")
@@ -151,14 +196,28 @@ class _Checks:
         engine_builder(self.config).check_model(model)
         count = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        memory = (count * 4 + trained * 12) / 2**30  # float32 weights, gradients and two AdamW moments
         adapters = f", {trained / 1e6:,.2f} M of them in adapters" if self.config.model.lora else ""
-        return (
-            f"{model.config.model_type}, {count / 1e6:,.1f} M parameters{adapters}; "
-            f"weights and optimizer take {memory:.2f} GiB"
-        )
+        warning = embedded_engine_warning(self.config, count)
+        self.warnings += [warning] if warning else []
+        return f"{model.config.model_type}, {count / 1e6:,.1f} M parameters{adapters}"
 
-    def live(self) -> EngineSmokeTest:
+    def memory(self) -> str:
+        """The estimate of `doctor --memory` in one line."""
+        from pact_fast.estimate.memory import estimate, format_bytes
+        from pact_fast.estimate.sharding import sharding_of
+        from pact_fast.model.device import pick_device
+
+        try:
+            peak = estimate(self.config, sharding=sharding_of(self.config), device=pick_device(self.config).type)
+        except PactError as error:  # the model's code cannot be traced; it may train all the same
+            self.warnings.append(str(error))
+            return "not estimated"
+        parts = ", ".join(
+            f"{name} {format_bytes(size)}" for name, size in peak.parts.items() if size > peak.total / 1000
+        )
+        return f"an update with packs of {peak.tokens:,} tokens is estimated to peak at {format_bytes(peak.total)}: {parts}"
+
+    def smoke_test(self) -> EngineSmokeTest:
         """A trial of the engine with the model's real weights."""
         from pact_fast.envs.registry import EnvironmentFactory
         from pact_fast.model.build import make_model

@@ -1,4 +1,4 @@
-"""The estimates as tables in the terminal, and the commands behind them."""
+"""`pact-fast doctor --memory` and `pact-fast plan`: estimates as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -9,29 +9,42 @@ from rich.table import Table
 from pact_fast.config import Config
 from pact_fast.errors import PactError
 from pact_fast.estimate import hardware
-from pact_fast.estimate.memory import Estimate, estimate, format_bytes
+from pact_fast.estimate.memory import MemoryEstimate, estimate, format_bytes
 from pact_fast.estimate.sharding import sharding_of
 from pact_fast.estimate.time import StepEstimate, default_lengths, estimate_step
 from pact_fast.model.build import architecture
 from pact_fast.model.device import pick_device
 
+EXPERIMENTAL = (
+    "experimental: the time estimate was compared with measured updates on CPUs only; use it to compare settings, not as a "
+    "promise (docs/planning.md)"
+)
 UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def memory_command(config: Config, world_size: int | None, zero_stage: int | None) -> int:
-    """`pact-fast doctor RECIPE --memory`; status 1 if the device is known and too small."""
+    """`pact-fast doctor RECIPE --memory`: print the estimated peak memory of one device.
+
+    Args:
+        config: The run's configuration.
+        world_size: Devices that train together; default: 1.
+        zero_stage: ZeRO stage instead of the configured one.
+
+    Returns:
+        1 if the machine has a GPU and its memory is too small, else 0.
+    """
     device = pick_device(config)
     capacity = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     sharding = sharding_of(config, world_size, zero_stage)
-    found = estimate(config, sharding=sharding, device=device.type, capacity=capacity)
+    memory = estimate(config, sharding=sharding, device=device.type, capacity=capacity)
     console = Console()
     console.print(
-        f"peak on one of {sharding.devices} devices, ZeRO stage {sharding.stage}, packs of {found.tokens:,} tokens",
+        f"peak on one of {sharding.devices} devices, ZeRO stage {sharding.stage}, packs of {memory.tokens:,} tokens",
         highlight=False,
     )
-    console.print(memory_table(found, "what"))
-    _notes(console, found.notes)
-    if capacity is not None and found.total > capacity:
+    console.print(memory_table(memory, "part"))
+    _notes(console, memory.notes)
+    if capacity is not None and memory.total > capacity:
         _notes(console, [f"it does not fit into the {format_bytes(capacity)} of this GPU"])
         return 1
     return 0
@@ -47,66 +60,78 @@ def plan_command(
     trace: int | None,
     response: int | None,
 ) -> int:
-    """`pact-fast plan RECIPE`."""
+    """`pact-fast plan RECIPE`: print estimated time, memory and communication of a training step.
+
+    Args:
+        config: The run's configuration.
+        gpus: Devices that train and sample.
+        gpu: A name in `hardware.NAMES`; "this": measure this machine.
+        zero_stage: ZeRO stage instead of the configured one.
+        prompt: Tokens of a prompt; default: the limit of the settings. The same for the next two.
+        trace: Tokens of an expert trace.
+        response: Tokens of a rollout.
+    """
     for name, value in (("--gpus", gpus), ("--prompt", prompt), ("--response", response)):
         if value is not None and value < 1:
-            raise PactError(f"{name} {value}: give a number of at least 1")
+            raise PactError(f"{name} {value}: give an integer of at least 1")
     if trace is not None and trace < 0:
-        raise PactError(f"--trace {trace}: give the tokens of an expert trace, 0 for none")
+        raise PactError(f"--trace {trace}: give the number of tokens of an expert trace, 0 for none")
     if gpu == "this":
         dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
         device = hardware.measured(architecture(config.model), dtype, config.trainer.pack_tokens)
     else:
         device = hardware.named(gpu)
     lengths = default_lengths(config, prompt, trace, response)
-    found = estimate_step(config, device, lengths, sharding_of(config, gpus, zero_stage), gpus)
-    _print_plan(Console(), found, gpus)
+    step = estimate_step(config, device, lengths, sharding_of(config, gpus, zero_stage), gpus)
+    _print_plan(Console(), step, gpus)
     return 0
 
 
-def memory_table(found: Estimate, title: str) -> Table:
+def memory_table(memory: MemoryEstimate, title: str) -> Table:
+    """Bytes and fraction of each part of the peak; parts below 0.1 % are left out."""
     table = Table()
     table.add_column(title)
     table.add_column("size", justify="right")
-    table.add_column("share", justify="right")
-    for name, size in found.parts.items():
-        if size > found.total / 1000:  # a line of 0 % says nothing
-            table.add_row(name, format_bytes(size), f"{size / found.total:.0%}")
+    table.add_column("fraction", justify="right")
+    for name, size in memory.parts.items():
+        if size > memory.total / 1000:
+            table.add_row(name, format_bytes(size), f"{size / memory.total:.0%}")
     table.add_section()
-    table.add_row("together", format_bytes(found.total), "")
+    table.add_row("total", format_bytes(memory.total), "")
     return table
 
 
-def time_table(found: StepEstimate) -> Table:
-    table = Table()
-    for name in ("one step", "part"):
+def time_table(step: StepEstimate) -> Table:
+    """Amount, rate, seconds and fraction of each part of a step."""
+    table = Table(title="one training step (experimental)")
+    for name in ("phase", "part"):
         table.add_column(name)
-    for name in ("amount", "rate", "seconds", "share"):
+    for name in ("amount", "rate", "seconds", "fraction"):
         table.add_column(name, justify="right")
-    for part in found.parts:
-        share = f"{part.seconds / found.seconds:.0%}"
+    for part in step.parts:
+        fraction = f"{part.seconds / step.seconds:.0%}"
         amount, rate = _short(part.amount, part.unit), _short(part.rate, part.unit + "/s")
-        table.add_row(part.phase, part.name, amount, rate, f"{part.seconds:.3g}", share)
+        table.add_row(part.phase, part.name, amount, rate, f"{part.seconds:.3g}", fraction)
     table.add_section()
-    table.add_row("", "together", "", "", f"{found.seconds:.3g}", "")
+    table.add_row("", "total", "", "", f"{step.seconds:.3g}", "")
     return table
 
 
-def _print_plan(console: Console, found: StepEstimate, gpus: int) -> None:
-    lengths = found.lengths
+def _print_plan(console: Console, step: StepEstimate, gpus: int) -> None:
+    lengths, bottleneck = step.lengths, step.bottleneck
     console.print(
-        f"{gpus} × {found.hardware.name}; prompts of {lengths.prompt} tokens, traces of {lengths.trace}, {lengths.rollouts} "
-        f"rollouts of {lengths.response}\n{found.tokens:,.0f} tokens of the trunk a step, {found.unshared:,.0f} without "
-        "shared prefixes",
+        f"{gpus} × {step.hardware.name}; prompts of {lengths.prompt} tokens, traces of {lengths.trace}, {lengths.rollouts} "
+        f"rollouts of {lengths.response}\n{step.tokens:,.0f} decoder tokens per step, {step.unshared:,.0f} without shared "
+        "prefixes",
         highlight=False,
     )
-    console.print(time_table(found))
-    worst = found.bottleneck
+    console.print(time_table(step))
     console.print(
-        f"bottleneck: {worst.phase}, {worst.name}: {worst.seconds / found.seconds:.0%} of the step", highlight=False
+        f"bottleneck: {bottleneck.phase}, {bottleneck.name}: {bottleneck.seconds / step.seconds:.0%} of the step",
+        highlight=False,
     )
-    console.print(memory_table(found.memory, f"peak on one device of {format_bytes(found.hardware.capacity)}"))
-    _notes(console, [found.hardware.source, *found.memory.notes, *found.notes])
+    console.print(memory_table(step.memory, f"peak on one device of {format_bytes(step.hardware.capacity)}"))
+    _notes(console, [EXPERIMENTAL, step.hardware.source, *step.memory.notes, *step.notes])
 
 
 def _notes(console: Console, notes: list[str]) -> None:
@@ -115,6 +140,7 @@ def _notes(console: Console, notes: list[str]) -> None:
 
 
 def _short(value: float, unit: str) -> str:
+    """`1.25 TFLOP`: three digits with an SI prefix."""
     for size, prefix in UNITS:
         if value >= size:
             return f"{value / size:.3g} {prefix}{unit}"

@@ -15,22 +15,95 @@ from pact_fast.train.shutdown import ShutdownRequested
 
 EPILOG = """\
 first steps:
-  pact-fast train quickstart              train a small tool-use agent on this machine, on the CPU
-  pact-fast view runs/quickstart          look at its rollouts
-  pact-fast recipes                       what else is shipped
+  pact-fast doctor quickstart             check the recipe and this machine, train nothing
+  pact-fast train quickstart              train a small tool-use agent on this machine, on the CPU, in minutes
+  pact-fast view runs/quickstart          write an HTML page of its rollouts
+  pact-fast recipes                       list all recipes
 
-settings are dotted keys with YAML values: pact-fast train quickstart trainer.max_steps=20 seed=1
+Settings are dotted keys with YAML values, after the recipe; docs/configuration.md lists them:
+  pact-fast train quickstart trainer.max_steps=20 seed=1
+
+`pact-fast COMMAND --help` explains a command with examples.
+"""
+
+TRAIN = """\
+Train a policy: sample rollouts, score them, update, repeat. Takes a shipped recipe (`pact-fast recipes`) or a YAML file,
+and writes checkpoints, metrics, rollouts and a report to the run directory (output_dir=).
+"""
+TRAIN_EXAMPLES = """\
+  pact-fast train quickstart                                        on the CPU, in minutes
+  pact-fast train quickstart resume=auto                            continue a run that was stopped
+  pact-fast train mine.yaml trainer.learning_rate=1e-6 output_dir=runs/b
+  pact-fast train mine.yaml --dry-run                               check everything, train nothing
+  torchrun --nproc-per-node 8 -m pact_fast train gpu-8 data.train=train.jsonl
+"""
+EVAL = """\
+Measure the success rate on held-out tasks, sampled (at rollout.temperature) and greedy, with 95 % intervals. The model is a
+run's newest checkpoint, or the one that a recipe starts from. Prints JSON.
+"""
+EVAL_EXAMPLES = """\
+  pact-fast eval runs/quickstart
+  pact-fast eval runs/quickstart trainer.eval_tasks=50 --out result.json
+"""
+ROLLOUT = """\
+Sample one trajectory for each of a few tasks, and print them coloured by component, or write them as JSON Lines.
+"""
+ROLLOUT_EXAMPLES = """\
+  pact-fast rollout runs/quickstart --tasks 2
+  pact-fast rollout quickstart seed=1 --split train --out rollouts.jsonl
+"""
+DOCTOR = """\
+Check versions, data, tokenizer, chat template, token labels, environment, prompt lengths, model, memory and kernels before a
+run, one line each: ok, warn or FAIL. With rollout.engine=vllm, also start the engine and sample a few tasks. Status 1 if a
+check fails. With --memory, only print the estimated peak of training memory and its parts.
+"""
+DOCTOR_EXAMPLES = """\
+  pact-fast doctor quickstart
+  pact-fast doctor mine.yaml rollout.engine=vllm
+  pact-fast doctor gpu-8 --memory --world-size 8 --zero-stage 3
+"""
+PLAN = """\
+Estimate time, memory and communication of one training step, and its bottleneck, before it runs. Experimental: times were
+compared with measured updates on CPUs only; use them to compare settings. Needs neither weights nor data.
+"""
+PLAN_EXAMPLES = """\
+  pact-fast plan quickstart
+  pact-fast plan gpu-8 --gpus 8 --gpu h100 --prompt 1024 --trace 1024 --response 2048
+"""
+VIEW = """\
+Write an HTML page of a run's rollouts: every token with its component, advantage and weight. Opens offline; prints its path.
+"""
+VIEW_EXAMPLES = """\
+  pact-fast view runs/quickstart
+  pact-fast view runs/quickstart --step 20 --out step20.html
+"""
+EXPORT = """\
+Write a run's newest model and its tokenizer as one Hugging Face folder, LoRA adapters merged into the weights.
+"""
+EXPORT_EXAMPLES = """\
+  pact-fast export runs/quickstart quickstart-model
+"""
+RECIPES = """\
+List the shipped recipes. Each is a YAML file whose first lines say how to start it and what it needs.
+"""
+RECIPES_EXAMPLES = """\
+  pact-fast recipes
+"""
+BENCH = """\
+List the repository's benchmarks, or run one. Works in a checkout only: benchmarks are not part of the installed package.
+"""
+BENCH_EXAMPLES = """\
+  pact-fast bench
+  pact-fast bench head --help
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status. A PactError is one line on standard error and status 2."""
-    parser = _parser()
+    """Run a command. Returns the exit status; a PactError is one line on standard error and status 2."""
+    parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
-    rest = [
-        item for item in rest if not item.startswith("--local_rank=")
-    ]  # the deepspeed launcher says it to everybody
-    settings = [item for item in rest if "=" in item and not item.startswith("-")]  # settings may also follow an option
+    rest = [item for item in rest if not item.startswith("--local_rank=")]  # added by the deepspeed launcher
+    settings = [item for item in rest if "=" in item and not item.startswith("-")]  # settings may also follow options
     if settings != rest or (rest and not hasattr(arguments, "settings")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -51,12 +124,13 @@ def _status(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; continue with resume=auto", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone: `pact-fast recipes | head -1`
+    except BrokenPipeError:  # the reader of our output has exited: `pact-fast recipes | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="pact-fast",
         description="PACT: train multi-turn tool-use agents with expert traces.",
@@ -66,33 +140,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pact-fast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    train = _command(commands, "train", _train, "train from a recipe or a YAML file")
+    train = _command(commands, "train", _train, "train from a recipe or a YAML file", TRAIN, TRAIN_EXAMPLES)
     _recipe(train)
     train.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the resolved settings, train nothing"
+        "--dry-run", action="store_true", help="run the checks of `doctor`, print the resolved settings, train nothing"
     )
 
-    evaluate = _command(commands, "eval", _eval, "success of a model on held-out tasks, sampled and greedy")
+    evaluate = _command(commands, "eval", _eval, "success rate of a model on held-out tasks", EVAL, EVAL_EXAMPLES)
     _recipe(evaluate, "RUN|RECIPE|FILE", "run directory (its newest model), recipe name or YAML file")
-    evaluate.add_argument("--out", type=Path, help="also write the result as JSON here")
+    evaluate.add_argument("--out", type=Path, help="also write the result as JSON to this file")
 
-    rollout = _command(commands, "rollout", _rollout, "sample trajectories and write them as JSONL")
+    rollout = _command(commands, "rollout", _rollout, "sample trajectories", ROLLOUT, ROLLOUT_EXAMPLES)
     _recipe(rollout, "RUN|RECIPE|FILE", "run directory (its newest model), recipe name or YAML file")
     rollout.add_argument("--tasks", type=int, default=4, help="number of tasks (default: 4)")
     rollout.add_argument("--split", choices=["train", "eval"], default="eval", help="which tasks (default: eval)")
-    rollout.add_argument("--out", type=Path, help="file to write (default: print them)")
+    rollout.add_argument("--out", type=Path, help="JSON Lines file to write (default: print the trajectories)")
 
-    doctor = _command(commands, "doctor", _doctor, "check template, parser, masks, environment and model before a run")
+    doctor = _command(commands, "doctor", _doctor, "check a run before it starts", DOCTOR, DOCTOR_EXAMPLES)
     _recipe(doctor)
     doctor.add_argument(
-        "--memory", action="store_true", help="only estimate the peak of training memory, and what it is made of"
+        "--memory", action="store_true", help="only estimate the peak of training memory, and its parts"
     )
     doctor.add_argument("--world-size", type=int, help="with --memory: devices that train together (default: 1)")
     doctor.add_argument(
-        "--zero-stage", type=int, help="with --memory: ZeRO stage, 0 to 3 (default: the settings', or 0)"
+        "--zero-stage", type=int, help="with --memory: ZeRO stage, 0 to 3 (default: the settings' stage, or 0)"
     )
 
-    plan = _command(commands, "plan", _plan, "estimate time, memory and communication of a step before it runs")
+    plan = _command(commands, "plan", _plan, "estimate time and memory of a step (experimental)", PLAN, PLAN_EXAMPLES)
     _recipe(plan)
     plan.add_argument("--gpus", type=int, default=1, help="devices that train and sample (default: 1)")
     plan.add_argument(
@@ -100,33 +174,42 @@ def _parser() -> argparse.ArgumentParser:
         default="this",
         help="a100, h100, h200, b200: published peaks times assumed efficiencies; this: measure this machine (default)",
     )
-    plan.add_argument("--zero-stage", type=int, help="ZeRO stage, 0 to 3 (default: the settings', or 0)")
+    plan.add_argument("--zero-stage", type=int, help="ZeRO stage, 0 to 3 (default: the settings' stage, or 0)")
     plan.add_argument("--prompt", type=int, help="tokens of a prompt (default: rollout.max_prompt_length)")
     plan.add_argument("--trace", type=int, help="tokens of an expert trace (default: those of a response)")
     plan.add_argument(
-        "--response", type=int, help="tokens of a rollout, observations too (default: rollout.max_completion_length)"
+        "--response", type=int, help="tokens of a rollout with observations (default: rollout.max_completion_length)"
     )
 
-    view = _command(commands, "view", _view, "an HTML page of a run's rollouts, coloured by component")
+    view = _command(commands, "view", _view, "an HTML page of a run's rollouts", VIEW, VIEW_EXAMPLES)
     view.add_argument("run_dir", metavar="RUN", type=Path, help="run directory")
     view.add_argument("--step", type=int, help="only this step (default: all)")
     view.add_argument("--out", type=Path, help="file to write (default: RUN/view.html)")
 
     export = _command(
-        commands, "export", _export, "write a run's newest model as Hugging Face weights, adapters merged"
+        commands, "export", _export, "write a run's newest model for Hugging Face", EXPORT, EXPORT_EXAMPLES
     )
     export.add_argument("run_dir", metavar="RUN", type=Path, help="run directory")
-    export.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    export.add_argument("out", metavar="OUT", type=Path, help="folder to create")
 
-    _command(commands, "recipes", _recipes, "list the shipped recipes")
-    bench = _command(commands, "bench", _bench, "list the repository's benchmarks, or run one")
-    bench.add_argument("name", nargs="?", help="benchmark to run (default: list them)")
-    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments; --help lists them")
+    _command(commands, "recipes", _recipes, "list the shipped recipes", RECIPES, RECIPES_EXAMPLES)
+    bench = _command(commands, "bench", _bench, "list the repository's benchmarks, or run one", BENCH, BENCH_EXAMPLES)
+    bench.add_argument("name", metavar="NAME", nargs="?", help="benchmark to run (default: list all)")
+    bench.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the benchmark; --help explains them"
+    )
     return parser
 
 
-def _command(commands, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+def _command(commands, name: str, run: Callable, summary: str, description: str, examples: str):
+    """Add a command. `summary`: its line in the list of commands; `description`, `examples`: its own help."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -134,10 +217,9 @@ def _command(commands, name: str, run: Callable, text: str) -> argparse.Argument
 def _recipe(
     parser: argparse.ArgumentParser, metavar: str = "RECIPE|FILE", text: str = "recipe name or YAML file"
 ) -> None:
+    """Add the arguments that give a configuration: where it comes from, and overrides."""
     parser.add_argument("source", metavar=metavar, help=text)
-    parser.add_argument(
-        "settings", metavar="key=value", nargs="*", help="settings that override it, for example seed=1"
-    )
+    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings to override, for example seed=1")
 
 
 def _train(arguments) -> int:
@@ -200,7 +282,7 @@ def _view(arguments) -> int:
     from pact_fast.report import write_view
 
     if not arguments.run_dir.is_dir():
-        raise PactError(f"{arguments.run_dir} is no run directory; pass the folder that `pact-fast train` printed")
+        raise PactError(f"{arguments.run_dir} is not a run directory; pass the folder that `pact-fast train` printed")
     print(write_view(arguments.run_dir, out=arguments.out, step=arguments.step))
     return 0
 
@@ -222,16 +304,15 @@ def _recipes(arguments) -> int:
 
 
 def _bench(arguments) -> int:
+    """List the benchmarks of the checkout, or run one in a process of its own."""
     folder = Path(__file__).resolve().parents[2] / "benchmarks"
     sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
-    found = {name: text for name, text in sources.items() if '__name__ == "__main__"' in text}
+    found = {name: text for name, text in sources.items() if '\nif __name__ == "__main__":' in text}
     if not found:
-        raise PactError(
-            "no benchmarks here: they are in the repository's benchmarks/ folder, not in the installed package"
-        )
+        raise PactError(f"no benchmarks in {folder}: the installed package has none; run the command from a checkout")
     if arguments.name is None:
         for name, text in found.items():
-            print(f"{name:14} {text.splitlines()[0].strip(chr(34))}")
+            print(f"{name:20} {text.splitlines()[0].strip(chr(34))}")
         return 0
     if arguments.name not in found:
         raise PactError(f"no benchmark '{arguments.name}'; there are: {', '.join(found)}")

@@ -1,4 +1,4 @@
-"""`pact-fast eval` and `pact-fast rollout`: a model and tasks, no training."""
+"""`pact-fast eval` and `pact-fast rollout`: sample from a model without training it."""
 
 from __future__ import annotations
 
@@ -28,30 +28,52 @@ from pact_fast.train.records import rollout_record
 
 
 @dataclass
-class Policy:
-    """A model ready to act."""
+class Session:
+    """A model, its engine and tasks, ready to sample.
+
+    config    resolved configuration
+    renderer  chat renderer of the model
+    loop      agent loop on a running engine
+    tasks     source of training and held-out tasks
+    """
 
     config: Config
     renderer: ChatRenderer
     loop: AgentLoop
     tasks: TaskSource
 
+    def select(self, split: str, count: int) -> list[Task]:
+        """`count` tasks of "train" or "eval". PactError if there are no held-out tasks."""
+        tasks = self.tasks.train(0, count) if split == "train" else self.tasks.held_out(count)
+        if not tasks:
+            raise PactError("there are no held-out tasks; set data.eval, or use --split train")
+        return tasks
+
     def close(self) -> None:
+        """Stop the agent loop and the engine."""
         self.loop.close()
         self.loop.engine.shutdown()
 
 
-def load_policy(source: str, settings: Sequence[str]) -> Policy:
-    """From a run directory (its newest complete checkpoint) or a recipe."""
+def open_session(source: str, settings: Sequence[str]) -> Session:
+    """Load a model and start its engine.
+
+    Args:
+        source: A run directory (its newest complete checkpoint, else its base model), a recipe or a YAML file.
+        settings: `key=value` overrides.
+
+    Raises:
+        PactError: `source` is none of these, or the run has no model yet.
+    """
     run = Path(source)
     base: Path | None = None
     weights: Path | None = None
-    saved: Path | None = None
+    tokenizer_dir: Path | None = None
     if run.is_dir():
         if not (run / "config.yaml").exists():
-            raise PactError(f"{run} is no run directory: it has no config.yaml")
+            raise PactError(f"{run} is not a run directory: it has no config.yaml")
         config = load_config(str(run / "config.yaml"), list(settings))
-        (base, weights), saved = run_weights(run), run / "tokenizer"
+        (base, weights), tokenizer_dir = run_weights(run), run / "tokenizer"
         if not base and not weights:
             raise PactError(
                 f"{run} has no complete checkpoint yet; wait for the first one (trainer.save_steps) or train it"
@@ -62,25 +84,26 @@ def load_policy(source: str, settings: Sequence[str]) -> Policy:
         torch.set_num_threads(config.threads)
     device = pick_device(config)
     tasks = make_tasks(config)
-    tokenizer = make_tokenizer(config.model, tasks, saved)
+    tokenizer = make_tokenizer(config.model, tasks, tokenizer_dir)
     renderer = make_renderer(config.model, tokenizer)
     check_template(renderer)
     model = make_policy(config, tokenizer, base=base, checkpoint=weights, device=device).eval()
     check_context(config, model)
     engine = make_engine(config, model, renderer, autocast=precision(config, device))
     engine.update_weights(model, 0)
-    return Policy(config, renderer, AgentLoop(engine, renderer, EnvironmentFactory(config), config.rollout), tasks)
+    return Session(config, renderer, AgentLoop(engine, renderer, EnvironmentFactory(config), config.rollout), tasks)
 
 
 def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> int:
-    policy = load_policy(source, settings)
-    tasks = _tasks(policy, "eval", policy.config.trainer.eval_tasks)
+    """`pact-fast eval`: print success rates as JSON, and write them to `out` if given."""
+    session = open_session(source, settings)
+    tasks = session.select("eval", session.config.trainer.eval_tasks)
     progress = Progress()
     result: dict[str, object] = {"source": source, "tasks": len(tasks)}
-    for name, temperature in (("sampled", policy.config.rollout.temperature), ("greedy", 0.0)):
+    for name, temperature in (("sampled", session.config.rollout.temperature), ("greedy", 0.0)):
         with progress.rollouts(len(tasks), name) as advance:
             trajectories = evaluate(
-                policy.loop, tasks, temperature=temperature, seed=policy.config.seed, on_finish=lambda i, t: advance()
+                session.loop, tasks, temperature=temperature, seed=session.config.seed, on_finish=lambda i, t: advance()
             )
         rate = success_rate(trajectories)
         result[name] = {"success": rate.to_json(), **reward_means(trajectories)}
@@ -88,7 +111,7 @@ def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> 
             f"{name:8} success {rate}  " + "  ".join(f"{k} {v:.3f}" for k, v in reward_means(trajectories).items())
         )
     progress.close()
-    policy.close()
+    session.close()
     print(json.dumps(result, indent=2))
     if out:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -96,18 +119,19 @@ def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> 
 
 
 def rollout_command(source: str, settings: Sequence[str], count: int, split: str, out: Path | None) -> int:
-    policy = load_policy(source, settings)
-    tasks = _tasks(policy, split, count)
+    """`pact-fast rollout`: sample one trajectory for each of `count` tasks; print them or write JSONL to `out`."""
+    session = open_session(source, settings)
+    tasks = session.select(split, count)
     progress = Progress()
     with progress.rollouts(len(tasks)) as advance:
         trajectories = evaluate(
-            policy.loop, tasks, temperature=policy.config.rollout.temperature, seed=policy.config.seed,
+            session.loop, tasks, temperature=session.config.rollout.temperature, seed=session.config.seed,
             on_finish=lambda i, t: advance(),
         )  # fmt: skip
     progress.close()
-    policy.close()
+    session.close()
     records = [
-        rollout_record(policy.renderer, task, t, step=0, kind="eval")
+        rollout_record(session.renderer, task, t, step=0, kind="eval")
         for task, t in zip(tasks, trajectories, strict=True)
     ]
     if out:
@@ -119,10 +143,3 @@ def rollout_command(source: str, settings: Sequence[str], count: int, split: str
     for record in records:
         print_rollout(record)
     return 0
-
-
-def _tasks(policy: Policy, split: str, count: int) -> list[Task]:
-    tasks = policy.tasks.train(0, count) if split == "train" else policy.tasks.held_out(count)
-    if not tasks:
-        raise PactError("there are no held-out tasks; set data.eval, or use --split train")
-    return tasks

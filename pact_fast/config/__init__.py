@@ -1,4 +1,4 @@
-"""All settings of a run: the schema, and reading it from recipes, YAML files and the command line."""
+"""Settings of a run: the schema, and reading it from recipes, YAML files and the command line. Imports no torch."""
 
 from pact_fast.config.load import known_keys, load_config, parse_config, recipes, section_of
 from pact_fast.config.schema import (

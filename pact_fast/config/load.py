@@ -1,4 +1,4 @@
-"""Read a configuration: a recipe or YAML file, then `key=value` overrides; errors name the key and the nearest known one."""
+"""Reads a configuration: a recipe or YAML file and `key=value` overrides. Errors name the key and the nearest known one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def load_config(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a shipped recipe (by name) or a YAML file, apply `key=value` overrides (dotted keys, YAML values), validate.
+    """Read and validate a configuration.
 
-    Raises PactError with one line that names the wrong key or value and the cure.
+    Args:
+        source: Name of a shipped recipe, or a YAML file.
+        overrides: `key=value` settings with dotted keys and YAML values.
+
+    Raises:
+        PactError: A key or value is wrong; the message is one line with the cure.
     """
     path = _find(source)
     try:
@@ -30,12 +35,11 @@ def load_config(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
     for override in overrides:
         _apply(data, override)
     config = parse_config(data, str(path))
-    config.output_dir = config.output_dir.replace("{recipe}", path.stem)
-    return config
+    return config.model_copy(update={"output_dir": config.output_dir.replace("{recipe}", path.stem)})
 
 
 def parse_config(data: dict[str, Any], name: str = "config") -> Config:
-    """Validate a mapping; PactError with one line otherwise."""
+    """Validate a mapping. `name`: its source, for messages. PactError lists the first three problems."""
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -43,12 +47,12 @@ def parse_config(data: dict[str, Any], name: str = "config") -> Config:
 
 
 def recipes() -> dict[str, Path]:
-    """Shipped recipes by name."""
+    """Files of the shipped recipes by name."""
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """All dotted keys."""
+    """All dotted keys of a section, with `prefix` in front."""
     keys: list[str] = []
     for name, info in model.model_fields.items():
         keys.append(prefix + name)
@@ -59,7 +63,7 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The section class in an annotation such as `TrainerConfig` or `PretrainConfig | None`."""
+    """The section class in an annotation such as `TrainerConfig` or `PretrainConfig | None`; None if there is none."""
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
@@ -96,7 +100,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _number(text: str) -> Any:
-    """YAML reads 1e-6 as a string (it wants 1.0e-6); users mean the number."""
+    """The number that a string such as 1e-6 stands for (YAML 1.1 requires 1.0e-6), or the string."""
     try:
         return float(text)
     except ValueError:
@@ -104,6 +108,7 @@ def _number(text: str) -> Any:
 
 
 def _explain(item: Any) -> str:
+    """One pydantic error as text, with the nearest known key for an unknown one."""
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)

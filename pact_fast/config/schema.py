@@ -14,146 +14,160 @@ from pact_fast.errors import PactError
 
 
 class Section(BaseModel):
+    """A group of settings. Unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid", validate_assignment=False)
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (docs/lora.md): only they train; the weights under them stay as they were loaded."""
+    """Low-rank adapters (docs/lora.md). Only adapters are trained; the model's own weights stay frozen."""
 
-    r: int = Field(16, ge=1, le=512, description="Rank.")
-    alpha: float = Field(32.0, gt=0, description="An adapter's output is scaled by alpha / r.")
+    r: int = Field(16, ge=1, le=512, description="Rank of the adapters.")
+    alpha: float = Field(32.0, gt=0, description="Adapter outputs are scaled by alpha / r.")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear",
-        description="Layers that get an adapter, by the end of their names ([q_proj, v_proj]); `all-linear`: every linear "
-        "layer but the head.",
+        description="Layers that get adapters, by the end of their names ([q_proj, v_proj]); `all-linear`: every linear "
+        "layer except the head.",
     )
 
 
 class ModelConfig(Section):
-    """The policy."""
+    """The policy model."""
 
-    path: str | None = Field(None, description="Model folder or hub name. Leave empty to start from random weights.")
+    path: str | None = Field(None, description="Model folder or hub name. Null: random weights, see `random_init`.")
     random_init: dict[str, Any] | None = Field(
         None,
-        description="A transformers configuration ({model_type: qwen3, hidden_size: 128, …}) for random weights. With an "
-        "empty `tokenizer`, a byte-level BPE of `vocab_size` is trained on the environment's own text.",
+        description="A transformers configuration ({model_type: qwen3, hidden_size: 128, …}) for random weights. "
+        "Without `tokenizer`, a byte-level BPE of `vocab_size` is trained on text of the environment.",
     )
-    tokenizer: str | None = Field(None, description="Tokenizer folder or hub name; default: the model's own.")
+    tokenizer: str | None = Field(None, description="Tokenizer folder or hub name; default: the tokenizer of `path`.")
     chat_template: str | None = Field(None, description="A Jinja file that replaces the tokenizer's chat template.")
     tool_format: str = Field(
         "auto",
-        description="How tool calls are written: `hermes`, `llama3_json`, or one of your own as `file.py:Class`; `auto` "
-        "reads it off the chat template.",
+        description="Format of tool calls: `hermes`, `llama3_json`, or your own as `file.py:Class`; `auto`: detected "
+        "from the chat template.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="Type of the computation; `bfloat16` is autocast, the weights stay float32 (with ZeRO they are bfloat16, "
-        "too: docs/scaling.md).",
+        description="Compute dtype. With `bfloat16`, autocast is used and weights stay float32; with ZeRO, weights are "
+        "bfloat16, too (docs/scaling.md).",
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-    lora: LoraConfig | None = Field(None, description="Train low-rank adapters; default: all weights.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, one more forward pass."
+    )
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters; null: train all weights.")
 
 
 class DataConfig(Section):
-    """Where tasks come from. Without files, the environment generates them (lookup_chain)."""
+    """Source of tasks (docs/data.md). Without files, the environment generates them (lookup_chain)."""
 
     train: str | None = Field(None, description="JSONL or parquet file of training tasks.")
     eval: str | None = Field(None, description="JSONL or parquet file of held-out tasks.")
     format: Literal["auto", "pact", "verl", "ftrl", "toolhop"] = Field(
-        "auto", description="Row format; `auto` recognises it by its columns."
+        "auto", description="Row format; `auto`: detected from the columns."
     )
     expert: str | None = Field(
-        None, description="JSONL of expert traces ({id, expert_trace}) joined to the training tasks by id."
+        None, description="JSONL file of expert traces ({id, expert_trace}), joined to the training tasks by id."
     )
     max_rows: int | None = Field(None, ge=1, description="Read only this many rows of each file.")
-    shuffle: bool = Field(True, description="New order of the tasks in each epoch, from the seed.")
+    shuffle: bool = Field(True, description="Shuffle the tasks in each epoch, from the seed.")
 
 
 class EnvConfig(Section):
-    """The tools."""
+    """The environment: tools and outcome rewards (docs/environments.md)."""
 
     name: str = Field(
         "auto",
-        description="`lookup_chain`: built-in multi-hop look-ups; `python_tools`: tools as Python sources (FTRL, ToolHop) in "
-        "separate limited processes; one of your own as `file.py:Class`; `auto`: python_tools with data files, else "
-        "lookup_chain. Rows with a column `env` name their own.",
+        description="`lookup_chain`: built-in multi-hop look-ups; `python_tools`: tools given as Python source (FTRL, "
+        "ToolHop), run in sandboxed processes; your own as `file.py:Class`; `auto`: python_tools with data files, "
+        "else lookup_chain. A row's column `env` takes precedence.",
     )
     args: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of the environment, see docs/environments.md."
+        default_factory=dict, description="Arguments of the environment (docs/environments.md)."
     )
 
 
 class RolloutConfig(Section):
-    """How trajectories are sampled: from the prompt only, several turns, with tools in between."""
+    """Sampling of trajectories: from the prompt only, over several turns with tool calls (docs/rollouts.md)."""
 
     engine: str = Field(
         "transformers",
-        description="What generates tokens: `transformers`, the model itself, embedded; `vllm` (docs/rollouts.md); or one of "
-        "your own as `file.py:Class`.",
+        description="Rollout engine: `transformers`: the training model itself, for models up to about 200 M "
+        "parameters; `vllm`; or your own as `file.py:Class`.",
     )
     num_generations: int = Field(8, ge=1, description="Rollouts per prompt (K).")
     oversampling_factor: float = Field(
         1.0,
         ge=1,
-        description="Begin ⌈factor·K⌉ rollouts per prompt and cancel the slowest once K have ended; favours short ones.",
+        description="Start ⌈factor·K⌉ rollouts per prompt and cancel the slowest once K have ended. Favours short "
+        "rollouts.",
     )
     temperature: float = Field(
-        1.0, gt=0, description="Sampling temperature; log-probs are taken at the same temperature."
+        1.0, gt=0, description="Sampling temperature. Log-probs of rollout tokens are computed at the same temperature."
     )
     max_turns: int = Field(10, ge=1, description="Assistant turns per trajectory.")
     max_turn_tokens: int = Field(1024, ge=1, description="Sampled tokens per assistant turn.")
     max_completion_length: int = Field(
-        4096, ge=1, description="Response tokens of a whole trajectory, observations included."
+        4096,
+        ge=1,
+        description="Response tokens per trajectory, observations included.",
     )
     max_prompt_length: int = Field(
-        4096, ge=1, description="Longest prompt; a longer one is an error that names the task."
+        4096, ge=1, description="Longest prompt in tokens. A longer one is an error that names the task."
     )
-    max_observation_tokens: int = Field(1024, ge=16, description="Longer observations are cut, with a note.")
-    max_batch_size: int = Field(128, ge=1, description="Trajectories that generate at the same time.")
+    max_observation_tokens: int = Field(
+        1024, ge=16, description="Longest observation in tokens. A longer one is cut, with a note."
+    )
+    max_batch_size: int = Field(128, ge=1, description="Trajectories that are sampled concurrently.")
     stop_at_tool_call: bool = Field(
         False,
-        description="End a turn at its first complete call, for models that go on and invent the result; there are no parallel "
-        "calls then.",
+        description="End a turn at its first complete tool call, for models that would continue with an invented "
+        "result. Excludes parallel calls.",
     )
     tool_timeout: float = Field(10.0, gt=0, description="Seconds per tool call.")
     trajectory_timeout: float | None = Field(
         None,
         gt=0,
-        description="Seconds per trajectory; what is under way then is cancelled. A run with it is not repeatable.",
+        description="Seconds per trajectory; a turn in progress is cancelled. Makes runs non-deterministic.",
     )
     engine_timeout: float = Field(
         300.0,
         gt=0,
-        description="vLLM: seconds without a finished turn, or without an answer, after which the engine counts as hung and "
-        "is started again.",
+        description="vLLM: seconds without a finished turn or a response after which the engine counts as hung and is "
+        "restarted.",
     )
     vllm_mode: Literal["colocate", "server"] = Field(
         "colocate",
-        description="`colocate`: in the trainer's process, on its device; `server`: a process of its own, on its own devices.",
+        description="`colocate`: in the trainer's process, on its device; `server`: in a separate process, on other "
+        "devices.",
     )
     vllm_server_base_url: str | None = Field(
-        None, description="A running `vllm serve` (docs/rollouts.md); default: the trainer starts and watches its own."
+        None,
+        description="URL of a running `vllm serve` (docs/rollouts.md); default: the trainer starts and supervises one.",
     )
-    vllm_server_timeout: float = Field(240.0, gt=0, description="Seconds that a server may take to start.")
-    vllm_gpu_memory_utilization: float = Field(0.3, gt=0, le=1, description="Share of a GPU's memory that vLLM takes.")
-    vllm_tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one copy of the model.")
+    vllm_server_timeout: float = Field(240.0, gt=0, description="Seconds within which a server must start.")
+    vllm_gpu_memory_utilization: float = Field(
+        0.3, gt=0, le=1, description="Fraction of a GPU's memory that vLLM takes."
+    )
+    vllm_tensor_parallel_size: int = Field(1, ge=1, description="GPUs per copy of the model.")
     vllm_data_parallel_size: int = Field(
-        1, ge=1, description="server: copies of the model on different GPUs, each driven by one training process."
+        1, ge=1, description="server: copies of the model on different GPUs, each driven by one training rank."
     )
     vllm_enable_sleep_mode: bool = Field(
-        False, description="colocate: vLLM's memory is free during updates (GPU only)."
+        False, description="colocate: release vLLM's memory during updates (GPU only)."
     )
     vllm_weight_transfer: Literal["auto", "nccl", "files"] = Field(
         "auto",
-        description="server: `nccl`: weights go from GPU to GPU; `files`: through `vllm_weights_dir`; `auto`: `nccl` where it "
-        "works and a server that dies can be given its weights again (docs/rollouts.md).",
+        description="server: how weights are sent. `nccl`: from GPU to GPU; `files`: through `vllm_weights_dir`; "
+        "`auto`: `nccl` where it works and weights can be resent to a restarted server (docs/rollouts.md).",
     )
     vllm_weights_dir: str | None = Field(
         None,
-        description="server: folder through which weights go, seen by both sides; default: shared memory, else the run folder.",
+        description="server: folder for weight files, visible to trainer and server; default: shared memory, else the "
+        "run directory.",
     )
     vllm_args: dict[str, Any] = Field(
-        default_factory=dict, description="Further vLLM engine arguments, for example {enforce_eager: true}."
+        default_factory=dict, description="Additional vLLM engine arguments, for example {enforce_eager: true}."
     )
 
 
@@ -162,104 +176,118 @@ class AnchorConfig(Section):
 
     mode: Literal["gate", "blend"] = Field(
         "gate",
-        description="`gate`: a coin per prompt and step chooses the context; `blend`: its expectation, both contexts.",
+        description="`gate`: a random draw per prompt and step chooses the context; `blend`: both contexts, weighted by "
+        "the expectation of that draw.",
     )
-    q: float = Field(0.4, ge=0, le=1, description="Probability (gate) or share (blend) of the prompt-only route.")
+    q: float = Field(0.4, ge=0, le=1, description="Probability (gate) or weight (blend) of the prompt-only route.")
 
 
 class TraceConfig(Section):
-    """How the expert trace enters the context of the surrogate."""
+    """How the expert trace enters the context of the trace-conditioned loss (method, section 2)."""
 
     rendering: Literal["demonstration", "turns", "hint"] = Field(
         "demonstration",
-        description="`demonstration`: the trace's turns, then the question restated; `turns`: the trace's turns only; `hint`: "
-        "the trace as text in the user turn.",
+        description="`demonstration`: the trace's turns, then the question again; `turns`: the trace's turns only; "
+        "`hint`: the trace as text in the user message.",
     )
     reasoning: Literal["full", "level"] = Field(
-        "full", description="Reasoning that stands in the context: all of it, or the current prefix level."
+        "full", description="Reasoning in the context: all of it, or the prefix of the current reasoning level."
     )
     context_importance_weight: Literal["token", "sequence", "none"] = Field(
         "token",
-        description="Stop-gradient weight min(cap, π(τ|x,h*)/π(τ|x)) on the trace-conditioned terms: per token, per sequence "
-        "(geometric mean), or none (as printed in the paper; unstable on small models).",
+        description="Stop-gradient importance weight min(clip, π(τ|x,h*)/π(τ|x)) of the trace-conditioned terms: per "
+        "token, per sequence (geometric mean), or none (as printed in the paper; unstable on small models).",
     )
-    context_importance_weight_clip: float = Field(1.0, gt=0, description="Cap of that weight.")
+    context_importance_weight_clip: float = Field(1.0, gt=0, description="Upper bound of that weight.")
 
 
 class SFTConfig(Section):
-    """Component-aware SFT on the expert trace."""
+    """Component-aware SFT on the expert trace (method, section 2)."""
 
     coef: float = Field(
         0.1, ge=0, description="Weight of the SFT loss (β in the paper; TRL's `beta` is the KL coefficient)."
     )
     lambda_start: float = Field(0.8, ge=0, description="Weight of tool-call tokens at step 0.")
     lambda_end: float = Field(0.2, ge=0, description="Weight of tool-call tokens from the annealing horizon on.")
-    horizon: int | None = Field(None, ge=1, description="Annealing horizon S in steps; default: the run's steps.")
+    horizon: int | None = Field(
+        None, ge=1, description="Annealing horizon S in training steps; default: trainer.max_steps."
+    )
     reasoning_level_start: int = Field(
         4, ge=0, le=4, description="Reasoning prefix level at step 0 (4 = longest safe prefix, 0 = none)."
     )
     reasoning_level_end: int = Field(0, ge=0, le=4, description="Reasoning prefix level at the horizon.")
     normalizer: Literal["weighted", "count"] = Field(
-        "weighted", description="Divide by the sum of weights (as printed) or by the number of supervised tokens."
+        "weighted",
+        description="Divide by the sum of token weights (as printed in the paper) or by the number of supervised "
+        "tokens.",
     )
 
 
 class RewardConfig(Section):
     """Rewards and advantages (method, section 3)."""
 
-    unmatched_penalty: float = Field(0.0, ge=0, description="λ_pen: an unmatched call earns −λ_pen.")
-    gamma: float = Field(0.9, ge=0, le=1, description="Discount of the turn-level return.")
+    unmatched_penalty: float = Field(0.0, ge=0, description="λ_pen: the score of an unmatched call is −λ_pen.")
+    gamma: float = Field(0.9, ge=0, le=1, description="Discount factor of the turn-level return.")
     advantage_combine: Literal["sum", "mean"] = Field(
-        "sum", description="Token advantage = group + turn advantage, or their mean."
+        "sum", description="Token advantage: sum or mean of the group advantage and the turn advantage."
     )
-    env_weight: float = Field(
-        0.0, description="Weight of the environment's own outcome reward in the trajectory reward."
+    env_weight: float = Field(0.0, description="Weight of the environment's `success` in the trajectory reward.")
+    match_weight: float = Field(
+        1.0, ge=0, description="Weight of the sum of turn rewards (matching) in the trajectory reward."
     )
-    match_weight: float = Field(1.0, ge=0, description="Weight of the matching turn rewards in the trajectory reward.")
     functions: list[str] = Field(
         default_factory=list,
-        description="User reward functions, `file.py:name` or `module:name`, with TRL's keyword signature.",
+        description="Your reward functions, `file.py:name` or `module:name`, with TRL's keyword signature "
+        "(docs/rewards.md).",
     )
 
 
 class AlgorithmConfig(Section):
-    """What is optimised."""
+    """The algorithm and its loss (docs/method.md)."""
 
     name: str = Field(
         "pact",
-        description="`pact`, `grpo`, `matchtir` or `sft`, one file each in pact_fast/algorithms; one of your own as "
+        description="`pact`, `grpo`, `matchtir` or `sft` (one file each in pact_fast/algorithms), or your own as "
         "`file.py:Class`.",
     )
-    args: dict[str, Any] = Field(default_factory=dict, description="Arguments of an algorithm of your own.")
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of your own algorithm, which reads them as `self.config.args`."
+    )
     epsilon: float = Field(0.2, gt=0, description="Lower clip range of the ratio.")
     epsilon_high: float | None = Field(None, gt=0, description="Upper clip range; default: epsilon.")
     delta: float | None = Field(
-        None, gt=1, description="Dual clip: ratio bound for negative advantages; off by default."
+        None, gt=1, description="Dual clip: upper bound of the ratio for negative advantages; null: off."
     )
-    beta: float = Field(0.0, ge=0, description="Coefficient of the KL to the frozen reference (k3 estimator).")
-    entropy_coef: float = Field(0.0, description="Entropy bonus.")
-    policy_loss: Literal["ppo", "cispo"] = Field("ppo", description="Clip rule.")
+    beta: float = Field(
+        0.0, ge=0, description="Coefficient of the KL divergence to the frozen reference policy (k3 estimator)."
+    )
+    entropy_coef: float = Field(0.0, description="Coefficient of the entropy bonus.")
+    policy_loss: str = Field(
+        "ppo",
+        description="Policy loss: `ppo` (clipped surrogate), `cispo` (clipped importance weight), or one of your own as "
+        "`file.py:Class`. `gspo` is in the kernels only, not in the trainer.",
+    )
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = Field(
         "grpo",
-        description="Aggregation: mean over tokens, then over rollouts (grpo); mean over all tokens of the batch (dapo); sum "
-        "divided by max_completion_length (dr_grpo).",
+        description="Aggregation over tokens: mean per rollout, then over rollouts (grpo); mean over all tokens of the "
+        "batch (dapo); sum divided by max_completion_length (dr_grpo).",
     )
-    scale_rewards: bool = Field(True, description="Divide advantages by the group's standard deviation.")
+    scale_rewards: bool = Field(True, description="Divide advantages by the standard deviation of the group.")
     vllm_importance_sampling_correction: bool = Field(
         True,
-        description="With vLLM, weight prompt-only policy terms by π_trainer/π_sampler (stop-gradient): its kernels round "
-        "otherwise, and its weights may be older.",
+        description="With an engine whose log-probs differ from the trainer's (vLLM: other rounding, maybe older "
+        "weights), weight prompt-only policy terms by π_trainer/π_sampler (stop-gradient).",
     )
     vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
         Field(
             "token_truncate",
-            description="Weight of a token, or of its whole rollout (product over its tokens); above the cap it is cut to "
-            "the cap (truncate) or to 0 (mask). All but token_truncate cost a forward pass.",
+            description="Weight per token, or per rollout (product over its tokens); above clip_max it is set to "
+            "clip_max (truncate) or to 0 (mask). All but token_truncate cost a forward pass.",
         )
     )
-    vllm_importance_sampling_clip_max: float = Field(3.0, gt=0, description="Cap of that weight.")
+    vllm_importance_sampling_clip_max: float = Field(3.0, gt=0, description="Upper bound of that weight.")
     mask_truncated_completions: bool = Field(
-        False, description="Leave rollouts that hit a limit (length or turns) out of the loss."
+        False, description="Exclude rollouts that hit a limit (length, turns or time) from the loss."
     )
     anchor: AnchorConfig = Field(default_factory=AnchorConfig)
     trace: TraceConfig = Field(default_factory=TraceConfig)
@@ -268,27 +296,30 @@ class AlgorithmConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """Training state split over processes by DeepSpeed ZeRO (docs/scaling.md)."""
+    """Training state sharded over ranks by DeepSpeed ZeRO (docs/scaling.md)."""
 
     stage: Literal[0, 1, 2, 3] = Field(
         2,
-        description="What is split: optimizer states (1), gradients too (2), parameters too (3); nothing (0), which needs no "
-        "DeepSpeed.",
+        description="ZeRO stage: shards optimizer states (1), also gradients (2), also parameters (3). 0: no sharding "
+        "and no DeepSpeed.",
     )
-    offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="Where optimizer states lie instead.")
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="Device that optimizer states are offloaded to."
+    )
     offload_param: Literal["none", "cpu", "nvme"] = Field(
-        "none", description="Where parameters lie instead (stage 3 only)."
+        "none", description="Device that parameters are offloaded to (stage 3 only)."
     )
-    nvme_path: str | None = Field(None, description="Folder on a local NVMe disk, for what is offloaded to `nvme`.")
+    nvme_path: str | None = Field(None, description="Folder on a local NVMe disk, for offloading to `nvme`.")
     args: dict[str, Any] = Field(
         default_factory=dict,
-        description="Further DeepSpeed settings, laid over ours: {zero_optimization: {reduce_bucket_size: 50000000}}.",
+        description="Additional DeepSpeed settings, which override ours: {zero_optimization: {reduce_bucket_size: "
+        "50000000}}.",
     )
 
     @model_validator(mode="after")
     def _coherent(self) -> DeepSpeedConfig:
         if self.offload_param != "none" and self.stage != 3:
-            raise ValueError("offload_param needs stage=3: only then are parameters split")
+            raise ValueError("offload_param needs stage=3, the only stage that shards parameters")
         if self.offload_optimizer != "none" and self.stage == 0:
             raise ValueError("offload_optimizer needs stage 1, 2 or 3")
         if "nvme" in (self.offload_optimizer, self.offload_param) and not self.nvme_path:
@@ -297,105 +328,123 @@ class DeepSpeedConfig(Section):
 
 
 class TrainerConfig(Section):
-    """The loop."""
+    """Training steps, optimizer, checkpoints and evaluation."""
 
-    max_steps: int = Field(100, ge=1, description="Rollout-and-update steps.")
-    prompts_per_step: int = Field(16, ge=1, description="Prompts per step.")
+    max_steps: int = Field(100, ge=1, description="Training steps (rollouts and updates).")
+    prompts_per_step: int = Field(16, ge=1, description="Prompts per training step.")
     prompts_per_update: int | None = Field(
         None,
         ge=1,
-        description="Prompts per optimizer step; default: all of them (strictly on-policy, no old log-prob pass).",
+        description="Prompts per optimizer step; default: prompts_per_step (strictly on-policy, no pass for old "
+        "log-probs).",
     )
     max_off_policy_steps: int = Field(
         0,
         ge=0,
-        description="Rollouts may be sampled by weights up to so many steps old, so that sampling overlaps updates (vLLM "
-        "server only). 0: strictly on-policy, and repeatable.",
+        description="Largest age, in steps, of the weights that sample rollouts; above 0, sampling overlaps updates "
+        "(vLLM server only). 0: strictly on-policy and deterministic.",
     )
     max_tokens_per_pack: int | None = Field(
         16384,
         ge=128,
-        description="Token budget of one forward/backward; null: what is estimated to fit into the free memory "
+        description="Token budget of one forward and backward pass; null: estimated from the free memory "
         "(docs/planning.md).",
     )
     deepspeed: DeepSpeedConfig | None = Field(
-        None, description="Split the training state over processes; default: each holds all of it."
+        None, description="Shard the training state over ranks; null: every rank holds all of it."
     )
     sequence_parallel_size: int = Field(
-        1, ge=1, description="Processes that share each pack, for contexts too long for one GPU (docs/scaling.md)."
+        1,
+        ge=1,
+        description="Ranks that share each pack (Ulysses), for contexts too long for one GPU (docs/scaling.md).",
     )
     dist_timeout: int = Field(
-        1800, ge=1, description="Seconds after which a process that does not answer the others counts as lost."
+        1800, ge=1, description="Seconds after which a rank that does not take part in a collective counts as lost."
     )
     max_skipped_updates: int = Field(
         3,
         ge=0,
-        description="Updates in a row that may be skipped because loss or gradient is not finite, before the run stops.",
+        description="Consecutive updates that may be skipped because loss or gradient is not finite; one more stops the "
+        "run.",
     )
-    share_prefixes: bool = Field(True, description="Compute a prompt's shared prefix once for all of its rollouts.")
+    share_prefixes: bool = Field(
+        True,
+        description="Compute prefixes that a prompt's sequences share only once (docs/tree.md). False: for debugging.",
+    )
     merge_rollouts: bool = Field(
         True,
-        description="With share_prefixes: compute once, too, what a prompt's rollouts have in common at their start.",
+        description="With share_prefixes: also merge equal beginnings of a prompt's rollouts. False: for debugging.",
     )
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Learning rate after warm-up; `linear` and `cosine` fall to 0 at the last step."
+        "constant", description="Learning rate after warm-up; `linear` and `cosine` decay to 0 at the last step."
     )
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of matrices; norms and biases are not decayed.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient average.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the squared-gradient average.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm clip.")
-    save_steps: int = Field(10, ge=1, description="Checkpoint every so many steps; the last step is always saved.")
-    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
-    eval_steps: int | None = Field(None, ge=1, description="Evaluate on held-out tasks every so many steps.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Weight decay of AdamW, for matrices only (not norms and biases)."
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of AdamW's second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Epsilon of AdamW.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Largest gradient norm; larger gradients are scaled down.")
+    save_steps: int = Field(10, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    save_total_limit: int = Field(2, ge=1, description="Number of checkpoints to keep.")
+    eval_steps: int | None = Field(
+        None, ge=1, description="Steps between evaluations on held-out tasks; null: only before and after training."
+    )
     eval_tasks: int = Field(200, ge=1, description="Held-out tasks per evaluation.")
-    log_completions: int = Field(4, ge=0, description="Sampled rollouts shown as a table at each evaluation.")
-    save_rollouts: int = Field(32, ge=0, description="Rollouts written to rollouts/ per step (for `pact-fast view`).")
+    log_completions: int = Field(4, ge=0, description="Rollouts printed as a table at each evaluation.")
+    save_rollouts: int = Field(32, ge=0, description="Rollouts per step written to rollouts/, for `pact-fast view`.")
 
     @property
     def pack_tokens(self) -> int:
-        """max_tokens_per_pack, where it must be a number; a run turns null into one when it starts."""
+        """max_tokens_per_pack as a number. PactError for null, which only a training run resolves."""
         if self.max_tokens_per_pack is None:
-            raise PactError("trainer.max_tokens_per_pack=null is for training; give a number of tokens here")
+            raise PactError(
+                "trainer.max_tokens_per_pack=null is resolved by training runs only; give a number of tokens"
+            )
         return self.max_tokens_per_pack
 
 
 class PretrainConfig(Section):
-    """An SFT stage on noisy traces of the environment, before RL: makes the base model of the quickstart.
+    """SFT on noisy traces of the environment before RL, which makes the base model of the quickstart.
 
-    Noise makes a base that is sharp on grammar and copying but unsure of strategy, which RL can improve.
+    With noise, the base model learns syntax and copying but not the strategy, which RL can then improve.
     """
 
     steps: int = Field(800, ge=1, description="Optimizer steps.")
     batch_size: int = Field(16, ge=1, description="Traces per step.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate; it falls linearly.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate; it decays linearly.")
     final_lr_ratio: float = Field(0.03, ge=0, le=1, description="Learning rate at the end, relative to its peak.")
-    early_stop: float = Field(0.35, ge=0, lt=1, description="Probability a turn that the trace stops before its goal.")
+    early_stop: float = Field(
+        0.35, ge=0, lt=1, description="Probability per turn that the trace stops before its goal."
+    )
     wrong_relation: float = Field(
-        0.15, ge=0, lt=1, description="Probability a hop that the trace follows a wrong relation."
+        0.15, ge=0, lt=1, description="Probability per hop that the trace follows a wrong relation."
     )
 
 
 class Config(Section):
-    """A run."""
+    """Settings of a run that belong to no section."""
 
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
-    output_dir: str = Field("runs/{recipe}", description="Run directory; `{recipe}` is the recipe's name.")
+    seed: int = Field(0, ge=0, description="Seed of all random numbers.")
+    output_dir: str = Field("runs/{recipe}", description="Run directory; `{recipe}` stands for the recipe's name.")
     resume: Literal["auto", "never"] = Field(
         "never",
         description="`auto` continues from the newest complete checkpoint of the run directory, if there is one.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: a GPU if there is one.")
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: all cores.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: all cores.")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     env: EnvConfig = Field(default_factory=EnvConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
-    pretrain: PretrainConfig | None = Field(None, description="Optional stage that makes the base model.")
+    pretrain: PretrainConfig | None = Field(
+        None,
+        description="Stage that trains the base model before RL; null: none.",
+    )
 
     @model_validator(mode="after")
     def _coherent(self) -> Config:
@@ -406,8 +455,8 @@ class Config(Section):
             raise ValueError("rollout.vllm_server_base_url needs rollout.engine=vllm and rollout.vllm_mode=server")
         if self.trainer.max_off_policy_steps and (rollout.engine, rollout.vllm_mode) != ("vllm", "server"):
             raise ValueError(
-                "trainer.max_off_policy_steps needs rollout.engine=vllm and rollout.vllm_mode=server: only an engine with "
-                "its own devices can sample during an update"
+                "trainer.max_off_policy_steps needs rollout.engine=vllm and rollout.vllm_mode=server: only an engine on "
+                "devices of its own can sample during an update"
             )
         update, step = self.trainer.prompts_per_update, self.trainer.prompts_per_step
         if update is not None and step % update:

@@ -1,36 +1,37 @@
-"""Task files: JSONL, JSON arrays and parquet, in our own, TRL's, verl's, verifiers', FTRL's and ToolHop's columns."""
+"""Reads and writes task files: JSONL, JSON arrays and parquet, in the columns of docs/data.md."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pact_fast.data.row_formats import FORMATS, recognise
+from pact_fast.data.row_formats import ROW_FORMATS, detect_row_format
 from pact_fast.data.rows import (
     OWN_FIELDS,
     TRACE_FIELDS,
     Row,
     check_calls,
-    kind,
+    check_environment,
     nearest,
     one_line,
+    quoted,
     read_id,
     read_json,
     read_trace,
-    short,
     task_from_row,
+    type_name,
 )
 from pact_fast.data.types import ExpertTrace, Task, ToolSchema
 from pact_fast.errors import DataError, PactError
 
 __all__ = ["attach_traces", "read_tasks", "read_traces", "tool_schema", "write_tasks"]
 
-PARQUET_BATCH = 256  # rows that exist as Arrow and as Python at the same time
-COMPRESSED = {
+PARQUET_BATCH = 256  # rows held both as Arrow and as Python objects
+COMPRESSED = {  # first bytes of a file -> compression
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"BZh": "bzip2",
@@ -39,61 +40,75 @@ COMPRESSED = {
 }
 
 
-def read_tasks(path: str | Path, format: str = "auto", max_rows: int | None = None) -> list[Task]:
+def read_tasks(
+    path: str | Path,
+    format: str = "auto",
+    max_rows: int | None = None,
+    environments: Collection[str] | None = None,
+) -> list[Task]:
     """The tasks of a file, in file order.
 
-    `format` is `pact` (also TRL and verifiers), `verl`, `ftrl`, `toolhop`, or `auto`: recognised by the columns of the
-    first row. A task without an `id` gets f"{file stem}-{row}", FTRL f"ftrl-{row}", ToolHop f"toolhop-{row}"; these
-    rows count from 0. `max_rows` reads only that many rows.
+    A task without an `id` gets f"{file stem}-{row}", FTRL f"ftrl-{row}", ToolHop f"toolhop-{row}", with rows counted
+    from 0.
 
-    Raises DataError, which names the file, the line (JSONL) or row (others), both from 1, and the field.
+    Args:
+        path: A JSONL, JSON or parquet file.
+        format: `pact` (also TRL and verifiers), `verl`, `ftrl`, `toolhop`, or `auto`: detected from the first row.
+        max_rows: Read only this many rows; None: all.
+        environments: Names that the column `env` may hold; None: any.
+
+    Raises:
+        DataError: A row cannot be used. Names the file, the line (JSONL) or row (others), from 1, and the field.
+        PactError: The format is unknown.
     """
     path = Path(path)
-    if format != "auto" and format not in FORMATS:
-        raise PactError(f"unknown data format {short(format)}{nearest(format, [*FORMATS, 'auto'])}")
-    chosen = FORMATS.get(format)
+    if format != "auto" and format not in ROW_FORMATS:
+        raise PactError(f"unknown data format {quoted(format)}{nearest(format, [*ROW_FORMATS, 'auto'])}")
+    chosen = ROW_FORMATS.get(format)
     tasks: list[Task] = []
     lines: dict[str, int] = {}
     for line, row in itertools.islice(_rows(path), max_rows):
-        with _located(path, line):
-            chosen = chosen or recognise(row)
-            task = task_from_row(chosen.adapt(row), f"{chosen.id_prefix or path.stem}-{len(tasks)}")
+        with _add_location(path, line):
+            chosen = chosen or detect_row_format(row)
+            task = task_from_row(chosen.convert(row), f"{chosen.id_prefix or path.stem}-{len(tasks)}")
+            if environments is not None:
+                check_environment(task.env, environments)
             if task.id in lines:
-                raise DataError(f"{short(task.id)} is also the id of row {lines[task.id]}; ids are unique", field="id")
+                raise DataError(f"{quoted(task.id)} is also the id of row {lines[task.id]}; ids are unique", field="id")
         lines[task.id] = line
         tasks.append(task)
     return tasks
 
 
 def read_traces(path: str | Path) -> dict[str, ExpertTrace]:
-    """Expert traces by task id, from rows of {id, expert_trace}; `trace` and `demo` are other names of the second.
+    """Expert traces by task id, from rows of {id, expert_trace}. `trace` and `demo` are read as `expert_trace`, too.
 
     Raises DataError as `read_tasks` does.
     """
     path = Path(path)
     traces: dict[str, ExpertTrace] = {}
     for line, row in _rows(path):
-        with _located(path, line):
+        with _add_location(path, line):
             task_id = read_id(row.get("id"))
             if task_id in traces:
-                raise DataError(f"{short(task_id)} has a trace already; keep one per task", field="id")
+                raise DataError(f"{quoted(task_id)} has a trace already; keep one per task", field="id")
             field = next((name for name in TRACE_FIELDS if row.get(name) is not None), TRACE_FIELDS[0])
             traces[task_id] = read_trace(row.get(field), field)
     return traces
 
 
 def attach_traces(tasks: list[Task], traces: dict[str, ExpertTrace]) -> int:
-    """Give each trace to the task of its id, in place of one that the task may have; the number of traces.
+    """Sets the expert trace of each task whose id has one, replacing any other. Returns the number of traces.
 
-    Reference calls that the task does not have of its own become the trace's calls. Raises DataError, and changes
-    nothing, if an id is unknown or a trace calls a tool that its task does not list.
+    A task without reference calls of its own gets those of the trace. Raises DataError, before anything is changed, if
+    an id is unknown or a trace calls a tool that its task does not list.
     """
     by_id = {task.id: task for task in tasks}
     for task_id, trace in traces.items():
         if task_id not in by_id:
-            raise DataError(f"no task has the id {short(task_id)} of an expert trace{nearest(task_id, list(by_id))}")
-        with _located(f"expert trace of task {short(task_id)}"):
-            # A task without tools takes them from its environment.
+            raise DataError(f"no task has the id {quoted(task_id)} of an expert trace{nearest(task_id, list(by_id))}")
+        with _add_location(f"expert trace of task {quoted(task_id)}"):
+            # a task without tools takes those of its environment
             check_calls(trace.calls, by_id[task_id].tools or None, "expert_trace")
     for task_id, trace in traces.items():
         task = by_id[task_id]
@@ -104,9 +119,9 @@ def attach_traces(tasks: list[Task], traces: dict[str, ExpertTrace]) -> int:
 
 
 def write_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
-    """Write JSONL that `read_tasks` reads back to equal tasks. Further columns stand beside our own.
+    """Writes JSONL from which `read_tasks` reads equal tasks. `Task.columns` become columns of the row.
 
-    Raises PactError if a task cannot be written so.
+    Raises PactError if a task is not JSON data, a column has one of our own names, or the file cannot be written.
     """
     lines = [_line(task) for task in tasks]
     try:
@@ -118,7 +133,7 @@ def write_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
 def _line(task: Task) -> bytes:
     taken = [name for name in OWN_FIELDS if name in task.columns]
     if taken:
-        raise PactError(f"task {short(task.id)}: a further column may not be named '{taken[0]}'; rename it")
+        raise PactError(f"task {quoted(task.id)}: a further column may not be named '{taken[0]}'; rename it")
     row = {
         "id": task.id,
         "prompt": task.prompt,
@@ -134,14 +149,14 @@ def _line(task: Task) -> bytes:
         return json.dumps(present | task.columns, ensure_ascii=False).encode() + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
         raise PactError(
-            f"task {short(task.id)}: not JSON data ({one_line(error)}); convert or drop the value"
+            f"task {quoted(task.id)}: not JSON data ({one_line(error)}); convert or drop the value"
         ) from None
 
 
 def tool_schema(function: Callable[..., Any]) -> ToolSchema:
-    """The schema of a Python function, from its type hints and its Google-style docstring (every argument described).
+    """The OpenAI schema of a Python function, from its type hints and its Google-style docstring.
 
-    Raises PactError that names the function and what its signature or docstring lacks.
+    Raises PactError if a type hint or the description of an argument is missing.
     """
     from transformers.utils.chat_template_utils import (
         DocstringParsingException,
@@ -156,13 +171,13 @@ def tool_schema(function: Callable[..., Any]) -> ToolSchema:
         raise PactError(
             f"tool '{name}': {one_line(error)}; give type hints and a docstring with an Args section"
         ) from None
-    schema["function"].pop("return", None)  # not part of OpenAI's schema, and templates would show it to the model
+    schema["function"].pop("return", None)  # not in OpenAI's schema; templates would show it to the model
     return schema
 
 
 @contextmanager
-def _located(place: str | Path, line: int | None = None) -> Iterator[None]:
-    """Say in which file (or other place) and line a DataError came up."""
+def _add_location(place: str | Path, line: int | None = None) -> Iterator[None]:
+    """Adds the file (or other place) and the line to a DataError."""
     try:
         yield
     except DataError as error:
@@ -170,7 +185,7 @@ def _located(place: str | Path, line: int | None = None) -> Iterator[None]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(line or row number from 1, row). The kind of file is told by its first bytes, not by its name."""
+    """(line or row number from 1, row). The first bytes of the file decide its type, not its name."""
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".jsonl", ".json", ".parquet"))
         raise DataError(f"is a folder; name a file in it{', such as ' + inside[0] if inside else ''}", file=str(path))
@@ -210,7 +225,7 @@ def _rows_of(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
 
 def _line_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
     for line, raw in enumerate(file, 1):
-        with _located(path, line):
+        with _add_location(path, line):
             text = _decode(raw).strip()
             if not text:
                 continue
@@ -219,17 +234,17 @@ def _line_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
 
 
 def _array_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
-    with _located(path):
+    with _add_location(path):
         rows = read_json(_decode(file.read()), "")
     for number, entry in enumerate(rows, 1):
-        with _located(path, number):
+        with _add_location(path, number):
             row = _object(entry, "an entry of the array")
         yield number, row
 
 
 def _object(value: Any, what: str) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{what} must be one JSON object, {{…}}, found {kind(value)}")
+        raise DataError(f"{what} must be one JSON object, {{…}}, found {type_name(value)}")
     return value
 
 
@@ -253,16 +268,16 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
         for batch in parquet.iter_batches(PARQUET_BATCH):
             for row in range(batch.num_rows):
                 number += 1
-                with _located(path, number):
+                with _add_location(path, number):
                     values = {name: _value(batch.column(name)[row], name) for name in names}
                 yield number, values
     except (pa.ArrowException, ValueError, KeyError) as error:
-        # Damaged metadata raises UnicodeDecodeError (a ValueError); a column name that occurs twice, KeyError.
+        # damaged metadata raises UnicodeDecodeError (a ValueError), a repeated column name KeyError
         raise DataError(f"is not a readable parquet file ({one_line(error)}); write it again", file=str(path)) from None
 
 
 def _value(scalar: Any, name: str) -> Any:
-    """Python data of an Arrow value. UnicodeDecodeError and out-of-range times are ValueErrors."""
+    """The Python value of an Arrow scalar. Bad UTF-8 and out-of-range times raise ValueError."""
     try:
         return _drop_nulls(scalar.as_py())
     except (ValueError, OverflowError) as error:
@@ -270,7 +285,7 @@ def _value(scalar: Any, name: str) -> Any:
 
 
 def _drop_nulls(value: Any) -> Any:
-    """Without the null entries of structs: Parquet gives every message and every schema the keys of all others."""
+    """Removes null entries of structs: in parquet, every message and every schema has the keys of all others."""
     if isinstance(value, dict):
         return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Row formats: what each is recognised by, and how a row of it becomes a row in our own columns."""
+"""Row formats of other projects: how each is detected, and how its rows are converted to our own columns."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pact_fast.data.rows import Row, read_object, short
+from pact_fast.data.rows import Row, quoted, read_object
 from pact_fast.errors import DataError
 
 DEFINITION = re.compile(r"^[ \t]*(?:async[ \t]+)?def[ \t]+(\w+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Format:
-    """`adapt` turns a row into our own columns; `columns` is what the format is recognised by."""
+class RowFormat:
+    """One row format.
+
+    columns    a file has the format if its first row has all of these columns
+    convert    turns a row into a row in our own columns
+    id_prefix  prefix of generated task ids; "": the stem of the file's name
+    """
 
     columns: frozenset[str]
-    adapt: Callable[[Row], Row]
-    id_prefix: str = ""  # default: the file's stem
+    convert: Callable[[Row], Row]
+    id_prefix: str = ""
 
 
 def _verl(row: Row) -> Row:
-    """verl: the ground truth becomes the answer where it is a plain value; every column stays for reward functions."""
+    """verl: the ground truth becomes the answer if it is text or a number. All columns are kept for reward functions."""
     reward_model = read_object(row.get("reward_model"), "reward_model")
     truth = reward_model.get("ground_truth")
     if row.get("answer") is not None or not isinstance(truth, str | int | float):
@@ -32,29 +37,33 @@ def _verl(row: Row) -> Row:
 
 
 def _ftrl(row: Row) -> Row:
-    """FTRL (method, section 7): the tools' sources and the expected substrings go to the environment."""
+    """FTRL (docs/method.md, section 7): tool sources and expected substrings become arguments of python_tools."""
     codes = read_object(row.get("codes"), "codes")
     if not all(isinstance(source, str) for source in codes.values()):
         raise DataError("must hold Python source text for each tool name", field="codes")
     unsolved = read_object(row.get("unsolved_set"), "unsolved_set")
     for name, expected in unsolved.items():
         if not isinstance(expected, list) or not all(isinstance(text, str) for text in expected):
-            raise DataError(f"{short(name)} must hold a list of expected texts", field="unsolved_set")
+            raise DataError(f"{quoted(name)} must hold a list of expected texts", field="unsolved_set")
     env_args = {"codes": codes, "unsolved_set": unsolved, "scoring": "ftrl"}
     return _without(row, "codes", "unsolved_set") | {"env": "python_tools", "env_args": env_args}
 
 
 def _toolhop(row: Row) -> Row:
-    """ToolHop (method, section 7): `tools` maps each sub-question to a schema, `functions` lists Python sources.
+    """ToolHop (docs/method.md, section 7): `tools` maps sub-questions to schemas, `functions` lists Python sources.
 
-    Some rows offer one name twice; the last one counts, as the source that is executed last defines the function.
+    Some rows define a tool name twice. The last definition counts, as if all sources were executed in order.
     """
     by_question = read_object(row.get("tools"), "tools")
     tools = {_name_of(tool): tool for tool in by_question.values()}
     env_args = {"codes": _sources(row.get("functions"), tools), "scoring": "toolhop"}
-    adapted = _without(row, "functions") | {"tools": list(tools.values()), "env": "python_tools", "env_args": env_args}
+    converted = _without(row, "functions") | {
+        "tools": list(tools.values()),
+        "env": "python_tools",
+        "env_args": env_args,
+    }
     number = row.get("id")
-    return adapted | ({"id": f"toolhop-{number}"} if isinstance(number, int) else {})
+    return converted | ({"id": f"toolhop-{number}"} if isinstance(number, int) else {})
 
 
 def _name_of(tool: Any) -> str:
@@ -65,7 +74,7 @@ def _name_of(tool: Any) -> str:
 
 
 def _sources(functions: Any, tools: dict[str, Any]) -> dict[str, str]:
-    """{tool name: source}. A source may define helpers too: the first function that is a tool names it."""
+    """{tool name: source}. A source may define helpers: its tool is its first function that has the name of one."""
     if not isinstance(functions, list) or not all(isinstance(source, str) for source in functions):
         raise DataError("must be a list of Python sources", field="functions")
     sources = {}
@@ -80,23 +89,23 @@ def _without(row: Row, *names: str) -> Row:
     return {name: value for name, value in row.items() if name not in names}
 
 
-# In the order of recognition: the most specific first.
-FORMATS = {
-    "ftrl": Format(frozenset({"messages", "tools", "codes", "unsolved_set"}), _ftrl, "ftrl"),
-    "toolhop": Format(frozenset({"question", "answer", "tools", "functions"}), _toolhop, "toolhop"),
-    "verl": Format(frozenset({"prompt", "reward_model"}), _verl),
-    "pact": Format(frozenset(), lambda row: row),
+# In the order of detection: the most specific first.
+ROW_FORMATS = {
+    "ftrl": RowFormat(frozenset({"messages", "tools", "codes", "unsolved_set"}), _ftrl, "ftrl"),
+    "toolhop": RowFormat(frozenset({"question", "answer", "tools", "functions"}), _toolhop, "toolhop"),
+    "verl": RowFormat(frozenset({"prompt", "reward_model"}), _verl),
+    "pact": RowFormat(frozenset(), lambda row: row),
 }
 
 
-def recognise(row: Row) -> Format:
-    """The format of a file, by the columns of its first row."""
+def detect_row_format(row: Row) -> RowFormat:
+    """The format of a file, from the columns of its first row."""
     if not {"prompt", "messages", "question"} & row.keys():
-        found = ", ".join(short(name) for name in list(row)[:12]) or "none"
+        found = ", ".join(quoted(name) for name in list(row)[:12]) or "none"
         raise DataError(
             f"no known format; columns found: {found}; expected 'prompt' or 'messages' (pact, TRL, verifiers), "
             "'prompt' and 'reward_model' (verl), 'messages', 'codes' and 'unsolved_set' (FTRL), or 'question' and "
             "'functions' (ToolHop)",
             field="prompt",
         )
-    return next(format for format in FORMATS.values() if format.columns <= row.keys())
+    return next(format for format in ROW_FORMATS.values() if format.columns <= row.keys())

@@ -1,11 +1,11 @@
-"""From one data row to one Task. Every field is checked; a problem is a DataError that names the field and the cure."""
+"""Converts one data row to a Task. Every field is checked; errors are DataErrors that name the field and the cure."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from pact_fast.data.types import ExpertTrace, Message, Task, ToolCall, ToolSchema
@@ -18,13 +18,13 @@ OWN_FIELDS = ("id", "prompt", "messages", "tools", *TRACE_FIELDS, "reference_cal
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
+_TYPE_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
 
 
 def task_from_row(row: Row, default_id: str) -> Task:
-    """The Task of a row in our own columns (docs/data.md), which are TRL's columns and a few more.
+    """The Task of a row in our own columns (docs/data.md): those of TRL, and a few more.
 
-    Raises DataError without file and line; the caller knows them.
+    Raises DataError without file and line, which the caller adds.
     """
     source = prompt_field(row)
     prompt, rest = _prompt(row[source], source)
@@ -60,7 +60,7 @@ def prompt_field(row: Row) -> str:
 
 
 def _prompt(value: Any, field: str) -> tuple[list[Message], list[Message]]:
-    """(prompt, messages after it). Only a `messages` column goes on after the prompt."""
+    """(prompt, messages after it). Only the column `messages` may continue after the prompt."""
     if isinstance(value, str) and field != "messages":
         value = [{"role": "user", "content": value}]
     messages = read_messages(value, field)
@@ -105,12 +105,12 @@ def _trace(row: Row, rest: list[Message], offset: int) -> tuple[str, ExpertTrace
 
 
 def _is_conversation(value: Any) -> bool:
-    """Privileged context may be plain text, or messages without any assistant turn: no trace can be made of those."""
+    """Whether privileged context has assistant turns. Plain text and other messages cannot become a trace."""
     return isinstance(value, list) and any(isinstance(m, dict) and m.get("role") == "assistant" for m in value)
 
 
 def read_trace(value: Any, field: str, offset: int = 0) -> ExpertTrace:
-    """Messages (a list, or its JSON text) to an expert trace; errors count messages from `offset`."""
+    """The expert trace in messages (a list, or its JSON text); errors count messages from `offset`."""
     messages = read_messages(value, field)
     try:
         trace = ExpertTrace.from_messages(messages)
@@ -123,7 +123,7 @@ def read_trace(value: Any, field: str, offset: int = 0) -> ExpertTrace:
 
 
 def _check_observations(messages: list[Message], field: str, offset: int) -> None:
-    """Observations are paired with calls by position; ids and names, where given, must agree with that."""
+    """Observations are paired with calls by position; ids and names must agree with the pairing, if given."""
     waiting: list[Message] = []
     for index, message in enumerate(messages, offset):
         if message["role"] == "assistant":
@@ -134,18 +134,18 @@ def _check_observations(messages: list[Message], field: str, offset: int) -> Non
         for found, expected in pairs:
             if found is not None and expected is not None and found != expected:
                 raise DataError(
-                    f"message {index} answers {short(found)} where {short(expected)} was called; "
+                    f"message {index} answers {quoted(found)} where {quoted(expected)} was called; "
                     "put tool messages in the order of the calls",
                     field=field,
                 )
 
 
 def read_messages(value: Any, field: str) -> list[Message]:
-    """Messages (a list, or its JSON text) with text contents, call arguments as objects and no null entries."""
+    """Messages (a list, or its JSON text), normalised: text contents, arguments as objects, no null entries."""
     if isinstance(value, str):
         value = read_json(value, field)
     if not isinstance(value, list):
-        raise DataError(f"must be a list of messages, found {kind(value)}", field=field)
+        raise DataError(f"must be a list of messages, found {type_name(value)}", field=field)
     return [_message(message, index, field) for index, message in enumerate(value)]
 
 
@@ -154,17 +154,17 @@ def _message(message: Any, index: int, field: str) -> Message:
         return DataError(f"message {index}: {problem}", field=field)
 
     if not isinstance(message, dict):
-        raise fail(f"must be an object with 'role' and 'content', found {kind(message)}")
+        raise fail(f"must be an object with 'role' and 'content', found {type_name(message)}")
     if message.get("role") not in ROLES:
-        raise fail(f"role {short(message.get('role'))} is unknown; use one of {', '.join(ROLES)}")
+        raise fail(f"role {quoted(message.get('role'))} is unknown; use one of {', '.join(ROLES)}")
     clean = {key: value for key, value in message.items() if value is not None}
     clean["content"] = _content(clean.get("content", ""), clean["role"], fail)
     for key in ("reasoning_content", "reasoning"):
         if not isinstance(clean.get(key, ""), str):
-            raise fail(f"'{key}' must be text, found {kind(clean[key])}")
+            raise fail(f"'{key}' must be text, found {type_name(clean[key])}")
     calls = clean.pop("tool_calls", [])
     if not isinstance(calls, list):
-        raise fail(f"'tool_calls' must be a list, found {kind(calls)}")
+        raise fail(f"'tool_calls' must be a list, found {type_name(calls)}")
     if calls and clean["role"] != "assistant":
         raise fail(f"a {clean['role']} message cannot have tool calls; only assistant messages can")
     if calls:
@@ -180,7 +180,7 @@ def _content(content: Any, role: str, fail: Callable[[str], DataError]) -> str:
             raise fail("'content' has a part without text; only text parts can be used")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise fail(f"'content' must be text, found {kind(content)}")
+        raise fail(f"'content' must be text, found {type_name(content)}")
     if "\0" in content:
         raise fail("'content' has a NUL character; remove it")
     return content
@@ -192,13 +192,13 @@ def _call_entry(call: Any, index: int, field: str) -> Message:
 
 
 def read_calls(value: Any) -> list[ToolCall] | None:
-    """`reference_calls`: a list of {"name", "arguments"}, or its JSON text; None where the row has none."""
+    """The column `reference_calls`: a list of {"name", "arguments"}, or its JSON text; None if the row has none."""
     if value is None or value == "":
         return None
     if isinstance(value, str):
         value = read_json(value, "reference_calls")
     if not isinstance(value, list):
-        raise DataError(f'must be a list of {{"name", "arguments"}}, found {kind(value)}', field="reference_calls")
+        raise DataError(f'must be a list of {{"name", "arguments"}}, found {type_name(value)}', field="reference_calls")
     return [_call(call, f"call {index}", "reference_calls") for index, call in enumerate(value)]
 
 
@@ -214,31 +214,31 @@ def _call(call: Any, where: str, field: str) -> ToolCall:
 
 
 def check_calls(calls: Sequence[ToolCall], tools: Sequence[ToolSchema] | None, field: str) -> None:
-    """Every call must name a tool of the task; `tools=None` means that the environment brings them."""
+    """DataError if a call names no tool of the task. `tools=None`: the environment supplies the tools, no check."""
     if tools is None:
         return
     names = [tool["function"]["name"] for tool in tools]
     for call in calls:
         if call.name not in names:
             raise DataError(
-                f"calls {short(call.name)}, which is not in 'tools'{nearest(call.name, names)}", field=field
+                f"calls {quoted(call.name)}, which is not in 'tools'{nearest(call.name, names)}", field=field
             )
 
 
 def read_tools(value: Any) -> list[ToolSchema] | None:
-    """`tools`: a list of function schemas, wrapped as OpenAI does or bare, or its JSON text; None where absent."""
+    """The column `tools`: a list of function schemas, with or without OpenAI's wrapper, or its JSON text; else None."""
     if value is None or value == "":
         return None
     if isinstance(value, str):
         value = read_json(value, "tools")
     if not isinstance(value, list):
-        raise DataError(f"must be a list of function schemas or its JSON text, found {kind(value)}", field="tools")
+        raise DataError(f"must be a list of function schemas or its JSON text, found {type_name(value)}", field="tools")
     tools = [_tool(tool, index) for index, tool in enumerate(value)]
     names: set[str] = set()
     for tool in tools:
         name = tool["function"]["name"]
         if name in names:
-            raise DataError(f"two tools are named {short(name)}; rename or remove one", field="tools")
+            raise DataError(f"two tools are named {quoted(name)}; rename or remove one", field="tools")
         names.add(name)
     return tools
 
@@ -249,29 +249,29 @@ def _tool(tool: Any, index: int) -> ToolSchema:
 
     body = tool.get("function", tool) if isinstance(tool, dict) else tool
     if not isinstance(body, dict):
-        raise fail(f"must be an object, found {kind(body)}")
+        raise fail(f"must be an object, found {type_name(body)}")
     name = body.get("name")
     if not isinstance(name, str) or not name.strip():
-        raise fail(f"'name' must be non-empty text, found {short(name)}")
+        raise fail(f"'name' must be non-empty text, found {quoted(name)}")
     if not isinstance(body.get("description") or "", str):
-        raise fail(f"'description' must be text, found {kind(body['description'])}")
+        raise fail(f"'description' must be text, found {type_name(body['description'])}")
     parameters = body.get("parameters") or {"type": "object", "properties": {}}
     if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
         raise fail("'parameters' must be a JSON schema of type 'object'")
     if not isinstance(parameters.get("properties", {}), dict):
-        raise fail(f"'parameters.properties' must be an object, found {kind(parameters['properties'])}")
+        raise fail(f"'parameters.properties' must be an object, found {type_name(parameters['properties'])}")
     # A bare schema may carry the wrapper's "type".
     function = {key: value for key, value in body.items() if key != "type"}
     return {"type": "function", "function": {**function, "parameters": parameters}}
 
 
 def read_id(value: Any, default: str | None = None) -> str:
-    """`id`: text or an integer."""
+    """The column `id`: text or an integer."""
     value = default if value is None else value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"must be non-empty text or an integer, found {short(value)}", field="id")
+        raise DataError(f"must be non-empty text or an integer, found {quoted(value)}", field="id")
     return value
 
 
@@ -280,13 +280,34 @@ def _answer(value: Any) -> str | None:
         return value
     if isinstance(value, int | float):
         return str(value)
-    raise DataError(f"must be text, found {kind(value)}; keep other shapes in a column of another name", field="answer")
+    raise DataError(
+        f"must be text, found {type_name(value)}; keep other shapes in a column of another name", field="answer"
+    )
+
+
+def check_environment(env: str | None, registered: Collection[str]) -> None:
+    """DataError if the column `env` names an environment that is not registered.
+
+    A row cannot name a file: data must not choose which code is imported.
+    """
+    if env is None or env in registered:
+        return
+    names = sorted(registered)
+    if ":" in env:
+        problem = (
+            f"a row cannot name a file or module ({quoted(env)}); set env.name to it and give the row a registered name"
+        )
+    else:
+        problem = (
+            f"unknown environment {quoted(env)}{nearest(env, names)} Correct it, or set env.name to your own class"
+        )
+    raise DataError(f"{problem}; registered: {', '.join(names)}", field="env")
 
 
 def _env(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value or None
-    raise DataError(f"must be the name of an environment, found {kind(value)}", field="env")
+    raise DataError(f"must be the name of an environment, found {type_name(value)}", field="env")
 
 
 def _env_args(value: Any) -> dict[str, Any]:
@@ -294,7 +315,7 @@ def _env_args(value: Any) -> dict[str, Any]:
 
 
 def _column(name: str, value: Any) -> Any:
-    """verifiers writes `info` as an object or as its JSON text; reward functions get the object."""
+    """The value as reward functions get it. verifiers writes `info` as an object or as its JSON text."""
     if name == "info" and isinstance(value, str) and value.lstrip().startswith("{"):
         return read_json(value, name)
     return value
@@ -305,12 +326,12 @@ def read_object(value: Any, field: str) -> dict[str, Any]:
     if isinstance(value, str):
         value = read_json(value, field)
     if not isinstance(value, dict):
-        raise DataError(f"must be an object or its JSON text, found {kind(value)}", field=field)
+        raise DataError(f"must be an object or its JSON text, found {type_name(value)}", field=field)
     return value
 
 
 def read_json(text: str, field: str, prefix: str = "") -> Any:
-    """The data of a JSON text. Half surrogate pairs are refused: they cannot be tokenized or written as UTF-8."""
+    """Parses JSON text. Refuses unpaired surrogates, which cannot be tokenized or written as UTF-8."""
     try:
         data = json.loads(text)
         if _SURROGATE.search(text):
@@ -327,23 +348,23 @@ def read_json(text: str, field: str, prefix: str = "") -> Any:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """'; did you mean …' for an error message, '' if nothing is known."""
+    """Hint for an error message, `; did you mean 'x'?`, with the nearest known name even if it is not close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"; did you mean {short(close[0])}?" if close else "; none are listed"
+    return f"; did you mean {quoted(close[0])}?" if close else "; none are listed"
 
 
-def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
+def type_name(value: Any) -> str:
+    """The type of a JSON value, in the words of error messages."""
+    return "null" if value is None else _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
-def short(value: Any) -> str:
-    """A quoted value that keeps an error message on one short line."""
+def quoted(value: Any) -> str:
+    """The value in quotes, cut to 60 characters, for error messages of one line."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…" + text[-1]
 
 
 def one_line(error: Exception) -> str:
-    """An exception's text on one line of bounded length."""
+    """The text of an exception on one line, cut to 200 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:199] + "…"

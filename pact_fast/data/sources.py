@@ -1,7 +1,8 @@
-"""Task sources: the prompts of every training step, and the held-out tasks."""
+"""Task sources: the tasks of every training step, and the held-out tasks."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -12,47 +13,53 @@ from pact_fast.data.types import Task
 
 
 class TaskSource(Protocol):
-    """Where tasks come from."""
+    """Supplies tasks: `FileTasks`, or the tasks that an environment generates."""
 
     def train(self, step: int, count: int) -> list[Task]:
-        """The `count` prompts of a step: a pure function of the step, so that a resumed run sees the same data."""
+        """The `count` tasks of a step (from 0). A pure function of the step, so that a resumed run sees the same data."""
 
     def held_out(self, count: int) -> list[Task]:
-        """The first `count` held-out tasks; fewer, or none, if there are not that many."""
+        """The first `count` held-out tasks, or all of them if there are fewer."""
 
 
 class FileTasks:
-    """Tasks read from files, in a new order every epoch.
+    """Tasks read from files. With `data.shuffle`, every epoch has its own order, drawn from the seed.
+
+    Args:
+        data: `train` must be set.
+        seed: Seed of the orders.
+        environments: Names that the column `env` may hold.
 
     Raises:
-        PactError: A file cannot be read, or a row is wrong; the message names file, line and field.
+        DataError: A file cannot be read, or a row is wrong; the message names file, line and field.
     """
 
-    def __init__(self, data: DataConfig, seed: int):
+    def __init__(self, data: DataConfig, seed: int, environments: Collection[str]):
         assert data.train is not None
-        self._tasks = read_tasks(data.train, data.format, data.max_rows)
-        self._eval = read_tasks(data.eval, data.format, data.max_rows) if data.eval else []
+        self._tasks = read_tasks(data.train, data.format, data.max_rows, environments)
+        self._eval = read_tasks(data.eval, data.format, data.max_rows, environments) if data.eval else []
         if data.expert:
             known = {task.id for task in self._tasks}
             traces = read_traces(data.expert)
-            # with max_rows, traces of rows that were left out are not an error
+            # with max_rows, a trace whose task was not read is no error
             attach_traces(self._tasks, {i: t for i, t in traces.items() if i in known} if data.max_rows else traces)
         self._seed, self._shuffle = seed, data.shuffle
-        self._order: tuple[int, np.ndarray] | None = None  # (epoch, permutation), the last one that was asked for
+        self._order: tuple[int, np.ndarray] | None = None  # (epoch, permutation) of the last look-up
 
-    def __iter__(self):
-        """All training and held-out tasks, for checks before a run."""
+    def __iter__(self) -> Iterator[Task]:
+        """All training tasks, then all held-out tasks."""
         yield from self._tasks
         yield from self._eval
 
     def train(self, step: int, count: int) -> list[Task]:
-        return [self._at(place) for place in range(step * count, (step + 1) * count)]
+        return [self._task(position) for position in range(step * count, (step + 1) * count)]
 
     def held_out(self, count: int) -> list[Task]:
         return self._eval[:count]
 
-    def _at(self, place: int) -> Task:
-        epoch, index = divmod(place, len(self._tasks))
+    def _task(self, position: int) -> Task:
+        """The task at a position in the sequence of all epochs."""
+        epoch, index = divmod(position, len(self._tasks))
         if self._shuffle:
             if self._order is None or self._order[0] != epoch:
                 self._order = epoch, np.random.default_rng((self._seed, epoch)).permutation(len(self._tasks))

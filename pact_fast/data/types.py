@@ -1,4 +1,4 @@
-"""What flows through the trainer: tasks, expert traces and trajectories. No torch, no tokenizer."""
+"""The records that pass through the trainer: tasks, expert traces and trajectories. No torch, no tokenizer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-Message = dict[str, Any]  # OpenAI chat message: role, content, optionally tool_calls, reasoning_content, tool_call_id
+Message = dict[str, Any]  # OpenAI chat message: role, content; optional: tool_calls, reasoning_content, tool_call_id
 ToolSchema = dict[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call of a tool. `arguments` is JSON data, already parsed."""
+    """One call of a tool; `arguments` is parsed JSON."""
 
     name: str
     arguments: dict[str, Any]
@@ -28,7 +28,7 @@ class ToolCall:
     def from_message(cls, call: dict[str, Any]) -> ToolCall:
         """From an OpenAI `tool_calls` entry or a bare {"name", "arguments"}; arguments may be a JSON string.
 
-        Raises ValueError that says what is wrong.
+        Raises ValueError if the call is malformed.
         """
         if not isinstance(call, dict):
             raise ValueError(f"a tool call must be an object, not {type(call).__name__}")
@@ -50,17 +50,23 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ExpertTurn:
-    """One turn of an expert: reasoning, then calls, then what the tools answered (one observation a call)."""
+    """One turn of an expert.
+
+    reasoning     text before the calls, hidden
+    calls         the tool calls
+    observations  their results, one per call
+    content       visible text before the calls, usually empty
+    """
 
     reasoning: str
     calls: tuple[ToolCall, ...]
     observations: tuple[str, ...]
-    content: str = ""  # visible text before the calls, usually empty
+    content: str = ""
 
 
 @dataclass(frozen=True)
 class ExpertTrace:
-    """An expert's way to the answer. `turns` never hold the final answer: h* must not leak it (method, notation)."""
+    """The expert trace h*. The final answer is kept apart from `turns`, since h* must not leak it (docs/method.md)."""
 
     turns: tuple[ExpertTurn, ...]
     answer: str | None = None
@@ -74,9 +80,8 @@ class ExpertTrace:
     def from_messages(cls, messages: Sequence[Message]) -> ExpertTrace:
         """From the assistant and tool messages after the prompt.
 
-        An assistant message without tool calls that ends the list is the final answer and is kept apart. Reasoning is
-        `reasoning_content`, or the text inside <think>…</think> of the content. Raises ValueError that says which message
-        is wrong.
+        A last assistant message without tool calls is the final answer. Reasoning is `reasoning_content`, or the text
+        inside <think>…</think> of the content. Raises ValueError that names the message that is wrong.
         """
         turns: list[ExpertTurn] = []
         answer, answer_reasoning = None, ""
@@ -108,7 +113,7 @@ class ExpertTrace:
         return cls(tuple(turns), answer, answer_reasoning)
 
     def to_messages(self) -> list[Message]:
-        """The inverse of `from_messages`, reasoning in `reasoning_content`."""
+        """The inverse of `from_messages`; reasoning becomes `reasoning_content`."""
         messages: list[Message] = []
         for turn in self.turns:
             message: Message = {"role": "assistant", "content": turn.content}
@@ -129,7 +134,7 @@ class ExpertTrace:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content, which is a string, None, or a list of typed parts."""
+    """The text of a message's content: a string, None, or a list of typed parts."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -158,11 +163,17 @@ def _calls(message: Message, index: int) -> list[ToolCall]:
 
 @dataclass
 class Task:
-    """One prompt and what is known about it.
+    """One prompt, with its tools and its training signal.
 
-    `prompt` is the system and user messages (x together with `tools`). `expert`, `reference_calls` and `answer` are
-    training-time signal only; they never reach the sampler. `env_args` is what the environment needs to run the task;
-    `columns` keeps every further column of the data row, for user reward functions.
+    id               unique in its file
+    prompt           system and user messages; x together with `tools`
+    tools            OpenAI schemas; empty: those of the environment
+    expert           expert trace; training only, never shown to the sampler
+    reference_calls  calls for the matching reward; training only
+    answer           reference answer; training only
+    env              name of a registered environment; None: that of the configuration
+    env_args         arguments of the environment for this task
+    columns          all further columns of the data row, for the user's reward functions
     """
 
     id: str
@@ -180,8 +191,11 @@ class Task:
 class TurnRecord:
     """One assistant turn of a trajectory, parsed.
 
-    `attempts` are the calls in order; a malformed one is the text of its error. `attempts[i]` was answered by
-    `observations[i]`. `calls` and `errors` are the two kinds apart.
+    text          the whole turn, without its end-of-turn token
+    reasoning     text of the think block
+    content       visible text
+    attempts      the calls in order; a malformed one is the text of its error
+    observations  results of the attempts, in their order
     """
 
     text: str
@@ -210,24 +224,27 @@ class StopReason(StrEnum):
 
     @property
     def is_truncated(self) -> bool:
-        """A limit ended it, not the policy."""
+        """Whether a limit ended the trajectory, not the policy."""
         return self is not StopReason.ANSWER
 
 
 @dataclass
 class Trajectory:
-    """One rollout τ: token ids as sampled, never re-tokenised.
+    """One rollout τ: token ids as sampled, never tokenised again. Arrays [n] have one entry per response token.
 
-    All arrays have one entry per response token (the prompt is apart, in `prompt_ids`).
-
-    ids        [n] int64
-    components [n] uint8, see Component
-    turn_ids   [n] int16: index of the assistant turn a token belongs to; the observation after a turn has the turn's index
-    sampled    [n] bool: the policy generated this token (M_k of the method)
-    logprobs   [n] float32: sampler log-prob, after temperature; NaN where not sampled
-    versions   [n] int32: version of the weights that sampled the token; -1 where not sampled
-
-    env_rewards is what the environment returned; turn_rewards, reward_parts and reward are decided by rewards/score.py.
+    task_id       id of the task
+    prompt_ids    int64, the prompt x
+    ids           [n] int64
+    components    [n] uint8, see Component
+    turn_ids      [n] int16: index of the assistant turn; an observation has the index of the turn before it
+    sampled       [n] bool: the policy generated this token (M_k of the method)
+    logprobs      [n] float32: log-prob of the sampler, after temperature; NaN where not sampled
+    versions      [n] int32: version of the weights that sampled the token; -1 where not sampled
+    turns         the assistant turns, parsed
+    stop_reason   why the trajectory ended
+    env_rewards   returned by the environment
+    turn_rewards, reward_parts, reward
+                  set by rewards/score.py
     """
 
     task_id: str
@@ -253,7 +270,7 @@ class Trajectory:
         return [call for turn in self.turns for call in turn.calls]
 
     def to_messages(self) -> list[Message]:
-        """The assistant and tool messages of the response. A malformed call has only its tool message, the error."""
+        """The assistant and tool messages of the response. A malformed call has only a tool message, its error."""
         messages: list[Message] = []
         for turn in self.turns:
             message: Message = {"role": "assistant", "content": turn.content}
@@ -267,5 +284,5 @@ class Trajectory:
 
     @property
     def answer(self) -> str:
-        """The visible text of the last turn if the trajectory ended with an answer, else ''."""
+        """The visible text of the last turn if the trajectory ended with an answer; else empty."""
         return self.turns[-1].content if self.turns and self.stop_reason is StopReason.ANSWER else ""

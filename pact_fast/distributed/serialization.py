@@ -1,8 +1,8 @@
-"""What processes of a run tell each other, as bytes: JSON, arrays, and the records of a rollout.
+"""Serialization of the data that ranks exchange: JSON values, numpy arrays, and the records of a rollout.
 
-No pickle: bytes from a peer can make these types, and nothing else.
+Not pickle: decoding bytes from a peer can create the types listed here and nothing else. Format:
 
-    8 bytes: length of the JSON text | the JSON text | the arrays, one behind the other
+    8 bytes: length of the JSON text, little-endian | the JSON text | the bytes of all arrays, in order
 """
 
 from __future__ import annotations
@@ -17,75 +17,81 @@ import numpy as np
 from pact_fast.data.types import ToolCall, Trajectory, TurnRecord
 
 RECORDS = {record.__name__: record for record in (Trajectory, TurnRecord, ToolCall)}
-KINDS = "biuf"  # of arrays: booleans and numbers
+DTYPE_KINDS = "biuf"  # kinds of numpy dtypes that may be sent: booleans, integers and floats
 
 
 def encode(value: Any) -> bytes:
-    """None, booleans, numbers, text, lists, tuples (which arrive as lists), dicts with text keys, arrays, and RECORDS."""
+    """Serialize a value of None, booleans, numbers, text, lists, dicts with text keys, arrays and RECORDS.
+
+    Tuples are decoded as lists. Raises TypeError for any other type.
+    """
     arrays: list[np.ndarray] = []
-    text = json.dumps(_flat(value, arrays)).encode()
+    text = json.dumps(_to_json(value, arrays)).encode()
     return b"".join([struct.pack("<q", len(text)), text, *(array.tobytes() for array in arrays)])
 
 
 def decode(data: bytes) -> Any:
-    """The inverse of `encode`. ValueError if these are other bytes."""
+    """The inverse of `encode`. Raises ValueError if `data` is not its output."""
     try:
         (length,) = struct.unpack_from("<q", data)
         reader = _Reader(data, 8 + length)
-        value = reader.restore(json.loads(data[8 : 8 + length]))
+        value = reader.from_json(json.loads(data[8 : 8 + length]))
     except (struct.error, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"not a message of this program: {error!r}") from None
-    if reader.at != len(data):
-        raise ValueError(f"not a message of this program: {len(data) - reader.at} bytes are left")
+    if reader.offset != len(data):
+        raise ValueError(f"not a message of this program: {len(data) - reader.offset} bytes are left")
     return value
 
 
-def _flat(value: Any, arrays: list[np.ndarray]) -> Any:
+def _to_json(value: Any, arrays: list[np.ndarray]) -> Any:
+    """The JSON form of a value; the arrays in it are appended to `arrays`."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
-        return [_flat(item, arrays) for item in value]
+        return [_to_json(item, arrays) for item in value]
     if isinstance(value, dict):
-        return {"type": "dict", "items": [[_key(k), _flat(v, arrays)] for k, v in value.items()]}
+        return {"type": "dict", "items": [[_check_key(k), _to_json(v, arrays)] for k, v in value.items()]}
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
-        if value.dtype.kind not in KINDS:
-            raise TypeError(f"arrays of {value.dtype} are not sent")
+        if value.dtype.kind not in DTYPE_KINDS:
+            raise TypeError(f"cannot send an array of {value.dtype} to other ranks; use booleans, integers or floats")
         arrays.append(np.ascontiguousarray(value))
         return {"type": "array", "dtype": value.dtype.str, "shape": value.shape}
     name = type(value).__name__
     if RECORDS.get(name) is type(value):
-        fields = {field.name: _flat(getattr(value, field.name), arrays) for field in dataclasses.fields(value)}
+        fields = {field.name: _to_json(getattr(value, field.name), arrays) for field in dataclasses.fields(value)}
         return {"type": name, "fields": fields}
-    raise TypeError(f"{name} is not sent between processes")
+    raise TypeError(f"cannot send a value of type {name} to other ranks")
 
 
-def _key(key: Any) -> str:
+def _check_key(key: Any) -> str:
     if not isinstance(key, str):
-        raise TypeError(f"keys must be text, found {key!r}")
+        raise TypeError(f"keys of a dict that is sent to other ranks must be text, found {key!r}")
     return key
 
 
 class _Reader:
-    def __init__(self, data: bytes, at: int):
-        self.data, self.at = data, at
+    """Decodes JSON forms; `offset` is the position of the next array in `data`."""
 
-    def restore(self, value: Any) -> Any:
+    def __init__(self, data: bytes, offset: int):
+        self.data, self.offset = data, offset
+
+    def from_json(self, value: Any) -> Any:
         if isinstance(value, list):
-            return [self.restore(item) for item in value]
+            return [self.from_json(item) for item in value]
         if not isinstance(value, dict):
             return value
         if value["type"] == "dict":
-            return {key: self.restore(item) for key, item in value["items"]}
+            return {key: self.from_json(item) for key, item in value["items"]}
         if value["type"] == "array":
-            return self._array(np.dtype(value["dtype"]), value["shape"])
-        return RECORDS[value["type"]](**{name: self.restore(item) for name, item in value["fields"].items()})
+            return self._next_array(np.dtype(value["dtype"]), value["shape"])
+        return RECORDS[value["type"]](**{name: self.from_json(item) for name, item in value["fields"].items()})
 
-    def _array(self, dtype: np.dtype, shape: list[int]) -> np.ndarray:
-        if dtype.kind not in KINDS:
+    def _next_array(self, dtype: np.dtype, shape: list[int]) -> np.ndarray:
+        if dtype.kind not in DTYPE_KINDS:
             raise TypeError(f"arrays of {dtype}")
         count = int(np.prod(shape, dtype=np.int64))
-        array = np.frombuffer(self.data, dtype, count, self.at).reshape(shape)
-        self.at += array.nbytes
-        return array.copy()  # their own memory, writable
+        array = np.frombuffer(self.data, dtype, count, self.offset).reshape(shape)
+        self.offset += array.nbytes
+        return array.copy()  # frombuffer is a read-only view of `data`

@@ -1,7 +1,7 @@
-"""The processes of a run: which one this is, and what all of them have to agree on.
+"""The ranks of a run: the number of this process among them, and the collectives by which they agree.
 
-Every process computes the same plan from the same rollouts, so little is said between them: rollouts once a step,
-sums of statistics, and whether all go on. Gradients and weights are the back-end's business.
+Every rank computes the same plan from the same rollouts, so little is exchanged: rollouts once a step, sums of
+statistics, and whether to continue. Gradients and weights are left to the training backend.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ import torch.distributed as dist
 from pact_fast.distributed.serialization import decode, encode
 from pact_fast.errors import PactError
 
-SLURM_PORT = 29500
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SLURM_PORT = 29500  # plus the job id, so that jobs on the same node use different ports
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PeerLost(PactError):
-    """Another process of the run has ended, or has not answered within the deadline."""
+    """Another rank has ended, or has not answered within the timeout."""
 
 
 @dataclass(frozen=True)
 class World:
-    """`size` processes, of which `sequence_parallel` neighbours share every pack; this one is `rank`.
+    """The ranks of a run. The default is a single rank, for which nothing here communicates.
 
-    The default is a run of one process, for which nothing here communicates.
+    rank               number of this process, from 0
+    size               number of ranks
+    local_rank         number of this process on its node
+    sequence_parallel  number of neighbouring ranks that share every pack
+    sequence_group     process group of the ranks that share packs with this one; None without sequence parallelism
     """
 
     rank: int = 0
@@ -44,105 +48,129 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """The one process that writes the run's files and speaks to the user."""
+        """Whether this is rank 0, the only rank that writes the run's files and logs."""
         return self.rank == 0
 
     @property
     def replicas(self) -> int:
-        """Groups of processes that work on packs of their own."""
+        """Number of data-parallel replicas: groups of `sequence_parallel` ranks with packs of their own."""
         return self.size // self.sequence_parallel
 
     @property
     def replica(self) -> int:
+        """Number of the replica that this rank belongs to."""
         return self.rank // self.sequence_parallel
 
     def all_gather(self, value: Any, what: str = "data") -> list[Any]:
-        """Everybody's value (see `wire.encode`), by rank, for everybody."""
+        """The values of all ranks, by rank. `value` is anything that `encode` supports, `what` its name in errors."""
         if self.size == 1:
             return [value]
-        mine = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)
-        with self.deadline(what):
+        message = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)
+        with self.peer_errors(what):
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            dist.all_gather(sizes, torch.tensor([len(mine)]))
+            dist.all_gather(sizes, torch.tensor([len(message)]))
             longest = max(int(size) for size in sizes)
-            parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(parts, torch.nn.functional.pad(mine, (0, longest - len(mine))))
-        return [decode(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+            messages = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(messages, torch.nn.functional.pad(message, (0, longest - len(message))))
+        return [decode(m[: int(size)].numpy().tobytes()) for m, size in zip(messages, sizes, strict=True)]
 
     def broadcast_from_main(self, make: Callable[[], Any], what: str = "data") -> Any:
-        """What `make` returns in the lead process, for everybody; it runs nowhere else."""
+        """Call `make` on rank 0 only, and return its result on every rank."""
         return self.all_gather(make() if self.is_main else None, what)[0]
 
     def all_reduce_sum(self, values: torch.Tensor, what: str = "statistics") -> torch.Tensor:
-        """Sum over the processes (fp64, on the CPU)."""
+        """The sum of `values` over all ranks, a new fp64 tensor on the CPU."""
         values = values.detach().to("cpu", torch.float64, copy=True)
         if self.size > 1:
-            with self.deadline(what):
+            with self.peer_errors(what):
                 dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool, what: str = "whether to go on") -> bool:
+    def any(self, flag: bool, what: str = "whether to continue") -> bool:
+        """Whether `flag` is true on any rank."""
         return bool(self.all_reduce_sum(torch.tensor(float(flag)), what) > 0)
 
-    def wait(self, what: str) -> None:
-        """Until everybody is here."""
+    def barrier(self, what: str) -> None:
+        """Wait until every rank has called this."""
         self.any(False, what)
 
     @contextmanager
-    def deadline(self, what: str) -> Iterator[None]:
-        """Names the peer's fault where a collective call fails or takes too long."""
+    def peer_errors(self, what: str) -> Iterator[None]:
+        """Raise PeerLost in place of the RuntimeError of a collective that failed or timed out.
+
+        `what` is the name of the data in the message.
+        """
         try:
             yield
-        except RuntimeError as error:  # gloo's, NCCL's and the store's
+        except RuntimeError as error:  # from gloo, NCCL or the store
             reason = " ".join(str(error).split())[:200]
             raise PeerLost(
-                f"process {self.rank} of {self.size} on {socket.gethostname()} waited for {what}, but another process has "
-                f"ended or hangs ({reason}); its own output says why. Start again with resume=auto"
+                f"rank {self.rank} of {self.size} on {socket.gethostname()} waited for {what}, but another rank has "
+                f"ended or hangs ({reason}); see that rank's output for the cause, and start again with resume=auto"
             ) from error
 
     def close(self) -> None:
+        """Destroy the process groups."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def init_world(device: str, *, timeout: float, sequence_parallel: int = 1) -> World:
-    """The world that the launcher (torchrun, deepspeed, srun) has made; one process without a launcher.
+    """Join the ranks that a launcher (torchrun, deepspeed, srun) has started; a single rank without a launcher.
 
-    `timeout`: seconds after which a peer that does not answer counts as lost.
+    Args:
+        device: "cpu" (gloo) or "cuda" (NCCL for tensors on GPUs, gloo for others).
+        timeout: Seconds after which a rank that does not answer counts as lost.
+        sequence_parallel: Number of neighbouring ranks that share every pack.
+
+    Returns:
+        The world as this rank sees it.
+
+    Raises:
+        PactError: The launcher's environment is incomplete, or `sequence_parallel` does not fit the number of ranks.
+        PeerLost: Other ranks have not started within the timeout.
     """
-    found = _launched(os.environ)
-    os.environ.update(found)  # torch, DeepSpeed and vLLM look there
-    if not found:
+    launcher = _launcher_environment(os.environ)
+    os.environ.update(launcher)  # torch, DeepSpeed and vLLM read these
+    if not launcher:
         if sequence_parallel > 1:
             raise PactError(
-                f"trainer.sequence_parallel_size={sequence_parallel} needs so many processes; start with torchrun "
-                f"--nproc-per-node {sequence_parallel} -m pact_fast train …"
+                f"trainer.sequence_parallel_size={sequence_parallel} needs at least {sequence_parallel} ranks; start "
+                f"with torchrun --nproc-per-node {sequence_parallel} -m pact_fast train …"
             )
         return World()
-    rank, size, local_rank = (int(found[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, size, local_rank = (int(launcher[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if size % sequence_parallel:
         raise PactError(
-            f"trainer.sequence_parallel_size={sequence_parallel} does not divide the number of processes, {size}"
+            f"trainer.sequence_parallel_size={sequence_parallel} does not divide the number of ranks, {size}"
         )
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     world = World(rank, size, local_rank, sequence_parallel)
     if not dist.is_initialized():
-        with world.deadline("the other processes to start"):
+        with world.peer_errors("the other ranks to start"):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout)
             )
-    group = None
-    for first in range(0, size, sequence_parallel) if sequence_parallel > 1 else ():
-        ranks = list(range(first, first + sequence_parallel))
-        made = dist.new_group(ranks, timeout=timedelta(seconds=timeout))
-        group = made if rank in ranks else group
+    group = _sequence_group(rank, size, sequence_parallel, timeout) if sequence_parallel > 1 else None
     return World(rank, size, local_rank, sequence_parallel, group)
 
 
-def _launched(env: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process, as torchrun sets them and SLURM implies them.
-    Empty without a launcher; a launcher's one process counts as none.
+def _sequence_group(rank: int, size: int, sequence_parallel: int, timeout: float) -> dist.ProcessGroup | None:
+    """The group of this rank. Every rank creates all groups, as `torch.distributed.new_group` requires."""
+    result = None
+    for first in range(0, size, sequence_parallel):
+        ranks = list(range(first, first + sequence_parallel))
+        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout))
+        if rank in ranks:
+            result = group
+    return result
+
+
+def _launcher_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The LAUNCHER_VARIABLES of this process, as torchrun sets them or derived from SLURM's.
+
+    Empty without a launcher and for a launcher of a single process.
     """
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "RANK" not in env:
         return {
@@ -154,14 +182,14 @@ def _launched(env: Mapping[str, str]) -> dict[str, str]:
         }
     if int(env.get("WORLD_SIZE", "1")) <= 1:
         return {}
-    missing = [name for name in LAUNCHED if name not in env]
+    missing = [name for name in LAUNCHER_VARIABLES if name not in env]
     if missing:
         raise PactError(f"WORLD_SIZE={env['WORLD_SIZE']}, but {', '.join(missing)} is not set; start with torchrun")
-    return {name: env[name] for name in LAUNCHED}
+    return {name: env[name] for name in LAUNCHER_VARIABLES}
 
 
 def _first_host(nodes: str) -> str:
-    """The first name of a SLURM node list such as gpu[3-5,9]."""
+    """The first host name of a SLURM node list such as gpu[3-5,9]."""
     try:
         names = subprocess.run(
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True

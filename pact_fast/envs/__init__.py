@@ -1,0 +1,7 @@
+"""Environments: they run the tools of a task and score the finished trajectory.
+
+base          the Environment protocol
+registry      environments by name, and the tasks that a configuration asks for
+lookup_chain  built-in multi-hop look-ups, generated from a seed
+python_tools  tools given as Python sources, run in a sandbox
+"""

@@ -1,4 +1,4 @@
-"""What an environment is. One instance serves one trajectory at a time; heavy things are shared through the factory."""
+"""The Environment protocol. One instance serves one trajectory at a time; instances share resources via a factory."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pact_fast.data.types import Task, ToolSchema, Trajectory
 
 @runtime_checkable
 class Environment(Protocol):
-    """The tools of one task.
+    """Runs the tools of one task and scores its trajectory. How it is made: see `envs/registry.py`.
 
-    `blocking` says whether `call` may take long (a subprocess, a network peer): the agent loop then runs it in a thread while
-    other trajectories generate. A cheap, pure environment sets it False and is called in line.
+    blocking  whether `call` may take long (a subprocess, the network). If so, the agent loop calls it in a thread while
+              other trajectories generate; otherwise in line.
     """
 
     blocking: bool
 
     def reset(self, task: Task) -> str | None:
-        """Prepare for the task; the returned text, if any, is appended to the user's question."""
+        """Prepare for the task. The returned text, if any, is appended to the user's question."""
 
     @property
     def tools(self) -> list[ToolSchema]:
-        """OpenAI schemas of the tools that the task offers (valid after reset)."""
+        """OpenAI schemas of the tools of the task; valid after reset."""
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Run one tool; the observation. Tool failures are observations (text), never exceptions."""
+        """Run one tool and return the observation. A tool that fails returns a text, it never raises."""
 
     def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
-        """Named outcome rewards of the finished trajectory; `success` in [0, 1] when the environment can tell."""
+        """Outcome rewards of the finished trajectory by name; `success` in [0, 1] if the environment can decide it."""

@@ -1,12 +1,12 @@
-"""Built-in environment: multi-hop look-ups with tools, made from a seed.
+"""Built-in environment: multi-hop look-ups with tools, generated from a seed.
 
-A task asks where a chain of relations leads ("From @cleo follow: boss city."), from one start or from two at once. Every tool
-looks up one relation; what it answers is drawn anew for each task, so nothing can be memorised: the policy has to call, read
-and call again. Some tools are distractors, some are busy at the first try and must be called again, and two starts are looked
-up in parallel calls. Difficulty is the number of relations (hops).
+A task asks where a chain of relations leads ("From @cleo follow: boss city."), from one start or from two at once. Each
+tool looks up one relation. Its answers are drawn anew for each task, so they cannot be memorised: the policy has to
+call, read and call again. Some tools are distractors; some are flaky, which means that they fail at the first try and
+must be called again; two starts are looked up in parallel calls. Difficulty is the number of relations (hops).
 
-The generator also writes the expert trace of a task, and noisy traces (wrong relation, early stop) that make a base model
-which knows the grammar but not the strategy.
+The generator also writes the expert trace of a task, and noisy traces (wrong relation, early stop). Pretraining on noisy
+traces gives a base model that knows the grammar but not the strategy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall, ToolSchema, Trajectory
@@ -36,28 +36,39 @@ Facts = dict[str, dict[str, str]]  # relation -> name -> value
 
 @dataclass(frozen=True)
 class Question:
-    """`relations` are followed from every start, first to last. `busy` relations fail at the first try."""
+    """The chain of a task.
+
+    starts     names from which the chain is followed
+    relations  relations to follow, in order
+    flaky      relations that answer BUSY at the first try
+    """
 
     starts: tuple[str, ...]
     relations: tuple[str, ...]
-    busy: tuple[str, ...]
+    flaky: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class TraceNoise:
-    """How a noisy trace errs: per turn it may answer too early, per hop it may follow a wrong relation."""
+    """Errors of a noisy trace, as probabilities."""
 
-    early_stop: float = 0.0
-    wrong_relation: float = 0.0
+    early_stop: float = 0.0  # per turn after the first: answer now
+    wrong_relation: float = 0.0  # per turn: look up another relation
 
 
 class LookupChainTasks:
-    """Tasks by index, the same for the same (seed, split, index). Train and held-out tasks never overlap.
+    """Tasks by index: a pure function of (seed, split, index). Train and held-out tasks never overlap.
 
-    hops         range of look-ups per task, both ends included
-    distractors  tools offered beyond those that the question needs
-    flaky        probability that a look-up on the way is busy at its first try
-    parallel     probability that a task has two starts
+    Args:
+        split: Which of the two sets of tasks.
+        seed: Seed of the generator.
+        hops: Least and most relations per task.
+        distractors: Tools offered beyond those that the question needs.
+        flaky: Probability that a relation of the question fails at its first try.
+        parallel: Probability that a task has two starts.
+
+    Raises:
+        PactError: `hops` or `distractors` need more relations than there are.
     """
 
     def __init__(
@@ -80,6 +91,7 @@ class LookupChainTasks:
 
     def task(self, index: int) -> Task:
         """Task number `index`; its id is `toolchain-{split}-{seed}-{index}`."""
+        # the environment's former name stays in the label: another label would draw other tasks
         rng = random.Random(f"toolchain/{self.seed}/{self.split}/{index}")
         while True:
             task = self._draw(rng, f"toolchain-{self.split}-{self.seed}-{index}")
@@ -98,22 +110,26 @@ class LookupChainTasks:
             relation: {name: rng.choice([n for n in names if n != name]) for name in names} for relation in offered
         }
         starts = tuple(rng.sample(names, 2 if rng.random() < self.parallel else 1))
-        chain = Question(starts, tuple(needed), tuple(relation for relation in needed if rng.random() < self.flaky))
-        expert = write_trace(chain, facts)
+        flaky = tuple(relation for relation in needed if rng.random() < self.flaky)
+        question = Question(starts, tuple(needed), flaky)
+        expert = write_trace(question, facts)
         return Task(
             id=task_id,
-            prompt=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": question(chain)}],
-            tools=[schema(relation) for relation in offered],
+            prompt=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": question_text(question)}],
+            tools=[relation_schema(relation) for relation in offered],
             expert=expert,
             reference_calls=expert.calls,
             answer=expert.answer,
             env="lookup_chain",
-            env_args={"facts": facts, **{key: list(value) for key, value in asdict(chain).items()}},
+            env_args={"facts": facts, "starts": list(starts), "relations": needed, "busy": list(flaky)},
         )
 
 
 class GeneratedTasks:
-    """A TaskSource of generated tasks; training never sees the same index twice."""
+    """A TaskSource of generated tasks; training never sees the same index twice.
+
+    The tasks name no environment, so that they run in the one that generated them: `LookupChain` or a subclass of it.
+    """
 
     def __init__(self, args: dict[str, Any], seed: int):
         try:
@@ -122,21 +138,21 @@ class GeneratedTasks:
             raise PactError(f"env.args: {error}; lookup_chain takes hops, distractors, flaky and parallel") from None
 
     def train(self, step: int, count: int) -> list[Task]:
-        return self._train.tasks(count, start=step * count)
+        return [replace(task, env=None) for task in self._train.tasks(count, start=step * count)]
 
     def held_out(self, count: int) -> list[Task]:
-        return self._eval.tasks(count)
+        return [replace(task, env=None) for task in self._eval.tasks(count)]
 
 
 @environment("lookup_chain")
 class LookupChain:
-    """Runs the look-ups of one task. Cheap and pure, so calls run in line."""
+    """Runs the look-ups of one task. Calls are cheap and pure, so they run in line."""
 
     blocking = False
 
     @classmethod
     def factory(cls, args: dict[str, Any], tool_timeout: float) -> Callable[[], LookupChain]:
-        """`args` are those of the tasks; the environment itself needs none."""
+        """`args` are for the tasks; the environment itself needs none."""
         return cls
 
     @classmethod
@@ -145,7 +161,7 @@ class LookupChain:
 
     def __init__(self) -> None:
         self._facts: Facts = {}
-        self._busy: dict[str, int] = {}  # relation -> calls that still fail
+        self._failures_left: dict[str, int] = {}  # relation -> calls that will still fail
 
     def reset(self, task: Task) -> str | None:
         if "facts" not in task.env_args:
@@ -153,20 +169,20 @@ class LookupChain:
                 f"task {task.id} is not a lookup_chain task (env_args has no 'facts'); set env.name for your data"
             )
         self._facts = task.env_args["facts"]
-        self._busy = {relation: len(task.env_args["starts"]) for relation in task.env_args["busy"]}
+        self._failures_left = {relation: len(task.env_args["starts"]) for relation in task.env_args["busy"]}
         return None
 
     @property
     def tools(self) -> list[ToolSchema]:
-        return [schema(relation) for relation in self._facts]
+        return [relation_schema(relation) for relation in self._facts]
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         relation = name.removeprefix("get_")
         table = self._facts.get(relation)
         if table is None:
             return f"error: no tool {name}"
-        if self._busy.get(relation):
-            self._busy[relation] -= 1
+        if self._failures_left.get(relation):
+            self._failures_left[relation] -= 1
             return BUSY
         return table.get(str(arguments.get("of")), "error: unknown name")
 
@@ -174,7 +190,8 @@ class LookupChain:
         return {"success": float(trajectory.answer.strip() == task.answer)}
 
 
-def schema(relation: str) -> ToolSchema:
+def relation_schema(relation: str) -> ToolSchema:
+    """The schema of the tool that looks up a relation."""
     return {
         "type": "function",
         "function": {
@@ -185,32 +202,38 @@ def schema(relation: str) -> ToolSchema:
     }
 
 
-def question(chain: Question) -> str:
-    return f"From {' and '.join(chain.starts)} follow: {' '.join(chain.relations)}."
+def question_text(question: Question) -> str:
+    return f"From {' and '.join(question.starts)} follow: {' '.join(question.relations)}."
 
 
 def split_of(task: Task) -> Split:
-    """One task in eight is held out, decided by the question and its answer alone, whatever the seed."""
+    """One task in eight is held out. Depends on the question and its answer alone, not on the seed."""
     key = task.prompt[-1]["content"] + str(task.answer)
     return "eval" if zlib.crc32(key.encode()) % 8 == 0 else "train"
 
 
 def noisy_trace(task: Task, noise: TraceNoise, rng: random.Random) -> ExpertTrace:
-    """A trace of the task that errs as `noise` says; its answer is where it ended up."""
-    world = task.env_args
-    chain = Question(tuple(world["starts"]), tuple(world["relations"]), tuple(world["busy"]))
-    return write_trace(chain, world["facts"], noise, rng)
+    """A trace of the task with errors drawn from `noise`; its answer is the name that it reaches."""
+    args = task.env_args
+    question = Question(tuple(args["starts"]), tuple(args["relations"]), tuple(args["busy"]))
+    return write_trace(question, args["facts"], noise, rng)
 
 
 def write_trace(
-    chain: Question, facts: Facts, noise: TraceNoise | None = None, rng: random.Random | None = None
+    question: Question, facts: Facts, noise: TraceNoise | None = None, rng: random.Random | None = None
 ) -> ExpertTrace:
-    """Follow the relations turn by turn, all starts in parallel, repeating busy look-ups. Without noise this is the expert.
+    """The trace that follows the relations turn by turn, all starts in parallel, and repeats look-ups that failed.
 
-    Each turn reasons in three sentences: where it stands, what is left, what it does next.
+    Each turn reasons in three sentences: the current names, the relations left, the next look-up.
+
+    Args:
+        question: The chain to follow.
+        facts: Answers of the tools.
+        noise: Errors of the trace; None: the expert trace.
+        rng: Draws the errors.
     """
     noise, rng = noise or TraceNoise(), rng or random.Random(0)
-    at, left, busy = list(chain.starts), list(chain.relations), set(chain.busy)
+    at, left, flaky = list(question.starts), list(question.relations), set(question.flaky)
     turns: list[ExpertTurn] = []
     while left and not (turns and rng.random() < noise.early_stop):
         pick = left[0]
@@ -218,8 +241,8 @@ def write_trace(
             pick = rng.choice([relation for relation in facts if relation != pick])
         reasoning = f"{_state(at, left)} Next: {pick}."
         calls = tuple(ToolCall(f"get_{pick}", {"of": name}) for name in at)
-        if pick in busy:
-            busy.remove(pick)
+        if pick in flaky:
+            flaky.remove(pick)
             turns.append(ExpertTurn(reasoning, calls, (BUSY,) * len(at)))
             continue
         at = [facts[pick][name] for name in at]

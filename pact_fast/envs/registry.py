@@ -1,4 +1,13 @@
-"""The registry of environments, and the environments and tasks that a configuration asks for."""
+"""The registry of environments, and the environments and tasks that a configuration asks for.
+
+A registered class is used in one of two ways:
+
+- `cls(**env.args)` makes the environment of one trajectory; or
+- its class method `factory(args, tool_timeout)` returns the function that makes it, where trajectories share something
+  expensive, such as a process pool.
+
+A class that generates its own tasks also has a class method `tasks(args, seed) -> TaskSource`.
+"""
 
 from __future__ import annotations
 
@@ -11,41 +20,42 @@ from pact_fast.data.sources import FileTasks, TaskSource
 from pact_fast.data.types import Task
 from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
-from pact_fast.registry import Registry
+from pact_fast.registry import Registry, did_you_mean
 
-# A registered class makes one environment per trajectory: `cls(**env.args)`, or what its class method
-# `factory(args, tool_timeout)` returns where trajectories share something heavy. A class that generates its own
-# tasks has a class method `tasks(args, seed) -> TaskSource`.
 environment: Registry[Any] = Registry("environment", "env.name", "pact_fast.envs")
 
 
 class EnvironmentFactory:
-    """Makes the environment of a task: the one its row names in the column `env`, else that of the configuration.
+    """Makes the environment of a task: the one that its column `env` names, else that of the configuration.
 
     A row may name only a registered environment, never a file: data must not choose which code is imported.
+    `env.args` are for the environment of the configuration; any other one gets none.
+
+    Raises:
+        PactError: `env.name` is unknown, or `env.args` do not fit it.
     """
 
     def __init__(self, config: Config):
-        self._default = environment_name(config.env, config.data)
-        self._args = {self._default: config.env.args}
+        self._default = environment.get(environment_name(config.env, config.data))
         self._tool_timeout = config.rollout.tool_timeout
-        self._factories: dict[str, Callable[[], Environment]] = {}
-        self._factory(self._default)  # a wrong name or argument is an error now, not at the first rollout
+        self._factories = {self._default: _make_factory(self._default, config.env.args, self._tool_timeout)}
 
     def __call__(self, task: Task) -> Environment:
-        """A new environment for `task`, not yet reset. PactError if its row names an environment that does not exist."""
-        name = task.env or self._default
-        if name not in self._factories and name not in environment.names():
-            raise PactError(
-                f"task {task.id}: its column 'env' names '{name}'; registered environments are "
-                f"{', '.join(environment.names())} (one of your own is named in env.name)"
-            )
-        return self._factory(name)()
+        """A new environment for `task`, not yet reset. PactError if its row names one that is not registered."""
+        cls = self._registered(task) if task.env else self._default
+        if cls not in self._factories:
+            self._factories[cls] = _make_factory(cls, {}, self._tool_timeout)
+        return self._factories[cls]()
 
-    def _factory(self, name: str) -> Callable[[], Environment]:
-        if name not in self._factories:
-            self._factories[name] = _make_factory(name, self._args.get(name, {}), self._tool_timeout)
-        return self._factories[name]
+    def _registered(self, task: Task) -> Any:
+        known = environment.names()
+        if task.env not in known:
+            raise PactError(
+                f"task {task.id}: its column 'env' names {task.env!r}, which is not registered"
+                f"{did_you_mean(str(task.env), known)}; registered: {', '.join(known)}; a row cannot name a file; set "
+                "env.name to file.py:Class for a class of your own"
+            )
+        return environment.get(str(task.env))
 
 
 def environment_name(env: EnvConfig, data: DataConfig) -> str:
@@ -56,22 +66,35 @@ def environment_name(env: EnvConfig, data: DataConfig) -> str:
 
 
 def make_tasks(config: Config) -> TaskSource:
-    """Tasks of the data files, or those that the environment generates. PactError if there are neither."""
-    if config.data.train:
-        return FileTasks(config.data, config.seed)
+    """Tasks of the data files, or those that the environment generates.
+
+    Raises:
+        PactError: There are neither, or `env.name` is unknown.
+        DataError: A row of a file is wrong, or names an environment that is not registered.
+    """
     name = environment_name(config.env, config.data)
-    generate = getattr(environment.get(name), "tasks", None)
+    cls = environment.get(name)  # before the data is read: importing it may register names that rows use
+    if config.data.train:
+        return FileTasks(config.data, config.seed, environment.names())
+    generate = getattr(cls, "tasks", None)
     if generate is None:
         raise PactError(f"data.train is not set, and env.name={name} generates no tasks: name a JSONL or parquet file")
     return generate(config.env.args, config.seed)
 
 
-def _make_factory(name: str, args: dict[str, Any], tool_timeout: float) -> Callable[[], Environment]:
-    cls = environment.get(name)
+def _make_factory(cls: Any, args: dict[str, Any], tool_timeout: float) -> Callable[[], Environment]:
     if hasattr(cls, "factory"):
         return cls.factory(args, tool_timeout)
     try:
-        cls(**args)
+        made = cls(**args)
     except TypeError as error:
-        raise PactError(f"env.args do not fit env.name={name}: {error}") from None
+        raise PactError(f"env.args do not fit the environment {cls.__name__}: {error}") from None
+    missing = [name for name in ("blocking", "reset", "tools", "call", "reward") if not _has(made, name)]
+    if missing:
+        raise PactError(f"environment {cls.__name__} lacks {', '.join(missing)}; see docs/environments.md")
     return functools.partial(cls, **args)
+
+
+def _has(made: object, name: str) -> bool:
+    """Whether an instance has the attribute; a property is not evaluated, since `tools` is valid only after reset."""
+    return hasattr(type(made), name) or name in getattr(made, "__dict__", {})

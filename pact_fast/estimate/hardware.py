@@ -1,4 +1,4 @@
-"""How fast a device is: measured where this runs, or published peaks of named GPUs times assumed efficiencies."""
+"""Rates of a device: measured on this machine, or the published peaks of named GPUs times assumed efficiencies."""
 
 from __future__ import annotations
 
@@ -16,25 +16,37 @@ from pact_fast.estimate.workload import path_batch
 from pact_fast.model.attention.tree import TreeLayout, tree_attention
 
 TERA, GIGA = 1e12, 1e9
-# what a training run gets of a published peak; assumptions, not measurements
+# fractions of published peaks that a training run is assumed to reach; none was measured
 MATMUL, ATTENTION, MEMORY, LINK = 0.6, 0.4, 0.75, 0.7
 SOURCE = (
-    f"rates of the GPU are published peaks times assumed efficiencies (matrix products {MATMUL:.0%}, attention "
+    f"GPU rates are published peaks times assumed efficiencies (matrix products {MATMUL:.0%}, attention "
     f"{ATTENTION:.0%}, memory {MEMORY:.0%}, links {LINK:.0%}); nothing here was measured on it"
 )
-ROUNDS, SECONDS = 3, 1.0  # of each kernel when this machine is measured
+ROUNDS, SECONDS = 3, 1.0  # least repetitions, and least time, of each kernel when this machine is measured
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Sustained rates of one device: FLOP/s, bytes/s; link: to its neighbours in a node of `node`, network: beyond."""
+    """Sustained rates of one device.
+
+    name       for display
+    device     "cpu" or "cuda"
+    matmul     FLOP/s of matrix products
+    attention  FLOP/s of attention
+    memory     bytes/s of memory traffic
+    capacity   bytes of memory
+    link       bytes/s to devices of the same node
+    network    bytes/s to other nodes
+    node       devices per node
+    source     where the rates come from, for display
+    """
 
     name: str
-    device: str  # cpu or cuda
+    device: str
     matmul: float
     attention: float
     memory: float
-    capacity: int  # bytes
+    capacity: int
     link: float
     network: float
     node: int
@@ -43,7 +55,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class _Peak:
-    """As published: dense bf16 FLOP/s, bytes/s of memory, bytes, bytes/s each way over NVLink and the network card."""
+    """Published peaks: dense bf16 FLOP/s, memory bytes/s, bytes of memory, NVLink and network bytes/s per direction."""
 
     flops: float
     memory: float
@@ -62,9 +74,9 @@ NAMES = (*PEAKS, "this")
 
 
 def named(name: str) -> Hardware:
-    """One of PEAKS, with the assumed efficiencies."""
+    """Rates of a GPU in PEAKS, at the assumed efficiencies. PactError for other names."""
     if name not in PEAKS:
-        raise PactError(f"--gpu {name}: not known; choose one of {', '.join(NAMES)}")
+        raise PactError(f"--gpu {name}: unknown; choose one of {', '.join(NAMES)}")
     p = PEAKS[name]
     return Hardware(
         name, "cuda", p.flops * MATMUL, p.flops * ATTENTION, p.memory * MEMORY, int(p.capacity),
@@ -73,7 +85,13 @@ def named(name: str) -> Hardware:
 
 
 def measured(model: PretrainedConfig, dtype: torch.dtype, tokens: int) -> Hardware:
-    """This machine, by kernels of the model's own shapes on so many tokens; a few seconds."""
+    """Rates of this machine, measured for a few seconds with kernels of the model's shapes.
+
+    Args:
+        model: Architecture that gives the shapes.
+        dtype: Type of the matrix products and attention.
+        tokens: Tokens of the kernels' inputs (bounded to 256 … 2048).
+    """
     cuda = torch.cuda.is_available()
     device, config = torch.device("cuda" if cuda else "cpu"), model.get_text_config()
     tokens = max(256, min(tokens, 2048))
@@ -84,12 +102,12 @@ def measured(model: PretrainedConfig, dtype: torch.dtype, tokens: int) -> Hardwa
         capacity, name = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _cpu_name()
     return Hardware(
         name, device.type, _matmul_rate(device, dtype, tokens, config), _attention_rate(device, dtype, tokens, config),
-        memory, capacity, memory, memory, 1, "rates were measured here, just now, with kernels of the model's shapes",
+        memory, capacity, memory, memory, 1, "rates were measured here with kernels of the model's shapes",
     )  # fmt: skip
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, tokens: int, config: PretrainedConfig) -> float:
-    """FLOP/s over the three products of a layer of the MLP, forward and backward."""
+    """FLOP/s of an MLP layer's three matrix products (forward, and both of the backward pass)."""
     width, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     x, w, y = (
         torch.randn(shape, device=device, dtype=dtype) for shape in ((tokens, width), (inner, width), (tokens, inner))
@@ -99,7 +117,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, tokens: int, config: 
 
 
 def _attention_rate(device: torch.device, dtype: torch.dtype, tokens: int, config: PretrainedConfig) -> float:
-    """FLOP/s, 12 for each pair, head and channel, of a causal forward and backward pass."""
+    """FLOP/s of causal attention, forward and backward, at 12 FLOPs per query-key pair, head and channel."""
     heads = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -113,14 +131,14 @@ def _attention_rate(device: torch.device, dtype: torch.dtype, tokens: int, confi
 
 
 def _memory_rate(device: torch.device, tokens: int, config: PretrainedConfig) -> float:
-    """Bytes/s of a product that allocates its result, as pointwise steps of a model do."""
+    """Bytes/s of an elementwise product that allocates its result, as a model's pointwise operators do."""
     shape = tokens, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     x, y = torch.ones(shape, device=device), torch.ones(shape, device=device)
     return 3.0 * x.numel() * 4 / _seconds(lambda: x * y, device)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, the median over rounds after a warm-up."""
+    """Seconds of one call: median over rounds, after a warm-up call."""
     call()
     times: list[float] = []
     begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""The peak of training memory on one device, and what it is made of: `pact-fast doctor RECIPE --memory`.
+"""Peak of training memory on one device and its parts: `pact-fast doctor RECIPE --memory`.
 
-What a pack holds is not calculated from formulas of a transformer: the update is rehearsed (rehearsal.py). Formulas are
-left for what other processes change: shares under ZeRO, buckets, the rollout engine.
+There is no formula for activations: an update of the real model code is traced (update_trace.py). Formulas remain only
+for the effects of other ranks and processes: fractions under ZeRO, communication buckets, the rollout engine.
 """
 
 from __future__ import annotations
@@ -20,25 +20,33 @@ from pact_fast.estimate.workload import PackLoad, full_load
 from pact_fast.model.build import architecture
 from pact_fast.rollout.registry import engine_builder
 
-CUDA_CONTEXT = 1 << 30  # bytes that the driver and the libraries take beside torch's allocator; assumed, not measured
-STEP = 128  # tokens; `auto_pack_tokens` gives a multiple
-MARGIN = 0.9  # of the free memory: estimates are a few percent low, and allocators leave gaps
-ENOUGH = 1 << 17  # tokens; beyond, products of matrices get no faster
-CLOSE = 0.02  # of the free memory may stay unused, for fewer rehearsals
+CUDA_CONTEXT = 1 << 30  # bytes of the driver and libraries outside torch's allocator; assumed, not measured
+STEP = 128  # tokens; `auto_pack_tokens` returns a multiple
+MARGIN = 0.9  # fraction of free memory to use: estimates are a few percent low, and allocators fragment
+ENOUGH = 1 << 17  # tokens; larger packs make matrix products no faster
+CLOSE = 0.02  # fraction of free memory that may stay unused, which saves traces
 
 
 @dataclass
-class Estimate:
-    """parts: bytes by what holds them, at the moment of the peak; tokens: of the largest pack."""
+class MemoryEstimate:
+    """Peak memory of an update on one device.
+
+    parts       bytes at the moment of the peak, by what they are for
+    tokens      tokens of the largest pack
+    parameters  elements of the model's parameters
+    traffic     bytes per token that the decoder's operators read and write, without matrix products and attention
+    notes       remarks for the user
+    """
 
     parts: dict[str, int]
     tokens: int
     parameters: int
-    traffic: float  # bytes a token that the trunk's operators read and write, matrix products and attention left out
+    traffic: float
     notes: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> int:
+        """Bytes of the peak."""
         return sum(self.parts.values())
 
 
@@ -49,19 +57,27 @@ def estimate(
     sharding: Sharding | None = None,
     device: str = "cpu",
     capacity: int | None = None,
-) -> Estimate:
-    """Of an update on `loads`, the packs of one optimizer step; default: full ones. `device`: cpu or cuda.
+) -> MemoryEstimate:
+    """Estimate the peak memory of an update.
 
-    `capacity`: bytes of the device, of which a colocated vLLM takes its share.
+    Args:
+        config: The run's configuration.
+        loads: Packs of one optimizer step; default: two full ones.
+        sharding: How training state is split over devices; default: one device.
+        device: "cpu" or "cuda".
+        capacity: Bytes of the device, a fraction of which a colocated vLLM takes.
+
+    Raises:
+        PactError: The model's code cannot be traced.
     """
     sharding = sharding or Sharding()
     loads = sorted(loads or [default_load(config)] * 2, key=lambda load: -len(load.batch))[:2]
-    half = sharding.zero and config.model.dtype == "bfloat16"
-    seen = trace_update(config, loads, device, torch.bfloat16 if half else torch.float32)
-    size = 2 if half else 4
-    result = Estimate(_parts(seen, sharding, size), len(loads[0].batch), seen.parameters, seen.traffic)
-    _gathered(result, config, sharding, size, seen.trained if device == "cpu" else BUCKET)
-    _others(result, config, device, capacity, sharding.weights * size if sharding.stage == 3 else 4.0)
+    bf16_weights = sharding.zero and config.model.dtype == "bfloat16"
+    trace = trace_update(config, loads, device, torch.bfloat16 if bf16_weights else torch.float32)
+    size = 2 if bf16_weights else 4
+    result = MemoryEstimate(_peak_parts(trace, sharding, size), len(loads[0].batch), trace.parameters, trace.traffic)
+    _add_gathered_weights(result, config, sharding, size, trace.trained if device == "cpu" else BUCKET)
+    _add_other_memory(result, config, device, capacity, sharding.weights * size if sharding.stage == 3 else 4.0)
     if result.tokens > (config.trainer.max_tokens_per_pack or result.tokens):
         result.notes.append(
             f"the longest path alone takes {result.tokens} tokens, more than trainer.max_tokens_per_pack: "
@@ -71,19 +87,26 @@ def estimate(
 
 
 def default_load(config: Config) -> PackLoad:
-    """The largest pack that the settings allow; a path over the budget gets a pack of its own."""
+    """The largest pack that the settings allow. A path longer than the budget gets a pack of its own."""
     longest = config.rollout.max_prompt_length + config.rollout.max_completion_length
     return full_load(config, max(config.trainer.max_tokens_per_pack or 0, longest))
 
 
 def fitting_pack_tokens(config: Config, devices: int, device: str, free_bytes: int) -> int:
-    """What trainer.max_tokens_per_pack=null means on a device with so much memory, before a run has taken any of it."""
+    """The pack budget of trainer.max_tokens_per_pack=null.
+
+    Args:
+        config: The run's configuration.
+        devices: Devices that train together.
+        device: "cpu" or "cuda".
+        free_bytes: Free memory of the device before the run has allocated anything.
+    """
     rollout = config.rollout
     free_bytes = int(free_bytes * (1.0 - engine_builder(config).memory_fraction()))
     trainer = config.trainer
     path = rollout.max_prompt_length + rollout.max_completion_length
     batch = (trainer.prompts_per_update or trainer.prompts_per_step) * rollout.num_generations * path
-    most = min(batch, ENOUGH)  # a larger one would hold more than there is
+    most = min(batch, ENOUGH)  # there are no more tokens in a batch
     sharding = sharding_of(config, devices)
     return auto_pack_tokens(config, int(MARGIN * free_bytes), sharding=sharding, device=device, most=most)
 
@@ -96,10 +119,17 @@ def auto_pack_tokens(
     device: str = "cpu",
     most: int | None = None,
 ) -> int:
-    """The largest trainer.max_tokens_per_pack whose update is estimated to fit into `free_bytes`, a multiple of 128 (at most
-    `most`, if that is more than the longest path).
+    """The largest trainer.max_tokens_per_pack whose update is estimated to fit, a multiple of 128.
 
-    All that training holds counts, weights too. PactError if not even the longest path fits.
+    Args:
+        config: The run's configuration.
+        free_bytes: Memory for everything that training holds, weights included.
+        sharding: How training state is split over devices; default: one device.
+        device: "cpu" or "cuda".
+        most: Upper bound of the result, unless the longest path is longer.
+
+    Raises:
+        PactError: Not even the longest path fits.
     """
 
     def peak(tokens: int) -> int:
@@ -117,7 +147,7 @@ def auto_pack_tokens(
         most = max(-(-most // STEP) * STEP, low)
         if peak(most) <= free_bytes:
             return most
-    # memory is very nearly a line in the tokens: two points tell the third, which is then looked at
+    # memory is almost linear in tokens: extrapolate from two points, then check the third
     high, top = 2 * low, peak(2 * low)
     while top <= free_bytes and free_bytes - top > CLOSE * free_bytes:
         per_token = max((top - held) / (high - low), 1.0)
@@ -129,37 +159,41 @@ def auto_pack_tokens(
     while high - low > STEP:
         guess = low + (high - low) * (free_bytes - held) / (top - held)
         middle = min(max(int(guess) // STEP * STEP, low + STEP), high - STEP)
-        found = peak(middle)
-        if found <= free_bytes:
-            low, held = middle, found
-            if free_bytes - found <= CLOSE * free_bytes:
+        needed = peak(middle)
+        if needed <= free_bytes:
+            low, held = middle, needed
+            if free_bytes - needed <= CLOSE * free_bytes:
                 break
         else:
-            high, top = middle, found
+            high, top = middle, needed
     return low
 
 
 def format_bytes(size: float) -> str:
+    """`1.25 GiB` or `310 MiB`."""
     return f"{size / 2**30:.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:.0f} MiB"
 
 
-def _parts(seen: UpdateTrace, sharding: Sharding, size: int) -> dict[str, int]:
-    """The peak of one device. Under ZeRO the optimizer's step is a moment of its own, with fp32 gradients of its part."""
+def _peak_parts(trace: UpdateTrace, sharding: Sharding, size: int) -> dict[str, int]:
+    """Bytes on one device at the peak, by kind. `size`: bytes per element of the weights.
+
+    Under ZeRO, the optimizer step may be the peak: it holds fp32 gradients of the device's partition.
+    """
     local = 1.0 / sharding.sequence_parallel
-    shares = {
+    fractions = {
         MemoryKind.WEIGHTS: sharding.weights, MemoryKind.GRADIENTS: sharding.gradients,
         MemoryKind.ACTIVATIONS: local, MemoryKind.HEAD: local,
     }  # fmt: skip
-    held = {kind.value: bytes_ for kind, bytes_ in seen.record.peak(shares).items()}
+    held = {kind.value: bytes_ for kind, bytes_ in trace.record.peak(fractions).items()}
     if not sharding.zero:
         return held
-    part = sharding.states * seen.trained
+    part = sharding.states * trace.trained
     held |= {"fp32 master weights": round(4 * part), MemoryKind.OPTIMIZER.value: round(8 * part)}
     if sharding.stage == 3:
-        held[MemoryKind.GRADIENTS.value] = round(sharding.gradients * 4 * seen.trained)  # there from the start
-    # gradients fill the bucket while activations go: the end of the forward pass, that of the backward, or the step
+        held[MemoryKind.GRADIENTS.value] = round(sharding.gradients * 4 * trace.trained)  # allocated from the start
+    # candidates for the peak: end of the forward pass (activations), end of the backward pass (bucket), optimizer step
     passing = held[MemoryKind.ACTIVATIONS.value] + held[MemoryKind.HEAD.value]
-    bucket, fp32_gradients = min(BUCKET, seen.trained) * size, round(4 * part)
+    bucket, fp32_gradients = min(BUCKET, trace.trained) * size, round(4 * part)
     if passing >= max(bucket, fp32_gradients):
         return held
     held |= {MemoryKind.ACTIVATIONS.value: 0, MemoryKind.HEAD.value: 0}
@@ -168,10 +202,15 @@ def _parts(seen: UpdateTrace, sharding: Sharding, size: int) -> dict[str, int]:
     )
 
 
-def _gathered(result: Estimate, config: Config, sharding: Sharding, size: int, bucket: int) -> None:
-    """ZeRO-3 gathers a layer or the head when it runs, and the next weights ahead, which are copied when they arrive.
+def _add_gathered_weights(result: MemoryEstimate, config: Config, sharding: Sharding, size: int, bucket: int) -> None:
+    """Add ZeRO-3's gathered weights: the running layer or head, and prefetched weights, which are copied on arrival.
 
-    `bucket`: elements of the reduce bucket that are really there; a CPU does not hold what nobody has written to.
+    Args:
+        result: The estimate to add to.
+        config: Gives the architecture.
+        sharding: Nothing is added below stage 3.
+        size: Bytes per element of the weights.
+        bucket: Elements of the reduce bucket that occupy memory; on a CPU, untouched pages do not.
     """
     if sharding.stage < 3 or sharding.devices == 1:
         return
@@ -183,10 +222,20 @@ def _gathered(result: Estimate, config: Config, sharding: Sharding, size: int, b
     result.parts["communication buckets"] = size * min(bucket, BUCKET)
 
 
-def _others(result: Estimate, config: Config, device: str, capacity: int | None, frozen: float) -> None:
-    """What is on the device beside the update. `frozen`: bytes of it for each number of a model that is not trained."""
+def _add_other_memory(
+    result: MemoryEstimate, config: Config, device: str, capacity: int | None, frozen_size: float
+) -> None:
+    """Add the reference model, the CUDA context and the rollout engine.
+
+    Args:
+        result: The estimate to add to.
+        config: The run's configuration.
+        device: "cpu" or "cuda".
+        capacity: Bytes of the device, if known.
+        frozen_size: Bytes on this device per element of a frozen model.
+    """
     if config.algorithm.beta and not config.model.lora:
-        result.parts["reference model"] = round(frozen * result.parameters)
+        result.parts["reference model"] = round(frozen_size * result.parameters)
     if device == "cuda":
         result.parts["CUDA context (assumed)"] = CUDA_CONTEXT
     fraction = engine_builder(config).memory_fraction()

@@ -1,4 +1,4 @@
-"""What one of several devices holds under ZeRO: which share of the weights, gradients and optimizer states, and buffers."""
+"""Fractions of weights, gradients and optimizer states that one device holds under ZeRO, and DeepSpeed's buffer sizes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from dataclasses import dataclass
 from pact_fast.config import Config, DeepSpeedConfig
 from pact_fast.errors import PactError
 
-BUCKET = 500_000_000  # elements of DeepSpeed's reduce bucket, its default
-PREFETCH = 50_000_000  # elements that ZeRO-3 gathers ahead, its default
+BUCKET = 500_000_000  # elements of DeepSpeed's reduce bucket (its default)
+PREFETCH = 50_000_000  # elements that ZeRO-3 prefetches (its default)
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """`devices` that take part in data parallelism, the ZeRO stage, and what is moved to the host."""
+    """How training state is split over devices.
+
+    devices            devices that train together
+    stage              ZeRO stage
+    optimizer_on_host  optimizer states are offloaded
+    weights_on_host    weights are offloaded (stage 3)
+    sequence_parallel  devices that share a pack
+    """
 
     devices: int = 1
     stage: int = 0
@@ -23,7 +30,7 @@ class Sharding:
 
     def __post_init__(self) -> None:
         if self.devices < 1:
-            raise PactError(f"--world-size {self.devices}: there is at least one device")
+            raise PactError(f"--world-size {self.devices}: give at least one device")
         if self.stage not in (0, 1, 2, 3):
             raise PactError(f"--zero-stage {self.stage}: the stages are 0 (nothing is sharded), 1, 2 and 3")
         if self.devices % self.sequence_parallel:
@@ -33,32 +40,39 @@ class Sharding:
 
     @property
     def zero(self) -> bool:
-        """DeepSpeed keeps the weights: in the type of the computation, beside a sharded fp32 copy."""
+        """Some ZeRO stage is on. DeepSpeed then holds weights in the compute dtype, and a sharded fp32 master copy."""
         return self.stage > 0
 
     @property
     def weights(self) -> float:
-        """Share of the weights that a device holds between uses."""
+        """Fraction of the weights that a device holds between uses."""
         if self.stage < 3:
             return 1.0
         return 0.0 if self.weights_on_host else 1.0 / self.devices
 
     @property
     def gradients(self) -> float:
+        """Fraction of the gradients that a device holds."""
         if self.stage < 2:
             return 1.0
         return 0.0 if self.optimizer_on_host else 1.0 / self.devices
 
     @property
     def states(self) -> float:
-        """Share of the fp32 copy of the weights and of both moments."""
+        """Fraction of the fp32 master weights and of both AdamW moments that a device holds."""
         if self.stage < 1:
             return 1.0
         return 0.0 if self.optimizer_on_host else 1.0 / self.devices
 
 
 def sharding_of(config: Config, devices: int | None = None, stage: int | None = None) -> Sharding:
-    """As the settings say; options given on the command line come first."""
+    """Sharding of a run.
+
+    Args:
+        config: Gives the ZeRO stage, offloading and sequence parallelism.
+        devices: Devices that train together; default: 1.
+        stage: ZeRO stage instead of the configured one.
+    """
     trainer = config.trainer
     settings = trainer.deepspeed or DeepSpeedConfig(stage=0)
     return Sharding(

@@ -1,4 +1,4 @@
-"""An update of the real model code on tensors without contents: any size, no weights are read, no memory is used."""
+"""Traces one update of the real model code under FakeTensorMode: any size, no weights read, no memory allocated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pact_fast.config import Config
 from pact_fast.errors import PactError
 from pact_fast.estimate.memory_tracker import MemoryKind, MemoryTracker
 from pact_fast.estimate.workload import PackLoad
-from pact_fast.kernels.head.chunked import balanced, chunk_rows
+from pact_fast.kernels.head.chunked import balanced_chunk_rows, max_chunk_rows
 from pact_fast.model.build import meta_model
 from pact_fast.model.forward import decoder_of, tree_forward, unsupported
 from pact_fast.model.patch import without_fused_kernels
@@ -24,7 +24,13 @@ from pact_fast.model.patch import without_fused_kernels
 
 @dataclass
 class UpdateTrace:
-    """The record of an update; parameters of the model, and those that train; `traffic`: see MemoryTracker, for each token."""
+    """Record of a traced update.
+
+    record      allocations in order of time
+    parameters  elements of the model's parameters
+    trained     elements of the trained parameters
+    traffic     bytes per token, see MemoryTracker
+    """
 
     record: MemoryTracker
     parameters: int
@@ -35,11 +41,20 @@ class UpdateTrace:
 def trace_update(
     config: Config, loads: Sequence[PackLoad], device: str, dtype: torch.dtype = torch.float32
 ) -> UpdateTrace:
-    """What one update on these packs holds, in order of time.
+    """Trace forward, loss and backward on the given packs, one after another.
 
-    The operators run as on the CPU; `device` decides what differs on CUDA: the head's chunks, and norms and gated units in
-    several steps. AdamW needs nothing beyond its states. With `dtype` bfloat16 the weights are so, and nothing is cast;
-    AdamW is then left to who shards it.
+    Operators run as on the CPU, except where CUDA differs: chunk sizes of the head, and norms and gated units, which are
+    fused on the CPU only. AdamW allocates nothing beyond its states.
+
+    Args:
+        config: Model, adapters, checkpointing and compute dtype.
+        loads: Packs of the update.
+        device: "cpu" or "cuda".
+        dtype: Type of the weights. With bfloat16 (ZeRO) there is no autocast, and optimizer states are not counted here,
+            because they are sharded.
+
+    Raises:
+        PactError: The model's code reads values of tensors, so it cannot be traced.
     """
     tracker = MemoryTracker()
     autocast: AbstractContextManager = nullcontext()
@@ -54,7 +69,7 @@ def trace_update(
             trained = [p for p in model.parameters() if p.requires_grad]
             moments = [torch.empty_like(p) for p in trained for _ in range(2)] if dtype == torch.float32 else []
             tracker.add(moments, MemoryKind.OPTIMIZER)
-            if device == "cpu":  # there the memory of logits is kept from pass to pass (kernels/runtime/scratch.py)
+            if device == "cpu":  # the buffer of logits is kept between passes (kernels/runtime/scratch.py)
                 head = model.get_output_embeddings().weight
                 logits = torch.empty(max(_chunk(head, load.supervised, device) for load in loads), len(head))
                 tracker.add([logits], MemoryKind.HEAD)
@@ -66,8 +81,8 @@ def trace_update(
 
 
 def _to_cpu(model: PreTrainedModel) -> None:
-    """Meta tensors become tensors that claim to be on the CPU, so that operators are chosen as they are there."""
-    made: dict[int, torch.Tensor] = {}  # tied weights stay one
+    """Replace meta tensors by fake CPU tensors, so that operators are dispatched as on the CPU."""
+    made: dict[int, torch.Tensor] = {}  # by id, so that tied weights stay tied
     for module in model.modules():
         parts: list[dict[str, Any]] = [module._parameters, module._buffers]
         for held in parts:
@@ -88,7 +103,7 @@ def _passes(
     device: str,
     tracker: MemoryTracker,
 ) -> None:
-    """Forward, loss and backward of each pack, as the learner does it."""
+    """Forward, loss and backward of each pack, as the learner runs them."""
     forward = tree_forward if unsupported(model) is None else _paths
     try:
         for load in loads:
@@ -101,25 +116,25 @@ def _passes(
             loss.backward()
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise PactError(
-            f"{model.config.model_type}: its code asks for values of tensors ({error.func}), which an estimate does not "
-            "have; measure a step instead, with trainer.max_steps=1"
+            f"{model.config.model_type}: its code reads values of tensors ({error.func}), which a trace does not have; "
+            "measure a step instead, with trainer.max_steps=1"
         ) from None
 
 
 def _paths(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    """Where trees do not serve: sequences of equal length, so that nothing is padded."""
+    """Forward pass of a model without tree attention: sequences of equal length, so that nothing is padded."""
     longest = max(span.q1 - span.q0 for span in batch.calls[0].spans)
     ids = torch.zeros(max(len(batch) // longest, 1), longest, dtype=torch.long)
     return decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def _chunk(weight: torch.Tensor, supervised: int, device: str) -> int:
-    """Rows of logits that are there at a time."""
-    return balanced(supervised, chunk_rows(len(weight), 4 * len(weight), torch.device(device)))
+    """Rows of logits that exist at a time."""
+    return balanced_chunk_rows(supervised, max_chunk_rows(len(weight), 4 * len(weight), torch.device(device)))
 
 
 class _Head(torch.autograd.Function):
-    """What pact_loss holds, without its numbers: a chunk's logits, and both gradients from the forward pass on."""
+    """Allocations of pact_loss without its arithmetic: logits of a chunk, and both gradients from the forward pass on."""
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, supervised: int, device: str) -> torch.Tensor:

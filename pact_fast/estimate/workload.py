@@ -1,4 +1,4 @@
-"""Token trees of given lengths, with no text in them, packed as an update packs them."""
+"""Workloads for estimates: token trees of given lengths, without text, packed as an update packs them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from pact_fast.config import Config
 
 
 class Lengths(NamedTuple):
-    """Tokens of a prompt, of a trace (0: none) and of a rollout with its observations; rollouts of a prompt."""
+    """Lengths of a workload.
+
+    prompt    tokens of a prompt
+    trace     tokens of an expert trace, 0 for none
+    response  tokens of a rollout, observations included
+    rollouts  rollouts per prompt
+    """
 
     prompt: int
     trace: int
@@ -24,16 +30,16 @@ class Lengths(NamedTuple):
 
 
 class PackLoad(NamedTuple):
-    """A pack, and how many of its tokens are supervised."""
+    """A pack and the number of its supervised tokens."""
 
     batch: PackedBatch
     supervised: int
 
 
 def update_loads(config: Config, lengths: Lengths, prompts: int) -> list[PackLoad]:
-    """The packs of an optimizer step on so many prompts, with the routes of the algorithm in their expected shares.
+    """The packs of an optimizer step on `prompts` prompts, with the algorithm's routes in their expected fractions.
 
-    Nothing is merged, as trainer.merge_rollouts does: what rollouts will have in common is not known, and may be nothing.
+    Rollouts are not merged (`trainer.merge_rollouts`): how much of their start they will have in common is unknown.
     """
     scored: set[int] = set()
     trees = list(_trees(config, lengths, prompts, scored))
@@ -42,7 +48,7 @@ def update_loads(config: Config, lengths: Lengths, prompts: int) -> list[PackLoa
 
 
 def full_load(config: Config, tokens: int) -> PackLoad:
-    """A pack of exactly so many tokens: a prompt, and rollouts that are as long as they may get, or shorter."""
+    """A pack of exactly `tokens` tokens: a prompt, and rollouts of at most the longest allowed length."""
     prompt = min(config.rollout.max_prompt_length, tokens // 4)
     rollouts = -(-(tokens - prompt) // config.rollout.max_completion_length)
     tree = TokenTree()
@@ -54,14 +60,14 @@ def full_load(config: Config, tokens: int) -> PackLoad:
 
 
 def path_batch(tokens: int) -> PackedBatch:
-    """One sequence."""
+    """A pack of one sequence of `tokens` tokens."""
     tree = TokenTree()
     tree.add(_ids(tokens))
     return pack([tree], max_tokens=tokens)[0]
 
 
 def _trees(config: Config, lengths: Lengths, prompts: int, scored: set[int]) -> Iterator[TokenTree]:
-    """One for each prompt; the nodes that a loss reads are put into `scored`."""
+    """One tree per prompt. Ids of the supervised nodes are added to `scored`."""
     routes = make_algorithm(config.algorithm).routes(with_trace=lengths.trace > 0)
     ends = np.round(prompts * np.cumsum([route.fraction for route in routes]))
     for index in range(prompts):

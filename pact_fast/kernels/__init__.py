@@ -1,9 +1,14 @@
-"""Kernels, usable alone: log-probs and the dual loss reduction of a language-model head, never holding [N, V]."""
+"""Kernels that need torch alone: log-probs and losses of a language-model head without the [N, V] logits.
+
+Public: the names in `__all__`. `head/` holds the log-probs and losses, `decoder/` pointwise kernels for the decoder on CPU,
+`runtime/` what they share. Documentation: docs/kernels.md, docs/loss.md.
+"""
 
 from pact_fast.components import LossContext
 from pact_fast.kernels.head.divergence import TokenPairs
 from pact_fast.kernels.head.logprob import LogProbs, linear_logprob
 from pact_fast.kernels.head.loss import LossOutput, pact_loss
+from pact_fast.kernels.head.objective import PolicyLoss, PolicyTerm, policy_loss
 from pact_fast.kernels.head.stats import summarise
 from pact_fast.kernels.head.tokens import LossTokens
 from pact_fast.kernels.runtime.backends import backends
@@ -14,10 +19,13 @@ __all__ = [
     "LossContext",
     "LossOutput",
     "LossTokens",
+    "PolicyLoss",
+    "PolicyTerm",
     "TokenPairs",
     "backends",
     "linear_logprob",
     "pact_loss",
+    "policy_loss",
     "release_memory",
     "summarise",
 ]

@@ -1,4 +1,4 @@
-"""Build or load the model of a run."""
+"""The model of a run: loaded from a checkpoint or the hub, or built with random weights."""
 
 from __future__ import annotations
 
@@ -25,41 +25,43 @@ def make_model(
     *,
     path: str | Path | None = None,
     device: torch.device | str = "cpu",
-    split: bool = False,
+    partition: bool = False,
 ) -> PreTrainedModel:
-    """The policy in float32; bfloat16 is a matter of autocast, the weights keep full precision.
+    """The model of a run without adapters, in fp32: bf16 computation is left to `device.precision`.
 
-    From `path`, else as the configuration says: a trained model, or random weights from the seed. `split`: for training,
-    where ZeRO-3 splits parameters over the processes as they are read, so that no process ever holds all of them.
+    Args:
+        config: The run's configuration.
+        tokenizer: Determines the vocabulary size and special tokens of a model with random weights.
+        path: Where to load the model from. None: as `config.model` says, from its path or with random weights.
+        device: Where to put the model.
+        partition: Whether ZeRO-3, if the run uses it, partitions parameters while they are read, so that no rank ever
+            holds all of them. For training.
+
+    Raises:
+        PactError: The model cannot be loaded, or `model.random_init` is invalid.
     """
     source = str(path) if path else config.model.path
     if source is None:
-        settings = dict(config.model.random_init or {})
-        kind = settings.pop("model_type", "qwen3")
-        settings["vocab_size"] = len(tokenizer)
-        try:
-            architecture = AutoConfig.for_model(
-                kind,
-                **settings,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=None,
-            )
-        except (ValueError, TypeError, KeyError) as error:
-            raise PactError(f"model.random_init: {' '.join(str(error).split())[:200]}") from None
+        model_config = _random_init_config(
+            config.model,
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
         torch.manual_seed(config.seed)
-        built = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     else:
-        with zero3_init(config) if split else nullcontext():
-            built = from_pretrained(AutoModelForCausalLM, source, "model", dtype=torch.float32)
+        with zero3_init(config) if partition else nullcontext():
+            model = from_pretrained(AutoModelForCausalLM, source, "model", dtype=torch.float32)
     if config.model.gradient_checkpointing:
-        enable_gradient_checkpointing(built)
-    torch.nn.Module.to(built, device)  # in place
-    return built
+        enable_gradient_checkpointing(model)
+    torch.nn.Module.to(model, device)  # in place
+    return model
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Gradient checkpointing, by its name since transformers 5.24 or, where that is not there, the old one, which warns."""
+    """Uses the API of transformers ≥ 5.24, or the older one, which later versions deprecate."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
@@ -71,15 +73,21 @@ def make_policy(
     base: str | Path | None = None,
     checkpoint: Path | None = None,
     device: torch.device | str = "cpu",
-    split: bool = False,
+    partition: bool = False,
 ) -> PreTrainedModel:
-    """The policy of a run as a checkpoint's model folder holds it, else as training begins.
+    """The policy of a run: with the weights of a checkpoint, or as training begins.
 
-    `base`: where the run's base model is, if it has made one. With adapters, a checkpoint holds only them.
+    Args:
+        config: The run's configuration.
+        tokenizer: See `make_model`.
+        base: Folder of the run's base model, if the run has made one.
+        checkpoint: Model folder of a checkpoint. With LoRA it holds only the adapters, which are put on the base model.
+        device: Where to put the model.
+        partition: See `make_model`.
     """
     if config.model.lora is None:
-        return make_model(config, tokenizer, path=checkpoint or base, device=device, split=split)
-    model = make_model(config, tokenizer, path=base, device=device, split=split)
+        return make_model(config, tokenizer, path=checkpoint or base, device=device, partition=partition)
+    model = make_model(config, tokenizer, path=base, device=device, partition=partition)
     lora.attach(model, config.model.lora, config.seed)
     if checkpoint:
         lora.load(model, checkpoint)
@@ -87,19 +95,19 @@ def make_policy(
 
 
 def check_context(config: Config, model: PreTrainedModel) -> None:
-    """PactError if the lengths do not fit into the model's context."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Raise PactError if the longest prompt and completion do not fit into the model's context."""
+    context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = config.rollout.max_prompt_length + config.rollout.max_completion_length
-    if window and longest > window:
+    if context_length and longest > context_length:
         raise PactError(
-            f"rollout.max_prompt_length + rollout.max_completion_length = {longest} exceed the model's context of {window} "
-            "tokens; lower one of them"
+            f"rollout.max_prompt_length + rollout.max_completion_length = {longest} exceed the model's context of "
+            f"{context_length} tokens; lower one of them"
         )
 
 
 @contextmanager
 def zero3_init(config: Config) -> Iterator[None]:
-    """While this lasts, transformers reads a model into ZeRO-3's parts, if the run has them."""
+    """While the context lasts, transformers partitions the models that it loads, if the run uses ZeRO-3."""
     trainer = config.trainer
     if trainer.deepspeed is None or trainer.deepspeed.stage < 3:
         yield
@@ -107,14 +115,14 @@ def zero3_init(config: Config) -> Iterator[None]:
     from transformers.integrations import HfDeepSpeedConfig
 
     import_deepspeed(pick_device(config))
-    known = HfDeepSpeedConfig(
-        deepspeed_config(trainer, config.model.dtype)
-    )  # transformers keeps a weak reference to it
+    # transformers holds only a weak reference: the partitioning ends with this object
+    enabled = HfDeepSpeedConfig(deepspeed_config(trainer, config.model.dtype))
     yield
-    del known
+    del enabled
 
 
 def from_pretrained(factory, source: str, what: str, **kwargs):
+    """factory.from_pretrained(source, **kwargs) with one-line errors, which call the result `what`."""
     try:
         return factory.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
@@ -126,15 +134,23 @@ def architecture(model: ModelConfig) -> PretrainedConfig:
     """The model's transformers configuration; weights are not read."""
     if model.path:
         return from_pretrained(AutoConfig, model.path, "model")
+    return _random_init_config(model)
+
+
+def _random_init_config(model: ModelConfig, vocab_size: int | None = None, **token_ids: int | None) -> PretrainedConfig:
+    """The configuration of `model.random_init` with the tokenizer's vocabulary size and special tokens, if given."""
     settings = dict(model.random_init or {})
+    model_type = settings.pop("model_type", "qwen3")
+    if vocab_size is not None:
+        settings["vocab_size"] = vocab_size
     try:
-        return AutoConfig.for_model(settings.pop("model_type", "qwen3"), **settings)
+        return AutoConfig.for_model(model_type, **settings, **token_ids)
     except (ValueError, TypeError, KeyError) as error:
         raise PactError(f"model.random_init: {' '.join(str(error).split())[:200]}") from None
 
 
 def meta_model(config: Config, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The policy as training makes it, on the meta device: shapes alone."""
+    """The policy as training builds it, adapters included, on the meta device: shapes and dtypes without storage."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture(config.model), dtype=dtype)
         if config.model.gradient_checkpointing:

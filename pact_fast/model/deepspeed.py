@@ -1,4 +1,4 @@
-"""DeepSpeed: its lazy import, and its configuration for a run."""
+"""DeepSpeed's configuration for a run, and its lazy import."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from pact_fast.errors import PactError
 
 
 def deepspeed_config(trainer: TrainerConfig, dtype: str) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run. `trainer.deepspeed.args` is laid over it, section by section."""
-    own = trainer.deepspeed
-    assert own is not None
-    zero: dict[str, Any] = {"stage": own.stage, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True}
-    for what, where in (("optimizer", own.offload_optimizer), ("param", own.offload_param)):
-        if where != "none":
-            zero[f"offload_{what}"] = {"device": where, "pin_memory": torch.cuda.is_available()}
-            if where == "nvme":
-                zero[f"offload_{what}"]["nvme_path"] = own.nvme_path
+    """DeepSpeed's configuration. `trainer.deepspeed.args` is merged into it and takes precedence.
+
+    Only for runs with `trainer.deepspeed`. `dtype` is `model.dtype`; with "bfloat16", gradients accumulate in fp32.
+    """
+    settings = trainer.deepspeed
+    assert settings is not None
+    zero: dict[str, Any] = {
+        "stage": settings.stage,
+        "overlap_comm": torch.cuda.is_available(),
+        "contiguous_gradients": True,
+    }
+    for name, device in (("optimizer", settings.offload_optimizer), ("param", settings.offload_param)):
+        if device != "none":
+            zero[f"offload_{name}"] = {"device": device, "pin_memory": torch.cuda.is_available()}
+            if device == "nvme":
+                zero[f"offload_{name}"]["nvme_path"] = settings.nvme_path
     bf16 = dtype == "bfloat16"
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -34,25 +41,27 @@ def deepspeed_config(trainer: TrainerConfig, dtype: str) -> dict[str, Any]:
     }
     if bf16:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _deep_merge(config, own.args)
+    return _deep_merge(config, settings.args)
 
 
 def import_deepspeed(device: torch.device) -> Any:
+    """The deepspeed module, set up for `device` before it is imported. Raises PactError if it is not installed."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # it compares the toolkit's version, of which nothing is compiled
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # no op is compiled, so the CUDA toolkit need not match torch's
     try:
         import deepspeed
     except ImportError as error:
         raise PactError(
-            f"trainer.deepspeed needs the deepspeed package ({error}); pip install 'pact-fast[deepspeed]', or leave it out"
+            f"trainer.deepspeed needs the deepspeed package ({error}); pip install 'pact-fast[deepspeed]', or leave "
+            "trainer.deepspeed out"
         ) from None
     return deepspeed
 
 
-def _deep_merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+def _deep_merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
-    for key, value in more.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _deep_merge(base[key], value) if both else value
+    for key, value in overrides.items():
+        both_dicts = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _deep_merge(base[key], value) if both_dicts else value
     return merged

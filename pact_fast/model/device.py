@@ -1,4 +1,4 @@
-"""The device of a run, its free memory and the precision of its computation."""
+"""The device of a run, its free memory, and the precision of its computation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pact_fast.errors import PactError
 
 
 def device_kind(config: Config) -> str:
-    """ "cpu" or "cuda", as `device` says. PactError if CUDA is asked for and torch sees no GPU."""
+    """The setting `device` resolved to "cpu" or "cuda". Raises PactError if it is "cuda" and torch sees no GPU."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise PactError("device=cuda, but torch sees no GPU; use device=auto or install a CUDA build of torch")
     if config.device == "auto":
@@ -22,11 +22,12 @@ def device_kind(config: Config) -> str:
 
 
 def pick_device(config: Config) -> torch.device:
+    """The torch device of this rank; a rank on GPUs has selected its own (`init_world`)."""
     return torch.device(device_kind(config))
 
 
 def free_memory(device: torch.device) -> int:
-    """Free memory in bytes; on CPU, this process's part of what the machine has available."""
+    """Free memory in bytes; on CPU, the available memory divided by the number of ranks on the node."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
@@ -34,11 +35,15 @@ def free_memory(device: torch.device) -> int:
 
 
 def precision(config: Config, device: torch.device) -> AbstractContextManager:
-    """Autocast context. bfloat16 is autocast over fp32 weights; under ZeRO the weights are bf16, with fp32 master weights."""
+    """The context for forward passes: autocast for `model.dtype=bfloat16`, whose weights stay fp32.
+
+    Under ZeRO it does nothing: there the weights are bf16 themselves, with fp32 master weights in the optimizer.
+    """
     if config.model.dtype == "bfloat16" and not uses_zero(config):
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
 
 def uses_zero(config: Config) -> bool:
+    """Whether DeepSpeed ZeRO partitions anything (stage 1, 2 or 3)."""
     return config.trainer.deepspeed is not None and config.trainer.deepspeed.stage > 0

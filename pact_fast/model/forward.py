@@ -1,4 +1,7 @@
-"""Run any Hugging Face decoder on a packed tree, through its attention registry; no model code is copied."""
+"""Forward passes of Hugging Face decoders on packed trees.
+
+Attention is replaced through transformers' registry, so no model code is copied.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,11 @@ from pact_fast.model.attention.ulysses import RowShards
 from pact_fast.model.patch import fused_kernels
 from pact_fast.model.rematerialize import Rematerialize, is_compiled
 
-NAME = "pact_tree"
+ATTENTION_NAME = "pact_tree"  # in transformers' registry
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree_layout=None, **_):
+    """An attention function as transformers calls it. query, key, value: [1, H, T, D]; returns [1, T, H, D]."""
     if tree_layout is None:
         raise RuntimeError("attention 'pact_tree' needs tree_layout=; call the model through tree_forward")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -30,19 +34,19 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         tree_layout.keep.store(module.layer_idx, key, value)
     row_shards = tree_layout.row_shards
     if row_shards is not None:
-        query, key, value = row_shards.heads(query, key, value)
+        query, key, value = row_shards.scatter_heads(query, key, value)
     out = tree_attention(query, key, value, tree_layout, scale=scale)
     if row_shards is not None:
-        out = row_shards.rows(out)
+        out = row_shards.gather_heads(out)
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # the layout is the mask
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)  # the mask is in the TreeLayout
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
-    """Why the model's attention cannot be expressed as a tree; None if it can."""
+    """The reason why tree attention cannot compute the model's attention; None if it can."""
     config = model.config.get_text_config()
     if not model._supports_attention_backend:
         return f"{config.model_type}: its transformers code does not take an attention function"
@@ -59,22 +63,29 @@ def unsupported(model: PreTrainedModel) -> str | None:
 def tree_forward(
     model: PreTrainedModel, batch: PackedBatch, keep: PathCache | None = None, row_shards: RowShards | None = None
 ) -> torch.Tensor:
-    """Hidden states [T, D] after the final norm: the same numbers as running every root-to-leaf path alone.
+    """Hidden states after the final norm, equal to those of every root-to-leaf path run by itself. Differentiable.
 
-    `keep` stores the detached keys and values of one path for `branches_forward`. With `row_shards` (sequence parallelism)
-    only rows [row_shards.start, row_shards.end) are computed and returned; all ranks of the group must call.
+    Args:
+        model: A causal LM of transformers, also one wrapped by peft.
+        batch: A pack of T tokens.
+        keep: Where to store the detached keys and values of one path, for `branches_forward`.
+        row_shards: Sequence parallelism. Only rows [row_shards.start, row_shards.end) are computed and returned; all
+            ranks of the group have to call.
 
-    `model` may be wrapped by peft. Raises PactError with the reason if its attention cannot be expressed as a tree;
-    `paths_forward` serves such models.
+    Returns:
+        [T, D] in the model's dtype.
+
+    Raises:
+        PactError: Tree attention cannot compute the model's attention; `paths_forward` can.
     """
-    if model.config._attn_implementation != NAME:
+    if model.config._attn_implementation != ATTENTION_NAME:
         reason = unsupported(model)
         if reason is not None:
             raise PactError(f"tree attention: {reason}; pack with share=False and use paths_forward")
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(ATTENTION_NAME)
     layout = TreeLayout(batch, next(model.parameters()).device)
     layout.keep, layout.row_shards = keep, row_shards
-    hidden = _run(model, batch, layout)
+    hidden = _decoder_forward(model, batch, layout)
     if keep is not None:
         keep.last_hidden = hidden[keep.rows[-1]].detach()
     return hidden
@@ -82,25 +93,25 @@ def tree_forward(
 
 @torch.no_grad()
 def branches_forward(model: PreTrainedModel, cache: PathCache, batch: PackedBatch) -> torch.Tensor:
-    """Hidden states [T + 1, D], without gradient, of a tree that goes on where a kept path ends.
+    """Hidden states [T + 1, D], without gradient, of a tree that continues a cached path.
 
-    `batch` packs one tree made as TokenTree(start=len(cache)). Row −1 is the kept path's last hidden state, so that
-    hidden[batch.rows(node)] is right for the first tokens, too. The branches cost their own tokens alone: this is how a
-    teacher that takes no gradient is scored over the prefix that the student's pass has computed already.
+    `batch` packs one tree made as TokenTree(start=len(cache)). Row −1 is the last hidden state of the cached path, so
+    that hidden[batch.rows(node)] also predicts the first tokens. Only the branches' own tokens are computed: a teacher
+    without gradient is scored on top of the prefix that the student's forward pass has already computed.
     """
-    layout = TreeLayout(batch, next(model.parameters()).device, after=len(cache))
+    layout = TreeLayout(batch, next(model.parameters()).device, prefix_length=len(cache))
     layout.cache = cache
-    return torch.cat([_run(model, batch, layout), cache.last_hidden[None]])
+    return torch.cat([_decoder_forward(model, batch, layout), cache.last_hidden[None]])
 
 
-def _run(model: PreTrainedModel, batch: PackedBatch, layout: TreeLayout) -> torch.Tensor:
+def _decoder_forward(model: PreTrainedModel, batch: PackedBatch, layout: TreeLayout) -> torch.Tensor:
     device = next(model.parameters()).device
     decoder = decoder_of(model)
-    mine = slice(layout.row_shards.start, layout.row_shards.end) if layout.row_shards else slice(None)
-    with _lean(decoder):
+    local_rows = slice(layout.row_shards.start, layout.row_shards.end) if layout.row_shards else slice(None)
+    with _pointwise_optimizations(decoder):
         output = decoder(
-            input_ids=torch.as_tensor(batch.input_ids[mine], device=device)[None],
-            position_ids=torch.as_tensor(batch.position_ids[mine], device=device)[None],
+            input_ids=torch.as_tensor(batch.input_ids[local_rows], device=device)[None],
+            position_ids=torch.as_tensor(batch.position_ids[local_rows], device=device)[None],
             tree_layout=layout,
             use_cache=False,
         )
@@ -108,8 +119,8 @@ def _run(model: PreTrainedModel, batch: PackedBatch, layout: TreeLayout) -> torc
 
 
 @contextmanager
-def _lean(decoder: torch.nn.Module) -> Iterator[None]:
-    """Pointwise steps in less memory and in fewer passes over it; of compiled code this is the compiler's business."""
+def _pointwise_optimizations(decoder: torch.nn.Module) -> Iterator[None]:
+    """Fused pointwise kernels and rematerialization; neither for a compiled decoder, where the compiler does both."""
     if is_compiled(decoder):
         yield
         return
@@ -120,10 +131,11 @@ def _lean(decoder: torch.nn.Module) -> Iterator[None]:
 def paths_forward(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Hidden states [T, D] of a pack made with share=False, by the model's own attention on a padded batch of paths.
 
-    For models that tree attention does not serve. Right padding: no path sees it.
+    For models that `tree_forward` refuses. Paths are padded on the right, where causal attention does not see the
+    padding. Raises ValueError for a pack with shared prefixes.
     """
     if any(call.spans for call in batch.calls[1:]):
-        raise ValueError("paths_forward needs a pack without sharing: pack(…, share=False)")
+        raise ValueError("paths_forward needs a pack without shared prefixes: pack(…, share=False)")
     device = next(model.parameters()).device
     ids = torch.as_tensor(batch.input_ids, device=device)
     lengths = [span.q1 - span.q0 for span in batch.calls[0].spans]
@@ -134,6 +146,6 @@ def paths_forward(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
 
 
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
-    """The decoder below the language-model head."""
-    get_inner = getattr(model, "get_base_model", None)  # peft
-    return (get_inner() if get_inner else model).base_model
+    """The decoder below the language-model head: embedding, layers, final norm. Also of a model wrapped by peft."""
+    get_base_model = getattr(model, "get_base_model", None)  # peft
+    return (get_base_model() if get_base_model else model).base_model

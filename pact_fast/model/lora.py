@@ -1,7 +1,7 @@
-"""Low-rank adapters on the policy: only they train; the weights under them stay as they were loaded.
+"""LoRA: low-rank adapters on the policy. Only they are trained; the base weights stay as they were loaded.
 
-peft's layers are put into the model in place. So the policy remains the transformers model that it was, with its trunk,
-its head and its attention where everything else looks for them.
+peft's layers are injected into the model in place, so the policy remains a plain transformers model, whose decoder,
+head and attention are found where they are without LoRA.
 """
 
 from __future__ import annotations
@@ -15,56 +15,69 @@ from transformers import PreTrainedModel
 
 from pact_fast.config import LoraConfig
 from pact_fast.errors import PactError
-from pact_fast.model.adapter import NAME, adapted_layers, adapter_tensors, read_adapter, write_adapter
+from pact_fast.model.adapter import ADAPTER_NAME, adapted_layers, adapter_tensors, read_adapter, write_adapter
 
 
 def attach(model: PreTrainedModel, settings: LoraConfig, seed: int) -> None:
-    """Put new adapters, which change nothing yet, into the model, and freeze everything else."""
+    """Inject new adapters into the model, with B = 0, and freeze all other parameters.
+
+    Raises PactError if peft is missing, or if `settings.target_modules` matches no layer, the embedding or the head.
+    """
     peft = _import_peft()
-    torch.manual_seed(seed)  # the same adapters in every run, whatever was made before
-    wanted = peft.LoraConfig(
+    torch.manual_seed(seed)  # A depends on the seed alone, not on what was drawn before
+    lora_config = peft.LoraConfig(
         r=settings.r, lora_alpha=settings.alpha, target_modules=settings.target_modules, lora_dropout=0.0
     )
     try:
-        peft.inject_adapter_in_model(wanted, model)
+        peft.inject_adapter_in_model(lora_config, model)
     except ValueError as error:
         raise PactError(f"model.lora.target_modules: {' '.join(str(error).split())[:200]}") from None
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if hasattr(part, "base_layer"):  # losses and engines read their weights as they are
-            raise PactError("model.lora.target_modules: embedding and head take no adapter; name other layers")
+        if hasattr(part, "base_layer"):  # the fused head and the engines read these weights directly
+            raise PactError("model.lora.target_modules: embedding and head cannot have adapters; name other layers")
 
 
 def save(model: PreTrainedModel, adapters: dict[str, torch.Tensor], folder: Path, settings: LoraConfig) -> None:
-    """`adapters` alone, as peft does: PeftModel.from_pretrained(base, folder) loads them."""
+    """Write the adapters in peft's format: PeftModel.from_pretrained(base, folder) loads them."""
     write_adapter(folder, adapters, alpha=settings.alpha, base=model.config._name_or_path)
 
 
 def load(model: PreTrainedModel, folder: Path) -> None:
-    """Put saved values into the model's adapters, bit for bit."""
+    """Copy saved values into the model's adapters.
+
+    Raises PactError if the folder has none, or if their names or shapes differ from the model's.
+    """
     if not (folder / "adapter_config.json").exists():
-        raise PactError(f"{folder} holds no adapters, but model.lora is set; go on with the run's own settings")
-    saved, own = read_adapter(folder), adapter_tensors(model)
-    odd = [name for name in own.keys() | saved.keys() if own.get(name, _NONE).shape != saved.get(name, _NONE).shape]
-    if odd:
         raise PactError(
-            f"the adapters in {folder} do not fit model.lora: '{min(odd)}' differs; go on with the run's own settings"
+            f"{folder} holds no adapters, but model.lora is set; resume with the settings that the run began with"
+        )
+    saved, current = read_adapter(folder), adapter_tensors(model)
+    mismatched = [
+        name
+        for name in current.keys() | saved.keys()
+        if current.get(name, _MISSING).shape != saved.get(name, _MISSING).shape
+    ]
+    if mismatched:
+        raise PactError(
+            f"the adapters in {folder} do not fit model.lora: '{min(mismatched)}' differs; resume with the settings "
+            "that the run began with"
         )
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in current.items():
             tensor.copy_(saved[name])
 
 
 @torch.no_grad()
 def merge(model: PreTrainedModel) -> None:
-    """Add the adapters to the weights under them, and take their layers out of the model."""
+    """Add the adapters to the base weights, W + scaling·B·A, and replace the adapted layers by plain ones."""
     for name, layer in list(adapted_layers(model)):
-        layer.base_layer.weight += layer.get_delta_weight(NAME)
+        layer.base_layer.weight += layer.get_delta_weight(ADAPTER_NAME)
         model.set_submodule(name, layer.base_layer)
 
 
 @contextmanager
 def adapters_off(model: PreTrainedModel) -> Iterator[None]:
-    """The model as it was before training, while this lasts. Nothing happens to a model without adapters."""
+    """Disable the adapters, if there are any, while the context lasts: the model before training."""
     layers = [layer for _, layer in adapted_layers(model)]
     try:
         for layer in layers:
@@ -75,7 +88,7 @@ def adapters_off(model: PreTrainedModel) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-_NONE = torch.empty(0)
+_MISSING = torch.empty(0)
 
 
 def _import_peft():

@@ -1,7 +1,7 @@
-"""The policy as one module: token trees in, losses or log-probs out.
+"""The policy as one module: from packed token trees to losses or log-probs.
 
-Trunk and head run inside one forward, each in a module of its own, so that whoever distributes parameters (ZeRO-3 gathers
-a module's just before its forward and its backward) serves the fused head like any layer.
+Decoder and fused head are submodules of one module and run inside its forward, because ZeRO-3 gathers the parameters of
+a module just before the module's forward and backward; the fused head is then treated like any other layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from pact_fast.model.forward import paths_forward, tree_forward, unsupported
 
 
 class Policy(torch.nn.Module):
-    """`model` and its head; the parameters are the model's own. `unshared`: why prefixes cannot be shared, else None."""
+    """A model with the fused head; the parameters are the model's own.
+
+    model     the causal LM
+    head      its fused head
+    unshared  the reason why prefixes cannot be shared, None if they can
+    """
 
     def __init__(
         self, model: PreTrainedModel, world: World | None = None, autocast: AbstractContextManager | None = None
@@ -44,8 +49,16 @@ class Policy(torch.nn.Module):
         temperature: float | torch.Tensor,
         loss: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """(loss, log-probs [N], statistics [len(SUMS), contexts, components]) of pact_loss with the settings `loss`, or
-        (log-probs,) without them. tokens.row counts the rows of this process, see `rows`.
+        """The loss of a pack, or the log-probs of its supervised tokens.
+
+        Args:
+            batch: The pack.
+            tokens: Its N supervised tokens. Their rows are relative to the rows of this rank, see `rows`.
+            temperature: Of the logits; a float or [N].
+            loss: Keyword arguments of `pact_loss`. None: only log-probs.
+
+        Returns:
+            (loss [], log-probs [N], statistics [len(SUMS), contexts, components]), or (log-probs [N],) without `loss`.
         """
         row_shards = RowShards(self._group, len(batch)) if self._group else None
         with self._autocast:
@@ -56,7 +69,7 @@ class Policy(torch.nn.Module):
         return self.head(hidden, tokens, temperature, loss)
 
     def rows(self, batch: PackedBatch) -> tuple[int, int]:
-        """The rows of a pack that this process computes."""
+        """(start, end) of the rows of a pack that this rank computes."""
         if not self._group:
             return 0, len(batch)
         row_shards = RowShards(self._group, len(batch))
@@ -64,7 +77,7 @@ class Policy(torch.nn.Module):
 
 
 class FusedHead(torch.nn.Module):
-    """The language-model head, whose logits are never whole. Weight [V, D] and bias [V] are the model's own parameters."""
+    """The language-model head, without logits of all rows at once. Weight [V, D] and bias [V] are the model's own."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -76,7 +89,7 @@ class FusedHead(torch.nn.Module):
     def forward(
         self, hidden: torch.Tensor, tokens: LossTokens, temperature: float | torch.Tensor, loss: dict[str, Any] | None
     ) -> tuple[torch.Tensor, ...]:
-        """A tuple of tensors: ZeRO-3's hooks look no deeper."""
+        """See `Policy.forward`. Returns a flat tuple of tensors, because ZeRO-3's hooks handle no deeper nesting."""
         common: dict[str, Any] = {"temperature": temperature, "bias": self.bias, "softcap": self.softcap}
         if loss is None:
             return (linear_logprob(hidden[tokens.row], self.weight, tokens.target, **common).logprob,)

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: loaded, or, for runs from random weights, a small byte-level BPE trained on the tasks' text."""
+"""The tokenizer of a run: loaded, or, for a model with random weights, a byte-level BPE trained on the tasks' text."""
 
 from __future__ import annotations
 
@@ -18,49 +18,59 @@ from pact_fast.data.types import Task, text_of
 from pact_fast.errors import PactError
 from pact_fast.model.build import from_pretrained
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKERS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-# Words with their leading space, runs of punctuation, and "@" alone. Listed words follow each other directly, and a handle
-# such as @ada always follows the same token: both make copying easy to learn. JSON's skeleton becomes few tokens.
-PIECES = r" ?[\p{L}_]+|@|\n+|[^\p{L}_@]+?(?= ?[\p{L}_@]|$)"
+# Pre-tokens: words with their leading space, runs of punctuation, and "@" alone. Words of a list are then adjacent
+# tokens, and a handle such as @ada always follows the same token, both of which make copying easy to learn; JSON syntax
+# takes few tokens.
+PRETOKEN_PATTERN = r" ?[\p{L}_]+|@|\n+|[^\p{L}_@]+?(?= ?[\p{L}_@]|$)"
 
-
-TOKENIZER_TASKS = 1000  # tasks whose text a new tokenizer is trained on
+TRAINING_TASKS = 1000  # number of tasks whose text a new tokenizer is trained on
 
 
 def make_tokenizer(model: ModelConfig, tasks: TaskSource, saved: Path | None = None) -> PreTrainedTokenizerBase:
-    """The run's tokenizer. `saved` is where a run keeps its own: it counts from then on, whatever the settings become."""
+    """The tokenizer of a run.
+
+    Args:
+        model: Where to load it from, and its chat template.
+        tasks: The tasks to train a new tokenizer on, for a model with random weights and no `tokenizer`.
+        saved: The folder in which a run keeps its tokenizer. If it exists, it takes precedence over all settings.
+
+    Raises:
+        PactError: The tokenizer or the chat template cannot be read.
+    """
     source = model.tokenizer or model.path
     if saved and saved.is_dir():
         return from_pretrained(AutoTokenizer, str(saved), "tokenizer")
     if source is None:
         assert model.random_init is not None
         size = int(model.random_init.get("vocab_size", 512))
-        return train_tokenizer(tasks.train(0, TOKENIZER_TASKS), size)
+        return train_tokenizer(tasks.train(0, TRAINING_TASKS), size)
     tokenizer = from_pretrained(AutoTokenizer, source, "tokenizer")
     if model.chat_template:
-        tokenizer.chat_template = _read(model.chat_template)
+        tokenizer.chat_template = _read_template(model.chat_template)
     return tokenizer
 
 
 def train_tokenizer(tasks: Iterable[Task], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A ChatML tokenizer with Hermes tool calls, of at most `vocab_size` tokens, trained on the tasks' own text."""
+    """Train a BPE tokenizer of at most `vocab_size` tokens on tasks; its template is ChatML with Hermes tool calls."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PRETOKEN_PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(MARKERS),
-        special_tokens=SPECIAL,
+        special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(tasks), trainer)
-    # like Qwen's: markers are single tokens that models write and decoders keep
+    tokenizer.train_from_iterator(_training_texts(tasks), trainer)
+    # as in Qwen's tokenizers, markers are single tokens that are not special: the policy writes them, and decoding
+    # keeps them
     tokenizer.add_tokens([AddedToken(marker, special=False, normalized=False) for marker in MARKERS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -72,21 +82,21 @@ def train_tokenizer(tasks: Iterable[Task], vocab_size: int) -> PreTrainedTokeniz
     )
 
 
-def _texts(tasks: Iterable[Task]) -> Iterator[str]:
+def _training_texts(tasks: Iterable[Task]) -> Iterator[str]:
     hermes = Hermes()
     for task in tasks:
         yield "\n".join(json.dumps(tool) for tool in task.tools)
         yield from (f"{m['role']}\n{text_of(m.get('content'))}" for m in task.prompt)
         for turn in task.expert.turns if task.expert else ():
             yield "assistant\n"
-            # markers are tokens of their own, so what stands between them is what merges are learnt on
+            # markers are tokens by themselves, so merges are learnt on the text between them
             yield from re.split("|".join(MARKERS), hermes.render(turn.reasoning, turn.content, turn.calls))
             yield from (f"\n{text}\n" for text in turn.observations)
         if task.expert and task.expert.answer:
             yield task.expert.answer
 
 
-def _read(path: str) -> str:
+def _read_template(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Base model against trained model: success rates, their difference, and what may be concluded."""
+"""Base model against trained model: success rates, their difference with an interval, and a verdict in a sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pact_fast.report.run_data import number
 
 @dataclass(frozen=True)
 class Rate:
-    """A success rate in [0, 1], or a difference of two in [-1, 1], with the ends of its 95 % interval if known."""
+    """A success rate in [0, 1] or a difference of two in [-1, 1]. `ends`: its 95 % interval, if known; n: trials."""
 
     mean: float
     ends: tuple[float, float] | None = None
@@ -20,7 +20,7 @@ class Rate:
 
     @classmethod
     def read(cls, value: Any) -> Rate | None:
-        """From summary.json: {"mean", "low", "high", "n"} or a bare number; None for anything else."""
+        """From a value of summary.json: {"mean", "low", "high", "n"} or a number. None for anything else."""
         fields = value if isinstance(value, dict) else {"mean": value}
         mean, low, high, n = (number(fields.get(key)) for key in ("mean", "low", "high", "n"))
         if mean is None:
@@ -28,13 +28,13 @@ class Rate:
         return cls(mean, None if low is None or high is None else (low, high), None if n is None else int(n))
 
     def interval(self, form: Callable[[float], str]) -> str:
-        """`21.0 to 29.4`, or '' if unknown; `form` writes a number."""
+        """`21.0 to 29.4`, '' if unknown. `form` formats a number."""
         return " to ".join(form(end).removesuffix("\u00a0%") for end in self.ends) if self.ends else ""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One way of evaluating, before and after training."""
+    """One kind of evaluation (sampled or greedy), before and after training."""
 
     label: str
     base: Rate | None
@@ -42,10 +42,10 @@ class Comparison:
 
     @property
     def change(self) -> Rate | None:
-        """trained - base, with Newcombe's interval, made from the two intervals.
+        """trained − base with Newcombe's interval, computed from the two Wilson intervals.
 
-        R. G. Newcombe, Statistics in Medicine 17 (1998) 873-890, method 10.
-        It takes the two evaluations as independent. They use the same tasks, so it is rather too wide than too narrow.
+        R. G. Newcombe, Statistics in Medicine 17 (1998) 873-890, method 10, for independent samples. Both evaluations use
+        the same tasks, so the interval is conservative.
         """
         a, b = self.base, self.trained
         if a is None or b is None:
@@ -59,7 +59,7 @@ class Comparison:
 
     @property
     def sign(self) -> int:
-        """1 or -1 if the interval of the change leaves out zero, else 0."""
+        """1 or -1 if the interval of the change excludes zero, else 0."""
         if self.change is None or self.change.ends is None:
             return 0
         low, high = self.change.ends
@@ -67,7 +67,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """One sentence; '' if there is nothing to compare."""
+        """The comparison in one sentence; '' if a side is missing."""
         change = self.change
         if self.base is None or self.trained is None or change is None:
             return ""
@@ -81,17 +81,17 @@ class Comparison:
 
 
 def comparisons(summary: dict[str, Any]) -> list[Comparison]:
-    """The comparisons of which summary.json has at least one side."""
-    pairs = [("Sampled", "base_success", "success"), ("Greedy", "base_greedy", "greedy")]
-    found = [Comparison(label, Rate.read(summary.get(a)), Rate.read(summary.get(b))) for label, a, b in pairs]
-    return [c for c in found if c.base or c.trained]
+    """Comparisons of which summary.json has at least one side."""
+    keys = [("Sampled", "base_success", "success"), ("Greedy", "base_greedy", "greedy")]
+    both = [Comparison(label, Rate.read(summary.get(a)), Rate.read(summary.get(b))) for label, a, b in keys]
+    return [comparison for comparison in both if comparison.base or comparison.trained]
 
 
 def percent(value: float) -> str:
-    """`61.0 %`, with a space that never breaks."""
+    """`61.0 %`, with a non-breaking space."""
     return f"{100 * value:.1f}\u00a0%"
 
 
 def points(value: float) -> str:
-    """Percentage points with a sign, and a real minus."""
+    """Percentage points with a sign; a minus sign, not a hyphen."""
     return f"{100 * value:+.1f}".replace("-", "−")

@@ -1,4 +1,4 @@
-"""Curves of a run as SVG geometry: which panels there are, and where every line goes. The template draws them."""
+"""Curves of a run as SVG geometry. SPECS lists the panels and the metrics that they show; page.html draws them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 WIDTH, HEIGHT = 320, 150
 LEFT, RIGHT, TOP, BOTTOM = 44, 304, 8, 128  # the plotting area
-MAX_POINTS = 240  # of a series; more are invisible at this width
+MAX_POINTS = 240  # per series; more cannot be seen at this width
 
 Metrics = Sequence[dict[str, Any]]
 Column = list[float | None]
@@ -19,19 +19,29 @@ Scale = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Spec:
-    """A panel. `keys` maps metric names to legend labels.
+    """A panel.
 
-    A name may hold a star, which matches anything but a slash; an empty label means: what the star matched.
+    section     heading above it
+    title       title
+    keys        metric name → legend label. A star in a name matches anything but a slash; an empty label stands for the
+                text that the star matched
+    percent     show values as percentages
+    full_scale  axis from 0 to 1
+    stacked     series are layers
+    exact       no smoothing: a schedule has no noise
+    band        metric that is the half-width of a band around the first series
+    exclude     names that a star must not match
+    unit        unit of the axis
     """
 
     section: str
     title: str
     keys: dict[str, str]
     percent: bool = False
-    full_scale: bool = False  # a share: axis from 0 to 1
+    full_scale: bool = False
     stacked: bool = False
-    exact: bool = False  # a schedule, which has no noise to smooth
-    band: str = ""  # metric that is the half-width of a band round the first series
+    exact: bool = False
+    band: str = ""
     exclude: tuple[str, ...] = ()
     unit: str = ""
 
@@ -51,15 +61,21 @@ SPECS = (
         {"reward/*": ""},
         exclude=("reward/mean", "reward/std", "reward/success", "reward/zero_advantage_groups"),
     ),
-    Spec("Learning", "Groups without signal", {"reward/zero_advantage_groups": "share"}, percent=True, full_scale=True),
+    Spec(
+        "Learning",
+        "Groups without advantages",
+        {"reward/zero_advantage_groups": "fraction"},
+        percent=True,
+        full_scale=True,
+    ),
     Spec(
         "Optimisation",
         "Loss",
-        {"loss": "total", "loss/rl": "policy", "loss/sft": "SFT", "*/loss_rl": "", "expert/loss_sft": "SFT"},
+        {"loss": "total", "*/loss_rl": "", "expert/loss_sft": "SFT"},
     ),
-    Spec("Optimisation", "Entropy", {"entropy": "policy", "*/entropy": ""}, unit="nats"),
-    Spec("Optimisation", "Approximate KL", {"approx_kl": "policy", "*/approx_kl": ""}, unit="nats"),
-    Spec("Optimisation", "Clipped tokens", {"clip_fraction": "policy", "*/clip_fraction": ""}, percent=True),
+    Spec("Optimisation", "Entropy", {"*/entropy": ""}, unit="nats"),
+    Spec("Optimisation", "Approximate KL", {"*/approx_kl": ""}, unit="nats"),
+    Spec("Optimisation", "Clipped tokens", {"*/clip_fraction": ""}, percent=True),
     Spec(
         "Optimisation",
         "Log-prob difference of contexts, mean ± std",
@@ -73,26 +89,34 @@ SPECS = (
     Spec(
         "Behaviour",
         "Completion length",
-        {"lengths/completion_mean": "completion", "lengths/sampled_mean": "of it sampled"},
+        {"lengths/completion_mean": "completion", "lengths/sampled_mean": "sampled"},
         unit="tokens",
     ),
     Spec("Behaviour", "Turns and calls", {"turns/mean": "turns", "tools/calls_mean": "calls"}, unit="per rollout"),
     Spec("Behaviour", "Stop reasons", {"stop/*": ""}, percent=True, full_scale=True, stacked=True),
-    Spec("Behaviour", "Malformed calls", {"tools/malformed_fraction": "share"}, percent=True),
+    Spec("Behaviour", "Malformed calls", {"tools/malformed_fraction": "fraction"}, percent=True),
     Spec("Speed", "Time per step", {"time/*": ""}, exclude=("time/step",), stacked=True, unit="s"),
     Spec("Speed", "Throughput", {"tokens_per_second": "tokens/s"}),
     Spec("Schedule", "Learning rate", {"learning_rate": "rate"}, exact=True),
-    Spec("Schedule", "SFT weight λ of calls", {"lambda": "λ"}, exact=True),
-    Spec("Schedule", "Reasoning level", {"level": "L"}, exact=True),
+    Spec("Schedule", "SFT weight λ of calls", {"schedule/sft_lambda": "λ"}, exact=True),
+    Spec("Schedule", "Reasoning level", {"schedule/reasoning_level": "level"}, exact=True),
 )
 
 
 @dataclass
 class Line:
-    """A drawn series. `path` is the curve, `raw` the unsmoothed one behind it, `area` a fill, `dots` (x, y)."""
+    """A drawn series.
+
+    label  legend label
+    texts  value at every step of the panel, as the readout shows it
+    path   the curve, as SVG path data
+    raw    the unsmoothed curve behind it
+    area   a filled band or layer
+    dots   (x, y) of points to mark
+    """
 
     label: str
-    texts: list[str | None]  # the value at every step of the panel, as shown by the readout
+    texts: list[str | None]
     path: str = ""
     raw: str = ""
     area: str = ""
@@ -100,11 +124,14 @@ class Line:
 
     @property
     def last(self) -> str:
+        """The newest value as text."""
         return next((text for text in reversed(self.texts) if text is not None), "–")
 
 
 @dataclass
 class Panel:
+    """A drawn panel: lines, axis ticks (position, text), and the step and x position of every record."""
+
     spec: Spec
     lines: list[Line]
     x_ticks: list[tuple[float, str]]
@@ -114,12 +141,12 @@ class Panel:
 
     @property
     def readout(self) -> dict[str, Any]:
-        """What the page needs to show values under the pointer."""
+        """Data with which the page shows values under the pointer."""
         return {"steps": self.steps, "x": self.xs, "texts": [line.texts for line in self.lines]}
 
 
 def panels(metrics: Metrics) -> list[Panel]:
-    """The panels for which there is data, in the order of SPECS."""
+    """Panels that have data, in the order of SPECS."""
     drawn = (_draw(spec, _thin(metrics)) for spec in SPECS)
     return [panel for panel in drawn if panel]
 
@@ -166,7 +193,7 @@ def _labels(spec: Spec, metrics: Metrics) -> dict[str, str]:
 
 
 def _edges(spec: Spec, rows: Metrics, columns: dict[str, Column]) -> tuple[list[Column], list[Column]]:
-    """Lower and upper edge of every series: of its layer, of its band, or both the curve itself."""
+    """Lower and upper edge of every series: of its layer or band; without either, the curve itself."""
     values = list(columns.values())
     if spec.stacked:
         edges: list[Column] = [[0.0] * len(rows)]
@@ -186,7 +213,7 @@ def _shifted(column: Column, by: list[float], sign: int) -> Column:
 def _add_curve(line: Line, xs: list[float], column: Column, y: Scale, *, smooth: bool) -> None:
     known = [(x, v) for x, v in zip(xs, column, strict=True) if v is not None]
     points = [(x, round(y(v), 1)) for x, v in known]
-    if len(known) <= max(12, len(xs) // 3):  # evaluations and short runs: the points themselves matter
+    if len(known) <= max(12, len(xs) // 3):  # evaluations and short runs: mark the points
         line.dots = points
     window = len(known) // 12
     if smooth and window >= 3:
@@ -208,14 +235,14 @@ def _area(xs: list[float], lower: Column, upper: Column, y: Scale) -> str:
 
 
 def _moving_mean(values: list[float], window: int) -> list[float]:
-    """Centred; at the ends the mean of what is left of the window."""
+    """Centred moving mean; at the ends over the part of the window that exists."""
     half = window // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]
 
 
 def _thin(metrics: Metrics) -> Metrics:
-    """Means over runs of neighbouring steps, so that at most MAX_POINTS records are left."""
+    """Means over blocks of consecutive steps, so that at most MAX_POINTS records remain."""
     size = math.ceil(len(metrics) / MAX_POINTS)
     if size <= 1:
         return metrics
@@ -231,14 +258,14 @@ def _thin(metrics: Metrics) -> Metrics:
 
 
 def _scale(a: float, b: float, start: float, end: float) -> Scale:
-    """The linear map of [a, b] to [start, end]; the middle when a = b."""
+    """Linear map from [a, b] to [start, end]; constant in the middle if a = b."""
     if a == b:
         return lambda value: (start + end) / 2
     return lambda value: start + (value - a) / (b - a) * (end - start)
 
 
 def _axis(values: list[float], full_scale: bool) -> list[float]:
-    """Round tick values that enclose the data, and zero when it is not far away."""
+    """Round tick values that enclose the data, and zero if it is near."""
     if full_scale:
         return [0.0, 0.5, 1.0]
     low, high = min(values), max(values)

@@ -1,7 +1,7 @@
 """Rollouts and results in the terminal.
 
-All text from a run is untrusted: it is never read as rich's markup, and control characters reach the terminal escaped.
-A record is what stands on a line of rollouts/step_N.jsonl.
+All text from a run is untrusted: it is never parsed as rich markup, and control characters are escaped. A record is a
+line of rollouts/step_N.jsonl.
 """
 
 from __future__ import annotations
@@ -26,15 +26,12 @@ STYLES = {
     Component.ANSWER: "bold green",
     Component.OBSERVATION: "italic magenta",
 }
-# Escape sequences could drive the terminal; bidirectional controls could reorder what is read.
+# escape sequences could control the terminal, bidirectional controls could reorder text
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def rollout_table(records: Sequence[Record], limit: int = 4, width: int = 400) -> Table:
-    """The first `limit` rollouts, one a row: question, completion, rewards.
-
-    The completion is coloured by component and cut to `width` characters.
-    """
+    """The first `limit` rollouts, one per row: question, completion (coloured, cut to `width` characters), rewards."""
     table = Table(show_lines=True, expand=True)
     table.add_column("question", ratio=2)
     table.add_column(_legend(), ratio=5)
@@ -61,7 +58,7 @@ def print_rollout(record: Record, console: Console | None = None) -> None:
 
 
 def summary_table(summary: Record) -> Table:
-    """Success before and after training with 95 % intervals, from the contents of summary.json."""
+    """Success before and after training with 95 % intervals. `summary`: content of summary.json."""
     table = Table()
     table.add_column("success")
     for name in ("base", "trained", "change, points"):
@@ -78,7 +75,7 @@ def summary_table(summary: Record) -> Table:
 
 
 def visible(text: str) -> str:
-    """The text with control characters as \\x1b or \\u202e; newlines and tabs stay."""
+    """The text with control characters written as \\x1b or \\u202e; newlines and tabs stay."""
     return CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 

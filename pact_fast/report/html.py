@@ -1,7 +1,7 @@
-"""report.html and view.html of a run directory: one template, everything inline, nothing fetched.
+"""Writes report.html and view.html of a run directory: one template, everything inline, nothing fetched.
 
-Rollouts are written by a model and by tools, so they are untrusted. They reach the page only as JSON in a data block,
-and its script puts them into text nodes; a content security policy stands behind that.
+Rollouts come from a model and from tools, so they are untrusted. They reach the page only as JSON in a data block, and
+the page's script puts them into text nodes. A content security policy is the second line of defence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pact_fast.report.run_data import Rollout, Run, Tokens, read_run
 
 REPORT_ROLLOUTS = 60
 VIEW_ROLLOUTS = 300
-TOKENS_PER_PAGE = 400_000  # about 15 MB of HTML; long rollouts lose their middle to stay below it
+TOKENS_PER_PAGE = 400_000  # about 15 MB of HTML; the middle of long rollouts is left out to stay below it
 PROMPT_CHARACTERS = 20_000
 
 T = TypeVar("T")
@@ -30,8 +30,10 @@ T = TypeVar("T")
 def write_report(run_dir: Path | str) -> Path:
     """Write run_dir/report.html: before and after, curves, sampled rollouts. Returns its path.
 
-    Works on a run that is still going or was killed: what is missing is left out, what is torn is skipped and named.
-    Raises PactError if there is no such directory.
+    Works on a run that is in progress or was killed: missing files are left out, truncated lines are skipped and named.
+
+    Raises:
+        PactError: There is no such directory.
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir, rollouts=REPORT_ROLLOUTS)
@@ -41,9 +43,16 @@ def write_report(run_dir: Path | str) -> Path:
 def write_view(
     run_dir: Path | str, out: Path | str | None = None, step: int | None = None, limit: int = VIEW_ROLLOUTS
 ) -> Path:
-    """Write a page of at most `limit` rollouts, of all steps or of one, to `out` (default run_dir/view.html).
+    """Write a page of rollouts. Returns its path.
 
-    Returns its path. Raises PactError if there is no such directory, or no rollouts of `step`.
+    Args:
+        run_dir: The run directory.
+        out: File to write; default: run_dir/view.html.
+        step: Only this step; default: all.
+        limit: Most rollouts on the page.
+
+    Raises:
+        PactError: There is no such directory, or there are no rollouts of `step`.
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir, rollouts=limit, step=step)
@@ -72,11 +81,11 @@ def _write(path: Path, run: Run, *, report: bool) -> Path:
         frame=charts,
         panels=panels,
         data=embedded,
-        # The policy lets only scripts with this nonce run. What could be injected is part of the data, and no data can
-        # hold its own digest.
+        # Only scripts with this nonce may run. Anything injected is part of the data, and no data can contain its own
+        # digest.
         nonce=hashlib.sha256(embedded.encode()).hexdigest()[:32],
     )
-    # Half a surrogate pair, which JSON may hold, cannot be encoded.
+    # JSON may contain half a surrogate pair, which cannot be encoded
     path.write_text(html, encoding="utf-8", errors="replace")
     return path
 
@@ -106,22 +115,22 @@ def _rollout(rollout: Rollout, cap: int) -> dict[str, Any]:
 
 
 def _columns(tokens: Tokens, cap: int) -> dict[str, Any]:
-    """The columns without their middle if longer than `cap`; `gap` is [tokens kept before it, tokens left out]."""
+    """Columns for the page. Beyond `cap` tokens the middle is left out; `cut` is [tokens before it, tokens left out]."""
     dropped = max(0, len(tokens) - cap)
     head = cap // 2
 
-    def cut(column: Sequence[T]) -> list[T]:
+    def shortened(column: Sequence[T]) -> list[T]:
         return [*column[:head], *column[head + dropped :]] if dropped else list(column)
 
     return {
-        "text": cut(tokens.text),
-        "component": cut(tokens.components),
-        "sampled": [int(flag) for flag in cut(tokens.sampled)],
-        "turn": cut(tokens.turns),
-        "logprob": [_round(v) for v in cut(tokens.logprobs)],
-        "advantage": [_round(v) for v in cut(tokens.advantages)],
-        "weight": [_round(v) for v in cut(tokens.weights)],
-        "gap": [head, dropped] if dropped else None,
+        "text": shortened(tokens.text),
+        "component": shortened(tokens.components),
+        "sampled": [int(flag) for flag in shortened(tokens.sampled)],
+        "turn": shortened(tokens.turns),
+        "logprob": [_round(v) for v in shortened(tokens.logprobs)],
+        "advantage": [_round(v) for v in shortened(tokens.advantages)],
+        "weight": [_round(v) for v in shortened(tokens.weights)],
+        "cut": [head, dropped] if dropped else None,
     }
 
 
@@ -158,7 +167,7 @@ def _versions(run: Run) -> list[tuple[str, str]]:
 
 
 def duration(seconds: float) -> str:
-    """`9 min 12 s`: the two largest units."""
+    """`9 min 12 s`: seconds in the two largest units."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

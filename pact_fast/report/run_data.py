@@ -1,4 +1,4 @@
-"""Reading a run directory that may be incomplete: the run may still be going, or was killed in the middle of a line."""
+"""Reads a run directory that may be incomplete: the run may be in progress, or was killed in the middle of a line."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Tokens:
-    """A token sequence as columns, all of length n; None where a number does not apply.
+    """A token sequence as columns of length n; None where a value does not apply.
 
-    `weights` are the policy-loss weights of a rollout, or the SFT weights of an expert trace; `sampled` marks the
-    tokens that the policy generated (of an expert trace: the supervised ones).
+    text        decoded tokens
+    components  see Component
+    sampled     tokens that the policy generated; in an expert trace, the supervised ones
+    turns       index of the assistant turn
+    logprobs    log-probs of the sampler
+    advantages  token advantages
+    weights     policy-loss weights of a rollout, or SFT weights of an expert trace
     """
 
     text: list[str]
@@ -39,7 +44,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One line of rollouts/step_N.jsonl (training) or rollouts/eval_N.jsonl."""
+    """One line of rollouts/step_N.jsonl (training) or rollouts/eval_N.jsonl; fields as `train.records` writes them."""
 
     step: int
     kind: str  # train | eval
@@ -57,7 +62,7 @@ class Rollout:
 
     @classmethod
     def from_record(cls, record: Record) -> Rollout:
-        """From a decoded line. A missing or misshapen field becomes empty, a short column is padded with None."""
+        """From a decoded line. A missing or malformed field becomes empty, a short column is padded with None."""
         parts, turn_rewards = record.get("reward_parts"), record.get("turn_rewards")
         expert = record.get("expert")
         response = _tokens(record)
@@ -80,10 +85,15 @@ class Rollout:
 
 @dataclass
 class Run:
-    """What a run directory holds so far.
+    """Content of a run directory.
 
-    `metrics` has one flat record a step, sorted by step, finite numbers only. `rollouts` is a sample of the
-    `rollouts_written`, newest step first. `problems` are sentences for the reader of the report.
+    name              name of the directory
+    config            text of config.yaml
+    summary           content of summary.json
+    metrics           one flat record per step, sorted by step; finite values only
+    rollouts          a sample of the rollouts on disk, newest step first
+    rollouts_written  number of rollouts on disk
+    problems          sentences for the reader of the report
     """
 
     name: str
@@ -96,9 +106,15 @@ class Run:
 
 
 def read_run(run_dir: Path, *, rollouts: int, step: int | None = None) -> Run:
-    """Read a run with at most `rollouts` rollouts, spread over the steps, or all from `step`.
+    """Read a run.
 
-    Raises PactError if there is no such directory, or no rollouts of `step`.
+    Args:
+        run_dir: The run directory.
+        rollouts: Most rollouts to read, sampled evenly over the steps.
+        step: Read rollouts of this step only.
+
+    Raises:
+        PactError: There is no such directory, or there are no rollouts of `step`.
     """
     if not run_dir.is_dir():
         raise PactError(f"no run directory at '{run_dir}'; give the output_dir of a run, for example runs/quickstart")
@@ -109,7 +125,7 @@ def read_run(run_dir: Path, *, rollouts: int, step: int | None = None) -> Run:
     return run
 
 
-def spread(items: Sequence[T], count: int) -> list[T]:
+def sample_evenly(items: Sequence[T], count: int) -> list[T]:
     """At most `count` items, evenly spaced; the first and the last are among them when count ≥ 2."""
     if len(items) <= count:
         return list(items)
@@ -130,10 +146,10 @@ def number(value: Any) -> float | None:
 
 
 def _read_metrics(path: Path, run: Run) -> None:
-    """A resumed run writes some steps twice: the later record counts."""
+    """Read metrics.jsonl. Of several records of a step (a resumed run), later values replace earlier ones."""
     by_step: dict[int, Record] = {}
     not_finite: dict[str, int] = {}
-    lines, torn = _read_lines(path)
+    lines, truncated = _read_lines(path)
     for record in lines:
         step = number(record.get("step"))
         if step is None:
@@ -144,8 +160,8 @@ def _read_metrics(path: Path, run: Run) -> None:
         by_step.setdefault(int(step), {}).update(_finite(record))
     run.metrics = [by_step[step] | {"step": step} for step in sorted(by_step)]
     run.problems += [f"{key} was not a finite number at step {step}." for key, step in not_finite.items()]
-    if torn:
-        run.problems.append(f"metrics.jsonl: {torn} torn {'line' if torn == 1 else 'lines'} skipped.")
+    if truncated:
+        run.problems.append(f"metrics.jsonl: {_lines(truncated)} skipped.")
 
 
 def _read_rollouts(folder: Path, run: Run, limit: int, step: int | None) -> None:
@@ -157,23 +173,27 @@ def _read_rollouts(folder: Path, run: Run, limit: int, step: int | None) -> None
             )
         places = {step: places[step]}
     run.rollouts_written = sum(map(len, places.values()))
-    # Few rollouts from many steps show progress; fewer than four of a step show too little of it.
+    # at least four rollouts per step, from as many steps as the limit allows
     per_step = max(4, limit // max(len(places), 1))
-    torn = 0
-    for chosen in reversed(spread(list(places.values()), max(limit // per_step, 1))):
+    truncated = 0
+    for chosen in reversed(sample_evenly(list(places.values()), max(limit // per_step, 1))):
         lines: dict[Path, set[int]] = {}
-        for file, index in spread(chosen, min(per_step, limit)):
+        for file, index in sample_evenly(chosen, min(per_step, limit)):
             lines.setdefault(file, set()).add(index)
         for file, wanted in lines.items():
             records, skipped = _read_lines(file, wanted)
             run.rollouts += map(Rollout.from_record, records)
-            torn += skipped
-    if torn:
-        run.problems.append(f"rollouts: {torn} torn {'line' if torn == 1 else 'lines'} skipped.")
+            truncated += skipped
+    if truncated:
+        run.problems.append(f"rollouts: {_lines(truncated)} skipped.")
+
+
+def _lines(count: int) -> str:
+    return f"{count} truncated {'line' if count == 1 else 'lines'}"
 
 
 def _places(folder: Path) -> dict[int, list[tuple[Path, int]]]:
-    """Step → where its rollouts are, as (file, line index); in the order of the steps, training before evaluation."""
+    """Step → (file, line index) of its rollouts; steps in order, training before evaluation."""
     places: dict[int, list[tuple[Path, int]]] = {}
     files = {
         file: re.fullmatch(r"(step|eval)_(\d+)", file.stem) for file in sorted(folder.glob("*.jsonl"), reverse=True)
@@ -186,20 +206,20 @@ def _places(folder: Path) -> dict[int, list[tuple[Path, int]]]:
 
 
 def _read_lines(path: Path, wanted: set[int] | None = None) -> tuple[list[Record], int]:
-    """The objects on the `wanted` (0-based) lines, all by default, and the number of lines that hold none."""
+    """JSON objects on the `wanted` (0-based) lines, default: all, and the number of lines that are not JSON objects."""
     if not path.is_file():
         return [], 0
-    records, torn = [], 0
+    records, truncated = [], 0
     with path.open("rb") as file:
         for index, line in enumerate(file):
             if wanted is not None and index not in wanted:
                 continue
             record = _decode(line.decode("utf-8", errors="replace"))
             if record is None:
-                torn += 1
+                truncated += 1
             else:
                 records.append(record)
-    return records, torn
+    return records, truncated
 
 
 def _read_object(path: Path) -> Record:
@@ -245,7 +265,7 @@ def _components(values: Any, n: int) -> list[int]:
 
 
 def _column(values: Any, n: int) -> list[float | None]:
-    """Finite numbers or None, exactly n of them. Booleans count as 0 and 1."""
+    """Exactly n finite numbers or None. Booleans count as 0 and 1."""
     values = values if isinstance(values, list) else []
     numbers = [number(int(value) if isinstance(value, bool) else value) for value in values[:n]]
     return numbers + [None] * (n - len(numbers))

@@ -1,0 +1,10 @@
+"""Rewards of a trajectory, and advantages from them.
+
+score       the reward of a rollout, decided in one function
+matching    similarity of tool calls, and their assignment to reference calls
+answers     token F1 of the final answer
+functions   the user's reward functions
+advantages  group, turn and token advantages
+ftrl        FTRL's solve-P, solve-R and solve-F1
+toolhop     ToolHop's answer correctness
+"""

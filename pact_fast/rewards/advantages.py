@@ -1,4 +1,4 @@
-"""Advantages from rewards: over the rollouts of a prompt, and over those at the same turn (method, section 3)."""
+"""Advantages from rewards: over the rollouts of a prompt, and over their turns (docs/method.md, section 3)."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 from pact_fast.data.types import Trajectory
 
 EPSILON = 1e-6
-# Rewards this close are the same reward summed in another order. Dividing their difference by 1e-6 would turn
-# rounding into a training signal, and would keep a group alive that should cost no backward pass.
-SAME = 1e-9
+# Relative tolerance below which rewards count as equal, because they may be one sum in another order. Dividing their
+# difference by EPSILON would turn rounding into a training signal, and cost a backward pass.
+EQUAL_TOLERANCE = 1e-9
 
 
 def group_advantages(rewards: Sequence[float] | np.ndarray, scale: bool = True) -> np.ndarray:
-    """A_k = (R_k − mean) / (std + 1e-6), float64 [K], of rewards [K]; only R_k − mean without `scale`.
+    """A_k = (R_k − mean) / (std + 1e-6), float64 [K], from rewards [K]. Without `scale`, R_k − mean.
 
-    std is the population's (ddof = 0): it exists for any K and never exceeds half of the range. Equal rewards (to
-    1e-9 of their size) give exactly 0.
+    std is the population standard deviation (ddof = 0), defined for any K. Rewards that are equal within a relative
+    tolerance of 1e-9 give exactly 0.
     """
     values = np.asarray(rewards, np.float64)
-    if not len(values) or np.ptp(values) <= SAME * max(1.0, np.abs(values).max()):
+    if not len(values) or np.ptp(values) <= EQUAL_TOLERANCE * max(1.0, np.abs(values).max()):
         return np.zeros(len(values))
     centred = values - values.mean()
     return centred / (values.std() + EPSILON) if scale else centred
 
 
 def turn_returns(rewards: Sequence[float], gamma: float) -> np.ndarray:
-    """R^ℓ_t = Σ_{u≥t} γ^{u−t} r_u, float64 [T], of one rollout's turn rewards [T]."""
+    """Discounted returns R^ℓ_t = Σ_{u≥t} γ^{u−t} r_u, float64 [T], of one rollout's turn rewards [T]."""
     returns = np.zeros(len(rewards))
     following = 0.0
     for t in reversed(range(len(rewards))):
@@ -39,10 +39,10 @@ def turn_returns(rewards: Sequence[float], gamma: float) -> np.ndarray:
 
 
 def turn_advantages(turn_rewards: Sequence[Sequence[float]], gamma: float, scale: bool = True) -> list[np.ndarray]:
-    """A^ℓ, one float64 [T_k] per rollout, of the K rollouts' turn rewards [T_k].
+    """Turn advantages A^ℓ, one float64 [T_k] per rollout, from the turn rewards [T_k] of K rollouts.
 
-    Discounted returns, normalised as in `group_advantages` over the rollouts that have a turn t. A turn that only one
-    rollout has gets 0: there is nothing to compare it with.
+    For every turn t, the discounted returns of the rollouts that have a turn t are normalised by `group_advantages`. A
+    turn that only one rollout has gets 0, as there is nothing to compare it with.
     """
     returns = [turn_returns(rewards, gamma) for rewards in turn_rewards]
     advantages = [np.zeros(len(values)) for values in returns]
@@ -61,10 +61,14 @@ def token_advantages(
     scale: bool = True,
     use_turns: bool = True,
 ) -> list[np.ndarray]:
-    """Advantage of every response token, float32 [n] per rollout of a prompt; 0 where the policy did not generate.
+    """Advantage of every response token, float32 [n] per rollout of a prompt; 0 for tokens that were not sampled.
 
-    With `use_turns`, A^g_k + A^ℓ_{k,t} for the tokens of turn t, or half of that (`combine="mean"`). Otherwise A^g_k
-    alone. Reads `reward`, `turn_rewards`, `turn_ids` and `sampled` of the trajectories.
+    Args:
+        trajectories: The rollouts of one prompt; reads `reward`, `turn_rewards`, `turn_ids` and `sampled`.
+        gamma: Discount of the turn returns.
+        combine: `sum`: A^g_k + A^ℓ_{k,t} for the tokens of turn t; `mean`: half of that.
+        scale: Divide by the standard deviation.
+        use_turns: False: A^g_k alone, for all sampled tokens.
     """
     group = group_advantages([trajectory.reward for trajectory in trajectories], scale)
     per_turn = turn_advantages([trajectory.turn_rewards for trajectory in trajectories], gamma, scale)

@@ -1,4 +1,4 @@
-"""FTRL's solve-P, solve-R and solve-F1 (method, section 7)."""
+"""FTRL's solve-P, solve-R and solve-F1 (docs/method.md, section 7)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SolveScore:
-    """`solved` sub-questions of `questions` (at least one), with `calls` tool calls. A call solves one at most."""
+    """Score of a trajectory.
+
+    solved     sub-questions solved
+    calls      tool calls made; each solves one sub-question at most
+    questions  sub-questions of the task, at least one
+    """
 
     solved: int
     calls: int
@@ -27,22 +32,21 @@ class SolveScore:
         return 2 * self.solved / (self.calls + self.questions)
 
 
-def mentions(expected: str, text: str) -> bool:
+def contains_parts(text: str, expected: str) -> bool:
     """Whether every part of `expected` occurs in `text`, both in lower case and without commas.
 
     Parts are separated by a comma and a space: "3,776 m, Mount Fuji" has two.
     """
-    text = _plain(text)
-    return all(_plain(part) in text for part in expected.split(", "))
+    text = _normalise(text)
+    return all(_normalise(part) in text for part in expected.split(", "))
 
 
 def solve_score(feedback: Iterable[tuple[str, str]], expected: Mapping[str, Sequence[str]]) -> SolveScore:
-    """Score the calls of a trajectory.
+    """Score the calls of a trajectory. Each call solves the first open sub-question of its tool that it answers, only.
 
-    feedback  (tool name, observation) of every call, in order; the name of a malformed call is ""
-    expected  what the observations of each tool must mention, one text per sub-question
-
-    Each call takes the first open sub-question of its tool that it solves, and no other.
+    Args:
+        feedback: (tool name, observation) of every call, in order; the name of a malformed call is "".
+        expected: For each tool, the texts that its observations must contain: one text per sub-question.
     """
     open_questions = {name: list(texts) for name, texts in expected.items()}
     questions = sum(map(len, open_questions.values()))
@@ -50,12 +54,12 @@ def solve_score(feedback: Iterable[tuple[str, str]], expected: Mapping[str, Sequ
     for name, observation in feedback:
         calls += 1
         texts = open_questions.get(name, [])
-        hit = next((text for text in texts if mentions(text, observation)), None)
+        hit = next((text for text in texts if contains_parts(observation, text)), None)
         if hit is not None:
             texts.remove(hit)
             solved += 1
     return SolveScore(solved, calls, questions)
 
 
-def _plain(text: str) -> str:
+def _normalise(text: str) -> str:
     return text.lower().replace(",", "").strip()

@@ -1,4 +1,4 @@
-"""User reward functions with TRL's keyword signature."""
+"""The user's reward functions, called with TRL's keyword signature."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_reward_function(spec: str) -> RewardFunction:
 
 
 def load_reward_functions(specs: Sequence[str]) -> dict[str, RewardFunction]:
-    """Load several, by the name that metrics show: the part after the colon, or the whole spec where two share it."""
+    """Reward functions by the name in metrics: the part after the colon, or the whole spec if two specs share it."""
     short = [spec.rpartition(":")[2] for spec in specs]
     return {
         name if short.count(name) == 1 else spec: load_reward_function(spec)
@@ -36,13 +36,19 @@ def call_reward_functions(
 ) -> list[dict[str, float]]:
     """Rewards by function name, one dict per trajectory.
 
-    `trajectories[i]` is an attempt at `tasks[i]`; `messages[i]` are its messages after the prompt.
-
-    Every function is called once, with lists of one entry per trajectory as keyword arguments: `prompts` and
+    Every function is called once. Its keyword arguments are lists with one entry per trajectory: `prompts` and
     `completions` (message lists), `completion_ids` (response token ids, observations included), `answer`, and every
-    further column of the data rows (None in rows without it). Where it returns None, the function does not apply and
-    the dict has no such key. Raises PactError that names the function if it fails or does not return one number or
-    None per trajectory.
+    further column of the data rows (None for rows without it). If it returns None for a trajectory, it does not apply
+    to it, and the dict has no such key.
+
+    Args:
+        functions: The functions by name.
+        tasks: The task of each trajectory.
+        trajectories: What is scored.
+        messages: The messages of each trajectory after the prompt.
+
+    Raises:
+        PactError: A function fails, or does not return one number or None per trajectory.
     """
     rewards: list[dict[str, float]] = [{} for _ in trajectories]
     if not functions:
@@ -63,7 +69,7 @@ def call_reward_functions(
 
 
 def _values(name: str, function: RewardFunction, arguments: dict[str, Any], count: int) -> list[float | None]:
-    """Call one function and check what it returns."""
+    """Call one function and check its result."""
     try:
         result = function(**arguments)
         if inspect.iscoroutine(result):

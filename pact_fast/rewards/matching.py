@@ -1,4 +1,4 @@
-"""How well predicted tool calls match the reference calls (method, section 3)."""
+"""Similarity of tool calls, and their assignment to reference calls (docs/method.md, section 3)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pact_fast.data.types import ToolCall
 def similarity(predicted: ToolCall, reference: ToolCall) -> float:
     """S in [0, 1]: 0 if the names differ, else (1 + J(keys) + #{k: equal value}) / (2 + #reference arguments).
 
-    J is the Jaccard index of the top-level argument names; two calls without arguments have J = 1. (The method's J is
-    over multisets; the names of one JSON object are distinct, so it is the ordinary one.) Values are compared by
-    `json_equal`. S = 1 exactly when the calls are equal.
+    J is the Jaccard index of the top-level argument names; two calls without arguments have J = 1. (The method defines J
+    on multisets; names of a JSON object are distinct, so J is the ordinary index.) Values are compared by `json_equal`.
+    S = 1 if and only if the calls are equal.
     """
     if predicted.name != reference.name:
         return 0.0
@@ -29,11 +29,10 @@ def similarity(predicted: ToolCall, reference: ToolCall) -> float:
 
 
 def match(predicted: Sequence[ToolCall], reference: Sequence[ToolCall], penalty: float = 0.0) -> np.ndarray:
-    """Score of every predicted call, float64 [len(predicted)], under the one-to-one assignment of largest Σ S.
+    """Score of every predicted call, float64 [len(predicted)], under the one-to-one assignment that maximises Σ S.
 
-    A matched call earns its similarity. An unmatched one, which includes a pair with S = 0, earns −penalty. Calls of
-    one name always have S > 0, so the assignment also matches as many calls as can be: the penalty never changes
-    which one is best.
+    A matched call earns its similarity; an unmatched one, or one paired with S = 0, earns −penalty. Calls with equal
+    names have S > 0, so the assignment also matches as many calls as possible, and the penalty does not change it.
     """
     scores = np.full(len(predicted), 0.0 - penalty)  # not -penalty: that is -0.0 by default
     table = np.array([[similarity(p, r) for r in reference] for p in predicted])
@@ -45,9 +44,9 @@ def match(predicted: Sequence[ToolCall], reference: Sequence[ToolCall], penalty:
 
 
 def json_equal(a: Any, b: Any) -> bool:
-    """Equality of JSON values: numbers by value (1 equals 1.0), everything else by type and value.
+    """Equality of JSON values: numbers by value (1 equals 1.0), all others by type and value.
 
-    Unlike Python, true is not 1. Strings are compared as they are, neither trimmed nor lower-cased.
+    Unlike in Python, true is not equal to 1. Strings are neither trimmed nor lower-cased.
     """
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(json_equal(a[key], b[key]) for key in a)

@@ -1,4 +1,4 @@
-"""The reward of a trajectory, turn by turn and as a whole (method, section 3)."""
+"""The reward of a trajectory, per turn and in total (docs/method.md, section 3)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pact_fast.rewards.matching import match
 
 
 def turn_rewards(trajectory: Trajectory, task: Task, penalty: float) -> list[float]:
-    """r_t of every assistant turn.
+    """The reward r_t of every assistant turn.
 
-    Calls are matched over the whole trajectory, with `task.reference_calls`, or the expert's calls where those are
-    not given. A turn earns the mean score of its calls, 0 if it has none; a malformed call counts as an unmatched
-    one, −penalty. Without any reference, calls earn 0. If the trajectory ended with an answer and the task has one,
-    the last turn earns their token F1.
+    The calls of the whole trajectory are matched with `task.reference_calls`, or with the expert's calls if those are
+    None. A turn earns the mean score of its calls, 0 if it has none; a malformed call scores −penalty, like an
+    unmatched one. Without reference calls, calls score 0. If the trajectory ended with an answer and the task has one,
+    the last turn earns their token F1 instead.
     """
     reference = task.reference_calls
     if reference is None and task.expert is not None:
@@ -44,23 +44,24 @@ def score(
     *,
     outcome_only: bool = False,
 ) -> None:
-    """Decide the reward of a training rollout: fills in `turn_rewards`, `reward_parts` and `reward` of `trajectory`.
+    """Set `turn_rewards`, `reward_parts` and `reward` of a training rollout.
 
         reward = match_weight · Σ_t r_t + env_weight · success + Σ user functions
-        reward = success + Σ user functions                        (outcome_only, and the environment gives `success`)
+        reward = success + Σ user functions      if outcome_only and the environment returns `success`
 
-    `reward_parts` holds every part before its weight: `match` (Σ_t r_t), the environment's and the functions'.
+    `reward_parts` holds the unweighted parts: `match` (Σ_t r_t), those of the environment and of the functions.
     `turn_rewards` are unweighted, too.
 
     Args:
         config: Weights and penalties.
-        task: What the rollout is an attempt at.
-        trajectory: `env_rewards` is what its environment returned.
+        task: The task of the rollout.
+        trajectory: The rollout; its `env_rewards` are set.
         function_rewards: Values of the user's reward functions, by name.
         outcome_only: The algorithm uses no turn-level rewards.
 
     Raises:
-        PactError: A part is not finite, two parts have one name, or env_weight finds no `success`.
+        PactError: A part is not finite, two parts have the same name, or `env_weight` is set and the environment
+            returns no `success`.
     """
     env_rewards, functions = trajectory.env_rewards, function_rewards or {}
     trajectory.turn_rewards = turn_rewards(trajectory, task, config.unmatched_penalty)
@@ -85,7 +86,7 @@ def score(
 
 
 def score_evaluation(trajectories: Iterable[Trajectory]) -> None:
-    """The reward of an evaluation rollout is the `success` of its environment; 0 where that gives none."""
+    """Set the reward of evaluation rollouts to the environment's `success`, or 0 if it returns none."""
     for trajectory in trajectories:
         trajectory.reward_parts = dict(trajectory.env_rewards)
         trajectory.reward = trajectory.env_rewards.get("success", 0.0)

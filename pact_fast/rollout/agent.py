@@ -1,4 +1,9 @@
-"""The agent loop: many trajectories at once, each advancing on its own, turn by turn."""
+"""The agent loop: samples many multi-turn trajectories at once.
+
+Each advances on its own: render the prompt, ask the engine for a turn, parse it, run its tool calls, append the
+observations, and so on until an answer or a limit. There is no barrier between turns, so a slow tool holds up its own
+trajectory only.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pact_fast.chat.formats.base import ParsedTurn
 from pact_fast.chat.formats.json_calls import error_observation
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.config import RolloutConfig
@@ -18,59 +22,66 @@ from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
 from pact_fast.rollout.engine import Completion, Engine, Request
 
-# A tool's answer is picked up exactly this many engine steps after the call, waited for if need be. Batches then never depend
-# on how fast a tool happened to be, and a run repeats bit for bit.
+# Synchronous engines: a tool's result is picked up exactly this many engine steps after the call, and waited for if it
+# is late. Batches then never depend on how fast a tool happened to be, so a run repeats bit for bit.
 TOOL_STEPS = 4
 
 
-class ToolCalls:
-    """Pending tool calls, by trajectory.
+class PendingToolCalls:
+    """Tool calls under way, by trajectory.
 
-    With a synchronous engine an answer is due a fixed number of steps after its call, and waited for; otherwise it is
-    picked up as soon as it arrives.
+    With a synchronous engine, results are due a fixed number of steps after their call, and are waited for; otherwise
+    they are picked up as soon as they arrive.
     """
 
     def __init__(self, synchronous: bool):
-        self._clocked, self._clock = synchronous, 0
+        self._synchronous, self._clock = synchronous, 0
         self._calls: list[tuple[int, int, list[Future | str]]] = []  # (due at step, trajectory, observations)
 
     def __len__(self) -> int:
         return len(self._calls)
 
     def add(self, index: int, observations: list[Future | str], blocking: bool) -> None:
+        """The calls of one turn of trajectory `index`; `blocking`: they run in threads and may take long."""
         self._calls.append((self._clock + (TOOL_STEPS if blocking else 0), index, observations))
 
     def drop(self, index: int) -> bool:
-        """Do not wait for them any more (a tool that runs ends by its own time limit). Whether there were any."""
+        """Stop waiting for the calls of trajectory `index`, which end by their own timeout; True if there were any."""
         before = len(self._calls)
         self._calls = [call for call in self._calls if call[1] != index]
         return len(self._calls) < before
 
     def tick(self, *, idle: bool) -> None:
-        """The engine has made a step, or (idle) has nothing to do, so that time passes by waiting."""
+        """Advance the clock after an engine step. `idle`: the engine has nothing to do, so wait for a tool instead."""
         if not idle or not self._calls:
             self._clock += 1
-        elif self._clocked:
+        elif self._synchronous:
             self._clock = max(self._clock, self._calls[0][0])
         else:
             wait([o for call in self._calls for o in call[2] if not isinstance(o, str)], 0.1, FIRST_COMPLETED)
 
     def due(self) -> list[tuple[int, list[Future | str]]]:
-        """What is to be picked up now; no longer under way."""
+        """Remove and return (trajectory, observations) of the calls to be picked up now."""
         ready = [self._ready(call) for call in self._calls]
         due = [call[1:] for call, now in zip(self._calls, ready, strict=True) if now]
         self._calls = [call for call, now in zip(self._calls, ready, strict=True) if not now]
         return due
 
     def _ready(self, call: tuple[int, int, list[Future | str]]) -> bool:
-        if self._clocked:
+        if self._synchronous:
             return call[0] <= self._clock
         return all(isinstance(o, str) or o.done() for o in call[2])
 
 
 @dataclass(frozen=True)
 class Job:
-    """One trajectory to sample. `rng_key` fixes its randomness; `group`: of those that are compared with each other."""
+    """One trajectory to sample.
+
+    task         its prompt and environment arguments
+    rng_key      seeds its sampling
+    temperature  0 is greedy
+    group        number of its group: the trajectories of one prompt, whose rewards are compared
+    """
 
     task: Task
     rng_key: tuple[int, ...]
@@ -79,7 +90,9 @@ class Job:
 
 
 @dataclass
-class _Running:
+class _ActiveTrajectory:
+    """A trajectory that is being sampled; `length` in tokens after the prompt, `started` in seconds."""
+
     job: Job
     env: Environment
     prompt_ids: np.ndarray
@@ -93,6 +106,7 @@ class _Running:
     started: float = field(default_factory=time.monotonic)
 
     def append(self, ids: np.ndarray, components: np.ndarray, logprobs: np.ndarray | None, version: int) -> None:
+        """Tokens of the current turn; text that was not sampled has no logprobs and version -1."""
         n = len(ids)
         self.ids.append(ids)
         self.components.append(components)
@@ -102,15 +116,15 @@ class _Running:
         self.length += n
 
     def finish(self, stop_reason: StopReason) -> Trajectory:
-        versions = _joined(self.versions, np.int32)
+        versions = _concatenate(self.versions, np.int32)
         return Trajectory(
             task_id=self.job.task.id,
             prompt_ids=self.prompt_ids,
-            ids=_joined(self.ids, np.int64),
-            components=_joined(self.components, np.uint8),
-            turn_ids=_joined(self.turn_ids, np.int16),
+            ids=_concatenate(self.ids, np.int64),
+            components=_concatenate(self.components, np.uint8),
+            turn_ids=_concatenate(self.turn_ids, np.int16),
             sampled=versions >= 0,
-            logprobs=_joined(self.logprobs, np.float32),
+            logprobs=_concatenate(self.logprobs, np.float32),
             versions=versions,
             turns=self.turns,
             stop_reason=stop_reason,
@@ -118,10 +132,16 @@ class _Running:
 
 
 class AgentLoop:
-    """Samples trajectories from the prompt only.
+    """Samples trajectories from the prompt only; expert traces are not shown to the policy.
 
-    loop = AgentLoop(engine, renderer, make_env, config)
-    trajectories = loop.run([Job(task, rng_key=(seed, step, index)), …])     # in the order of the jobs
+        loop = AgentLoop(engine, renderer, make_env, config)
+        trajectories = loop.run([Job(task, rng_key=(seed, step, index)), …])     # in the order of the jobs
+
+    Args:
+        engine: Generates the turns.
+        renderer: Renders prompts and observations, parses turns.
+        make_env: A fresh environment for a task; it serves one trajectory.
+        config: Limits of turns, tokens and time.
     """
 
     def __init__(
@@ -131,7 +151,7 @@ class AgentLoop:
         self._pool: ThreadPoolExecutor | None = None
 
     def prompt_ids(self, task: Task) -> np.ndarray:
-        """Ids of x; PactError if the prompt is longer than allowed."""
+        """int64 [n], token ids of the prompt; PactError if it is longer than rollout.max_prompt_length."""
         ids = self.renderer.prompt_ids(task.prompt, task.tools)
         if len(ids) > self.config.max_prompt_length:
             raise PactError(
@@ -143,12 +163,19 @@ class AgentLoop:
     def run(
         self, jobs: list[Job], on_finish: Callable[[int, Trajectory], None] | None = None, keep: int | None = None
     ) -> list[Trajectory]:
-        """Sample all jobs; `on_finish(index, trajectory)` is called as each one ends. `keep`: of every group, those that end
-        first, so many; the others are cancelled and left out.
+        """Sample all jobs.
+
+        Args:
+            jobs: What to sample.
+            on_finish: Called as `on_finish(index of the job, trajectory)` as each trajectory ends.
+            keep: Most trajectories of a group: the first that end are kept, the others cancelled. None: all.
+
+        Returns:
+            Finished trajectories in the order of their jobs, without the cancelled ones.
         """
         results: dict[int, Trajectory] = {}
         running = {index: self._start(index, job) for index, job in enumerate(jobs)}
-        calls = ToolCalls(self.engine.synchronous)
+        calls = PendingToolCalls(self.engine.synchronous)
 
         def end(index: int, stop: StopReason) -> None:
             results[index] = self._end(running, index, stop, on_finish)
@@ -162,11 +189,11 @@ class AgentLoop:
         try:
             while running:
                 generating = len(running) - len(calls)
-                completions = self.engine.step(self._patience(calls)) if generating else []
+                completions = self.engine.step(self._poll_timeout(calls)) if generating else []
                 calls.tick(idle=not generating)
                 for completion in completions:
                     if completion.session not in running:
-                        continue  # cancelled by one of the same step
+                        continue  # cancelled by another completion of the same step
                     state = running[completion.session]
                     stop, observations = self._take_turn(state, completion)
                     if stop is None:
@@ -184,22 +211,23 @@ class AgentLoop:
                         continue
                     if calls.drop(index):
                         record = running[index].turns[-1]
-                        record.observations = [error_observation("the trajectory's time is over")] * len(
+                        record.observations = [error_observation("the trajectory ran out of time")] * len(
                             record.attempts
                         )
                     end(index, StopReason.TIMEOUT)
         finally:
-            for index in running:  # after an error: nothing goes on sampling behind the caller's back
+            for index in running:  # after an error: cancel what is still being sampled
                 self.engine.close(index)
         return [results[index] for index in sorted(results)]
 
-    def _patience(self, calls: ToolCalls) -> float | None:
-        """Seconds to wait for the engine: shortly while tools may answer, else as long as the engine may take."""
+    def _poll_timeout(self, calls: PendingToolCalls) -> float | None:
+        """Seconds to wait for the engine: short while tool results may arrive, else until one may be overdue."""
         if len(calls):
             return 0.005
         return None if self.config.trajectory_timeout is None else 0.1
 
-    def _overdue(self, running: dict[int, _Running]) -> list[int]:
+    def _overdue(self, running: dict[int, _ActiveTrajectory]) -> list[int]:
+        """Trajectories that have exceeded rollout.trajectory_timeout."""
         limit = self.config.trajectory_timeout
         if limit is None:
             return []
@@ -207,12 +235,15 @@ class AgentLoop:
         return [index for index, state in running.items() if now - state.started > limit]
 
     def close(self) -> None:
+        """Stop the threads that run tools, without waiting for them."""
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def resolve_task(self, task: Task) -> tuple[Task, Environment]:
-        """The task as the policy sees it, and its environment: what `reset` tells is added to the question, and the
-        environment's tools are offered where the task names none. Preparing a prepared task changes nothing.
+        """The task as the policy sees it, and its environment.
+
+        Text that `reset` returns is appended to the question, and the environment's tools are offered if the task names
+        none. Resolving a resolved task changes nothing.
         """
         env = self.make_env(task)
         extra = env.reset(task)
@@ -221,39 +252,41 @@ class AgentLoop:
             task = replace(task, prompt=[*task.prompt[:-1], {**task.prompt[-1], "content": f"{question}\n\n{extra}"}])
         return replace(task, tools=task.tools or env.tools), env
 
-    def _start(self, index: int, job: Job) -> _Running:
+    def _start(self, index: int, job: Job) -> _ActiveTrajectory:
         task, env = self.resolve_task(job.task)
         job = replace(job, task=task)
         ids = self.prompt_ids(task)
         limit = min(self.config.max_turn_tokens, self.config.max_completion_length)
         self.engine.submit(Request(index, ids, limit, job.rng_key, job.temperature))
-        return _Running(job, env, ids)
+        return _ActiveTrajectory(job, env, ids)
 
     def _end(self, running, index: int, stop: StopReason, on_finish) -> Trajectory:
         self.engine.close(index)
         state = running.pop(index)
         trajectory = state.finish(stop)
-        # on the instance that served the calls: an environment may judge its own final state
+        # ask the instance that served the calls: an environment may judge its own final state
         trajectory.env_rewards = dict(state.env.reward(state.job.task, trajectory))
         if on_finish:
             on_finish(index, trajectory)
         return trajectory
 
-    def _take_turn(self, state: _Running, completion: Completion) -> tuple[StopReason | None, list[Future | str]]:
-        """Record a sampled turn and start its tool calls. Returns the stop reason, if any, and the pending observations."""
+    def _take_turn(
+        self, state: _ActiveTrajectory, completion: Completion
+    ) -> tuple[StopReason | None, list[Future | str]]:
+        """Record a sampled turn and start its tool calls; returns the stop reason, if any, and the pending results."""
         parsed = self.renderer.parse(completion.ids, state.job.task.tools)
-        record = _record(parsed)
+        record = TurnRecord(parsed.text, parsed.reasoning, parsed.content, list(parsed.attempts))
         state.turns.append(record)
         state.append(completion.ids, parsed.components, completion.logprobs, completion.version)
         if not completion.ended:
-            record.attempts = []  # what was cut off is never run, and must not be rewarded
+            record.attempts = []  # calls of a truncated turn are not run, and must not be rewarded
             cut = state.length >= self.config.max_completion_length
             return StopReason.MAX_COMPLETION_LENGTH if cut else StopReason.MAX_TURN_TOKENS, []
         if not parsed.attempts:
             return StopReason.ANSWER, []
         return None, [self._call(state, attempt) for attempt in parsed.attempts]
 
-    def _call(self, state: _Running, attempt: ToolCall | str) -> Future | str:
+    def _call(self, state: _ActiveTrajectory, attempt: ToolCall | str) -> Future | str:
         if isinstance(attempt, str):
             return error_observation(attempt)
         if not state.env.blocking:
@@ -262,49 +295,44 @@ class AgentLoop:
             self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="tool")
         return self._pool.submit(state.env.call, attempt.name, attempt.arguments)
 
-    def _observe(self, index: int, state: _Running, pending: list[Future | str]) -> StopReason | None:
-        """Append the observations and ask for the next turn; or the stop reason if there is none, or they do not fit."""
+    def _observe(self, index: int, state: _ActiveTrajectory, pending: list[Future | str]) -> StopReason | None:
+        """Append the observations and submit the next turn; returns a stop reason if a limit is reached first."""
         record = state.turns[-1]
         if len(state.turns) >= self.config.max_turns:
-            record.observations = [_text(o) for o in pending]
+            record.observations = [_result(o) for o in pending]
             return StopReason.MAX_TURNS
-        texts = [self._fit(_text(o)) for o in pending]
+        texts = [self._truncate(_result(o)) for o in pending]
         record.observations = texts
         ids, components = self.renderer.bridge_tokens(
             [_tool_message(a, t) for a, t in zip(record.attempts, texts, strict=True)]
         )
-        if (
-            int(state.ids[-1][-1]) not in self.renderer.eot_ids
-        ):  # the engine stopped at the call; the turn still has to end
+        if int(state.ids[-1][-1]) not in self.renderer.eot_ids:
+            # rollout.stop_at_tool_call: the engine stopped after the call, so the end-of-turn token is missing
             ids, components = np.append(self.renderer.eot_id, ids), np.append(components[:1], components)
-        room = self.config.max_completion_length - state.length - len(ids)
-        if room < 1:
+        remaining = self.config.max_completion_length - state.length - len(ids)
+        if remaining < 1:
             return StopReason.MAX_COMPLETION_LENGTH
         state.append(ids, components, None, -1)
         self.engine.submit(
-            Request(index, ids, min(self.config.max_turn_tokens, room), temperature=state.job.temperature)
+            Request(index, ids, min(self.config.max_turn_tokens, remaining), temperature=state.job.temperature)
         )
         return None
 
-    def _fit(self, text: str) -> str:
-        """Cut an observation to the token limit, with a note. A token covers at least one byte, so short texts pass."""
+    def _truncate(self, text: str) -> str:
+        """Truncate an observation to rollout.max_observation_tokens, with a note."""
         limit = self.config.max_observation_tokens
-        if len(text.encode("utf-8", "replace")) <= limit:
+        if len(text.encode("utf-8", "replace")) <= limit:  # a token covers at least one byte
             return text
         return self.renderer.truncate(text, limit)
-
-
-def _record(parsed: ParsedTurn) -> TurnRecord:
-    return TurnRecord(parsed.text, parsed.reasoning, parsed.content, list(parsed.attempts))
 
 
 def _tool_message(attempt: ToolCall | str, text: str) -> Message:
     return {"role": "tool", "name": attempt.name if isinstance(attempt, ToolCall) else "error", "content": text}
 
 
-def _text(observation: Future | str) -> str:
+def _result(observation: Future | str) -> str:
     return observation if isinstance(observation, str) else observation.result()
 
 
-def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)

@@ -1,4 +1,4 @@
-"""What the agent loop needs of an inference engine. Token ids in, token ids out; text never crosses this line."""
+"""The interface of an inference engine. Token ids in, token ids and log-probs out; text never crosses it."""
 
 from __future__ import annotations
 
@@ -15,50 +15,90 @@ if TYPE_CHECKING:
 class Request:
     """Generate one assistant turn of a session.
 
-    `ids` are the tokens to append to the session's context before sampling: the prompt at first, later the glue that follows
-    the last turn (the sampled tokens themselves are already in the context). `rng_key` seeds a session at its first request:
-    what is sampled then depends on the weights, the context and this key alone, not on what else runs in the batch.
+    session         number of the session, chosen by the caller
+    ids             int64 [n], tokens to append to the session's context before sampling: the prompt at first, later
+                    the bridge tokens after the last turn (its sampled tokens are in the context already)
+    max_new_tokens  most tokens to sample
+    rng_key         seeds the session, at its first request. What is sampled then depends on the weights, the context
+                    and this key alone, not on what else runs in the batch
+    temperature     0 is greedy
     """
 
     session: int
     ids: np.ndarray
     max_new_tokens: int
     rng_key: tuple[int, ...] = ()
-    temperature: float = 1.0  # 0 = greedy
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """ids int64 [n], end-of-turn included when sampled; logprobs float32 [n] at the request's temperature (greedy: at 1)."""
+    """One sampled turn.
+
+    session   that of the request
+    ids       int64 [n], with the end-of-turn token if it was sampled
+    logprobs  float32 [n], at the request's temperature (greedy: at 1)
+    ended     True: an end-of-turn token was sampled; False: max_new_tokens was reached
+    version   of the weights that sampled it
+    cached    tokens of the context that were found in a prefix cache; None if the engine does not report it
+    """
 
     session: int
     ids: np.ndarray
     logprobs: np.ndarray
-    ended: bool  # by an end-of-turn token; otherwise max_new_tokens was reached
-    version: int = 0  # of the weights that sampled it
-    cached: int | None = None  # tokens of the context that were found in a prefix cache, where the engine tells
+    ended: bool
+    version: int = 0
+    cached: int | None = None
+
+
+@dataclass
+class SyncReport:
+    """One weight update: bytes moved, and seconds to load and to verify them."""
+
+    version: int
+    bytes: int
+    load_seconds: float
+    verify_seconds: float
 
 
 class Engine(Protocol):
-    """Continuous batching over sessions; the key-value cache of a session lives until `close`."""
+    """Continuous batching over sessions; a session's key-value cache may live until `close`.
 
-    version: int  # of the weights
-    synchronous: bool  # each call of `step` is one step of all sessions, however long it takes
+    An engine of your own subclasses this one and implements `submit`, `step`, `close` and `update_weights`.
 
-    def submit(self, request: Request) -> None: ...
+    name         for messages
+    version      of the weights; -1 before the first `update_weights`
+    synchronous  True: each call of `step` is one decoding step of all sessions, however long it takes, so that
+                 counting calls is a reproducible clock
+    sync_report  of the last weight update; None if the engine does not measure it
+    """
+
+    name: str = "the engine"
+    version: int = -1
+    synchronous: bool = False
+    sync_report: SyncReport | None = None
+
+    def submit(self, request: Request) -> None:
+        """Queue a turn. A session may have one turn under way at a time."""
 
     def step(self, timeout: float | None = None) -> list[Completion]:
-        """The turns that finished. Clocked: after at least one more token of every running session; otherwise waits for a
-        turn, at most `timeout` seconds.
+        """Generate, and return the turns that finished.
+
+        A synchronous engine returns after at least one more token of every running session. Any other waits until a
+        turn finishes, at most `timeout` seconds (None: as long as it takes).
         """
+        raise NotImplementedError
 
     def close(self, session: int) -> None:
         """Forget the session, and cancel its turn if one is under way. Must be called for every session."""
 
     def update_weights(self, model: PreTrainedModel, version: int) -> None:
-        """Sample from these weights from now on; turns under way end with the old ones."""
+        """Sample from these weights from now on. Turns under way end with the old ones. A collective under ZeRO-3."""
 
     def sleep(self) -> None:
-        """Free what memory it can until the next `update_weights`."""
+        """Free as much memory as possible until the next `update_weights`."""
+        return
 
-    def shutdown(self) -> None: ...
+    def shutdown(self) -> None:
+        """Stop for good, and release processes and memory."""
+        return

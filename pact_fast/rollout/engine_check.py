@@ -1,4 +1,8 @@
-"""A trial of a live engine: start it, give it the model's weights, sample real tasks, and look closely at what came back."""
+"""Smoke test of a live engine, for `pact-fast doctor`.
+
+Starts the engine, sends the model's weights, samples a few of the recipe's tasks, and checks what came back: whether
+tool calls survive rendering and parsing, how far log-probs differ from the model's, and whether the prefix cache works.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,24 @@ from pact_fast.kernels import linear_logprob
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.engine import Engine, Request
 from pact_fast.rollout.registry import make_engine
-from pact_fast.rollout.vllm.engine import VllmEngine
 
 TASKS = 4
-LARGEST_GAP = 1e-4  # float32: of any token
-MEAN_GAP = 0.05  # below: kernels round differently, the mean over tokens must stay small
-SHORTEST_CACHED = 160  # tokens; engines cache whole blocks, on CPU up to 128 tokens long
+MAX_LOGPROB_DIFF = 1e-4  # float32: largest difference of any token
+MEAN_LOGPROB_DIFF = 0.05  # lower precision: kernels round differently, but the mean over tokens must stay small
+MIN_CACHED_CONTEXT = 160  # tokens; engines cache whole blocks, which are up to 128 tokens long on a CPU
 
 
 class EngineSmokeTest:
-    """The checks, in their order; each gives one line, or a PactError with the cure. `close` in any case."""
+    """The checks, in order. Each returns one line, or raises a PactError that says how to fix it. Always call `close`.
+
+    Args:
+        config: The recipe.
+        model: The trainer's model, with the weights that the engine gets.
+        renderer: Renders prompts and parses turns.
+        make_env: Environment of a task.
+        tasks: The first four are sampled.
+        autocast: Precision context of the model's forward pass.
+    """
 
     def __init__(
         self,
@@ -40,7 +52,7 @@ class EngineSmokeTest:
     ):
         self.config, self.model, self.renderer = config, model, renderer
         self._make_env, self._autocast = make_env, autocast
-        self._jobs = [Job(task, (config.seed, i), config.rollout.temperature) for i, task in enumerate(tasks[:TASKS])]
+        self.jobs = [Job(task, (config.seed, i), config.rollout.temperature) for i, task in enumerate(tasks[:TASKS])]
         self._engine: Engine | None = None
         self.trajectories: list[Trajectory] = []
 
@@ -59,31 +71,35 @@ class EngineSmokeTest:
             self._engine.shutdown()
 
     def engine(self) -> str:
+        """Start the engine and send the weights."""
         self._engine = make_engine(self.config, self.model, self.renderer)
         self._engine.update_weights(self.model, 0)
-        assert isinstance(self._engine, VllmEngine) and self._engine.last_sync is not None
-        sync = self._engine.last_sync
+        sync = self._engine.sync_report
+        if sync is None:
+            return f"{self._engine.name} has accepted the model's weights"
         return (
-            f"{self._engine.host.name} holds the model's weights, {sync.bytes / 2**30:.3f} GiB: loaded in "
+            f"{self._engine.name} holds the model's weights, {sync.bytes / 2**30:.3f} GiB: loaded in "
             f"{sync.load_seconds:.1f} s, every tensor verified in {sync.verify_seconds:.1f} s"
         )
 
     def rollouts(self) -> str:
+        """Sample the first tasks."""
         assert self._engine is not None
         loop = AgentLoop(self._engine, self.renderer, self._make_env, self.config.rollout)
         try:
-            self.trajectories = loop.run(self._jobs)
+            self.trajectories = loop.run(self.jobs)
         finally:
             loop.close()
         turns = sum(len(t.turns) for t in self.trajectories)
         tokens = sum(int(t.sampled.sum()) for t in self.trajectories)
         stops = ", ".join(sorted({str(t.stop_reason) for t in self.trajectories}))
-        return f"{len(self.trajectories)} trajectories of the first tasks: {turns} turns, {tokens} tokens; ended by {stops}"
+        count = len(self.trajectories)
+        return f"{count} trajectories of the first tasks: {turns} turns, {tokens} tokens; ended by {stops}"
 
     def turns(self) -> str:
-        """The calls of a sampled turn, written by the format and read again, are the same calls."""
+        """Tool calls of a sampled turn, rendered and parsed again, are the same calls."""
         calls = same = 0
-        for job, trajectory in zip(self._jobs, self.trajectories, strict=True):
+        for job, trajectory in zip(self.jobs, self.trajectories, strict=True):
             for index, turn in enumerate(trajectory.turns):
                 made = [attempt for attempt in turn.attempts if isinstance(attempt, ToolCall)]
                 if not made or len(made) < len(turn.attempts):
@@ -92,46 +108,47 @@ class EngineSmokeTest:
                 again = self.renderer.parse(ids, job.task.tools).attempts
                 if again != made:
                     raise PactError(
-                        f"task {trajectory.task_id}: the sampled turn {turn.text!r} is read as {made}, but these calls, "
-                        f"rendered, as {again}; choose another model.tool_format"
+                        f"task {trajectory.task_id}: the sampled turn {turn.text!r} is parsed as {made}, but these "
+                        f"calls, rendered, as {again}; choose another model.tool_format"
                     )
                 calls += len(made)
-                same += np.array_equal(ids, _sampled(trajectory, index))
+                same += np.array_equal(ids, _sampled_ids(trajectory, index))
         if not calls:
             return "no well-formed call was sampled, so there is none to render again"
-        return f"{calls} sampled calls, rendered and read again, are the same; {same} turns token by token"
+        return f"{calls} sampled calls, rendered and parsed again, are the same; {same} turns token by token"
 
     def logprobs(self) -> str:
-        gaps = np.concatenate([self._gaps(t) for t in self.trajectories])
-        mean, largest = float(gaps.mean()), float(gaps.max())
+        """The engine's log-probs of the sampled tokens are the model's."""
+        diffs = np.concatenate([self._logprob_diffs(t) for t in self.trajectories])
+        mean, largest = float(diffs.mean()), float(diffs.max())
         exact = self.config.model.dtype == "float32"
-        if (exact and largest > LARGEST_GAP) or mean > MEAN_GAP:
-            bound = f"largest {LARGEST_GAP:g}" if exact else f"mean {MEAN_GAP:g}"
+        if (exact and largest > MAX_LOGPROB_DIFF) or mean > MEAN_LOGPROB_DIFF:
+            bound = f"largest {MAX_LOGPROB_DIFF:g}" if exact else f"mean {MEAN_LOGPROB_DIFF:g}"
             raise PactError(
-                f"the engine's log-probs are off from the model's by {mean:.2g} in the mean, {largest:.2g} at most "
-                f"(allowed: {bound}); remove settings from rollout.vllm_args that change what is computed (quantization, "
-                "another dtype), and start a server with --logprobs-mode processed_logprobs"
+                f"the engine's log-probs differ from the model's by {mean:.2g} on average, {largest:.2g} at most "
+                f"(allowed: {bound}); remove settings from rollout.vllm_args that change what is computed "
+                "(quantization, another dtype), and start a server with --logprobs-mode processed_logprobs"
             )
-        return f"engine and model differ by {mean:.1e} in the mean, {largest:.1e} at most, over {len(gaps)} tokens"
+        return f"engine and model differ by {mean:.1e} on average, {largest:.1e} at most, over {len(diffs)} tokens"
 
     def prefix_cache(self) -> str:
-        """The longest trajectory's context, asked for twice."""
+        """The longest trajectory's context, requested twice, is found in the prefix cache."""
         longest = max(self.trajectories, key=lambda t: len(t.prompt_ids) + len(t.ids))
         rollout = self.config.rollout
         window = rollout.max_prompt_length + rollout.max_completion_length - 1
         context = np.concatenate([longest.prompt_ids, longest.ids])[:window]
-        found = [self._cached(number, context) for number in (0, 1)][-1]
+        found = [self._cached_tokens(session, context) for session in (0, 1)][-1]
         if found is None:
-            return "the server does not tell (start it with --enable-prompt-tokens-details)"
-        if not found and len(context) >= SHORTEST_CACHED:
+            return "the engine does not report it (start a server with --enable-prompt-tokens-details)"
+        if not found and len(context) >= MIN_CACHED_CONTEXT:
             raise PactError(
-                f"a context of {len(context)} tokens was computed again when it came a second time, as would that of "
-                "every turn; remove enable_prefix_caching from rollout.vllm_args, or start the server with it"
+                f"a context of {len(context)} tokens was computed again when it was requested a second time, and so would "
+                "be that of every turn; remove enable_prefix_caching from rollout.vllm_args, or start the server with it"
             )
-        return f"{found} of {len(context)} tokens were not computed again when a context came a second time"
+        return f"{found} of {len(context)} tokens were not computed again when a context was requested a second time"
 
     def memory(self) -> str:
-        """An upper bound: layers with sliding windows keep less."""
+        """Memory for weights and key-value cache; an upper bound, as layers with sliding windows keep less."""
         config, rollout = self.model.config.get_text_config(), self.config.rollout
         size = torch.finfo(getattr(torch, self.config.model.dtype)).bits // 8
         weights = sum(p.numel() for p in self.model.parameters()) * size
@@ -141,36 +158,36 @@ class EngineSmokeTest:
         context = rollout.max_prompt_length + rollout.max_completion_length
         full = token * rollout.max_batch_size * context
         return (
-            f"the engine takes {weights / 2**30:.2f} GiB for weights and {token / 2**10:.1f} KiB of keys and values per "
-            f"token: {full / 2**30:.2f} GiB for {rollout.max_batch_size} contexts of {context} tokens"
+            f"the engine takes {weights / 2**30:.2f} GiB for weights and {token / 2**10:.1f} KiB of keys and values "
+            f"per token: {full / 2**30:.2f} GiB for {rollout.max_batch_size} contexts of {context} tokens"
         )
 
     @torch.no_grad()
-    def _gaps(self, trajectory: Trajectory) -> np.ndarray:
-        """|engine's log-prob − the model's| of the sampled tokens."""
+    def _logprob_diffs(self, trajectory: Trajectory) -> np.ndarray:
+        """float32 [n]: |engine's log-prob − the model's| of the sampled tokens."""
         head, start = self.model.get_output_embeddings(), len(trajectory.prompt_ids)
         ids = torch.from_numpy(np.concatenate([trajectory.prompt_ids, trajectory.ids])).to(head.weight.device)
         with self._autocast:
             hidden = self.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-        places = torch.from_numpy(np.flatnonzero(trajectory.sampled)).to(ids.device) + start
-        own = linear_logprob(
-            hidden[places - 1],
+        positions = torch.from_numpy(np.flatnonzero(trajectory.sampled)).to(ids.device) + start
+        expected = linear_logprob(
+            hidden[positions - 1],
             head.weight.to(hidden.dtype),
-            ids[places],
+            ids[positions],
             bias=getattr(head, "bias", None),
             temperature=self.config.rollout.temperature,
             softcap=getattr(self.model.config.get_text_config(), "final_logit_softcapping", None),
         ).logprob
-        return np.abs(own.cpu().numpy() - trajectory.logprobs[trajectory.sampled])
+        return np.abs(expected.cpu().numpy() - trajectory.logprobs[trajectory.sampled])
 
-    def _cached(self, number: int, context: np.ndarray) -> int | None:
+    def _cached_tokens(self, session: int, context: np.ndarray) -> int | None:
         assert self._engine is not None
-        self._engine.submit(Request(number, context, 1, (self.config.seed, number)))
+        self._engine.submit(Request(session, context, 1, (self.config.seed, session)))
         while not (done := self._engine.step()):
             pass
-        self._engine.close(number)
+        self._engine.close(session)
         return done[0].cached
 
 
-def _sampled(trajectory: Trajectory, turn: int) -> np.ndarray:
+def _sampled_ids(trajectory: Trajectory, turn: int) -> np.ndarray:
     return trajectory.ids[(trajectory.turn_ids == turn) & trajectory.sampled]

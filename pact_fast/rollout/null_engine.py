@@ -1,4 +1,4 @@
-"""In place of an engine, for a training process that samples nothing itself."""
+"""The engine of a rank that samples nothing itself."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ from transformers import PreTrainedModel
 
 from pact_fast.model.adapter import adapter_tensors
 from pact_fast.model.weights import checkpoint_weights
-from pact_fast.rollout.engine import Completion, Request
+from pact_fast.rollout.engine import Completion, Engine, Request
 
 
-class NullEngine:
-    """See Engine. Under ZeRO-3, weights that go to another process's engine are gathered by all."""
-
-    synchronous = False
-
-    def __init__(self) -> None:
-        self.version = -1
+class NullEngine(Engine):
+    """See Engine. It only takes part in collectives: under ZeRO-3 all ranks gather weights that any rank sends."""
 
     def submit(self, request: Request) -> None:
-        raise RuntimeError("this process has no engine")
+        raise RuntimeError("this rank has no engine (EngineBuilder.engine_ranks)")
 
     def step(self, timeout: float | None = None) -> list[Completion]:
         return []
@@ -31,7 +26,3 @@ class NullEngine:
             for _ in checkpoint_weights(model):
                 pass
         self.version = version
-
-    def sleep(self) -> None: ...
-
-    def shutdown(self) -> None: ...

@@ -1,13 +1,13 @@
-"""Checkpoints that are complete or invisible, and the state they hold. Nothing here is pickled.
+"""Checkpoints that are complete or invisible, and the run state that they hold. Nothing is pickled.
 
     checkpoints/step_40/
         manifest.json          size and SHA-256 of every other file, written last
-        state.json             counters, generators
-        optimizer.safetensors  and other named tensors; large ones in several files
-        model/                 Hugging Face format; with LoRA, the adapters in peft's
+        state.json             counters, states of random number generators
+        optimizer.safetensors  and other groups of named tensors; large groups in several files
+        model/                 Hugging Face format; with LoRA, the adapters in peft's format
 
-A checkpoint is written under a hidden name, forced to disk, and then renamed. A process that is killed at any moment
-leaves the checkpoints that were there, and at most a hidden folder, which the next save removes.
+A checkpoint is written to a hidden folder, flushed to disk, and then renamed. A process that is killed at any moment
+leaves the earlier checkpoints intact, and at most a hidden folder, which the next save removes.
 """
 
 from __future__ import annotations
@@ -35,12 +35,18 @@ from pact_fast.model import shards
 log = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
-Named = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` has one entry per name, on the CPU, read when asked for; `model_dir` is the Hugging Face folder, if any."""
+    """A loaded checkpoint.
+
+    step       training step
+    tensors    groups of named tensors; each tensor is read from disk, to the CPU, when it is accessed
+    state      content of state.json
+    model_dir  the Hugging Face folder, None if there is none
+    """
 
     step: int
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
@@ -52,96 +58,107 @@ def save(
     root: Path,
     step: int,
     *,
-    tensors: Mapping[str, Named],
+    tensors: Mapping[str, NamedTensors],
     state: dict[str, Any],
     write_model: Callable[[Path], None] | None,
-    weights: Named | None = None,
+    weights: NamedTensors | None = None,
     keep: int,
     world: World | None = None,
 ) -> Path:
-    """Write `root/step_{step}` and drop all but the newest `keep` complete checkpoints. Returns its path.
+    """Write `root/step_{step}`, and remove all but the newest `keep` complete checkpoints. Returns the new path.
 
-    `tensors[name]` goes to name.safetensors (if it is large, to several files); `state` to state.json, floats exactly (NaN
-    and infinity are a ValueError); `write_model(path)` fills the folder model/, `weights` its model.safetensors. A
-    checkpoint of the same step is replaced. PactError if the disk is full or not writable: the earlier checkpoints are intact
-    then.
+    A collective: all ranks call it with the same tensors in the same order. Files are written in parallel; `root` must be
+    one folder for all ranks. A checkpoint of the same step is replaced. Only one run at a time may save to `root`.
 
-    Every process of `world` has to call, with the same names in the same order; the lead process's `state` and `write_model`
-    count. `root` must be one folder to all of them. One run at a time may save to `root`; others may read.
+    Args:
+        root: Folder of the checkpoints.
+        step: Training step.
+        tensors: Groups of named tensors; group `name` goes to name.safetensors, large groups to several files.
+        state: JSON data for state.json; floats are stored exactly. Rank 0's counts.
+        write_model: Fills the folder model/ on rank 0; None for no such folder.
+        weights: The model's weights, written to model/model.safetensors.
+        keep: Number of complete checkpoints to keep.
+        world: All ranks; default: one process.
+
+    Raises:
+        PactError: The disk is full or not writable. Earlier checkpoints are intact.
+        ValueError: `state` has a NaN or an infinity.
     """
     world = world or World()
     final = root / f"step_{step}"
     writer = _Writer(world)
     temporary = root / f".tmp-step_{step}-{world.broadcast_from_main(os.getpid, 'a checkpoint')}"
     try:
-        writer.lead(lambda: _begin(root, temporary))
+        writer.on_main(lambda: _begin(root, temporary))
         for name, entries in tensors.items():
             writer.tensors(temporary, name, entries)
         if write_model:
-            writer.lead(lambda: write_model(temporary / "model"))
+            writer.on_main(lambda: write_model(temporary / "model"))
         if weights is not None:
             writer.tensors(temporary / "model", "model", weights)
-        writer.lead(lambda: _write_state(temporary / "state.json", state))
+        writer.on_main(lambda: _write_state(temporary / "state.json", state))
         described = writer.describe(temporary)
-        writer.lead(lambda: _complete(temporary, final, step, described))
+        writer.on_main(lambda: _complete(temporary, final, step, described))
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        cure = "free some space or make the folder writable; earlier checkpoints are intact, go on with resume=auto"
+        cure = "free some space or make the folder writable; earlier checkpoints are intact, continue with resume=auto"
         raise PactError(f"cannot save the checkpoint {final}: {reason}; {cure}") from error
     finally:
         if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
+            shutil.rmtree(temporary, ignore_errors=True)  # already renamed if all went well
     if world.is_main:
         _prune(root, keep)
     return final
 
 
 class _Writer:
-    """What the processes write together. Whoever fails says so to the others, and all of them raise."""
+    """Files written by all ranks together. An error on one rank is raised on all."""
 
     def __init__(self, world: World):
         self.world = world
-        self._own: list[Path] = []
+        self._written: list[Path] = []  # by this rank
 
-    def lead(self, write: Callable[[], object]) -> None:
-        """Something that the lead process does."""
+    def on_main(self, write: Callable[[], object]) -> None:
+        """Run `write` on rank 0."""
         error: Exception | None = None
         if self.world.is_main:
             try:
                 write()
-            except Exception as problem:
-                error = problem
-        self._agree(error)
+            except Exception as caught:
+                error = caught
+        self._raise_on_all(error)
 
-    def tensors(self, folder: Path, name: str, entries: Named) -> None:
+    def tensors(self, folder: Path, name: str, entries: NamedTensors) -> None:
+        """Write named tensors to folder/name.safetensors or several such files, each by one of the ranks."""
         pairs = entries.items() if isinstance(entries, Mapping) else entries
-        self.lead(lambda: folder.mkdir(exist_ok=True))
+        self.on_main(lambda: folder.mkdir(exist_ok=True))
         files, error = shards.write(folder, name, pairs, self.world.rank, self.world.size)
-        self._own += files
-        self._agree(error)
+        self._written += files
+        self._raise_on_all(error)
 
     def describe(self, folder: Path) -> dict[str, Any]:
-        """Size and checksum of every file, each by the process that wrote it; other files are the lead's."""
-        error, own = None, {}
+        """Size and SHA-256 of every file, computed by the rank that wrote it; other files by rank 0."""
+        error, local = None, {}
         try:
-            for path in self._own:
+            for path in self._written:
                 _sync(path)
-                own[path.relative_to(folder).as_posix()] = _describe(path)
-        except OSError as problem:
-            error = problem
-        self._agree(error)
-        known = {name: entry for part in self.world.all_gather(own, "a checkpoint") for name, entry in part.items()}
+                local[path.relative_to(folder).as_posix()] = _describe(path)
+        except OSError as caught:
+            error = caught
+        self._raise_on_all(error)
+        files = {name: entry for part in self.world.all_gather(local, "a checkpoint") for name, entry in part.items()}
         if self.world.is_main:
-            known |= {name: _describe(folder / name) for name in _files(folder) if name not in known}
-        return known
+            files |= {name: _describe(folder / name) for name in _files(folder) if name not in files}
+        return files
 
-    def _agree(self, error: Exception | None) -> None:
-        told = self.world.all_gather(None if error is None else str(error), "a checkpoint")
+    def _raise_on_all(self, error: Exception | None) -> None:
+        """Raise an error of any rank on all ranks."""
+        errors = self.world.all_gather(None if error is None else str(error), "a checkpoint")
         if error is not None:
             raise error
-        for rank, other in enumerate(told):
+        for rank, other in enumerate(errors):
             if other is not None:
-                raise OSError(f"process {rank}: {other}")
+                raise OSError(f"rank {rank}: {other}")
 
 
 def _begin(root: Path, temporary: Path) -> None:
@@ -155,21 +172,20 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def _complete(temporary: Path, final: Path, step: int, described: dict[str, Any]) -> None:
-    """The manifest, everything to disk, and then the name under which it is seen."""
+    """Write the manifest, flush everything to disk, and rename the folder to its final name."""
     manifest = {"step": step, "files": described}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync_tree(temporary)
     if final.exists():
-        _discard(final)
+        _remove(final)
     temporary.rename(final)
     _sync(final.parent)
 
 
 def latest(root: Path, *, verify: bool = False) -> Path | None:
-    """The newest complete checkpoint under `root`, or None.
+    """The newest complete checkpoint under `root`, or None. Damaged ones are skipped with a warning that names the file.
 
-    A damaged one is skipped with a warning that names the file. Sizes are always checked; `verify` also reads every
-    file and checks its SHA-256.
+    File sizes are always checked; `verify` also reads every file and checks its SHA-256.
     """
     for path in reversed(_steps(root)):
         problem = _problem(path, verify)
@@ -180,10 +196,10 @@ def latest(root: Path, *, verify: bool = False) -> Path | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint; PactError if it is damaged. Optimizer and generators are restored by the functions below."""
+    """Open a checkpoint. PactError if it is damaged."""
     problem = _problem(path)
     if problem:
-        raise PactError(f"{path} is not a complete checkpoint: {problem}; delete it to go on from an older one")
+        raise PactError(f"{path} is not a complete checkpoint: {problem}; delete it to continue from an older one")
     try:
         names = {file: re.sub(r"-\d{5}$", "", file.stem) for file in sorted(path.glob("*.safetensors"))}
         tensors = {
@@ -193,16 +209,16 @@ def load(path: Path) -> Checkpoint:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise PactError(f"{path} is damaged: {reason}; delete it to go on from an older checkpoint") from None
+        raise PactError(f"{path} is damaged: {reason}; delete it to continue from an older one") from None
     model_dir = path / "model"
     return Checkpoint(_read_manifest(path)["step"], tensors, state, model_dir if model_dir.is_dir() else None)
 
 
-# -- generators ------------------------------------------------------------------------------------------------------
+# -- random number generators ----------------------------------------------------------------------------------------
 
 
 def rng_state() -> tuple[dict[str, Any], Tensors]:
-    """The global generators: (Python's and numpy's as JSON data, torch's as tensors, one more per CUDA device)."""
+    """States of the global generators: Python's and numpy's as JSON data, torch's (CPU and each CUDA device) as tensors."""
     numpy: Any = np.random.get_state(legacy=False)
     numpy["state"]["key"] = numpy["state"]["key"].tolist()
     state = {"python": random.getstate(), "numpy": numpy}
@@ -213,7 +229,7 @@ def rng_state() -> tuple[dict[str, Any], Tensors]:
 
 
 def set_rng_state(state: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `rng_state` took. Devices that this machine lacks are left out."""
+    """Restore what `rng_state` returned. States of CUDA devices that this machine lacks are ignored."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["numpy"])
@@ -227,10 +243,10 @@ def set_rng_state(state: dict[str, Any], tensors: Mapping[str, torch.Tensor]) ->
 
 
 def rewind_metrics(path: Path, size: int) -> None:
-    """Cut metrics.jsonl back to the `size` bytes that it had at a checkpoint.
+    """Truncate metrics.jsonl to the `size` bytes that it had at a checkpoint.
 
-    A resumed run repeats what came after, which would otherwise stand there twice. If the file has lost bytes since (a full
-    disk, a torn copy), its whole lines are kept.
+    A resumed run repeats the later steps, which would otherwise be recorded twice. If the file is shorter (full disk,
+    incomplete copy), its complete lines are kept.
     """
     if not path.exists():
         return
@@ -246,8 +262,8 @@ def rewind_metrics(path: Path, size: int) -> None:
 
 def _steps(root: Path) -> list[Path]:
     """Checkpoint folders, complete or not, oldest first."""
-    found = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    paths = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def _files(folder: Path) -> list[str]:
@@ -268,7 +284,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _problem(path: Path, verify: bool = False) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Why a checkpoint is not complete; None if it is."""
     try:
         files = _read_manifest(path)["files"]
     except FileNotFoundError:
@@ -289,25 +305,25 @@ def _problem(path: Path, verify: bool = False) -> str | None:
 
 
 def _prune(root: Path, keep: int) -> None:
-    """Remove what is older than the newest `keep` complete checkpoints. Damaged newer ones wait to be replaced."""
+    """Remove checkpoints older than the newest `keep` complete ones. Newer damaged ones stay: a later save replaces them."""
     steps = _steps(root)
     complete = [path for path in steps if _problem(path) is None]
     for path in steps[: steps.index(complete[-keep:][0])]:
-        _discard(path)
+        _remove(path)
 
 
-def _discard(path: Path) -> None:
-    """Hide a checkpoint at once, then delete it: a half-deleted one is never seen."""
+def _remove(path: Path) -> None:
+    """Hide a checkpoint by renaming, then delete it: no reader sees a half-deleted one."""
     trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
     path.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Delete the hidden folders of dead processes. One with our own id is a leftover too: ids come again."""
+    """Delete hidden folders of dead processes. One with our own process id is a leftover, too: ids are reused."""
     for path in root.iterdir():
-        found = re.fullmatch(r"\.(?:tmp|trash)-step_\d+-(\d+)", path.name)
-        if found and (int(found[1]) == os.getpid() or not _alive(int(found[1]))):
+        match = re.fullmatch(r"\.(?:tmp|trash)-step_\d+-(\d+)", path.name)
+        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -316,13 +332,13 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it lives, and is somebody else's
+    except PermissionError:  # alive, owned by another user
         pass
     return True
 
 
 def _sync_tree(folder: Path) -> None:
-    """Force files and folders to disk, each folder after its content."""
+    """fsync files and folders, each folder after its content."""
     for directory, _, names in os.walk(folder, topdown=False):
         for name in names:
             _sync(Path(directory, name))
@@ -338,6 +354,6 @@ def _sync(path: Path) -> None:
 
 
 def run_weights(run: Path) -> tuple[Path | None, Path | None]:
-    """(folder of the base model that the run has made, model folder of its newest complete checkpoint); None where missing."""
-    base, found = run / "base", latest(run / "checkpoints")
-    return (base if (base / "config.json").exists() else None), (found / "model" if found else None)
+    """Model folders of a run: its trained base model, and its newest complete checkpoint\'s; None where absent."""
+    base, newest = run / "base", latest(run / "checkpoints")
+    return (base if (base / "config.json").exists() else None), (newest / "model" if newest else None)

@@ -1,4 +1,4 @@
-"""Rollouts of a step → groups with rewards and advantages, the same on every rank."""
+"""Collecting a step's rollouts: sample, score, all-gather → groups with advantages, the same on every rank."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.train.prefetch import RolloutPrefetcher
 from pact_fast.train.progress import Progress
 
-Sampled = tuple[list[Group], list[Trajectory]]  # all prompts of a step, and this rank's rollouts of them
+LocalRollouts = tuple[list[Group], list[Trajectory]]  # groups of all prompts, still empty; this rank's rollouts of them
 
 
 class RolloutCollector:
-    """Samples, scores and exchanges rollouts. Every rank calls every method.
+    """Samples rollouts, scores them and gathers them on all ranks. All ranks must call every method.
 
     Args:
         config: The run's configuration.
-        tasks: Prompts by step.
+        tasks: Source of the prompts of a step.
         loop: The agent loop of this rank.
-        algorithm: Says whether rollouts are needed, and which kind of advantages.
-        reward_functions: The user's, by name.
+        algorithm: States whether rollouts are needed, and which advantages.
+        reward_functions: The user's reward functions by name.
         samplers: Ranks that have an engine.
         world: All ranks.
-        progress: Shows the rollouts of this rank.
+        progress: Progress display for the rollouts of this rank.
     """
 
     def __init__(
@@ -48,49 +48,45 @@ class RolloutCollector:
         progress: Progress,
     ):
         self._config, self._tasks, self._loop, self._algorithm = config, tasks, loop, algorithm
-        self._reward_functions, self._samplers, self._world, self._progress = (
-            reward_functions,
-            samplers,
-            world,
-            progress,
-        )
+        self._reward_functions, self._progress = reward_functions, progress
+        self._samplers, self._world = samplers, world
         trainer = config.trainer
         self._prefetcher = RolloutPrefetcher(self._sample, trainer.max_steps, trainer.max_off_policy_steps)
 
     def collect(self, step: int, oldest_version: int) -> tuple[list[Group], int]:
-        """The groups of a step, and how many of them were sampled again.
+        """The groups of a step, and the number of stale groups that were sampled again.
 
         Args:
-            step: From 0.
-            oldest_version: Prompts with a token sampled by older weights than these are sampled again.
+            step: Training step, from 0.
+            oldest_version: A group with a token sampled by older weights than this version is stale.
         """
         groups = self._all_gather(self._prefetcher.get(step))
         stale = [i for i, group in enumerate(groups) if _oldest(group, oldest_version) < oldest_version]
         if stale:
             tasks = [groups[index].task for index in stale]
-            again = self._all_gather(self._prefetcher.run(lambda: self._sample(step, tasks)))
-            for index, group in zip(stale, again, strict=True):
+            resampled = self._all_gather(self._prefetcher.run(lambda: self._sample(step, tasks)))
+            for index, group in zip(stale, resampled, strict=True):
                 group.prompt_index = index
                 groups[index] = group
         return groups, len(stale)
 
     def run_jobs(self, jobs: list[Job], name: str) -> list[Trajectory]:
-        """Sample `jobs` on all ranks, in their order; waits for rollouts that are under way."""
+        """Distribute `jobs` over all ranks; returns their trajectories in order. Prefetched rollouts finish first."""
 
         def run() -> list[Trajectory]:
-            mine = [jobs[place] for place in self._local_jobs(len(jobs))]
-            with self._progress.rollouts(len(mine), name) as advance:
-                return self._loop.run(mine, lambda index, trajectory: advance())
+            local = [jobs[position] for position in self._local_jobs(len(jobs))]
+            with self._progress.rollouts(len(local), name) as advance:
+                return self._loop.run(local, lambda index, trajectory: advance())
 
         parts = self._world.all_gather(self._prefetcher.run(run), name)
         return [trajectory for part in parts for trajectory in part]
 
     def close(self) -> None:
-        """Start no further rollouts; those under way end by themselves."""
+        """Start no further rollouts; running ones finish in the background."""
         self._prefetcher.close()
 
-    def _sample(self, step: int, tasks: list[Task] | None = None) -> Sampled:
-        """The prompts of the step (or `tasks`), and this rank's rollouts of them, scored."""
+    def _sample(self, step: int, tasks: list[Task] | None = None) -> LocalRollouts:
+        """Groups of the step's prompts (or of `tasks`), and this rank's rollouts of them, scored."""
         rollout = self._config.rollout
         if tasks is None:
             tasks = self._tasks.train(step, self._config.trainer.prompts_per_step)
@@ -98,40 +94,34 @@ class RolloutCollector:
         groups = [Group(task, index, self._loop.prompt_ids(task)) for index, task in enumerate(tasks)]
         if not self._algorithm.needs_rollouts:
             return groups, []
-        keep = rollout.num_generations
-        started = math.ceil(keep * rollout.oversampling_factor)
+        kept = rollout.num_generations
+        started = math.ceil(kept * rollout.oversampling_factor)
         jobs = [
             Job(group.task, (self._config.seed, step, group.prompt_index, k), rollout.temperature, group.prompt_index)
             for group in groups
             for k in range(started)
         ]
-        # a rank that cancels the slowest of a group must have the whole group
-        local = self._local_jobs(len(jobs), started if started > keep else 1)
-        tasks = [jobs[place].task for place in local if place % started < keep]
-        with self._progress.rollouts(len(tasks), "rollouts") as advance:
-            trajectories = self._loop.run([jobs[place] for place in local], lambda *_: advance(), keep)
-        self._score(tasks, trajectories)
+        # with oversampling, the rank that cancels a group's slowest rollouts must run the whole group
+        local = self._local_jobs(len(jobs), started if started > kept else 1)
+        kept_tasks = [jobs[position].task for position in local if position % started < kept]
+        with self._progress.rollouts(len(kept_tasks), "rollouts") as advance:
+            trajectories = self._loop.run([jobs[position] for position in local], lambda *_: advance(), kept)
+        self._score(kept_tasks, trajectories)
         return groups, trajectories
 
     def _local_jobs(self, jobs: int, unit: int = 1) -> range:
-        """Places of this rank's jobs: a block, so that rollouts of one prompt share a prefix cache.
-
-        `unit` neighbours stay together.
-        """
-        if self._world.rank not in self._samplers:
-            return range(0)
-        index, count, units = self._samplers.index(self._world.rank), len(self._samplers), jobs // unit
-        return range(index * units // count * unit, (index + 1) * units // count * unit)
+        return local_jobs(jobs, unit, self._world.rank, self._samplers)
 
     def _score(self, tasks: list[Task], trajectories: list[Trajectory]) -> None:
+        """Fill in the rewards; `tasks` has one entry per trajectory."""
         messages = [trajectory.to_messages() for trajectory in trajectories]
         functions = call_reward_functions(self._reward_functions, tasks, trajectories, messages)
         outcome_only = not self._algorithm.turn_advantages
         for task, trajectory, rewards in zip(tasks, trajectories, functions, strict=True):
             score(self._config.algorithm.reward, task, trajectory, rewards, outcome_only=outcome_only)
 
-    def _all_gather(self, sampled: Sampled) -> list[Group]:
-        """The groups with the rollouts of all ranks, and their advantages."""
+    def _all_gather(self, sampled: LocalRollouts) -> list[Group]:
+        """The groups, filled with the rollouts of all ranks and their advantages."""
         groups, local = sampled
         trajectories = [t for part in self._world.all_gather(local, "rollouts") for t in part]
         count = self._config.rollout.num_generations
@@ -152,6 +142,21 @@ class RolloutCollector:
 
 
 def _oldest(group: Group, default: int) -> int:
-    """The oldest version of the weights that sampled a token of the group."""
+    """Oldest weight version that sampled a token of the group, or `default` without tokens."""
     oldest = [int(t.versions[t.sampled].min(initial=default)) for t in group.trajectories]
     return min(oldest, default=default)
+
+
+def local_jobs(jobs: int, unit: int, rank: int, samplers: list[int]) -> range:
+    """Positions of a rank's jobs: one block, so that rollouts of a prompt share a prefix cache.
+
+    Args:
+        jobs: Number of jobs of all ranks, a multiple of `unit`.
+        unit: Consecutive jobs that stay on one rank.
+        rank: The rank.
+        samplers: Ranks that have an engine; others get no jobs.
+    """
+    if rank not in samplers:
+        return range(0)
+    index, count, units = samplers.index(rank), len(samplers), jobs // unit
+    return range(index * units // count * unit, (index + 1) * units // count * unit)

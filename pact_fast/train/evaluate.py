@@ -1,4 +1,4 @@
-"""Held-out evaluation: sampled and greedy success, with intervals."""
+"""Held-out evaluation: sampled and greedy success rates with 95 % Wilson intervals."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pact_fast.train.metrics import MetricsWriter
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import RolloutWriter
 
-EVAL_STREAM = 1 << 32  # keeps evaluation's random numbers apart from those of training step 0, 1, …
+EVAL_STREAM = 1 << 32  # takes the place of the training step in random seeds, so that the two never coincide
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A success rate with its 95 % Wilson interval."""
+    """A success rate of n trials with its 95 % Wilson interval [low, high]."""
 
     mean: float
     low: float
@@ -33,6 +33,7 @@ class Rate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Rate:
+        """The mean of `values` in [0, 1] (Wilson 1927, JASA 22, 209-212)."""
         n = len(values)
         if not n:
             return cls(0.0, 0.0, 1.0, 0)
@@ -49,7 +50,17 @@ class Rate:
 
 
 class Evaluator:
-    """Success on held-out tasks during a run. All ranks call it."""
+    """Evaluates the policy on held-out tasks during a run. All ranks must call it.
+
+    Args:
+        config: The run's configuration.
+        tasks: Source of the held-out tasks.
+        collector: Distributes the rollouts over ranks.
+        metrics: Where results are written; None on ranks other than 0.
+        records: Writer of sampled rollouts.
+        progress: Shows results and some rollouts.
+        world: All ranks.
+    """
 
     def __init__(
         self,
@@ -65,7 +76,15 @@ class Evaluator:
         self._metrics, self._records, self._progress, self._world = metrics, records, progress, world
 
     def evaluate(self, step: int, label: str) -> dict[str, Any] | None:
-        """Rates by name ("success": sampled at temperature 1; "greedy"); None without held-out tasks."""
+        """Evaluate once. Returns rates as JSON, "success" (sampled at temperature 1) and "greedy".
+
+        Args:
+            step: Training step for the metrics.
+            label: Name for the progress display.
+
+        Returns:
+            None if there are no held-out tasks.
+        """
         trainer = self._config.trainer
         tasks = self._tasks.held_out(trainer.eval_tasks)
         if not tasks:
@@ -98,20 +117,31 @@ def evaluate(
     seed: int,
     on_finish: Callable[[int, Trajectory], None] | None = None,
 ) -> list[Trajectory]:
-    """One trajectory per task, rewarded by its environment (reward_parts). Temperature 0 is greedy."""
+    """One trajectory per task, scored by its environment only.
+
+    Args:
+        loop: The agent loop that samples.
+        tasks: Evaluation tasks.
+        temperature: Sampling temperature; 0 is greedy.
+        seed: Seed of the run.
+        on_finish: Called with (index, trajectory) whenever one has ended.
+    """
     trajectories = loop.run(evaluation_jobs(tasks, temperature, seed), on_finish)
     score_evaluation(trajectories)
     return trajectories
 
 
 def evaluation_jobs(tasks: list[Task], temperature: float, seed: int) -> list[Job]:
+    """One job per task, with random numbers that depend on seed and position alone."""
     return [Job(task, (seed, EVAL_STREAM, index), temperature) for index, task in enumerate(tasks)]
 
 
 def success_rate(trajectories: list[Trajectory]) -> Rate:
+    """Mean of the environment's `success`; trajectories without one count as failures."""
     return Rate.of([t.reward_parts.get("success", 0.0) for t in trajectories])
 
 
 def reward_means(trajectories: list[Trajectory]) -> dict[str, float]:
+    """Mean of every reward part by name."""
     keys = sorted({key for t in trajectories for key in t.reward_parts})
     return {key: sum(t.reward_parts.get(key, 0.0) for t in trajectories) / len(trajectories) for key in keys}

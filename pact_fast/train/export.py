@@ -1,4 +1,4 @@
-"""`pact-fast export`: a run's newest model as one Hugging Face folder, adapters merged into the weights."""
+"""`pact-fast export`: write a run's newest model as one Hugging Face folder, adapters merged into the weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from pact_fast.train.run_dir import atomic_save_pretrained
 
 
 def export(run: Path, out: Path) -> Path:
-    """Write weights (float32), configuration and tokenizer to `out`, which appears when it is complete."""
+    """Write weights (float32), configuration and tokenizer to the new folder `out`. Returns it.
+
+    Raises:
+        PactError: `run` is no run directory or has no checkpoint, or `out` exists.
+    """
     if not (run / "config.yaml").exists():
-        raise PactError(f"{run} is no run directory: it has no config.yaml")
+        raise PactError(f"{run} is not a run directory: it has no config.yaml")
     if out.exists():
         raise PactError(f"{out} exists already; name a new folder")
     base, checkpoint = run_weights(run)

@@ -1,4 +1,4 @@
-"""Importance weights that the loss kernel cannot form token by token, computed before the update."""
+"""Importance weights that the loss cannot form token by token; computed before the first optimizer step of a batch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from pact_fast.algorithms.base import ImportanceWeight
 from pact_fast.batch.loss_table import ScoredTokens
 from pact_fast.components import LossContext
 
-MAX_LOG_RATIO = 50.0  # exp stays finite
+MAX_LOG_RATIO = 50.0  # keeps exp finite
 
 
 def set_importance_weights(scored: Iterable[ScoredTokens], context: LossContext, rule: ImportanceWeight) -> None:
-    """Fill in `importance` of the rollouts scored in `context`; `old_logprob` must be known."""
+    """Fill in `importance` of the rollouts scored in `context`. Requires their `old_logprob`."""
     for s in scored:
         if s.context == context and len(s.index):
             s.importance = importance_weight(s.old_logprob, s.sampler_logprob, rule)
 
 
 def importance_weight(old: np.ndarray, sampler: np.ndarray, rule: ImportanceWeight) -> np.ndarray:
-    """w float64 [m] of one rollout, from its log-probs [m] under π_old and under the sampler."""
+    """Importance weights w = π_old/π_sampler of one rollout's tokens, bounded as `rule` says; float64 [m].
+
+    Args:
+        old: Log-probs under π_old, float32 [m].
+        sampler: Log-probs reported by the sampler, float32 [m].
+        rule: Level (token, sequence product, geometric mean) and bound (truncate, mask).
+    """
     log_ratio = (old - sampler).astype(np.float64)
     if rule.level == "sequence":
         log_ratio = np.full_like(log_ratio, log_ratio.sum())

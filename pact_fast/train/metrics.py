@@ -19,7 +19,10 @@ from pact_fast.train.run_dir import io_errors
 
 
 class MetricsWriter:
-    """Appends to run/metrics.jsonl, flushed per record, and to TensorBoard in run/tensorboard, from step `first` on."""
+    """Appends records to run/metrics.jsonl, flushed to disk one by one, and to TensorBoard in run/tensorboard.
+
+    `first`: the step that the run starts or resumes from; later TensorBoard events of an earlier process are purged.
+    """
 
     def __init__(self, run: Path, first: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -29,9 +32,14 @@ class MetricsWriter:
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1 if first else None)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
+        """Write one record. Values that are not finite become null: JSON has no NaN.
+
+        Raises:
+            PactError: The disk is full or not writable.
+        """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with io_errors(self._run / "metrics.jsonl"):
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")  # NaN is no JSON
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
         with io_errors(self._run / "tensorboard"):
@@ -40,14 +48,14 @@ class MetricsWriter:
                     self._board.add_scalar(key, value, step)
 
     def close(self) -> None:
-        """On a full disk, what is lost here was reported by `write`, or is TensorBoard's last minutes."""
+        """Close both. Errors are ignored: `write` has flushed the records and reported a full disk."""
         for file in (self._file, self._board):
             with contextlib.suppress(OSError):
                 file.close()
 
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """Rewards, lengths, turns, stop reasons and sampled shares of the step's rollouts."""
+    """Rewards, lengths, turns, tool calls and stop reasons of a step's rollouts."""
     trajectories = [t for group in groups for t in group.trajectories]
     if not trajectories:
         return {}
@@ -61,7 +69,7 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         "lengths/sampled_mean": float(np.mean([t.sampled.sum() for t in trajectories])),
         "turns/mean": float(np.mean([len(t.turns) for t in trajectories])),
         "tools/calls_mean": float(np.mean([len(t.calls) for t in trajectories])),
-        "tools/malformed_fraction": _share(
+        "tools/malformed_fraction": _fraction(
             [isinstance(a, str) for t in trajectories for turn in t.turns for a in turn.attempts]
         ),
     }
@@ -70,7 +78,7 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     if "reward/success" in values:
         values["success"] = values["reward/success"]
     for reason in sorted({t.stop_reason for t in trajectories}):
-        values[f"stop/{reason}"] = _share([t.stop_reason == reason for t in trajectories])
+        values[f"stop/{reason}"] = _fraction([t.stop_reason == reason for t in trajectories])
     for component in (Component.REASONING, Component.TOOL_CALL, Component.ANSWER):
         counts = [int(((t.components == component) & t.sampled).sum()) for t in trajectories]
         values[f"lengths/{component.name.lower()}_mean"] = float(np.mean(counts))
@@ -78,7 +86,7 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
 
 
 def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
-    """Losses and statistics of the step's optimizer steps; stats are sums, so they are added before they are divided."""
+    """Losses and statistics of a step's optimizer steps. Statistics are sums, so they are added before division."""
     stats: dict[str, Any] = {}
     for result in results:
         for key, value in result.stats.items():
@@ -101,44 +109,44 @@ def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
 
 
 def mismatch_metrics(results: list[UpdateResult]) -> dict[str, float]:
-    """How far the trainer's log-probs of sampled tokens are from the sampler's, under the same context (prompt only).
+    """Trainer's − sampler's log-prob of sampled tokens, under the same (prompt-only) context.
 
-    abs_mean, p99 and max of |gap| say whether the engine computes what the trainer computes; `mean` is signed.
+    abs_mean, p50, p99 and max are of the absolute difference and show whether the engine computes what the trainer
+    computes; `mean` is signed.
     """
-    parts = [gap for result in results for gap in result.gaps if len(gap)]
+    parts = [diff for result in results for diff in result.logprob_diff if len(diff)]
     if not parts:
         return {}
-    component, gap = np.concatenate(parts).T
-    size = np.abs(gap)
-    values = {"mismatch/mean": float(gap.mean()), **_sizes("mismatch", size)}
-    for number in np.unique(component):
-        values |= _sizes(f"mismatch/{Component(int(number)).name.lower()}", size[component == number])
+    component, diff = np.concatenate(parts).T
+    size = np.abs(diff)
+    values = {"mismatch/mean": float(diff.mean()), **_quantiles("mismatch", size)}
+    for value in np.unique(component):
+        values |= _quantiles(f"mismatch/{Component(int(value)).name.lower()}", size[component == value])
     return values
 
 
-def _sizes(prefix: str, size: np.ndarray) -> dict[str, float]:
-    p50, p99 = np.quantile(size, (0.5, 0.99))
+def _quantiles(prefix: str, values: np.ndarray) -> dict[str, float]:
+    p50, p99 = np.quantile(values, (0.5, 0.99))
     return {
-        f"{prefix}/abs_mean": float(size.mean()),
+        f"{prefix}/abs_mean": float(values.mean()),
         f"{prefix}/p50": float(p50),
         f"{prefix}/p99": float(p99),
-        f"{prefix}/max": float(size.max()),
+        f"{prefix}/max": float(values.max()),
     }
 
 
 def control_token_prob(groups: list[Group], control: frozenset[int]) -> dict[str, float]:
-    """Mean sampler probability of sampled control tokens (end of turn, markers): it falls first when a policy breaks."""
+    """Mean sampler probability of sampled control tokens (end of turn, markers). An early sign of a collapsing policy."""
     ids = np.array(sorted(control))
-    probabilities = [
-        np.exp(t.logprobs[t.sampled & np.isin(t.ids, ids)]) for group in groups for t in group.trajectories
-    ]
-    found = np.concatenate(probabilities) if probabilities else np.zeros(0)
-    return {"control_token_prob": float(found.mean())} if len(found) else {}
+    parts = [np.exp(t.logprobs[t.sampled & np.isin(t.ids, ids)]) for group in groups for t in group.trajectories]
+    probabilities = np.concatenate(parts) if parts else np.zeros(0)
+    return {"control_token_prob": float(probabilities.mean())} if len(probabilities) else {}
 
 
 def _ratio(part: float, whole: float) -> float:
+    """part / whole, 1 for an empty whole."""
     return part / whole if whole else 1.0
 
 
-def _share(flags: list[bool]) -> float:
+def _fraction(flags: list[bool]) -> float:
     return float(np.mean(flags)) if flags else 0.0

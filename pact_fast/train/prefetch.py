@@ -1,4 +1,4 @@
-"""Work done ahead of its use: rollouts of the next steps are sampled while the current one is trained on."""
+"""Prefetching: rollouts of the next steps are sampled in a thread while the current step is trained on."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ R = TypeVar("R")
 
 
 class RolloutPrefetcher(Generic[T]):
-    """`make(step)` for one step after another, in a thread, up to `ahead` steps before `get(step)` asks for them.
+    """Runs `make(step)` in a thread, up to `ahead` steps before `get(step)` asks for the result.
 
-    With `ahead` = 0 there is no thread: everything happens when it is asked for.
+    With `ahead` = 0 there is no thread, and `get` runs `make` itself.
+
+    Args:
+        make: Produces the result of a step.
+        last: Number of steps of the run; none beyond is started.
+        ahead: How many steps may be prefetched.
     """
 
     def __init__(self, make: Callable[[int], T], last: int, ahead: int):
@@ -22,22 +27,22 @@ class RolloutPrefetcher(Generic[T]):
         self._steps: dict[int, Future[T]] = {}
 
     def get(self, step: int) -> T:
-        """The result of a step; what failed in the thread is raised here."""
+        """The result of a step. An exception in the thread is raised here."""
         if self._pool is None:
             return self._make(step)
         self._start(step)
         result = self._steps.pop(step).result()
-        # only now: what is sampled from here on is used at most `ahead` updates later
+        # only after the wait above: rollouts that start now must be used at most `ahead` updates later
         for following in range(step + 1, min(step + self._ahead, self._last - 1) + 1):
             self._start(following)
         return result
 
     def run(self, work: Callable[[], R]) -> R:
-        """Something else with the same engine, after what is under way."""
+        """Run other work on the same engine, after the prefetches that were started."""
         return work() if self._pool is None else self._pool.submit(work).result()
 
     def close(self) -> None:
-        """Do not start what has not begun; what has begun ends by itself."""
+        """Cancel prefetches that have not begun; running ones finish in the background."""
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 

@@ -1,7 +1,7 @@
-"""The base model of the quickstart: SFT on noisy lookup_chain traces, from random weights.
+"""Pretraining of the quickstart's base model: SFT on noisy lookup_chain traces, from random weights.
 
-The noise (wrong relations, early stops) makes a base that is sharp on grammar and copying but unsure of strategy, so that it is
-mostly wrong when sampled. That is the gap which reinforcement learning can close in minutes.
+With noise in the traces (wrong relations, early stops), the base model learns syntax and copying but not the strategy, so
+sampled rollouts mostly fail. Reinforcement learning can close that gap in minutes.
 """
 
 from __future__ import annotations
@@ -32,13 +32,21 @@ def pretrain(
     tasks: TaskSource,
     on_step: Callable[[int, float], None],
 ) -> None:
-    """Train `model` in place; `on_step(step, loss)` after every step. A pure function of the seed."""
+    """Train `model` in place. The result depends on the seed alone.
+
+    Args:
+        config: The run's configuration; its `pretrain` section must be set.
+        model: The model to train.
+        renderer: Renders the traces.
+        tasks: Source of lookup_chain tasks.
+        on_step: Called with (step, loss) after every step.
+    """
     assert config.pretrain is not None
     settings = config.pretrain
     learner = Learner(model, _trainer(settings), SFT(AlgorithmConfig()), total_updates=settings.steps)
     noise = TraceNoise(settings.early_stop, settings.wrong_relation)
     for step in range(settings.steps):
-        # negative steps: none of these tasks comes back in RL
+        # negative step numbers: none of these tasks appears again in RL
         tasks_of_step = tasks.train(-1 - step, settings.batch_size)
         rng = random.Random(f"pretrain/{config.seed}/{step}")
         batches = [_noisy_batch(task, place, noise, rng, renderer) for place, task in enumerate(tasks_of_step)]
@@ -52,13 +60,14 @@ def pretrain(
 
 
 def _trainer(settings: PretrainConfig) -> TrainerConfig:
+    """Optimizer settings of the pretraining stage."""
     return TrainerConfig(
         learning_rate=settings.learning_rate, warmup_steps=min(20, settings.steps), weight_decay=0.01, adam_beta2=0.98
     )
 
 
 def _noisy_batch(task: Task, place: int, noise: TraceNoise, rng: random.Random, renderer: ChatRenderer) -> PromptBatch:
-    """A noisy trace of a task with its answer, every generated token supervised with weight 1."""
+    """A noisy trace of a task, answer included, with weight 1 on every generated token."""
     trace = noisy_trace(task, noise, rng)
     prompt = renderer.prompt_ids(task.prompt, task.tools)
     body = renderer.trace_context(task, trace, "turns")

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: progress bars on a terminal, plain lines elsewhere."""
+"""Progress of a run for people: progress bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-LINE_SECONDS = 10.0  # without a terminal, at most one line of progress in so many seconds
+LINE_SECONDS = 10.0  # without a terminal, shortest time between two lines of a phase
 
 
 class Progress:
-    """One bar for the run, one for what is going on inside the step. `quiet`: nothing at all."""
+    """One bar for the run and one for the current phase. `quiet`: print nothing (ranks other than 0)."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(file=sys.stderr, quiet=quiet)
@@ -26,33 +26,34 @@ class Progress:
             TextColumn("{task.fields[info]}"), console=self.console, transient=True,
         )  # fmt: skip
         self._run: Any = None
-        if self._live:
-            self._bars.start()
 
     def close(self) -> None:
+        """Remove the bars and give the terminal its cursor back."""
         if self._live:
             self._bars.stop()
             self._live = False
 
     def note(self, text: str) -> None:
+        """Print a line of plain text."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def print(self, renderable: RenderableType) -> None:
+        """Print a table or another rich object."""
         self.console.print(renderable)
 
     def step(self, done: int, total: int, values: dict[str, Any]) -> None:
-        """A finished training step with its numbers."""
+        """Report a finished training step, with a few of its metrics."""
         if self._live:
             if self._run is None:
-                self._run = self._bars.add_task("training", total=total, info="")
+                self._run = self._add("training", total)
             self._bars.update(self._run, completed=done, info=_brief(values))
         else:
             self.note(f"step {done}/{total}  {_brief(values)}")
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Callable[[str], None]]:
-        """A stage of `total` parts; call the yielded function after each."""
-        task = self._bars.add_task(name, total=total, info="") if self._live else None
+        """A phase of `total` units of work; call the yielded function, with a remark, after each."""
+        task = self._add(name, total)
         done, shown = 0, time.monotonic()
 
         def advance(info: str = "") -> None:
@@ -70,8 +71,8 @@ class Progress:
 
     @contextmanager
     def rollouts(self, total: int, name: str = "rollouts") -> Iterator[Callable[[], None]]:
-        """Rollouts being sampled; silent without a terminal, where the step's own line follows soon."""
-        task = self._bars.add_task(f"  {name}", total=total, info="") if self._live else None
+        """Sampling of `total` rollouts; call the yielded function after each. Silent without a terminal."""
+        task = self._add(f"  {name}", total)
 
         def advance() -> None:
             if task is not None:
@@ -80,6 +81,13 @@ class Progress:
         yield advance
         if task is not None:
             self._bars.remove_task(task)
+
+    def _add(self, name: str, total: int) -> Any:
+        """A new bar, None without a terminal. The display starts here, so that an early error leaves the cursor alone."""
+        if not self._live:
+            return None
+        self._bars.start()
+        return self._bars.add_task(name, total=total, info="")
 
 
 def _brief(values: dict[str, Any]) -> str:

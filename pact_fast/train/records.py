@@ -1,4 +1,4 @@
-"""Rollouts as JSON records under rollouts/, for the viewer and the report."""
+"""Rollouts as JSON Lines under rollouts/, for the viewer and the report. Fields: `rollout_record`."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from pact_fast.train.run_dir import write_text
 
 
 class RolloutWriter:
-    """Writes rollouts of a run. Call on rank 0.
+    """Writes rollouts of a run; used on rank 0 only.
 
     Args:
         run: The run directory.
-        renderer: Turns tokens into text.
-        limit: Rollouts per file.
+        renderer: Decodes tokens.
+        limit: Most rollouts per file, except for skipped updates.
     """
 
     def __init__(self, run: Path, renderer: ChatRenderer, limit: int):
         self._run, self._renderer, self._limit = run, renderer, limit
 
     def write_step(self, step: int, batches: list[PromptBatch]) -> None:
-        """The first rollouts of every prompt, then the second ones, …, so that every prompt is seen before any is twice."""
-        places = sorted((k, p) for p, batch in enumerate(batches) for k in range(len(batch.group.trajectories)))
-        self._write(step, "train", batches, [(p, k) for k, p in places[: self._limit]])
+        """Up to `limit` rollouts of a step: the first of every prompt, then the second of every prompt, and so on."""
+        order = sorted((k, p) for p, batch in enumerate(batches) for k in range(len(batch.group.trajectories)))
+        self._write(step, "train", batches, [(p, k) for k, p in order[: self._limit]])
 
     def write_skipped(self, step: int, batches: list[PromptBatch]) -> None:
         """All rollouts of a step with a skipped update."""
-        places = [(p, k) for p, batch in enumerate(batches) for k in range(len(batch.group.trajectories))]
-        self._write(step, "skipped", batches, places)
+        rollouts = [(p, k) for p, batch in enumerate(batches) for k in range(len(batch.group.trajectories))]
+        self._write(step, "skipped", batches, rollouts)
 
     def write_evaluation(self, step: int, tasks: list[Task], trajectories: list[Trajectory]) -> list[dict[str, Any]]:
-        """The first evaluation rollouts; returns the records."""
+        """Up to `limit` evaluation rollouts. Returns their records."""
         records = [
             rollout_record(self._renderer, task, trajectory, step=step, kind="eval")
             for task, trajectory in list(zip(tasks, trajectories, strict=True))[: self._limit]
@@ -46,20 +46,23 @@ class RolloutWriter:
         write_rollouts(self._run, step, "eval", records)
         return records
 
-    def _write(self, step: int, kind: str, batches: list[PromptBatch], places: Iterable[tuple[int, int]]) -> None:
-        """`places`: (prompt, rollout)."""
+    def _write(self, step: int, kind: str, batches: list[PromptBatch], rollouts: Iterable[tuple[int, int]]) -> None:
+        """`rollouts`: (index of the prompt, index of its rollout)."""
         records = [
             rollout_record(
                 self._renderer, batches[p].group.task, batches[p].group.trajectories[k], step=step, kind=kind,
                 batch=batches[p], k=k,
             )
-            for p, k in places
+            for p, k in rollouts
         ]  # fmt: skip
         write_rollouts(self._run, step, kind, records)
 
 
 def write_rollouts(run: Path, step: int, kind: str, records: list[dict[str, Any]]) -> None:
-    """rollouts/step_N.jsonl (training), eval_N.jsonl or skipped_N.jsonl; a resumed step overwrites its file."""
+    """Write records to rollouts/step_N.jsonl (kind "train"), eval_N.jsonl or skipped_N.jsonl.
+
+    A step that is repeated after a resume overwrites its file.
+    """
     if records:
         name = f"{'step' if kind == 'train' else kind}_{step:06d}.jsonl"
         write_text(run / "rollouts" / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
@@ -75,7 +78,17 @@ def rollout_record(
     batch: PromptBatch | None = None,
     k: int = 0,
 ) -> dict[str, Any]:
-    """Everything a viewer needs of one rollout, as JSON."""
+    """One rollout as a JSON object. Columns of tokens have one entry per response token; None where it does not apply.
+
+    Args:
+        renderer: Decodes tokens.
+        task: The task of the rollout.
+        trajectory: The rollout.
+        step: Training step, from 1.
+        kind: "train", "eval" or "skipped".
+        batch: The prompt batch that the rollout belongs to, for advantages, weights and the expert trace.
+        k: Index of the rollout in its group.
+    """
     weights = _weights(batch, trajectory, k) if batch else None
     return {
         "step": step,
@@ -101,25 +114,28 @@ def rollout_record(
 
 
 def token_texts(renderer: ChatRenderer, ids: np.ndarray) -> list[str]:
-    """One string per token whose concatenation is the text; a character split over tokens stands at its last token."""
+    """The text of each token. A character that is split over several tokens is given to the last of them.
+
+    The concatenation is the decoded text.
+    """
     texts: list[str] = []
-    held = b""
+    pending = b""
     for token in ids.tolist():
-        held += renderer.token_bytes.table[token]
+        pending += renderer.token_bytes.table[token]
         try:
-            texts.append(held.decode("utf-8"))
-            held = b""
+            texts.append(pending.decode("utf-8"))
+            pending = b""
         except UnicodeDecodeError as error:
-            if error.end < len(held) or len(held) > 4:  # not a prefix of a character: show what can be shown
-                texts.append(held.decode("utf-8", "replace"))
-                held = b""
+            if error.end < len(pending) or len(pending) > 4:  # invalid, not an unfinished character
+                texts.append(pending.decode("utf-8", "replace"))
+                pending = b""
             else:
                 texts.append("")
     return texts
 
 
 def _weights(batch: PromptBatch, trajectory: Trajectory, k: int) -> np.ndarray:
-    """Policy-loss weight of every response token, summed over the contexts it is scored in."""
+    """Policy-loss weight of every response token [n], summed over loss contexts; NaN for tokens that were not sampled."""
     weights = np.full(len(trajectory.ids), np.nan)
     weights[trajectory.sampled] = 0.0
     for s in batch.scored:
@@ -129,7 +145,7 @@ def _weights(batch: PromptBatch, trajectory: Trajectory, k: int) -> np.ndarray:
 
 
 def _expert(renderer: ChatRenderer, batch: PromptBatch) -> dict[str, Any] | None:
-    """h* with the SFT weight of every token."""
+    """The expert trace with the SFT weight of every token."""
     if batch.expert is None:
         return None
     node, components = batch.expert

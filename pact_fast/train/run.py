@@ -1,11 +1,11 @@
 """The life cycle of a training run: build, resume, step, evaluate, save, stop.
 
-All randomness is a function of (seed, step, place), never of earlier draws, and nothing depends on how fast a tool
-answered. A run that is killed and resumed therefore repeats its lost steps bit for bit (on CPU, with the same number of
+All random numbers are functions of (seed, step, position), never of earlier draws, and nothing depends on the speed of
+tools. A run that is killed and resumed therefore repeats its lost steps bit for bit (on CPU, with the same number of
 threads).
 
-All ranks go through this together (docs/scaling.md): each samples its part of the rollouts, all of them get all
-rollouts, and from there on they compute the same batches. Rank 0 writes and logs.
+Every rank runs the same life cycle (docs/scaling.md): it samples its part of the rollouts, gathers all of them, and from
+there on computes the same batches as the others. Only rank 0 writes files and logs.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ from pact_fast.config import Config
 from pact_fast.distributed.world import init_world
 from pact_fast.envs.registry import EnvironmentFactory, make_tasks
 from pact_fast.errors import PactError
-from pact_fast.estimate.memory import fitting_pack_tokens
 from pact_fast.model import lora
 from pact_fast.model.adapter import adapter_tensors
 from pact_fast.model.build import check_context, make_model, make_policy
-from pact_fast.model.device import device_kind, free_memory, precision
+from pact_fast.model.device import device_kind, precision
 from pact_fast.model.tokenizer import make_tokenizer
-from pact_fast.model.weights import checkpoint_weights, save_settings
+from pact_fast.model.weights import checkpoint_weights, save_model_config
 from pact_fast.report.console import summary_table
 from pact_fast.rewards.functions import load_reward_functions
 from pact_fast.rollout.agent import AgentLoop
+from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.registry import engine_builder, make_engine
 from pact_fast.train import checkpoint
 from pact_fast.train.collect import RolloutCollector
 from pact_fast.train.evaluate import Evaluator
 from pact_fast.train.learner import Learner, PacksTooLarge
 from pact_fast.train.metrics import MetricsWriter
+from pact_fast.train.pack_budget import lower_pack_budget, with_pack_budget
 from pact_fast.train.pretrain import pretrain
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import RolloutWriter
@@ -54,12 +55,12 @@ from pact_fast.train.step import Stepper, StepResult
 
 @dataclass
 class RunState:
-    """Where a run stands, as checkpoints hold it.
+    """Progress of a run, as saved in checkpoints.
 
-    step               training steps done
-    wall_seconds       of all earlier processes of this run
-    base               the evaluation of the base model; None if there was none yet
-    owes_evaluation    the evaluation after the last step is still to be done
+    step             finished training steps
+    wall_seconds     of all earlier processes of this run
+    base             evaluation of the base model; None before it, or without held-out tasks
+    owes_evaluation  the evaluation after `step` was put off to the process that resumes
     """
 
     step: int = 0
@@ -71,11 +72,24 @@ class RunState:
 class Trainer:
     """Builds a run from its configuration and trains it.
 
-    summary = Trainer(load_config("quickstart")).train()
+        summary = Trainer(load_config("quickstart")).train()
+
+    The constructor checks everything that is cheap to check and opens the run directory; `train` builds the model.
 
     Raises:
         PactError: Configuration, data, tokenizer or run directory cannot be used.
     """
+
+    # built by `train`
+    model: PreTrainedModel
+    learner: Learner
+    engine: Engine
+    loop: AgentLoop
+    collector: RolloutCollector
+    stepper: Stepper
+    records: RolloutWriter
+    evaluator: Evaluator
+    metrics: MetricsWriter | None = None
 
     def __init__(self, config: Config):
         self._started = time.monotonic()
@@ -92,41 +106,42 @@ class Trainer:
         self.make_env = EnvironmentFactory(config)
         self.run = Path(config.output_dir)
         self._run_on_main(lambda: open_run(config), "the run directory")
-        self.config = self._with_pack_tokens(config)
+        self.config = with_pack_budget(config, self.run, self.world, self.device, self.progress.note)
         self._run_on_main(self._save_tokenizer, "the tokenizer")
         self.tokenizer = make_tokenizer(config.model, self.tasks, self.run / "tokenizer")
         self.renderer = make_renderer(config.model, self.tokenizer)
         check_template(self.renderer)
         self.shutdown = GracefulShutdown()
-        self._skipped = 0  # updates in a row
+        self._skipped = 0  # consecutive skipped updates
 
     def train(self) -> dict[str, Any] | None:
-        """Train to the end; returns (and writes) the summary, or None if the run was asked to stop before (SIGTERM).
+        """Train to the end. Returns the summary (also in summary.json), or None if SIGTERM stopped the run after a step.
 
         Raises:
-            ShutdownRequested: Asked to stop while there is nothing to save, before the first step or after the last.
+            ShutdownRequested: SIGTERM came before the first step or after the last, with nothing to save.
         """
         with self.shutdown:
             try:
                 return self._train()
             except ShutdownRequested:
-                self.progress.note("asked to stop, and nothing had to be saved; go on with resume=auto")
+                self.progress.note("stopped by SIGTERM, and nothing had to be saved; continue with resume=auto")
                 raise
             finally:
                 self.progress.close()
 
     def _train(self) -> dict[str, Any] | None:
-        found = self._newest_checkpoint()
-        self._build(found)
-        state = self._restore(found) if found else self._start()
-        self._began = self._started - state.wall_seconds
+        """Build, resume, and run the steps that are left. Always stops the engine."""
+        newest = self._newest_checkpoint()
+        self._build(newest)
         try:
+            state = self._restore(newest) if newest else self._start()
+            self._began = self._started - state.wall_seconds
             self.engine.update_weights(self.model, self.learner.updates)
             if state.base is None:
                 state.base = self.evaluator.evaluate(0, "base")
             if state.owes_evaluation:
                 self.evaluator.evaluate(state.step, "eval")
-            self.shutdown.deferred = True  # from here on there is a step to be saved
+            self.shutdown.deferred = True  # from here on, a step is finished and saved before stopping
             while state.step < self.config.trainer.max_steps:
                 self._log_step(state.step + 1, self.stepper(state.step))
                 state.step += 1
@@ -135,17 +150,17 @@ class Trainer:
             self.shutdown.deferred = False
             return self._finish(state)
         except PacksTooLarge as error:
-            write_text(self._pack_limit, str(error.tokens))
+            lower_pack_budget(self.run, error.tokens)
             raise
         finally:
             self._close()
 
     # -- build and resume --------------------------------------------------------------------------------------------
 
-    def _build(self, found: Path | None) -> None:
-        """Model, learner, engine, and the parts of a step; from a checkpoint, if there is one."""
+    def _build(self, newest: Path | None) -> None:
+        """Build model, learner, engine and the parts of a step. `newest`: the checkpoint that the weights come from."""
         config = self.config
-        self.model, reference = self._load_models(found)
+        self.model, reference = self._load_models(newest)
         autocast = precision(config, self.device)
         per_update = config.trainer.prompts_per_update or config.trainer.prompts_per_step
         updates_per_batch = config.trainer.prompts_per_step // per_update
@@ -162,37 +177,39 @@ class Trainer:
             world=self.world,
             dtype=config.model.dtype,
         )
-        # after the learner, which may partition the model over ranks
+        # after the learner: ZeRO may have sharded the model over ranks
         self.engine = make_engine(
             config, self.model, self.renderer, folder=self.run, autocast=autocast, world=self.world
         )
         self.loop = AgentLoop(self.engine, self.renderer, self.make_env, config.rollout)
-        samplers = self.engine_builder.samplers(self.world)
+        samplers = self.engine_builder.engine_ranks(self.world)
         self.collector = RolloutCollector(
             config, self.tasks, self.loop, self.algorithm, self.reward_functions, samplers, self.world, self.progress
         )
         self.stepper = Stepper(config, self.algorithm, self.learner, self.engine, self.collector, self.renderer)
         self.records = RolloutWriter(self.run, self.renderer, limit=config.trainer.save_rollouts)
 
-    def _load_models(self, found: Path | None) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-        """The policy, and the frozen reference if there is a KL term."""
+    def _load_models(self, newest: Path | None) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+        """The policy, and the frozen reference policy if there is a KL term (the policy itself if it has adapters)."""
         config, base_dir = self.config, self.run / "base"
         if config.pretrain:
             with nullcontext() if self.world.is_main else self.shutdown.suspended():
                 self._run_on_main(lambda: self._pretrain(base_dir), "the base model")
-        start, several = base_dir if config.pretrain else None, self.world.size > 1
-        weights = found and found / "model"
-        model = make_policy(config, self.tokenizer, base=start, checkpoint=weights, device=self.device, split=several)
+        base, several = base_dir if config.pretrain else None, self.world.size > 1
+        weights = newest and newest / "model"
+        model = make_policy(
+            config, self.tokenizer, base=base, checkpoint=weights, device=self.device, partition=several
+        )
         check_context(config, model)
         if not self.algorithm.requirements(self.engine_builder.sampler_differs).reference:
             return model, None
         if config.model.lora:
-            return model, model  # with its adapters off
-        reference = make_model(config, self.tokenizer, path=start, device=self.device, split=several)
+            return model, model
+        reference = make_model(config, self.tokenizer, path=base, device=self.device, partition=several)
         return model, reference.eval().requires_grad_(False)
 
     def _pretrain(self, target: Path) -> None:
-        """Make the base model, if it is not there; the folder appears only when it is complete."""
+        """Train and save the base model, unless a complete one is there."""
         config = self.config
         if (target / "config.json").exists():
             return
@@ -203,30 +220,31 @@ class Trainer:
         atomic_save_pretrained(model, target)
 
     def _save_tokenizer(self) -> None:
+        """Save the tokenizer to the run directory, unless it is there."""
         saved = self.run / "tokenizer"
         if not saved.exists():
             atomic_save_pretrained(make_tokenizer(self.config.model, self.tasks, saved), saved)
 
     def _newest_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from, the same on all ranks."""
+        """The checkpoint to resume from, chosen by rank 0."""
         if self.config.resume != "auto":
             return None
 
-        def find() -> str | None:
-            found = checkpoint.latest(self.run / "checkpoints")
-            return str(found) if found else None
+        def newest() -> str | None:
+            path = checkpoint.latest(self.run / "checkpoints")
+            return str(path) if path else None
 
-        path = self.world.broadcast_from_main(find, "the newest checkpoint")
+        path = self.world.broadcast_from_main(newest, "the newest checkpoint")
         return Path(path) if path else None
 
     def _start(self) -> RunState:
-        """A run from its beginning."""
+        """The state of a new run."""
         self._open_metrics(0, 0)
         return RunState()
 
-    def _restore(self, found: Path) -> RunState:
-        """Optimizer, random numbers and metrics as the checkpoint has them."""
-        saved = checkpoint.load(found)
+    def _restore(self, path: Path) -> RunState:
+        """Restore optimizer, random number generators and metrics from a checkpoint."""
+        saved = checkpoint.load(path)
         state = saved.state
         self.learner.backend.load_state(saved.tensors["optimizer"])
         checkpoint.set_rng_state(state["rng"], saved.tensors["rng"])
@@ -236,8 +254,7 @@ class Trainer:
         return RunState(saved.step, state["wall_seconds"], state["base"], state.get("owes_evaluation", False))
 
     def _open_metrics(self, step: int, size: int) -> None:
-        """metrics.jsonl, cut to the `size` bytes that belong to the steps before `step`."""
-        self.metrics = None
+        """Open metrics.jsonl, cut to its first `size` bytes (steps up to `step`), and make the evaluator that writes to it."""
         if self.world.is_main:
             checkpoint.rewind_metrics(self.run / "metrics.jsonl", size)
             self.metrics = MetricsWriter(self.run, step)
@@ -245,26 +262,8 @@ class Trainer:
             self.config, self.tasks, self.collector, self.metrics, self.records, self.progress, self.world
         )
 
-    def _with_pack_tokens(self, config: Config) -> Config:
-        """The configuration with a number for trainer.max_tokens_per_pack.
-
-        null becomes what is estimated to fit; a size that once ran out of memory is not tried again.
-        """
-        self._pack_limit = self.run / "max_tokens_per_pack"
-        wanted = config.trainer.max_tokens_per_pack
-        if self._pack_limit.exists():
-            known = int(self._pack_limit.read_text())
-            wanted = min(known, wanted or known)
-        if wanted is None:
-            free = free_memory(self.device)
-            found = fitting_pack_tokens(config, self.world.size, self.device.type, free)
-            wanted = min(self.world.all_gather(found, "the size of packs"))
-            self.progress.note(f"packs have at most {wanted} tokens (trainer.max_tokens_per_pack=null)")
-        trainer = config.trainer.model_copy(update={"max_tokens_per_pack": wanted})
-        return config.model_copy(update={"trainer": trainer})
-
     def _run_on_main(self, make: Callable[[], object], what: str) -> None:
-        """Let rank 0 make something on disk before the others look for it. Its PactError is raised on all ranks."""
+        """Let rank 0 make something on disk before other ranks read it. Its PactError is raised on all ranks."""
 
         def attempt() -> str | None:
             try:
@@ -280,7 +279,7 @@ class Trainer:
     # -- after each step ---------------------------------------------------------------------------------------------
 
     def _log_step(self, step: int, result: StepResult) -> None:
-        """Write metrics and rollouts of step `step` (from 1); stop after too many skipped updates."""
+        """Write metrics and rollouts of step `step` (from 1). PactError after too many skipped updates."""
         if self.metrics:
             self.metrics.write(step, result.metrics)
             self.records.write_step(step, result.batches)
@@ -288,27 +287,27 @@ class Trainer:
         self._check_skipped(step, result)
 
     def _check_skipped(self, step: int, result: StepResult) -> None:
-        """An update whose loss or gradient is not finite changes nothing; its batch is kept for inspection."""
+        """Count consecutive skipped updates (loss or gradient not finite) and save their batch for inspection."""
         for update in result.results:
             self._skipped = self._skipped + 1 if update.skipped else 0
         if not any(update.skipped for update in result.results):
             return
-        kept = self.run / "rollouts" / f"skipped_{step:06d}.jsonl"
+        saved = self.run / "rollouts" / f"skipped_{step:06d}.jsonl"
         if self.world.is_main:
             self.records.write_skipped(step, result.batches)
         self.progress.note(
-            f"step {step}: loss or gradient is not finite; the update is skipped, its batch is in {kept}"
+            f"step {step}: loss or gradient is not finite; the update is skipped, its batch is in {saved}"
         )
         if self._skipped > self.config.trainer.max_skipped_updates:
             raise PactError(
                 f"{self._skipped} updates in a row had a loss or gradient that is not finite (trainer.max_skipped_updates); "
-                f"look at {kept}, lower trainer.learning_rate, and go on from the last checkpoint with resume=auto"
+                f"look at {saved}, lower trainer.learning_rate, and continue from the last checkpoint with resume=auto"
             )
 
     def _maybe_evaluate_and_save(self, state: RunState) -> bool:
-        """Evaluate and save as the settings say; returns whether to stop here.
+        """Evaluate and save when due. Returns True if the run was asked to stop.
 
-        A run that is asked to stop leaves its evaluation to the process that resumes it, so that none is missing.
+        Then a due evaluation is left to the process that resumes the run, so that the step is saved quickly.
         """
         trainer, done = self.config.trainer, state.step
         last = done == trainer.max_steps
@@ -321,16 +320,17 @@ class Trainer:
         if done % trainer.save_steps == 0 or last or stop:
             self._save(state)
         if stop:
-            self.progress.note(f"asked to stop: step {done} is saved; go on with resume=auto")
+            self.progress.note(f"stopped by SIGTERM: step {done} is saved; continue with resume=auto")
         return stop
 
     def _shutdown_requested(self) -> bool:
-        """Whether any rank was asked to stop."""
+        """True on all ranks if any rank has received SIGTERM."""
         return self.world.any(self.shutdown.requested)
 
     def _save(self, state: RunState) -> None:
+        """Save a checkpoint of the finished step."""
         rng_state, rng_tensors = checkpoint.rng_state()
-        adapters = self.config.model.lora
+        lora_config = self.config.model.lora
         saved = {
             "rng": rng_state,
             "updates": self.learner.updates,
@@ -339,13 +339,13 @@ class Trainer:
             "owes_evaluation": state.owes_evaluation,
             "metrics_bytes": (self.run / "metrics.jsonl").stat().st_size if self.metrics else 0,
         }
-        found = adapter_tensors(self.model)
+        adapters = adapter_tensors(self.model)  # a collective under ZeRO-3
 
         def write_model(path: Path) -> None:
-            if adapters:
-                lora.save(self.model, found, path, adapters)
+            if lora_config:
+                lora.save(self.model, adapters, path, lora_config)
             else:
-                save_settings(self.model, path)
+                save_model_config(self.model, path)
             self.tokenizer.save_pretrained(path)
 
         checkpoint.save(
@@ -354,13 +354,13 @@ class Trainer:
             tensors={"optimizer": self.learner.backend.state(), "rng": rng_tensors},
             state=saved,
             write_model=write_model,
-            weights=None if adapters else checkpoint_weights(self.model),
+            weights=None if lora_config else checkpoint_weights(self.model),
             keep=self.config.trainer.save_total_limit,
             world=self.world,
         )
 
     def _finish(self, state: RunState) -> dict[str, Any]:
-        """The last evaluation, summary.json and report.html."""
+        """Evaluate the trained model; write summary.json and report.html."""
         from pact_fast.report import write_report
 
         base, final = state.base, self.evaluator.evaluate(self.config.trainer.max_steps, "trained")
@@ -386,6 +386,7 @@ class Trainer:
         return summary
 
     def _close(self) -> None:
+        """Stop sampling, environments and the engine."""
         self.collector.close()
         if self.metrics:
             self.metrics.close()

@@ -1,4 +1,7 @@
-"""The run directory: config.yaml, metrics.jsonl, rollouts/, checkpoints/, base/, summary.json, report.html."""
+"""The run directory, and writes to it that are complete or absent.
+
+config.yaml, summary.json, metrics.jsonl, tensorboard/, tokenizer/, base/, rollouts/, checkpoints/, report.html
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,11 @@ from pact_fast.errors import PactError
 
 
 def open_run(config: Config) -> Path:
-    """Create or reopen the run directory; refuses to mix two runs."""
+    """Create or reopen the run directory and write config.yaml.
+
+    Raises:
+        PactError: It holds another run and resume=never, or it is not writable.
+    """
     run = Path(config.output_dir)
     if (run / "metrics.jsonl").exists() and config.resume == "never":
         raise PactError(f"{run} already holds a run; continue it with resume=auto, or choose another output_dir=")
@@ -30,18 +37,18 @@ def open_run(config: Config) -> Path:
 
 @contextmanager
 def io_errors(path: Path) -> Iterator[None]:
-    """A refused write (the disk is full, the folder is not ours) is the user's to mend: PactError."""
+    """Turn a failed write (disk full, no permission) to `path` into a PactError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise PactError(
-            f"cannot write {path}: {reason}; free some space or make the folder writable, and go on with resume=auto"
+            f"cannot write {path}: {reason}; free some space or make the folder writable, and continue with resume=auto"
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write whole or not at all. PactError if the disk refuses."""
+    """Write a file atomically (temporary file, fsync, rename). PactError if the write fails."""
     temporary = path.with_name(f".{path.name}.tmp")
     with io_errors(path):
         with temporary.open("w", encoding="utf-8") as file:
@@ -51,20 +58,21 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
 
 
-def atomic_save_pretrained(what: Any, folder: Path) -> None:
-    """`save_pretrained` (of one thing or several) into a folder that appears only when it is complete."""
+def atomic_save_pretrained(objects: Any, folder: Path) -> None:
+    """`save_pretrained` of one object or a list (model, tokenizer) into a folder that appears when it is complete."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     with io_errors(folder):
-        for one in what if isinstance(what, list) else [what]:
-            one.save_pretrained(temporary)
+        for item in objects if isinstance(objects, list) else [objects]:
+            item.save_pretrained(temporary)
         temporary.rename(folder)
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Installed versions of Python and the main packages, for summary.json."""
+    result = {"python": platform.python_version()}
     for name in ("pact-fast", "torch", "transformers", "tokenizers", "numpy"):
         try:
-            found[name] = version(name)
+            result[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            result[name] = "not installed"
+    return result

@@ -6,11 +6,11 @@ import math
 
 
 def lr_factor(update: int, total: int, kind: str, warmup: int) -> float:
-    """Factor of the peak learning rate.
+    """Learning rate as a fraction of its peak.
 
     Args:
-        update: Optimizer step, from 0.
-        total: Optimizer steps of the run.
+        update: Index of the optimizer step, from 0.
+        total: Number of optimizer steps of the run.
         kind: "constant", "linear" or "cosine" (decay to 0 at `total`).
         warmup: Optimizer steps of linear warm-up.
     """

@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers send before they kill: finish the step, save, end well."""
+"""Graceful shutdown on SIGTERM, which schedulers send before SIGKILL: finish the step, save a checkpoint, exit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class ShutdownRequested(SystemExit):
-    """SIGTERM came while there was nothing to finish. The exit status is a shell's for SIGTERM, 143."""
+    """SIGTERM came while there was nothing to finish. Exit status 143 (128 + SIGTERM), as shells report it."""
 
     status = 128 + signal.SIGTERM
 
@@ -31,7 +31,7 @@ class GracefulShutdown:
         self._before: signal.Handlers | object = None
 
     def __enter__(self) -> GracefulShutdown:
-        if threading.current_thread() is threading.main_thread():  # Python has signals there only
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
             self._before = signal.signal(signal.SIGTERM, self._handler)
         return self
 
@@ -41,7 +41,7 @@ class GracefulShutdown:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """For a long wait inside a library, where Python's handlers do not run: SIGTERM is as if this were not open."""
+        """Restore the previous handler meanwhile: for a long wait in C++ code, during which Python handlers do not run."""
         if self._before is None:
             yield
             return

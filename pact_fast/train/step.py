@@ -18,7 +18,12 @@ from pact_fast.train.metrics import control_token_prob, rollout_metrics, update_
 
 @dataclass
 class StepResult:
-    """Prompt batches, one UpdateResult per optimizer step, and the step's metrics."""
+    """What a training step did.
+
+    batches  one per prompt
+    results  one per optimizer step
+    metrics  a flat record for metrics.jsonl
+    """
 
     batches: list[PromptBatch]
     results: list[UpdateResult]
@@ -26,7 +31,16 @@ class StepResult:
 
 
 class Stepper:
-    """Runs training steps; called as `stepper(step)`. All ranks call it."""
+    """Runs training steps, called as `stepper(step)` on all ranks.
+
+    Args:
+        config: The run's configuration.
+        algorithm: Turns groups into prompt batches.
+        learner: Makes the optimizer steps.
+        engine: Receives the new weights.
+        collector: Samples and scores the rollouts.
+        renderer: The chat renderer of the run.
+    """
 
     def __init__(
         self,
@@ -41,37 +55,33 @@ class Stepper:
         self._engine, self._collector, self._renderer = engine, collector, renderer
 
     def __call__(self, step: int) -> StepResult:
-        """Train on the rollouts of `step` (from 0), and give the engine the new weights."""
-        learner, started = self._learner, time.perf_counter()
-        sampled_version = learner.updates
+        """Train on the rollouts of `step` (from 0) and send the engine the new weights."""
+        learner, version, clock = self._learner, self._learner.updates, [time.perf_counter()]
+
         max_lag = self._config.trainer.max_off_policy_steps * learner.updates_per_batch
-        groups, stale = self._collector.collect(step, oldest_version=learner.updates - max_lag)  # collect, score
-        collected = time.perf_counter()
+        groups, stale = self._collector.collect(step, oldest_version=version - max_lag)  # collect and score
+        clock.append(time.perf_counter())
         self._engine.sleep()
         contexts, batches = self._plan(step, groups)
         results = self._update(batches)
-        updated = time.perf_counter()
+        clock.append(time.perf_counter())
         self._engine.update_weights(learner.model, learner.updates)  # sync
-        ended = time.perf_counter()
-        sampled = sum(int(t.sampled.sum()) for group in groups for t in group.trajectories)
-        return StepResult(batches, results, {
-            **rollout_metrics(groups),
-            **control_token_prob(groups, self._renderer.control_ids),
-            **update_metrics(results),
+        clock.append(time.perf_counter())
+
+        metrics = {
+            **self._metrics(groups, batches, results),
             **self._algorithm.schedule(contexts[-1]),
-            "learning_rate": learner.learning_rate(),
-            "updates/skipped": float(sum(result.skipped for result in results)),
-            "routes/trace_fraction": float(np.mean([batch.route in ("trace", "blend") for batch in batches])),
+            **_timing(clock, groups, results),
             "async/stale_groups": float(stale),
-            "async/staleness": _staleness(groups, sampled_version, learner.updates_per_batch),
-            "time/rollout": collected - started,
-            "time/weight_sync": ended - updated,
-            "time/step": ended - started,
-            "tokens_per_second": (sampled or sum(r.tokens for r in results)) / (ended - started),
-        })  # fmt: skip
+            "async/staleness": _staleness(groups, version, learner.updates_per_batch),
+        }
+        return StepResult(batches, results, metrics)
 
     def _plan(self, step: int, groups: list[Group]) -> tuple[list[StepContext], list[PromptBatch]]:
-        """Trees and weights of all prompts: every route is drawn before the first optimizer step of the rollout batch."""
+        """Ask the algorithm for the trees and weights of all prompts.
+
+        This is done before the first optimizer step on the rollout batch, because `Learner.prepare` needs all of them.
+        """
         size = len(groups) // self._learner.updates_per_batch
         contexts, batches = [], []
         for start in range(0, len(groups), size):
@@ -92,14 +102,39 @@ class Stepper:
         return contexts, batches
 
     def _update(self, batches: list[PromptBatch]) -> list[UpdateResult]:
-        """The optimizer steps on a rollout batch."""
+        """All optimizer steps on the rollout batch."""
         self._learner.prepare(batches)
         size = len(batches) // self._learner.updates_per_batch
         return [self._learner.update(batches[start : start + size]) for start in range(0, len(batches), size)]
 
+    def _metrics(
+        self, groups: list[Group], batches: list[PromptBatch], results: list[UpdateResult]
+    ) -> dict[str, float]:
+        return {
+            **rollout_metrics(groups),
+            **control_token_prob(groups, self._renderer.control_ids),
+            **update_metrics(results),
+            "learning_rate": self._learner.learning_rate(),
+            "updates/skipped": float(sum(result.skipped for result in results)),
+            "routes/trace_fraction": float(np.mean([batch.route in ("trace", "blend") for batch in batches])),
+        }
+
+
+def _timing(clock: list[float], groups: list[Group], results: list[UpdateResult]) -> dict[str, float]:
+    """Seconds and throughput. `clock`: start, rollouts collected, weights updated, engine synchronised."""
+    started, collected, updated, ended = clock
+    sampled = sum(int(t.sampled.sum()) for group in groups for t in group.trajectories)
+    return {
+        "time/rollout": collected - started,
+        "time/weight_sync": ended - updated,
+        "time/step": ended - started,
+        # sampled tokens; without rollouts (SFT), those that the decoder computed
+        "tokens_per_second": (sampled or sum(r.tokens for r in results)) / (ended - started),
+    }
+
 
 def _staleness(groups: list[Group], version: int, updates_per_step: int) -> float:
-    """Mean age, in steps, of the weights that sampled the tokens."""
-    versions = [t.versions[t.sampled] for group in groups for t in group.trajectories]
-    found = np.concatenate(versions) if versions else np.zeros(0)
-    return float(version - found.mean()) / updates_per_step if len(found) else 0.0
+    """Mean age, in steps, of the weights that sampled the step's tokens. `version`: of the weights before the step."""
+    parts = [t.versions[t.sampled] for group in groups for t in group.trajectories]
+    versions = np.concatenate(parts) if parts else np.zeros(0)
+    return float(version - versions.mean()) / updates_per_step if len(versions) else 0.0

@@ -86,7 +86,7 @@ def whole_gradient(learner: Learner) -> np.ndarray:
         from deepspeed.utils import safe_get_full_grad
 
         return np.concatenate([safe_get_full_grad(p).float().flatten().numpy() for p in parameters])
-    learner.backend._sum()
+    learner.backend.reduce_gradients()
     found = np.concatenate([p.grad.flatten().numpy() for p in parameters])
     for p in parameters:
         p.grad /= learner.world.size  # `step` sums again

@@ -19,8 +19,7 @@ from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore
 from vllm.distributed.weight_transfer import nccl_common, packed_tensor
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-from pact_fast.rollout import factory
-from pact_fast.rollout.vllm import server, weight_transfer
+from pact_fast.rollout.vllm import builder, process, weight_transfer
 from tests.support.processes import environment
 
 EXTENSION = "tests.support.gloo_server.WeightReport"
@@ -61,8 +60,8 @@ def gloo_instead_of_nccl():
     stream = SimpleNamespace(synchronize=lambda: None)
     with contextlib.ExitStack() as patches:
         for owner, name, value in (
-            (weight_transfer, "_new_id", free_port),
-            (weight_transfer, "_join", lambda nccl_id, size, device: Group(nccl_id, 0, size, device)),
+            (weight_transfer, "new_nccl_id", free_port),
+            (weight_transfer, "init_nccl_group", lambda nccl_id, size, device: Group(nccl_id, 0, size, device)),
             (nccl_common, "uid_init_process_group", Group),
             (packed_tensor, "_get_streams", lambda device, count: [stream] * count),
             (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
@@ -79,9 +78,9 @@ def native():
     with (
         gloo_instead_of_nccl(),
         mock.patch.dict(os.environ, environment()),
-        mock.patch.object(server, "EXTENSION", EXTENSION),
+        mock.patch.object(process, "WORKER_EXTENSION", EXTENSION),
         mock.patch.object(weight_transfer, "BUCKET", 1 << 16),
-        mock.patch.object(factory, "choose_transfer", lambda *args, **more: "nccl"),
+        mock.patch.object(builder, "choose_transfer", lambda *args, **more: "nccl"),
     ):
         yield
 

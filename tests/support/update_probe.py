@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import MALLOC, PeakMemory, _resident
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.measure import MALLOC, PeakMemory, resident_bytes
 from pact_fast.algorithms.base import PromptBatch
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.batch.loss_table import ScoredTokens
@@ -76,7 +76,7 @@ def main(out: Path, config: dict[str, Any], lengths: tuple[int, int, int, int], 
     del warm
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    baseline = _resident("VmRSS")
+    baseline = resident_bytes("VmRSS")
     subject, vocab = learner(parsed, world), parsed.model.random_init["vocab_size"]
     subject.update(plans(WARM_UP, 1, vocab))  # AdamW has its states from here on
     release_memory()  # what the head keeps counts as the update's
@@ -89,7 +89,7 @@ def main(out: Path, config: dict[str, Any], lengths: tuple[int, int, int, int], 
     if world.is_main:
         out.write_text(json.dumps(report(memory, baseline, result, found)))
     if world.size > 1:
-        world.wait("the end")
+        world.barrier("the end")
         os._exit(0)  # how several processes take their connections down is not what is measured
 
 

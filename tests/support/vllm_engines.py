@@ -26,7 +26,7 @@ from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.model.weights import WeightMismatch
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.engine import Request
-from pact_fast.rollout.vllm.colocated import EXTENSION
+from pact_fast.rollout.vllm.colocated import WORKER_EXTENSION
 from pact_fast.train.pretrain import pretrain
 
 SETTINGS = [
@@ -64,7 +64,7 @@ def make_policy(*settings: str, trained: bool = True) -> Policy:
 
 
 @contextlib.contextmanager
-def running_server(policy: Policy, folder: Path, *flags: str, extension: str = EXTENSION) -> Iterator[str]:
+def running_server(policy: Policy, folder: Path, *flags: str, extension: str = WORKER_EXTENSION) -> Iterator[str]:
     """The URL of a stock `vllm serve` with the policy's first weights."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -53,14 +53,14 @@ with native():
     for version in range(3):
         train()
         if rank == 0 and version == 2:
-            os.killpg(engine.host.pid, signal.SIGKILL)
+            os.killpg(engine.transport.pid, signal.SIGKILL)
         engine.update_weights(split.module, version)
         if rank == 0:
             contexts = prompts(len(policy.renderer.tokenizer))
             result["gaps"].append(largest_gap(plain, contexts, sample(engine, contexts, 16, version)))
     torch.distributed.barrier()
     if rank == 0:
-        os.killpg(engine.host.pid, signal.SIGKILL)
+        os.killpg(engine.transport.pid, signal.SIGKILL)
         result["restarts"] = engine.restarts
         try:
             sample(engine, contexts, 16, 3)

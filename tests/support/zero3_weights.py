@@ -52,7 +52,7 @@ def gather(split: torch.nn.Module, plain: PreTrainedModel) -> dict[str, object]:
     found, live, seen = {}, [], []
     sent = weights.WeightSnapshot(split)
     announced = [tuple(shape) for shape in sent.metadata()]
-    sent.check_alone()  # nobody has gone through them
+    sent.check_available()  # nobody has gone through them
     for name, tensor in sent:
         found[name] = weights.fingerprint(tensor)
         seen.append((name, tensor.dtype, tuple(tensor.shape)))

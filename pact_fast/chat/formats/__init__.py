@@ -1,1 +1,1 @@
-"""Tool-call formats, one file each: how an assistant turn with calls is written, and how one that a model wrote is read."""
+"""Tool-call formats, one file each: how calls are written in an assistant turn, and how they are parsed."""

@@ -1,6 +1,6 @@
-"""How tool calls are written: rendering an assistant turn, and reading one that a model wrote.
+"""ToolFormat, the base of tool-call formats: renders an assistant turn, and parses one that a model wrote.
 
-A format never raises on model output. Whatever looks like a call becomes a ToolCall or an error text that says why not.
+A format never raises on model output. Text that looks like a call becomes a ToolCall, or an error text with the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from pact_fast.components import Component
 from pact_fast.data.types import ToolCall, ToolSchema
 
-MAX_CALLS = 64  # attempts read per turn; a model that writes more is stuck in a loop
+MAX_CALLS = 64  # attempts parsed per turn; a model that writes more is stuck in a loop
 TOO_MANY_CALLS = f"more than {MAX_CALLS} tool calls in one turn; only the first {MAX_CALLS} are read"
 
 THINK, END_THINK = "<think>", "</think>"
@@ -24,8 +24,11 @@ Found = tuple[int, int, ToolCall | str]  # start, end, call or error
 
 @dataclass
 class ParsedTurn:
-    """An assistant turn, read.
+    """A parsed assistant turn.
 
+    text        the whole turn, without its end-of-turn token
+    reasoning   text of the think block
+    content     visible text
     attempts    the calls in order; a malformed one is the text of its error
     spans       (start, end, component) byte ranges: in order, without gaps, covering the whole turn
     components  [n] uint8 per token; filled in by ChatRenderer.parse
@@ -48,17 +51,17 @@ class ParsedTurn:
 
 
 class ToolFormat:
-    """Base of the formats. A subclass says how calls are written and where they are found.
+    """Base class. A subclass implements `write_calls` and `find_calls`, and is registered with `@tool_format(name)`.
 
-    `markers` are the strings with which a turn is structured; where the tokenizer has them as single tokens, turns
-    contain those tokens.
+    markers      strings that structure a turn; rendered as single tokens if the tokenizer has them
+    end_of_call  the marker that ends a call; None if there is none
     """
 
     markers: tuple[str, ...] = (THINK, END_THINK)
-    end_of_call: str | None = None  # the marker that closes a call, if there is one
+    end_of_call: str | None = None
 
     def pieces(self, reasoning: str, content: str, calls: Sequence[ToolCall]) -> list[tuple[str, Component]]:
-        """The text of an assistant turn without its end, cut by component. Whitespace belongs to what follows it."""
+        """(text, component) pieces of an assistant turn, without its end-of-turn token. Whitespace leads the next piece."""
         pieces: list[tuple[str, Component]] = []
         gap = ""
         if reasoning:
@@ -78,10 +81,15 @@ class ToolFormat:
         return "".join(text for text, _ in self.pieces(reasoning, content, calls))
 
     def parse(self, data: bytes, tools: Sequence[ToolSchema], *, thinking: bool = False) -> ParsedTurn:
-        """Read a turn; linear time, never an exception. `thinking`: the prompt has already opened <think>.
+        """Parse a turn, in linear time and without exceptions.
 
-        Reasoning is what stands between <think> at the very start and </think>; never closed, it goes on to the end.
-        Without any attempt at a call the turn is an answer.
+        Reasoning is the text between <think> at the very start and </think>; if never closed, it extends to the end. A
+        turn without any attempt at a call is an answer.
+
+        Args:
+            data: UTF-8 text of the turn; invalid bytes are replaced.
+            tools: Schemas that calls are checked against.
+            thinking: The generation prompt has already opened <think>.
         """
         turn = ParsedTurn(data.decode("utf-8", "replace"))
         start, turn.reasoning = _read_reasoning(data, thinking)
@@ -95,16 +103,17 @@ class ToolFormat:
         return turn
 
     def _escape_markers(self, text: str) -> str:
-        """Replace the angle bracket of every marker in `text` by a similar character, so that it is not read as a marker."""
+        """Replace the angle bracket of every marker in `text` by ‹, so that it is not parsed as a marker."""
         for marker in self.markers:
             text = text.replace(marker, "‹" + marker[1:])
         return text
 
     def write_calls(self, calls: Sequence[ToolCall]) -> str:
+        """The text of one or more calls."""
         raise NotImplementedError
 
     def find_calls(self, data: bytes, start: int, tools: Sequence[ToolSchema]) -> list[Found]:
-        """(start, end, call or error) of every attempt after `start`, in order, not overlapping."""
+        """(start, end, call or error) of every attempt from byte `start` on, in order, without overlap."""
         raise NotImplementedError
 
 
@@ -121,7 +130,7 @@ def _read_reasoning(data: bytes, thinking: bool) -> tuple[int, str]:
 
 
 def _fill(data: bytes, spans: list[Span]) -> tuple[list[Span], str]:
-    """Spans without gaps, and the visible text. Blanks belong to what follows; at the end, to what precedes."""
+    """(spans without gaps, visible text). Whitespace belongs to the next span; at the end, to the previous one."""
     filled: list[Span] = []
     content: list[str] = []
     position = 0
@@ -135,9 +144,9 @@ def _fill(data: bytes, spans: list[Span]) -> tuple[list[Span], str]:
         if end > start:
             filled.append((position, end, component))
             position = end
-    if position < len(data):  # blank
+    if position < len(data):  # only whitespace is left
         if filled and filled[-1][2] is not Component.REASONING:
             filled[-1] = (filled[-1][0], len(data), filled[-1][2])
-        else:  # after reasoning, or all there is: an empty answer
+        else:  # after reasoning, or nothing else: an empty answer
             filled.append((position, len(data), Component.ANSWER))
     return filled, "\n".join(content)

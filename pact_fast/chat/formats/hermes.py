@@ -13,7 +13,7 @@ from pact_fast.data.types import ToolCall, ToolSchema
 
 @tool_format("hermes")
 class Hermes(ToolFormat):
-    """<tool_call>{"name": …, "arguments": …}</tool_call>; Qwen, Hermes and many others."""
+    """<tool_call>{"name": …, "arguments": …}</tool_call>, one per line."""
 
     markers = (*ToolFormat.markers, "<tool_call>", "</tool_call>")
     end_of_call = "</tool_call>"

@@ -1,4 +1,4 @@
-"""Tool calls as JSON: writing a call, reading one that a model wrote, and the errors that it reads instead of an answer."""
+"""Tool calls as JSON: writes a call, parses one that a model wrote, and words the error observations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_ERROR = 400  # characters of an error observation
 
 
 def error_observation(error: str) -> str:
-    """What the model reads instead of a tool's answer: {"error": "…"}, at most 400 characters."""
+    """The observation of a malformed call: {"error": "…"}, at most 400 characters."""
     shown = error[:MAX_ERROR]
     while len(text := json.dumps({"error": shown + "…" * (shown != error)}, ensure_ascii=False)) > MAX_ERROR:
         shown = shown[:-8]
@@ -23,7 +23,7 @@ def error_observation(error: str) -> str:
 
 
 def read_call(body: bytes, tools: Sequence[ToolSchema], key: str) -> ToolCall | str:
-    """One call from its JSON, or why it is none."""
+    """Parse one call; the reason if it is not valid. `key` is the format's name for the arguments."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
         if _depth_exceeds(value, MAX_DEPTH):
@@ -53,7 +53,7 @@ def read_call(body: bytes, tools: Sequence[ToolSchema], key: str) -> ToolCall | 
 
 
 def call_json(value: Any, markers: Sequence[str]) -> str:
-    """JSON in which no marker stands: where an argument holds one, angle brackets are written as escapes."""
+    """JSON without markers: if the text would contain one, angle brackets are written as \\u003c."""
     text = json.dumps(value, ensure_ascii=False)
     return text.replace("<", "\\u003c") if any(marker in text for marker in markers) else text
 

@@ -21,7 +21,7 @@ class Llama3Json(ToolFormat):
     """{"name": …, "parameters": …}, several joined by "; "; Llama 3.1 and later.
 
     The format has no markers. JSON is an attempt if it has the shape of a call: "parameters" or "arguments", or the
-    name of a known tool. JSON that is broken is an attempt where only a call can stand: at the start of the turn, after
+    name of a known tool. Malformed JSON is an attempt only where a call is expected: at the start of the turn, after
     another call, or after <|python_tag|>. Any other JSON is text of the answer.
     """
 
@@ -34,14 +34,14 @@ class Llama3Json(ToolFormat):
         found: list[Found] = []
         text = data.decode("latin-1")  # JSON's structure is ASCII, and each byte is one character
         names = tool_names(tools)
-        free, expected = start, _skip(data, start)  # end of what is read; only a call can begin at `expected`
+        free, expected = start, _skip(data, start)  # end of the parsed text; where the next call would begin
         position = start
-        for _ in range(4 * MAX_CALLS):  # bounds the time on text that is full of things like calls
+        for _ in range(4 * MAX_CALLS):  # bounds the time on text full of call-like JSON
             opening = self._opening.search(data, position)
             if not opening:
                 break
             begin, brace = opening.start(), data.find(b"{", opening.start(), opening.end())
-            first = free if found and begin == expected else begin  # a separator belongs to the call that follows it
+            first = free if found and begin == expected else begin  # a separator belongs to the call after it
             if len(found) == MAX_CALLS:
                 found.append((first, len(data), TOO_MANY_CALLS))
                 break
@@ -72,6 +72,6 @@ def _call_shaped(value: Any, names: Collection[str]) -> bool:
 
 
 def _skip(data: bytes, position: int) -> int:
-    """Past separators and white space."""
+    """The next position that is no separator or whitespace."""
     blank = re.compile(rb"[;,\s]*").match(data, position)
     return blank.end() if blank else position

@@ -1,4 +1,4 @@
-"""The registry of tool-call formats."""
+"""The registry of tool-call formats, and the format that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from pact_fast.data.types import ToolCall
 from pact_fast.errors import PactError
 from pact_fast.registry import Registry
 
-tool_format: Registry[type[ToolFormat]] = Registry("tool format", "model.tool_format", "pact_fast.chat.formats")
+tool_format: Registry[type[ToolFormat]] = Registry(
+    "tool format", "model.tool_format", "pact_fast.chat.formats", ToolFormat
+)
 
 
 def get_format(name: str, tokenizer=None) -> ToolFormat:
-    """The format named in the configuration; "auto" detects it from the tokenizer's chat template."""
+    """The format that `model.tool_format` names; `auto` detects it from the chat template of `tokenizer`.
+
+    Raises PactError if the name is unknown, or the template writes calls in no known format.
+    """
     return detect_format(tokenizer) if name == "auto" else tool_format.get(name)()
 
 
 def detect_format(tokenizer) -> ToolFormat:
-    """The format in which the tokenizer's chat template writes a tool call. PactError if it is none of the known ones."""
+    """The registered format in which the tokenizer's chat template writes a tool call. PactError if there is none."""
     call = ToolCall("look_up", {"name": "a", "n": 1})
-    text = ChatTemplate(tokenizer).with_call(call)
+    text = ChatTemplate(tokenizer).render_call(call)
     for name in tool_format.names():
         candidate = tool_format.get(name)()
         if candidate.render("", "", [call]) in text:

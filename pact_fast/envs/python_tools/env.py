@@ -1,4 +1,4 @@
-"""Environment of tools that come as Python sources with the task: FTRL, ToolHop, or your own (docs/environments.md)."""
+"""Environment of tools given as Python sources in the task: FTRL, ToolHop, or your own (docs/environments.md)."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from pact_fast.rewards.toolhop import is_correct
 class PythonTools:
     """Runs each call in a limited process of the pool. Calls share no state.
 
-    `task.env_args` holds
+    Keys of `task.env_args`:
 
     codes         {tool name: source}; the source defines a function of that name
     scoring       "ftrl" or "toolhop"; without it there is no outcome reward
-    unsolved_set  for ftrl: {tool name: [what its observations must mention]}
+    unsolved_set  for ftrl: {tool name: [texts that its observations must contain]}
     """
 
     blocking = True
 
     @classmethod
     def factory(cls, args: dict[str, Any], tool_timeout: float) -> Callable[[], PythonTools]:
-        """Environments that share one pool of processes, which ends with the program.
+        """Makes environments that share one pool of processes, stopped at exit.
 
         Args:
-            args: Those of SandboxPool.
+            args: Arguments of SandboxPool.
             tool_timeout: Seconds per call, unless `args` has a timeout.
 
         Raises:
@@ -49,13 +49,13 @@ class PythonTools:
         return lambda: cls(pool)
 
     def __init__(self, pool: SandboxPool, timeout: float | None = None):
-        """`timeout`: seconds per call; default: the pool's."""
+        """`timeout`: seconds per call; None: the pool's."""
         self._pool, self._timeout = pool, timeout
         self._codes: dict[str, str] = {}
         self._tools: list[ToolSchema] = []
 
     def reset(self, task: Task) -> str | None:
-        """PactError if the task has no sources, or nothing to score by."""
+        """PactError if the task has no sources, or no sub-question to score."""
         codes = task.env_args.get("codes")
         if not codes:
             raise PactError(
@@ -82,7 +82,7 @@ class PythonTools:
         """FTRL: solve_p, solve_r, solve_f1, and success when all sub-questions are solved. ToolHop: success."""
         scoring = task.env_args.get("scoring")
         if scoring == "ftrl":
-            score = solve_score(_feedback(trajectory), task.env_args["unsolved_set"])
+            score = solve_score(_call_observations(trajectory), task.env_args["unsolved_set"])
             return {
                 "solve_p": score.precision,
                 "solve_r": score.recall,
@@ -94,12 +94,11 @@ class PythonTools:
         return {}
 
 
-def _feedback(trajectory: Trajectory) -> list[tuple[str, str]]:
-    """(tool name, observation) of every call. A malformed call counts as a call, of no tool."""
+def _call_observations(trajectory: Trajectory) -> list[tuple[str, str]]:
+    """(tool name, observation) of every call; a malformed call has the name ""."""
     return [
         (attempt.name if isinstance(attempt, ToolCall) else "", observation)
         for turn in trajectory.turns
-        for attempt, observation in zip(
-            turn.attempts, turn.observations, strict=False
-        )  # the last turn may go unanswered
+        # not strict: calls of the last turn may have no observations
+        for attempt, observation in zip(turn.attempts, turn.observations, strict=False)
     ]

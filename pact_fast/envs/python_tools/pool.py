@@ -1,4 +1,4 @@
-"""Runs untrusted Python functions in limited processes, a few milliseconds each."""
+"""A pool of sandbox workers that run untrusted Python functions, a few milliseconds per call."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from pact_fast.errors import PactError
 
 WORKER = Path(__file__).with_name("worker.py")
 START_SECONDS = 60.0  # a busy machine may take long to start Python
-GRACE_SECONDS = 5.0  # beyond a call's own limit, before its worker is taken for dead
-BROKEN = "error: the tool broke its worker process"
+GRACE_SECONDS = 5.0  # after a call's own limit, before its worker counts as dead
+WORKER_FAILED = "error: the tool broke its worker process"
 
 
 class SandboxPool:
-    """Warm workers that run one call each at a time. Thread-safe; not to be used in a forked child.
+    """Warm workers, each of which runs one call at a time. Thread-safe; must not be used in a forked child.
 
         with SandboxPool(workers=4) as pool:
             pool.call("def add(a, b): return a + b", "add", {"a": 1, "b": 2})     # "3"
 
-    workers     calls that may run at the same time; a worker starts when it is first needed
-    timeout     seconds per call, wall clock; CPU time is limited to about the same
-    memory_mb   address space of a call's process, MiB
-    max_output  characters of an observation; a longer one is cut, with a note
-
-    Every call gets a fresh process, forked from a worker that has the common standard modules loaded; other standard
-    modules can be imported, site-packages cannot. It starts in an empty folder that vanishes with it, with no
-    environment, no open files, no input, and limits on CPU time, memory, file size, open files and processes.
-    `protections` names what else the system allowed:
+    Every call gets a fresh process, forked from a worker that has the common standard modules loaded. Other standard
+    modules can be imported, site-packages cannot. The process starts in an empty folder that is removed after the call,
+    without environment variables, open files or input, with limits on CPU time, memory, file size, open files and
+    processes. `protections` names the further ones that the system allowed:
 
     network    no network at all
-    files      all else is read-only, /tmp and /proc are empty
-    processes  its own process space: it sees and signals nothing outside, and what it starts ends right after the call
-    identity   it runs as a user id that nobody has (only when the trainer is root)
+    files      all other files are read-only, /tmp and /proc are empty
+    processes  a PID namespace: nothing outside can be seen or signalled; processes started by the call end with it
+    identity   an unused user id (only if the trainer is root)
 
-    This contains accidents and clumsy tools. It is not a security boundary: a tool can read every file that its user
-    may read (the trainer's own user, unless `identity` holds) and put it into an observation, can talk to local
-    services through socket files, can probe the kernel and the timing of its neighbours. Run code that you expect to be
-    hostile in a virtual machine. Without `processes` and `identity`, a tool can even kill the trainer.
+    It contains accidents and clumsy tools and is not a security boundary; worker.py lists what is covered and what is
+    not. Run code that you expect to be hostile in a virtual machine.
 
-    Raises PactError where workers cannot start (not Linux, or a kernel older than 5.3).
+    Args:
+        workers: Calls that may run at the same time. A worker starts when it is first needed.
+        timeout: Seconds of wall-clock time per call; CPU time is limited to about the same.
+        memory_mb: Address space of a process of a call, MiB.
+        max_output: Characters of an observation; a longer one is truncated, with a note.
+
+    Raises:
+        PactError: An argument is out of range, or workers cannot start (not Linux, or a kernel older than 5.3).
     """
 
     def __init__(self, workers: int = 4, *, timeout: float = 10.0, memory_mb: int = 1024, max_output: int = 65536):
@@ -59,9 +59,8 @@ class SandboxPool:
         self._running: set[_Worker] = set()
         self._closed = False
         self._finalizer = weakref.finalize(self, _stop, self._running, os.getpid())  # also at exit
-        self._slots: queue.LifoQueue[_Worker | None] = (
-            queue.LifoQueue()
-        )  # last in, first out: the warm ones are used first
+        # a free slot: a warm worker, or None for one not yet started; last in, first out, so that warm ones come first
+        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(workers - 1):
             self._slots.put(None)
         first = self._start()
@@ -69,11 +68,19 @@ class SandboxPool:
         self.protections: frozenset[str] = first.protections
 
     def call(self, source: str, function: str, arguments: dict[str, Any], timeout: float | None = None) -> str:
-        """Run `source`, call `function(**arguments)`; the observation.
+        """Execute `source`, call `function(**arguments)` and return the observation. Waits while all workers are busy.
 
-        A dict or list comes as JSON, anything else as str; None as what was printed, if anything was. Whatever the tool
-        does wrong is an observation that starts with `error: `. Waits while all workers are busy. PactError if the pool
-        is closed.
+        A dict or list is returned as JSON, anything else as str, None as the printed text. A tool that fails in any way
+        gives a text that starts with `error: `.
+
+        Args:
+            source: Python source that defines the function.
+            function: Its name.
+            arguments: Keyword arguments, JSON data.
+            timeout: Seconds; None: the pool's.
+
+        Raises:
+            PactError: The pool is closed.
         """
         timeout = self.timeout if timeout is None else timeout
         try:
@@ -87,17 +94,17 @@ class SandboxPool:
                 raise PactError("the tool pool is closed; make a new one")
             worker = worker or self._start()
             return worker.call(request, timeout + GRACE_SECONDS)
-        except OSError:  # also a timeout, or the worker's end
+        except OSError:  # includes a timeout and the death of the worker
             if worker:
                 self._running.discard(worker)
                 worker.kill()
             worker = None
-            return BROKEN
+            return WORKER_FAILED
         finally:
             self._slots.put(worker)
 
     def close(self) -> None:
-        """Stop all workers. Calls that still run end with an error observation."""
+        """Stop all workers. Running calls end with an error observation."""
         self._closed = True
         self._finalizer()
 
@@ -114,17 +121,16 @@ class SandboxPool:
 
 
 class _Worker:
-    """One server process and the socket to it."""
+    """A server process (worker.py) and the socket to it."""
 
     def __init__(self, memory_mb: int, max_output: int):
         if sys.platform != "linux":
             raise PactError(f"python_tools needs Linux to limit the tools' processes, and this is {sys.platform}")
         self._socket, theirs = socket.socketpair()
-        # -P -s -S: nothing but the standard library can be imported. Strings hash the same in every worker, so a tool
-        # that walks over a set answers the same each time; -I would ignore that setting, and isolates no better than an
-        # empty environment.
+        # -P -s -S: only the standard library can be imported. PYTHONHASHSEED makes strings hash the same in every worker,
+        # so that a tool that iterates over a set gives the same answer each time; -I would ignore it.
         environment = {"PYTHONHASHSEED": "0"}
-        if "LD_LIBRARY_PATH" in os.environ:  # some interpreters do not start without
+        if "LD_LIBRARY_PATH" in os.environ:  # some interpreters do not start without it
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(WORKER), str(memory_mb), str(max_output)],
@@ -133,7 +139,7 @@ class _Worker:
             stderr=subprocess.PIPE,
             env=environment,
             cwd="/",
-            start_new_session=True,  # an interrupt from the terminal is the trainer's to handle
+            start_new_session=True,  # an interrupt from the terminal goes to the trainer only
         )
         theirs.close()
         try:
@@ -144,28 +150,28 @@ class _Worker:
         except OSError:
             self._process.kill()
             answer = self._process.communicate()[1].decode("utf-8", "replace").strip()
-        if not answer.startswith("error: NameError"):  # what a call without a source must bring
-            self.hang_up()
+        if not answer.startswith("error: NameError"):  # the right answer to a call without a source
+            self.disconnect()
             self.kill(patience=5.0)
             line = answer.splitlines()[-1] if answer else "no answer"
             raise PactError(f"tool workers do not start here: {line}; python_tools needs Linux 5.3 or newer")
 
     def call(self, request: dict[str, Any], seconds: float) -> str:
-        """OSError if the worker is dead or late."""
+        """Send a request and return the observation. OSError if the worker is dead or late."""
         deadline = time.monotonic() + seconds
         data = json.dumps(request).encode()
         self._socket.settimeout(seconds)
         self._socket.sendall(LENGTH.pack(len(data)) + data)
-        # lone surrogates are no text for a tokenizer
+        # a tokenizer cannot encode unpaired surrogates
         return str(self._receive(deadline)["text"]).encode("utf-8", "replace").decode()
 
-    def hang_up(self) -> None:
-        """Ask the server to end, in the middle of a call too."""
-        with contextlib.suppress(OSError):  # it is gone already
+    def disconnect(self) -> None:
+        """Ask the server to exit, even during a call."""
+        with contextlib.suppress(OSError):  # it has exited already
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def kill(self, patience: float = 0.0) -> None:
-        """The end of the server is the end of its call."""
+        """Wait `patience` seconds for the server to exit, then kill it. Its call dies with it."""
         try:
             self._process.wait(patience)
         except subprocess.TimeoutExpired:
@@ -185,17 +191,17 @@ class _Worker:
             self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
             chunk = self._socket.recv(min(size - len(data), 1 << 16))
             if not chunk:
-                raise ConnectionError("the worker is gone")
+                raise ConnectionError("the worker has exited")
             data += chunk
         return bytes(data)
 
 
 def _stop(workers: set[_Worker], owner: int) -> None:
-    if os.getpid() != owner:  # a forked child drops its copy of the pool
+    if os.getpid() != owner:  # in a forked child, which only drops its copy of the pool
         return
     stopping = list(workers)
     workers.clear()
     for worker in stopping:
-        worker.hang_up()
+        worker.disconnect()
     for worker in stopping:
         worker.kill(patience=5.0)

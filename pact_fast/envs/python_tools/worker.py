@@ -1,14 +1,40 @@
-"""The process behind SandboxPool: imports the common modules once, then forks a fresh process for every call.
+"""Sandbox worker: runs each call of an untrusted tool in a fresh, limited process.
 
-`pact_fast.envs.python_tools.pool` runs this file as a script. It uses the standard library only, and nothing of this package.
+Covered on every Linux machine (5.3 or newer):
 
-    trainer ─ socket ─ server ─ fork ─ keeper ─ fork ─ init ─ fork ─ tool
+- A call that loops, sleeps, crashes, exits, or floods its output ends with an error text within its time limit.
+- CPU time, wall time, address space, file size and the number of open files are limited.
+- A call starts in an empty folder, with no environment variables, no open files, no input and no memory of
+  earlier calls.
+- Processes that a call started are killed when it ends.
+
+Covered only where the system allows it (SandboxPool.protections says so):
+
+- Network access, and writing outside the folder of the call (namespaces).
+- Seeing or signalling processes outside the call (namespaces).
+- Reading files of the trainer's user, and killing the trainer (a user id of its own, if the trainer is root).
+- Fork bombs beyond the user's own process limit (namespaces, or a user id of its own).
+
+Not covered:
+
+- Reading files that the process may read, and returning their contents.
+- Local services reached through socket files.
+- Memory of a whole call: each of its processes may use the limit.
+- Attacks on the kernel, and timing of other processes.
+
+So it contains accidents and clumsy tools; it is not a security boundary.
+
+`pact_fast.envs.python_tools.pool` runs this file as a script. It uses the standard library only, nothing of this
+package.
+
+    trainer ─ socket ─ server ─ fork ─ reaper ─ fork ─ init ─ fork ─ tool
                        (one per worker)        (a new PID namespace, if the system allows it)
 
-The server lives on; the other three are made in advance, wait for a request and serve one call. The tool's process runs
-untrusted source and reports one frame on a pipe; the server trusts nothing it reads there. When it has answered, the
-server kills the keeper, which takes init with it, and with init the kernel kills whatever the tool left in its
-namespace. Without namespaces the tool is the server's own child, and the server kills all its descendants.
+The server imports the common modules once. It forks the other three processes in advance; they wait for a request and
+serve one call. The tool process runs the untrusted source and writes one frame to a pipe; the server validates whatever
+it reads there. After the answer, the server kills the reaper. Its death kills init, and with init the kernel kills all
+that the tool left in its namespace. Without namespaces the tool is the server's own child, and the server kills all its
+descendants.
 """
 
 from __future__ import annotations
@@ -35,7 +61,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-# Imported before any fork: what tools commonly use. Each module makes every fork dearer; tools may import others.
+# Modules that tools commonly use, imported before any fork. Each one makes every fork slower; tools may import others.
 # fmt: off
 PRELOAD = (
     "_strptime", "base64", "bisect", "calendar", "cmath", "collections.abc", "copy", "dataclasses", "datetime",
@@ -44,10 +70,10 @@ PRELOAD = (
 )
 # fmt: on
 
-LENGTH = struct.Struct("!I")  # messages on the socket and on the result pipe are their length and then JSON
+LENGTH = struct.Struct("!I")  # a message on the socket or the result pipe is its length, then JSON
 GARBAGE = "error: the tool wrote garbage to its result channel"
 RESULT, REQUEST = 3, 4  # the tool's file descriptors
-FIRST_UID = 1_800_000_000  # far above the ids that systems hand out
+FIRST_UID = 1_800_000_000  # far above the ids that systems assign
 PROCESSES, FILES, FILE_BYTES, WORK_BYTES = 16, 64, 16 << 20, 64 << 20  # per call
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (1 << n for n in (17, 27, 28, 29, 30))
@@ -61,8 +87,15 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
-class Chain:
-    """Processes that wait for a request, and the server's ends of their pipes. Used once."""
+class ProcessChain:
+    """Forked processes that serve one call: reaper, init and tool, or the tool alone.
+
+    child    pid of the server's child: the reaper, or the tool
+    request  file descriptor to which the server writes the request
+    result   file descriptor from which it reads the result frame
+    output   file descriptor from which it reads stdout and stderr
+    work     working folder of the call
+    """
 
     child: int
     request: int
@@ -72,7 +105,7 @@ class Chain:
 
 
 class Server:
-    """Answers the trainer's calls one after the other."""
+    """Serves the trainer's calls one after the other."""
 
     def __init__(self, memory: int, max_output: int):
         self.memory, self.max_output = memory, max_output
@@ -80,63 +113,63 @@ class Server:
         self.trainer_process = os.pidfd_open(os.getppid())
         self.process = os.pidfd_open(os.getpid())
         self.null = os.open(os.devnull, os.O_RDWR)
-        system("prctl", PR_SET_CHILD_SUBREAPER, 1)  # orphans of a call come here to be killed
-        self.uid = spare_uid() if os.geteuid() == 0 else None
+        libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1)  # orphans of a call become children, which _kill finds
+        self.uid = unused_uid() if os.geteuid() == 0 else None
         self.work = enter_namespaces()
-        system("prctl", PR_SET_DUMPABLE, 0)  # a tool of the same user must not read this process's memory
+        libc_call("prctl", PR_SET_DUMPABLE, 0)  # a tool of the same user must not read this process's memory
         for name in PRELOAD:
             importlib.import_module(name)
-        gc.freeze()  # a collection in a child would touch, and so copy, every page
+        gc.freeze()  # a garbage collection in a child would write to, and so copy, every page
 
     def serve(self) -> None:
-        """Answer until the trainer is gone. The next call's processes are made while it is busy with this answer."""
-        held = ["network", "files", "processes"] if self.work else []
-        self._send({"protections": [*held, *(["identity"] if self.uid is not None else [])]})
+        """Serve until the trainer is gone. The next call's processes are forked while the trainer reads this answer."""
+        protections = ["network", "files", "processes"] if self.work else []
+        self._send({"protections": [*protections, *(["identity"] if self.uid is not None else [])]})
         answered = True
         while answered:
-            chain = self._prepare()
+            chain = self._fork_chain()
             try:
-                answered = (request := self._receive()) is not None and self._answer(chain, request)
+                answered = (request := self._receive()) is not None and self._serve_call(chain, request)
             finally:
-                self._clear(chain)
+                self._clean_up(chain)
 
-    def _prepare(self) -> Chain:
+    def _fork_chain(self) -> ProcessChain:
         work = self._open_work()
         (request, request_end), (result, result_end), (output, output_end) = os.pipe(), os.pipe(), os.pipe()
         child = os.fork()
         if child == 0:
-            self._become_tool(request, result_end, output_end, work)
+            self._run_child(request, result_end, output_end, work)
         for end in (request, result_end, output_end):
             os.close(end)
-        return Chain(child, request_end, result, output, work)
+        return ProcessChain(child, request_end, result, output, work)
 
-    def _clear(self, chain: Chain) -> None:
+    def _clean_up(self, chain: ProcessChain) -> None:
         self._kill(chain.child)
         for end in (chain.request, chain.result, chain.output):
             os.close(end)
         self._close_work(chain.work)
 
-    def _answer(self, chain: Chain, request: dict[str, Any]) -> bool:
-        """Let the tool run; False if nobody is left to answer."""
+    def _serve_call(self, chain: ProcessChain, request: dict[str, Any]) -> bool:
+        """Run the tool and send its observation; False if the trainer is gone."""
         data = json.dumps(request).encode()
-        with contextlib.suppress(BrokenPipeError):  # it died while it waited, which shows below
+        with contextlib.suppress(BrokenPipeError):  # the tool died while it waited; _wait_for_result reports it
             os.write(chain.request, LENGTH.pack(len(data)))
             while data:
                 data = data[os.write(chain.request, data) :]
-        text = self._watch(chain, request["timeout"])
+        text = self._wait_for_result(chain, request["timeout"])
         if text is not None:
             self._send({"text": text})
         return text is not None
 
-    def _watch(self, chain: Chain, timeout: float) -> str | None:
-        """Read what the tool reports and prints until it is done, dead or late. None: the trainer is gone."""
+    def _wait_for_result(self, chain: ProcessChain, timeout: float) -> str | None:
+        """Read the tool's result and output until it is done, dead or late. None: the trainer is gone."""
         deadline = time.monotonic() + timeout
         frame, printed = bytearray(), bytearray()
         poll = select.poll()
         poll.register(chain.result, select.POLLIN)
         poll.register(chain.output, select.POLLIN)
         poll.register(self.trainer_process, select.POLLIN)
-        poll.register(self.trainer, 0)  # hang-up only
+        poll.register(self.trainer, 0)  # no events: reports POLLHUP only
         while True:
             wait = deadline - time.monotonic()
             ready = {fd for fd, _ in poll.poll(math.ceil(wait * 1000))} if wait > 0 else set()
@@ -162,7 +195,7 @@ class Server:
                         return self._observation(bytes(frame[LENGTH.size : LENGTH.size + size]), printed, chain.output)
 
     def _observation(self, frame: bytes, printed: bytearray, output: int) -> str:
-        """The reported text; what the tool printed if it returned None."""
+        """The text of a result frame; the printed text if the tool returned None."""
         try:
             text = json.loads(frame)
         except (ValueError, RecursionError):
@@ -173,28 +206,28 @@ class Server:
                 while len(printed) <= 4 * self.max_output and (chunk := os.read(output, 1 << 16)):
                     printed += chunk
             text = printed.decode("utf-8", "replace").strip() or "None"
-        return cut(text, self.max_output) if isinstance(text, str) else GARBAGE
+        return truncate(text, self.max_output) if isinstance(text, str) else GARBAGE
 
-    def _become_tool(self, request: int, result: int, output: int, work: str) -> NoReturn:
-        """In the forked child: build the chain keeper, init, tool; the tool waits for its request. Never comes back."""
+    def _run_child(self, request: int, result: int, output: int, work: str) -> NoReturn:
+        """In the forked child: fork init and the tool, which waits for its request and runs it."""
         try:
-            # the pipes' own numbers are all above REQUEST: the server holds more files open
+            # dup2 overwrites no pipe: their descriptors are above REQUEST, since the server has more files open
             os.dup2(result, RESULT, inheritable=False)
             os.setsid()
-            die_with(self.process)
+            set_pdeathsig(self.process)
             if self.work:
-                system("unshare", CLONE_NEWPID)
-                keeper = os.pidfd_open(os.getpid())
+                libc_call("unshare", CLONE_NEWPID)
+                reaper = os.pidfd_open(os.getpid())
                 if init := os.fork():
-                    mirror(init)
-                die_with(keeper)
-                # PID 1 of a namespace is spared signals of its own, so the tool must not be it: a tool may kill itself
+                    forward_exit(init)
+                set_pdeathsig(reaper)
+                # the tool must not be PID 1, which ignores signals from its own namespace: a tool may kill itself
                 if tool := os.fork():
-                    mirror(tool)
+                    forward_exit(tool)
             os.chdir(work)
-            self._give_up_rights()
+            self._drop_privileges()
             if not self.work:
-                die_with(self.process)  # a new user id cancels the first request
+                set_pdeathsig(self.process)  # setresuid has cleared the first one
             os.dup2(self.null, 0)
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -202,7 +235,7 @@ class Server:
             os.closerange(REQUEST + 1, 1 << 16)
             with open(REQUEST, "rb") as file:
                 call = json.loads(file.read(LENGTH.unpack(file.read(LENGTH.size))[0]))
-            limit(resource.RLIMIT_CPU, math.ceil(call["timeout"]) + 1)
+            set_limit(resource.RLIMIT_CPU, math.ceil(call["timeout"]) + 1)
             text = run(call, self.max_output)
             sys.stdout.flush()
             sys.stderr.flush()
@@ -212,24 +245,24 @@ class Server:
         finally:
             os._exit(1)
 
-    def _give_up_rights(self) -> None:
-        limit(resource.RLIMIT_AS, self.memory)
-        limit(resource.RLIMIT_FSIZE, FILE_BYTES)
-        limit(resource.RLIMIT_NOFILE, FILES)
-        limit(resource.RLIMIT_CORE, 0)
-        if self.work or self.uid is not None:  # otherwise it would count every process of the trainer's user
-            limit(resource.RLIMIT_NPROC, PROCESSES)
+    def _drop_privileges(self) -> None:
+        set_limit(resource.RLIMIT_AS, self.memory)
+        set_limit(resource.RLIMIT_FSIZE, FILE_BYTES)
+        set_limit(resource.RLIMIT_NOFILE, FILES)
+        set_limit(resource.RLIMIT_CORE, 0)
+        if self.work or self.uid is not None:  # otherwise it would count all processes of the trainer's user
+            set_limit(resource.RLIMIT_NPROC, PROCESSES)
         os.umask(0o077)
         if self.uid is not None:
             os.setgroups([])
             os.setresgid(self.uid, self.uid, self.uid)
             os.setresuid(self.uid, self.uid, self.uid)
-        system("capset", struct.pack("II", CAPABILITY_VERSION_3, 0), bytes(24))
-        system("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        system("prctl", PR_SET_DUMPABLE, 0)
+        libc_call("capset", struct.pack("II", CAPABILITY_VERSION_3, 0), bytes(24))
+        libc_call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        libc_call("prctl", PR_SET_DUMPABLE, 0)
 
     def _open_work(self) -> str:
-        """An empty folder that only this call can write: its own small file system, or else a temporary folder."""
+        """The working folder of a call, empty: a tmpfs of its own, or else a temporary folder."""
         uid, gid = (os.geteuid(), os.getegid()) if self.uid is None else (self.uid, self.uid)
         if self.work:
             options = f"size={WORK_BYTES},nr_inodes=1024,mode=0700,uid={uid},gid={gid}"
@@ -242,14 +275,14 @@ class Server:
 
     def _close_work(self, folder: str) -> None:
         if self.work:
-            system("umount2", folder.encode(), MNT_DETACH)
+            libc_call("umount2", folder.encode(), MNT_DETACH)
             return
-        with contextlib.suppress(RecursionError):  # a tool may nest folders without end; rmtree recurses
+        with contextlib.suppress(RecursionError):  # rmtree recurses, and a tool may nest folders without limit
             shutil.rmtree(folder, ignore_errors=True)
 
     def _kill(self, child: int) -> None:
-        """End the call's processes, all of them, and wait until they are gone."""
-        for pid in [child] if self.work else halted_descendants():
+        """Kill all processes of the call and wait until they are gone."""
+        for pid in [child] if self.work else stop_descendants():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
@@ -269,7 +302,7 @@ class Server:
     def _read(self, size: int) -> bytes | None:
         data = bytearray()
         while len(data) < size:
-            # a process forked from the trainer may hold its end of the socket open, so its process is watched too
+            # watch the trainer's process, too: a process that it forked may hold its end of the socket open
             ready, _, _ = select.select([self.trainer.fileno(), self.trainer_process], [], [])
             if self.trainer.fileno() not in ready:
                 return None
@@ -281,23 +314,24 @@ class Server:
 
 
 def run(request: dict[str, Any], max_output: int) -> str | None:
-    """Run the source, call the function; its result as text (None for None), or the error as text."""
+    """Execute the source and call the function. Returns its result or its error as text; None if it returned None."""
     warnings.simplefilter("ignore")
     sys.stdout = open(1, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
     try:
-        random.seed(request["function"] + request["arguments"])  # the same call gives the same answer
+        random.seed(request["function"] + request["arguments"])  # equal calls give equal answers
         namespace: dict[str, Any] = {"__name__": "tool"}
         exec(compile(request["source"], "<tool>", "exec", dont_inherit=True), namespace)
         function = namespace.get(request["function"])
         if function is None:
             raise NameError(f"the source defines no function '{request['function']}'")
         value = function(**json.loads(request["arguments"]))
-        return None if value is None else cut(as_text(value), max_output)
+        return None if value is None else truncate(as_text(value), max_output)
     except BaseException as error:
-        return cut(f"error: {type(error).__name__}" + (f": {error}" if str(error) else ""), min(max_output, 1000))
+        return truncate(f"error: {type(error).__name__}" + (f": {error}" if str(error) else ""), min(max_output, 1000))
 
 
 def as_text(value: Any) -> str:
+    """A result as an observation. TypeError if its text would show a memory address, which differs between runs."""
     if isinstance(value, dict | list):
         try:
             return json.dumps(value, ensure_ascii=False, default=str)
@@ -310,49 +344,53 @@ def as_text(value: Any) -> str:
 
 
 def report(text: str | None) -> None:
+    """Write the result frame."""
     data = json.dumps(text).encode()
     data = LENGTH.pack(len(data)) + data
     while data:
         data = data[os.write(RESULT, data) :]
 
 
-def cut(text: str, limit: int) -> str:
+def truncate(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]}… [cut at {limit} characters]"
 
 
 def enter_namespaces() -> str:
-    """Leave the network, see the file system read-only and without /proc. Returns the folder for calls.
+    """Enter namespaces without network, with a read-only file system and an empty /proc.
 
-    Root just does so; a user first takes a user namespace, where that is allowed. "" if the system refuses any of it.
+    Any user but root enters a user namespace first. Returns the working folder of calls, or "" if the system refuses
+    any part.
     """
     uid, gid = os.geteuid(), os.getegid()
     try:
         if uid != 0:
-            system("unshare", CLONE_NEWUSER)
+            libc_call("unshare", CLONE_NEWUSER)
             for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
                 with open(f"/proc/self/{name}", "w") as file:
                     file.write(text)
-        system("unshare", CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC)
+        libc_call("unshare", CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC)
         require_pid_namespaces()
-        library = os.open(os.path.dirname(os.__file__), os.O_PATH)  # /tmp may hold it, and is about to be covered
+        library = os.open(os.path.dirname(os.__file__), os.O_PATH)  # opened before /tmp is covered, which may hold it
         mount(None, "/", None, MS_REC | MS_PRIVATE)
         mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=64k,mode=0755")
         os.mkdir("/tmp/library")
         os.mkdir("/tmp/work")
-        # The library may lie in a folder that the tool's user cannot enter
+        # bind-mounted, since it may lie in a folder that the tool's user cannot enter
         mount(f"/proc/self/fd/{library}", "/tmp/library", None, MS_BIND | MS_REC)
         attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
-        system("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, ctypes.c_size_t(len(attributes)))
+        libc_call(
+            "syscall", SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, ctypes.c_size_t(len(attributes))
+        )
         mount("tmpfs", "/proc", "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=4k,mode=0555")
         os.close(library)
     except OSError:
         return ""
-    import_from(os.path.dirname(os.__file__), "/tmp/library")
+    redirect_imports(os.path.dirname(os.__file__), "/tmp/library")
     return "/tmp/work"
 
 
-def import_from(old: str, new: str) -> None:
-    """Let modules that are imported from now on come from `new`, those of packages that are already loaded too."""
+def redirect_imports(old: str, new: str) -> None:
+    """Import modules from `new` from now on, submodules of loaded packages included."""
     sys.path[:] = [new, f"{new}/lib-dynload"]
     sys.path_importer_cache.clear()
     for module in list(sys.modules.values()):
@@ -361,7 +399,7 @@ def import_from(old: str, new: str) -> None:
 
 
 def require_pid_namespaces() -> None:
-    """OSError unless a child may make a PID namespace (tried in a child, since it cannot be undone)."""
+    """OSError unless PID namespaces are allowed. Tried in a child, since unshare cannot be undone."""
     child = os.fork()
     if child == 0:
         os._exit(libc.unshare(CLONE_NEWPID) != 0)
@@ -369,27 +407,27 @@ def require_pid_namespaces() -> None:
         raise PermissionError("no PID namespaces")
 
 
-def spare_uid() -> int | None:
-    """A user id that nobody has, another for each server: the process limit then counts one tool's processes only."""
+def unused_uid() -> int | None:
+    """An unused user id, different for each server, so that the process limit counts the processes of one call."""
     uid = FIRST_UID + os.getpid()
     with open("/proc/self/uid_map") as file:
         ranges = [tuple(map(int, line.split())) for line in file]
-    for candidate in (uid, 65534):  # 65534 is nobody; a container may know no high ids
+    for candidate in (uid, 65534):  # 65534 is nobody; a container may not map high ids
         if any(first <= candidate < first + count for first, _, count in ranges):
             return candidate
     return None
 
 
-def die_with(process: int) -> None:
-    """Be killed when the parent (a pidfd) dies, even if that was a moment ago."""
-    system("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-    if select.select([process], [], [], 0)[0]:
+def set_pdeathsig(parent: int) -> None:
+    """Have this process killed when its parent (a pidfd) dies; exit if it is dead already."""
+    libc_call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+    if select.select([parent], [], [], 0)[0]:
         os._exit(1)
 
 
-def mirror(child: int) -> NoReturn:
-    """Wait for the child, reaping orphans, and end as it did."""
-    os.closerange(0, 1 << 16)  # the pipes above all: their end must show when the tool is gone
+def forward_exit(child: int) -> NoReturn:
+    """Wait for the child, reap orphans, and exit with the child's status (128 + signal)."""
+    os.closerange(0, 1 << 16)  # the pipes above all: they must close when the tool is gone
     while True:
         pid, status = os.waitpid(-1, 0)
         if pid == child:
@@ -397,7 +435,7 @@ def mirror(child: int) -> NoReturn:
 
 
 def cause_of_death(child: int) -> str:
-    """` (SIGKILL)` if the child, or the process that it mirrors, died of a signal just now; otherwise nothing."""
+    """` (SIGKILL)` if the child, or the process whose exit it forwards, died of a signal; otherwise ""."""
     process = os.pidfd_open(child)
     try:
         if not select.select([process], [], [], 0.2)[0]:
@@ -410,22 +448,22 @@ def cause_of_death(child: int) -> str:
     return f" ({signal.Signals(number).name})" if number in signal.valid_signals() else ""
 
 
-def halted_descendants() -> list[int]:
-    """All processes below this one, stopped. Killing them at once would make room for a fork bomb's next ones."""
-    halted: list[int] = []
-    queue = children(os.getpid())
+def stop_descendants() -> list[int]:
+    """Stop all descendants of this process and return them. Killing them one by one would let a fork bomb refill."""
+    stopped: list[int] = []
+    queue = child_pids(os.getpid())
     while queue:
         for pid in queue:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
-        halted += queue
-        found = [pid for parent in [os.getpid(), *halted] for pid in children(parent)]
-        queue = [pid for pid in found if pid not in halted]
-    return halted
+        stopped += queue
+        found = [pid for parent in [os.getpid(), *stopped] for pid in child_pids(parent)]
+        queue = [pid for pid in found if pid not in stopped]
+    return stopped
 
 
-def children(process: int) -> list[int]:
-    """Children of all the process's threads; none if it is gone."""
+def child_pids(process: int) -> list[int]:
+    """Child pids of a process, over all its threads; empty if it is gone."""
     pids: list[int] = []
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{process}/task"):
@@ -434,7 +472,8 @@ def children(process: int) -> list[int]:
     return pids
 
 
-def limit(kind: int, value: int) -> None:
+def set_limit(kind: int, value: int) -> None:
+    """Set a resource limit, at most the hard limit that holds already."""
     hard = resource.getrlimit(kind)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(kind, (value, value))
@@ -442,11 +481,11 @@ def limit(kind: int, value: int) -> None:
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
     texts = [None if text is None else text.encode() for text in (source, target, kind, options)]
-    system("mount", *texts[:3], ctypes.c_ulong(flags), texts[3])
+    libc_call("mount", *texts[:3], ctypes.c_ulong(flags), texts[3])
 
 
-def system(name: str, *arguments: Any) -> None:
-    """Call a C function that returns 0 for success; OSError otherwise."""
+def libc_call(name: str, *arguments: Any) -> None:
+    """Call a function of libc that returns 0 for success; OSError otherwise."""
     if getattr(libc, name)(*arguments) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")

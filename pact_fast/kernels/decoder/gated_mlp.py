@@ -1,7 +1,7 @@
-"""The gated MLP down(silu(gate(x))·up(x)) on CPU as one step of autograd (csrc/pointwise.cpp does what is not a product).
+"""Gated MLP down(silu(gate(x))·up(x)) on CPU as one autograd function: torch's GEMMs, pointwise steps in csrc/pointwise.cpp.
 
-As steps of their own, down has to have silu(gate)·up before the gradients of gate and up are made from the same numbers.
-Together, one pass over memory makes all three, and dL/dx is one sum.
+As separate autograd functions, the backward pass would read the activations of gate and up twice: for silu(gate)·up, which
+dW of down needs, and for their own gradients. Here one pass over memory computes all three, and dL/dx is one sum.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ Tensor = torch.Tensor
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """x [..., D], gate and up [F, D], down [D, F], of one dtype that `serves` takes; the result is as large as x."""
+    """down(silu(gate(x))·up(x)), in the shape of x.
+
+    Args:
+        x: [..., D], on CPU, of a dtype that `pointwise.serves` accepts.
+        gate: [F, D] weight, same dtype.
+        up: [F, D].
+        down: [D, F].
+    """
     tensors = (x, gate, up, down)
-    if has_torch_function(tensors):  # function modes, which see no autograd functions: model/rematerialize.py
+    if has_torch_function(tensors):  # torch function modes do not see autograd functions: model/rematerialize.py
         return handle_torch_function(gated_mlp, tensors, *tensors)
     return _GatedMlp.apply(*tensors)
 
@@ -35,13 +42,13 @@ class _GatedMlp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, down, a, b = ctx.saved_tensors
-        of_x, of_gate, of_up, of_down = ctx.needs_input_grad
+        x_grad, gate_grad, up_grad, down_grad = ctx.needs_input_grad
         g, rows, a, b = (_rows(t) for t in (grad, x, a, b))
-        d_a, d_b, product = silu_mul_backward(g @ down, a, b)
-        d_down = g.t() @ product if of_down else None
-        del product
-        dx = torch.addmm(d_a @ gate, d_b, up).view(x.shape) if of_x else None
-        return dx, d_a.t() @ rows if of_gate else None, d_b.t() @ rows if of_up else None, d_down
+        d_a, d_b, activation = silu_mul_backward(g @ down, a, b)
+        d_down = g.t() @ activation if down_grad else None
+        del activation
+        dx = torch.addmm(d_a @ gate, d_b, up).view(x.shape) if x_grad else None
+        return dx, d_a.t() @ rows if gate_grad else None, d_b.t() @ rows if up_grad else None, d_down
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""RMSNorm, silu(gate)·up and rotary embeddings on CPU, each in one pass over memory, both ways (csrc/pointwise.cpp)."""
+"""RMSNorm, SwiGLU's silu(gate)·up and rotary embeddings on CPU, one pass over memory each way (csrc/pointwise.cpp)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pact_fast.kernels.runtime import build
 
 
 def serves(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels take these: all on CPU, in fp32 or all in bf16. Compiles them if they never were."""
+    """True if the kernels support these tensors: on CPU, all fp32 or all bf16. Compiles the library unless it is cached."""
     dtype = tensors[0].dtype
     if dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -32,7 +32,7 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def recompute(node: Any) -> torch.Tensor:
-        """The result, from what is saved for the backward pass (model/rematerialize.py)."""
+        """The forward result, from the saved tensors of an autograd node (for model/rematerialize.py)."""
         x, weight = node.saved_tensors
         return _norm(x, weight, node.eps)
 
@@ -47,7 +47,7 @@ class RmsNorm(torch.autograd.Function):
 
 
 class SiluMul(torch.autograd.Function):
-    """silu(gate)·up, of one shape."""
+    """silu(gate)·up, elementwise; both of the same shape."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ class SiluMul(torch.autograd.Function):
 
     @staticmethod
     def recompute(node: Any) -> torch.Tensor:
-        """The result, from what is saved for the backward pass (model/rematerialize.py)."""
+        """The forward result, from the saved tensors of an autograd node (for model/rematerialize.py)."""
         return silu_mul(*node.saved_tensors)
 
     @staticmethod
@@ -70,7 +70,10 @@ class SiluMul(torch.autograd.Function):
 
 
 class Rotary(torch.autograd.Function):
-    """x∘cos + (−x₂, x₁)∘sin with x = (x₁, x₂). x [1, H, T, D] with contiguous heads, cos and sin [1, T, D]."""
+    """Rotary position embedding x∘cos + (−x₂, x₁)∘sin with x = (x₁, x₂) the halves of the last dimension.
+
+    x [1, H, T, D], cos and sin [1, T, D], as `apply_rotary_pos_emb` of transformers has them (arXiv 2104.09864).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -84,32 +87,32 @@ class Rotary(torch.autograd.Function):
         return _rotary(grad, cos, sin, True), None, None
 
 
-def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
-    _describe()
+def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+    _register_fakes()
     x = x if x.stride(-1) == 1 else x.contiguous()
-    # rows outermost, as the projections that the rows come from have them
+    # memory order [T, H, D], as the projections that produce x have it
     out = x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-    torch.ops.pact_fast.rotary(x, cos.contiguous(), sin.contiguous(), back, out)
+    torch.ops.pact_fast.rotary(x, cos.contiguous(), sin.contiguous(), inverse, out)
     return out
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    _describe()
+    _register_fakes()
     out = _empty(x)
     torch.ops.pact_fast.rms_norm(x.contiguous(), weight.contiguous(), eps, out)
     return out
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate)·up, of one shape, without a gradient of its own; the result is contiguous."""
-    _describe()
+    """silu(gate)·up without autograd; both of the same shape, the result contiguous."""
+    _register_fakes()
     out = _empty(gate)
     torch.ops.pact_fast.silu_mul(gate.contiguous(), up.contiguous(), out)
     return out
 
 
 def silu_mul_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The gradients of gate and up, and silu(gate)·up. All contiguous; the first result takes the memory of `grad`."""
+    """(dL/dgate, dL/dup, silu(gate)·up). All tensors contiguous; the first result overwrites `grad`."""
     d_up, out = _empty(up), _empty(up)
     torch.ops.pact_fast.silu_mul_backward(grad, gate, up, grad, d_up, out)
     return grad, d_up, out
@@ -119,8 +122,8 @@ def _empty(like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-@functools.cache  # once, when the library is there
-def _describe() -> None:
-    """What the kernels do to tensors without contents, for estimate/update_trace.py: nothing."""
+@functools.cache  # once, after the library is loaded
+def _register_fakes() -> None:
+    """Register no-op fake implementations, for estimate/update_trace.py: the ops only write to their outputs."""
     for name in ("rms_norm", "rms_norm_backward", "silu_mul", "silu_mul_backward", "rotary"):
         torch.library.register_fake(f"pact_fast::{name}", lambda *args: None)

@@ -1,8 +1,8 @@
-"""The language-model head on a few rows at a time, so that logits of all rows never exist together.
+"""The language-model head, computed in chunks of rows so that the [N, V] logits never exist as a whole.
 
-A chunk costs one product that makes the logits and, for its active rows alone, two products with dz, their gradient:
-(2 + 4f)·n·D·V multiply-adds for the active fraction f. Between forward and backward a chunk is kept as `Logits`, or as
-`Bf16SoftmaxChunk` where that suffices.
+A chunk costs one GEMM for the logits and, for its active rows (those with a gradient) only, two GEMMs with dz, the
+gradient of the logits: (2 + 4f)·n·D·V FLOPs for the active fraction f. Between forward and backward a chunk is kept
+as `Logits`, or as `Bf16SoftmaxChunk` where that is sufficient.
 """
 
 from __future__ import annotations
@@ -12,41 +12,52 @@ from collections.abc import Iterator
 import torch
 
 from pact_fast.kernels.head import softmax_bf16
-from pact_fast.kernels.head.gemm import CpuBf16Gemms, accumulation_dtype, products
+from pact_fast.kernels.head.gemm import CpuBf16Gemms, accumulation_dtype, make_gemms
 from pact_fast.kernels.head.logits import Logits
-from pact_fast.kernels.head.softmax_torch import Pairing, RowStats, compact
+from pact_fast.kernels.head.softmax_torch import Pairing, RowStats, compaction_index
 from pact_fast.kernels.runtime.backends import resolve
 
 LOGITS_BUDGET = 1 << 30  # bytes of all [rows, V] buffers together
-CACHED_LOGITS = 4 << 20  # bytes of one buffer; on CPU, chunks beyond the cache only cost bandwidth
-WHOLE_ROWS = 32  # what the matrix products work on together
-EFFICIENT_ROWS = 384  # on CPU, fewer rows than this make the matrix products slow
+CACHED_LOGITS_BYTES = 4 << 20  # of one buffer; on CPU, chunks that exceed the cache only cost bandwidth
+ROW_MULTIPLE = 32  # GEMMs are most efficient on multiples of this many rows
+EFFICIENT_ROWS = 384  # on CPU, GEMMs of fewer rows are slow
 
 
-def chunk_rows(vocab: int, row_bytes: int, device: torch.device) -> int:
-    """Rows per chunk, an even number. `row_bytes`: what one row takes in all [rows, V] buffers."""
+def max_chunk_rows(vocab: int, row_bytes: int, device: torch.device) -> int:
+    """Most rows of a chunk, an even number. `row_bytes`: bytes of one row in all [rows, V] buffers together."""
     rows = LOGITS_BUDGET // row_bytes
     if device.type == "cpu":
-        rows = min(rows, max(EFFICIENT_ROWS, CACHED_LOGITS // (4 * vocab)))
-    return max(2, rows // 2 * 2)  # a pair of coupled rows is never torn apart
+        rows = min(rows, max(EFFICIENT_ROWS, CACHED_LOGITS_BYTES // (4 * vocab)))
+    return max(2, rows // 2 * 2)  # even: both rows of a pair are in the same chunk
 
 
-def balanced(total: int, most: int) -> int:
-    """Rows per chunk, at most `most`, so that `total` rows make about equal chunks: a small last one would be slow."""
-    if total <= most:
+def balanced_chunk_rows(total: int, max_rows: int) -> int:
+    """Rows per chunk, at most `max_rows`, so that `total` rows make chunks of about equal size: small GEMMs are slow."""
+    if total <= max_rows:
         return max(total, 1)
-    rows = -(-total // -(-total // most))
-    whole = -(-rows // WHOLE_ROWS) * WHOLE_ROWS
-    return whole if whole <= most else rows + rows % 2  # even, as `most` is: pairs stay together
+    rows = -(-total // -(-total // max_rows))
+    rounded = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+    return rounded if rounded <= max_rows else rows + rows % 2  # even, as `max_rows` is: pairs stay together
 
 
 class ChunkedHead:
-    """Statistics and gradients of one chunk of rows after another.
+    """Statistics and gradients of one chunk of rows at a time: `forward`, then `backward` of the same chunk.
 
-    hidden [T, D], weight [V, D], bias [V] or None; `total` rows will be asked for. z = softcap·tanh((xWᵀ + b)/softcap)/T.
-    `grads` says which of (hidden, W, b) need a gradient. From dL/dlogprob and dL/dentropy, dL/dx comes back per chunk;
-    dL/dW and dL/db add up in fp32 until `weight_grads`. `paired`: rows will be coupled (see Pairing); `entropy_grad`: there
-    will be a dL/dentropy.
+    z = softcap·tanh((xWᵀ + b)/softcap)/T. dL/dx is returned per chunk; dL/dW and dL/db accumulate until `weight_grads`.
+
+    Args:
+        backend: "auto" or one of `backends()`.
+        hidden: [T, D]; only its dtype and device are used.
+        weight: [V, D].
+        bias: [V] or None.
+        softcap: None: no cap.
+        total: Rows of all chunks together.
+        grads: Whether (hidden, weight, bias) need a gradient.
+        paired: Rows will be paired, see `Pairing`.
+        entropy_grad: `backward` will be given dL/dentropy.
+
+    Raises:
+        PactError: The backend does not support these tensors.
     """
 
     def __init__(
@@ -63,49 +74,57 @@ class ChunkedHead:
     ):
         dtype, vocab = accumulation_dtype(hidden, weight), weight.shape[0]
         backend = resolve(backend, hidden.device, torch.promote_types(hidden.dtype, weight.dtype))
-        made = products(backend, hidden, weight, grads[1])
-        self._operand, self._dtype, self._total = made.operand, dtype, total
+        gemms = make_gemms(backend, hidden, weight, grads[1])
+        self._operand_dtype, self._dtype, self._total = gemms.operand_dtype, dtype, total
         self._chunk: Logits | softmax_bf16.Bf16SoftmaxChunk
-        if isinstance(made, CpuBf16Gemms) and bias is None and not (softcap or paired or entropy_grad):
-            self._rows = balanced(total, softmax_bf16.ROWS if any(grads) else softmax_bf16.ROWS_FORWARD)
-            self._chunk = softmax_bf16.Bf16SoftmaxChunk(made, self._rows, grads)
+        if isinstance(gemms, CpuBf16Gemms) and bias is None and not (softcap or paired or entropy_grad):
+            max_rows = softmax_bf16.ROWS if any(grads) else softmax_bf16.ROWS_FORWARD
+            self._rows = balanced_chunk_rows(total, max_rows)
+            self._chunk = softmax_bf16.Bf16SoftmaxChunk(gemms, self._rows, grads)
             return
         buffers = 2 if paired else 1
-        held = buffers + (4 if backend == "torch" else 0)  # plain torch needs room for its intermediate results
-        self._rows = balanced(total, chunk_rows(vocab, held * vocab * dtype.itemsize, hidden.device))
+        counted = buffers + (4 if backend == "torch" else 0)  # plain torch allocates intermediate results as well
+        self._rows = balanced_chunk_rows(total, max_chunk_rows(vocab, counted * vocab * dtype.itemsize, hidden.device))
         bias = None if bias is None else bias.detach().to(dtype).contiguous()
-        self._chunk = Logits(backend, made, bias, softcap, self._rows, dtype, buffers, grads)
+        self._chunk = Logits(backend, gemms, bias, softcap, self._rows, dtype, buffers, grads)
 
     def chunks(self) -> Iterator[slice]:
-        """The rows in order; one empty chunk when there are none."""
+        """The chunks in order; one empty chunk when there are no rows."""
         starts = range(0, max(self._total, 1), self._rows)
         return (slice(start, min(start + self._rows, self._total)) for start in starts)
 
     def forward(self, x: torch.Tensor, target: torch.Tensor, temperature: torch.Tensor) -> RowStats:
         """Statistics [n] of rows x [n, D]; target [n] int64, temperature [n]."""
-        # row passes read [n] tensors entry after entry, and a gradient like that of a sum is one expanded number
+        # the kernels need contiguous [n] tensors; a temperature may be an expanded scalar
         temperature = temperature.to(self._dtype).contiguous()
-        return self._chunk.forward(x.to(self._operand), target.contiguous(), temperature)
+        return self._chunk.forward(x.to(self._operand_dtype), target.contiguous(), temperature)
 
     def divergence(self, partner: torch.Tensor, kind: str) -> torch.Tensor:
-        """[n] divergences to each row's partner in the chunk (−1: none, 0); after `forward`, before `backward`."""
+        """[n] divergence of each row from its partner (int64; −1: none, gives 0); between `forward` and `backward`."""
         assert isinstance(self._chunk, Logits)
         return self._chunk.divergence(partner, kind)
 
     def backward(
         self, g: torch.Tensor, h: torch.Tensor | None = None, pairing: Pairing | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """After `forward` of the same chunk: g, h [n] = dL/dlogprob, dL/dentropy (h None: 0).
+        """Gradients of the chunk that `forward` computed last.
 
-        Returns (source, dx): the places [m] within the chunk whose gradient is not zero, in the order of dx [m, D] =
-        dL/dx, which is None when not needed. The other places cost no matrix product.
+        Args:
+            g: [n] dL/dlogprob.
+            h: [n] dL/dentropy; None: 0.
+            pairing: Pairs of rows, or None.
+
+        Returns:
+            source: [m] int64, the active rows of the chunk. Inactive rows take part in no GEMM.
+            dx: [m, D] dL/dx of these rows, in this order; None if hidden needs no gradient.
         """
         coefficients = [g] + ([] if h is None else [h]) + ([] if pairing is None else [pairing.own, pairing.cross])
-        source = compact(torch.stack(coefficients).ne(0).any(0))
+        source = compaction_index(torch.stack(coefficients).ne(0).any(0))
         if not len(source):
             return source, None
+        # g may be an expanded scalar, as the gradient of a sum is
         return source, self._chunk.backward(source, g.contiguous(), None if h is None else h.contiguous(), pairing)
 
     def weight_grads(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(dL/dW, dL/db) in the accumulation dtype, or rounded already to that of the parameter."""
+        """(dL/dW, dL/db) in the accumulation dtype, or already rounded to the parameter's dtype; None if not needed."""
         return self._chunk.weight_grads()

@@ -1,7 +1,7 @@
-"""The three matrix products of the head, x·Wᵀ, dz·W and dzᵀ·x, with results in the accumulation dtype.
+"""The three GEMMs of the head, z = x·Wᵀ, dx = dz·W and dW = dzᵀ·x, with results in the accumulation dtype.
 
-Logits rounded to bf16 would cost 0.03 nats of log-prob, and a weight gradient that is rounded once per chunk loses digits
-with every chunk. So products of bf16 and fp16 leave their fp32 accumulator as fp32, whatever the device offers for it.
+Logits rounded to bf16 would cost 0.03 nats of log-prob, and a weight gradient that is rounded once per chunk loses
+precision with every chunk. GEMMs of bf16 and fp16 operands therefore return their fp32 accumulators.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from pact_fast.kernels.runtime.scratch import Scratch, padded_nbytes
 
-BLOCK = 2048  # rows of W converted at a time, where the device has no product of 16-bit numbers with an fp32 result
+CAST_ROWS = 2048  # rows of W converted to fp32 at a time, where 16-bit GEMMs with fp32 results are not available
 
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -21,31 +21,34 @@ def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 class HeadGemms:
-    """For weights in the accumulation dtype. W [V, D]; x [n, D] in the dtype `operand`, dz [m, V] as `dz_view` says."""
+    """The GEMMs for weights in the accumulation dtype, by torch's BLAS. Subclasses: other dtypes and devices.
 
-    scratch = 0  # bytes wanted, see `take`
+    W [V, D]; x [n, D] in `operand_dtype`; dz [m, V], a view from `dz_view`. dW accumulates over calls of `backward`.
+    """
+
+    scratch = 0  # bytes of working memory that `bind_scratch` takes
 
     def __init__(self, weight: torch.Tensor, needs_weight_grad: bool):
         self.weight = weight.detach()
-        self.operand = self.weight.dtype  # of x
+        self.operand_dtype = self.weight.dtype  # of x
         self._needs_weight_grad = needs_weight_grad
-        self._d_weight: torch.Tensor | None = None  # grows by chunks from the first one on
+        self._d_weight: torch.Tensor | None = None  # allocated by the first chunk
 
-    def take(self, scratch: Scratch) -> None:
-        """Memory that lasts as long as these products are used."""
+    def bind_scratch(self, scratch: Scratch) -> None:
+        """Take `self.scratch` bytes of working memory; `scratch` must outlive this object's use."""
 
     def weight_grad(self) -> torch.Tensor | None:
-        """dL/dW in the accumulation dtype, or rounded already to that of W; None if not wanted."""
+        """dL/dW in the accumulation dtype, or already rounded to the dtype of W; None if not needed."""
         if self._d_weight is None and self._needs_weight_grad:
             return torch.zeros_like(self.weight, dtype=accumulation_dtype(self.weight))
         return self._d_weight
 
     def dz_view(self, z: torch.Tensor) -> torch.Tensor:
-        """Where dz is to be written: z itself, or a view of its memory in a smaller dtype."""
+        """The output tensor for dz: z itself, or a view of its memory in a smaller dtype."""
         return z
 
     def scale(self, g: torch.Tensor) -> float:
-        """A power of 2 that dz is to be multiplied with; the products divide by it."""
+        """A power of 2 by which the caller multiplies dz; `backward` divides its results by it."""
         return 1.0
 
     def logits(self, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -53,7 +56,7 @@ class HeadGemms:
         torch.mm(x, self.weight.t(), out=out)
 
     def backward(self, dz: torch.Tensor, x: torch.Tensor, scale: float, input_grad: bool) -> torch.Tensor | None:
-        """The weight gradient grows by dzᵀ·x/scale, if wanted; returns dz·W/scale [m, D], if `input_grad`."""
+        """Adds dzᵀ·x/scale to the weight gradient, if needed; returns dx = dz·W/scale [m, D] if `input_grad`."""
         self._add_weight_grad(dz, x)
         return torch.mm(dz, self.weight) if input_grad else None
 
@@ -65,29 +68,31 @@ class HeadGemms:
 
 
 class ChunkedCastGemms(HeadGemms):
-    """16-bit weights on CPU: blocks of W are converted to fp32 for each product, never all of it."""
+    """16-bit weights on CPU, cast to fp32 in blocks of rows for each GEMM, never as a whole."""
 
     def __init__(self, weight: torch.Tensor, needs_weight_grad: bool):
         super().__init__(weight, needs_weight_grad)
-        self.operand = torch.float32
+        self.operand_dtype = torch.float32
 
     def logits(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        for start in range(0, len(self.weight), BLOCK):
-            block = self.weight[start : start + BLOCK].float()
-            # into a block of columns: mm's out= would copy, addmm's accumulation writes through the stride
-            torch.addmm(out[:, start : start + BLOCK], x, block.t(), beta=0.0, out=out[:, start : start + BLOCK])
+        for start in range(0, len(self.weight), CAST_ROWS):
+            block = self.weight[start : start + CAST_ROWS].float()
+            # into a block of columns: mm(out=) would copy, addmm(out=) writes through the stride
+            torch.addmm(
+                out[:, start : start + CAST_ROWS], x, block.t(), beta=0.0, out=out[:, start : start + CAST_ROWS]
+            )
 
     def backward(self, dz: torch.Tensor, x: torch.Tensor, scale: float, input_grad: bool) -> torch.Tensor | None:
         self._add_weight_grad(dz, x)
         if not input_grad:
             return None
         dx = dz.new_zeros(len(dz), self.weight.shape[1])
-        for start in range(0, len(self.weight), BLOCK):
-            dx.addmm_(dz[:, start : start + BLOCK], self.weight[start : start + BLOCK].float())
+        for start in range(0, len(self.weight), CAST_ROWS):
+            dx.addmm_(dz[:, start : start + CAST_ROWS], self.weight[start : start + CAST_ROWS].float())
         return dx
 
 
-class CpuFp32Products(HeadGemms):
+class CpuFp32Gemms(HeadGemms):
     """fp32 weights on a CPU with AVX-512 (csrc/gemm_fp32.cpp)."""
 
     def __init__(self, weight: torch.Tensor, needs_weight_grad: bool):
@@ -108,7 +113,7 @@ class CpuFp32Products(HeadGemms):
 class CpuBf16Gemms(HeadGemms):
     """bf16 weights on a CPU with bf16 instructions (csrc/gemm_bf16.cpp). dz is rounded to bf16.
 
-    The weight gradient grows in 24 bits, the nearest bf16 number and an int8 of what it lacks: the former is the result.
+    dW accumulates in 24 bits (split accumulator): hi, the nearest bf16, and lo, the remainder as int8. hi is the result.
     """
 
     def __init__(self, weight: torch.Tensor, needs_weight_grad: bool):
@@ -116,7 +121,7 @@ class CpuBf16Gemms(HeadGemms):
         self.scratch = padded_nbytes(self.weight.shape, torch.int8) if needs_weight_grad else 0
         self._lo: torch.Tensor | None = None
 
-    def take(self, scratch: Scratch) -> None:
+    def bind_scratch(self, scratch: Scratch) -> None:
         if self._needs_weight_grad:
             self._lo = scratch.empty(self.weight.shape, torch.int8)
 
@@ -124,14 +129,14 @@ class CpuBf16Gemms(HeadGemms):
         torch.ops.pact_fast.bf16_logits(x.contiguous(), self.weight, out)
 
     def backward(self, dz: torch.Tensor, x: torch.Tensor, scale: float, input_grad: bool) -> torch.Tensor | None:
-        dx, *sums = self.results(x, input_grad)
-        torch.ops.pact_fast.bf16_grads(dz, x.contiguous(), self.weight, dx, *sums)
+        dx, *accumulators = self.grad_outputs(x, input_grad)
+        torch.ops.pact_fast.bf16_grads(dz, x.contiguous(), self.weight, dx, *accumulators)
         return dx
 
-    def results(
+    def grad_outputs(
         self, x: torch.Tensor, input_grad: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, bool]:
-        """Where the gradients of these rows are to be written, (dx, dW, its rest), and whether dW is to grow."""
+        """Output tensors (dx, dW hi, dW lo), None where not needed, and whether to add to dW (else overwrite it)."""
         dx = torch.empty(x.shape, dtype=torch.float32) if input_grad else None
         add = self._d_weight is not None
         if self._needs_weight_grad and not add:
@@ -139,18 +144,18 @@ class CpuBf16Gemms(HeadGemms):
         return dx, self._d_weight, self._lo, add
 
 
-class CudaProducts(HeadGemms):
-    """16-bit weights on CUDA: tensor cores with fp32 results; dz takes the front half of every row of z."""
+class CudaGemms(HeadGemms):
+    """16-bit weights on CUDA: tensor cores with fp32 results; dz overwrites the front half of every row of z."""
 
     def dz_view(self, z: torch.Tensor) -> torch.Tensor:
-        return z.view(self.operand)[:, : z.shape[1]]
+        return z.view(self.operand_dtype)[:, : z.shape[1]]
 
     def scale(self, g: torch.Tensor) -> float:
-        if self.operand != torch.float16 or not len(g):
+        if self.operand_dtype != torch.float16 or not len(g):
             return 1.0
-        # fp16 ends at 6e-8: bring the largest coefficient near 1, or small ones vanish before any loss scaling
-        top = float(g.abs().max())
-        return 2.0 ** -math.floor(math.log2(top)) if 0.0 < top < math.inf else 1.0
+        # fp16 underflows below 6e-8: scale the largest coefficient near 1, or small ones vanish before any loss scaling
+        largest = float(g.abs().max())
+        return 2.0 ** -math.floor(math.log2(largest)) if 0.0 < largest < math.inf else 1.0
 
     def logits(self, x: torch.Tensor, out: torch.Tensor) -> None:
         torch.mm(x, self.weight.t(), out_dtype=torch.float32, out=out)
@@ -164,14 +169,14 @@ class CudaProducts(HeadGemms):
         return torch.mm(dz, self.weight, out_dtype=torch.float32).div_(scale) if input_grad else None
 
 
-def products(backend: str, hidden: torch.Tensor, weight: torch.Tensor, needs_weight_grad: bool) -> HeadGemms:
-    """The products for these tensors; if their dtypes differ, the wider one counts."""
+def make_gemms(backend: str, hidden: torch.Tensor, weight: torch.Tensor, needs_weight_grad: bool) -> HeadGemms:
+    """The GEMMs for hidden [n, D] and weight [V, D]; if their dtypes differ, weight is cast to the wider one."""
     weight = weight.detach().to(torch.promote_types(hidden.dtype, weight.dtype))
     ops = torch.ops.pact_fast
     if weight.is_cuda and weight.dtype.itemsize == 2:
-        return CudaProducts(weight, needs_weight_grad)
+        return CudaGemms(weight, needs_weight_grad)
     if backend == "cpp" and weight.dtype == torch.float32 and ops.fp32_gemm_ready():
-        return CpuFp32Products(weight, needs_weight_grad)
+        return CpuFp32Gemms(weight, needs_weight_grad)
     if backend == "cpp" and weight.dtype == torch.bfloat16 and ops.bf16_gemm_ready():
         return CpuBf16Gemms(weight, needs_weight_grad)
     return (ChunkedCastGemms if weight.dtype.itemsize == 2 else HeadGemms)(weight, needs_weight_grad)

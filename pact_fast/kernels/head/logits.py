@@ -1,4 +1,4 @@
-"""A chunk of rows of the head as logits in the accumulation dtype: whatever is asked of their softmax can be had from them."""
+"""A chunk of rows kept as logits in the accumulation dtype, from which every loss term can be computed."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import torch
 
 from pact_fast.kernels.head.gemm import HeadGemms
 from pact_fast.kernels.head.softmax_torch import Pairing, RowStats
-from pact_fast.kernels.runtime.backends import row_pass
+from pact_fast.kernels.runtime.backends import softmax_module
 from pact_fast.kernels.runtime.scratch import Scratch, padded_nbytes
 
-ALIGNED = 16  # logits; on CUDA, rows begin at multiples of this, or 16-byte accesses fall apart
+ROW_ALIGNMENT = 16  # on CUDA, rows start at multiples of this many logits, so that 16-byte accesses are possible
 
 
 class Logits:
-    """At most `rows` rows at a time. One product makes the logits, a row pass reads them, and one turns them into dz.
+    """Forward and backward of one chunk at a time: a GEMM, a softmax pass; then a softmax pass to dz, two GEMMs.
 
-    `buffers`: 2 if rows will be coupled, else 1, where dz takes the place of the logits.
+    Args:
+        backend: Whose softmax passes run.
+        gemms: The GEMMs of the head.
+        bias: [V] in the accumulation dtype, or None.
+        softcap: None: no cap.
+        rows: Most rows of a chunk.
+        dtype: The accumulation dtype.
+        buffers: 2 if rows are paired, else 1: dz then overwrites the logits.
+        grads: Whether (hidden, weight, bias) need a gradient.
     """
 
     def __init__(
         self,
         backend: str,
-        products: HeadGemms,
+        gemms: HeadGemms,
         bias: torch.Tensor | None,
         softcap: float | None,
         rows: int,
@@ -29,47 +37,52 @@ class Logits:
         buffers: int,
         grads: tuple[bool, bool, bool],
     ):
-        weight = products.weight
-        self._pass, self._products = row_pass(backend), products
+        weight = gemms.weight
+        self._softmax, self._gemms = softmax_module(backend), gemms
         self._bias, self._softcap = bias, softcap
         self._x_grad = grads[0]
         self._d_bias = weight.new_zeros(len(weight), dtype=dtype) if grads[2] else None
-        padded = -(-len(weight) // ALIGNED) * ALIGNED
+        padded = -(-len(weight) // ROW_ALIGNMENT) * ROW_ALIGNMENT
         shape = rows, padded if weight.is_cuda else len(weight)
-        scratch = Scratch(buffers * padded_nbytes(shape, dtype) + products.scratch, weight.device)
-        products.take(scratch)
+        scratch = Scratch(buffers * padded_nbytes(shape, dtype) + gemms.scratch, weight.device)
+        gemms.bind_scratch(scratch)
         self._buffers = [scratch.empty(shape, dtype)[:, : len(weight)] for _ in range(buffers)]
-        self._scratch = scratch  # given back when this pass is over
+        self._scratch = scratch  # owns the buffers; released with this object
 
     def forward(self, x: torch.Tensor, target: torch.Tensor, temperature: torch.Tensor) -> RowStats:
+        """Statistics [n] of rows x [n, D]."""
         self._x, self._target, self._temperature = x, target, temperature
         z = self._buffers[0][: len(x)]
-        self._products.logits(x, z)
-        self._stats = self._pass.forward(z, target, self._bias, temperature, self._softcap)
+        self._gemms.logits(x, z)
+        self._stats = self._softmax.forward(z, target, self._bias, temperature, self._softcap)
         return self._stats
 
     def divergence(self, partner: torch.Tensor, kind: str) -> torch.Tensor:
-        return self._pass.divergence(self._buffers[0][: len(partner)], self._stats.lse, partner, kind)
+        """[n] divergence of each row from its partner, see `softmax_torch.divergence`."""
+        return self._softmax.divergence(self._buffers[0][: len(partner)], self._stats.lse, partner, kind)
 
     def backward(
         self, source: torch.Tensor, g: torch.Tensor, h: torch.Tensor | None, pairing: Pairing | None
     ) -> torch.Tensor | None:
-        """dz of the rows `source` lies in front of the last buffer from here on; returns dx of these rows, if wanted."""
-        z, scale = self._buffers[0][: len(g)], self._products.scale(g)
+        """dx [m, D] of the rows `source` [m], None if not needed. Their dz is written to the front of the last buffer."""
+        z, scale = self._buffers[0][: len(g)], self._gemms.scale(g)
         if scale != 1.0:
             g, h = g * scale, None if h is None else h * scale
             pairing = pairing and pairing._replace(own=pairing.own * scale, cross=pairing.cross * scale)
-        out = self._products.dz_view(self._buffers[-1][: len(g)])
-        self._pass.backward(z, out, source, self._target, self._temperature, self._softcap, self._stats, g, h, pairing)
+        out = self._gemms.dz_view(self._buffers[-1][: len(g)])
+        self._softmax.backward(
+            z, out, source, self._target, self._temperature, self._softcap, self._stats, g, h, pairing
+        )
         dz = out[: len(source)]
         if self._d_bias is not None:
             self._d_bias.add_(dz.sum(0, dtype=self._d_bias.dtype), alpha=1.0 / scale)
-        return self._products.backward(dz, rows_of(self._x, source), scale, self._x_grad)
+        return self._gemms.backward(dz, rows_of(self._x, source), scale, self._x_grad)
 
     def weight_grads(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return self._products.weight_grad(), self._d_bias
+        """(dL/dW, dL/db) of all chunks so far; None where not needed."""
+        return self._gemms.weight_grad(), self._d_bias
 
 
 def rows_of(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """x[source], for a `source` of rows_torch.compact: if it is all rows, each stays where it is."""
+    """x[source] for a `source` from `compaction_index`; x itself, not a copy, if all rows are active."""
     return x if len(source) == len(x) else x[source]

@@ -1,4 +1,4 @@
-"""Log-prob and entropy of given tokens under a linear head, without the [N, V] logits."""
+"""linear_logprob: log-prob and entropy of given tokens under a linear head, without the [N, V] logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from pact_fast.kernels.head.gemm import accumulation_dtype
 
 
 class LogProbs(NamedTuple):
-    """[N] each, fp32 (fp64 for fp64 input), in nats."""
+    """Result of `linear_logprob`; fp32 (fp64 for fp64 input), in nats.
+
+    logprob  [N]  log-prob of the target
+    entropy  [N]  entropy of the distribution; None if not asked for
+    """
 
     logprob: torch.Tensor
     entropy: torch.Tensor | None
@@ -30,26 +34,37 @@ def linear_logprob(
     entropy: bool = False,
     backend: str = "auto",
 ) -> LogProbs:
-    """log softmax(z)[target] and, if asked for, the entropy of softmax(z).
+    """log softmax(z)[target] and the entropy of softmax(z), with z = softcap·tanh((hWᵀ + b)/softcap)/temperature.
 
-    z = softcap·tanh((hWᵀ + b)/softcap)/temperature. hidden [N, D], weight [V, D] and bias [V] in fp64, fp32, bf16 or
-    fp16; targets [N] int64; temperature a number or [N]. Logits and softmax are fp32 (fp64 for fp64 input).
-    Differentiable once in hidden, weight and bias; the backward pass computes the logits again, chunk by chunk. Raises
-    PactError when shapes do not fit, a target is no token id, or the back-end cannot serve.
+    Replaces `log_softmax(lm_head(hidden)).gather(...)`. Logits and softmax are computed in fp32 (fp64 for fp64 input),
+    chunk by chunk. Differentiable once in hidden, weight and bias; the backward pass recomputes the logits.
+
+    Args:
+        hidden: [N, D] hidden states; fp64, fp32, bf16 or fp16.
+        weight: [V, D] weight of the head, `lm_head.weight`.
+        targets: [N] int64 token ids, one per row. There is no ignore_index: select rows instead.
+        bias: [V] bias of the head.
+        temperature: Divides the logits; a number or [N].
+        softcap: Soft-cap of the logits; None: no cap.
+        entropy: Whether to return the entropy.
+        backend: "auto", or one of `backends()`.
+
+    Raises:
+        PactError: Shapes do not fit, a target is no token id, or the backend does not support these tensors.
     """
     check_head(hidden, weight, bias)
     if targets.shape != hidden.shape[:1]:
         raise PactError(
             f"linear_logprob: targets {list(targets.shape)} must be one token id per row of hidden {list(hidden.shape)}"
         )
-    logprob, entropies = _linear_logprob(
+    logprob, entropies = linear_logprob_op(
         hidden, weight, bias, targets, per_token(temperature, targets), softcap, backend
     )  # fmt: skip
     return LogProbs(logprob, entropies if entropy else None)
 
 
 def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """hidden [·, D], weight [V, D], bias [V] or None; PactError otherwise."""
+    """Raise PactError unless hidden is [·, D], weight [V, D] and bias [V] or None."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise PactError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [N, D] and [V, D]")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -57,24 +72,24 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 def check_targets(targets: torch.Tensor, vocab: int) -> None:
-    """PactError unless targets are ids of the vocabulary: the kernels read logits at these places.
+    """Raise PactError unless all targets are in [0, vocab): the kernels index logits with them.
 
-    Called by the custom ops, which run in compiled graphs as well. On CUDA it is an assertion on the device, so that
-    nothing waits for it.
+    Runs inside the custom ops, so that compiled graphs check it too. On CUDA it is a device-side assertion, which needs
+    no synchronisation.
     """
     outside = (targets < 0) | (targets >= vocab)
     if targets.is_cuda:
         torch._assert_async(~outside.any(), "pact_fast: a target is outside the vocabulary")
     elif outside.any():
-        place = int(outside.nonzero()[0])
+        token = int(outside.nonzero()[0])
         raise PactError(
-            f"target {int(targets[place])} of token {place} is outside the vocabulary of {vocab} (rows of weight); "
+            f"target {int(targets[token])} of token {token} is outside the vocabulary of {vocab} (rows of weight); "
             "leave out tokens without a loss instead of marking them with an id like -100"
         )
 
 
 def per_token(temperature: float | torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The temperature of every token [N]. PactError if a tensor is given and has another shape."""
+    """[N] temperature of every token, fp64 if a number is given. Raises PactError if a tensor has another shape."""
     if not isinstance(temperature, torch.Tensor):
         return torch.full(targets.shape, temperature, dtype=torch.float64, device=targets.device)
     if temperature.shape != targets.shape:
@@ -85,7 +100,7 @@ def per_token(temperature: float | torch.Tensor, targets: torch.Tensor) -> torch
 
 
 def refuse_second_derivatives() -> None:
-    """For backward passes: with create_graph=True, gradients without a graph would be silently wrong further on."""
+    """Raise PactError in a backward pass with create_graph=True: our gradients have no graph to differentiate."""
     if torch.is_grad_enabled():
         raise PactError(
             "linear_logprob and pact_loss have no second derivatives; call backward without create_graph=True"
@@ -93,12 +108,12 @@ def refuse_second_derivatives() -> None:
 
 
 def gradient_dtype(parameter: torch.Tensor) -> torch.dtype:
-    """The parameter's own; fp32 for fp16, whose small gradients only a loss scale saves, and that comes later."""
+    """The parameter's dtype; fp32 for fp16, so that small gradients do not underflow before the loss scale is applied."""
     return torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
 
 
 @torch.library.custom_op("pact_fast::linear_logprob", mutates_args=())
-def _linear_logprob(
+def linear_logprob_op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -107,7 +122,7 @@ def _linear_logprob(
     softcap: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logprob, entropy) [N]."""
+    """(logprob [N], entropy [N])."""
     check_targets(targets, len(weight))
     logprob = torch.empty(len(hidden), dtype=accumulation_dtype(hidden, weight), device=hidden.device)
     entropy = torch.empty_like(logprob)
@@ -120,7 +135,7 @@ def _linear_logprob(
 
 
 @torch.library.custom_op("pact_fast::linear_logprob_backward", mutates_args=())
-def _linear_logprob_backward(
+def linear_logprob_backward_op(
     g: torch.Tensor,
     h: torch.Tensor | None,
     hidden: torch.Tensor,
@@ -132,11 +147,11 @@ def _linear_logprob_backward(
     backend: str,
     grads: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden, weight and bias; empty where `grads` says that none is wanted."""
+    """Gradients of hidden, weight and bias; empty tensors where `grads` is False."""
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if grads[0] else hidden.new_empty(0)
     with torch.autocast(hidden.device.type, enabled=False):
-        wanted = grads[0], grads[1], grads[2]
-        head = ChunkedHead(backend, hidden, weight, bias, softcap, len(hidden), wanted, entropy_grad=h is not None)
+        needs = grads[0], grads[1], grads[2]
+        head = ChunkedHead(backend, hidden, weight, bias, softcap, len(hidden), needs, entropy_grad=h is not None)
         for chunk in head.chunks():
             head.forward(hidden[chunk], targets[chunk], temperature[chunk])
             source, dx = head.backward(g[chunk], None if h is None else h[chunk])
@@ -147,29 +162,30 @@ def _linear_logprob_backward(
 
 
 def cast_gradient(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor:
-    """A gradient as an op gives it: cast once; an empty tensor for None."""
+    """The gradient in the dtype that an op returns; an empty tensor for None."""
     if gradient is None:
         return parameter.new_empty(0, dtype=gradient_dtype(parameter))
     return gradient.to(gradient_dtype(parameter))
 
 
-@_linear_logprob.register_fake
+@linear_logprob_op.register_fake
 def _(hidden, weight, bias, targets, temperature, softcap, backend):
     logprob = hidden.new_empty(len(hidden), dtype=accumulation_dtype(hidden, weight))
     return logprob, torch.empty_like(logprob)
 
 
-@_linear_logprob_backward.register_fake
+@linear_logprob_backward_op.register_fake
 def _(g, h, hidden, weight, bias, targets, temperature, softcap, backend, grads):
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if grads[0] else hidden.new_empty(0)
     return d_hidden, *fake_weight_grads(weight, bias, grads)
 
 
 def fake_weight_grads(weight: torch.Tensor, bias: torch.Tensor | None, grads: Sequence[bool]) -> list[torch.Tensor]:
+    """Weight and bias gradients of an op's fake implementation: shapes and dtypes only."""
     parameters = [weight, bias if bias is not None else weight]
     return [
-        p.new_empty(p.shape if wanted else (0,), dtype=gradient_dtype(p))
-        for p, wanted in zip(parameters, grads[1:], strict=True)
+        p.new_empty(p.shape if needed else (0,), dtype=gradient_dtype(p))
+        for p, needed in zip(parameters, grads[1:], strict=True)
     ]
 
 
@@ -184,13 +200,13 @@ def _backward(ctx: Any, g: torch.Tensor | None, h: torch.Tensor | None) -> tuple
     hidden, weight, bias, targets, temperature = ctx.saved_tensors
     if g is None:
         g = torch.zeros_like(targets, dtype=accumulation_dtype(hidden, weight))
-    wanted = list(ctx.needs_input_grad[:3])
-    gradients = _linear_logprob_backward(
-        g, h, hidden, weight, bias, targets, temperature, ctx.softcap, ctx.backend, wanted
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = linear_logprob_backward_op(
+        g, h, hidden, weight, bias, targets, temperature, ctx.softcap, ctx.backend, needs
     )  # fmt: skip
     parameters = (hidden, weight, bias)
-    given = [d.to(p.dtype) if want else None for d, p, want in zip(gradients, parameters, wanted, strict=True)]
-    return *given, None, None, None, None
+    input_grads = [d.to(p.dtype) if need else None for d, p, need in zip(gradients, parameters, needs, strict=True)]
+    return *input_grads, None, None, None, None
 
 
-_linear_logprob.register_autograd(_backward, setup_context=_setup)
+linear_logprob_op.register_autograd(_backward, setup_context=_setup)

@@ -1,100 +1,186 @@
-"""Clip rules of the policy loss, k3 and importance weights: small pure functions on [N] tensors.
+"""Policy-loss rules and their registry, the k3 KL estimator, importance weights: pure functions on [n] tensors.
 
-Every rule gives, per token, the loss and its derivative by the token's log-prob, so that gradients can be formed in the
-pass that makes the logits. `log_ratio` is log π − log π_old; formulas: method, section 2, and docs/loss.md.
+Every term comes with its derivative by the token's log-prob, so that gradients can be formed in the same pass that
+computes the logits. log_ratio is log π − log π_old. Formulas: docs/loss.md and docs/method.md, section 2.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from pact_fast.errors import PactError
 from pact_fast.kernels.head.tokens import LossTokens
+from pact_fast.registry import Registry
 
 Clip = tuple[float | None, float | None]
 
 
 class PolicyTerm(NamedTuple):
-    """All [N]: value, d value / d logprob, and where the bounds cut (bool)."""
+    """Policy loss of n tokens, before weights.
+
+    value         [n]       the loss
+    slope         [n]       d value / d logprob
+    clipped_low   bool [n]  tokens that count as clipped at the lower bound; None: none. Statistics only.
+    clipped_high  bool [n]  tokens that count as clipped at the upper bound; None: none. Statistics only.
+    """
 
     value: torch.Tensor
     slope: torch.Tensor
-    clipped_low: torch.Tensor
-    clipped_high: torch.Tensor
+    clipped_low: torch.Tensor | None = None
+    clipped_high: torch.Tensor | None = None
 
 
-def ppo(log_ratio: torch.Tensor, advantage: torch.Tensor, clip: Clip, delta: float | None = None) -> PolicyTerm:
-    """−min(min(r, delta)·A, clip(r, 1−low, 1+high)·A).
+class PolicyLoss(ABC):
+    """A policy loss per token, chosen by name: `pact_loss(policy_loss="name" or "file.py:Class")`.
 
-    `delta` > 1 + high bounds the ratio of negative advantages (dual clip). A token is counted as clipped where a bound
-    takes its gradient away.
+    Register a subclass with `@policy_loss("name")`, or leave it unregistered and name it `file.py:Class`. It is
+    constructed without arguments, once per call.
+
+    sequence_ratio  True: log_ratio is the mean over the policy tokens of the token's (sequence, context)
+    takes_delta     True: `pact_loss(delta=…)` is allowed and passed to `term`
     """
-    low, high = bounds(clip)
-    ratio = log_ratio.exp()
-    clipped_low = (ratio < low) & (advantage < 0)
-    clipped_high = (ratio > high) & (advantage > 0)
-    if delta is not None:
-        clipped_high = clipped_high | ((ratio > delta) & (advantage < 0))
-    used = ratio if delta is None else ratio.clamp(max=delta)
-    value = -torch.minimum(used * advantage, ratio.clamp(low, high) * advantage)
-    slope = torch.where(clipped_low | clipped_high, 0.0, -ratio * advantage)
-    return PolicyTerm(value, slope, clipped_low, clipped_high)
+
+    sequence_ratio: ClassVar[bool] = False
+    takes_delta: ClassVar[bool] = False
+
+    @abstractmethod
+    def term(
+        self, log_ratio: torch.Tensor, advantage: torch.Tensor, logprob: torch.Tensor, clip: Clip, delta: float | None
+    ) -> PolicyTerm:
+        """The term of n tokens and its slope. No autograd runs: the slope must be returned.
+
+        Args:
+            log_ratio: [n] fp32 (fp64 for fp64 input). 0 where the advantage is 0, so that an overflowing ratio cannot
+                reach the loss; a term should be 0 there.
+            advantage: [n], same dtype.
+            logprob: [n] log π, same dtype.
+            clip: (low, high) of `pact_loss`; see `bounds`.
+            delta: Dual-clip bound, or None.
+        """
 
 
-def cispo(log_ratio: torch.Tensor, advantage: torch.Tensor, logprob: torch.Tensor, clip: Clip) -> PolicyTerm:
-    """−sg(clip(r, 1−low, 1+high))·A·log π: every token keeps a gradient, the bounds cap its weight."""
-    low, high = bounds(clip)
-    ratio = log_ratio.exp()
-    weight = ratio.clamp(low, high)
-    slope = -weight * advantage
-    return PolicyTerm(slope * logprob, slope, ratio < low, ratio > high)
+policy_loss: Registry[type[PolicyLoss]] = Registry("policy loss", "policy_loss")
+
+
+def make_policy_loss(name: str) -> PolicyLoss:
+    """The rule that a registered name, `file.py:Class` or `module:Class` stands for.
+
+    Raises:
+        PactError: There is no such name, file or class, or it is no subclass of PolicyLoss.
+    """
+    cls: Any = policy_loss.get(name)
+    if not (isinstance(cls, type) and issubclass(cls, PolicyLoss)):
+        raise PactError(f"policy_loss '{name}': derive the class from pact_fast.kernels.PolicyLoss")
+    return cls()
+
+
+@policy_loss("ppo")
+class Ppo(PolicyLoss):
+    """−min(min(r, δ)·A, clip(r, 1 − low, 1 + high)·A) (PPO, arXiv 1707.06347; δ: dual clip, arXiv 1912.09729).
+
+    A token counts as clipped where a bound sets its gradient to 0.
+    """
+
+    takes_delta = True
+
+    def term(
+        self, log_ratio: torch.Tensor, advantage: torch.Tensor, logprob: torch.Tensor, clip: Clip, delta: float | None
+    ) -> PolicyTerm:
+        low, high = bounds(clip)
+        ratio = log_ratio.exp()
+        clipped_low = (ratio < low) & (advantage < 0)
+        clipped_high = (ratio > high) & (advantage > 0)
+        if delta is not None:
+            clipped_high = clipped_high | ((ratio > delta) & (advantage < 0))
+        used = ratio if delta is None else ratio.clamp(max=delta)
+        value = -torch.minimum(used * advantage, ratio.clamp(low, high) * advantage)
+        slope = torch.where(clipped_low | clipped_high, 0.0, -ratio * advantage)
+        return PolicyTerm(value, slope, clipped_low, clipped_high)
+
+
+@policy_loss("gspo")
+class Gspo(Ppo):
+    """PPO's rule on one ratio per (sequence, context), the geometric mean of the token ratios (arXiv 2507.18071).
+
+    With s that ratio and sg stop-gradient, the token's ratio is sg(s)·exp(log π − sg(log π)) (GSPO-token). Its value and
+    its derivative by log π are both s, so PPO's slope holds.
+    """
+
+    sequence_ratio = True
+
+
+@policy_loss("cispo")
+class Cispo(PolicyLoss):
+    """−sg(clip(r, 1 − low, 1 + high))·A·log π (arXiv 2506.13585): bounds cap a token's weight, not its gradient.
+
+    A token counts as clipped where its ratio is outside the bounds.
+    """
+
+    def term(
+        self, log_ratio: torch.Tensor, advantage: torch.Tensor, logprob: torch.Tensor, clip: Clip, delta: float | None
+    ) -> PolicyTerm:
+        low, high = bounds(clip)
+        ratio = log_ratio.exp()
+        slope = -ratio.clamp(low, high) * advantage
+        return PolicyTerm(slope * logprob, slope, ratio < low, ratio > high)
 
 
 def bounds(clip: Clip) -> tuple[float, float]:
-    """(1 − low, 1 + high); None leaves a side open."""
+    """(1 − low, 1 + high); 0 and ∞ where a side is None."""
     low, high = clip
     return (0.0 if low is None else 1.0 - low), (float("inf") if high is None else 1.0 + high)
 
 
 def sequence_mean(log_ratio: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Mean of log_ratio [N] over each group (int64 ids [N]), given back to its tokens.
-
-    exp of it is gspo's sequence ratio: the geometric mean of the token ratios.
-    """
+    """Mean of log_ratio [n] over each group (int64 ids [n]), broadcast back to the group's tokens [n]."""
     _, inverse, count = group.unique(return_inverse=True, return_counts=True)
     total = log_ratio.new_zeros(len(count)).index_add_(0, inverse, log_ratio)
     return (total / count)[inverse]
 
 
 def k3(reference: torch.Tensor, logprob: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(d) − d − 1 with d = log π_ref − log π, and its derivative by log π. Both are 0 where the reference is NaN."""
+    """exp(d) − d − 1 with d = log π_ref − log π, and its derivative by log π; [n] each, both 0 where π_ref is NaN.
+
+    Source: Schulman, "Approximating KL Divergence" (2020), estimator k3.
+    """
     d = torch.where(reference.isnan(), 0.0, reference - logprob)
-    grown = torch.expm1(d)
-    return grown - d, -grown
+    exp_minus_1 = torch.expm1(d)
+    return exp_minus_1 - d, -exp_minus_1
 
 
 def importance_weight(old: torch.Tensor, sampler: torch.Tensor, cap: torch.Tensor) -> torch.Tensor:
-    """min(cap, exp(old − sampler)), all [N]; 1 where the sampler's log-prob or the cap is NaN."""
+    """min(cap, exp(old − sampler)), all [n]; 1 where the sampler's log-prob or the cap is NaN."""
     weight = torch.minimum((old - sampler).exp(), cap)
     return torch.where(sampler.isnan() | cap.isnan(), 1.0, weight)
 
 
-class Settings(NamedTuple):
-    policy_loss: str
+class LossSettings(NamedTuple):
+    """The settings of `pact_loss`; is_cap: one cap per LossContext, NaN for no importance weights."""
+
+    rule: PolicyLoss
     clip: Clip
     delta: float | None
     kl_coef: float
     entropy_coef: float
-    is_cap: Sequence[float] | None  # by context
+    is_cap: Sequence[float] | None
     softcap: float | None
 
 
 class TokenTerms(NamedTuple):
-    """Everything about a chunk of tokens that follows from its log-probs and entropies; [n] each.
+    """Loss terms of n tokens; all [n].
 
-    g and h are dL/dlogprob and dL/dentropy.
+    rl, sft            policy loss (with KL and entropy) and SFT loss, weighted
+    g, h               dL/dlogprob, dL/dentropy
+    k3                 KL to the reference, unweighted
+    log_ratio          log π − log π_old of the token
+    rule_log_ratio     the log-ratio that the rule uses: the same, or the sequence's
+    weight             importance weight of the policy term
+    old                log π_old, NaN replaced by log π
+    clipped_low/_high  bool, see PolicyTerm
     """
 
     rl: torch.Tensor
@@ -103,7 +189,7 @@ class TokenTerms(NamedTuple):
     h: torch.Tensor
     k3: torch.Tensor
     log_ratio: torch.Tensor
-    clip_log: torch.Tensor
+    rule_log_ratio: torch.Tensor
     weight: torch.Tensor
     old: torch.Tensor
     clipped_low: torch.Tensor
@@ -111,48 +197,55 @@ class TokenTerms(NamedTuple):
 
 
 def token_terms(
-    tokens: LossTokens, logprob: torch.Tensor, entropy: torch.Tensor, settings: Settings, clip_log: torch.Tensor | None
+    tokens: LossTokens,
+    logprob: torch.Tensor,
+    entropy: torch.Tensor,
+    settings: LossSettings,
+    sequence_log_ratio: torch.Tensor | None,
 ) -> TokenTerms:
-    """The loss of every token and its derivatives. `clip_log` [n]: gspo's sequence log-ratios; None: the tokens'."""
+    """The loss of every token and its derivatives.
+
+    Args:
+        tokens: n rows of the loss table.
+        logprob: [n] log π, fp32 or fp64; everything is computed in this dtype.
+        entropy: [n], in nats.
+        settings: Of the call.
+        sequence_log_ratio: [n] the sequence's mean log-ratio, for rules with `sequence_ratio`; else None.
+    """
     dtype = logprob.dtype
     rl_weight, sft_weight, advantage = (t.to(dtype) for t in (tokens.rl_weight, tokens.sft_weight, tokens.advantage))
     old = old_logprob_of(tokens, logprob)
     log_ratio = logprob - old
-    if clip_log is None:
-        clip_log = log_ratio
+    rule_log_ratio = log_ratio if sequence_log_ratio is None else sequence_log_ratio
     # an advantage of 0 makes the term 0 even where the ratio overflows
-    rule_log = torch.where(advantage == 0, 0.0, clip_log)
-    if settings.policy_loss == "cispo":
-        term = cispo(rule_log, advantage, logprob, settings.clip)
-    else:
-        term = ppo(rule_log, advantage, settings.clip, settings.delta)
+    safe_log_ratio = torch.where(advantage == 0, 0.0, rule_log_ratio)
+    term = settings.rule.term(safe_log_ratio, advantage, logprob, settings.clip, settings.delta)
+    unclipped = torch.zeros_like(logprob, dtype=torch.bool)
     weight = torch.ones_like(logprob)
     if settings.is_cap is not None and tokens.sampler_logprob is not None:
         caps = torch.tensor(settings.is_cap, dtype=dtype, device=old.device)[tokens.context]
         weight = importance_weight(old, tokens.sampler_logprob.to(dtype), caps)
     reference = torch.full_like(logprob, torch.nan) if tokens.ref_logprob is None else tokens.ref_logprob.to(dtype)
     kl, kl_slope = k3(reference, logprob)
-    live = rl_weight != 0
     value = weight * term.value + settings.kl_coef * kl - settings.entropy_coef * entropy
     slope = weight * term.slope + settings.kl_coef * kl_slope
     # where, not a product: 0 · inf is NaN
-    rl = torch.where(live, rl_weight * value, 0.0)
-    g = torch.where(live, rl_weight * slope, 0.0) - sft_weight
+    policy = rl_weight != 0
     return TokenTerms(
-        rl=rl,
+        rl=torch.where(policy, rl_weight * value, 0.0),
         sft=torch.where(sft_weight != 0, -sft_weight * logprob, 0.0),
-        g=g,
+        g=torch.where(policy, rl_weight * slope, 0.0) - sft_weight,
         h=-settings.entropy_coef * rl_weight,
         k3=kl,
         log_ratio=log_ratio,
-        clip_log=clip_log,
+        rule_log_ratio=rule_log_ratio,
         weight=weight,
         old=old,
-        clipped_low=term.clipped_low,
-        clipped_high=term.clipped_high,
+        clipped_low=unclipped if term.clipped_low is None else term.clipped_low,
+        clipped_high=unclipped if term.clipped_high is None else term.clipped_high,
     )
 
 
 def old_logprob_of(tokens: LossTokens, logprob: torch.Tensor) -> torch.Tensor:
-    """log π_old [n]; where it is NaN, the current one, which makes the ratio exactly 1."""
+    """log π_old [n]; where the table has NaN, log π itself, so that the ratio is exactly 1."""
     return torch.where(tokens.old_logprob.isnan(), logprob, tokens.old_logprob.to(logprob.dtype))

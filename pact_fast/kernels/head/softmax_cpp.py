@@ -1,4 +1,7 @@
-"""The row pass in C++ (csrc/softmax_fp32.cpp), fp32 on CPU; semantics: rows_torch.py. Load the library first (build.status)."""
+"""Softmax passes of the head in C++ (csrc/softmax_fp32.cpp), fp32 on CPU; the functions of softmax_torch.py.
+
+The library must be loaded first (`build.status()`).
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,7 @@ def backward(
     h: torch.Tensor | None,
     pairing: Pairing | None = None,
 ) -> None:
-    coupled = (None, None, None, None, False)
+    pairs = (None, None, None, None, False)
     if pairing is not None:
-        coupled = (pairing.partner, pairing.divergence, pairing.own, pairing.cross, pairing.kind == JSD)  # type: ignore[assignment]
-    torch.ops.pact_fast.head_softmax_backward(
-        z, out, source, target, temperature, softcap or 0.0, *stats, g, h, *coupled
-    )
+        pairs = (pairing.partner, pairing.divergence, pairing.own, pairing.cross, pairing.kind == JSD)  # type: ignore[assignment]
+    torch.ops.pact_fast.head_softmax_backward(z, out, source, target, temperature, softcap or 0.0, *stats, g, h, *pairs)

@@ -1,7 +1,7 @@
-"""The row pass of the head in plain torch: any device, any dtype; the oracle of rows_cpp.py and rows_triton.py.
+"""Softmax passes of the head in plain torch: any device and dtype; the oracle of softmax_cpp.py and softmax_triton.py.
 
-All three take a chunk of logits z [n, V] in the accumulation dtype (fp64 or fp32 here, fp32 there) and change it in
-place. What a row's softmax is, with T the temperature of the row:
+All three backends read a chunk of logits z [n, V] in the accumulation dtype (fp64 or fp32 here, fp32 in the others) and
+change it in place. With T the temperature of a row:
 
     z ← softcap·tanh((z + b)/softcap)/T        log p = z − lse        H = −Σ p·log p
 """
@@ -25,11 +25,16 @@ class RowStats(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """What couples a row to another one of the same chunk. [n] each.
+    """Rows of a chunk that are paired with another row of it. [n] each; p, q: the row's and its partner's softmax.
 
+    kind        "kl" or "jsd"
     partner     int64  the other row; −1: none
-    divergence  what `divergence` gave
-    own, cross  dL/dKL(p ‖ partner's) (kind "jsd": dL/dKL(p ‖ mean of both)) and dL/dKL(partner's ‖ p)
+    divergence  KL(p ‖ q), for "jsd" KL(p ‖ m) with m = (p + q)/2, as `divergence` returns it
+    own         dL/dKL(p ‖ q), for "jsd" dL/dKL(p ‖ m)
+    cross       dL/dKL(q ‖ p); 0 for "jsd"
+
+    dL/dz of the row, before temperature and soft-cap: own·p·(log p − log q − divergence) + cross·(p − q), for "jsd"
+    with m in place of q in the first term.
     """
 
     kind: str
@@ -46,19 +51,30 @@ def forward(
     temperature: torch.Tensor,
     softcap: float | None,
 ) -> RowStats:
-    """z [n, V] becomes the final logits. target [n] int64, bias [V] or None, temperature [n]."""
+    """Statistics of each row; z [n, V] is replaced by the final logits, in place.
+
+    Args:
+        z: [n, V] raw logits x·Wᵀ.
+        target: [n] int64.
+        bias: [V] or None.
+        temperature: [n].
+        softcap: None: no cap.
+    """
     if bias is not None:
         z.add_(bias)
     if softcap:
         z.div_(softcap).tanh_().mul_(softcap)
     z.div_(temperature[:, None])
     lse = z.logsumexp(-1)
-    log_p = z.log_softmax(-1)  # not z − lse: where p → 1 the rounded lse would be all that is left
+    log_p = z.log_softmax(-1)  # not z − lse: where p → 1 only the rounding error of lse would be left
     return RowStats(log_p.gather(1, target[:, None]).squeeze(1), lse, -(log_p.exp() * log_p).sum(-1))
 
 
 def divergence(z: torch.Tensor, lse: torch.Tensor, partner: torch.Tensor, kind: str) -> torch.Tensor:
-    """[n]: KL of the row's softmax to its partner's ("kl") or to the mean of both ("jsd"); 0 without a partner."""
+    """[n] KL(p ‖ q) ("kl") or KL(p ‖ (p + q)/2) ("jsd"), p and q the row's and its partner's softmax; 0 if partner is −1.
+
+    z [n, V]: final logits; lse [n]: their log-sum-exp; partner [n] int64.
+    """
     log_p = z - lse[:, None]
     other = log_p[partner.clamp(min=0)]
     if kind == JSD:
@@ -78,13 +94,22 @@ def backward(
     h: torch.Tensor | None,
     pairing: Pairing | None = None,
 ) -> None:
-    """out[j] ← dL/d(raw logits) of row source[j] of the final logits z, for the m entries of `source`.
+    """out[j] ← dL/d(raw logits) of row source[j], for the m entries of `source`.
 
-    g, h [n]: dL/dlogprob and dL/dentropy by row (h None: 0). `out` [≥ m, V] may be z itself if there is no pairing and
-    `source` is what `compact` gives: a row then never overwrites one that is still to be read.
+        dz = [g·(onehot − p) − h·p·(log p + H) + pair]·(1 − (z·T/softcap)²)/T        pair: see Pairing
 
-        dz = [g·(onehot − p) − h·p·(log p + H) + pair]·(1 − (z·T/softcap)²)/T
-        pair = own·p·(log p − log q − divergence) + cross·(p − q)      q: the partner's softmax, or the mean of both
+    Args:
+        z: [n, V] final logits, as `forward` left them.
+        out: [≥ m, V]. May be z itself if there is no pairing and `source` comes from `compaction_index`: no row is then
+            overwritten before it has been read.
+        source: [m] int64, rows with a gradient.
+        target: [n] int64.
+        temperature: [n].
+        softcap: None: no cap.
+        stats: Of `forward`.
+        g: [n] dL/dlogprob.
+        h: [n] dL/dentropy; None: 0.
+        pairing: Pairs of rows, or None.
     """
     rows = z[source]
     log_p = rows - stats.lse[source, None]
@@ -107,11 +132,11 @@ def backward(
     out[: len(source)] = dz / temperature[source, None]
 
 
-def compact(active: torch.Tensor) -> torch.Tensor:
-    """Where the m active rows of a chunk go: [m] int64, entry j is the row that takes place j. active [n] bool.
+def compaction_index(active: torch.Tensor) -> torch.Tensor:
+    """[m] int64: entry j is the row that moves to row j when the m active rows of a chunk are compacted. active: [n] bool.
 
-    Active rows among the first m stay; the others fill the places between them. Moves are then independent of each
-    other: a place that is filled belongs to a row that nobody reads.
+    Active rows among the first m stay; the others fill the gaps between them. All moves can then run at once and in
+    place: every row that is overwritten is inactive.
     """
     m = int(active.sum())
     source = torch.arange(m, device=active.device)

@@ -1,16 +1,16 @@
-"""The row pass of the head in Triton, for fp32 logits on CUDA: the functions of rows_torch.py, bound by memory traffic.
+"""Softmax passes of the head in Triton, fp32 logits on CUDA; the functions of softmax_torch.py, bound by memory traffic.
 
 z is fp32 [n, V] with unit column stride and any row stride; a stride that is a multiple of 16 gets 16-byte accesses.
-Vectors by row are contiguous: int64 for target, source and partner, fp32 otherwise. Per row of the table, in bytes:
+[n] tensors are contiguous: int64 for target, source and partner, fp32 otherwise. Memory traffic per row, in bytes:
 
     forward      4·V read; 4·V written only where bias, softcap or the row's temperature changes the logits
     divergence   8·V read
     backward     4·V read (8·V with a pairing), one element of `out` per logit written
 
-One program owns a row and walks over it in tiles of [DEPTH, LANES] logits. A lane is a column of the tile and belongs
-to one thread, which keeps running sums of its own; threads meet once, when the row is through. Every sum has a fixed
-order, so results are bit-identical from run to run, and short chains (V/LANES terms, then a tree) keep fp32 exact to
-about 1e-7.
+One program owns a row and loops over it in tiles of [DEPTH, LANES] logits. A lane is a column of the tile and belongs
+to one thread, which keeps its own running sums; they are reduced across threads once, at the end of the row. Every sum
+has a fixed order, so results are bit-identical from run to run, and short chains of additions (V/LANES terms, then a
+tree) keep the fp32 error at about 1e-7.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pact_fast.kernels.head.softmax_torch import JSD, KL, Pairing, RowStats
 
 NUM_WARPS = 8
 LANES = tl.constexpr(NUM_WARPS * 32 * 4)  # four neighbours per thread: one 16-byte access
-DEPTH = tl.constexpr(4)  # independent loads a thread has in flight; more would cost registers, hence resident programs
+DEPTH = tl.constexpr(4)  # independent loads in flight per thread; more would cost registers, hence occupancy
 LOWEST = tl.constexpr(-1e30)  # instead of −inf, whose differences are NaN
 LOG_2 = tl.constexpr(0.6931471805599453)
 
@@ -75,12 +75,12 @@ def _forward_kernel(
     t = tl.load(temperature + i)
     inverse = 1.0 / t
 
-    # By lane: maximum m, Σ e^(z−m) and Σ e^(z−m)·(z−m) so far
+    # Per lane: running maximum m, Σ e^(z−m) and Σ e^(z−m)·(z−m)
     m = tl.full([LANES], LOWEST, tl.float32)
     sums = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
     WHOLE: tl.constexpr = VOCAB // (DEPTH * LANES) * (DEPTH * LANES)
-    for TAIL in tl.static_range(2):  # whole tiles without a mask, which would split wide accesses, then the rest
+    for TAIL in tl.static_range(2):  # whole tiles without a mask, which would split wide accesses, then the remainder
         for start in range(WHOLE if TAIL else 0, VOCAB if TAIL else WHOLE, DEPTH * LANES):
             columns = _columns(start)
             inside = columns < VOCAB if TAIL else None
@@ -90,7 +90,7 @@ def _forward_kernel(
             if SOFTCAP is not None:
                 x = SOFTCAP * _tanh(x * (1.0 / SOFTCAP))
             x *= inverse
-            if bias is not None or SOFTCAP is not None or t != 1.0:  # else z holds them already
+            if bias is not None or SOFTCAP is not None or t != 1.0:  # else z already holds the final logits
                 tl.store(row + columns, x, mask=inside)
             if TAIL:
                 x = tl.where(inside, x, LOWEST)
@@ -104,14 +104,14 @@ def _forward_kernel(
             sums = scale * sums + tl.sum(e, axis=0)
             m = top
 
-    # A lane that saw no logit has m = LOWEST and drops out with scale 0
+    # A lane without logits has m = LOWEST and drops out with scale 0
     top = tl.max(m, axis=0)
     shift = m - top
     scale = tl.exp(shift)
     total = tl.sum(scale * sums, axis=0)
     mean = tl.sum(scale * (weighted + shift * sums), axis=0) / total
     log_total = tl.log(total)
-    tl.debug_barrier()  # the target's final logit may come from another thread
+    tl.debug_barrier()  # another thread may have written the target's final logit
     at_target = tl.load(row + tl.load(target + i))
     tl.store(logprob + i, at_target - top - log_total)  # not at_target − lse: keeps the digits where p → 1
     tl.store(lse + i, top + log_total)
@@ -123,7 +123,7 @@ def _divergence_kernel(z, lse, partner, divergence, z_stride, VOCAB: tl.constexp
     i = tl.program_id(0).to(tl.int64)
     other = tl.load(partner + i)
     paired = other >= 0
-    other = tl.where(paired, other, i)  # a row without a partner meets itself, from cache: 0
+    other = tl.where(paired, other, i)  # a row without a partner is compared with itself, from cache: 0
     row, other_row = z + i * z_stride, z + other * z_stride
     row_lse, other_lse = tl.load(lse + i), tl.load(lse + other)
 
@@ -172,9 +172,9 @@ def _backward_kernel(
             inside = columns < VOCAB if TAIL else None
             x = tl.load(row + columns, mask=inside)
             if KIND is None:
-                # `out` may lie over z. In 2-byte types, what tile k writes then lies over logits of tile ⌊k/2⌋, some
-                # of them other threads' and, in tile 0, possibly still unread. With a barrier between the reads and
-                # the writes of a tile, writes only meet logits that every thread has read.
+                # `out` may alias z. In 2-byte types, tile k then overwrites logits of tile ⌊k/2⌋, some of which belong
+                # to other threads and, in tile 0, may be unread. A barrier between the reads and the writes of a tile
+                # ensures that every thread has read the logits that are overwritten.
                 tl.debug_barrier()
             log_p = x - row_lse
             p = tl.exp(log_p)
@@ -204,7 +204,7 @@ def forward(
     temperature: torch.Tensor,
     softcap: float | None,
 ) -> RowStats:
-    """z [n, V] becomes the final logits. target [n], bias [V] fp32 or None, temperature [n]; statistics fp32 [n]."""
+    """As `softmax_torch.forward`; bias and statistics are fp32."""
     n, vocab = z.shape
     stats = RowStats(*(z.new_empty(n) for _ in range(3)))
     _launch(_forward_kernel, n, z, target, bias, temperature, *stats, z.stride(0), vocab, softcap or None)
@@ -212,7 +212,7 @@ def forward(
 
 
 def divergence(z: torch.Tensor, lse: torch.Tensor, partner: torch.Tensor, kind: str) -> torch.Tensor:
-    """[n] fp32: KL of the row's softmax to its partner's ("kl") or to the mean of both ("jsd"); 0 without a partner."""
+    """As `softmax_torch.divergence`; [n] fp32."""
     n, vocab = z.shape
     result = z.new_empty(n)
     _launch(_divergence_kernel, n, z, lse, partner, result, z.stride(0), vocab, kind)
@@ -231,21 +231,21 @@ def backward(
     h: torch.Tensor | None,
     pairing: Pairing | None = None,
 ) -> None:
-    """out[j] ← dL/d(raw logits) of row source[j] of the final logits z, for the m entries of `source`.
+    """As `softmax_torch.backward`; `out` fp32, bf16 or fp16 with unit column stride.
 
-    out [≥ m, V] fp32, bf16 or fp16, unit column stride. Without a pairing, if `source` is what `compact` gives, `out`
-    may be z or start each row where z does: z.view(torch.bfloat16)[:, :V], which has twice the row stride.
+    Without a pairing and with a `source` from `compaction_index`, `out` may be z, or start each row where z does:
+    z.view(torch.bfloat16)[:, :V], which has twice the row stride.
     """
-    kind, *coupling = pairing or (None, None, None, None, None)
+    kind, *pairs = pairing or (None, None, None, None, None)
     _launch(
         _backward_kernel, len(source),
-        z, out, source, target, temperature, stats.logprob, stats.lse, stats.entropy, g, h, *coupling,
+        z, out, source, target, temperature, stats.logprob, stats.lse, stats.entropy, g, h, *pairs,
         z.stride(0), out.stride(0), z.shape[1], softcap or None, kind,
     )  # fmt: skip
 
 
 def specialisations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
-    """(kernel, signature, constexprs, num_warps), as triton.compile wants them, of the variants worth checking."""
+    """(kernel, signature, constexprs, num_warps) for triton.compile, for every variant that tests compile."""
     types = dict.fromkeys(("source", "target", "partner"), "*i64")
     types |= dict.fromkeys(("z_stride", "out_stride"), "i32")
 

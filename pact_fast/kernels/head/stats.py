@@ -1,4 +1,4 @@
-"""Statistics of the loss as sums per context and component, and their readable means."""
+"""Statistics of the loss: sums per context and component, which add up over micro-batches, and their means."""
 
 from __future__ import annotations
 
@@ -34,17 +34,23 @@ SUMS = (
 def token_stats(
     tokens: LossTokens, logprob: torch.Tensor, entropy: torch.Tensor, terms: TokenTerms, divergence: torch.Tensor
 ) -> torch.Tensor:
-    """Sums over the tokens, fp64 [len(SUMS), 3 contexts, 5 components]; those of micro-batches add up.
+    """Sums over the tokens, fp64 [len(SUMS), contexts, components], named by SUMS; they add up over micro-batches.
 
-    divergence [N]: of pairs, at their first token; NaN elsewhere.
+    all tokens                 count, loss_rl and loss_sft (weighted, as in the loss), logprob, prob, entropy
+    rl_weight ≠ 0              rl_count, ratio (of the policy loss), approx_kl (r − 1 − log r: k3 of π_old and π),
+                               clipped, clipped_low, clipped_high (tokens)
+    the same, reference known  ref_count, kl (k3 to the reference)
+    the same, sampler known    sampler_count, is_weight, is_weight_sq, logprob_diff, logprob_diff_sq
+                               (logprob_diff = log π_old − log π_sampler)
+    sft_weight ≠ 0             sft_count
+    first token of a pair      pair_count, divergence
 
-    Over all tokens    count, loss_rl and loss_sft (weighted, as in the loss), logprob, prob, entropy
-    rl_weight ≠ 0      rl_count, ratio (of the clip rule), approx_kl (k3 of π_old against π: r − 1 − log r),
-                       clipped, clipped_low, clipped_high (tokens)
-    sft_weight ≠ 0     sft_count
-    rl, reference known  ref_count, kl (k3 against the reference)
-    rl, sampler known  sampler_count, is_weight, is_weight_sq, logprob_diff, logprob_diff_sq (log π_old − log π_sampler)
-    first of a pair    pair_count, divergence
+    Args:
+        tokens: The loss table, N rows.
+        logprob: [N].
+        entropy: [N].
+        terms: Of `token_terms`, in the order of the table.
+        divergence: [N] of each pair, at its first token; NaN elsewhere.
     """
     rl = tokens.rl_weight != 0
     ref = rl & ~tokens.ref_logprob.isnan() if tokens.ref_logprob is not None else torch.zeros_like(rl)
@@ -52,20 +58,20 @@ def token_stats(
     sampled = rl & ~sampler.isnan() if sampler is not None else torch.zeros_like(rl)
     logprob_diff = terms.old - sampler if sampler is not None else torch.zeros_like(logprob)
     log_ratio = terms.log_ratio.double()
-    everything, pair = torch.ones_like(rl), ~divergence.isnan()
+    all_tokens, pair = torch.ones_like(rl), ~divergence.isnan()
     columns = {
-        "count": (everything, everything),
-        "rl_count": (rl, everything),
-        "sft_count": (tokens.sft_weight != 0, everything),
-        "ref_count": (ref, everything),
-        "sampler_count": (sampled, everything),
-        "pair_count": (pair, everything),
-        "loss_rl": (everything, terms.rl),
-        "loss_sft": (everything, terms.sft),
-        "logprob": (everything, logprob),
-        "prob": (everything, logprob.double().exp()),
-        "entropy": (everything, entropy),
-        "ratio": (rl, terms.clip_log.double().exp()),
+        "count": (all_tokens, all_tokens),
+        "rl_count": (rl, all_tokens),
+        "sft_count": (tokens.sft_weight != 0, all_tokens),
+        "ref_count": (ref, all_tokens),
+        "sampler_count": (sampled, all_tokens),
+        "pair_count": (pair, all_tokens),
+        "loss_rl": (all_tokens, terms.rl),
+        "loss_sft": (all_tokens, terms.sft),
+        "logprob": (all_tokens, logprob),
+        "prob": (all_tokens, logprob.double().exp()),
+        "entropy": (all_tokens, entropy),
+        "ratio": (rl, terms.rule_log_ratio.double().exp()),
         "approx_kl": (rl, torch.expm1(log_ratio) - log_ratio),
         "clipped": (rl, terms.clipped_low | terms.clipped_high),
         "clipped_low": (rl, terms.clipped_low),
@@ -77,7 +83,7 @@ def token_stats(
         "logprob_diff_sq": (sampled, logprob_diff.square()),
         "divergence": (pair, divergence),
     }
-    # a product with 0/1 cells adds in a fixed order on every device, unlike scattered additions
+    # a product with a one-hot matrix adds in a fixed order on every device, unlike scatter_add
     values = torch.stack([torch.where(mask, value.double(), 0.0) for mask, value in (columns[name] for name in SUMS)])
     cell = tokens.context * len(Component) + tokens.component
     cells = torch.nn.functional.one_hot(cell, len(LossContext) * len(Component)).double()
@@ -87,8 +93,12 @@ def token_stats(
 def summarise(stats: dict[str, torch.Tensor]) -> dict[str, float]:
     """Means of summed statistics, by context ("prompt/clip_fraction") and component ("trace/tool_call/entropy").
 
-    Empty cells are left out. `tokens` counts tokens, `loss_rl` and `loss_sft` are sums, `logprob_diff_std` is its
-    standard deviation, `ess` the effective sample size (Σw)²/Σw² in tokens, `ess_fraction` the same per token.
+    Cells without tokens are left out. Besides the means: `tokens` is a count, `loss_rl` and `loss_sft` are sums,
+    `logprob_diff_std` is the standard deviation, `ess` the effective sample size (Σw)²/Σw² in tokens, and `ess_fraction`
+    is `ess` divided by the number of tokens with a sampler log-prob.
+
+    Args:
+        stats: `LossOutput.stats`, or the sum of several: {name: [contexts, components]}, on any device.
     """
     host = {name: table.double().cpu() for name, table in stats.items()}
     values: dict[str, float] = {}

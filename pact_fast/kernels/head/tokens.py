@@ -1,4 +1,4 @@
-"""The table that the loss reads: one row per supervised token."""
+"""The loss table: one row per supervised token."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ COMPONENTS = len(Component)
 
 @dataclass
 class LossTokens:
-    """All fields are [N]; N supervised tokens.
+    """The loss table of N supervised tokens. All fields are [N], on the device of the hidden states.
 
-    row              int64    index into hidden; several tokens may share one row
-    target           int64    token id that the row predicts
-    context          int64    see LossContext
+    row              int64    index of the hidden state that predicts the token; several tokens may share one
+    target           int64    token id
+    context          int64    LossContext under which the token is scored
     component        int64    pact_fast.components.Component; for statistics
-    sequence         int64    0 ≤ id < number of sequences; the unit of gspo and of sequence statistics
+    sequence         int64    0 ≤ id < number of sequences; gspo takes one ratio per (sequence, context)
     advantage        float32  A; ignored where rl_weight = 0
-    old_logprob      float32  log π_old under the token's own context; NaN = the current policy (ratio exactly 1)
+    old_logprob      float32  log π_old under the token's own context; NaN: the current policy, ratio exactly 1
     rl_weight        float    weight of the policy loss, every normaliser included (float32 or float64)
-    sft_weight       float    weight of −log π, every normaliser included
-    ref_logprob      float32  log π_ref, for the k3 KL term (None: no term)
-    sampler_logprob  float32  log-prob under which the token was sampled, for `is_cap` (NaN: weight 1)
+    sft_weight       float    weight of −log π, every normaliser included (float32 or float64)
+    ref_logprob      float32  log π_ref, for the k3 KL term; None: no term
+    sampler_logprob  float32  log-prob with which the token was sampled, for `is_cap`; NaN: importance weight 1
     """
 
     row: torch.Tensor
@@ -51,6 +51,7 @@ class LossTokens:
         return [getattr(self, f.name) for f in dataclasses.fields(self)]
 
     def to(self, device: torch.device | str) -> LossTokens:
+        """The table on another device."""
         return self._map(lambda t: t.to(device))
 
     def select(self, index: torch.Tensor) -> LossTokens:

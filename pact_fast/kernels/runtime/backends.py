@@ -1,4 +1,4 @@
-"""Which back-ends of the kernels are live here, and which one serves a call."""
+"""Which kernel backends are available on this machine, and which one a call uses."""
 
 from __future__ import annotations
 
@@ -16,37 +16,41 @@ from pact_fast.kernels.runtime import build
 
 
 def backends() -> dict[str, str]:
-    """Every back-end by name: "ready", or the reason why it is not. Compiles the C++ one if it never was."""
+    """Status of every backend: {"torch": "ready", "triton": …, "cpp": …}, "ready" or the reason why it is not available.
+
+    The first call compiles the C++ library unless it is cached (about fifteen seconds).
+    """
     return {"torch": "ready", "triton": _triton_status(), "cpp": build.status()}
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The back-end for tensors of this device and dtype. `name`: one of `backends()`, or "auto" for the fastest.
+    """The backend for tensors of this device and dtype. `name`: one of `backends()`, or "auto" for the fastest.
 
-    Raises PactError when a back-end asked for by name cannot serve.
+    Raises:
+        PactError: The named backend is unknown, not available, or does not support this device or dtype.
     """
     if name == "auto":
         return _fastest(device, dtype)
     known = backends()
-    reason = known.get(name, f"no such back-end; there are {', '.join(known)}")
+    reason = known.get(name, f"no such backend; there are {', '.join(known)}")
     if reason == "ready" and name != "torch":
-        home = "cuda" if name == "triton" and not interpreted() else "cpu"
-        if device.type != home:
-            reason = f"it serves {home} tensors, not {device.type}"
+        supported = "cuda" if name == "triton" and not interpreted() else "cpu"
+        if device.type != supported:
+            reason = f"it supports {supported} tensors, not {device.type}"
         elif dtype == torch.float64:
-            reason = "it computes in fp32; fp64 is served by backend='torch'"
+            reason = "it computes in fp32, and fp64 needs backend='torch'"
     if reason != "ready":
         raise PactError(f"backend='{name}': {reason}; use backend='auto'")
     return name
 
 
-def row_pass(name: str) -> ModuleType:
-    """The row pass of a resolved back-end."""
+def softmax_module(name: str) -> ModuleType:
+    """The module with the softmax passes of a backend, as `resolve` returns it."""
     return importlib.import_module(f"pact_fast.kernels.head.softmax_{name}")
 
 
 def interpreted() -> bool:
-    """Triton kernels run on CPU tensors, slowly: its own switch for tests without a GPU."""
+    """True if Triton's interpreter is on (TRITON_INTERPRET=1): kernels then run on CPU tensors, slowly, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -64,7 +68,9 @@ def _fastest(device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"pact_fast: the CPU kernels are not used ({reason}); plain torch serves, slower", stacklevel=2)
+    warnings.warn(
+        f"pact_fast: the CPU kernels are not used ({reason}); falling back to plain torch, slower", stacklevel=2
+    )
 
 
 @functools.cache

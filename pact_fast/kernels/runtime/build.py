@@ -1,8 +1,8 @@
 """Compiles csrc/ into one library, at first use or ahead of time:  python -m pact_fast.kernels.runtime.build
 
-The library lies in a cache under a name that is a hash of the sources, torch, the compiler, its flags and the processor:
-a change of any of them compiles again (some seconds) and nothing stale is ever loaded. Which CPU gets which kernels:
-docs/cpu-kernels.md.
+The file name of the cached library contains a hash of the sources, torch's version, the compiler, its flags and the
+processor, so a change of any of them triggers a new compilation and a stale library is never loaded. Which CPU gets which
+kernels: docs/cpu-kernels.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
-# No -ffast-math: it would also make the loaded library flush denormals for the whole process.
+# No -ffast-math: a library linked with it sets flush-to-zero for the whole process when loaded.
 FLAGS = [
     *("-std=c++20", "-O3", "-march=native", "-fopenmp-simd", "-fPIC", "-shared", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
@@ -30,12 +30,12 @@ FLAGS = [
 
 
 class BuildError(RuntimeError):
-    """Why there is no library, in one line."""
+    """The library cannot be compiled; the message is one line that says why."""
 
 
 @functools.cache
 def status() -> str:
-    """ "ready" once the library is loaded (compiling it first if need be), or the reason why it is not."""
+    """Loads the library, compiling it first if it is not cached. Returns "ready", or the reason why it is not available."""
     try:
         torch.ops.load_library(str(build()))
     except (BuildError, OSError) as error:
@@ -44,7 +44,11 @@ def status() -> str:
 
 
 def build() -> Path:
-    """The path of the compiled library; compiles if the cache does not hold it. Raises BuildError."""
+    """Path of the compiled library; compiles it unless it is cached.
+
+    Raises:
+        BuildError: There is no compiler, it fails, or the cache cannot be written.
+    """
     compiler = find_compiler()
     library = cache_folder() / f"pact_fast-{_key(compiler)}.so"
     if not library.exists():
@@ -54,6 +58,7 @@ def build() -> Path:
 
 
 def find_compiler() -> str:
+    """Path of the C++ compiler: $CXX, else c++, g++ or clang++. Raises BuildError if there is none."""
     named = os.environ.get("CXX")
     for name in [named] if named else ["c++", "g++", "clang++"]:
         found = shutil.which(name)
@@ -67,17 +72,18 @@ def find_compiler() -> str:
 
 
 def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/pact_fast, by default ~/.cache/pact_fast."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "pact_fast"
 
 
 def flags() -> list[str]:
-    """FLAGS, then those of the environment variable PACT_FAST_CXXFLAGS (split like a shell does), which win."""
+    """FLAGS, then those of the environment variable PACT_FAST_CXXFLAGS (split as a shell does), which take precedence."""
     return FLAGS + shlex.split(os.environ.get("PACT_FAST_CXXFLAGS", ""))
 
 
-def _sources(ending: str) -> list[Path]:
-    return sorted(SOURCES.rglob(f"*.{ending}"))
+def _sources(suffix: str) -> list[Path]:
+    return sorted(SOURCES.rglob(f"*.{suffix}"))
 
 
 def _key(compiler: str) -> str:
@@ -88,7 +94,7 @@ def _key(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """Model name and feature flags of the CPU, which -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -113,7 +119,7 @@ def _compile(compiler: str, library: Path) -> None:
             log = library.with_suffix(".log")
             log.write_text(" ".join(command) + "\n" + done.stderr)
             raise BuildError(f"{compiler} failed to compile the CPU kernels; its messages: {log}")
-        made.replace(library)  # whole or not at all, also when several processes compile at once
+        made.replace(library)  # atomic: several processes may compile at the same time
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

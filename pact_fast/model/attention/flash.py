@@ -1,6 +1,7 @@
-"""Flash kernels behind two functions: forward gives (out, log-sum-exp), backward takes the merged ones.
+"""Dense flash-attention kernels for one `Call` of a pack: the interface, and torch's kernel for CPU.
 
-A kernel runs one `Call`. What comes out has the call's rows in the order of its spans.
+Tree attention merges the results of several calls, so forward returns the log-sum-exp with the output, and backward
+takes the merged output and the merged log-sum-exp.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import torch
 from pact_fast.batch.packing import Call
 
 
-class Flash(Protocol):
-    """q [1, Hq, T, D]; k, v [1, Hkv, T, D]."""
+class FlashKernel(Protocol):
+    """Computes calls of one packed batch. q [1, Hq, T, D]; k, v [1, Hkv, S, D]."""
 
     def rows(self, call: Call) -> slice | torch.Tensor:
-        """The rows of q that the call's results belong to."""
+        """The n query rows of the call, in the order of its spans; int64 [n] if they are not contiguous."""
         ...
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out [1, Hq, n, D], log-sum-exp [1, Hq, n])."""
+        """(out [1, Hq, n, D], log-sum-exp [1, Hq, n]) of the call's query rows."""
         ...
 
     def backward(
@@ -39,12 +40,20 @@ class Flash(Protocol):
         dk: torch.Tensor,
         dv: torch.Tensor,
     ) -> None:
-        """Add the call's share to dq, dk and dv. grad, out and lse are of all T rows, out and lse merged."""
+        """Add the call's contribution to dq, dk and dv.
+
+        Args:
+            grad: [1, Hq, T, D], gradient of the merged output.
+            q, k, v, call, scale: As in forward.
+            out: [1, Hq, T, D], the merged output.
+            lse: [1, Hq, T], the merged log-sum-exp.
+            dq, dk, dv: Accumulators of the shapes of q, k and v, in the dtype of lse.
+        """
         ...
 
 
-def flash_for(q: torch.Tensor) -> Flash | None:
-    """A kernel for one packed batch whose queries are like q; None: a dense mask has to serve."""
+def select_flash_kernel(q: torch.Tensor) -> FlashKernel | None:
+    """A kernel for one packed batch with queries of q's device, dtype and width; None if there is none."""
     if q.device.type == "cpu":
         return CpuFlash()
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
@@ -55,7 +64,7 @@ def flash_for(q: torch.Tensor) -> Flash | None:
 
 
 class CpuFlash:
-    """torch's flash attention for CPU, once per span, on row_shards: nothing is gathered."""
+    """torch's flash attention for CPU, once per span, on slices of q, k and v without copies."""
 
     def rows(self, call: Call) -> slice | torch.Tensor:
         whole = call.contiguous_rows()
@@ -65,7 +74,7 @@ class CpuFlash:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         n = sum(s.q1 - s.q0 for s in call.spans)
-        # rows outermost, as the model's output projection reads them: it takes this memory, not a copy of it
+        # rows outermost: the layout that the output projection reads, so that it does not copy
         out = q.new_empty(1, n, q.shape[1], v.shape[-1]).transpose(1, 2)
         lse = q.new_empty(1, q.shape[1], n, dtype=torch.promote_types(q.dtype, torch.float32))
         row = 0

@@ -1,6 +1,6 @@
-"""Folding partial attention results into running ones on CUDA: one read and one write of everything, in fp32.
+"""Merge of partial attention results on CUDA by their log-sum-exp, in fp32: one pass over memory.
 
-Plain torch takes six passes over the same memory (attention._merge, the oracle).
+Plain torch (`tree._merge`, which is the oracle) takes six passes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS = 8  # of one head, worked on by a program: 4 KiB of fp32 at a head width of 128
+ROWS = 8  # rows of one head that a program merges: 4 KiB of fp32 at head_dim = 128
 NUM_WARPS = 4
 
 
@@ -22,35 +22,39 @@ def _merge_kernel(
     total_h, total_t, lse_h, part_h, part_t, part_lse_h,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # rows of the part
+    j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # rows of the partial result
     h = tl.program_id(1).to(tl.int64)
-    here = j < count
+    valid = j < count
     if index is None:
         row = (first + j).to(tl.int64)
     else:
-        row = tl.load(index + j, here, 0)
-    old = tl.load(lse + h * lse_h + row, here, 0.0)
-    new = tl.load(part_lse + h * part_lse_h + j, here, 0.0)
-    top = tl.maximum(old, new)
-    merged = top + tl.log(tl.exp(old - top) + tl.exp(new - top))
+        row = tl.load(index + j, valid, 0)
+    old = tl.load(lse + h * lse_h + row, valid, 0.0)
+    new = tl.load(part_lse + h * part_lse_h + j, valid, 0.0)
+    maximum = tl.maximum(old, new)
+    merged = maximum + tl.log(tl.exp(old - maximum) + tl.exp(new - maximum))
     column = tl.arange(0, BLOCK)
-    mask = here[:, None] & (column < WIDTH)[None, :]
+    mask = valid[:, None] & (column < WIDTH)[None, :]
     target = total + h * total_h + row[:, None] * total_t + column[None, :]
     kept = tl.load(target, mask, 0.0) * tl.exp(old - merged)[:, None]
     source = part + h * part_h + j.to(tl.int64)[:, None] * part_t + column[None, :]
     added = tl.load(source, mask, 0.0).to(tl.float32) * tl.exp(new - merged)[:, None]
     tl.store(target, kept + added, mask)
-    tl.store(lse + h * lse_h + row, merged, here)
+    tl.store(lse + h * lse_h + row, merged, valid)
 
 
 def merge(
-    total: torch.Tensor,  # [1, H, T, D] fp32, changed
-    lse: torch.Tensor,  # [1, H, T] fp32, changed
-    rows: slice | torch.Tensor,  # the n rows of total that part belongs to
-    part: torch.Tensor,  # [1, H, n, D]
-    part_lse: torch.Tensor,  # [1, H, n] fp32
+    total: torch.Tensor, lse: torch.Tensor, rows: slice | torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
 ) -> None:
-    """total, lse ← the results over both sets of keys. Unit stride in D, and along the rows of lse and part_lse."""
+    """Update total and lse in place to the attention over the keys of both results.
+
+    Args:
+        total: fp32 [1, H, T, D], unit stride in D.
+        lse: fp32 [1, H, T], unit stride in T.
+        rows: The n rows of total that `part` belongs to; a slice or int64 [n].
+        part: [1, H, n, D] in any dtype, unit stride in D.
+        part_lse: fp32 [1, H, n], unit stride in n.
+    """
     _, heads, n, width = part.shape
     index, first = (None, rows.start) if isinstance(rows, slice) else (rows, 0)
     _merge_kernel[(triton.cdiv(n, ROWS), heads)](
@@ -61,7 +65,7 @@ def merge(
 
 
 def specialisations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
-    """(kernel, signature, constexprs, num_warps), as triton.compile wants them, of the variants worth checking."""
+    """(kernel, signature, constexprs, num_warps) for triton.compile, of the variants that tests compile."""
     types = {"total": "*fp32", "lse": "*fp32", "part_lse": "*fp32", "index": "*i64"}
     for width in (64, 80, 128, 256):
         for part, index in (("*bf16", "*i64"), ("*fp16", None), ("*bf16", None)):

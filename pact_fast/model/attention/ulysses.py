@@ -1,7 +1,8 @@
-"""Sequence parallelism: every process computes its slice of a pack's rows, and attention some of the heads over all rows.
+"""Sequence parallelism (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-DeepSpeed-Ulysses (arXiv 2309.14509): one all-to-all before attention turns row_shards into heads, one after it turns them back.
-Attention itself sees whole packs, so tree attention needs no change.
+Every rank of a group computes a slice of a pack's rows; in attention it computes a part of the heads over all rows. One
+all-to-all before attention turns slices of rows into slices of heads, one after it turns them back. Attention itself
+sees whole packs, so tree attention needs no change.
 """
 
 from __future__ import annotations
@@ -15,11 +16,19 @@ import torch.distributed as dist
 
 from pact_fast.errors import PactError
 
-Move = Callable[[torch.Tensor], torch.Tensor]
+Exchange = Callable[[torch.Tensor], torch.Tensor]
 
 
 class RowShards:
-    """How the T rows of a pack lie on the processes of `group`; process `rank` of it holds rows [start, end)."""
+    """How the T rows of a pack are divided among the P ranks of `group`.
+
+    group   process group
+    rank    this rank's number in the group
+    size    P
+    counts  number of rows of each rank
+    start   first row of this rank
+    end     row after the last one of this rank
+    """
 
     def __init__(self, group: dist.ProcessGroup, rows: int):
         self.group, self.rank, self.size = group, group.rank(), group.size()
@@ -27,10 +36,11 @@ class RowShards:
         self.start = sum(self.counts[: self.rank])
         self.end = self.start + self.counts[self.rank]
 
-    def heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """This process's share of the heads over all rows: [1, H, t, D] → [1, H/P, T, D] each.
+    def scatter_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """All heads of this rank's rows → this rank's heads over all rows: [1, H, t, D] → [1, H/P, T, D] each.
 
-        Where processes outnumber key heads, several of them get the same one.
+        With fewer key heads than ranks, several ranks get the same key head. Raises PactError if P does not divide the
+        number of query heads.
         """
         if q.shape[1] % self.size:
             raise PactError(
@@ -41,41 +51,43 @@ class RowShards:
             copies = q.shape[1] // k.shape[1]
         if copies > 1:
             k, v = (t.repeat_interleave(copies, dim=1) for t in (k, v))
-        return tuple(_Exchange.apply(t, self.to_heads, self.to_rows) for t in (q, k, v))
+        return tuple(_Exchange.apply(t, self._rows_to_heads, self._heads_to_rows) for t in (q, k, v))
 
-    def rows(self, out: torch.Tensor) -> torch.Tensor:
-        """All heads of this process's rows: [1, H/P, T, D] → [1, H, t, D]."""
-        return _Exchange.apply(out, self.to_rows, self.to_heads)
+    def gather_heads(self, out: torch.Tensor) -> torch.Tensor:
+        """This rank's heads over all rows → all heads of this rank's rows: [1, H/P, T, D] → [1, H, t, D]."""
+        return _Exchange.apply(out, self._heads_to_rows, self._rows_to_heads)
 
-    def to_heads(self, x: torch.Tensor) -> torch.Tensor:
+    def _rows_to_heads(self, x: torch.Tensor) -> torch.Tensor:
         _, heads, _, width = x.shape
-        part = heads // self.size * width
-        sent = x[0].contiguous().flatten()  # head by head: what goes to one process lies together
-        sizes = [part * count for count in self.counts]
-        parts = self._exchange(sent, [part * self.counts[self.rank]] * self.size, sizes)
+        per_row = heads // self.size * width  # elements of one row that go to one rank
+        send = x[0].contiguous().flatten()  # heads outermost: the data for one rank is contiguous
+        receive_sizes = [per_row * count for count in self.counts]
+        parts = self._all_to_all(send, [per_row * self.counts[self.rank]] * self.size, receive_sizes)
         return torch.cat([p.view(heads // self.size, -1, width) for p in parts], dim=1)[None]
 
-    def to_rows(self, x: torch.Tensor) -> torch.Tensor:
+    def _heads_to_rows(self, x: torch.Tensor) -> torch.Tensor:
         _, heads, _, width = x.shape
         parts = [part.flatten() for part in x[0].split(self.counts, dim=1)]
-        mine = heads * self.counts[self.rank] * width
-        received = self._exchange(torch.cat(parts), [len(part) for part in parts], [mine] * self.size)
+        receive_size = heads * self.counts[self.rank] * width
+        received = self._all_to_all(torch.cat(parts), [len(part) for part in parts], [receive_size] * self.size)
         return torch.cat([p.view(heads, -1, width) for p in received])[None]
 
-    def _exchange(self, sent: torch.Tensor, to: list[int], of: list[int]) -> tuple[torch.Tensor, ...]:
-        received = sent.new_empty(sum(of))
-        dist.all_to_all_single(received, sent, of, to, group=self.group)
-        return received.split(of)
+    def _all_to_all(
+        self, send: torch.Tensor, send_sizes: list[int], receive_sizes: list[int]
+    ) -> tuple[torch.Tensor, ...]:
+        received = send.new_empty(sum(receive_sizes))
+        dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=self.group)
+        return received.split(receive_sizes)
 
 
 class _Exchange(torch.autograd.Function):
-    """`there` forward, `back` for the gradient."""
+    """Applies `exchange`; the gradient goes through `inverse`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, there: Move, back: Move) -> torch.Tensor:
-        ctx.back = back
-        return there(x)
+    def forward(ctx: Any, x: torch.Tensor, exchange: Exchange, inverse: Exchange) -> torch.Tensor:
+        ctx.inverse = inverse
+        return exchange(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return ctx.back(grad), None, None
+        return ctx.inverse(grad), None, None

@@ -1,4 +1,4 @@
-"""The embedded engine: the training model itself generates."""
+"""Builds the embedded engine."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class EmbeddedBuilder(EngineBuilder):
     sampler_differs = False
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Its cache holds whole contexts, as trees do."""
+        """The slot cache has the same limits as tree attention: full causal attention only."""
         reason = unsupported(model)
         if reason is not None:
             raise PactError(
-                f"the embedded rollout engine does not serve this model ({reason}); use rollout.engine=vllm, or another "
-                "model"
+                f"the embedded rollout engine does not serve this model ({reason}); use rollout.engine=vllm, or "
+                "another model"
             )
 
     def build(

@@ -1,8 +1,8 @@
 """The embedded engine: continuous batching on a transformers model in this process.
 
-Every running session feeds one token per step: the token it has just sampled, or the next token of the text appended to its
-context. So turns need no barrier, and a tool's answer enters while the other sessions go on sampling. Long texts are
-prefilled in one forward; sessions that start with the same prompt share that forward.
+Every running session feeds one token per step: the token it has just sampled, or the next token of the text appended to
+its context. Turns therefore need no barrier, and an observation is fed while the other sessions go on sampling. Long
+texts are prefilled in one forward pass; sessions that start with the same prompt share it.
 """
 
 from __future__ import annotations
@@ -11,21 +11,24 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pact_fast.model.adapter import NAME, adapted_layers
+from pact_fast.model.adapter import ADAPTER_NAME, adapted_layers
 from pact_fast.model.weights import base_parameters, gathered
 from pact_fast.rollout.embedded.slot_cache import SlotCache, forward
-from pact_fast.rollout.engine import Completion, Request
+from pact_fast.rollout.engine import Completion, Engine, Request
 
-PREFILL_FROM = 24  # shorter texts ride along with the decode steps of the others
+MIN_PREFILL_TOKENS = 24  # shorter texts are fed token by token in the decode steps
 
 
 @dataclass
 class _Session:
+    """A session in a slot of the cache, and its turn under way."""
+
     id: int
     slot: int
     generator: np.random.Generator
@@ -36,9 +39,17 @@ class _Session:
     logprobs: list[float] = field(default_factory=list)
 
 
-class TransformersEngine:
-    """See Engine. `eot_ids` end a turn; `slots` sessions run at once, further ones queue."""
+class TransformersEngine(Engine):
+    """See Engine.
 
+    Args:
+        model: The training model; its parameters are used in place.
+        eot_ids: Tokens that end a turn.
+        slots: Sessions that run at once; further ones queue.
+        autocast: Precision context of the forward pass.
+    """
+
+    name = "the embedded engine"
     synchronous = True
 
     def __init__(
@@ -50,10 +61,10 @@ class TransformersEngine:
         autocast: AbstractContextManager | None = None,
     ):
         self.model, self.version = model, 0
-        self._eot = frozenset(eot_ids)
+        self._eot_ids = frozenset(eot_ids)
         self._device = next(model.parameters()).device
         self._cache = SlotCache(slots)
-        self._slots: list[_Session] = []  # session of slot i; always dense
+        self._slots: list[_Session] = []  # session of slot i; no slot between is empty
         self._sessions: dict[int, _Session] = {}
         self._queue: deque[Request] = deque()
         self._autocast = autocast or nullcontext()
@@ -66,28 +77,24 @@ class TransformersEngine:
         self._assign(session, request)
 
     def close(self, session: int) -> None:
-        gone = self._sessions.pop(session, None)
-        if gone is None:
+        closed = self._sessions.pop(session, None)
+        if closed is None:
             self._queue = deque(r for r in self._queue if r.session != session)
             return
         last = self._slots.pop()
-        if last is not gone:  # keep the slots dense: the last one moves into the hole
-            self._cache.copy(last.slot, torch.tensor([gone.slot], device=self._device))
-            last.slot = gone.slot
-            self._slots[gone.slot] = last
+        if last is not closed:  # keep the slots dense: the last one moves into the freed slot
+            self._cache.copy(last.slot, torch.tensor([closed.slot], device=self._device))
+            last.slot = closed.slot
+            self._slots[closed.slot] = last
 
     def update_weights(self, model: PreTrainedModel, version: int) -> None:
-        self.version = version  # they are the trainer's own
-
-    def sleep(self) -> None: ...
-
-    def shutdown(self) -> None: ...
+        self.version = version  # it samples from the trainer's own parameters
 
     @torch.inference_mode()
     def step(self, timeout: float | None = None) -> list[Completion]:
         with self._autocast:
             self._admit()
-            self._prefill([s for s in self._slots if s.request and len(s.pending) > PREFILL_FROM])
+            self._prefill([s for s in self._slots if s.request and len(s.pending) > MIN_PREFILL_TOKENS])
             return self._decode()
 
     def _assign(self, session: _Session, request: Request) -> None:
@@ -96,7 +103,7 @@ class TransformersEngine:
         session.ids, session.logprobs = [], []
 
     def _admit(self) -> None:
-        """Give free slots to queued sessions; equal prompts are computed once and copied."""
+        """Give free slots to queued sessions. Equal prompts are computed once, and their cache is copied."""
         new: list[_Session] = []
         while self._queue and len(self._slots) < self._cache.slots:
             request = self._queue.popleft()
@@ -106,23 +113,23 @@ class TransformersEngine:
             self._slots.append(session)
             self._sessions[session.id] = session
             new.append(session)
-        first: dict[bytes, _Session] = {}
-        twins: list[tuple[_Session, _Session]] = []
+        first: dict[bytes, _Session] = {}  # by prompt
+        duplicates: list[tuple[_Session, _Session]] = []  # (session, the one that computes its prompt)
         for session in new:
             assert session.request is not None
-            twin = first.setdefault(session.request.ids.tobytes(), session)
-            if twin is not session:
-                twins.append((session, twin))
+            source = first.setdefault(session.request.ids.tobytes(), session)
+            if source is not session:
+                duplicates.append((session, source))
         self._prefill(list(first.values()))
-        for twin in first.values():
-            slots = [session.slot for session, other in twins if other is twin]
+        for source in first.values():
+            slots = [session.slot for session, other in duplicates if other is source]
             if slots:
-                self._cache.copy(twin.slot, torch.tensor(slots, device=self._device))
-        for session, twin in twins:
-            session.length, session.pending = twin.length, deque(twin.pending)
+                self._cache.copy(source.slot, torch.tensor(slots, device=self._device))
+        for session, source in duplicates:
+            session.length, session.pending = source.length, deque(source.pending)
 
     def _prefill(self, sessions: list[_Session]) -> None:
-        """Feed all pending tokens but the last, which the next decode step feeds in order to sample after it."""
+        """Feed all pending tokens but the last, which the next decode step feeds to sample the token after it."""
         sessions = [s for s in sessions if len(s.pending) > 1]
         if not sessions:
             return
@@ -132,16 +139,17 @@ class TransformersEngine:
         positions = np.zeros_like(ids)
         for row, (session, count) in enumerate(zip(sessions, counts, strict=True)):
             ids[row, :count] = [session.pending.popleft() for _ in range(count)]
-            # padding lands behind the row's end, where later tokens overwrite it
+            # padding is written behind the end of the row, where later tokens overwrite it
             positions[row] = session.length + np.arange(width)
             session.length += count
         rows = torch.tensor([s.slot for s in sessions], device=self._device)
         forward(self.model, self._cache, rows, self._tensor(ids), self._tensor(positions))
 
     def _decode(self) -> list[Completion]:
+        """One token of every running session; returns the turns that it finished."""
         if not any(s.request for s in self._slots):
             return []
-        # a session that waits for its tools repeats its place with token 0; the real token overwrites it later
+        # a session that waits for its tools feeds token 0 at its next position; the real token overwrites it later
         ids = np.array([s.pending[0] if s.request else 0 for s in self._slots], dtype=np.int64)
         positions = np.array([s.length for s in self._slots], dtype=np.int64)
         hidden = forward(
@@ -166,7 +174,7 @@ class TransformersEngine:
         return [done for s, t, p in zip(sampling, tokens, logprobs, strict=True) if (done := self._append(s, t, p))]
 
     def _sample(self, logits: torch.Tensor, sessions: list[_Session]) -> tuple[list[int], list[float]]:
-        """Inverse-CDF sampling with one uniform number per session and token."""
+        """Inverse-CDF sampling with one uniform variate per session and token; returns tokens and their log-probs."""
         temperatures = [s.request.temperature for s in sessions if s.request]
         scale = torch.tensor([t or 1.0 for t in temperatures], device=logits.device)
         logp = torch.log_softmax(logits / scale[:, None], -1)
@@ -180,11 +188,12 @@ class TransformersEngine:
         return tokens.tolist(), logp.gather(1, tokens[:, None])[:, 0].tolist()
 
     def _append(self, session: _Session, token: int, logprob: float) -> Completion | None:
+        """Add a sampled token; returns the turn if this token ends it."""
         session.ids.append(token)
         session.logprobs.append(logprob)
         session.pending.append(token)
         assert session.request is not None
-        ended = token in self._eot
+        ended = token in self._eot_ids
         if not ended and len(session.ids) < session.request.max_new_tokens:
             return None
         session.request = None
@@ -196,23 +205,24 @@ class TransformersEngine:
 
 
 class ReplicaEngine(TransformersEngine):
-    """For a model that ZeRO-3 has split: the engine has a whole copy, adapters merged, which updates refresh tensor by tensor.
+    """For a model that ZeRO-3 has partitioned: the engine holds a whole copy, with adapters merged.
 
-    So processes can sample as many steps as each needs. It is meant for models of which a device can hold a copy.
+    Forward passes of a partitioned model are collectives; with a copy, every rank can make as many steps as it needs.
+    An update refreshes the copy tensor by tensor. For models of which one device can hold a copy.
     """
 
-    def __init__(self, model: PreTrainedModel, eot_ids: Iterable[int], **settings):
+    def __init__(self, model: PreTrainedModel, eot_ids: Iterable[int], **settings: Any):
         copy = torch.nn.Module.to(type(model)(model.config), model.device, model.dtype)
         copy.eval().requires_grad_(False)
         super().__init__(copy, eot_ids, **settings)
 
     @torch.no_grad()
     def update_weights(self, model: PreTrainedModel, version: int) -> None:
-        own = dict(self.model.named_parameters())
+        copies = dict(self.model.named_parameters())
         for name, parameter in base_parameters(model):
             with gathered([parameter]):
-                own[name].copy_(parameter)
+                copies[name].copy_(parameter)
         for name, layer in adapted_layers(model):
             with gathered(layer.parameters()):
-                own[f"{name}.weight"].add_(layer.get_delta_weight(NAME))
+                copies[f"{name}.weight"].add_(layer.get_delta_weight(ADAPTER_NAME))
         super().update_weights(model, version)

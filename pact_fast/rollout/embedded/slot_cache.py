@@ -1,7 +1,7 @@
 """Key-value cache with one slot per session, each with its own length, for any Hugging Face decoder.
 
-It hangs on the attention registry, not on the model's cache class: the attention function gets the new tokens' keys and values
-(already rotated), writes them into their slots and attends over the slots.
+It plugs into the attention registry of transformers, not into the model's cache class: the attention function gets the
+new tokens' keys and values (after the rotary embedding), writes them into their slots, and attends over the slots.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from pact_fast.model.forward import decoder_of
 
-NAME = "pact_slots"
-GROWTH = 128  # slots grow by so many positions at a time
+ATTENTION_NAME = "pact_slots"
+CAPACITY_STEP = 128  # slots grow by this many positions at a time
 
 
 class SlotCache:
-    """keys, values: one [slots, heads, capacity, head_dim] tensor per layer."""
+    """keys, values: one tensor [slots, heads, capacity, head_dim] per layer, made at its first use."""
 
     def __init__(self, slots: int):
         self.slots = slots
@@ -31,10 +31,10 @@ class SlotCache:
         self._visible = 0
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` positions in every slot."""
+        """Grow every slot to at least `length` positions."""
         if length <= self.capacity:
             return
-        self.capacity = -(-length // GROWTH) * GROWTH
+        self.capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
@@ -42,24 +42,24 @@ class SlotCache:
                 tensors[layer] = new
 
     def begin(self, rows: torch.Tensor | slice, positions: torch.Tensor, dtype: torch.dtype) -> None:
-        """Prepare a forward of tokens at `positions` [b, n] of the slots `rows`."""
+        """Set the slots `rows` and int64 `positions` [b, n] of the next forward pass, and its mask of `dtype`."""
         self.reserve(int(positions.max()) + 1)
         self._rows, self._positions = rows, positions
         self._visible = int(positions.max()) + 1
         index = torch.arange(self.slots, device=positions.device)[rows]
         self._write_rows = index[:, None].expand_as(positions)
-        seen = torch.arange(self._visible, device=positions.device) <= positions[..., None]  # [b, n, visible]
-        self._mask = torch.zeros(seen.shape, dtype=dtype, device=positions.device).masked_fill_(~seen, -torch.inf)
+        visible = torch.arange(self._visible, device=positions.device) <= positions[..., None]  # [b, n, visible]
+        self._mask = torch.zeros(visible.shape, dtype=dtype, device=positions.device).masked_fill_(~visible, -torch.inf)
 
     @torch.inference_mode()
     def copy(self, source: int, targets: torch.Tensor) -> None:
-        """Copy one slot into others."""
+        """Copy the slot `source` into the slots `targets`."""
         for tensors in (self.keys, self.values):
             for layer in tensors:
                 layer[targets] = layer[source].clone()
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Write k, v [b, Hkv, n, D] and attend with q [b, Hq, n, D]; [b, n, Hq, D]."""
+        """Write k, v [b, Hkv, n, D] into the slots, and attend with q [b, Hq, n, D]; returns [b, n, Hq, D]."""
         while len(self.keys) <= layer:
             shape = (self.slots, k.shape[1], self.capacity, k.shape[3])
             self.keys.append(k.new_zeros(shape))
@@ -69,7 +69,7 @@ class SlotCache:
         values[self._write_rows, :, self._positions] = v.transpose(1, 2)
         b, heads, n, d = q.shape
         groups = heads // k.shape[1]
-        # grouped queries become extra query rows of the shared head: no copy of the cache
+        # grouped queries become extra query rows of their key-value head, so the cache is not repeated
         q = q.reshape(b, k.shape[1], groups * n, d)
         assert self._mask is not None
         mask = self._mask.repeat(1, groups, 1)[:, None]
@@ -84,15 +84,15 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     return slot_cache.attend(module.layer_idx, query, key, value, scale).contiguous(), None
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
 
 
 def forward(
     model: PreTrainedModel, cache: SlotCache, rows: torch.Tensor | slice, ids: torch.Tensor, positions: torch.Tensor
 ):
     """Hidden states [b, n, D] of tokens `ids` [b, n] at `positions` [b, n] of the slots `rows`; extends the cache."""
-    if model.config._attn_implementation != NAME:
-        model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != ATTENTION_NAME:
+        model.set_attn_implementation(ATTENTION_NAME)
     cache.begin(rows, positions, next(model.parameters()).dtype)
     return decoder_of(model)(input_ids=ids, position_ids=positions, slot_cache=cache, use_cache=False).last_hidden_state

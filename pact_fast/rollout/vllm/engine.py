@@ -1,8 +1,8 @@
 """Rollouts by vLLM: token ids in, token ids out, and weights that are verified after every update.
 
-The engine is driven turn by turn. A turn's request carries the whole context, which vLLM finds in its prefix cache; so the
-context is known here, and an engine that died is started again, given the current weights and asked for the turns that were
-under way, while everything already sampled stays.
+vLLM is driven turn by turn. The request of a turn carries its whole context, which vLLM finds in its prefix cache. As
+the context is known here, an engine that died can be restarted with the current weights and given the unfinished turns
+again; finished turns are never sampled twice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,194 +19,141 @@ from transformers import PreTrainedModel
 
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout
 from pact_fast.model.adapter import engine_adapter
-from pact_fast.model.weights import (
-    Expected,
-    WeightMismatch,
-    WeightShard,
-    WeightSnapshot,
-    shape_and_fingerprint,
-    tied_head,
-    verify,
-)
-from pact_fast.rollout.engine import Completion, Request
+from pact_fast.model.weights import WeightSnapshot
+from pact_fast.rollout.engine import Completion, Engine, Request, SyncReport
+from pact_fast.rollout.vllm.transport import TurnOutput, TurnRequest, VllmTransport
+from pact_fast.rollout.vllm.verification import WeightVerifier
 
-SLICE = 0.02  # seconds of waiting for turns, after which others may enter
+POLL_SECONDS = 0.02  # longest wait for turns with the lock held, so that other threads get in
 MAX_RESTARTS = 3  # in a row, without a finished turn in between
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What is asked of vLLM."""
-
-    key: str
-    ids: list[int]
-    max_tokens: int
-    temperature: float
-    seed: int
-    stop: list[int]
-    version: int
-
-
-@dataclass(frozen=True)
-class Sampled:
-    key: str
-    ids: list[int]
-    logprobs: list[float]
-    cached: int | None = None  # tokens of the context that vLLM found in its prefix cache, where it tells
-
-
-@dataclass
-class SyncReport:
-    """One weight update: what it moved and how long its parts took."""
-
-    version: int
-    bytes: int
-    load_seconds: float
-    verify_seconds: float
-
-
-class VllmTransport(Protocol):
-    """Where vLLM runs: in this process, in one of ours, or behind a URL. Failures are EngineErrors."""
-
-    name: str
-    synchronous: bool  # `poll` is one step of the engine, so that counting calls is a clock
-
-    def add(self, turn: Turn) -> None: ...
-
-    def poll(self, timeout: float) -> list[Sampled]:
-        """Turns that ended; waits at most `timeout` seconds for one (synchronous: makes one step)."""
-
-    def abort(self, keys: list[str]) -> None: ...
-
-    def load(self, weights: WeightSnapshot, version: int) -> None:
-        """Give the engine these weights, whatever it takes; nothing is being generated meanwhile. They are gone through to
-        the end even if that fails: it may take other processes.
-        """
-
-    def load_adapter(self, tensors: dict[str, torch.Tensor], version: int) -> None:
-        """Give the engine this adapter, under a name of its own, and use it for every turn from now on."""
-
-    def reload(self) -> None:
-        """Start the engine again if it is ours, else connect again, and give it what was last loaded (WeightsUnavailable)."""
-
-    def report(self) -> tuple[int, list[WeightShard]]:
-        """(version, fingerprints) of the weights in use, of all workers."""
-
-    def report_adapter(self) -> tuple[int, list[WeightShard]]:
-        """The same of the adapter in use."""
-
-    def reset_prefix_cache(self) -> None: ...
-
-    def sleep(self) -> None: ...
-
-    def wake(self) -> None: ...
-
-    def close(self) -> None: ...
+MAX_LOGPROB = 1e-3  # log-probs are at most 0, but for rounding
 
 
 @dataclass
 class _Session:
+    """Everything sampled in a session so far, and its turn under way."""
+
     rng_key: tuple[int, ...]
     context: list[int] = field(default_factory=list)
     turns: int = 0
-    turn: Turn | None = None  # under way
+    turn: TurnRequest | None = None
 
 
-class VllmEngine:
-    """See Engine. `deadline`: seconds without a finished turn after which the engine counts as hung."""
+class VllmEngine(Engine):
+    """See Engine.
+
+    One thread may sample while another updates the weights; the update waits for the turns under way.
+
+    Args:
+        transport: Where vLLM runs.
+        eot_ids: Tokens that end a turn.
+        deadline: Seconds without a finished turn after which the engine counts as hung (rollout.engine_timeout).
+        dtype: In which weights are sent.
+
+    Attributes:
+        restarts: Times that vLLM was restarted.
+        sync_report: Of the last weight update.
+    """
 
     def __init__(
-        self, host: VllmTransport, eot_ids: Iterable[int], *, deadline: float, dtype: torch.dtype = torch.float32
+        self, transport: VllmTransport, eot_ids: Iterable[int], *, deadline: float, dtype: torch.dtype = torch.float32
     ):
-        self.host, self.version, self.restarts = host, -1, 0
-        self.synchronous = host.synchronous
-        self.last_sync: SyncReport | None = None
-        self._eot = sorted(eot_ids)
+        self.transport, self.name, self.version, self.restarts = transport, transport.name, -1, 0
+        self.synchronous = transport.synchronous
+        self.sync_report: SyncReport | None = None
+        self._eot_ids = sorted(eot_ids)
         self._deadline, self._dtype = deadline, dtype
+        self._verifier = WeightVerifier(transport)
         self._sessions: dict[int, _Session] = {}
         self._closed = False
-        self._asked = 0  # turns, so that each has a key of its own
-        self._expected: Expected = {}
-        self._adapter: Expected = {}  # empty without LoRA
-        # Sampling may go on in one thread while another one brings new weights. Who wants to enter queues at the turnstile:
-        # a lock alone would let the sampling thread in again and again.
-        self._turnstile, self._lock = threading.Lock(), threading.Lock()
-        self._ended: list[Completion] = []  # while the weights changed
-        self._heard = time.monotonic()  # when a turn last ended, or the first one began
-        self._failures = 0  # restarts since then
+        self._turn_count = 0  # makes the key of every turn unique
+        # A plain lock is not fair: the sampling thread would take it again and again, and an update would wait for
+        # ever. Whoever waits for _lock holds _fair_lock, so the next one queues behind.
+        self._fair_lock, self._lock = threading.Lock(), threading.Lock()
+        self._completed: list[Completion] = []  # finished during a weight update, for the next `step`
+        self._last_activity = time.monotonic()  # when a turn last finished, or the first one was submitted
+        self._failures_in_row = 0  # restarts since a turn last finished
 
-    # -- sampling ------------------------------------------------------------------------------------------------------------
+    # -- sampling ------------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        with self._alone():
+        with self._exclusive():
             self._submit(request)
 
     def _submit(self, request: Request) -> None:
         self._check_open()
         if self.version < 0:
-            raise EngineError(self.host.name, "it has no weights yet; call update_weights first")
-        if not self._waiting():
-            self._heard = time.monotonic()
+            raise EngineError(self.name, "it has no weights yet; call update_weights first")
+        if not self.has_unfinished_turns():
+            self._last_activity = time.monotonic()
         session = self._sessions.setdefault(request.session, _Session(request.rng_key))
         session.context += request.ids.tolist()
         session.turns += 1
-        self._asked += 1
+        self._turn_count += 1
         seed = np.random.SeedSequence((*session.rng_key, session.turns)).generate_state(1, np.uint64)[0]
-        session.turn = Turn(
-            f"{request.session}/{session.turns}/{self.version}/{self._asked}",
-            list(session.context),  # which grows
+        turn = session.turn = TurnRequest(
+            f"{request.session}/{session.turns}/{self.version}/{self._turn_count}",
+            list(session.context),  # a copy: the session's own list grows
             request.max_new_tokens,
             request.temperature,
             int(seed) >> 1,
-            self._eot,
+            self._eot_ids,
             self.version,
         )
-        self._guarded(lambda: self.host.add(session.turn))
+        self._call_or_recover(lambda: self.transport.submit(turn))
 
     def step(self, timeout: float | None = None) -> list[Completion]:
-        """Turns that ended. Waits for one, at most `timeout` seconds (default: until the deadline)."""
+        """Turns that finished; waits for one, at most `timeout` seconds (None: until the deadline)."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
-            with self._alone():
-                done = self._poll(SLICE if end is None else min(SLICE, end - time.monotonic()))
-                if done or self.synchronous or not self._waiting() or (end is not None and time.monotonic() >= end):
+            with self._exclusive():
+                done = self._poll(POLL_SECONDS if end is None else min(POLL_SECONDS, end - time.monotonic()))
+                if (
+                    done
+                    or self.synchronous
+                    or not self.has_unfinished_turns()
+                    or (end is not None and time.monotonic() >= end)
+                ):
                     return done
 
+    def has_unfinished_turns(self) -> bool:
+        """True if a turn was submitted and has not finished."""
+        return any(session.turn for session in self._sessions.values())
+
     def _poll(self, timeout: float) -> list[Completion]:
-        """Turns that ended; an engine that is dead or has been silent for too long is started again."""
+        """Turns that finished; an engine that died, or has finished no turn within the deadline, is restarted."""
         self._check_open()
-        if self._ended:
-            done, self._ended = self._ended, []
+        if self._completed:
+            done, self._completed = self._completed, []
             return done
-        if not self._waiting():
+        if not self.has_unfinished_turns():
             return []
-        left = self._heard + self._deadline - time.monotonic()
+        left = self._last_activity + self._deadline - time.monotonic()
         try:
             if left <= 0:
-                raise EngineTimeout(
-                    self.host.name, f"no turn has ended for {self._deadline:g} s (rollout.engine_timeout)"
-                )
-            sampled = self.host.poll(max(min(timeout, left), 0.0))
+                raise EngineTimeout(self.name, f"no turn has ended for {self._deadline:g} s (rollout.engine_timeout)")
+            outputs = self.transport.poll(max(min(timeout, left), 0.0))
         except (EngineDied, EngineTimeout) as error:
             self._recover(error)
             return []
-        if sampled or self.synchronous:  # a step that returns is a sign of life; only servers can be silent
-            self._heard = time.monotonic()
-        if sampled:
-            self._failures = 0
-        return [completion for one in sampled if (completion := self._finish(one))]
+        if outputs or self.synchronous:  # a step that returns shows that the engine lives; only a server can hang
+            self._last_activity = time.monotonic()
+        if outputs:
+            self._failures_in_row = 0
+        return [completion for output in outputs if (completion := self._finish(output))]
 
     def close(self, session: int) -> None:
-        with self._alone():
-            gone = self._sessions.pop(session, None)
-            self._ended = [done for done in self._ended if done.session != session]
-            if gone and gone.turn and not self._closed:
-                key = gone.turn.key
-                self._guarded(lambda: self.host.abort([key]))
+        with self._exclusive():
+            closed = self._sessions.pop(session, None)
+            self._completed = [done for done in self._completed if done.session != session]
+            if closed and closed.turn and not self._closed:
+                key = closed.turn.key
+                self._call_or_recover(lambda: self.transport.abort([key]))
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self._turnstile:
+    def _exclusive(self) -> Iterator[None]:
+        """One thread at a time; a waiting thread enters before the current one can enter again."""
+        with self._fair_lock:
             self._lock.acquire()
         try:
             yield
@@ -216,175 +162,152 @@ class VllmEngine:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise EngineError(self.host.name, "it was shut down")
+            raise EngineError(self.name, "it was shut down")
 
-    def _waiting(self) -> bool:
-        return any(session.turn for session in self._sessions.values())
-
-    def _finish(self, sampled: Sampled) -> Completion | None:
-        number = int(sampled.key.split("/")[0])
+    def _finish(self, output: TurnOutput) -> Completion | None:
+        """Append a finished turn to its session; None if the turn was cancelled meanwhile."""
+        number = int(output.key.split("/")[0])
         session = self._sessions.get(number)
-        if session is None or session.turn is None or session.turn.key != sampled.key:
-            return None  # cancelled while its answer was on the way
+        if session is None or session.turn is None or session.turn.key != output.key:
+            return None
         turn, session.turn = session.turn, None
-        ids, logprobs = np.array(sampled.ids, np.int64), np.array(sampled.logprobs, np.float32)
-        self._check(ids, logprobs, turn.max_tokens)
-        session.context += sampled.ids
-        return Completion(number, ids, logprobs, int(ids[-1]) in self._eot, turn.version, sampled.cached)
+        ids, logprobs = np.array(output.ids, np.int64), np.array(output.logprobs, np.float32)
+        self._check_output(ids, logprobs, turn.max_tokens)
+        session.context += output.ids
+        return Completion(number, ids, logprobs, int(ids[-1]) in self._eot_ids, turn.version, output.cached)
 
-    def _check(self, ids: np.ndarray, logprobs: np.ndarray, limit: int) -> None:
-        """An engine that answers nonsense is an error here, not a reward of zero later."""
+    def _check_output(self, ids: np.ndarray, logprobs: np.ndarray, max_tokens: int) -> None:
+        """Raise an EngineError for an impossible turn, which would otherwise become a reward of zero."""
         problem = None
         if not len(ids):
             problem = "a turn came back without a token"
         elif len(ids) != len(logprobs):
             problem = f"{len(ids)} tokens came back with {len(logprobs)} log-probs"
-        elif not np.isfinite(logprobs).all() or logprobs.max() > 1e-3:
-            problem = f"a log-prob of {logprobs[~np.isfinite(logprobs) | (logprobs > 1e-3)][0]} came back"
-        elif len(ids) < limit and int(ids[-1]) not in self._eot:
-            problem = f"a turn ended after {len(ids)} of {limit} tokens without an end-of-turn token"
+        elif not np.isfinite(logprobs).all() or logprobs.max() > MAX_LOGPROB:
+            problem = f"a log-prob of {logprobs[~np.isfinite(logprobs) | (logprobs > MAX_LOGPROB)][0]} came back"
+        elif len(ids) < max_tokens and int(ids[-1]) not in self._eot_ids:
+            problem = f"a turn ended after {len(ids)} of {max_tokens} tokens without an end-of-turn token"
         if problem:
-            raise EngineError(self.host.name, problem)
+            raise EngineError(self.name, problem)
 
-    # -- weights -------------------------------------------------------------------------------------------------------------
+    # -- weights -------------------------------------------------------------------------------------------------------
 
     def update_weights(self, model: PreTrainedModel, version: int) -> None:
-        """Give the engine the model's weights as `version`, check what it then holds, and forget cached prefixes.
+        """Send the model's weights as `version`, verify them, and reset the prefix cache.
 
-        Turns under way end first. Then the old weights are checked once more: what was sampled since the last update came
-        from the weights it is stamped with. WeightMismatch if the engine holds anything else than what was sent.
-        With LoRA, the frozen weights go there once; then only the adapter moves. It is checked number by number in the
-        buffers that vLLM computes with, as the weights are.
-        May be called while another thread samples; that one waits.
+        Turns under way finish first. Then the old weights are verified once more: tokens sampled since the last update
+        came from the weights of the version they are stamped with. With LoRA, the frozen weights are sent once; after
+        that only the adapter is, and it is verified in the buffers that vLLM multiplies with. May be called while
+        another thread samples; that thread waits.
+
+        Raises:
+            WeightMismatch: The engine holds anything else than what was sent.
+            EngineError: The engine failed more often than MAX_RESTARTS in a row, or before it ever served.
         """
-        with self._alone():
-            ended: list[Completion] = []
-            while self._waiting():
-                ended += self._poll(SLICE)
-            self._ended += ended
+        with self._exclusive():
+            completed: list[Completion] = []
+            while self.has_unfinished_turns():
+                completed += self._poll(POLL_SECONDS)
+            self._completed += completed
             self._update(model, version)
 
     def _update(self, model: PreTrainedModel, version: int) -> None:
-        self.host.wake()
+        self.transport.wake()
         if self.version >= 0:
-            self._check_held()
+            self._verify_current()
         started = time.monotonic()
         adapter = engine_adapter(model, self._dtype)
-        everything = self.version < 0 or not adapter
-        self.version = -1  # until the new ones are verified
-        size = self._send_weights(model, version) if everything else 0
+        send_all = self.version < 0 or not adapter
+        self.version = -1  # until the new weights are verified
+        size = self._send_weights(model, version) if send_all else 0
         if adapter:
             size += self._send_adapter(adapter, version)
         loaded = time.monotonic()
-        self._settle(version, everything)
-        self.last_sync = SyncReport(version, size, loaded - started, time.monotonic() - loaded)
+        self._verify_until_stable(version, weights=send_all)
+        self.sync_report = SyncReport(version, size, loaded - started, time.monotonic() - loaded)
 
     def _send_weights(self, model: PreTrainedModel, version: int) -> int:
-        """The number of bytes."""
-        weights = WeightSnapshot(model, self._dtype)
-        self._insist(lambda: self.host.load(weights, version))
-        self._expected = dict(weights.expected)
-        tied = tied_head(model)
-        if tied and tied[1] in self._expected:
-            self._expected[tied[0]] = self._expected[tied[1]]
-        return weights.bytes
+        """Returns the number of bytes."""
+        snapshot = WeightSnapshot(model, self._dtype)
+        self._load_with_restart(lambda: self.transport.load_weights(snapshot, version))
+        self._verifier.expect_weights(model, snapshot)
+        return snapshot.bytes
 
     def _send_adapter(self, adapter: dict[str, torch.Tensor], version: int) -> int:
-        self._adapter = {name: shape_and_fingerprint(tensor) for name, tensor in adapter.items()}
-        self._insist(lambda: self.host.load_adapter(adapter, version))
+        """Returns the number of bytes."""
+        self._verifier.expect_adapter(adapter)
+        self._load_with_restart(lambda: self.transport.load_adapter(adapter, version))
         return sum(tensor.nbytes for tensor in adapter.values())
 
-    def _insist(self, load: Callable[[], None]) -> None:
-        """An engine that dies of it is started again, which gives it the same. One that has never served would die again."""
+    def _load_with_restart(self, load: Callable[[], None]) -> None:
+        """Call `load`; if the engine dies of it, restart the engine, which loads the same again.
+
+        An engine that has never served is not restarted: it would die again.
+        """
         try:
             load()
         except (EngineDied, EngineTimeout) as error:
-            if self.last_sync is None:
+            if self.sync_report is None:
                 raise
             self._restart(error)
 
     def sleep(self) -> None:
-        """Free the device's memory for the update, where the host can."""
-        self.host.sleep()
+        """Free the device's memory for the update, if vLLM shares the trainer's device."""
+        self.transport.sleep()
 
     def shutdown(self) -> None:
-        """Stop it for good; a thread that still samples gets an EngineError."""
-        with self._alone():
+        """Stop vLLM for good; a thread that still samples gets an EngineError."""
+        with self._exclusive():
             self._closed = True
-            self.host.close()
+            self.transport.close()
 
-    def _check_held(self) -> None:
+    def _verify_current(self) -> None:
+        """Verify the weights of the current version; leaves version -1 if the engine died."""
         version, self.version = self.version, -1
-        with suppress(EngineDied, EngineTimeout):  # it will be started again with the new weights
+        with suppress(EngineDied, EngineTimeout):  # it will be restarted with the new weights
             self._verify(version)
             self.version = version
 
-    def _settle(self, version: int, everything: bool = True) -> None:
-        """Sample from what was loaded, once it is verified; an engine that dies meanwhile is started again with the same."""
+    def _verify_until_stable(self, version: int, *, weights: bool = True) -> None:
+        """Verify what was loaded, then sample from it. An engine that dies is restarted and verified again."""
         while self.version < 0:
             try:
-                self._verify(version, everything)
+                self._verify(version, weights=weights)
                 self.version = version
             except (EngineDied, EngineTimeout) as error:
                 self._restart(error)
-                everything = True
+                weights = True
 
-    def _verify(self, version: int, everything: bool = True) -> None:
-        """The adapter, and the weights under it or all weights if `everything`."""
-        if self._adapter:
-            pieces = self._of_version(version, self.host.report_adapter())
-            # what has no adapter has a buffer all the same, of zeros
-            verify(self._adapter, [p for p in pieces if p.name in self._adapter or p.fingerprint])
-        if everything:
-            self._verify_weights(self._of_version(version, self.host.report()))
-        self.host.reset_prefix_cache()
+    def _verify(self, version: int, *, weights: bool = True) -> None:
+        self._verifier.verify(version, weights=weights)
+        self.transport.reset_prefix_cache()
 
-    def _of_version(self, version: int, report: tuple[int, list[WeightShard]]) -> list[WeightShard]:
-        found, pieces = report
-        if found != version:
-            raise WeightMismatch(
-                f"{self.host.name}: it answers with weights of version {found}, the trainer has sent {version}; "
-                "another trainer may be using this server"
-            )
-        return pieces
+    # -- failures ------------------------------------------------------------------------------------------------------
 
-    def _verify_weights(self, pieces: list[WeightShard]) -> None:
-        expected = dict(self._expected)
-        names = {piece.name for piece in pieces}
-        for name in [n for n in expected if n not in names and self._is_tied_copy(n)]:
-            del expected[name]  # the engine uses the embedding itself
-        verify(expected, pieces)
-
-    def _is_tied_copy(self, name: str) -> bool:
-        return name == "lm_head.weight" and self._expected[name] in [
-            value for other, value in self._expected.items() if other != name
-        ]
-
-    # -- failures ------------------------------------------------------------------------------------------------------------
-
-    def _guarded(self, call) -> None:
+    def _call_or_recover(self, call: Callable[[], None]) -> None:
         try:
             call()
         except (EngineDied, EngineTimeout) as error:
             self._recover(error)
 
     def _recover(self, error: EngineError) -> None:
-        """Start again, and ask again for the turns under way; what ended before is not lost."""
+        """Restart the engine, and submit the unfinished turns again."""
         version, self.version = self.version, -1
         self._restart(error)
-        self._settle(version)
-        self._heard = time.monotonic()
+        self._verify_until_stable(version)
+        self._last_activity = time.monotonic()
         for session in self._sessions.values():
             if session.turn:
-                self.host.add(session.turn)
+                self.transport.submit(session.turn)
 
     def _restart(self, error: EngineError) -> None:
+        """Restart the engine. After MAX_RESTARTS failures in a row, raises the last one; `error` is the first."""
         while True:
-            self._failures += 1
+            self._failures_in_row += 1
             self.restarts += 1
-            if self._failures > MAX_RESTARTS:
+            if self._failures_in_row > MAX_RESTARTS:
                 raise error
             try:
-                return self.host.reload()
+                return self.transport.restart()
             except (EngineDied, EngineTimeout) as again:
                 error = again

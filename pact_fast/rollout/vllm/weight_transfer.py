@@ -1,9 +1,11 @@
-"""Weights from the trainer's GPU to a server's through vLLM's weight transfer API, with no file in between.
+"""Weights from the trainer's GPU to a server's GPUs over NCCL, through vLLM's weight transfer API.
 
-vLLM packs, broadcasts, receives and loads. Here is the rest: how both sides meet, when they give up, and when this way is
-taken at all. They meet by an NCCL id that goes through the server's own endpoint, because vLLM's rendezvous opens a port
-from which workers unpickle what anybody on the network puts there. Its other backend, CUDA IPC, is left out for the same
-reason: over HTTP, its handles are pickles (VLLM_ALLOW_INSECURE_SERIALIZATION); one GPU is shared in colocate mode instead.
+vLLM packs, broadcasts, receives and loads. This module does the rest: choose between NCCL and files, form the NCCL
+group, and give up when the other side is gone.
+
+Security: the NCCL id goes through the server's own endpoint. vLLM's rendezvous is not used, because it opens a port,
+and workers unpickle whatever anybody on the network sends there. vLLM's other backend, CUDA IPC, is not used either:
+over HTTP its handles are pickles (VLLM_ALLOW_INSECURE_SERIALIZATION). To share one GPU, use vllm_mode=colocate.
 """
 
 from __future__ import annotations
@@ -20,27 +22,37 @@ from transformers import PreTrainedModel
 
 from pact_fast.config import Config
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
-from pact_fast.model.weights import BUCKET, Shape, WeightSnapshot, needs_all_ranks
+from pact_fast.model.weights import BUCKET, TensorSpec, WeightSnapshot, needs_all_ranks
 from pact_fast.rollout.vllm.colocated import import_vllm
 
 FILES, NCCL = "files", "nccl"
 
 
-def choose_transfer(config: Config, model: PreTrainedModel, *, apart: bool) -> str:
-    """`nccl` or `files`; PactError if the one that is asked for cannot be. `apart`: the server has GPUs of its own."""
+def choose_transfer(config: Config, model: PreTrainedModel, *, separate_devices: bool) -> str:
+    """`nccl` or `files`, from rollout.vllm_weight_transfer.
+
+    Args:
+        config: The run's configuration.
+        model: The trainer's model.
+        separate_devices: True if the server has GPUs of its own.
+
+    Raises:
+        PactError: `nccl` is set, and does not work here.
+    """
     wanted = config.rollout.vllm_weight_transfer
     if wanted == FILES:
         return FILES
-    obstacle = _obstacle(config, apart)
+    obstacle = _nccl_obstacle(config, separate_devices)
     if wanted == NCCL and obstacle:
         raise PactError(f"rollout.vllm_weight_transfer=nccl does not work here: {obstacle}; use auto or files")
-    return FILES if wanted == "auto" and (obstacle or not _can_be_sent_again(config, model)) else NCCL
+    return FILES if wanted == "auto" and (obstacle or not _can_resend(config, model)) else NCCL
 
 
-def _obstacle(config: Config, apart: bool) -> str | None:
+def _nccl_obstacle(config: Config, separate_devices: bool) -> str | None:
+    """Why NCCL cannot be used; None if it can."""
     if config.device == "cpu" or not torch.cuda.is_available():
         return "the trainer has no GPU"
-    if not apart:
+    if not separate_devices:
         return "trainer and server share a GPU"
     try:
         import_vllm()
@@ -48,48 +60,55 @@ def _obstacle(config: Config, apart: bool) -> str | None:
 
         _ = nccl_common.uid_init_process_group, nccl_engine.NCCLTrainerWeightTransferEngine
     except (PactError, ImportError, AttributeError) as error:
-        return f"the trainer needs a vLLM whose weight transfer API can meet by an NCCL id ({error})"
+        return f"the trainer needs a vLLM whose weight transfer API takes an NCCL id ({error})"
     return None
 
 
-def _can_be_sent_again(config: Config, model: PreTrainedModel) -> bool:
-    """Whether a server that dies can be given its weights, of which there is no copy, in the middle of a step."""
+def _can_resend(config: Config, model: PreTrainedModel) -> bool:
+    """True if a server that dies in the middle of a step can be sent the same weights; there is no copy of them."""
     trained_meanwhile = config.trainer.max_off_policy_steps > 0 and config.model.lora is None
     return not trained_meanwhile and not needs_all_ranks(model)
 
 
-class Transfer:
-    """The trainer's end; vLLM's `VLLMWeightSyncClient`. Workers join it at the first update and after every failure."""
+class NcclTransfer:
+    """The trainer's end of the transfer; implements vLLM's `VLLMWeightSyncClient`.
+
+    The NCCL group is formed at the first update, and again after every failure.
+
+    Args:
+        name: Of the server, for messages.
+        call: `call(method, path, json=…)` sends a request to the server, with a deadline.
+        timeout: Seconds to wait for the workers to join.
+    """
 
     def __init__(self, name: str, call: Callable[..., Any], timeout: float):
-        self.name, self.timeout = name, timeout
-        self.call = call  # (method, path, json=…) of the server; each has its deadline
+        self.name, self.timeout, self.call = name, timeout, call
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
         self._sender: Any = None
-        self._outgoing: _Outgoing | None = None
+        self._stream: _WeightStream | None = None
 
     def send(self, weights: WeightSnapshot) -> None:
-        """EngineDied or EngineTimeout when it has failed and has to begin anew."""
-        self._outgoing = outgoing = _Outgoing(weights, self.device)
+        """Send all weights. After an EngineDied or EngineTimeout, the next call starts with a new group."""
+        self._stream = stream = _WeightStream(weights, self.device)
         try:
             with torch.cuda.device(self.device) if self.device else contextlib.nullcontext():
-                self._send(outgoing)
+                self._send(stream)
         except Exception as error:
             self.close()
-            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):  # NCCL's
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):  # raised by NCCL
                 broken = EngineDied(self.name, f"the transfer of weights broke: {error}")
-                raise outgoing.failed or broken from error
+                raise stream.failed or broken from error
             raise
         finally:
-            outgoing.finish()
+            stream.finish()
 
-    def _send(self, outgoing: _Outgoing) -> None:
+    def _send(self, stream: _WeightStream) -> None:
         if self._sender is None:
-            self._sender = _meet(self, outgoing)
+            self._sender = _connect(self, stream)
         if self.device:
-            # vLLM sends from streams of its own, which do not wait for the one that the optimizer wrote on
+            # vLLM sends from its own CUDA streams, which do not wait for the optimizer's
             torch.cuda.synchronize()
-        self._sender.source = outgoing
+        self._sender.source = stream
         self._sender.send_weights()
 
     def close(self) -> None:
@@ -98,19 +117,19 @@ class Transfer:
             sender.shutdown()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.call("POST", "/shutdown_weight_transfer_engine")  # what an earlier trainer has left
+        self.call("POST", "/shutdown_weight_transfer_engine")  # left by an earlier trainer
         self.call("POST", "/init_weight_transfer_engine", json={"init_info": init_info})
 
     def start_weight_update(self) -> None:
         self.call("POST", "/start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        """In a thread of its own while the weights are broadcast, which waits for ever for a worker that is gone."""
+        """Called by vLLM in a thread of its own during the broadcast, which would wait for ever for a dead worker."""
         try:
             self.call("POST", "/update_weights", json={"update_info": update_info})
         except EngineError as error:
-            if self._outgoing:
-                self._outgoing.failed = error
+            if self._stream:
+                self._stream.failed = error
             self.close()
             raise
 
@@ -118,15 +137,15 @@ class Transfer:
         self.call("POST", "/finish_weight_update")
 
 
-class _Outgoing:
-    """One pass through the weights, on the device that sends them, for as long as somebody receives them."""
+class _WeightStream:
+    """One pass through the weights, on the sending device; stops when `failed` is set. vLLM's `WeightSource`."""
 
     def __init__(self, weights: WeightSnapshot, device: torch.device | None):
         self._weights, self._device = weights, device
         self._pass: Iterator[tuple[str, torch.Tensor]] | None = None
         self.failed: EngineError | None = None
 
-    def metadata(self) -> list[Shape]:
+    def metadata(self) -> list[TensorSpec]:
         return self._weights.metadata()
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -134,49 +153,51 @@ class _Outgoing:
         for name, tensor in self._pass:
             if self.failed:
                 raise self.failed
-            # packed with later ones; gathered tensors live no longer than their bucket
+            # copy: vLLM packs it with later ones, but gathered tensors exist only during their iteration
             yield name, tensor.to(self._device or tensor.device, copy=self._weights.shared)
 
     def finish(self) -> None:
-        """What was begun goes on to its end, because other processes gather along. What was not can begin later."""
+        """Exhaust a pass that has begun, because gathering is a collective; one that has not may begin later."""
         for _ in self._pass or ():
             pass
 
 
-def _meet(client: Transfer, source: _Outgoing) -> Any:
-    """vLLM's sender, after its group of this process and the server's workers has come together."""
+def _connect(client: NcclTransfer, source: _WeightStream) -> Any:
+    """vLLM's sender, once this process and the server's workers have formed their NCCL group."""
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
     size = int(client.call("GET", "/get_world_size")["world_size"]) + 1
-    nccl_id = _new_id()
-    joining = _in_background(lambda: _join(nccl_id, size, client.device))
-    client.init_weight_transfer_engine(_workers_part(nccl_id, size))
-    chosen: Any = source  # vLLM's classes are followed in shape only, as it need not be installed
+    nccl_id = new_nccl_id()
+    group = _in_background(lambda: init_nccl_group(nccl_id, size, client.device))
+    client.init_weight_transfer_engine(_worker_init_info(nccl_id, size))
+    untyped: Any = source  # follows vLLM's protocol without importing it, as vLLM need not be installed
     sender: Any = NCCLTrainerWeightTransferEngine(
-        client=client, source=chosen, packed=True, packed_buffer_size_bytes=BUCKET
+        client=client, source=untyped, packed=True, packed_buffer_size_bytes=BUCKET
     )
     try:
-        sender.model_update_group = joining.result(client.timeout)
+        sender.model_update_group = group.result(client.timeout)
     except TimeoutError:
-        problem = f"its workers and the trainer did not meet within {client.timeout:g} s (rollout.engine_timeout)"
+        problem = f"its workers did not join the NCCL group within {client.timeout:g} s (rollout.engine_timeout)"
         raise EngineTimeout(client.name, problem) from None
     return sender
 
 
-def _new_id() -> bytes:
+def new_nccl_id() -> bytes:
+    """A unique id of an NCCL group. Tests without a GPU replace it, and `init_nccl_group`."""
     from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
     return bytes(NCCLLibrary().ncclGetUniqueId().internal)
 
 
-def _join(nccl_id: bytes, size: int, device: Any) -> Any:
-    """As number 0; returns when all others have come, and cannot be given up."""
+def init_nccl_group(nccl_id: bytes, size: int, device: Any) -> Any:
+    """Join the group of `size` as rank 0. Returns when all ranks have joined, and cannot be interrupted."""
     from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
 
     return uid_init_process_group(nccl_id, 0, size, device.index)
 
 
-def _workers_part(nccl_id: bytes, size: int) -> dict[str, Any]:
+def _worker_init_info(nccl_id: bytes, size: int) -> dict[str, Any]:
+    """What the server's workers need to join the group as ranks 1 to size − 1."""
     from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
 
     encoded = base64.b64encode(nccl_id).decode()
@@ -188,7 +209,7 @@ def _workers_part(nccl_id: bytes, size: int) -> dict[str, Any]:
 
 
 def _in_background(work: Callable[[], Any]) -> Future:
-    """Its result. The thread keeps no process from ending."""
+    """Run `work` in a daemon thread, which does not keep the process alive."""
     future: Future = Future()
 
     def run() -> None:

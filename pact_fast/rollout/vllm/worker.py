@@ -1,6 +1,6 @@
-"""Runs inside vLLM's workers: what weights do they really compute with?
+"""Runs inside vLLM's workers: reports fingerprints of the weights that they compute with, under checkpoint names.
 
-Given to vLLM as `worker_extension_cls`; a running `vllm serve` needs
+vLLM mixes `WeightReport` into its worker class (`worker_extension_cls`). A server of your own is started with
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls pact_fast.rollout.vllm.worker.WeightReport …
 """
@@ -14,41 +14,38 @@ import torch
 
 from pact_fast.model.weights import WeightShard, fingerprint
 
-# a repacked matrix is read back by multiplying it with so many columns of the identity at a time
-READ_BACK = 256
+READ_BACK_COLUMNS = 256  # of the identity, by which a repacked matrix is multiplied at a time to read it back
 
 
 class WeightReport:
-    """Methods that vLLM's worker class gains; `self` is the worker. Results are JSON, so that they pass through HTTP."""
+    """Methods added to vLLM's worker class; `self` is the worker. Results are JSON, as they may pass through HTTP."""
 
-    def pact_loaded(self, version: int | str) -> None:
-        """After new weights: finish what loading leaves undone, and remember the version."""
+    def pact_finish_loading(self, version: int | str) -> None:
+        """Called after new weights: repair what vLLM's reload leaves stale, and store the version."""
         module: Any
         for module in self._pact_model().modules():
-            # A head that is tied to the embedding is not in the checkpoint, so reloading passes it by. On CPU it
-            # multiplies with a packed copy, which would stay that of the old weights.
+            # A head tied to the embedding is not in the checkpoint, so a reload skips it. On a CPU it multiplies with a
+            # repacked copy of the embedding, which would keep the old weights.
             if hasattr(module, "cpu_linear") and hasattr(module, "shard_indices"):
                 module.quant_method.process_weights_after_loading(module)
         self._pact_version = int(version)
 
-    def pact_weights(self) -> dict:
-        """{version, pieces}: the version last set (-1: none) and the fingerprints of the weights in use; {error} if they
-        cannot be read.
-        """
+    def pact_report_weights(self) -> dict:
+        """{version, shards} of the weights in use, version -1 before the first; {error} if they cannot be read."""
         try:
             with torch.inference_mode():
-                found = [list(piece) for piece in pieces(self._pact_model())]
+                found = [list(shard) for shard in weight_shards(self._pact_model())]
         except NotImplementedError as error:
             return {"error": str(error)}
-        return {"version": getattr(self, "_pact_version", -1), "pieces": found}
+        return {"version": getattr(self, "_pact_version", -1), "shards": found}
 
-    def pact_adapter(self) -> dict:
-        """The same of the adapter that was loaded last."""
+    def pact_report_adapter(self) -> dict:
+        """{version, shards} of the adapter that was loaded last."""
         with torch.inference_mode():
-            found = [list(piece) for piece in adapter_pieces(self._pact_model())]
-        return {"version": getattr(self, "_pact_version", -1), "pieces": found}
+            found = [list(shard) for shard in adapter_shards(self._pact_model())]
+        return {"version": getattr(self, "_pact_version", -1), "shards": found}
 
-    def pact_transfer(self) -> str | None:
+    def pact_transfer_backend(self) -> str | None:
         """The backend of vLLM's weight transfer API that this server was started with."""
         config = getattr(self.vllm_config, "weight_transfer_config", None)  # type: ignore[attr-defined]
         return config and config.backend
@@ -57,21 +54,22 @@ class WeightReport:
         return self.model_runner.get_model()  # type: ignore[attr-defined]
 
 
-def pieces(model: torch.nn.Module) -> Iterator[WeightShard]:
-    """Every weight of vLLM's model, under checkpoint names."""
+def weight_shards(model: torch.nn.Module) -> Iterator[WeightShard]:
+    """Every weight of vLLM's model on this device, under checkpoint names; fused matrices are split again."""
     packed = getattr(model, "packed_modules_mapping", {})
     done: set[int] = set()
     for name, module in model.named_modules():
         name = name.removesuffix(".base_layer")  # under an adapter
-        own = _matrix_pieces(name, module, packed)
-        if own is None:
-            own = _plain_pieces(name, module, done)
+        shards = _matrix_shards(name, module, packed)
+        if shards is None:
+            shards = _replicated_shards(name, module, done)
         else:
             done |= {id(parameter) for parameter in module.parameters(recurse=False)}
-        yield from own
+        yield from shards
 
 
-def _matrix_pieces(name: str, module: Any, packed: dict[str, list[str]]) -> Iterator[WeightShard] | None:
+def _matrix_shards(name: str, module: Any, packed: dict[str, list[str]]) -> Iterator[WeightShard] | None:
+    """Shards of a linear layer, embedding or layer of experts; None for any other module."""
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -84,15 +82,15 @@ def _matrix_pieces(name: str, module: Any, packed: dict[str, list[str]]) -> Iter
     return None
 
 
-def _plain_pieces(name: str, module: torch.nn.Module, done: set[int]) -> Iterator[WeightShard]:
-    """Norms and the like, whole on every device."""
+def _replicated_shards(name: str, module: torch.nn.Module, done: set[int]) -> Iterator[WeightShard]:
+    """Norms and other parameters that every device holds whole."""
     for key, parameter in module.named_parameters(recurse=False):
         if id(parameter) not in done:
             done.add(id(parameter))
-            yield _piece(f"{name}.{key}", parameter)
+            yield _shard(f"{name}.{key}", parameter)
 
 
-def _piece(name: str, tensor: torch.Tensor, row: int = 0, col: int = 0) -> WeightShard:
+def _shard(name: str, tensor: torch.Tensor, row: int = 0, col: int = 0) -> WeightShard:
     rows = len(tensor) if tensor.ndim else 1
     return WeightShard(name, row, col, rows, tensor.numel() // max(rows, 1), fingerprint(tensor, row, col))
 
@@ -100,20 +98,20 @@ def _piece(name: str, tensor: torch.Tensor, row: int = 0, col: int = 0) -> Weigh
 def _linear(name: str, module: Any, packed: dict[str, list[str]]) -> Iterator[WeightShard]:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    matrix, bias = _loaded(module), getattr(module, "bias", None)
-    parts = _parts(module, len(matrix))
-    names = _part_names(name, len(parts), packed)
+    matrix, bias = _matrix(module), getattr(module, "bias", None)
+    parts = _fused_parts(module, len(matrix))
+    names = _fused_names(name, len(parts), packed)
     col = module.tp_rank * matrix.shape[1] if isinstance(module, RowParallelLinear) else 0
     local = 0
     for part, (row, rows) in zip(names, parts, strict=True):
-        yield _piece(f"{part}.weight", matrix[local : local + rows], row, col)
+        yield _shard(f"{part}.weight", matrix[local : local + rows], row, col)
         if bias is not None and bias.numel():
-            yield _piece(f"{part}.bias", bias[local : local + rows], row)
+            yield _shard(f"{part}.bias", bias[local : local + rows], row)
         local += rows
 
 
-def _part_names(name: str, count: int, packed: dict[str, list[str]]) -> list[str]:
-    """Checkpoint names of the matrices that a layer has fused."""
+def _fused_names(name: str, count: int, packed: dict[str, list[str]]) -> list[str]:
+    """Checkpoint names of the matrices that vLLM has fused into one layer."""
     parent, _, leaf = name.rpartition(".")
     names = packed.get(leaf, [leaf]) if count > 1 else [leaf]
     if len(names) != count:
@@ -121,8 +119,8 @@ def _part_names(name: str, count: int, packed: dict[str, list[str]]) -> list[str
     return [f"{parent}.{part}" if parent else part for part in names]
 
 
-def _parts(module: Any, total: int) -> list[tuple[int, int]]:
-    """(first row in the checkpoint's matrix, number of rows) of each matrix that a layer has fused."""
+def _fused_parts(module: Any, total: int) -> list[tuple[int, int]]:
+    """(first row in the checkpoint's matrix, number of rows) on this device of each fused matrix."""
     from vllm.model_executor.layers.linear import (
         ColumnParallelLinear,
         MergedColumnParallelLinear,
@@ -142,82 +140,82 @@ def _parts(module: Any, total: int) -> list[tuple[int, int]]:
 
 
 def _embedding(name: str, module: Any) -> Iterator[WeightShard]:
-    """Without the rows that pad the vocabulary. A packed copy for use as head is read as well."""
+    """Without the rows that pad the vocabulary. A repacked copy that serves as head is reported as well."""
     indices = module.shard_indices
     first, rows = indices.org_vocab_start_index, indices.num_org_elements
-    yield _piece(f"{name}.weight", module.weight[:rows], first)
+    yield _shard(f"{name}.weight", module.weight[:rows], first)
     if hasattr(module, "cpu_linear"):
-        yield _piece(f"{name}.weight", _read_back(module)[:rows], first)
+        yield _shard(f"{name}.weight", _read_back(module)[:rows], first)
 
 
 def _experts(name: str, module: Any) -> Iterator[WeightShard]:
-    """Experts one by one; w13 holds gate and up of an expert, this device's share of each."""
+    """Experts one by one; w13 holds gate and up of an expert, this device's rows of each."""
     w13, w2 = module.w13_weight, module.w2_weight
     name, size = name.removesuffix(".routed_experts"), w13.shape[1] // 2
     if w13.device.type == "cpu":
-        # its kernels want experts in a layout of their own, which a reload (0.32) does not make again: log-probs go wrong
+        # its kernels need experts in their own layout, which a reload (0.32) does not restore: log-probs would be wrong
         raise NotImplementedError(
             f"{name}: vLLM's CPU build does not reload mixtures of experts; use another engine or a GPU"
         )
     if w13.ndim != 3 or w2.shape != (len(w13), w13.shape[2], size):
         raise NotImplementedError(f"{name}: the engine keeps its experts in a layout that cannot be read back")
     offset = module.moe_config.moe_parallel_config.tp_rank * size
-    for place, expert in enumerate(_held_experts(module)):
+    for slot, expert in enumerate(_local_experts(module)):
         prefix = f"{name}.{expert}"
-        yield _piece(f"{prefix}.gate_proj.weight", w13[place, :size], offset)
-        yield _piece(f"{prefix}.up_proj.weight", w13[place, size:], offset)
-        yield _piece(f"{prefix}.down_proj.weight", w2[place], 0, offset)
+        yield _shard(f"{prefix}.gate_proj.weight", w13[slot, :size], offset)
+        yield _shard(f"{prefix}.up_proj.weight", w13[slot, size:], offset)
+        yield _shard(f"{prefix}.down_proj.weight", w2[slot], 0, offset)
 
 
-def _held_experts(module: Any) -> list[int]:
-    """Global numbers of this device's experts, in the order of their places."""
-    places = getattr(module, "expert_map", None)
-    if places is None:
+def _local_experts(module: Any) -> list[int]:
+    """Global indices of this device's experts, in the order of their slots."""
+    slots = getattr(module, "expert_map", None)
+    if slots is None:
         return list(range(module.global_num_experts))
-    held = [(place, expert) for expert, place in enumerate(places.tolist()) if place >= 0]
-    return [expert for _, expert in sorted(held)]
+    local = [(slot, expert) for expert, slot in enumerate(slots.tolist()) if slot >= 0]
+    return [expert for _, expert in sorted(local)]
 
 
-def _loaded(module: Any) -> torch.Tensor:
+def _matrix(module: Any) -> torch.Tensor:
     """The matrix [out, in] that a linear layer multiplies with on this device."""
     weight = module.weight
     return weight if weight.ndim == 2 and weight.numel() else _read_back(module)
 
 
 def _read_back(module: Any) -> torch.Tensor:
-    """W from a kernel that keeps it in a layout of its own: W·I. Products with 1 and 0 are exact in any float type."""
+    """W [out, in] of a kernel with its own weight layout, as W·I. Products with 0 and 1 are exact in any float type."""
     names = ("input_size_per_partition", "input_size", "embedding_dim")
     width = next(getattr(module, name) for name in names if hasattr(module, name))
     dtype = module.params_dtype if hasattr(module, "params_dtype") else module.weight.dtype
     columns = []
-    for start in range(0, width, READ_BACK):
-        count = min(READ_BACK, width - start)
+    for start in range(0, width, READ_BACK_COLUMNS):
+        count = min(READ_BACK_COLUMNS, width - start)
         probe = torch.zeros(count, width, dtype=dtype)
         probe[torch.arange(count), start + torch.arange(count)] = 1
         columns.append(module.cpu_linear(probe, module.weight, None))
     return torch.cat(columns).t()
 
 
-def adapter_pieces(model: Any) -> Iterator[WeightShard]:
-    """A and B of the newest adapter, from the buffers that every layer with room for an adapter multiplies with.
+def adapter_shards(model: Any) -> Iterator[WeightShard]:
+    """A and B of the newest adapter, from the buffers that vLLM multiplies with.
 
-    Buffers have more rows or columns than the adapter's rank. They are fingerprinted whole: zeros there add nothing, and
-    anything else shows. Layers without an adapter are reported, too; theirs must be zero.
+    Buffers have more rows or columns than the adapter's rank. They are fingerprinted whole: zeros add nothing to a
+    fingerprint, and anything else changes it. Buffers of layers without an adapter are reported too, and must be zero.
     """
     from vllm.model_executor.layers.linear import LinearBase
 
     manager = model.lora_manager
-    active = [(number, slot) for slot, number in enumerate(manager.lora_index_to_id) if number is not None]
+    active = [(adapter, slot) for slot, adapter in enumerate(manager.lora_index_to_id) if adapter is not None]
     if not active:
         return
-    number, slot = max(active)
-    rank = manager.get_adapter(number).rank
+    adapter, slot = max(active)
+    rank = manager.get_adapter(adapter).rank
     packed = getattr(model, "packed_modules_mapping", {})
     for name, module in manager.modules.items():
         if isinstance(getattr(module, "base_layer", None), LinearBase):
             yield from _adapter_linear(name, module, slot, rank, packed)
         elif any(buffer.any() for buffer in (*module.lora_a_stacked, *module.lora_b_stacked)):
-            yield WeightShard(f"{name}.lora", 0, 0, 0, 0, 1)  # the trainer adapts linear layers alone
+            yield WeightShard(f"{name}.lora", 0, 0, 0, 0, 1)  # the trainer has adapters on linear layers only
 
 
 def _adapter_linear(
@@ -228,10 +226,10 @@ def _adapter_linear(
     base = module.base_layer
     a = [buffer[slot, 0] for buffer in module.lora_a_stacked]
     b = [buffer[slot, 0] for buffer in module.lora_b_stacked]
-    parts = _parts(base, sum(map(len, b)))
+    parts = _fused_parts(base, sum(map(len, b)))
     if len(parts) != len(b):
         raise NotImplementedError(f"{name} has {len(b)} adapters for {len(parts)} matrices")
-    for part, (row, rows), down, up in zip(_part_names(name, len(parts), packed), parts, a, b, strict=True):
+    for part, (row, rows), down, up in zip(_fused_names(name, len(parts), packed), parts, a, b, strict=True):
         col = base.tp_rank * down.shape[1] if isinstance(base, RowParallelLinear) else 0
         yield WeightShard(f"{part}.lora_A.weight", 0, col, rank, down.shape[1], fingerprint(down, 0, col))
         yield WeightShard(f"{part}.lora_B.weight", row, 0, rows, rank, fingerprint(up, row))

@@ -1,13 +1,13 @@
-"""Who holds parameters, gradients and optimizer states. This one: every process holds all of them (ZeRO-0, so to say).
+"""`Replicated`: every rank holds full parameters, gradients and optimizer state (ZeRO-0).
 
-Losses of packs add up, and so do their gradients over processes: every normaliser is in the tokens' weights already. So there
-is nothing to average, and one sum per optimizer step is all that processes exchange.
+Ranks communicate once per optimizer step: an all-reduce sum of the gradients.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,45 +16,19 @@ from pact_fast.config import TrainerConfig
 from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
 from pact_fast.model.policy import Policy
+from pact_fast.train.backends.base import Forward
 
-BUCKET = 64 << 20  # bytes of gradients summed at a time
-
-
-class Backend(Protocol):
-    """`lockstep`: every process has to run forward and backward equally often."""
-
-    lockstep: bool
-
-    def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        """The policy's; see `Policy.forward`."""
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the gradient of the loss to what was added before; `last`: a step follows."""
-
-    def step(self, learning_rate: float) -> float:
-        """Sum the gradients over processes, clip, step, clear; the norm before clipping. Nothing happens to the parameters if
-        the norm is not finite.
-        """
-
-    def discard(self) -> None:
-        """Forget what was added since the last step."""
-
-    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What a checkpoint needs beside the model's weights, ("name of the parameter/kind", whole tensor), in a fixed order.
-        Every process has to go through all of it.
-        """
-
-    def load_state(self, saved: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `state` gave. PactError if the model has other parameters."""
+BUCKET = 64 << 20  # bytes of gradients per all-reduce
 
 
 class Replicated:
-    """AdamW on whole parameters."""
+    """Fused AdamW on full parameters; a `Backend` that can discard gradients."""
 
     lockstep = False
 
     def __init__(self, policy: Policy, trainer: TrainerConfig, world: World):
-        self.forward, self._model, self._world = policy, policy.model, world
+        self.forward: Forward = policy
+        self.model, self._world = policy.model, world
         self._max_norm = trainer.max_grad_norm
         self.optimizer = make_optimizer(policy.model, trainer)
 
@@ -62,11 +36,11 @@ class Replicated:
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        self._sum()
+        self.reduce_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_norm))
-        if norm - norm == 0.0:  # neither infinite nor NaN
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm))
+        if math.isfinite(norm):
             self.optimizer.step()
         self.discard()
         return norm
@@ -75,26 +49,26 @@ class Replicated:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self.model.named_parameters():
             for kind, value in self.optimizer.state.get(parameter, {}).items():
                 yield f"{name}/{kind}", value
 
     def load_state(self, saved: Mapping[str, torch.Tensor]) -> None:
-        names = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        names = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         entries: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
         for key, value in saved.items():
             name, _, kind = key.rpartition("/")
             check_fits(name, kind, value.shape, names)
-            entries.setdefault(names[name], {})[kind] = value.clone()  # updated in place
-        device = next(self._model.parameters()).device
+            entries.setdefault(names[name], {})[kind] = value.clone()  # the optimizer updates it in place
+        device = next(self.model.parameters()).device
         for parameter, state in entries.items():
             self.optimizer.state[parameter] = {kind: value.to(device) for kind, value in state.items()}
 
-    def _sum(self) -> None:
-        """Gradients over all processes. A process whose packs left a parameter out counts as 0 there."""
+    def reduce_gradients(self) -> None:
+        """Sum gradients over ranks, in buckets. A rank whose packs left a parameter out contributes zeros to it."""
         if self._world.size == 1:
             return
-        trained = [p for p in self._model.parameters() if p.requires_grad]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         present = self._world.all_reduce_sum(torch.tensor([float(p.grad is not None) for p in trained]), "gradients")
         bucket: list[torch.Tensor] = []
         size = 0
@@ -106,27 +80,27 @@ class Replicated:
             bucket.append(parameter.grad)
             size += parameter.grad.nbytes
             if size >= BUCKET:
-                self._sum_bucket(bucket)
+                self._reduce_bucket(bucket)
                 bucket, size = [], 0
-        self._sum_bucket(bucket)
+        self._reduce_bucket(bucket)
 
-    def _sum_bucket(self, bucket: list[torch.Tensor]) -> None:
+    def _reduce_bucket(self, bucket: list[torch.Tensor]) -> None:
         if not bucket:
             return
         flat = torch.cat([grad.flatten() for grad in bucket])
-        with self._world.deadline("gradients"):
+        with self._world.peer_errors("gradients"):
             dist.all_reduce(flat)
         for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
             grad.copy_(part.view_as(grad))
 
 
 def make_optimizer(model: torch.nn.Module, trainer: TrainerConfig, **more: Any) -> torch.optim.AdamW:
-    """AdamW in one pass over memory (fused), without temporaries; norms and biases are not decayed."""
+    """Fused AdamW (one pass over memory, no temporaries). Weight decay applies to matrices, not to norms and biases."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrix = [len(getattr(p, "ds_shape", p.shape)) >= 2 for p in trained]  # ZeRO-3 leaves an empty shape
-    decay = [p for p, yes in zip(trained, matrix, strict=True) if yes]
-    plain = [p for p, yes in zip(trained, matrix, strict=True) if not yes]
-    groups = [{"params": decay, "weight_decay": trainer.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    is_matrix = [len(getattr(p, "ds_shape", p.shape)) >= 2 for p in trained]  # ZeRO-3 leaves an empty shape
+    decay = [p for p, matrix in zip(trained, is_matrix, strict=True) if matrix]
+    no_decay = [p for p, matrix in zip(trained, is_matrix, strict=True) if not matrix]
+    groups = [{"params": decay, "weight_decay": trainer.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=trainer.learning_rate,
@@ -138,12 +112,22 @@ def make_optimizer(model: torch.nn.Module, trainer: TrainerConfig, **more: Any) 
 
 
 def check_fits(name: str, kind: str, shape: torch.Size, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """PactError if a saved state belongs to no parameter."""
-    own = parameters.get(name)
-    if own is None:
+    """Check one entry of a saved optimizer state against the model.
+
+    Args:
+        name: Parameter name in the saved state.
+        kind: "step", "exp_avg", …
+        shape: Shape of the saved tensor.
+        parameters: The model's trained parameters by name.
+
+    Raises:
+        PactError: There is no such parameter, or it has another shape.
+    """
+    parameter = parameters.get(name)
+    if parameter is None:
         problem = f"it has a state of '{name}', which the model does not train"
-    elif kind != "step" and shape != (wanted := getattr(own, "ds_shape", own.shape)):
-        problem = f"'{name}' has the shape {tuple(wanted)}, its state {tuple(shape)}"
+    elif kind != "step" and shape != (expected := getattr(parameter, "ds_shape", parameter.shape)):
+        problem = f"'{name}' has the shape {tuple(expected)}, its state {tuple(shape)}"
     else:
         return
     raise PactError(f"the saved optimizer does not fit the model: {problem}; resume with the run's own settings")

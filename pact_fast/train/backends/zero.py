@@ -1,34 +1,38 @@
-"""DeepSpeed ZeRO: optimizer states (stage 1), gradients (2) and parameters (3) split over the processes.
+"""`Zero`: DeepSpeed ZeRO shards optimizer states (stage 1), gradients (2) and parameters (3) over ranks.
 
-What DeepSpeed is told, and why
-- gradients are averaged over processes; ours add up, so every loss is multiplied by their number
-- an optimizer step has as many packs as it needs: we say which backward is its last
-- AdamW is torch's own, also on an offloaded state: nothing has to be compiled on the user's machine
-- a gradient that is not finite skips the step, in every precision
+How DeepSpeed is used, and why:
+
+- DeepSpeed averages gradients over ranks; ours must be summed, so every loss is multiplied by the number of ranks.
+- An optimizer step has a variable number of packs: we mark the last backward pass as the accumulation boundary.
+- AdamW is torch's own, also for offloaded state, so nothing has to be compiled on the user's machine.
+- A gradient that is not finite skips the step, in every precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from pact_fast.batch.packing import PackedBatch
 from pact_fast.config import TrainerConfig
 from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
+from pact_fast.kernels.head.tokens import LossTokens
 from pact_fast.model.deepspeed import deepspeed_config, import_deepspeed
 from pact_fast.model.policy import Policy
+from pact_fast.train.backends.base import Forward
 from pact_fast.train.backends.replicated import check_fits, make_optimizer
 
-KINDS = ("exp_avg", "exp_avg_sq")  # of AdamW's states; its step counter is one for all parameters
-MASTER = "master"  # kind of the fp32 weights that bf16 ones are rounded from
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's per-parameter states; its step counter is shared by all parameters
+MASTER = "master"  # state name of the fp32 weights that bf16 weights are rounded from
 
 
 class Zero:
-    """See Backend."""
+    """DeepSpeed ZeRO stages 1 to 3; a `Backend`. It cannot discard gradients: DeepSpeed drops them only in a step."""
 
     lockstep = True
 
@@ -38,34 +42,36 @@ class Zero:
         self._world, self._model, self._stage = world, policy.model, trainer.deepspeed.stage
         self._bf16 = dtype == "bfloat16"
         optimizer = make_optimizer(policy.model, trainer)
-        with _explained():
+        with _translate_errors():
             self.engine, *_ = deepspeed.initialize(
                 model=policy, optimizer=optimizer, config=deepspeed_config(trainer, dtype), dist_init_required=False
             )
         self._make_states()
 
-    def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        with self._world.deadline("parameters"):
-            return self.engine(*args)
+    def forward(
+        self,
+        batch: PackedBatch,
+        tokens: LossTokens,
+        temperature: float | torch.Tensor,
+        loss: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        with self._world.peer_errors("parameters"):
+            return self.engine(batch, tokens, temperature, loss)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        with self._world.deadline("gradients"):
+        with self._world.peer_errors("gradients"):
             self.engine.backward(loss * self._world.size)
 
     def step(self, learning_rate: float) -> float:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        with self._world.deadline("gradients"):
+        with self._world.peer_errors("gradients"):
             self.engine.step()
         norm = self.engine.get_global_grad_norm()
         if not self.engine.was_step_applied():
             return float("nan")
         return float(norm)
-
-    def discard(self) -> None:
-        """DeepSpeed forgets gradients in a step that it skips."""
-        raise NotImplementedError("ZeRO cannot take gradients back")
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -73,7 +79,7 @@ class Zero:
         for name, parameter in self._trained().items():
             if self._bf16:
                 yield f"{name}/{MASTER}", safe_get_full_fp32_param(parameter)
-            for kind in KINDS:
+            for kind in MOMENTS:
                 yield f"{name}/{kind}", safe_get_full_optimizer_state(parameter, kind)
             yield f"{name}/step", self._steps()
 
@@ -87,17 +93,19 @@ class Zero:
             check_fits(name, kind, value.shape, parameters)
             if kind == MASTER:
                 safe_set_full_fp32_param(parameters[name], value)
-            elif kind in KINDS:
+            elif kind in MOMENTS:
                 safe_set_full_optimizer_state(parameters[name], value, kind)
             else:
                 steps = value
-        for state in self._base().state.values():
+        for state in self._adamw().state.values():
             if "step" in state:
                 state["step"].copy_(steps)
 
     def _make_states(self) -> None:
-        """AdamW's states before its first step: a checkpoint has them by then, and DeepSpeed 0.19 looks for those of all groups
-        when the first one has stepped.
+        """Create AdamW's states before the first step.
+
+        A checkpoint may be loaded before the first step, and DeepSpeed 0.19 expects the states of all groups once the
+        first group has stepped.
         """
         optimizer = self.engine.optimizer
         if self._stage < 3:
@@ -114,41 +122,51 @@ class Zero:
                 optimizer._optimizer_states_and_gradient_swap_out(index)
 
     def _make_state(self, part: torch.Tensor) -> None:
-        moments = {kind: torch.zeros_like(part, requires_grad=False) for kind in KINDS}
-        self._base().state[part] = {"step": part.new_zeros((), dtype=torch.float32), **moments}
+        moments = {kind: torch.zeros_like(part, requires_grad=False) for kind in MOMENTS}
+        self._adamw().state[part] = {"step": part.new_zeros((), dtype=torch.float32), **moments}
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
 
-    def _base(self) -> torch.optim.Optimizer:
-        """torch's AdamW under DeepSpeed's wrapper."""
+    def _adamw(self) -> torch.optim.Optimizer:
+        """torch's AdamW, inside DeepSpeed's wrapper."""
         return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
 
     def _steps(self) -> torch.Tensor:
-        known = [state["step"].cpu() for state in self._base().state.values() if "step" in state]
-        return known[0] if known else torch.zeros(())
+        steps = [state["step"].cpu() for state in self._adamw().state.values() if "step" in state]
+        return steps[0] if steps else torch.zeros(())
 
 
-def split_frozen(
-    policy: Policy, trainer: TrainerConfig, dtype: str, world: World
-) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """The forward pass of a policy that is not trained, whose weights are split over the processes as those of stage 3 are."""
+def sharded_forward(policy: Policy, trainer: TrainerConfig, dtype: str, world: World) -> Forward:
+    """Forward pass of a frozen policy (the reference) whose weights ZeRO-3 shards over ranks.
+
+    Args:
+        policy: The frozen policy.
+        trainer: DeepSpeed settings.
+        dtype: "float32" or "bfloat16".
+        world: All ranks.
+    """
     deepspeed = import_deepspeed(policy.model.device)
     config = deepspeed_config(trainer, dtype)
     config["zero_optimization"].pop("offload_optimizer", None)
-    with _explained():
+    with _translate_errors():
         engine, *_ = deepspeed.initialize(model=policy, config=config, dist_init_required=False)
 
-    def forward(*args: Any) -> tuple[torch.Tensor, ...]:
-        with world.deadline("parameters"):
-            return engine(*args)
+    def forward(
+        batch: PackedBatch,
+        tokens: LossTokens,
+        temperature: float | torch.Tensor,
+        loss: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        with world.peer_errors("parameters"):
+            return engine(batch, tokens, temperature, loss)
 
     return forward
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """DeepSpeed's complaints about settings, as errors that name ours."""
+def _translate_errors() -> Iterator[None]:
+    """Turn DeepSpeed's configuration errors into PactErrors that name our keys."""
     try:
         yield
     except ValidationError as error:

@@ -1,0 +1,303 @@
+"""vLLM servers over HTTP: the transport that all servers share, and the client of a running server behind a URL.
+
+Servers are stock vLLM. Turns go through the completions endpoint. Weights go from GPU to GPU (weight_transfer), or
+through files that the server reads (weight_files, `collective_rpc("reload_weights")`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
+from pact_fast.model.weights import WeightShard, WeightSnapshot
+from pact_fast.rollout.vllm.colocated import WORKER_EXTENSION, merge_reports
+from pact_fast.rollout.vllm.http_client import HttpClient, checked_json
+from pact_fast.rollout.vllm.transport import TurnOutput, TurnRequest, VllmTransport
+from pact_fast.rollout.vllm.weight_files import WeightFiles
+from pact_fast.rollout.vllm.weight_transfer import FILES, NCCL, NcclTransfer
+
+log = logging.getLogger(__name__)
+READY_POLL = 0.2  # seconds between tries while a server starts
+
+
+class VllmServerTransport(VllmTransport):
+    """A VllmTransport over HTTP.
+
+    Args:
+        name: For messages.
+        base_url: URL of the server.
+        model_folder: Configuration and tokenizer of the model.
+        weights_folder: For weights, if `transfer` is `files`, and for adapters.
+        timeout: Seconds that the server may take to answer (rollout.engine_timeout); turns excepted.
+        transfer: `files` or `nccl`.
+        uds: Path of a Unix socket; None: TCP.
+    """
+
+    synchronous = False
+
+    def __init__(
+        self,
+        name: str,
+        base_url: str,
+        model_folder: Path,
+        weights_folder: Path,
+        *,
+        timeout: float,
+        transfer: str = FILES,
+        uds: str | None = None,
+    ):
+        self.name, self._timeout = name, timeout
+        self.weight_files = WeightFiles(weights_folder, model_folder)
+        self._results: queue.SimpleQueue[TurnOutput | EngineError] = queue.SimpleQueue()
+        self._http = HttpClient(base_url, uds)
+        self._turns: dict[str, Future] = {}  # under way, by key
+        self._transfer = None if transfer == FILES else NcclTransfer(name, self.call, timeout)
+        self._weights: tuple[Path | WeightSnapshot, int] | None = None  # last loaded weights (or their folder), version
+        self._adapter: tuple[Path, int] | None = None  # last loaded adapter's folder, version
+        self._served_model = ""
+
+    # -- turns ---------------------------------------------------------------------------------------------------------
+
+    def submit(self, turn: TurnRequest) -> None:
+        self._turns[turn.key] = self._http.start(self._complete(turn))
+
+    def poll(self, timeout: float) -> list[TurnOutput]:
+        found: list[TurnOutput] = []
+        wait = max(timeout, 0.0)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._results.get(timeout=wait) if wait else self._results.get_nowait()
+                wait = 0.0
+                if isinstance(item, TurnOutput):
+                    self._turns.pop(item.key, None)
+                    found.append(item)
+                elif found:  # finished turns first; the error is raised by the next call
+                    self._results.put(item)
+                    return found
+                else:
+                    raise item
+        return found
+
+    def abort(self, keys: list[str]) -> None:
+        for key in keys:
+            task = self._turns.pop(key, None)
+            if task:
+                task.cancel()  # closes the connection, upon which vLLM drops the request
+
+    async def _complete(self, turn: TurnRequest) -> None:
+        """Send a turn, and put its output, or an EngineError, into the queue of results."""
+        body = {
+            "model": self.adapter_name or self._served_model,
+            "prompt": turn.ids, "max_tokens": turn.max_tokens, "temperature": turn.temperature, "top_p": 1.0,
+            "top_k": -1, "seed": turn.seed, "logprobs": 0, "stop_token_ids": turn.stop, "ignore_eos": True,
+            "return_token_ids": True, "skip_special_tokens": False,
+        }  # fmt: skip
+        try:
+            answer = checked_json(await self._http.post("/v1/completions", body), self.name)
+            choice = answer["choices"][0]
+            if answer.get("prompt_token_ids", choice.get("prompt_token_ids", turn.ids)) != turn.ids:
+                raise EngineError(self.name, "it reports another context than it was given")
+            logprobs = choice["logprobs"]["token_logprobs"]
+            self._results.put(TurnOutput(turn.key, choice["token_ids"], logprobs, _cached_tokens(answer)))
+        except EngineError as error:
+            self._results.put(error)
+        except httpx.TransportError as error:
+            self._results.put(EngineDied(self.name, f"the connection broke: {error or type(error).__name__}"))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            self._results.put(EngineError(self.name, f"its answer is not a completion with token ids: {error!r}"))
+
+    def _drop_turns(self) -> None:
+        """Abort all turns under way, and discard results that nobody has polled."""
+        self.abort(list(self._turns))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._results.get_nowait()
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    @property
+    def adapter_name(self) -> str | None:
+        """Name under which the server knows the current adapter."""
+        return f"pact-{self._adapter[1]}" if self._adapter else None
+
+    def load_weights(self, weights: WeightSnapshot, version: int) -> None:
+        source = weights if self._transfer else self.weight_files.write_weights(iter(weights), version)
+        self._weights = source, version
+        self._send_weights()
+
+    def load_adapter(self, tensors: dict[str, torch.Tensor], version: int) -> None:
+        self._adapter = self.weight_files.write_adapter(tensors, version), version
+        self._send_adapter()
+
+    def restart(self) -> None:
+        """Wait until the server answers again, and send the last weights."""
+        self._drop_turns()
+        self._reset_transfer()
+        self._wait_ready(self._timeout)
+        self._send_weights()
+        self._send_adapter()
+
+    def report_weights(self) -> tuple[int, list[WeightShard]]:
+        return merge_reports(self.rpc("pact_report_weights"))
+
+    def report_adapter(self) -> tuple[int, list[WeightShard]]:
+        return merge_reports(self.rpc("pact_report_adapter"))
+
+    def reset_prefix_cache(self) -> None:
+        self.call("POST", "/reset_prefix_cache")
+
+    def sleep(self) -> None:
+        """Does nothing: the server has its own devices."""
+
+    def wake(self) -> None:
+        """Does nothing: the server never sleeps."""
+
+    def _send_weights(self) -> None:
+        assert self._weights is not None
+        weights, version = self._weights
+        if isinstance(weights, WeightSnapshot):
+            assert self._transfer is not None
+            self._transfer.send(weights)
+        else:
+            self.rpc("reload_weights", kwargs={"weights_path": str(weights)})
+        self._finish_loading(version)
+
+    def _send_adapter(self) -> None:
+        if self._adapter is None:
+            return
+        path, version = self._adapter
+        for old in self.weight_files.adapter_versions():
+            with contextlib.suppress(EngineError):  # not loaded, for example because the server was restarted
+                self.call("POST", "/v1/unload_lora_adapter", json={"lora_name": f"pact-{old}"})
+        try:
+            self.call("POST", "/v1/load_lora_adapter", json={"lora_name": self.adapter_name, "lora_path": str(path)})
+        except EngineDied:
+            raise
+        except EngineError as error:
+            raise PactError(
+                f"{self.name} does not take the adapter ({error.problem}); a server of your own must be started with "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank of at least model.lora.r"
+            ) from None
+        self._finish_loading(version)
+
+    def _finish_loading(self, version: int) -> None:
+        """Tell the workers the version, and remove the files of earlier ones."""
+        self.rpc("pact_finish_loading", args=[str(version)])
+        self.weight_files.prune(
+            [kept[0] for kept in (self._weights, self._adapter) if kept and isinstance(kept[0], Path)]
+        )
+
+    def _reset_transfer(self) -> None:
+        """Prepare to send the last weights again; WeightsUnavailable if they cannot be."""
+        if self._transfer:
+            self._transfer.close()
+        if self._weights and isinstance(self._weights[0], WeightSnapshot):
+            self._weights[0].check_available()
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def rpc(self, method: str, args: list[str] | None = None, kwargs: dict[str, str] | None = None) -> list:
+        """Call a method of all workers; returns one result per worker. Errors: see `call`."""
+        body = {"method": method, "args": args or [], "kwargs": kwargs or {}, "timeout": self._timeout}
+        return (self.call("POST", "/collective_rpc", json=body) or {}).get("results", [])
+
+    def call(self, method: str, path: str, **kwargs: Any) -> Any:
+        """The JSON that an endpoint answers.
+
+        Raises:
+            EngineTimeout: No answer within the deadline.
+            EngineDied: The connection broke, or status 5xx.
+            EngineError: Status 4xx.
+        """
+        try:
+            return checked_json(self._http.request(method, path, timeout=self._timeout, **kwargs), self.name)
+        except httpx.TimeoutException:
+            raise EngineTimeout(
+                self.name, f"no answer to {path} within {self._timeout:g} s (rollout.engine_timeout)"
+            ) from None
+        except httpx.TransportError as error:
+            raise EngineDied(self.name, f"{path}: {error or type(error).__name__}") from None
+
+    def close(self) -> None:
+        self._drop_turns()
+        if self._transfer:
+            self._transfer.close()
+        self._http.close()
+        self.weight_files.remove()
+
+    def _wait_ready(self, deadline: float) -> None:
+        """Wait at most `deadline` seconds until the server serves, and store the name of its model."""
+        end = time.monotonic() + deadline
+        while True:
+            self._check_alive()
+            try:
+                models = checked_json(self._http.request("GET", "/v1/models", timeout=5.0), self.name)
+                self._served_model = models["data"][0]["id"]
+                return
+            except (httpx.HTTPError, EngineDied):
+                if time.monotonic() > end:
+                    raise EngineDied(self.name, f"it does not serve within {deadline:g} s") from None
+                time.sleep(READY_POLL)
+
+    def _check_alive(self) -> None:
+        """Raise EngineDied if the server is known to be gone."""
+
+
+class VllmServerClient(VllmServerTransport):
+    """A running server: `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls …`.
+
+    Args:
+        url: Base URL of the server.
+        model_folder: Configuration and tokenizer of the model.
+        weights_folder: For weights through files, and adapters; the server must see it under the same path.
+        timeout: Seconds that the server may take to answer (rollout.engine_timeout).
+        start_timeout: Seconds that it may take to serve at first (rollout.vllm_server_timeout).
+        transfer: `files` or `nccl`.
+        transfer_required: If the server was not started for `nccl`: True raises an error, False falls back to files.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model_folder: Path,
+        weights_folder: Path,
+        *,
+        timeout: float,
+        start_timeout: float,
+        transfer: str = FILES,
+        transfer_required: bool = False,
+    ):
+        super().__init__(f"vLLM at {url}", url, model_folder, weights_folder, timeout=timeout, transfer=transfer)
+        self._wait_ready(start_timeout)
+        self._check_extension()
+        if self._transfer and set(self.rpc("pact_transfer_backend")) != {NCCL}:
+            problem = f'{self.name} was not started with --weight-transfer-config \'{{"backend": "{NCCL}"}}\''
+            if transfer_required:
+                raise PactError(f"{problem}; do so, or set rollout.vllm_weight_transfer=files")
+            log.warning("%s; its weights go through files in %s", problem, weights_folder)
+            self._transfer = None
+
+    def _check_extension(self) -> None:
+        try:
+            self.rpc("pact_report_weights")
+        except EngineError as error:
+            raise PactError(
+                f"{self.name} cannot report its weights ({error.problem}); start it with VLLM_SERVER_DEV_MODE=1 vllm "
+                "serve MODEL --logprobs-mode processed_logprobs --generation-config vllm --worker-extension-cls "
+                f"{WORKER_EXTENSION}, and pact-fast installed beside it"
+            ) from None
+
+
+def _cached_tokens(answer: dict) -> int | None:
+    """Tokens of the prompt that the server found in its prefix cache; None unless it reports them."""
+    details = (answer.get("usage") or {}).get("prompt_tokens_details")
+    return details and (details.get("cached_tokens") or 0)

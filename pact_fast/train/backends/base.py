@@ -1,0 +1,74 @@
+"""The backend protocol: ownership of parameters, gradients and optimizer state, and the optimizer step.
+
+Losses of packs add up, and so do their gradients over ranks: every normaliser is already in the tokens' weights. Backends
+therefore sum gradients, they never average them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from pact_fast.batch.packing import PackedBatch
+from pact_fast.kernels.head.tokens import LossTokens
+
+
+class Forward(Protocol):
+    """A policy's forward pass, see `Policy.forward`."""
+
+    def __call__(
+        self,
+        batch: PackedBatch,
+        tokens: LossTokens,
+        temperature: float | torch.Tensor,
+        loss: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """(loss, log-probs [N], statistics), or (log-probs [N],) if `loss` is None."""
+        ...
+
+
+class Backend(Protocol):
+    """Owner of the training state.
+
+    lockstep  forward and backward contain collectives, so every rank has to run both equally often
+    forward   the policy's forward pass
+    """
+
+    lockstep: bool
+
+    @property
+    def forward(self) -> Forward: ...
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Accumulate the gradient of `loss`. `last`: no further backward pass precedes the next `step`."""
+
+    def step(self, learning_rate: float) -> float:
+        """Sum gradients over ranks, clip, step, clear. Returns the gradient norm before clipping.
+
+        If the norm is not finite, the parameters keep their values.
+        """
+        ...
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The optimizer state for a checkpoint: ("parameter name/kind", full tensor), in a fixed order.
+
+        Gathering is a collective: every rank has to exhaust the iterator.
+        """
+        ...
+
+    def load_state(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state` yielded.
+
+        Raises:
+            PactError: The saved state belongs to a model with other parameters.
+        """
+
+
+@runtime_checkable
+class CanDiscard(Protocol):
+    """A backend that can drop accumulated gradients, so that an update can be retried after running out of memory."""
+
+    def discard(self) -> None:
+        """Clear the gradients accumulated since the last step."""
