@@ -1,21 +1,42 @@
-"""What several test files share."""
+"""Fixtures of several test files, and what holds for every test."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support.ci import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary
 
-@pytest.fixture(scope="session")
-def steady(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of the fault drills, undisturbed."""
-    from tests.support.runs import STEPS, Life, metrics
+__all__ = ["pytest_addoption", "pytest_sessionfinish", "pytest_terminal_summary"]
 
-    run = tmp_path_factory.mktemp("steady") / "run"
-    Life(run).ends_well()
-    assert [record["step"] for record in metrics(run)] == STEPS
-    return run
+NEW_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"}
+_processes: list[str] | None = None  # that the running test has started; None: they are not recorded
+
+
+def _record_process(event: str, arguments: tuple[Any, ...]) -> None:
+    if _processes is not None and event in NEW_PROCESS:
+        _processes.append(f"{event}{arguments[:2]}"[:200])
+
+
+sys.addaudithook(_record_process)
+
+
+@pytest.fixture(autouse=True)
+def only_slow_tests_start_processes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keeps `pytest -m "not slow"` fast."""
+    global _processes
+    if request.node.get_closest_marker("slow"):
+        yield
+        return
+    _processes = []
+    try:
+        yield
+        assert not _processes, f"this test starts processes, mark it slow: {_processes[0]}"
+    finally:
+        _processes = None
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +47,31 @@ def no_launcher_is_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def bf16_ops():
+def baseline_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of the fault tests without a fault."""
+    from tests.support.runs import STEPS, RunProcess, metrics
+
+    run = tmp_path_factory.mktemp("baseline") / "run"
+    RunProcess(run).succeed()
+    assert [record["step"] for record in metrics(run)] == STEPS
+    return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpp_library() -> str:
+    """Its status. Compiled before the first test, or the first that needs it would count as slow."""
+    from pact_fast.kernels.runtime import build
+
+    return build.status()
+
+
+@pytest.fixture(scope="session")
+def bf16_ops(cpp_library: str):
     """torch.ops.pact_fast where its bf16 products run; the test is skipped elsewhere."""
     import torch
 
-    from pact_fast.kernels.runtime import build
-
-    if (status := build.status()) != "ready":
-        pytest.skip(f"no C++ library: {status}")
+    if cpp_library != "ready":
+        pytest.skip(f"no C++ library: {cpp_library}")
     if not torch.ops.pact_fast.bf16_gemm_ready():
         pytest.skip("no bf16 products: no AVX512-BF16, or a torch without brgemm")
     return torch.ops.pact_fast

@@ -152,6 +152,7 @@ def test_long_observations_are_cut_with_a_note(renderer):
     assert (trajectory.components[first] == Component.OBSERVATION).sum() <= 41 * calls
 
 
+@pytest.mark.timing
 def test_slow_tools_run_while_others_generate_and_the_order_stays(renderer):
     class Slow(LookupChain):
         blocking = True

@@ -31,6 +31,7 @@ def run_head(tmp_path: Path, *options: str) -> tuple[int, dict]:
     return status, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_head_compares_every_method_or_says_why_not(tmp_path, monkeypatch, capsys):
     for name, method in head_methods.METHODS.items():
         if method.compiled:
@@ -68,6 +69,8 @@ def test_inactive_rows_are_ignored_by_heads_that_know_only_cross_entropy():
     assert problem.token_weight.sum() == pytest.approx(1.0)
 
 
+@pytest.mark.timing
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
 def test_memory_on_the_cpu_is_that_of_the_call(tmp_path):
     shape = ["--shapes", "512x32x20000"]
@@ -88,6 +91,7 @@ def break_method(monkeypatch: pytest.MonkeyPatch, **broken) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_wrong_log_prob_of_ours_is_an_exit_status(tmp_path, monkeypatch, capsys):
     right = head_methods.METHODS["pact torch"].forward
     break_method(monkeypatch, forward=lambda problem: right(problem) + 0.01)
@@ -98,6 +102,7 @@ def test_a_wrong_log_prob_of_ours_is_an_exit_status(tmp_path, monkeypatch, capsy
     assert "FAIL" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_of_ours_is_an_exit_status(tmp_path, monkeypatch):
     right = head_methods.METHODS["pact torch"].step
 
@@ -113,6 +118,7 @@ def test_a_wrong_gradient_of_ours_is_an_exit_status(tmp_path, monkeypatch):
     assert len(report["failures"]) == 1 and "pact torch: dw" in report["failures"][0]
 
 
+@pytest.mark.slow
 def test_a_failing_method_of_ours_is_an_exit_status_and_a_failing_peer_is_a_row(tmp_path, monkeypatch):
     def fail(problem, **setting):
         raise RuntimeError("no such luck")
@@ -128,6 +134,7 @@ def test_a_failing_method_of_ours_is_an_exit_status_and_a_failing_peer_is_a_row(
     assert status == 1 and "no such luck" in report["failures"][0]
 
 
+@pytest.mark.slow
 def test_no_case_begins_after_the_time_limit(tmp_path):
     options = ("--no-memory", "--time-limit", "1e-9", "--methods", "gemms", "--dtypes", "float32")
     status, report = run_head(tmp_path, *options)
@@ -162,6 +169,7 @@ def test_correctness_flags_a_kernel_that_is_wrong(monkeypatch, capsys):
     assert len(failures) == 1 and failures[0].startswith("dw ")
 
 
+@pytest.mark.slow
 def test_gpu_suite_runs_dry_without_a_gpu(tmp_path):
     out = tmp_path / "suite.json"
     status = gpu_suite.main(["--device", "cpu", "--only", "correctness", "head", "softmax", "--out", str(out)])
@@ -173,6 +181,7 @@ def test_gpu_suite_runs_dry_without_a_gpu(tmp_path):
     assert report["sections"]["softmax"]["results"]["shapes"][0]["profiler"]
 
 
+@pytest.mark.slow
 def test_gpu_suite_keeps_what_a_section_has_written_when_its_time_is_up(tmp_path, monkeypatch):
     code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('{\"half\": 1}'); time.sleep(60)"
     section = gpu_suite.Section("sleeps", 3, lambda device, out: [sys.executable, "-c", code, str(out)])

@@ -11,6 +11,8 @@ import pytest
 
 from pact_fast.kernels.runtime import build
 
+pytestmark = pytest.mark.slow
+
 USE = """
 import warnings, torch
 from pact_fast.kernels import backends, linear_logprob
@@ -24,7 +26,7 @@ print(*[w.message for w in caught if "pact_fast" in str(w.message)], sep="|")
 
 
 def start(cache: Path, **environment: str) -> subprocess.Popen:
-    env = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache), "PACT_FAST_CXXFLAGS": "-O0", **environment}
     return subprocess.Popen(
         [sys.executable, "-c", USE], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
@@ -43,7 +45,6 @@ def needs_compiler():
         pytest.skip(str(error))
 
 
-@pytest.mark.slow
 def test_processes_that_compile_at_once_all_get_a_whole_library_and_later_ones_find_it(tmp_path):
     needs_compiler()
     for process in [start(tmp_path) for _ in range(2)]:
@@ -91,7 +92,6 @@ def test_flags_of_the_environment_reach_the_compiler_and_name_another_library(tm
     assert "-DNAME=two words" in build.flags() and "-DFIRST -DNAME=two words" in log.read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif("-fsanitize" in os.environ.get("PACT_FAST_CXXFLAGS", ""), reason="this is that run")
 def test_the_cpp_tests_pass_under_address_sanitizer():
     needs_compiler()

@@ -1,4 +1,4 @@
-"""Fault drills: signals, clocks and numbers that go wrong strike whole runs. What comes out is what docs/faults.md says."""
+"""Fault injection into whole runs: signals, clock jumps, values that are not finite. docs/faults.md lists the outcomes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 from pact_fast.train.learner import Learner, UpdateResult
 from tests.support.faults import at_call, seconds_since, terminate
-from tests.support.runs import STEPS, Life, assert_same, cut_back, metrics, saved
+from tests.support.runs import STEPS, RunProcess, assert_same, cut_back, metrics, saved
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 AGENT, LEARNER = "pact_fast.rollout.agent:AgentLoop", "pact_fast.train.learner:Learner"
 ENGINE = "pact_fast.rollout.embedded.engine:TransformersEngine"
 PRETRAINING = 3  # calls of Learner.update before the first step; each step has two
 
-# what is entered for the n-th time when SIGTERM comes → exit status, and the newest checkpoint
+# SIGTERM arrives at the n-th call of a method → exit status, and the newest checkpoint
 MOMENTS = {
     "pretraining": (f"{LEARNER}.update", 2, 143, None),
     "the base's evaluation": (f"{ENGINE}.step", 2, 143, None),
@@ -32,31 +32,32 @@ MOMENTS = {
 }
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_sigterm_ends_a_run_soon_and_nothing_is_lost(moment, steady, tmp_path):
+def test_sigterm_ends_a_run_soon_and_nothing_is_lost(moment, baseline_run, tmp_path):
     """Inside a step: the step is finished and saved, status 0. Where nothing is to be saved: at once, status 143."""
     place, number, status, newest = MOMENTS[moment]
     run, mark = tmp_path / "run", tmp_path / "mark"
-    strike = functools.partial(at_call, place, number, functools.partial(terminate, mark))
-    life = Life(run, strike=strike)
-    assert life.end() == status, life.output()
+    inject = functools.partial(at_call, place, number, functools.partial(terminate, mark))
+    process = RunProcess(run, inject=inject)
+    assert process.exit_code() == status, process.output()
     assert seconds_since(mark) < 60
     assert saved(run) == ([] if newest is None else list(range(1, newest + 1)))
     expected = ", and nothing had to be saved" if status else f": step {newest} is saved"
-    assert f"stopped by SIGTERM{expected}; continue with resume=auto" in life.output()
-    assert "Traceback" not in life.output()
+    assert f"stopped by SIGTERM{expected}; continue with resume=auto" in process.output()
+    assert "Traceback" not in process.output()
     assert not (run / "summary.json").exists()
-    Life(run).ends_well()
-    assert_same(run, steady)
+    RunProcess(run).succeed()
+    assert_same(run, baseline_run)
 
 
 @pytest.mark.parametrize("days", [1, -1])
-def test_a_clock_that_jumps_changes_no_duration(days, steady, tmp_path):
+def test_a_clock_that_jumps_changes_no_duration(days, baseline_run, tmp_path):
     run = tmp_path / "run"
     started = time.monotonic()
-    Life(run, strike=functools.partial(jump_clock, days * 86400.0)).ends_well()
+    RunProcess(run, inject=functools.partial(jump_clock, days * 86400.0)).succeed()
     took = time.monotonic() - started
-    assert_same(run, steady)
+    assert_same(run, baseline_run)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     durations = [value for r in records for key, value in r.items() if key.startswith("time/")]
     assert len(durations) >= 4 and all(0 <= value <= took for value in durations)
@@ -70,10 +71,10 @@ def jump_clock(seconds: float) -> None:
     at_call(f"{LEARNER}.update", PRETRAINING + 3, lambda *_: offset.__setitem__(0, seconds))
 
 
-# numbers that are not finite
+# values that are not finite
 
 
-def poison(first: int, last: int, what: str) -> None:
+def inject_not_finite(first: int, last: int, what: str) -> None:
     """Updates `first` to `last`, from 1, have a loss or gradient that is not finite. None of them may move a weight."""
     update, accumulate = Learner.update, Learner.accumulate
     number = -PRETRAINING
@@ -87,7 +88,7 @@ def poison(first: int, last: int, what: str) -> None:
         assert moved != (first <= number <= last)
         return result
 
-    def poisoned(self: Learner, plans: list) -> UpdateResult:
+    def not_finite(self: Learner, plans: list) -> UpdateResult:
         if not first <= number <= last:
             return accumulate(self, plans)
         if what == "loss":
@@ -96,7 +97,7 @@ def poison(first: int, last: int, what: str) -> None:
         next(p.grad for p in self.model.parameters() if p.grad is not None).view(-1)[0] = torch.inf
         return result
 
-    Learner.update, Learner.accumulate = counted, poisoned
+    Learner.update, Learner.accumulate = counted, not_finite
 
 
 def _with_bad_loss(learner: Learner, work: Callable[[], UpdateResult]) -> UpdateResult:
@@ -114,28 +115,30 @@ def _with_bad_loss(learner: Learner, work: Callable[[], UpdateResult]) -> Update
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_an_update_that_is_not_finite_is_skipped_and_kept(what, steady, tmp_path):
+def test_an_update_that_is_not_finite_is_skipped_and_kept(what, baseline_run, tmp_path):
     run = tmp_path / "run"
-    life = Life(run, strike=functools.partial(poison, 3, 3, what)).ends_well()
-    assert "step 2: loss or gradient is not finite; the update is skipped" in life.output()
+    process = RunProcess(run, inject=functools.partial(inject_not_finite, 3, 3, what)).succeed()
+    assert "step 2: loss or gradient is not finite; the update is skipped" in process.output()
     records = metrics(run)
     assert [r["step"] for r in records] == STEPS
     assert [r["updates/skipped"] for r in records if "loss" in r] == [0, 1, 0, 0]
-    assert records[:2] == metrics(steady)[:2]
+    assert records[:2] == metrics(baseline_run)[:2]
     kept = sorted((run / "rollouts").glob("skipped_*.jsonl"))
     assert [path.name for path in kept] == ["skipped_000002.jsonl"]
     assert len(kept[0].read_text().splitlines()) == 4 * 2  # prompts, rollouts of each
 
 
-def test_too_many_skipped_updates_in_a_row_end_the_run(steady, tmp_path):
+def test_too_many_skipped_updates_in_a_row_end_the_run(baseline_run, tmp_path):
     run = tmp_path / "run"
-    life = Life(run, "trainer.max_skipped_updates=1", strike=functools.partial(poison, 5, 8, "loss"))
-    error = life.error()
+    process = RunProcess(
+        run, "trainer.max_skipped_updates=1", inject=functools.partial(inject_not_finite, 5, 8, "loss")
+    )
+    error = process.error()
     assert "2 updates in a row" in error and "trainer.max_skipped_updates" in error and "skipped_000003.jsonl" in error
     assert "trainer.learning_rate" in error and "resume=auto" in error
     assert saved(run) == [1, 2]
-    Life(run).ends_well()
-    assert_same(run, steady)
+    RunProcess(run).succeed()
+    assert_same(run, baseline_run)
 
 
 REWARDS = {
@@ -148,28 +151,28 @@ REWARDS = {
 
 
 @pytest.mark.parametrize("kind", REWARDS)
-def test_a_broken_reward_function_is_named(kind, steady, tmp_path):
+def test_a_broken_reward_function_is_named(kind, baseline_run, tmp_path):
     body, problem = REWARDS[kind]
     source = tmp_path / "rewards.py"
     source.write_text(f"def broken(completions, **columns):\n    {body}\n")
-    run = cut_back(steady, tmp_path / "run", 3)
-    error = Life(run, f"algorithm.reward.functions=[{source}:broken]").error()
+    run = cut_back(baseline_run, tmp_path / "run", 3)
+    error = RunProcess(run, f"algorithm.reward.functions=[{source}:broken]").error()
     assert "'broken'" in error and problem in error
     assert saved(run) == [1, 2, 3]
 
 
-def test_a_reward_function_may_have_no_opinion_and_the_run_goes_on(steady, tmp_path):
+def test_a_reward_function_may_have_no_opinion_and_the_run_goes_on(baseline_run, tmp_path):
     source = tmp_path / "rewards.py"
     source.write_text("def silent(completions, **columns):\n    return [None] * len(completions)\n")
-    run = cut_back(steady, tmp_path / "run", 3)
-    Life(run, f"algorithm.reward.functions=[{source}:silent]").ends_well()
-    assert_same(run, steady)
+    run = cut_back(baseline_run, tmp_path / "run", 3)
+    RunProcess(run, f"algorithm.reward.functions=[{source}:silent]").succeed()
+    assert_same(run, baseline_run)
 
 
 # memory
 
 
-def no_room(limit: int) -> None:
+def limit_memory(limit: int) -> None:
     """From the first step on there is no room for packs of more than `limit` tokens, and no turning back, as under ZeRO."""
     from pact_fast.model.policy import Policy
     from pact_fast.train.backends.replicated import Replicated
@@ -177,22 +180,22 @@ def no_room(limit: int) -> None:
     Replicated.lockstep = True
     forward, full = Policy.forward, []
 
-    def tight(self, batch, *args):
+    def limited(self, batch, *args):
         if full and len(batch) > limit and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return forward(self, batch, *args)
 
-    Policy.forward = tight
+    Policy.forward = limited
     at_call(f"{AGENT}.run", 3, lambda *_: full.append(True))
 
 
-def test_a_run_that_cannot_turn_back_goes_on_with_smaller_packs(steady, tmp_path):
+def test_a_run_that_cannot_turn_back_goes_on_with_smaller_packs(baseline_run, tmp_path):
     run = tmp_path / "run"
     settings = ["trainer.max_tokens_per_pack=600"]
-    life = Life(run, *settings, strike=functools.partial(no_room, 350))
-    assert life.end() == 2
-    assert "is out of memory with packs of 600 tokens; start again with resume=auto" in life.output()
-    again = Life(run, *settings, strike=functools.partial(no_room, 350))
-    again.ends_well()
-    losses = [[r["loss"] for r in metrics(path) if "loss" in r] for path in (run, steady)]
+    process = RunProcess(run, *settings, inject=functools.partial(limit_memory, 350))
+    assert process.exit_code() == 2
+    assert "is out of memory with packs of 600 tokens; start again with resume=auto" in process.output()
+    again = RunProcess(run, *settings, inject=functools.partial(limit_memory, 350))
+    again.succeed()
+    losses = [[r["loss"] for r in metrics(path) if "loss" in r] for path in (run, baseline_run)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

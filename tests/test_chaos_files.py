@@ -1,4 +1,4 @@
-"""Fault drills: files that cannot be written, files that have been cut, and tool processes that are killed."""
+"""Fault injection into whole runs: files that cannot be written, truncated files, and killed tool processes."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ import yaml
 from pact_fast.envs.python_tools.pool import WORKER_FAILED
 from pact_fast.errors import PactError
 from pact_fast.train.metrics import MetricsWriter
-from tests.support.runs import DEADLINE, STEPS, Life, assert_same, contents, cut_back, metrics, saved
+from tests.support.runs import DEADLINE, STEPS, RunProcess, assert_same, contents, cut_back, metrics, saved
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 # Writes are refused by a limit on the size of files: to the program, a full disk.
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(steady, tmp_path):
-    run = cut_back(steady, tmp_path / "run", 2)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(baseline_run, tmp_path):
+    run = cut_back(baseline_run, tmp_path / "run", 2)
     before = contents(run / "checkpoints")
     size = (run / "checkpoints/step_2/optimizer.safetensors").stat().st_size
-    error = Life(run, file_size=size - 1).error()
+    error = RunProcess(run, file_size=size - 1).error()
     assert f"cannot save the checkpoint {run}/checkpoints/step_3: " in error and "File too large" in error
     assert "free some space" in error and "earlier checkpoints are intact, continue with resume=auto" in error
     assert saved(run) == [1, 2] and contents(run / "checkpoints") == before
-    Life(run).ends_well()
-    assert_same(run, steady)
+    RunProcess(run).succeed()
+    assert_same(run, baseline_run)
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "rollouts/step_000003.jsonl", "base"])
-def test_any_other_file_that_cannot_be_written_is_named(file, steady, tmp_path):
+def test_any_other_file_that_cannot_be_written_is_named(file, baseline_run, tmp_path):
     if file == "base":
-        run, size = tmp_path / "run", (steady / "base/model.safetensors").stat().st_size - 1
+        run, size = tmp_path / "run", (baseline_run / "base/model.safetensors").stat().st_size - 1
     elif file == "metrics.jsonl":
-        run = cut_back(steady, tmp_path / "run", 2)
+        run = cut_back(baseline_run, tmp_path / "run", 2)
         size = json.loads((run / "checkpoints/step_2/state.json").read_text())["metrics_bytes"] + 100
     else:
-        run = cut_back(steady, tmp_path / "run", 2)
+        run = cut_back(baseline_run, tmp_path / "run", 2)
         size = (run / file).stat().st_size - 1
-    error = Life(run, file_size=size).error()
+    error = RunProcess(run, file_size=size).error()
     assert f"cannot write {run}/{file}: " in error and "File too large" in error
     assert "free some space" in error and "resume=auto" in error
-    Life(run).ends_well()
-    assert_same(run, steady)
+    RunProcess(run).succeed()
+    assert_same(run, baseline_run)
 
 
 def test_metrics_on_a_full_disk_are_one_error(tmp_path):
@@ -65,35 +65,35 @@ def test_metrics_on_a_full_disk_are_one_error(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "state.json", "optimizer.safetensors", "model/model.safetensors"])
-def test_a_truncated_checkpoint_is_passed_over(file, steady, tmp_path):
-    run = cut_back(steady, tmp_path / "run", 3)
+def test_a_truncated_checkpoint_is_passed_over(file, baseline_run, tmp_path):
+    run = cut_back(baseline_run, tmp_path / "run", 3)
     path = run / "checkpoints/step_3" / file
     os.truncate(path, path.stat().st_size // 2)
-    life = Life(run).ends_well()
-    (warning,) = [line for line in life.output().splitlines() if "skipping the checkpoint" in line]
+    process = RunProcess(run).succeed()
+    (warning,) = [line for line in process.output().splitlines() if "skipping the checkpoint" in line]
     assert f"{run}/checkpoints/step_3: {file} " in warning
-    assert f"resuming {run} from step 2" in life.output()
-    assert_same(run, steady)
+    assert f"resuming {run} from step 2" in process.output()
+    assert_same(run, baseline_run)
 
 
-def test_metrics_cut_after_the_checkpoint_lose_nothing(steady, tmp_path):
-    run = cut_back(steady, tmp_path / "run", 3)
+def test_metrics_cut_after_the_checkpoint_lose_nothing(baseline_run, tmp_path):
+    run = cut_back(baseline_run, tmp_path / "run", 3)
     os.truncate(run / "metrics.jsonl", (run / "metrics.jsonl").stat().st_size - 20)
-    Life(run).ends_well()
-    assert_same(run, steady)
+    RunProcess(run).succeed()
+    assert_same(run, baseline_run)
 
 
 @pytest.mark.parametrize("kept", [2, 0, None], ids=["in the third line", "in the first line", "removed"])
-def test_metrics_cut_before_the_checkpoint_keep_whole_lines_and_repeat_none(kept, steady, tmp_path):
-    run = cut_back(steady, tmp_path / "run", 3)
+def test_metrics_cut_before_the_checkpoint_keep_whole_lines_and_repeat_none(kept, baseline_run, tmp_path):
+    run = cut_back(baseline_run, tmp_path / "run", 3)
     path = run / "metrics.jsonl"
     if kept is None:
         path.unlink()
     else:
         os.truncate(path, sum(len(line) for line in path.read_bytes().splitlines(keepends=True)[:kept]) + 50)
-    Life(run).ends_well()
+    RunProcess(run).succeed()
     after = STEPS.index(4)  # records of the steps that were trained again
-    assert metrics(run) == metrics(steady)[: kept or 0] + metrics(steady)[after:]
+    assert metrics(run) == metrics(baseline_run)[: kept or 0] + metrics(baseline_run)[after:]
 
 
 # Tools
@@ -147,7 +147,7 @@ def caller(tmp_path_factory) -> tuple[Path, list[str]]:
         "threads": 1,
     }
     (folder / "tools.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    Life(folder / "run", recipe=[str(folder / "tools.yaml")]).ends_well()
+    RunProcess(folder / "run", recipe=[str(folder / "tools.yaml")]).succeed()
     return folder / "run", [str(folder / "tools.yaml")]
 
 
@@ -163,18 +163,18 @@ def test_killed_tool_processes_cost_one_observation_each(caller, tmp_path):
         "model.random_init=null", "algorithm.name=grpo", "trainer.max_steps=2", "rollout.num_generations=2",
         "rollout.tool_timeout=4000",
     ]  # fmt: skip
-    life = Life(tmp_path / "run", *settings, recipe=recipe)
+    process = RunProcess(tmp_path / "run", *settings, recipe=recipe)
     killed: list[int] = []
     deadline = time.monotonic() + DEADLINE
-    while life.running:
+    while process.running:
         if time.monotonic() > deadline:
-            life.end(0)  # which says that it hangs
+            process.exit_code(0)  # which says that it hangs
         for tool in at_work(name):
             if tool not in killed:
                 os.kill(ancestors(tool)[-2] if len(killed) % 2 == 0 else tool, signal.SIGKILL)
                 killed.append(tool)
         time.sleep(0.02)
-    life.ends_well()
+    process.succeed()
     assert len(killed) >= 2
     seen = ["".join(record["tokens"]) for n in (1, 2) for record in records(tmp_path / "run", n)]
     assert any(WORKER_FAILED in text for text in seen)
@@ -209,9 +209,9 @@ def test_a_data_file_that_was_cut_is_refused_before_any_step(caller, tmp_path):
     whole = data.read_bytes()
     os.truncate(data, len(whole) - len(whole.splitlines()[-1]) // 2)
     before = contents(run)
-    error = Life(run, f"data.train={data}", recipe=recipe).error()
+    error = RunProcess(run, f"data.train={data}", recipe=recipe).error()
     assert f"{data}:4: not valid JSON: " in error and "correct the text there" in error
     assert contents(run) == before
     data.write_bytes(whole)
-    Life(run, f"data.train={data}", recipe=recipe).ends_well()
+    RunProcess(run, f"data.train={data}", recipe=recipe).succeed()
     assert_same(run, taught)

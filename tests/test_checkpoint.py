@@ -187,6 +187,8 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
 # crashes
 
 
+@pytest.mark.timing
+@pytest.mark.slow
 def test_a_writer_killed_at_any_moment_leaves_a_complete_newest_checkpoint(tmp_path: Path) -> None:
     """The writers are forks of this process, so that each costs milliseconds, not an import of torch."""
     rng = random.Random(0)
@@ -223,6 +225,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_complete_newest_checkpoint(tmp_p
     assert hidden(root) == []
 
 
+@pytest.mark.slow
 def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -253,6 +256,7 @@ def test_a_full_disk_is_a_one_line_error_and_costs_nothing(
     assert os.listdir(tmp_path) == ["step_1"]  # the half-written one gave its space back
 
 
+@pytest.mark.slow
 def test_a_write_that_the_system_refuses_is_the_same_error(tmp_path: Path) -> None:
     """For real: the process may not write files of more than 4 kB, which hits the safetensors writer."""
     before = save(tmp_path, 1)

@@ -46,6 +46,8 @@ def error_of(capsys, *arguments: str) -> str:
     return captured[-1]
 
 
+@pytest.mark.timing
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["-c", "import pact_fast"], ["-m", "pact_fast", "--help"]])
 def test_importing_and_help_are_quick(arguments):
     seconds = []
@@ -258,6 +260,7 @@ def test_an_empty_or_broken_config_file_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_bench_lists_what_can_be_run_and_passes_arguments_on():
     command = [sys.executable, "-m", "pact_fast", "bench"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

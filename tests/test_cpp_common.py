@@ -11,6 +11,7 @@ import torch
 
 from pact_fast.kernels.runtime import build
 
+pytestmark = pytest.mark.slow
 SOURCE = Path(__file__).parent / "cpp" / "test_common.cpp"
 
 

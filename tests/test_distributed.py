@@ -1,13 +1,13 @@
 """Several real processes (gloo; real DeepSpeed) against one: the same gradients, the same loss curve."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from pact_fast.distributed.world import World
-from tests.support.distributed_updates import run
-from tests.support.processes import run_module
+from tests.support import distributed_updates
+from tests.support.processes import run_ranks
+
+pytestmark = pytest.mark.slow
 
 CASES = {
     "replicated": ["replicated/whole/qwen3", "replicated/small/llama", "replicated/small/qwen3/sequence"],
@@ -19,14 +19,11 @@ CASES = {
 }  # fmt: skip
 
 
-def launch(out: Path, cases: list[str], processes: int = 2) -> dict[str, np.ndarray]:
-    run_module("tests.support.distributed_updates", str(out), *cases, ranks=processes)
-    return dict(np.load(out))
-
-
 @pytest.fixture(scope="module")
 def alone():
-    return {kind: run(f"replicated/whole/{kind}", World()) for kind in ("qwen3", "llama", "qwen3/kl")}
+    return {
+        kind: distributed_updates.run(f"replicated/whole/{kind}", World()) for kind in ("qwen3", "llama", "qwen3/kl")
+    }
 
 
 def errors(found: dict[str, np.ndarray], case: str, alone: dict) -> dict[str, float]:
@@ -37,12 +34,12 @@ def errors(found: dict[str, np.ndarray], case: str, alone: dict) -> dict[str, fl
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", CASES)
 def test_gradients_and_loss_curve_equal_those_of_one_process(backend, alone, tmp_path):
     if backend == "zero":
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    found = launch(tmp_path / "found.npz", CASES[backend])
+    run_ranks(distributed_updates.main, tmp_path / "found.npz", CASES[backend], timeout=600)
+    found = dict(np.load(tmp_path / "found.npz"))
     wrong = {case: errors(found, case, alone) for case in CASES[backend]}
     dropped = {case: wrong.pop(case) for case in CASES[backend] if "dropped" in case}
     for case, error in wrong.items():

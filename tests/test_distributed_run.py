@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import SETTINGS, Life
+from pact_fast.cli.main import main
+from tests.support.processes import run_ranks
+from tests.support.runs import SETTINGS, RunProcess
+
+pytestmark = pytest.mark.slow
 
 STAGES = {
     "replicated": [],
@@ -26,17 +30,19 @@ ROUNDING = ("mismatch/", "logprob_diff", "approx_kl")  # differences of two roun
 
 
 def command(run: Path, *settings: str) -> list[str]:
-    """Of two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*launcher, "-m", "pact_fast", "train", *RECIPE, f"output_dir={run}", "resume=auto", *settings]
+    return ["train", *RECIPE, f"output_dir={run}", "resume=auto", *settings]
+
+
+def call_command(arguments: list[str]) -> None:
+    """In each rank."""
+    sys.exit(main(arguments))
 
 
 def train(run: Path, processes: int, *settings: str) -> None:
     if processes == 1:
-        Life(run, *settings, recipe=RECIPE).ends_well()
+        RunProcess(run, *settings, recipe=RECIPE).succeed()
         return
-    done = subprocess.run(command(run, *settings), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(call_command, command(run, *settings), ranks=processes)
 
 
 def records(run: Path) -> list[dict]:
@@ -61,7 +67,6 @@ def alone(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_give_what_one_gives_and_each_goes_on_with_the_others_checkpoint(stage, alone, tmp_path):
     if stage != "replicated":
@@ -78,7 +83,7 @@ def test_two_processes_give_what_one_gives_and_each_goes_on_with_the_others_chec
         assert_same(run, alone)
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.chaos
 def test_a_killed_process_takes_the_others_with_it_and_the_run_goes_on(alone, tmp_path):
     """SIGKILL of one rank: no hang, an error that names the cause, and a resumed run that equals an undisturbed one."""
@@ -93,7 +98,7 @@ def test_a_killed_process_takes_the_others_with_it_and_the_run_goes_on(alone, tm
     assert_same(run, alone)
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.chaos
 @pytest.mark.parametrize("receiver", ["one process", "torchrun"])
 def test_sigterm_ends_all_processes_after_the_step(receiver, alone, tmp_path):
@@ -112,7 +117,7 @@ def test_sigterm_ends_all_processes_after_the_step(receiver, alone, tmp_path):
     assert_same(run, alone)
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.chaos
 def test_sigterm_reaches_a_process_that_waits_for_the_base_model(tmp_path):
     """Python's handlers do not run while a library waits; the lead process would be busy for hours here."""
@@ -127,9 +132,21 @@ def test_sigterm_reaches_a_process_that_waits_for_the_base_model(tmp_path):
 
 
 def start(run: Path, *settings: str, done: Callable[[], bool] | None = None) -> subprocess.Popen:
-    """A run of two processes that has got so far; default: it has done a step."""
+    """A run of two ranks under torchrun that has got so far; default: it has done a step."""
     done = done or (lambda: (run / "metrics.jsonl").exists() and len(records(run)) >= 2)
-    process = subprocess.Popen(command(run, *settings), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "pact_fast",
+    ]
+    process = subprocess.Popen(
+        [*launcher, *command(run, *settings)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 200
     while not done() and time.monotonic() < deadline:
         if process.poll() is not None:

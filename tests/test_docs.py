@@ -118,6 +118,7 @@ def test_reward_function_of_the_guide_can_be_loaded_and_called(tmp_path):
     assert score(completions=completions, answer=["7", "7", None], prompts=[]) == [1.0, 0.0, None]
 
 
+@pytest.mark.slow
 def test_own_data_of_the_readme_passes_the_doctor(tmp_path, monkeypatch, capsys):
     """With random weights in place of the model that the example names."""
     monkeypatch.chdir(tmp_path)

@@ -112,6 +112,7 @@ LONG = [
 ]  # fmt: skip
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("fmt", [Hermes(), Llama3Json()], ids=lambda f: type(f).__name__)
 def test_a_megabyte_of_anything_takes_linear_time(fmt: ToolFormat):
     for unit in LONG:

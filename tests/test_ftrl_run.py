@@ -10,7 +10,10 @@ import yaml
 from pact_fast.cli.main import main
 
 DATA = os.environ.get("PACT_TEST_DATA")
-pytestmark = pytest.mark.skipif(not DATA, reason="set PACT_TEST_DATA to the folder that holds ftrl/test.parquet")
+pytestmark = [
+    pytest.mark.skipif(not DATA, reason="set PACT_TEST_DATA to the folder that holds ftrl/test.parquet"),
+    pytest.mark.slow,
+]
 EXPERT = Path(__file__).parent / "data" / "ftrl_expert.jsonl"
 
 

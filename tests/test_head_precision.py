@@ -126,6 +126,7 @@ CASES = {
     "Qwen's vocabulary": Case(5, 256, 151_936),
     "70,001 tokens": Case(70_001, 16, 1003, per_token=True),
 }
+LARGE = ("wide", "Qwen's vocabulary", "70,001 tokens")
 SMALL = ("one token", "odd sizes", "a vocabulary of five", "certain and impossible targets")
 
 
@@ -143,7 +144,7 @@ def yardstick(name: str, dtype: torch.dtype, entropy_coef: float) -> tuple:
     [*((dtype, ENTROPY) for dtype in DTYPES), (torch.bfloat16, 0.0)],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LARGE else ()) for n in CASES])
 def test_error_is_at_most_twice_that_of_plain_torch(name, dtype, entropy_coef, backend):
     if interpreted() and (name not in SMALL or backend != "triton"):
         pytest.skip("the interpreter takes the small cases")

@@ -54,6 +54,7 @@ def test_policy_losses_that_the_trainer_cannot_use_are_refused_before_the_first_
         Learner(tiny_model(renderer), TrainerConfig(), algorithm, total_updates=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 @pytest.mark.parametrize("name", ["pact", "matchtir", "sft"])
 def test_every_split_gives_the_same_parameter_gradients(renderer, name, kind):
@@ -172,7 +173,7 @@ def test_a_pack_that_does_not_fit_is_split_and_the_gradient_stays(renderer, when
         learner = Learner(model, TrainerConfig(max_tokens_per_pack=2000), make_algorithm(config), total_updates=1)
         forward = learner.backend.forward
 
-        def tight(batch, *args, limit=limit, model=model, forward=forward):
+        def limited(batch, *args, limit=limit, model=model, forward=forward):
             if len(batch) > limit and when == "forward":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -189,7 +190,7 @@ def test_a_pack_that_does_not_fit_is_split_and_the_gradient_stays(renderer, when
             finally:
                 handle.remove()
 
-        learner.backend.forward = tight
+        learner.backend.forward = limited
         result = learner.accumulate(plans)
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         packs.append(result.packs)

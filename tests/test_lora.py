@@ -167,6 +167,7 @@ def test_weights_that_come_from_the_seed_are_found_again(tmp_path):
     assert (logits(loaded) - logits(policy(run, 1))).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_export_without_adapters_is_the_checkpoint(tmp_path, capsys):
     assert main(["train", str(recipe(tmp_path, lora=None)), "trainer.max_steps=1"]) == 0
     run, out = tmp_path / "run", tmp_path / "out"

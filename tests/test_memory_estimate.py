@@ -44,6 +44,8 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.timing
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
 @pytest.mark.parametrize("name", CASES)
 def test_estimate_is_within_a_tenth_of_the_measured_peak(name):
@@ -62,6 +64,8 @@ def test_estimate_is_within_a_tenth_of_the_measured_peak(name):
         assert abs(mine / real - 1) < WITHIN
 
 
+@pytest.mark.timing
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
 @pytest.mark.parametrize(("stage", "dtype"), [(2, "float32"), (3, "float32"), (3, "bfloat16")])
 def test_the_estimate_under_zero_is_within_a_tenth_of_two_real_processes(stage, dtype):
@@ -71,7 +75,7 @@ def test_the_estimate_under_zero_is_within_a_tenth_of_two_real_processes(stage, 
     lengths, parsed = (384, 256, 128, 4), parse_config(config)
     [load] = update_loads(parsed, Lengths(*lengths), 1)
     found = estimate(parsed, [load], sharding=Sharding(2, stage))
-    measured = probe(config, lengths, prompts=2, processes=2)
+    measured = probe(config, lengths, prompts=2, ranks=2)
     assert measured["packs"] == 2 and measured["tokens"] == 2 * len(load.batch)
     print(f"ZeRO-{stage}, {dtype}: estimated {found.total / MIB:.0f} MiB, measured {measured['peak'] / MIB:.0f}")
     assert abs(found.total / measured["peak"] - 1) < WITHIN
@@ -84,6 +88,7 @@ def deep():
     return config
 
 
+@pytest.mark.slow
 def test_activations_are_those_of_the_device(deep):
     """Norms, gated units and rotary embeddings are one step each on CPU only (model/patch.py)."""
     if build.status() != "ready":
@@ -99,6 +104,7 @@ def test_activations_are_those_of_the_device(deep):
         assert on_cuda == activations("cuda")
 
 
+@pytest.mark.slow
 def test_packs_are_as_large_as_they_fit(deep):
     free = 1200 * MIB
     tokens = auto_pack_tokens(deep, free)
@@ -121,6 +127,7 @@ def test_a_path_longer_than_the_budget_counts_whole(deep):
     assert "longest path" in estimate(deep).notes[0]
 
 
+@pytest.mark.slow
 def test_zero_shards_more_with_every_stage(deep):
     deep.model.dtype = "bfloat16"
     found = [estimate(deep, sharding=Sharding(8, stage)) for stage in (1, 2, 3)]
@@ -144,6 +151,8 @@ def test_what_else_is_on_the_device_counts(deep):
     assert "rollout engine takes 30%" in estimate(deep).notes[0]
 
 
+@pytest.mark.timing
+@pytest.mark.slow
 def test_a_large_model_costs_the_doctor_no_memory(tmp_path, capsys):
     """Layers of a 70B: tens of gigabytes of weights, none of which is made."""
     import resource

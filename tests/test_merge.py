@@ -14,6 +14,8 @@ from pact_fast.model.attention.tree import _merge
 from tests.support.triton_interpreter import interpreter
 
 pytest.importorskip("triton", reason="needs triton: pip install triton")
+
+pytestmark = pytest.mark.slow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,31 +13,7 @@ from pact_fast.errors import PactError
 from pact_fast.kernels import TokenPairs, linear_logprob, pact_loss
 from pact_fast.kernels.head import loss
 from tests.support.loss_inputs import ROWS, VOCAB, WIDTH, inputs, tokens
-
-ALONE = """
-import sys
-from importlib.machinery import PathFinder
-
-ABSENT = {"numpy", "pydantic", "yaml", "transformers", "tokenizers", "triton", "vllm", "deepspeed"}
-
-class WithoutThem(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] in ABSENT else super().find_spec(name, path, target)
-
-sys.meta_path[:] = [WithoutThem if finder is PathFinder else finder for finder in sys.meta_path]
-import torch
-from pact_fast.kernels import linear_logprob
-linear_logprob(torch.ones(2, 3), torch.ones(5, 3), torch.tensor([0, 4]), backend="torch")
-print(*sorted(name for name in sys.modules if name.startswith("pact_fast.") and "kernels" not in name))
-"""
-
-
-def test_the_kernels_need_torch_alone():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["pact_fast." + name for name in ("components", "errors", "plugins", "registry")]
-
+from tests.support.processes import WARM
 
 OPTIONS = dict(kl_coef=0.1, entropy_coef=0.05, is_cap=2.0, temperature=0.8, softcap=10.0)
 
@@ -73,6 +47,7 @@ def test_opcheck_of_pact_loss(dtype, backend, paired, monkeypatch):
     torch.library.opcheck(op, seen["arguments"], seen["settings"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy_loss", ["ppo", "cispo", "gspo"])
 def test_compiled_losses_and_gradients_are_the_eager_ones(policy_loss):
     table = tokens()
@@ -94,6 +69,7 @@ def test_compiled_losses_and_gradients_are_the_eager_ones(policy_loss):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong, mode", [(-100, "inductor"), *itertools.product([-100, -1, VOCAB], ["eager", "aot_eager"])]
 )
@@ -210,10 +186,12 @@ def one_rank(rank: int, store: str, results) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ddp_averages_the_gradients_of_both_ranks(tmp_path):
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    ranks = mp.spawn(one_rank, args=(str(tmp_path / "store"), results), nprocs=2, join=False)
+    results = WARM.SimpleQueue()
+    ranks = mp.start_processes(
+        one_rank, args=(str(tmp_path / "store"), results), nprocs=2, join=False, start_method="forkserver"
+    )
     shared = [torch.from_numpy(g) for g in results.get()]
     ranks.join()
     model = Policy()

@@ -10,6 +10,8 @@ from pact_fast.train.collect import RolloutCollector, local_jobs
 from pact_fast.train.run import Trainer
 from tests.support.runs import SETTINGS, metrics
 
+pytestmark = pytest.mark.slow
+
 RUN = [
     *SETTINGS, "device=cpu", "trainer.max_steps=2", "trainer.prompts_per_step=3", "trainer.prompts_per_update=null",
     "rollout.oversampling_factor=1.6",

@@ -74,6 +74,7 @@ def test_a_launchers_environment_is_read(monkeypatch):
         init_world("cpu", timeout=1, sequence_parallel=3)
 
 
+@pytest.mark.slow
 def test_slurm_steps_are_joined_and_its_batch_script_is_not(monkeypatch):
     script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}
     assert worlds._launcher_environment(script) == {}

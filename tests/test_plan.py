@@ -36,6 +36,8 @@ def planned(config, gpu="h100", gpus=1, stage=0, lengths=LENGTHS):
     return estimate_step(parsed, hardware.named(gpu), lengths, Sharding(gpus, stage), gpus)
 
 
+@pytest.mark.timing
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "lengths"), [(DEEP, (256, 128, 64, 4)), (WIDE, (128, 128, 64, 4))])
 def test_seconds_are_near_those_of_a_real_update(shape, lengths):
     config = settings(shape)
@@ -115,11 +117,13 @@ def test_the_command_prints_the_bottleneck_and_that_rates_are_assumed_and_times_
         assert part in report
 
 
+@pytest.mark.slow
 def test_this_machine_is_measured(recipe, capsys):
     assert main(["plan", recipe]) == 0
     assert "measured here" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_too_large_for_the_device_is_said_to_be():
     large = {**DEEP, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 8, "num_attention_heads": 64}
     found = planned(settings({**large, "num_hidden_layers": 24}))

@@ -66,6 +66,7 @@ def test_failures_are_observations(env):
     assert env.call("slow", {}) == "error: the tool did not finish within 0.5 s"
 
 
+@pytest.mark.slow
 def test_environments_share_the_pool_from_several_threads(pool):
     def run(n):
         env = PythonTools(pool)
@@ -112,6 +113,7 @@ def test_a_task_that_cannot_run_or_be_scored_is_an_error_with_its_id(env):
         env.reset(ftrl_task(unsolved_set={"find": []}))
 
 
+@pytest.mark.slow
 def test_the_factory_makes_environments_of_one_pool():
     make = PythonTools.factory({"timeout": 0.4, "workers": 1}, 10.0)
     one, other = make(), make()

@@ -37,6 +37,7 @@ def test_a_run_has_the_same_losses_without_sharing(tmp_path):
         assert ours["tokens/computed"] < 0.6 * theirs["tokens/computed"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_the_recipes_own_updates(tmp_path, capsys):
     out = tmp_path / "sharing.json"
     status = quickstart_sharing.main([*SMALL, "--steps", "2", "--rounds", "1", "--out", str(out)])
@@ -49,6 +50,7 @@ def test_the_benchmark_compares_the_recipes_own_updates(tmp_path, capsys):
     assert "ratio" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_wrong_update_is_a_failure(tmp_path, monkeypatch):
     right = Learner.accumulate
 

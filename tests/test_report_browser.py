@@ -13,6 +13,8 @@ import pytest
 from pact_fast.report import write_report, write_view
 from tests.support.report_samples import ATTACK, embedded, sample_rollout, write_lines, write_sample_run
 
+pytestmark = pytest.mark.slow
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = [
     "--headless",

@@ -11,61 +11,50 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import SETTINGS, metrics
+from tests.support.runs import SETTINGS, RunProcess, metrics
 
-
-def command(run: Path) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "pact_fast",
-        "train",
-        "quickstart",
-        f"output_dir={run}",
-        "resume=auto",
-        *SETTINGS,
-    ]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
+    """By the command itself; the others are forked (tests/support/runs.py)."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    started = time.monotonic()
-    subprocess.run(command(run), check=True, capture_output=True, timeout=300)
-    return run, time.monotonic() - started
+    command = [sys.executable, "-m", "pact_fast", "train", "quickstart", f"output_dir={run}", "resume=auto", *SETTINGS]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return run
 
 
-def test_a_run_repeats_itself_and_moves_its_weights(undisturbed, tmp_path):
-    run, _ = undisturbed
-    first = metrics(run)
+def test_a_run_repeats_itself_and_moves_its_weights(undisturbed):
+    first = metrics(undisturbed)
     assert [r["step"] for r in first] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     assert len({r["loss"] for r in first if "loss" in r}) == 8
 
 
 def kill_at(run: Path, lines: int, delay: float) -> None:
     """Start or resume the run, and SIGKILL it `delay` seconds after its metrics have so many lines."""
-    process = subprocess.Popen(command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = RunProcess(run, recipe=["quickstart", *SETTINGS])
     file, deadline = run / "metrics.jsonl", time.monotonic() + 120
     while not (file.exists() and file.read_bytes().count(b"\n") >= lines):
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.running, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
     time.sleep(delay)
-    assert process.poll() is None, "the run ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.running, "the run ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.exit_code() == -signal.SIGKILL
 
 
+@pytest.mark.timing
 def test_killed_at_five_random_moments_it_ends_with_the_same_metrics(undisturbed, tmp_path):
-    run, _ = undisturbed
     rng = random.Random(os.environ.get("PACT_KILL_SEED", "7"))
     target = tmp_path / "run"
     for lines in sorted(rng.sample(range(10), 5)):  # of the run's 11 lines, so that every life ends by a kill
         kill_at(target, lines, rng.uniform(0.0, 0.15))
-    subprocess.run(command(target), check=True, capture_output=True, timeout=300)
-    assert metrics(target) == metrics(run)
+    RunProcess(target, recipe=["quickstart", *SETTINGS]).succeed()
+    assert metrics(target) == metrics(undisturbed)
     same = ("base_success", "success", "base_greedy", "greedy", "steps", "seed")
-    ours, theirs = (json.loads((r / "summary.json").read_text()) for r in (target, run))
+    ours, theirs = (json.loads((r / "summary.json").read_text()) for r in (target, undisturbed))
     assert {k: ours[k] for k in same} == {k: theirs[k] for k in same}
-    weights = [next((r / "checkpoints/step_8/model").glob("*.safetensors")).read_bytes() for r in (target, run)]
+    weights = [next((r / "checkpoints/step_8/model").glob("*.safetensors")).read_bytes() for r in (target, undisturbed)]
     assert weights[0] == weights[1]

@@ -8,7 +8,7 @@ pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md"
 
 from benchmarks import rollout
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SMALL = [
     "--tiny",
     "--trajectories",

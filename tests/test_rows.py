@@ -62,7 +62,7 @@ BACKENDS = {
 }
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["torch", "cpp", pytest.param("triton", marks=pytest.mark.slow)])
 def rows(request) -> Backend:
     backend = BACKENDS[request.param]
     if request.param == "cpp" and build.status() != "ready":

@@ -19,7 +19,7 @@ from pact_fast.envs.python_tools import pool as pool_module
 from pact_fast.envs.python_tools.pool import WORKER_FAILED, SandboxPool
 from pact_fast.errors import PactError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux"), pytest.mark.slow]
 
 LIMIT = 2000  # characters of an observation in these tests
 LATE = "error: the tool did not finish within 0.4 s"
@@ -150,6 +150,7 @@ def wait_for(condition, seconds: float = 5.0) -> bool:
     return False
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("name", NASTY)
 def test_a_nasty_tool_costs_one_observation(pool, name):
     body, expected = NASTY[name]
@@ -312,6 +313,7 @@ def test_calls_run_at_the_same_time():
         assert max(start for start, _ in spans) < min(end for _, end in spans)
 
 
+@pytest.mark.timing
 def test_close_ends_running_calls_and_all_processes():
     pool = SandboxPool(workers=1, timeout=30.0)
     pid = server(pool)
@@ -386,6 +388,7 @@ def test_impossible_settings_are_refused():
         SandboxPool(workers=0)
 
 
+@pytest.mark.timing
 def test_a_warm_call_takes_a_few_milliseconds(pool):
     source = "import json, re, datetime\ndef f(a, b): return {'sum': a + b}"
 

@@ -65,6 +65,7 @@ def test_segments_tile_random_text_and_hold_something():
         assert all(part.strip() for part in parts[:-1])
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     "unit", ["a. ", "{", "[", "`", "http://", "http://)", "\n", ". ", "...", "A.", "{}", "get_weather ", "city=", "。"]
 )

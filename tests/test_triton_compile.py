@@ -16,6 +16,8 @@ from triton.compiler import ASTSource  # noqa: E402
 from pact_fast.kernels.head import softmax_triton  # noqa: E402
 from pact_fast.model.attention import merge_triton  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -53,11 +55,6 @@ def resources(binary, folder: Path) -> dict[str, int]:
 def test_merge_of_partial_attention(kernel, signature, constexprs, num_warps, capability, tmp_path):
     binary = compiled(capability, kernel, signature, constexprs, num_warps)
     assert resources(binary, tmp_path)["REG"] <= 64
-
-
-@pytest.fixture(autouse=True)
-def fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 @pytest.mark.parametrize(("kernel", "signature", "constexprs", "num_warps"), variants())

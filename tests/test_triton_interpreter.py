@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the same tests run on the GPU itself")
 def test_small_cases_hold_under_the_interpreter():

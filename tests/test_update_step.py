@@ -36,6 +36,7 @@ def run(tmp_path: Path, *options: str) -> tuple[int, dict]:
     return status, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("--prompts", "2", "--dtype", "float32"), ("--old",)])
 def test_all_methods_compute_the_same_update(tmp_path, capsys, options):
     status, report = run(tmp_path, "--no-memory", "--date", "2026-01-02", *options)
@@ -59,6 +60,8 @@ def test_all_methods_compute_the_same_update(tmp_path, capsys, options):
     assert rows["tree"]["ratio_to_tree"] == 1.0 and 0 < rows["tree"]["floor"] < 1
 
 
+@pytest.mark.timing
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
     status, report = run(tmp_path, "--only", "tree")
@@ -66,6 +69,7 @@ def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
     assert status == 0 and 0 < row["peak_bytes"] < 1 << 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["positions", "weights"])
 def test_a_wrong_method_is_a_failure(tmp_path, monkeypatch, capsys, what):
     def shifted(model, batch):
@@ -83,6 +87,7 @@ def test_a_wrong_method_is_a_failure(tmp_path, monkeypatch, capsys, what):
     assert "FAIL" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_case_that_raises_is_a_failure_and_the_others_still_count(tmp_path, monkeypatch, capsys):
     measured = update_step.measure_case
 

@@ -15,7 +15,7 @@ from pact_fast.rollout.engine import Request
 from pact_fast.rollout.registry import make_engine
 from tests.support.vllm_engines import caught, largest_gap, make_policy, perturb, prompts, sample
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from pact_fast.rollout.engine_check import MIN_CACHED_CONTEXT, EngineSmokeTest
 from pact_fast.rollout.vllm.colocated import ColocatedVllm
 from tests.support.vllm_engines import SETTINGS, make_policy, perturb
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 LIVE = ["engine", "rollouts", "turns", "log-probs", "prefix cache", "memory"]
 
 
@@ -100,7 +100,7 @@ def test_a_prefix_that_is_not_cached_is_found(checks, monkeypatch):
         checks.prefix_cache()
 
 
-@pytest.mark.parametrize("mode", ["colocate", pytest.param("server", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_the_doctor_tries_the_engine_with_the_saved_weights(saved, capsys, mode):
     assert main(["doctor", "quickstart", *saved, f"rollout.vllm_mode={mode}"]) == 0
     shown = capsys.readouterr().out.splitlines()

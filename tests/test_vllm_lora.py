@@ -18,7 +18,7 @@ from pact_fast.model.adapter import adapter_tensors
 from pact_fast.rollout.registry import make_engine
 from tests.support.vllm_engines import caught, largest_gap, make_policy, prompts, sample
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 def adapted_policy(*settings: str):

@@ -11,7 +11,7 @@ from pact_fast.model.weights import WeightMismatch
 from pact_fast.rollout.registry import make_engine
 from tests.support.vllm_engines import largest_gap, make_policy, perturb, prompts, sample
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SIZES = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
     max_position_embeddings=1024,

@@ -25,7 +25,7 @@ from pact_fast.train.prefetch import RolloutPrefetcher
 from pact_fast.train.run import Trainer
 from tests.support.vllm_engines import SETTINGS, largest_gap, make_policy, perturb, prompts, running_server, sample
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 STEPS = 20
 DEADLINE = 15.0  # seconds after which the engine counts as hung
 RUN = [
@@ -100,6 +100,7 @@ class Faults:
             os.killpg(self.trainer.engine.transport.pid, sign)
 
 
+@pytest.mark.timing
 def test_a_run_goes_on_after_every_fault(tmp_path, monkeypatch):
     trainer = Trainer(load_config("quickstart", [*RUN, f"output_dir={tmp_path / 'run'}"]))
     faults = Faults(monkeypatch, trainer)
@@ -203,6 +204,7 @@ def test_a_running_server(policy, tmp_path):
         engine.shutdown()
 
 
+@pytest.mark.timing
 def test_nobody_at_the_address_is_an_error_within_the_deadline(policy, tmp_path):
     config = policy.config.model_copy(deep=True)
     config.rollout.vllm_server_base_url, config.rollout.vllm_server_timeout = "http://127.0.0.1:9", 1.0

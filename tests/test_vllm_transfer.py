@@ -21,7 +21,7 @@ from tests.support.gloo_transfer import EXTENSION, Group, native
 from tests.support.processes import run_module
 from tests.support.vllm_engines import caught, largest_gap, make_policy, perturb, prompts, running_server, sample
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 FLAGS = ["--weight-transfer-config", '{"backend": "nccl"}']
 
 
@@ -216,7 +216,6 @@ def test_a_dying_server_does_not_start_while_its_weights_cannot_be_sent(policy, 
     assert engine.transport.pid is None
 
 
-@pytest.mark.slow
 def test_weights_that_zero3_has_split(tmp_path):
     """Two processes gather them; a server that died before that is started first, one that dies later ends the run."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")

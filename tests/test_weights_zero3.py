@@ -4,14 +4,16 @@ import json
 
 import pytest
 
-from tests.support.processes import run_module
+from tests.support import zero3_weights
+from tests.support.processes import run_ranks
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_every_rank_sees_all_weights_but_never_at_once_and_trees_keep_their_gradients(tmp_path):
-    run_module("tests.support.zero3_weights", str(tmp_path), ranks=2, timeout=240)
+    run_ranks(zero3_weights.main, tmp_path)
     for rank in range(2):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
         assert result["equal"] and result["announced"]

@@ -1,13 +1,10 @@
-"""Ten updates on uneven packs, in this process or, run by torchrun, in several ranks (test_distributed.py).
-
-python -m torch.distributed.run --nproc-per-node 2 -m tests.support.distributed_updates OUT.npz CASE…
-"""
+"""Ten updates on uneven packs, in this process or in several ranks (test_distributed.py)."""
 
 from __future__ import annotations
 
 import copy
 import os
-import sys
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -109,7 +106,8 @@ def losing_one(backward):
     return faulty
 
 
-def main(out: str, cases: list[str]) -> None:
+def main(out: Path, cases: list[str]) -> None:
+    """Runs the cases one after the other; rank 0 writes their results to `out`."""
     torch.set_num_threads(1)
     found: dict[str, np.ndarray] = {}
     worlds: dict[int, World] = {}
@@ -122,7 +120,3 @@ def main(out: str, cases: list[str]) -> None:
     if world.is_main:
         np.savez(out, **found)
     world.close()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])

@@ -28,7 +28,7 @@ EXTENSION = "tests.support.gloo_server.WeightReport"
 class Group:
     """In place of vLLM's PyNcclCommunicator. The id names a port."""
 
-    before_broadcast = staticmethod(lambda tensor: None)  # where tests strike
+    before_broadcast = staticmethod(lambda tensor: None)  # where tests inject faults
     given_up = threading.Event()
 
     def __init__(self, nccl_id: bytes, rank: int, size: int, device: object):

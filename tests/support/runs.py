@@ -6,13 +6,13 @@ The imports are most of a tiny run's time. Some tests start `python -m pact_fast
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import resource
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.support.processes import WARM, redirect_output
 
 SETTINGS = [
     "trainer.max_steps=8",
@@ -44,19 +44,23 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "tokens_per_second"} for r in records]
 
 
-WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload(["pact_fast.train.run", "pact_fast.report", "torch.utils.tensorboard", "pytest"])
 QUICKSTART = [
     "quickstart", *SETTINGS, "trainer.max_steps=4", "trainer.eval_steps=2", "trainer.eval_tasks=2",
     "trainer.save_total_limit=9", "trainer.log_completions=0",
 ]  # fmt: skip
-DEADLINE = 180.0  # seconds for a life that takes two on a quiet machine: nothing may hang
+DEADLINE = 180.0  # seconds for a run that takes two on a quiet machine: nothing may hang
 STEPS = [0, 1, 2, 2, 3, 4, 4]  # of the records of an undisturbed run
 
 
-class Life:
-    """One process of a run, from its start to its end. `strike` is called in it before the run begins; `file_size`: bytes
-    above which the system refuses to write to a file.
+class RunProcess:
+    """A run of `pact-fast train` in a process of its own, started at once.
+
+    Args:
+        run: its output directory; a run that is there already is resumed.
+        settings: `key=value` overrides.
+        recipe: recipe and settings that come first.
+        inject: called in the process before the run begins, to inject a fault.
+        file_size: the largest file in bytes that the system lets the process write; -1 for no limit.
     """
 
     def __init__(
@@ -64,12 +68,12 @@ class Life:
         run: Path,
         *settings: str,
         recipe: list[str] = QUICKSTART,
-        strike: Callable[[], object] | None = None,
+        inject: Callable[[], object] | None = None,
         file_size: int = -1,
     ):
         self.log = run.with_name(f"{run.name}.log")
         arguments = ["train", *recipe, f"output_dir={run}", "resume=auto", *settings]
-        self._process = WARM.Process(target=_live, args=(arguments, self.log, strike, file_size), daemon=True)
+        self._process = WARM.Process(target=_run, args=(arguments, self.log, inject, file_size), daemon=True)
         self._process.start()
 
     @property
@@ -81,21 +85,21 @@ class Life:
     def running(self) -> bool:
         return self._process.is_alive()
 
-    def end(self, seconds: float = DEADLINE) -> int:
-        """Its exit status, or minus the signal that ended it. It must end within the deadline."""
+    def exit_code(self, seconds: float = DEADLINE) -> int:
+        """Waits for the end: the exit status, or minus the signal that ended it. Fails after `seconds`."""
         self._process.join(seconds)
         if self._process.exitcode is None:
             self._process.kill()
             raise AssertionError(f"still running after {seconds} s:\n{self.output()}")
         return self._process.exitcode
 
-    def ends_well(self) -> Life:
-        assert self.end() == 0, self.output()
+    def succeed(self) -> RunProcess:
+        assert self.exit_code() == 0, self.output()
         return self
 
     def error(self) -> str:
-        """The one line of a run that ended with an error the user can mend."""
-        assert self.end() == 2, self.output()
+        """Waits for the end, which must be an error that the user can fix: its one line."""
+        assert self.exit_code() == 2, self.output()
         assert "Traceback" not in self.output(), self.output()
         (line,) = [line for line in self.output().splitlines() if line.startswith("error: ")]
         assert self.output().splitlines()[-1] == line
@@ -105,16 +109,14 @@ class Life:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
 
-def _live(arguments: list[str], log: Path, strike: Callable[[], object] | None, file_size: int) -> None:
+def _run(arguments: list[str], log: Path, inject: Callable[[], object] | None, file_size: int) -> None:
     from pact_fast.cli.main import main
 
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    redirect_output(log)
     if file_size >= 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    if strike:
-        strike()
+    if inject:
+        inject()
     sys.exit(main(arguments))
 
 

@@ -1,21 +1,15 @@
-r"""One update by the real learner in a process of its own: its peak of resident memory and its seconds, as JSON.
-
-python -m tests.support.update_probe \
-    '{"config": {…}, "lengths": [prompt, trace, response, rollouts], "prompts": 1, "rates": false}'
-
-The process has to be started under benchmarks/measure.py's MALLOC settings for the memory to mean anything.
-"""
+"""One update by the real learner in a process of its own: its peak of resident memory, its seconds and its amounts."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import faulthandler
 import gc
 import json
 import os
-import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,71 +29,81 @@ from pact_fast.model.build import architecture, enable_gradient_checkpointing
 from pact_fast.model.device import precision
 from pact_fast.train.learner import Learner, UpdateResult
 from pact_fast.tree import Node, TokenTree
-from tests.support.processes import run_module
+from tests.support.processes import run_ranks
 
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
-WARM = (64, 32, 16, 2)
+WARM_UP = (64, 32, 16, 2)
 
 
 def probe(
-    config: dict[str, Any],
-    lengths: tuple[int, int, int, int],
-    prompts: int = 1,
-    rates: bool = False,
-    processes: int = 1,
-) -> dict:
-    """What `main` prints, from fresh processes; `rates`: of this machine right before and after the update, too."""
-    request = json.dumps({"config": config, "lengths": lengths, "prompts": prompts, "rates": rates})
-    output = run_module(__name__, request, ranks=processes, timeout=300, **MALLOC)
-    return json.loads(output.splitlines()[-1])
+    config: dict[str, Any], lengths: tuple[int, int, int, int], prompts: int = 1, *, rates: bool = False, ranks: int = 1
+) -> dict[str, Any]:
+    """An update of `config`'s model in fresh processes.
+
+    Args:
+        config: sections of a configuration, as in YAML.
+        lengths: tokens of prompt, trace and response, and rollouts per prompt.
+        prompts: prompts of the update.
+        rates: also measure this machine's rates right before and after the update.
+        ranks: processes that share the update.
+
+    Returns:
+        peak, beyond: resident bytes, in all and on top of what was held before the update; seconds; rates; tokens,
+        packs and flops of the update.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        run_ranks(main, out, config, lengths, prompts, rates, ranks=ranks)
+        return json.loads(out.read_text())
 
 
-def main(request: dict[str, Any]) -> None:
+def fix_malloc() -> None:
+    """What measure.MALLOC sets for a process that starts, for one that was forked: freed memory goes back to the system."""
+    libc = ctypes.CDLL(None)
+    for parameter, name in ((-3, "MMAP_THRESHOLD_"), (-1, "TRIM_THRESHOLD_"), (-8, "ARENA_MAX")):
+        assert libc.mallopt(parameter, int(MALLOC[f"MALLOC_{name}"])) == 1
+
+
+def main(out: Path, config: dict[str, Any], lengths: tuple[int, int, int, int], prompts: int, rates: bool) -> None:
     faulthandler.dump_traceback_later(280, exit=True)  # a hang says where
+    fix_malloc()
     world = init_world("cpu", timeout=250)
-    config = parse_config(request["config"])
-    small = parse_config(request["config"])
-    assert config.model.random_init and small.model.random_init
+    parsed, small = parse_config(config), parse_config(config)
+    assert parsed.model.random_init and small.model.random_init
     small.model.random_init |= TINY
     warm = learner(small, world)
-    warm.update(plans(WARM, 1, TINY["vocab_size"]))  # whatever libraries load, they have loaded
+    warm.update(plans(WARM_UP, 1, TINY["vocab_size"]))  # whatever libraries load, they have loaded
     del warm
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
     baseline = resident_bytes("VmRSS")
-    subject, vocab = learner(config, world), config.model.random_init["vocab_size"]
-    subject.update(plans(WARM, 1, vocab))  # AdamW has its states from here on
+    subject, vocab = learner(parsed, world), parsed.model.random_init["vocab_size"]
+    subject.update(plans(WARM_UP, 1, vocab))  # AdamW has its states from here on
     release_memory()  # what the head keeps counts as the update's
-    data = plans(request["lengths"], request["prompts"], vocab)
-    rates = [_rates(config)] if request["rates"] else []
+    data = plans(lengths, prompts, vocab)
+    found = [_rates(parsed)] if rates else []
     with PeakMemory(torch.device("cpu")) as memory:
         result = subject.update(data)
-    rates += [_rates(config)] if request["rates"] else []
-    assert memory.before is not None and memory.bytes is not None and baseline is not None
+    found += [_rates(parsed)] if rates else []
+    assert baseline is not None
     if world.is_main:
-        report(memory, baseline, result, rates)
+        out.write_text(json.dumps(report(memory, baseline, result, found)))
     if world.size > 1:
         world.barrier("the end")
         os._exit(0)  # how several processes take their connections down is not what is measured
 
 
-def report(memory: PeakMemory, baseline: int, result: UpdateResult, rates: list[dict[str, Any]]) -> None:
+def report(memory: PeakMemory, baseline: int, result: UpdateResult, rates: list[dict[str, Any]]) -> dict[str, Any]:
     assert memory.before is not None and memory.bytes is not None
-    print(
-        json.dumps(
-            {
-                "peak": memory.before + memory.bytes - baseline,
-                "beyond": memory.bytes,  # what was held before the update
-                "seconds": sum(result.seconds.values()),
-                "rates": rates,
-                "tokens": result.tokens,
-                "packs": result.packs,
-                "flops": result.flops,
-            }
-        ),
-        flush=True,
-    )
+    return {
+        "peak": memory.before + memory.bytes - baseline,
+        "beyond": memory.bytes,  # what was held before the update
+        "seconds": sum(result.seconds.values()),
+        "rates": rates,
+        "tokens": result.tokens,
+        "packs": result.packs,
+        "flops": result.flops,
+    }
 
 
 def _rates(config: Config) -> dict[str, Any]:
@@ -154,7 +158,3 @@ def _scored(node: Node, context: LossContext, rollout: int | None) -> ScoredToke
         advantage=np.full(n, 1.0 if context == LossContext.TRACE else -1.0, np.float32), weight=1e-4,
         sampler_logprob=np.full(n, np.nan, np.float32),
     )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
