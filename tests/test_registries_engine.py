@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-from helpers import lookup_chain_renderer
 
 from pact_fast.config import parse_config
 from pact_fast.data.types import StopReason
@@ -17,6 +16,7 @@ from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.engine_check import EngineSmokeTest
 from pact_fast.rollout.registry import engine_builder, make_engine
 from pact_fast.train.run import Trainer
+from tests.support.groups import lookup_chain_renderer
 
 ENGINE = """
 import numpy as np
