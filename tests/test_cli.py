@@ -17,25 +17,13 @@ from pact_fast.cli.main import main
 from pact_fast.config import Config, known_keys, load_config, recipes
 from pact_fast.errors import PactError
 from pact_fast.train.run import Trainer
-
-TINY = {
-    "model": {
-        "random_init": {
-            "model_type": "qwen3", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
-        }
-    },
-    "env": {"name": "lookup_chain"},
-    "rollout": {"num_generations": 2, "max_turn_tokens": 8, "max_completion_length": 24, "max_prompt_length": 500},
-    "trainer": {"max_steps": 1, "prompts_per_step": 2, "eval_tasks": 3, "save_steps": 1},
-    "threads": 1,
-}  # fmt: skip
+from tests.support.runs import TINY_RUN
 
 
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "run")}))
+    path.write_text(yaml.safe_dump({**TINY_RUN, "output_dir": str(tmp_path / "run")}))
     return path
 
 
@@ -138,7 +126,7 @@ def test_a_chat_template_without_tools_is_refused_with_the_cure(capsys, tiny, tm
     assert main(["train", str(tiny)]) == 0
     model = next((tiny.parent / "run" / "checkpoints").glob("step_*/model"))
     own = tmp_path / "own.yaml"
-    own.write_text(yaml.safe_dump({**TINY, "model": {"path": str(model)}, "output_dir": str(tmp_path / "run2")}))
+    own.write_text(yaml.safe_dump({**TINY_RUN, "model": {"path": str(model)}, "output_dir": str(tmp_path / "run2")}))
     capsys.readouterr()
     assert "model.chat_template" in error_of(capsys, "train", own, f"model.chat_template={template}")
 

@@ -12,20 +12,11 @@ import pytest
 
 from pact_fast.cli.main import main
 from pact_fast.registry import Registry
+from tests.support.models import TINY
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-MODEL = {
-    "model_type": "qwen3",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-}
+MODEL = {**TINY, "max_position_embeddings": 4096}
 SMALL = [
     "model.path=null",
     f"model.random_init={json.dumps(MODEL)}",

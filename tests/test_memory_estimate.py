@@ -14,12 +14,9 @@ from pact_fast.estimate.sharding import Sharding
 from pact_fast.estimate.workload import Lengths, full_load, update_loads
 from pact_fast.kernels.runtime import build
 from pact_fast.model.patch import without_fused_kernels
+from tests.support.models import DEEP
 from tests.support.update_probe import probe
 
-DEEP = {
-    "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": True,
-}  # fmt: skip
 WIDE = {**DEEP, "num_hidden_layers": 2, "vocab_size": 65536}
 UNTIED = {**WIDE, "tie_word_embeddings": False}
 WITHIN = 0.10

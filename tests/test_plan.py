@@ -9,12 +9,9 @@ from pact_fast.estimate import hardware
 from pact_fast.estimate.sharding import Sharding
 from pact_fast.estimate.time import estimate_step
 from pact_fast.estimate.workload import Lengths
+from tests.support.models import DEEP
 from tests.support.update_probe import probe
 
-DEEP = {
-    "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": True,
-}  # fmt: skip
 WIDE = {**DEEP, "num_hidden_layers": 2, "vocab_size": 32768}
 LENGTHS = Lengths(128, 64, 64, 4)
 FACTOR = 2.0  # between estimated and measured seconds

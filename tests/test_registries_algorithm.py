@@ -13,6 +13,7 @@ import yaml
 
 from pact_fast.algorithms.registry import algorithm
 from pact_fast.cli.main import main
+from tests.support.runs import TINY_RUN
 
 PACKAGE = Path(__file__).parent.parent / "pact_fast"
 TOY = '''
@@ -37,18 +38,6 @@ class FirstHalf(Algorithm):
     def schedule(self, step):
         return {"schedule/toy": float(self.config.args.get("scale", 1)) * (step.step + 1)}
 '''
-TINY = {
-    "model": {
-        "random_init": {
-            "model_type": "qwen3", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
-        }
-    },
-    "env": {"name": "lookup_chain"},
-    "rollout": {"num_generations": 2, "max_turn_tokens": 8, "max_completion_length": 24, "max_prompt_length": 500},
-    "trainer": {"max_steps": 1, "prompts_per_step": 2, "eval_tasks": 2, "save_steps": 1},
-    "threads": 1,
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -64,7 +53,7 @@ def toy(tmp_path, monkeypatch) -> Path:
 def train(tmp_path: Path, name: str) -> dict:
     """Train one step; its record in metrics.jsonl."""
     recipe, run = tmp_path / "tiny.yaml", tmp_path / "run"
-    recipe.write_text(yaml.safe_dump({**TINY, "output_dir": str(run)}))
+    recipe.write_text(yaml.safe_dump({**TINY_RUN, "output_dir": str(run)}))
     assert main(["train", str(recipe), f"algorithm.name={name}", "algorithm.args={scale: 3}"]) == 0
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return next(record for record in records if "loss" in record)

@@ -17,6 +17,7 @@ from pact_fast.rollout.engine_check import EngineSmokeTest
 from pact_fast.rollout.registry import engine_builder, make_engine
 from pact_fast.train.run import Trainer
 from tests.support.groups import lookup_chain_renderer
+from tests.support.runs import TINY_RUN
 
 ENGINE = """
 import numpy as np
@@ -54,19 +55,7 @@ class FixedAnswer(Engine):
 
 not_an_engine = 3
 """
-TINY = {
-    "model": {
-        "random_init": {
-            "model_type": "qwen3", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
-        }
-    },
-    "env": {"name": "lookup_chain"},
-    "rollout": {"num_generations": 2, "max_turn_tokens": 8, "max_completion_length": 24, "max_prompt_length": 500},
-    "trainer": {"max_steps": 1, "prompts_per_step": 2, "eval_tasks": 3, "save_steps": 1},
-    "threads": 1,
-    "device": "cpu",
-}  # fmt: skip
+TINY = {**TINY_RUN, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")  # a name can be registered once

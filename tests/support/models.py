@@ -26,6 +26,16 @@ KINDS = {
     "olmo2": {},
 }
 
+TINY = {
+    "model_type": "qwen3", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
+}  # fmt: skip
+# deep enough that activations decide a step's memory, and small enough to run one
+DEEP = {
+    "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
+
 
 def make(kind: str, **changes) -> transformers.PreTrainedModel:
     torch.manual_seed(0)

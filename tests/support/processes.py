@@ -25,7 +25,7 @@ WARM.set_forkserver_preload(["pact_fast.train.run", "pact_fast.report", "torch.u
 
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment, in which Python finds `tests` and `benchmarks` of this checkout from any folder."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)} | variables
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.support.models import TINY
 from tests.support.processes import WARM, redirect_output
 
 SETTINGS = [
@@ -44,6 +45,13 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "tokens_per_second"} for r in records]
 
 
+TINY_RUN = {  # a recipe of one step
+    "model": {"random_init": TINY},
+    "env": {"name": "lookup_chain"},
+    "rollout": {"num_generations": 2, "max_turn_tokens": 8, "max_completion_length": 24, "max_prompt_length": 500},
+    "trainer": {"max_steps": 1, "prompts_per_step": 2, "eval_tasks": 3, "save_steps": 1},
+    "threads": 1,
+}
 QUICKSTART = [
     "quickstart", *SETTINGS, "trainer.max_steps=4", "trainer.eval_steps=2", "trainer.eval_tasks=2",
     "trainer.save_total_limit=9", "trainer.log_completions=0",
