@@ -112,9 +112,9 @@ class Registry(Generic[T]):
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """Hint for an error message, `; did you mean 'x'?`; empty if no known name is close."""
+    """Hint for an error message, ` (did you mean 'x'?)`; empty if no known name is close."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def _place(cls: type) -> str:
