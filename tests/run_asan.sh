@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 compiler=${CXX:-c++}
 export PACT_FAST_CXXFLAGS="-O1 -g1 -fsanitize=address -fno-omit-frame-pointer"
 export PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-python -m pact_fast.kernels.runtime.build # before the runtime is preloaded: it would slow down the compiler
+python -m pact_fast.kernels.runtime # before the runtime is preloaded: it would slow down the compiler
 
 # libstdc++ as well, or the runtime does not find the function that throws exceptions
 runtime="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libstdc++.so.6)"

@@ -1,4 +1,4 @@
-"""Compiles csrc/ into one library, at first use or ahead of time:  python -m pact_fast.kernels.runtime.build
+"""Compiles csrc/ into one library, at first use or ahead of time:  python -m pact_fast.kernels.runtime
 
 The file name of the cached library contains a hash of the sources, torch's version, the compiler, its flags and the
 processor, so a change of any of them triggers a new compilation and a stale library is never loaded. Which CPU gets which
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -112,20 +113,25 @@ def _compile(compiler: str, library: Path) -> None:
     except OSError as error:
         raise BuildError(f"cannot write the kernel cache {library.parent}: {error}; set XDG_CACHE_HOME") from error
     try:
-        made = Path(folder) / library.name
-        command = [compiler, *flags(), *include, *map(str, _sources("cpp")), "-o", str(made), *libraries]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            log = library.with_suffix(".log")
-            log.write_text(" ".join(command) + "\n" + done.stderr)
-            raise BuildError(f"{compiler} failed to compile the CPU kernels; its messages: {log}")
-        made.replace(library)  # atomic: several processes may compile at the same time
+        library.with_suffix(".log").unlink(missing_ok=True)
+        objects = {source: str(Path(folder) / f"{source.stem}.o") for source in _sources("cpp")}
+        compile_commands = [
+            [compiler, *flags(), *include, "-c", str(source), "-o", made] for source, made in objects.items()
+        ]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # one compiler per core
+            list(pool.map(lambda command: _run(command, library), compile_commands))
+        linked = Path(folder) / library.name
+        _run([compiler, *flags(), *objects.values(), "-o", str(linked), *libraries], library)
+        linked.replace(library)  # atomic: several processes may compile at the same time
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-if __name__ == "__main__":
-    try:
-        print(build())
-    except BuildError as error:
-        sys.exit(str(error))
+def _run(command: list[str], library: Path) -> None:
+    """Run the compiler. Raises BuildError that names a log of its messages."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        log = library.with_suffix(".log")
+        with log.open("a", encoding="utf-8") as file:  # of all sources that fail
+            file.write(" ".join(command) + "\n" + done.stderr)
+        raise BuildError(f"{command[0]} failed to compile the CPU kernels; its messages: {log}")
