@@ -79,11 +79,11 @@ def inject_not_finite(first: int, last: int, what: str) -> None:
     update, accumulate = Learner.update, Learner.accumulate
     number = -PRETRAINING
 
-    def counted(self: Learner, plans: list) -> UpdateResult:
+    def counted(self: Learner, plans: list, **options: float) -> UpdateResult:
         nonlocal number
         number += 1
         before = [p.detach().clone() for p in self.model.parameters()]
-        result = update(self, plans)
+        result = update(self, plans, **options)
         moved = any(not torch.equal(p, b) for p, b in zip(self.model.parameters(), before, strict=True))
         assert moved != (first <= number <= last)
         return result
