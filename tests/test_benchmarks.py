@@ -231,6 +231,7 @@ def test_help_is_the_docstring_and_has_the_common_options(name, capsys):
     assert {"--out", "--date", "--commit"} <= set(re.findall(r"--\w+", text))
 
 
+@pytest.mark.slow
 def test_a_benchmark_started_as_a_file_is_the_module(tmp_path, monkeypatch):
     """From any directory, without the checkout on the import path."""
     path = ROOT / "benchmarks" / "head.py"
@@ -250,6 +251,7 @@ def test_result_files_say_where_they_come_from(tmp_path):
     assert report["versions"]["torch"] and report["machine"]["threads"]
 
 
+@pytest.mark.slow
 def test_quickstart_results_are_stamped(tmp_path, monkeypatch):
     rate = {"mean": 0.9, "low": 0.8, "high": 1.0}
     base = {"mean": 0.2, "low": 0.1, "high": 0.3}

@@ -133,6 +133,7 @@ def test_expert_traces_reason_in_sentences_that_do_not_preview_the_call():
                 assert not [text for text in texts if text.lower() in turn.reasoning.lower()], row["id"]
 
 
+@pytest.mark.slow
 def test_expert_traces_solve_their_tasks_with_the_real_tools():
     pq = pytest.importorskip("pyarrow.parquet")
     if "PACT_TEST_DATA" not in os.environ:

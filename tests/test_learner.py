@@ -46,7 +46,7 @@ def gradients(renderer, model, config, chunks, **trainer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name, message", [("dapo", "no policy loss 'dapo'"), ("gspo", "'gspo' takes one ratio per sequence")]
+    "name, message", [("dapo", "unknown policy loss 'dapo'"), ("gspo", "'gspo' takes one ratio per sequence")]
 )
 def test_policy_losses_that_the_trainer_cannot_use_are_refused_before_the_first_step(renderer, name, message):
     algorithm = make_algorithm(AlgorithmConfig(policy_loss=name))

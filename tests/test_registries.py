@@ -244,8 +244,12 @@ def test_a_tool_format_must_extend_the_base(tmp_path):
 @pytest.mark.parametrize(
     ("registry", "name", "message"),
     [
-        (environment, "lookup_chian", r"^env\.name: unknown environment 'lookup_chian'; did you mean 'lookup_chain'\?"),
-        (tool_format, "hermess", r"^model\.tool_format: unknown tool format 'hermess'; did you mean 'hermes'\?"),
+        (
+            environment,
+            "lookup_chian",
+            r"^env\.name: unknown environment 'lookup_chian' \(did you mean 'lookup_chain'\?\)",
+        ),
+        (tool_format, "hermess", r"^model\.tool_format: unknown tool format 'hermess' \(did you mean 'hermes'\?\)"),
         (environment, "zzz", r"'zzz'; registered: lookup_chain, python_tools; write file\.py:Class"),
         (environment, "no.py:Env", r"no file no\.py"),
     ],
@@ -398,7 +402,7 @@ def test_an_unknown_environment_in_a_row_is_an_error_when_the_file_is_read(split
 def test_an_unknown_environment_of_a_task_is_an_error_that_names_the_task():
     make = EnvironmentFactory(config_of())
     with pytest.raises(
-        PactError, match=r"task t7: .*'lookup_chian'.* did you mean 'lookup_chain'.*registered: lookup_chain"
+        PactError, match=r"task t7: .*'lookup_chian'.*did you mean 'lookup_chain'.*registered: lookup_chain"
     ):
         make(Task("t7", [], env="lookup_chian"))
 

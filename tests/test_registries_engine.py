@@ -120,7 +120,7 @@ def test_the_smoke_test_needs_no_sync_report(engine_file):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vlm", r"rollout\.engine: unknown engine 'vlm'; did you mean 'vllm'\?"),
+        ("vlm", r"rollout\.engine: unknown engine 'vlm' \(did you mean 'vllm'\?\)"),
         ("transformer", r"did you mean 'transformers'\?"),
         ("{file}:FixedAnser", r"did you mean 'FixedAnswer'\?"),
         ("{file}:not_an_engine", r"it is a int; name a function or class"),

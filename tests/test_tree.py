@@ -237,6 +237,7 @@ def test_error_is_at_most_twice_that_of_a_dense_mask_in_the_same_dtype(device, d
         assert (mine - value).norm() <= 2 * (theirs - value).norm() + unit
 
 
+@pytest.mark.slow
 def test_batches_and_the_tree_module_import_numpy_alone():
     code = """
 import importlib, pkgutil, sys
