@@ -193,7 +193,7 @@ def at_work(name: str) -> Iterator[int]:
 def ancestors(pid: int) -> list[int]:
     """Of a tool's process: itself, what keeps it, its worker, and the trainer."""
     found = [pid]
-    while b"sandbox_worker" in Path(f"/proc/{found[-1]}/cmdline").read_bytes():
+    while b"python_tools/worker" in Path(f"/proc/{found[-1]}/cmdline").read_bytes():
         found.append(int(Path(f"/proc/{found[-1]}/stat").read_text().rpartition(")")[2].split()[1]))
     return found
 
