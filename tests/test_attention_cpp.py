@@ -26,7 +26,7 @@ def kernel():
 
 def needs(dtype: torch.dtype) -> None:
     if not torch.ops.pact_fast.tree_attention_ready(dtype):
-        pytest.skip(f"no block product of {dtype} on this CPU")
+        pytest.skip(f"no BRGEMM of {dtype} on this CPU")
 
 
 def batch_of(seed: int, nodes: int = 10) -> PackedBatch:

@@ -196,7 +196,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_complete_newest_checkpoint(tmp_p
     started = time.perf_counter()
     save(root, 1)
     duration = time.perf_counter() - started
-    last, torn = 1, 0
+    last, hidden_saves = 1, 0
     for _ in range(25):
         pid = os.fork()
         if pid == 0:
@@ -211,7 +211,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_complete_newest_checkpoint(tmp_p
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         assert os.WIFSIGNALED(status)
-        torn += bool(hidden(root))
+        hidden_saves += bool(hidden(root))
         for visible in root.glob("step_*"):
             check(visible)
         newest = checkpoint.latest(root, verify=True)
@@ -219,7 +219,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_complete_newest_checkpoint(tmp_p
         step = check(newest)
         assert step >= last  # what was saved stays saved
         last = step
-    assert torn >= 5  # otherwise the kills missed the saves
+    assert hidden_saves >= 5  # otherwise the kills missed the saves
     assert last > 1
     save(root, last + 1, keep=2)
     assert hidden(root) == []

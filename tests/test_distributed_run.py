@@ -120,7 +120,7 @@ def test_sigterm_ends_all_processes_after_the_step(receiver, alone, tmp_path):
 @pytest.mark.timing
 @pytest.mark.chaos
 def test_sigterm_reaches_a_process_that_waits_for_the_base_model(tmp_path):
-    """Python's handlers do not run while a library waits; the lead process would be busy for hours here."""
+    """Python's handlers do not run while a library waits; rank 0 would be busy for hours here."""
     run = tmp_path / "run"
     process = start(run, "pretrain.steps=1000000", done=lambda: (run / "tokenizer").exists())
     time.sleep(3)  # until it waits; before that it would end at once in any case

@@ -176,7 +176,7 @@ def test_work_counts_every_pair_of_the_mask_and_every_path():
 
 
 def test_flops_are_those_that_torch_counts():
-    """Forward and backward of the trunk by torch's own counter, on one path: no recomputation, no padding."""
+    """Forward and backward of the decoder by torch's own counter, on one path: no recomputation, no padding."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
