@@ -165,15 +165,28 @@ class _Checks:
         return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {failed} returned an error"
 
     def prompts(self) -> str:
-        limit = self.config.rollout.max_prompt_length
-        lengths = {task.id: len(self.renderer.prompt_ids(task.prompt, task.tools)) for task in self.sample}
-        longest = max(lengths, key=lambda name: lengths[name])
-        if lengths[longest] > limit:
-            raise PactError(
-                f"task {longest}: the prompt has {lengths[longest]} tokens, more than rollout.max_prompt_length={limit}; "
-                "raise it or drop the task"
-            )
-        return f"longest of the first {len(lengths)} prompts: {lengths[longest]} tokens (limit {limit})"
+        """The check of all rows that training makes before its first step."""
+        from pact_fast.algorithms.registry import make_algorithm
+        from pact_fast.data.sources import FileTasks
+        from pact_fast.train.check_rows import check_rows, rows_to_check
+        from pact_fast.train.progress import Progress
+
+        algorithm, progress = make_algorithm(self.config.algorithm), Progress()
+        try:
+            with progress.rollouts(rows_to_check(self.tasks, self.config), "checking rows") as advance:
+                found = check_rows(self.tasks, self.config, self.renderer, algorithm, advance)
+        finally:
+            progress.close()
+        if isinstance(self.tasks, FileTasks):
+            self.tasks.skip(found.errors)
+            skipped = self.tasks.skipped
+            if skipped:
+                self.warnings.append(f"{len(skipped):,} rows cannot be used and are skipped; the first: {skipped[0]}")
+        trace = f"; longest with its expert trace: {found.trace:,} tokens" if found.trace else ""
+        return (
+            f"{found.rows:,} rows checked; longest prompt: {found.prompt:,} tokens (limit "
+            f"{self.config.rollout.max_prompt_length:,}){trace}"
+        )
 
     def model(self) -> str:
         import torch

@@ -19,7 +19,18 @@ Row = dict[str, Any]
 TRACE_FIELDS = ("expert_trace", "trace", "demo")
 SYSTEM_FIELDS = ("system", "system_prompt")
 OWN_FIELDS = (
-    *("id", "prompt", "messages", *SYSTEM_FIELDS, "tools", *TRACE_FIELDS, "reference_calls", "answer", "env", "env_args"),
+    *(
+        "id",
+        "prompt",
+        "messages",
+        *SYSTEM_FIELDS,
+        "tools",
+        *TRACE_FIELDS,
+        "reference_calls",
+        "answer",
+        "env",
+        "env_args",
+    ),
 )
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -108,9 +119,7 @@ def prompt_field(row: Row) -> str:
     return given[0] if given else "question"
 
 
-def _prompt(
-    value: Any, field: str, tools: Sequence[ToolSchema] | None = None
-) -> tuple[list[Message], list[Message]]:
+def _prompt(value: Any, field: str, tools: Sequence[ToolSchema] | None = None) -> tuple[list[Message], list[Message]]:
     """(prompt, messages after it). Only the column `messages` may continue after the prompt."""
     if isinstance(value, str) and field != "messages" and not _is_messages_text(value, field):
         value = [{"role": "user", "content": value}]
@@ -272,7 +281,9 @@ def _content(content: Any, role: str, fail: Callable[[str], DataError]) -> tuple
         texts: list[str] = []
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else "text"
-            text = next((part[k] for k in ("text", kind) if isinstance(part, dict) and isinstance(part.get(k), str)), None)
+            text = next(
+                (part[k] for k in ("text", kind) if isinstance(part, dict) and isinstance(part.get(k), str)), None
+            )
             if text is None or kind not in (*_TEXT_PARTS, *_REASONING_PARTS):
                 raise fail("'content' has a part without text; only text parts can be used")
             (reasoning if kind in _REASONING_PARTS else texts).append(text)
@@ -309,7 +320,9 @@ def _call(call: Any, where: str, field: str, tools: Sequence[ToolSchema] | None)
         found = ToolCall.from_message(body)
     except ValueError as error:
         raise DataError(f'{where}: {one_line(error)}; write {{"name": …, "arguments": {{…}}}}', field=field) from None
-    schema = next((tool["function"]["parameters"] for tool in tools or [] if tool["function"]["name"] == found.name), None)
+    schema = next(
+        (tool["function"]["parameters"] for tool in tools or [] if tool["function"]["name"] == found.name), None
+    )
     return ToolCall(found.name, clean_arguments(found.arguments, schema))
 
 

@@ -265,6 +265,7 @@ class Task:
     env              name of a registered environment; None: that of the configuration
     env_args         arguments of the environment for this task
     columns          all further columns of the data row, for the user's reward functions
+    source           (file, line or row number from 1) that the task was read from, for messages
     """
 
     id: str
@@ -276,6 +277,7 @@ class Task:
     env: str | None = None
     env_args: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, Any] = field(default_factory=dict)
+    source: tuple[str, int] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass
