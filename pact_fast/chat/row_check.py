@@ -1,7 +1,8 @@
 """Checks a task against its rendered prompt, its tools and the length limits, before it is trained on.
 
 Tokens are counted only where they could matter: a token covers at least one byte, so a text of fewer bytes than the limit
-fits. The rendering of a prompt is most of the cost.
+fits. Longer texts are first counted line by line, with a cache, since system prompts and tools recur; a line never has
+fewer tokens alone than in its text. Only a text that is then still too long is tokenised as a whole.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _TOOL: ToolSchema = {
     "type": "function",
     "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
 }
-_EXTRA = 64  # bytes per turn: think tags, blanks, the end of the turn
+_EXTRA = f"{THINK}\n\n{END_THINK}\n\n<|end of turn|>"  # what a turn may have beside its text
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class RowCheck:
 
     def __init__(self, renderer: ChatRenderer, limits: RowLimits):
         self._renderer, self._limits = renderer, limits
+        self._count_line = functools.lru_cache(maxsize=1 << 16)(self._count)
         self._hidden = functools.lru_cache(maxsize=1024)(self._find_hidden)
         closed = re.search(rf"{THINK}\s*{END_THINK}\s*\Z", renderer.template.generation_prompt)
         self._reasoning_closed = closed is not None
@@ -72,7 +74,7 @@ class RowCheck:
             self._check_contents(task.prompt, text, bool(task.tools))
             size = len(text.encode("utf-8", "replace"))
             self._check_prompt(task, text, size)
-            self._check_trace(task, size)
+            self._check_trace(task, text, size)
         except DataError as error:
             raise _with_place(task, error) from None
 
@@ -125,7 +127,7 @@ class RowCheck:
         if self.longest is None or size > self.longest[0]:
             self.longest = size, task
         limit = self._limits.prompt
-        if size <= limit:
+        if size <= limit or self._count_lines(text) <= limit:
             return
         count = self._count(text)
         if count > limit:
@@ -134,7 +136,7 @@ class RowCheck:
                 field="prompt",
             )
 
-    def _check_trace(self, task: Task, prompt_size: int) -> None:
+    def _check_trace(self, task: Task, text: str, prompt_size: int) -> None:
         trace, limits = task.expert, self._limits
         if trace is None or not trace.turns:
             if limits.required:
@@ -159,7 +161,10 @@ class RowCheck:
         size = prompt_size + self._trace_bytes(task, trace)
         if self.longest_trace is None or size > self.longest_trace[0]:
             self.longest_trace = size, task
-        if limits.window is None or size + limits.completion <= limits.window:
+        room = (limits.window or 0) - limits.completion
+        if limits.window is None or size <= room:
+            return
+        if limits.trace != "hint" and self._count_lines(text) + self._count_trace(task, trace) <= room:
             return
         prompt = len(self._renderer.prompt_ids(task.prompt, task.tools))
         added = self._trace_tokens(task, trace, prompt)
@@ -188,24 +193,33 @@ class RowCheck:
 
     def _trace_bytes(self, task: Task, trace: ExpertTrace) -> int:
         """An upper bound of `_trace_tokens`, without encoding."""
-        question = len(question_of(task).encode("utf-8", "replace"))
-        size = self._bridge_bytes(1, question=True) + question
-        for turn in trace.turns:
-            pieces = self._renderer.format.pieces(turn.reasoning, turn.content, turn.calls)
-            # names may stand in the bridge, and results may be written as JSON strings, which are longer
-            results = [json.dumps(text, ensure_ascii=False) for text in turn.observations]
-            texts = [*(text for text, _ in pieces), *results, *(2 * call.name for call in turn.calls)]
-            size += sum(len(text.encode("utf-8", "replace")) for text in texts)
-            size += _EXTRA + self._bridge_bytes(len(turn.calls))
-        return size
+        return sum(len(text.encode("utf-8", "replace")) for text in self._trace_texts(task, trace))
 
-    def _bridge_bytes(self, calls: int, question: bool = False) -> int:
-        """Bytes that the template writes around the results of `calls` calls, and around the question."""
+    def _count_trace(self, task: Task, trace: ExpertTrace) -> int:
+        """A closer upper bound of `_trace_tokens`: tokens, line by line."""
+        return sum(self._count_lines(text) for text in self._trace_texts(task, trace))
+
+    def _trace_texts(self, task: Task, trace: ExpertTrace) -> Iterator[str]:
+        """Texts that together are at least as long as the trace's rendering."""
+        yield question_of(task)
+        yield self._bridge(1, question=True)
+        for turn in trace.turns:
+            yield from (text for text, _ in self._renderer.format.pieces(turn.reasoning, turn.content, turn.calls))
+            # results may be written as JSON strings, which are longer, and names may stand beside them
+            yield from (json.dumps(text, ensure_ascii=False) for text in turn.observations)
+            yield from (f"{call.name} {call.name}" for call in turn.calls)
+            yield self._bridge(len(turn.calls)) + _EXTRA
+
+    def _bridge(self, calls: int, question: bool = False) -> str:
+        """The template's text around the results of `calls` calls, and around the question."""
         pattern: Pattern = (("tool", "f"),) * calls + ((("user", ""),) if question else ())
-        return sum(len(piece.encode()) for piece in self._renderer.template.skeleton(pattern, self._renderer.eot))
+        return "".join(self._renderer.template.skeleton(pattern, self._renderer.eot))
 
     def _count(self, text: str) -> int:
         return len(self._renderer.template_ids(text))
+
+    def _count_lines(self, text: str) -> int:
+        return sum(map(self._count_line, text.splitlines(keepends=True)))
 
 
 def _check_calls(turn: ExpertTurn, task: Task) -> None:

@@ -98,9 +98,9 @@ class _Checks:
             ("data", self.data),
             ("tokenizer", self.tokenizer),
             ("template", self.template),
+            ("rows", self.rows),
             ("masks", self.masks),
             ("environment", self.environment),
-            ("prompts", self.prompts),
             ("model", self.model),
             ("memory", self.memory),
             ("kernels", self.kernels),
@@ -164,7 +164,7 @@ class _Checks:
         tasks = min(8, len(self.sample))
         return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {failed} returned an error"
 
-    def prompts(self) -> str:
+    def rows(self) -> str:
         """The check of all rows that training makes before its first step."""
         from pact_fast.algorithms.registry import make_algorithm
         from pact_fast.data.sources import FileTasks
@@ -179,6 +179,7 @@ class _Checks:
             progress.close()
         if isinstance(self.tasks, FileTasks):
             self.tasks.skip(found.errors)
+            self.sample = self.tasks.train(0, self.config.trainer.prompts_per_step)
             skipped = self.tasks.skipped
             if skipped:
                 self.warnings.append(f"{len(skipped):,} rows cannot be used and are skipped; the first: {skipped[0]}")

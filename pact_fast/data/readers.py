@@ -62,7 +62,8 @@ def read_tasks(
         on_bad_row: Called with the error of a row that cannot be used, which is then left out; None: raise it.
 
     Raises:
-        DataError: A row cannot be used, or (with `on_bad_row`) no row can. Names the file, the line (JSONL) or row (others), from 1, and the field.
+        DataError: A row cannot be used, or (with `on_bad_row`) no row can. Names the file, the line (JSONL) or row
+            (others), from 1, and the field.
         PactError: The format is unknown.
     """
     path = Path(path)
@@ -205,7 +206,10 @@ def _add_location(place: str | Path, line: int | None = None) -> Iterator[None]:
 
 
 def _rows(path: Path) -> Iterator[NumberedRow]:
-    """(line or row number from 1, row, or the error of a row that cannot be read). The first bytes of the file decide its type, not its name."""
+    """(line or row number from 1, the row or the reason why it cannot be read).
+
+    The first bytes of the file decide its type, not its name.
+    """
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".jsonl", ".json", ".parquet"))
         raise DataError(f"is a folder; name a file in it{', such as ' + inside[0] if inside else ''}", file=str(path))

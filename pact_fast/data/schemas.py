@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 # Keywords of a JSON schema of type object. Without any of them, `parameters` maps the names of arguments to schemas.
-_KEYWORDS = frozenset(
-    "type properties required additionalProperties patternProperties propertyNames minProperties maxProperties "
-    "dependentRequired dependentSchemas dependencies unevaluatedProperties $ref $defs $schema $id $comment definitions "
-    "anyOf oneOf allOf not if then else enum const default description title examples nullable strict".split()
-)
+_KEYWORDS = frozenset((
+    "type", "properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
+    "maxProperties", "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties", "$ref",
+    "$defs", "$schema", "$id", "$comment", "definitions", "anyOf", "oneOf", "allOf", "not", "if", "then", "else",
+    "enum", "const", "default", "description", "title", "examples", "nullable", "strict",
+))  # fmt: skip
 
 
 def drop_nulls(value: Any) -> Any:
@@ -32,10 +33,12 @@ def accepts_null(schema: Mapping[str, Any]) -> bool:
         return True
     if isinstance(schema.get("enum"), list) and None in schema["enum"]:
         return True
+    alternatives = [schema.get(key) for key in ("anyOf", "oneOf")]
     return any(
         isinstance(one, Mapping) and accepts_null(one)
-        for key in ("anyOf", "oneOf")
-        for one in (schema.get(key) if isinstance(schema.get(key), list) else ())
+        for listed in alternatives
+        if isinstance(listed, list)
+        for one in listed
     )
 
 

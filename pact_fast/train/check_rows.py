@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from pact_fast.chat.row_check import RowCheck, RowLimits
 from pact_fast.components import LossContext
 from pact_fast.config import Config
 from pact_fast.data.sources import FileTasks, TaskSource
+from pact_fast.data.types import Task
 from pact_fast.envs.registry import environment_name
 from pact_fast.errors import DataError
 from pact_fast.model.build import architecture
@@ -63,7 +64,8 @@ def check_rows(
     from_files = isinstance(tasks, FileTasks)
     errors: dict[int, DataError] = {}
     rows = 0
-    for position, task in enumerate(tasks if from_files else tasks.train(0, config.trainer.prompts_per_step)):
+    chosen: Iterable[Task] = tasks if isinstance(tasks, FileTasks) else tasks.train(0, config.trainer.prompts_per_step)
+    for position, task in enumerate(chosen):
         rows += 1
         try:
             check.check(task, task.env or env)

@@ -234,7 +234,7 @@ class Trainer:
 
         def check() -> None:
             with self.progress.phase("checking rows", rows_to_check(self.tasks, self.config)) as advance:
-                errors = check_rows(self.tasks, self.config, self.renderer, self.algorithm, advance).errors
+                errors = check_rows(self.tasks, self.config, self.renderer, self.algorithm, lambda: advance("")).errors
             found.update({i: (error.problem, error.file, error.line, error.field) for i, error in errors.items()})
 
         self._run_on_main(check, "the check of the rows")
