@@ -20,7 +20,7 @@ from tests.support.chat_tokenizers import CHATML, TAGS, build
 from tests.support.data_rows import CALL, PARAMETERS, QUESTION, TRACE, WEATHER
 
 CODES = {"weather": "def weather(city): return {'Oslo': 7}[city]"}
-TOOLHOP = {"codes": CODES, "scoring": "toolhop"}
+TOOLHOP, FTRL = {"codes": CODES, "scoring": "toolhop"}, {"codes": CODES, "scoring": "ftrl"}
 OSLO = ToolCall("weather", {"city": "Oslo"})
 
 
@@ -202,7 +202,7 @@ def test_padding_is_dropped_in_every_file_type(read, tmp_path):
         "prompt": "q",
         "tools": [{"type": "function", "function": {"name": "weather", "parameters": {**OPTIONAL, "properties": padded}}}],
         "expert_trace": [
-            {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Oslo", "date": None}}}]},
+            {"role": "assistant", "tool_calls": [{"function": {**CALL, "arguments": {"city": "Oslo", "date": None}}}]},
             {"role": "tool", "content": "7", "tool_calls": None},
         ],
         "env_args": {"codes": {"weather": "def weather(city): ...", "pollen": None}},
@@ -298,7 +298,8 @@ def test_reasoning_parts_of_a_content(read):
 @pytest.mark.parametrize("ids", [(1, 2, 2, 1), ("a", "b", "b", "a"), (1, 2, "2", "1"), (1.0, 2.0, 2, 1), (0, 1, 1, 0)])
 def test_observations_are_paired_by_id(read, ids):
     calls = [
-        {"id": i, "function": {"name": "weather", "arguments": {"city": c}}} for i, c in zip(ids, ("Oslo", "Rome"))
+        {"id": i, "function": {"name": "weather", "arguments": {"city": c}}}
+        for i, c in zip(ids[:2], ("Oslo", "Rome"), strict=True)
     ]
     tools = [
         {"role": "tool", "tool_call_id": i, "content": c} for i, c in zip(ids[2:], ("Rome: 20", "Oslo: 7"), strict=True)
@@ -424,8 +425,8 @@ REFUSES = "{% for m in messages %}{% if 'tabu' in m.content %}{{ raise_exception
         ({"env_args": TOOLHOP | {"scoring": "toolhp"}}, "env_args", "did you mean 'toolhop'?", CHATML_HERMES),
         ({"answer": None}, "answer", "'toolhop' compares with the answer", CHATML_HERMES),
         ({"answer": " , "}, "answer", "'toolhop' compares with the answer", CHATML_HERMES),
-        ({"env_args": TOOLHOP | {"scoring": "ftrl"}}, "env_args", "'unsolved_set' is empty", CHATML_HERMES),
-        ({"env_args": {**TOOLHOP, "scoring": "ftrl", "unsolved_set": {"weather": [""]}}}, "env_args", "none of them empty", CHATML_HERMES),
+        ({"env_args": FTRL}, "env_args", "'unsolved_set' is empty", CHATML_HERMES),
+        ({"env_args": FTRL | {"unsolved_set": {"weather": [""]}}}, "env_args", "none of them empty", CHATML_HERMES),
         ({"prompt": "tabu"}, "prompt", "cannot render", REFUSES + CHATML_HERMES),
         ({"prompt": [SYSTEM, *QUESTION]}, "prompt", "does not show the content of this 'system'", WITHOUT_SYSTEM),
         ({"prompt": QUESTION, "system": "a"}, "prompt", "does not show the content of this 'system'", WITHOUT_SYSTEM),
@@ -525,3 +526,39 @@ def test_no_usable_row_is_an_error(check):
 def test_ids_of_rows_do_not_depend_on_skipped_ones(check):
     tasks, _ = check({"prompt": ""}, {"prompt": "a", "env_args": TOOLHOP, "answer": "7"}, on_bad_row="skip")
     assert [task.id for task in tasks] == ["rows-1"]
+
+
+@pytest.mark.slow
+def test_a_run_skips_bad_rows_and_resumes_without_them(tmp_path, capfd):
+    from pact_fast.cli.main import main
+    from tests.support.models import TINY
+
+    path = tmp_path / "rows.jsonl"
+    rows = [good(0), {"prompt": ""}, good(1), good(2, prompt="How warm? " * 900), good(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = {
+        "model": {"random_init": TINY},
+        "data": {"train": str(path)},
+        "rollout": {"num_generations": 2, "max_turn_tokens": 8, "max_completion_length": 24, "max_prompt_length": 600},
+        "trainer": {"max_steps": 1, "prompts_per_step": 2, "save_steps": 1},
+        "threads": 1,
+        "output_dir": str(tmp_path / "run"),
+        "resume": "auto",
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    train = ["train", str(tmp_path / "recipe.yaml")]
+    assert main(train) == 2
+    error = capfd.readouterr().err
+    assert "rows.jsonl:2: field 'prompt'" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert main([*train, "data.on_bad_row=skip"]) == 0
+    assert "skipped 2 rows" in capfd.readouterr().err
+    listed = (tmp_path / "run" / "skipped_rows.jsonl").read_text()
+    assert [json.loads(line)["line"] for line in listed.splitlines()] == [2, 4]
+    assert main([*train, "data.on_bad_row=skip", "trainer.max_steps=2"]) == 0
+    assert (tmp_path / "run" / "skipped_rows.jsonl").read_text() == listed
+    assert main(["doctor", train[1], "data.on_bad_row=skip"]) == 0
+    report = capfd.readouterr().out
+    assert "ok    rows: 4 rows checked" in report
+    assert "warn  rows: 2 rows cannot be used and are skipped" in report
+    assert main(["doctor", train[1]]) == 1
