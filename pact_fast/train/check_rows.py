@@ -89,10 +89,14 @@ def row_limits(config: Config, algorithm: Algorithm) -> RowLimits:
     contexts = {context for route in algorithm.routes(with_trace=True) for context in route.contexts}
     traced = bool(contexts & {LossContext.TRACE, LossContext.EXPERT})
     rendering = config.algorithm.trace.rendering if LossContext.TRACE in contexts else "turns"
+    rollout = config.rollout
+    window = getattr(architecture(config.model).get_text_config(), "max_position_embeddings", None)
+    if window and rollout.max_prompt_length + rollout.max_completion_length > window:
+        window = None  # no row is to blame: `build.check_context` refuses the settings
     return RowLimits(
-        prompt=config.rollout.max_prompt_length,
-        window=getattr(architecture(config.model).get_text_config(), "max_position_embeddings", None),
-        completion=config.rollout.max_completion_length if algorithm.needs_rollouts else 0,
+        prompt=rollout.max_prompt_length,
+        window=window,
+        completion=rollout.max_completion_length if algorithm.needs_rollouts else 0,
         trace=rendering if traced else None,
         required=not algorithm.needs_rollouts,
     )
