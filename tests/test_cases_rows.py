@@ -420,9 +420,17 @@ REFUSES = "{% for m in messages %}{% if 'tabu' in m.content %}{{ raise_exception
     [
         ({"prompt": "How warm? " * 300}, "prompt", "max_prompt_length=500", CHATML_HERMES),
         ({"env_args": {}}, "env_args", "no 'codes'", CHATML_HERMES),
-        ({"env_args": {"codes": {"wether": "x"}}}, "tools", "did you mean 'wether'?", CHATML_HERMES),
+        ({"env_args": {"codes": {"wether": "def wether(): ..."}}}, "tools", "did you mean 'wether'?", CHATML_HERMES),
         ({"env_args": {"codes": {"weather": ""}}}, "env_args", "Python source", CHATML_HERMES),
         ({"env_args": TOOLHOP | {"scoring": "toolhp"}}, "env_args", "did you mean 'toolhop'?", CHATML_HERMES),
+        ({"env_args": {"codes": {"weather": "async def weather(city): ..."}}}, "env_args", "is async", CHATML_HERMES),
+        ({"env_args": {"codes": {"weather": "def wether(city): ..."}}}, "env_args", "does not define", CHATML_HERMES),
+        (
+            {"tools": [{"name": "get-it"}], "expert_trace": None, "env_args": {"codes": {"get-it": "def get(): ..."}}},
+            "env_args",
+            "no Python name",
+            CHATML_HERMES,
+        ),
         ({"answer": None}, "answer", "'toolhop' compares with the answer", CHATML_HERMES),
         ({"answer": " , "}, "answer", "'toolhop' compares with the answer", CHATML_HERMES),
         ({"env_args": FTRL}, "env_args", "'unsolved_set' is empty", CHATML_HERMES),
@@ -479,8 +487,9 @@ def test_the_rollout_counts_where_there_is_one(check):
     row["expert_trace"][1] = {"role": "tool", "content": "7 degrees\n" * 20}
     for name in ("pact", "sft"):
         size = check(row, algorithm={"name": name})[1].trace + (100 if name == "pact" else 0)
-        check(row, window=size, algorithm={"name": name})
-        bad(check, row, "expert_trace", f"are {size:,}", window=size - 1, algorithm={"name": name})
+        how = {"algorithm": {"name": name}, "rollout": {"max_prompt_length": 160}}
+        check(row, window=size, **how)
+        bad(check, row, "expert_trace", f"are {size:,}", window=size - 1, **how)
 
 
 def test_sft_needs_a_trace_in_every_row(check):
@@ -526,6 +535,35 @@ def test_no_usable_row_is_an_error(check):
 def test_ids_of_rows_do_not_depend_on_skipped_ones(check):
     tasks, _ = check({"prompt": ""}, {"prompt": "a", "env_args": TOOLHOP, "answer": "7"}, on_bad_row="skip")
     assert [task.id for task in tasks] == ["rows-1"]
+
+
+@pytest.mark.slow
+def test_doctor_says_that_all_expert_calls_fail(tmp_path, capfd):
+    from pact_fast.cli.main import main
+    from tests.support.models import TINY
+
+    def report(*sources):
+        rows = [good(n, env_args=TOOLHOP | {"codes": {"weather": source}}) for n, source in enumerate(sources)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = {
+            "model": {"random_init": TINY},
+            "data": {"train": str(tmp_path / "rows.jsonl")},
+            "rollout": {"max_completion_length": 24, "max_prompt_length": 600},
+            "trainer": {"prompts_per_step": 2},
+            "output_dir": str(tmp_path / "run"),
+        }
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        return main(["doctor", str(tmp_path / "recipe.yaml")]), capfd.readouterr().out
+
+    fails, works = "def weather(city): return {}[city]", CODES["weather"]
+    status, text = report(fails, fails)
+    assert status == 1
+    assert "FAIL  environment: all 2 expert calls of the first tasks return an error, the first weather of task" in text
+    assert "KeyError" in text
+    status, text = report(fails, works)
+    assert status == 0
+    assert "warn  environment: 1 of 2 expert calls return an error" in text
+    assert report(works, works)[0] == 0
 
 
 @pytest.mark.slow

@@ -151,18 +151,28 @@ class _Checks:
         from pact_fast.envs.registry import EnvironmentFactory
 
         make_env = EnvironmentFactory(self.config)
-        offered = calls = failed = 0
+        offered = calls = 0
+        failed: list[str] = []
         for task in self.sample[:8]:
             env = make_env(task)
             env.reset(task)
             offered += len(env.tools)
             for call in _expert_calls(task):
                 calls += 1
-                failed += env.call(call.name, call.arguments).lower().startswith(("error", '{"error'))
+                result = env.call(call.name, call.arguments)
+                if result.lower().startswith(("error", '{"error')):
+                    failed.append(f"{call.name} of task {task.id}: {result[:200]}")
         if not offered:
             raise PactError("the first tasks offer no tools; a tool-use agent needs the column `tools` in its data")
+        if failed and len(failed) == calls:
+            raise PactError(
+                f"all {calls} expert calls of the first tasks return an error, the first {' '.join(failed[0].split())}; "
+                "correct the tools"
+            )
+        if failed:
+            self.warnings.append(f"{len(failed)} of {calls} expert calls return an error, the first {failed[0]}")
         tasks = min(8, len(self.sample))
-        return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {failed} returned an error"
+        return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {len(failed)} returned an error"
 
     def rows(self) -> str:
         """The check of all rows that training makes before its first step."""

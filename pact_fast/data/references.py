@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from pact_fast.data.types import Task
 from pact_fast.errors import DataError
 
 SCORINGS = ("ftrl", "toolhop")
+_ASYNC = re.compile(r"^async\s+def\s+(\w+)", re.MULTILINE)
 
 
 def check_references(task: Task, env: str) -> None:
@@ -31,6 +33,7 @@ def _python_tools(task: Task) -> None:
             raise DataError(
                 f"'codes' of {quoted(name)} must be Python source, found {type_name(source)}", field="env_args"
             )
+        _check_source(name, source)
     for tool in task.tools:
         name = tool["function"]["name"]
         if name not in codes:
@@ -47,6 +50,21 @@ def _python_tools(task: Task) -> None:
             "the scoring 'toolhop' compares with the answer, and the row has none; give it or drop the scoring",
             field="answer",
         )
+
+
+def _check_source(name: str, source: str) -> None:
+    """DataError if a source cannot define the function that a tool calls."""
+    if not name.isidentifier():
+        problem = f"the tool {quoted(name)} has no Python name, so that its source cannot define it; rename the tool"
+    elif name in _ASYNC.findall(source):
+        problem = (
+            f"the function {quoted(name)} is async, and tools are called without an event loop; make it a plain def"
+        )
+    elif name not in source:
+        problem = f"the source of {quoted(name)} does not define a function of that name; rename one of the two"
+    else:
+        return
+    raise DataError(problem, field="env_args")
 
 
 def _check_unsolved_set(unsolved: Any) -> None:
