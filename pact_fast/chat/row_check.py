@@ -1,8 +1,8 @@
 """Checks a task against its rendered prompt, its tools and the length limits, before it is trained on.
 
 Tokens are counted only where they could matter: a token covers at least one byte, so a text of fewer bytes than the limit
-fits. Longer texts are first counted line by line, with a cache, since system prompts and tools recur; a line never has
-fewer tokens alone than in its text. Only a text that is then still too long is tokenised as a whole.
+fits. Longer texts are first counted word by word, with a cache, since words recur; words never have fewer tokens alone than
+in their text. Only a text that is then still too long is tokenised as a whole.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _TOOL: ToolSchema = {
     "type": "function",
     "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
 }
+_MAX_WORDS = 1 << 20  # held in memory
 _EXTRA = f"{THINK}\n\n{END_THINK}\n\n<|end of turn|>"  # what a turn may have beside its text
 
 
@@ -58,7 +59,7 @@ class RowCheck:
 
     def __init__(self, renderer: ChatRenderer, limits: RowLimits):
         self._renderer, self._limits = renderer, limits
-        self._count_line = functools.lru_cache(maxsize=1 << 16)(self._count)
+        self._words = _WordCounts(renderer)
         self._hidden = functools.lru_cache(maxsize=1024)(self._find_hidden)
         closed = re.search(rf"{THINK}\s*{END_THINK}\s*\Z", renderer.template.generation_prompt)
         self._reasoning_closed = closed is not None
@@ -127,7 +128,7 @@ class RowCheck:
         if self.longest is None or size > self.longest[0]:
             self.longest = size, task
         limit = self._limits.prompt
-        if size <= limit or self._count_lines(text) <= limit:
+        if size <= limit or self._count_words(text) <= limit:
             return
         count = self._count(text)
         if count > limit:
@@ -164,7 +165,7 @@ class RowCheck:
         room = (limits.window or 0) - limits.completion
         if limits.window is None or size <= room:
             return
-        if limits.trace != "hint" and self._count_lines(text) + self._count_trace(task, trace) <= room:
+        if limits.trace != "hint" and self._count_words(text) + self._count_trace(task, trace) <= room:
             return
         prompt = len(self._renderer.prompt_ids(task.prompt, task.tools))
         added = self._trace_tokens(task, trace, prompt)
@@ -196,8 +197,8 @@ class RowCheck:
         return sum(len(text.encode("utf-8", "replace")) for text in self._trace_texts(task, trace))
 
     def _count_trace(self, task: Task, trace: ExpertTrace) -> int:
-        """A closer upper bound of `_trace_tokens`: tokens, line by line."""
-        return sum(self._count_lines(text) for text in self._trace_texts(task, trace))
+        """A closer upper bound of `_trace_tokens`: tokens, word by word."""
+        return sum(self._count_words(text) for text in self._trace_texts(task, trace))
 
     def _trace_texts(self, task: Task, trace: ExpertTrace) -> Iterator[str]:
         """Texts that together are at least as long as the trace's rendering."""
@@ -218,8 +219,28 @@ class RowCheck:
     def _count(self, text: str) -> int:
         return len(self._renderer.template_ids(text))
 
-    def _count_lines(self, text: str) -> int:
-        return sum(map(self._count_line, text.splitlines(keepends=True)))
+    def _count_words(self, text: str) -> int:
+        return self._words.count(text)
+
+
+class _WordCounts(dict[str, int]):
+    """{word: its tokens}. Words are split as byte-level BPE tokenizers do it, or finer."""
+
+    def __init__(self, renderer: ChatRenderer):
+        self._encoder = renderer.encoder
+        controls = renderer.encoder.all_controls
+        words = r"[^\w\r\n]?[^\W\d_]+|\d+| ?(?:[^\w\s]|_)+[\r\n]*|\s+"
+        self._split = re.compile(f"{controls.pattern}|{words}" if controls else words).findall
+
+    def count(self, text: str) -> int:
+        """At least the tokens of the text."""
+        if len(self) > _MAX_WORDS:
+            self.clear()
+        return sum(map(self.__getitem__, self._split(text)))
+
+    def __missing__(self, word: str) -> int:
+        count = self[word] = 1 if word in self._encoder.control_ids else len(self._encoder.plain(word))
+        return count
 
 
 def _check_calls(turn: ExpertTurn, task: Task) -> None:

@@ -56,7 +56,7 @@ def _check_source(name: str, source: str) -> None:
     """DataError if a source cannot define the function that a tool calls."""
     if not name.isidentifier():
         problem = f"the tool {quoted(name)} has no Python name, so that its source cannot define it; rename the tool"
-    elif name in _ASYNC.findall(source):
+    elif "async" in source and name in _ASYNC.findall(source):
         problem = (
             f"the function {quoted(name)} is async, and tools are called without an event loop; make it a plain def"
         )
