@@ -228,7 +228,7 @@ def test_the_versions_of_this_environment_are_among_the_tested_ones():
 
 def test_doctor_fails_with_the_reason(capsys):
     assert main(["doctor", "quickstart", "rollout.max_prompt_length=30"]) == 1
-    assert "FAIL  prompts" in capsys.readouterr().out
+    assert "FAIL  rows" in capsys.readouterr().out
 
 
 def test_overrides_read_numbers_and_lists(tmp_path):

@@ -362,17 +362,17 @@ BAD_ROWS = {
         "demo",
         "'pollen' where 'weather'",
     ),
-    "trace answers in another order": (
+    "trace answers an unknown id": (
         {
             "prompt": "a",
             "trace": [
                 {"role": "assistant", "tool_calls": [{"id": "1", **CALL}, {"id": "2", **CALL}]},
                 {"role": "tool", "tool_call_id": "2", "content": "7"},
-                {"role": "tool", "tool_call_id": "1", "content": "7"},
+                {"role": "tool", "tool_call_id": "3", "content": "7"},
             ],
         },
         "trace",
-        "message 1 answers '2' where '1'",
+        "message 2 answers '3', which is the id of no call",
     ),
     "trace calls an unlisted tool": (
         {"prompt": "a", "tools": [{"name": "wether"}], "trace": TRACE},

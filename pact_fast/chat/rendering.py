@@ -87,7 +87,7 @@ class ChatRenderer:
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> np.ndarray:
         """[n] int64: the prompt with the generation prompt. Control strings in messages become control tokens."""
-        return self._template_ids(self.template.render(messages, tools, generate=True))
+        return self.template_ids(self.template.render(messages, tools, generate=True))
 
     def bridge_tokens(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
         """(ids [n] int64, components [n] uint8) from an end-of-turn token (excluded) through the generation prompt.
@@ -221,7 +221,8 @@ class ChatRenderer:
             )
         return match.group()
 
-    def _template_ids(self, text: str) -> np.ndarray:
+    def template_ids(self, text: str) -> np.ndarray:
+        """[n] int64: ids of a text that the template has rendered. Control strings become control tokens."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=False), np.int64)
 
     def _turn(self, reasoning: str, content: str, calls: Sequence[ToolCall]) -> tuple[Encoded, np.ndarray, int]:

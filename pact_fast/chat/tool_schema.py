@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
+from pact_fast.data.schemas import accepts_null
 from pact_fast.data.types import ToolCall, ToolSchema
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -39,6 +40,8 @@ def tool_names(tools: Sequence[ToolSchema]) -> list[str]:
 
 def value_error(value: Any, schema: dict[str, Any], where: str, *, top: bool = False) -> str | None:
     """The reason why `value` does not fit `schema`, or None; the message starts with `where`."""
+    if value is None and not top and accepts_null(schema):
+        return None
     if not top and not _fits(value, schema.get("type")):
         return f"{where}must be {_type_names(schema['type'])}, not {_json_type(value)}"
     allowed = schema.get("enum")

@@ -98,9 +98,9 @@ class _Checks:
             ("data", self.data),
             ("tokenizer", self.tokenizer),
             ("template", self.template),
+            ("rows", self.rows),
             ("masks", self.masks),
             ("environment", self.environment),
-            ("prompts", self.prompts),
             ("model", self.model),
             ("memory", self.memory),
             ("kernels", self.kernels),
@@ -151,29 +151,53 @@ class _Checks:
         from pact_fast.envs.registry import EnvironmentFactory
 
         make_env = EnvironmentFactory(self.config)
-        offered = calls = failed = 0
+        offered = calls = 0
+        failed: list[str] = []
         for task in self.sample[:8]:
             env = make_env(task)
             env.reset(task)
             offered += len(env.tools)
             for call in _expert_calls(task):
                 calls += 1
-                failed += env.call(call.name, call.arguments).lower().startswith(("error", '{"error'))
+                result = env.call(call.name, call.arguments)
+                if result.lower().startswith(("error", '{"error')):
+                    failed.append(f"{call.name} of task {task.id}: {result[:200]}")
         if not offered:
             raise PactError("the first tasks offer no tools; a tool-use agent needs the column `tools` in its data")
-        tasks = min(8, len(self.sample))
-        return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {failed} returned an error"
-
-    def prompts(self) -> str:
-        limit = self.config.rollout.max_prompt_length
-        lengths = {task.id: len(self.renderer.prompt_ids(task.prompt, task.tools)) for task in self.sample}
-        longest = max(lengths, key=lambda name: lengths[name])
-        if lengths[longest] > limit:
+        if failed and len(failed) == calls:
             raise PactError(
-                f"task {longest}: the prompt has {lengths[longest]} tokens, more than rollout.max_prompt_length={limit}; "
-                "raise it or drop the task"
+                f"all {calls} expert calls of the first tasks return an error, the first {' '.join(failed[0].split())}; "
+                "correct the tools"
             )
-        return f"longest of the first {len(lengths)} prompts: {lengths[longest]} tokens (limit {limit})"
+        if failed:
+            self.warnings.append(f"{len(failed)} of {calls} expert calls return an error, the first {failed[0]}")
+        tasks = min(8, len(self.sample))
+        return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {len(failed)} returned an error"
+
+    def rows(self) -> str:
+        """The check of all rows that training makes before its first step."""
+        from pact_fast.algorithms.registry import make_algorithm
+        from pact_fast.data.sources import FileTasks
+        from pact_fast.train.check_rows import check_rows, rows_to_check
+        from pact_fast.train.progress import Progress
+
+        algorithm, progress = make_algorithm(self.config.algorithm), Progress()
+        try:
+            with progress.rollouts(rows_to_check(self.tasks, self.config), "checking rows") as advance:
+                found = check_rows(self.tasks, self.config, self.renderer, algorithm, advance)
+        finally:
+            progress.close()
+        if isinstance(self.tasks, FileTasks):
+            self.tasks.skip(found.errors)
+            self.sample = self.tasks.train(0, self.config.trainer.prompts_per_step)
+            skipped = self.tasks.skipped
+            if skipped:
+                self.warnings.append(f"{len(skipped):,} rows cannot be used and are skipped; the first: {skipped[0]}")
+        trace = f"; longest with its expert trace: {found.trace:,} tokens" if found.trace else ""
+        return (
+            f"{found.rows:,} rows checked; longest prompt: {found.prompt:,} tokens (limit "
+            f"{self.config.rollout.max_prompt_length:,}){trace}"
+        )
 
     def model(self) -> str:
         import torch

@@ -71,6 +71,11 @@ class DataConfig(Section):
     )
     max_rows: int | None = Field(None, ge=1, description="Read only this many rows of each file.")
     shuffle: bool = Field(True, description="Shuffle the tasks in each epoch, from the seed.")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error",
+        description="A row that cannot be used (docs/data.md) stops the run before its first step, or is skipped and "
+        "listed in `skipped_rows.jsonl` of the run directory.",
+    )
 
 
 class EnvConfig(Section):

@@ -25,11 +25,13 @@ from pact_fast.data.rows import (
     task_from_row,
     type_name,
 )
+from pact_fast.data.schemas import drop_nulls
 from pact_fast.data.types import ExpertTrace, Task, ToolSchema
 from pact_fast.errors import DataError, PactError
 
 __all__ = ["attach_traces", "read_tasks", "read_traces", "tool_schema", "write_tasks"]
 
+NumberedRow = tuple[int, "Row | DataError"]  # line or row number from 1
 PARQUET_BATCH = 256  # rows held both as Arrow and as Python objects
 COMPRESSED = {  # first bytes of a file -> compression
     b"\x1f\x8b": "gzip",
@@ -45,6 +47,7 @@ def read_tasks(
     format: str = "auto",
     max_rows: int | None = None,
     environments: Collection[str] | None = None,
+    on_bad_row: Callable[[DataError], None] | None = None,
 ) -> list[Task]:
     """The tasks of a file, in file order.
 
@@ -56,9 +59,11 @@ def read_tasks(
         format: `pact` (also TRL and verifiers), `verl`, `ftrl`, `toolhop`, or `auto`: detected from the first row.
         max_rows: Read only this many rows; None: all.
         environments: Names that the column `env` may hold; None: any.
+        on_bad_row: Called with the error of a row that cannot be used, which is then left out; None: raise it.
 
     Raises:
-        DataError: A row cannot be used. Names the file, the line (JSONL) or row (others), from 1, and the field.
+        DataError: A row cannot be used, or (with `on_bad_row`) no row can. Names the file, the line (JSONL) or row
+            (others), from 1, and the field.
         PactError: The format is unknown.
     """
     path = Path(path)
@@ -67,16 +72,30 @@ def read_tasks(
     chosen = ROW_FORMATS.get(format)
     tasks: list[Task] = []
     lines: dict[str, int] = {}
-    for line, row in itertools.islice(_rows(path), max_rows):
-        with _add_location(path, line):
-            chosen = chosen or detect_row_format(row)
-            task = task_from_row(chosen.convert(row), f"{chosen.id_prefix or path.stem}-{len(tasks)}")
-            if environments is not None:
-                check_environment(task.env, environments)
-            if task.id in lines:
-                raise DataError(f"{quoted(task.id)} is also the id of row {lines[task.id]}; ids are unique", field="id")
+    errors: list[DataError] = []
+    for number, (line, row) in enumerate(itertools.islice(_rows(path), max_rows)):
+        try:
+            with _add_location(path, line):
+                if isinstance(row, DataError):
+                    raise row
+                chosen = chosen or detect_row_format(row)
+                task = task_from_row(chosen.convert(row), f"{chosen.id_prefix or path.stem}-{number}")
+                if environments is not None:
+                    check_environment(task.env, environments)
+                if task.id in lines:
+                    problem = f"{quoted(task.id)} is also the id of row {lines[task.id]}; ids are unique"
+                    raise DataError(problem, field="id")
+        except DataError as error:
+            if on_bad_row is None:
+                raise
+            errors.append(error)
+            on_bad_row(error)
+            continue
         lines[task.id] = line
+        task.source = str(path), line
         tasks.append(task)
+    if not tasks:
+        raise DataError(f"none of its {len(errors):,} rows can be used; the first: {errors[0]}", file=str(path))
     return tasks
 
 
@@ -89,6 +108,8 @@ def read_traces(path: str | Path) -> dict[str, ExpertTrace]:
     traces: dict[str, ExpertTrace] = {}
     for line, row in _rows(path):
         with _add_location(path, line):
+            if isinstance(row, DataError):
+                raise row
             task_id = read_id(row.get("id"))
             if task_id in traces:
                 raise DataError(f"{quoted(task_id)} has a trace already; keep one per task", field="id")
@@ -184,8 +205,11 @@ def _add_location(place: str | Path, line: int | None = None) -> Iterator[None]:
         raise DataError(error.problem, file=str(place), line=line, field=error.field) from None
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(line or row number from 1, row). The first bytes of the file decide its type, not its name."""
+def _rows(path: Path) -> Iterator[NumberedRow]:
+    """(line or row number from 1, the row or the reason why it cannot be read).
+
+    The first bytes of the file decide its type, not its name.
+    """
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".jsonl", ".json", ".parquet"))
         raise DataError(f"is a folder; name a file in it{', such as ' + inside[0] if inside else ''}", file=str(path))
@@ -200,7 +224,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Row]]:
         raise DataError(f"cannot read: {one_line(error)}", file=str(path)) from None
 
 
-def _not_empty(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
+def _not_empty(path: Path, rows: Iterator[NumberedRow]) -> Iterator[NumberedRow]:
     first = next(rows, None)
     if first is None:
         raise DataError("holds no rows; give a file with at least one", file=str(path))
@@ -208,7 +232,7 @@ def _not_empty(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[in
     yield from rows
 
 
-def _rows_of(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+def _rows_of(path: Path, file: BinaryIO) -> Iterator[NumberedRow]:
     head = file.read(64)
     file.seek(0)
     for magic, name in COMPRESSED.items():
@@ -223,22 +247,26 @@ def _rows_of(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
     return _line_rows(path, file)
 
 
-def _line_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+def _line_rows(path: Path, file: BinaryIO) -> Iterator[NumberedRow]:
     for line, raw in enumerate(file, 1):
-        with _add_location(path, line):
+        try:
             text = _decode(raw).strip()
-            if not text:
-                continue
-            row = _object(read_json(text, ""), "a line")
-        yield line, row
+            row = _object(read_json(text, ""), "a line") if text else None
+        except DataError as error:
+            yield line, error
+        else:
+            if row is not None:
+                yield line, row
 
 
-def _array_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+def _array_rows(path: Path, file: BinaryIO) -> Iterator[NumberedRow]:
     with _add_location(path):
         rows = read_json(_decode(file.read()), "")
     for number, entry in enumerate(rows, 1):
-        with _add_location(path, number):
-            row = _object(entry, "an entry of the array")
+        try:
+            row: Row | DataError = _object(entry, "an entry of the array")
+        except DataError as error:
+            row = error
         yield number, row
 
 
@@ -257,7 +285,7 @@ def _decode(raw: bytes) -> str:
         raise DataError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
 
 
-def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[NumberedRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -268,8 +296,10 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
         for batch in parquet.iter_batches(PARQUET_BATCH):
             for row in range(batch.num_rows):
                 number += 1
-                with _add_location(path, number):
-                    values = {name: _value(batch.column(name)[row], name) for name in names}
+                try:
+                    values: Row | DataError = {name: _value(batch.column(name)[row], name) for name in names}
+                except DataError as error:
+                    values = error
                 yield number, values
     except (pa.ArrowException, ValueError, KeyError) as error:
         # damaged metadata raises UnicodeDecodeError (a ValueError), a repeated column name KeyError
@@ -279,15 +309,7 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
 def _value(scalar: Any, name: str) -> Any:
     """The Python value of an Arrow scalar. Bad UTF-8 and out-of-range times raise ValueError."""
     try:
-        return _drop_nulls(scalar.as_py())
+        # rows.py cleans our own columns: an argument that is required and nullable keeps its null
+        return scalar.as_py() if name in OWN_FIELDS else drop_nulls(scalar.as_py())
     except (ValueError, OverflowError) as error:
         raise DataError(f"cannot be read: {one_line(error)}; write the column again", field=name) from None
-
-
-def _drop_nulls(value: Any) -> Any:
-    """Removes null entries of structs: in parquet, every message and every schema has the keys of all others."""
-    if isinstance(value, dict):
-        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_drop_nulls(item) for item in value]
-    return value

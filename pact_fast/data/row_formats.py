@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pact_fast.data.rows import Row, quoted, read_object
+from pact_fast.data.schemas import drop_nulls
 from pact_fast.errors import DataError
 
 DEFINITION = re.compile(r"^[ \t]*(?:async[ \t]+)?def[ \t]+(\w+)", re.MULTILINE)
@@ -38,10 +39,10 @@ def _verl(row: Row) -> Row:
 
 def _ftrl(row: Row) -> Row:
     """FTRL (docs/method.md, section 7): tool sources and expected substrings become arguments of python_tools."""
-    codes = read_object(row.get("codes"), "codes")
+    codes = drop_nulls(read_object(row.get("codes"), "codes"))
     if not all(isinstance(source, str) for source in codes.values()):
         raise DataError("must hold Python source text for each tool name", field="codes")
-    unsolved = read_object(row.get("unsolved_set"), "unsolved_set")
+    unsolved = drop_nulls(read_object(row.get("unsolved_set"), "unsolved_set"))
     for name, expected in unsolved.items():
         if not isinstance(expected, list) or not all(isinstance(text, str) for text in expected):
             raise DataError(f"{quoted(name)} must hold a list of expected texts", field="unsolved_set")
@@ -54,7 +55,7 @@ def _toolhop(row: Row) -> Row:
 
     Some rows define a tool name twice. The last definition counts, as if all sources were executed in order.
     """
-    by_question = read_object(row.get("tools"), "tools")
+    by_question = drop_nulls(read_object(row.get("tools"), "tools"))
     tools = {_name_of(tool): tool for tool in by_question.values()}
     env_args = {"codes": _sources(row.get("functions"), tools), "scoring": "toolhop"}
     converted = _without(row, "functions") | {

@@ -8,13 +8,30 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from pact_fast.data.types import ExpertTrace, Message, Task, ToolCall, ToolSchema
+from pact_fast.data.keys import MESSAGE, TOOL
+from pact_fast.data.schemas import clean_arguments, drop_nulls, object_schema
+from pact_fast.data.text_calls import calls_in_text
+from pact_fast.data.types import ExpertTrace, Message, Task, ToolCall, ToolSchema, call_id, call_keys
 from pact_fast.errors import DataError
 
 Row = dict[str, Any]
 
 TRACE_FIELDS = ("expert_trace", "trace", "demo")
-OWN_FIELDS = ("id", "prompt", "messages", "tools", *TRACE_FIELDS, "reference_calls", "answer", "env", "env_args")
+SYSTEM_FIELDS = ("system", "system_prompt")
+OWN_FIELDS = (
+    *(
+        "id",
+        "prompt",
+        "messages",
+        *SYSTEM_FIELDS,
+        "tools",
+        *TRACE_FIELDS,
+        "reference_calls",
+        "answer",
+        "env",
+        "env_args",
+    ),
+)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -26,11 +43,14 @@ def task_from_row(row: Row, default_id: str) -> Task:
 
     Raises DataError without file and line, which the caller adds.
     """
+    row = _absent(row)
+    _check_columns(row)
     source = prompt_field(row)
-    prompt, rest = _prompt(row[source], source)
     tools = read_tools(row.get("tools"))
-    trace_field, expert = _trace(row, rest, offset=len(prompt))
-    calls = read_calls(row.get("reference_calls"))
+    prompt, rest = _prompt(row[source], source, tools)
+    trace_field, expert = _trace(row, rest, len(prompt), tools)
+    prompt = _add_system(row, prompt)
+    calls = read_calls(row.get("reference_calls"), tools)
     if expert is not None:
         check_calls(expert.calls, tools, trace_field)
         calls = expert.calls if calls is None else calls
@@ -49,6 +69,46 @@ def task_from_row(row: Row, default_id: str) -> Task:
     )
 
 
+# Columns of lists and objects. Their text "null" means that the row has none, as does the null itself.
+_STRUCTURED = (
+    *("prompt", "messages", *SYSTEM_FIELDS, "tools", *TRACE_FIELDS, "privileged_context", "reference_calls"),
+    *("env", "env_args", "info", "question"),
+)
+_NEVER_ARGUMENTS = ("expert_trace", "reference_calls", "env_args", "tools")  # columns whose misspelling is an error
+
+
+def _absent(row: Row) -> Row:
+    """The row with null for JSON text "null"."""
+    return {
+        name: None if name in _STRUCTURED and isinstance(value, str) and value.strip() == "null" else value
+        for name, value in row.items()
+    }
+
+
+def _check_columns(row: Row) -> None:
+    """DataError for a column that is one of ours, misspelt. Other columns are arguments of reward functions."""
+    for column in row:
+        if column in OWN_FIELDS:
+            continue
+        close = difflib.get_close_matches(column.lower(), _NEVER_ARGUMENTS, n=1, cutoff=0.9)
+        if close and row.get(close[0]) is None and row[column] not in (None, "", [], {}):
+            raise DataError(f"unknown column; did you mean '{close[0]}'? Rename it", field=column)
+
+
+def _add_system(row: Row, prompt: list[Message]) -> list[Message]:
+    """The prompt with the system prompt that stands in a column of its own."""
+    given = [name for name in SYSTEM_FIELDS if row.get(name) not in (None, "")]
+    for name in given:
+        text = row[name]
+        if not isinstance(text, str):
+            raise DataError(f"must be text, the system prompt, found {type_name(text)}", field=name)
+        if prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": text}, *prompt]
+        elif prompt[0]["content"].strip() != text.strip():
+            raise DataError("the prompt has another system message; keep one of the two", field=name)
+    return prompt
+
+
 def prompt_field(row: Row) -> str:
     """The column that holds the prompt: `prompt` or `messages`, else `question`."""
     given = [name for name in ("prompt", "messages") if row.get(name) is not None]
@@ -59,17 +119,28 @@ def prompt_field(row: Row) -> str:
     return given[0] if given else "question"
 
 
-def _prompt(value: Any, field: str) -> tuple[list[Message], list[Message]]:
+def _prompt(value: Any, field: str, tools: Sequence[ToolSchema] | None = None) -> tuple[list[Message], list[Message]]:
     """(prompt, messages after it). Only the column `messages` may continue after the prompt."""
-    if isinstance(value, str) and field != "messages":
+    if isinstance(value, str) and field != "messages" and not _is_messages_text(value, field):
         value = [{"role": "user", "content": value}]
-    messages = read_messages(value, field)
+    messages = read_messages(value, field, tools)
     end = len(messages)
     if field == "messages":
         end = next((i for i, message in enumerate(messages) if message["role"] in ("assistant", "tool")), end)
     prompt = messages[:end]
     _check_prompt(prompt, field)
     return prompt, messages[end:]
+
+
+_MESSAGES_TEXT = re.compile(r"\s*\[?\s*\{\s*[\"'](?:role|content)[\"']\s*:")
+
+
+def _is_messages_text(text: str, field: str) -> bool:
+    """Whether a text is the JSON text of messages. DataError if it only looks like it."""
+    if not _MESSAGES_TEXT.match(text):
+        return False
+    value = read_json(text, field, "begins like a list of messages and is ")
+    return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
 
 
 def _check_prompt(prompt: list[Message], field: str) -> None:
@@ -81,16 +152,18 @@ def _check_prompt(prompt: list[Message], field: str) -> None:
     if not prompt[-1]["content"].strip():
         raise DataError("the user's question is empty; give its text or remove the row", field=field)
     for index, message in enumerate(prompt):
-        if index and message["role"] in ("system", "developer"):
-            raise DataError(f"message {index}: a {message['role']} message must come first", field=field)
+        if index and message["role"] == "system":
+            raise DataError(f"message {index}: a system (or developer) message must come first", field=field)
         if message["role"] == "tool" and prompt[index - 1]["role"] != "tool" and "tool_calls" not in prompt[index - 1]:
             raise DataError(
                 f"message {index}: a tool message must follow an assistant turn with tool calls", field=field
             )
 
 
-def _trace(row: Row, rest: list[Message], offset: int) -> tuple[str, ExpertTrace | None]:
-    """(column that holds the expert trace or '', the trace or None)."""
+def _trace(
+    row: Row, rest: list[Message], offset: int, tools: Sequence[ToolSchema] | None
+) -> tuple[str, ExpertTrace | None]:
+    """(column that holds the expert trace or '', the trace or None). Errors count messages of the prompt's column on."""
     found = {name: row[name] for name in TRACE_FIELDS if row.get(name) not in (None, "", [])}
     if _is_conversation(row.get("privileged_context")):
         found["privileged_context"] = row["privileged_context"]
@@ -100,7 +173,7 @@ def _trace(row: Row, rest: list[Message], offset: int) -> tuple[str, ExpertTrace
         names = ", ".join(f"'{name}'" for name in found)
         raise DataError(f"the row has several expert traces ({names}); keep one", field=list(found)[-1])
     for name, value in found.items():
-        return name, read_trace(value, name, offset if name == "messages" else 0)
+        return name, read_trace(value, name, offset if name == "messages" else 0, tools)
     return "", None
 
 
@@ -109,89 +182,126 @@ def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(m, dict) and m.get("role") == "assistant" for m in value)
 
 
-def read_trace(value: Any, field: str, offset: int = 0) -> ExpertTrace:
+def read_trace(value: Any, field: str, offset: int = 0, tools: Sequence[ToolSchema] | None = None) -> ExpertTrace:
     """The expert trace in messages (a list, or its JSON text); errors count messages from `offset`."""
-    messages = read_messages(value, field)
+    messages = read_messages(value, field, tools)
     try:
-        trace = ExpertTrace.from_messages(messages)
+        return ExpertTrace.from_messages(messages)
     except ValueError as error:
         problem = re.sub(r"^message (\d+)", lambda m: f"message {int(m[1]) + offset}", one_line(error))
         cure = "a trace is assistant turns, each with one tool message per call, then at most one final answer"
         raise DataError(f"{problem}; {cure}", field=field) from None
-    _check_observations(messages, field, offset)
-    return trace
 
 
-def _check_observations(messages: list[Message], field: str, offset: int) -> None:
-    """Observations are paired with calls by position; ids and names must agree with the pairing, if given."""
-    waiting: list[Message] = []
-    for index, message in enumerate(messages, offset):
-        if message["role"] == "assistant":
-            waiting = list(message.get("tool_calls", []))
-            continue
-        call = waiting.pop(0)
-        pairs = ((message.get("tool_call_id"), call.get("id")), (message.get("name"), call["function"]["name"]))
-        for found, expected in pairs:
-            if found is not None and expected is not None and found != expected:
-                raise DataError(
-                    f"message {index} answers {quoted(found)} where {quoted(expected)} was called; "
-                    "put tool messages in the order of the calls",
-                    field=field,
-                )
-
-
-def read_messages(value: Any, field: str) -> list[Message]:
-    """Messages (a list, or its JSON text), normalised: text contents, arguments as objects, no null entries."""
+def read_messages(value: Any, field: str, tools: Sequence[ToolSchema] | None = None) -> list[Message]:
+    """Messages (a list, or its JSON text), normalised: our keys, text contents, arguments as objects, no padding."""
     if isinstance(value, str):
         value = read_json(value, field)
     if not isinstance(value, list):
         raise DataError(f"must be a list of messages, found {type_name(value)}", field=field)
-    return [_message(message, index, field) for index, message in enumerate(value)]
+    return [_message(message, index, field, tools) for index, message in enumerate(value)]
 
 
-def _message(message: Any, index: int, field: str) -> Message:
+def _message(message: Any, index: int, field: str, tools: Sequence[ToolSchema] | None) -> Message:
     def fail(problem: str) -> DataError:
         return DataError(f"message {index}: {problem}", field=field)
 
     if not isinstance(message, dict):
         raise fail(f"must be an object with 'role' and 'content', found {type_name(message)}")
-    if message.get("role") not in ROLES:
+    if message.get("role") not in ROLES and (message.get("role") != "function" or not message.get("name")):
         raise fail(f"role {quoted(message.get('role'))} is unknown; use one of {', '.join(ROLES)}")
-    clean = {key: value for key, value in message.items() if value is not None}
-    clean["content"] = _content(clean.get("content", ""), clean["role"], fail)
-    for key in ("reasoning_content", "reasoning"):
-        if not isinstance(clean.get(key, ""), str):
-            raise fail(f"'{key}' must be text, found {type_name(clean[key])}")
-    calls = clean.pop("tool_calls", [])
-    if not isinstance(calls, list):
-        raise fail(f"'tool_calls' must be a list, found {type_name(calls)}")
-    if calls and clean["role"] != "assistant":
-        raise fail(f"a {clean['role']} message cannot have tool calls; only assistant messages can")
-    if calls:
-        clean["tool_calls"] = [_call_entry(call, index, field) for call in calls]
+    try:
+        clean = MESSAGE.read(message)
+    except ValueError as error:
+        raise fail(one_line(error)) from None
+    role = clean["role"] = _ROLE_NAMES.get(clean["role"], clean["role"])
+    content, reasoning = _content(clean.get("content", ""), role, fail)
+    clean["content"] = content
+    if not isinstance(clean.get("reasoning_content", ""), str):
+        name = next(name for name, item in message.items() if item is clean["reasoning_content"])
+        raise fail(f"'{name}' must be text, found {type_name(clean['reasoning_content'])}")
+    if reasoning:
+        clean["reasoning_content"] = "\n".join(filter(None, (clean.get("reasoning_content"), *reasoning)))
+    if "tool_call_id" in clean:
+        clean["tool_call_id"] = call_id(clean["tool_call_id"])
+    calls = _calls_of(clean, fail)
+    if calls and role != "assistant":
+        raise fail(f"a {role} message cannot have tool calls; only assistant messages can")
+    entries = [_call_entry(call, index, field, tools) for call in calls]
+    if role == "assistant":
+        entries, clean["content"] = _add_calls_in_text(entries, content, index, field, tools)
+    if entries:
+        clean["tool_calls"] = entries
     return clean
 
 
-def _content(content: Any, role: str, fail: Callable[[str], DataError]) -> str:
+_ROLE_NAMES = {"developer": "system", "function": "tool"}  # roles that few templates know -> ours
+
+
+def _calls_of(message: Message, fail: Callable[[str], DataError]) -> list[Any]:
+    """Takes the calls out of a message. `function_call` is OpenAI's older form of a single call."""
+    calls, single = message.pop("tool_calls", None) or [], message.pop("function_call", None)
+    if isinstance(calls, str):
+        calls = read_json(calls, "tool_calls")
+    if isinstance(calls, dict):
+        calls = [calls]
+    if not isinstance(calls, list):
+        raise fail(f"'tool_calls' must be a list, found {type_name(calls)}")
+    if single and calls:
+        raise fail("has 'function_call' and 'tool_calls'; keep 'tool_calls'")
+    return [single] if single else calls
+
+
+def _add_calls_in_text(
+    entries: list[Message], content: str, index: int, field: str, tools: Sequence[ToolSchema] | None
+) -> tuple[list[Message], str]:
+    """(calls, content without them): calls may stand in the text of an assistant message, in the form of a model."""
+    try:
+        found, rest = calls_in_text(content, [tool["function"]["name"] for tool in tools or []])
+    except ValueError as error:
+        raise DataError(f"message {index}: {one_line(error)}", field=field) from None
+    if not found:
+        return entries, content
+    written = [_call_entry(call, index, field, tools) for call in found]
+    if entries and [e["function"] for e in entries] != [e["function"] for e in written]:
+        raise DataError(f"message {index}: 'content' holds other calls than 'tool_calls'; keep one", field=field)
+    return entries or written, rest
+
+
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+_REASONING_PARTS = ("thinking", "reasoning", "reasoning_text")
+
+
+def _content(content: Any, role: str, fail: Callable[[str], DataError]) -> tuple[str, list[str]]:
+    """(text of the content, texts of its reasoning parts)."""
+    reasoning: list[str] = []
     if isinstance(content, dict) and role == "tool":
         content = json.dumps(content, ensure_ascii=False)
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise fail("'content' has a part without text; only text parts can be used")
-        content = "".join(part["text"] for part in content)
+        texts: list[str] = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else "text"
+            text = next(
+                (part[k] for k in ("text", kind) if isinstance(part, dict) and isinstance(part.get(k), str)), None
+            )
+            if text is None or kind not in (*_TEXT_PARTS, *_REASONING_PARTS):
+                raise fail("'content' has a part without text; only text parts can be used")
+            (reasoning if kind in _REASONING_PARTS else texts).append(text)
+        content = "".join(texts)
     if not isinstance(content, str):
         raise fail(f"'content' must be text, found {type_name(content)}")
     if "\0" in content:
         raise fail("'content' has a NUL character; remove it")
-    return content
+    return content, reasoning
 
 
-def _call_entry(call: Any, index: int, field: str) -> Message:
-    entry = {"type": "function", "function": _call(call, f"message {index}", field).to_json()}
-    return entry | ({"id": call["id"]} if isinstance(call.get("id"), str) else {})
+def _call_entry(call: Any, index: int, field: str, tools: Sequence[ToolSchema] | None) -> Message:
+    entry = {"type": "function", "function": _call(call, f"message {index}", field, tools).to_json()}
+    found = call_id(call_keys(call).get("id"))
+    return entry | ({"id": found} if found is not None else {})
 
 
-def read_calls(value: Any) -> list[ToolCall] | None:
+def read_calls(value: Any, tools: Sequence[ToolSchema] | None = None) -> list[ToolCall] | None:
     """The column `reference_calls`: a list of {"name", "arguments"}, or its JSON text; None if the row has none."""
     if value is None or value == "":
         return None
@@ -199,18 +309,21 @@ def read_calls(value: Any) -> list[ToolCall] | None:
         value = read_json(value, "reference_calls")
     if not isinstance(value, list):
         raise DataError(f'must be a list of {{"name", "arguments"}}, found {type_name(value)}', field="reference_calls")
-    return [_call(call, f"call {index}", "reference_calls") for index, call in enumerate(value)]
+    return [_call(call, f"call {index}", "reference_calls", tools) for index, call in enumerate(value)]
 
 
-def _call(call: Any, where: str, field: str) -> ToolCall:
-    body = call.get("function", call) if isinstance(call, dict) else None
-    if isinstance(body, dict) and isinstance(body.get("arguments"), str):
-        arguments = read_json(body["arguments"] or "{}", field, f"{where}: the arguments are ")
-        call = {"name": body.get("name"), "arguments": arguments}
+def _call(call: Any, where: str, field: str, tools: Sequence[ToolSchema] | None) -> ToolCall:
     try:
-        return ToolCall.from_message(call)
+        body = call_keys(call)
+        if isinstance(body.get("arguments"), str):
+            body["arguments"] = read_json(body["arguments"] or "{}", field, f"{where}: the arguments are ")
+        found = ToolCall.from_message(body)
     except ValueError as error:
         raise DataError(f'{where}: {one_line(error)}; write {{"name": …, "arguments": {{…}}}}', field=field) from None
+    schema = next(
+        (tool["function"]["parameters"] for tool in tools or [] if tool["function"]["name"] == found.name), None
+    )
+    return ToolCall(found.name, clean_arguments(found.arguments, schema))
 
 
 def check_calls(calls: Sequence[ToolCall], tools: Sequence[ToolSchema] | None, field: str) -> None:
@@ -247,22 +360,32 @@ def _tool(tool: Any, index: int) -> ToolSchema:
     def fail(problem: str) -> DataError:
         return DataError(f"tool {index}: {problem}", field="tools")
 
-    body = tool.get("function", tool) if isinstance(tool, dict) else tool
-    if not isinstance(body, dict):
-        raise fail(f"must be an object, found {type_name(body)}")
+    tool = tool.get("function") or tool if isinstance(tool, dict) else tool
+    if not isinstance(tool, dict):
+        raise fail(f"must be an object, found {type_name(tool)}")
+    try:
+        body = TOOL.read(tool)
+    except ValueError as error:
+        raise fail(one_line(error)) from None
     name = body.get("name")
     if not isinstance(name, str) or not name.strip():
         raise fail(f"'name' must be non-empty text, found {quoted(name)}")
     if not isinstance(body.get("description") or "", str):
         raise fail(f"'description' must be text, found {type_name(body['description'])}")
-    parameters = body.get("parameters") or {"type": "object", "properties": {}}
-    if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
+    parameters = body.get("parameters") or {}
+    if isinstance(parameters, str):
+        parameters = read_json(parameters, "tools", f"tool {index}: 'parameters' is ") or {}
+    if not isinstance(parameters, dict):
+        raise fail("'parameters' must be a JSON schema of type 'object'")
+    try:
+        parameters = object_schema(drop_nulls(parameters))
+    except ValueError as error:
+        raise fail(one_line(error)) from None
+    if parameters.get("type", "object") != "object":
         raise fail("'parameters' must be a JSON schema of type 'object'")
     if not isinstance(parameters.get("properties", {}), dict):
         raise fail(f"'parameters.properties' must be an object, found {type_name(parameters['properties'])}")
-    # A bare schema may carry the wrapper's "type".
-    function = {key: value for key, value in body.items() if key != "type"}
-    return {"type": "function", "function": {**function, "parameters": parameters}}
+    return {"type": "function", "function": {**drop_nulls(body), "parameters": parameters}}
 
 
 def read_id(value: Any, default: str | None = None) -> str:
@@ -311,7 +434,7 @@ def _env(value: Any) -> str | None:
 
 
 def _env_args(value: Any) -> dict[str, Any]:
-    return {} if value is None else read_object(value, "env_args")
+    return {} if value in (None, "") else drop_nulls(read_object(value, "env_args"))
 
 
 def _column(name: str, value: Any) -> Any:

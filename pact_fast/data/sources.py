@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from pact_fast.config import DataConfig
 from pact_fast.data.readers import attach_traces, read_tasks, read_traces
 from pact_fast.data.types import Task
+from pact_fast.errors import DataError
 
 
 class TaskSource(Protocol):
@@ -31,13 +32,16 @@ class FileTasks:
         environments: Names that the column `env` may hold.
 
     Raises:
-        DataError: A file cannot be read, or a row is wrong; the message names file, line and field.
+        DataError: A file cannot be read, or a row is wrong; the message names file, line and field. With
+            data.on_bad_row=skip such rows are left out and listed in `skipped`.
     """
 
     def __init__(self, data: DataConfig, seed: int, environments: Collection[str]):
         assert data.train is not None
-        self._tasks = read_tasks(data.train, data.format, data.max_rows, environments)
-        self._eval = read_tasks(data.eval, data.format, data.max_rows, environments) if data.eval else []
+        self.skipped: list[DataError] = []
+        on_bad_row = self.skipped.append if data.on_bad_row == "skip" else None
+        self._tasks = read_tasks(data.train, data.format, data.max_rows, environments, on_bad_row)
+        self._eval = read_tasks(data.eval, data.format, data.max_rows, environments, on_bad_row) if data.eval else []
         if data.expert:
             known = {task.id for task in self._tasks}
             traces = read_traces(data.expert)
@@ -45,6 +49,26 @@ class FileTasks:
             attach_traces(self._tasks, {i: t for i, t in traces.items() if i in known} if data.max_rows else traces)
         self._seed, self._shuffle = seed, data.shuffle
         self._order: tuple[int, np.ndarray] | None = None  # (epoch, permutation) of the last look-up
+
+    def skip(self, errors: Mapping[int, DataError]) -> None:
+        """Leave tasks out, given as {position in the order of `__iter__`: the reason}.
+
+        Raises:
+            DataError: No training task is left, or no held-out task where there were some.
+        """
+        self.skipped += errors.values()
+        first = len(self._tasks)
+        train = [task for position, task in enumerate(self._tasks) if position not in errors]
+        held_out = [task for position, task in enumerate(self._eval, first) if position not in errors]
+        for before, left in ((self._tasks, train), (self._eval, held_out)):
+            if before and not left:
+                file = before[0].source[0] if before[0].source else ""
+                reason = next(iter(errors.values())) if before is self._tasks else errors[first]
+                raise DataError(f"none of its {len(before):,} tasks can be used; the first: {reason}", file=file)
+        self._tasks, self._eval = train, held_out
+
+    def __len__(self) -> int:
+        return len(self._tasks) + len(self._eval)
 
     def __iter__(self) -> Iterator[Task]:
         """All training tasks, then all held-out tasks."""

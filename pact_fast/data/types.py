@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
+
+from pact_fast.data.keys import CALL
 
 Message = dict[str, Any]  # OpenAI chat message: role, content; optional: tool_calls, reasoning_content, tool_call_id
 ToolSchema = dict[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
@@ -28,24 +31,41 @@ class ToolCall:
     def from_message(cls, call: dict[str, Any]) -> ToolCall:
         """From an OpenAI `tool_calls` entry or a bare {"name", "arguments"}; arguments may be a JSON string.
 
-        Raises ValueError if the call is malformed.
+        Other projects' names of the keys are read, too (data/keys.py). Raises ValueError if the call is malformed.
         """
-        if not isinstance(call, dict):
-            raise ValueError(f"a tool call must be an object, not {type(call).__name__}")
-        body = call.get("function", call)
-        if not isinstance(body, dict) or not isinstance(body.get("name"), str):
+        body = call_keys(call)
+        name = body.get("name")
+        if not isinstance(name, str):
             raise ValueError("a tool call needs a string 'name'")
         arguments = body.get("arguments")
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments or "{}")
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"the arguments of '{body['name']}' are not JSON: {error}") from None
+                raise ValueError(f"the arguments of '{name}' are not JSON: {error}") from None
         if arguments is None:
             arguments = {}
         if not isinstance(arguments, dict):
-            raise ValueError(f"the arguments of '{body['name']}' must be an object, not {type(arguments).__name__}")
-        return cls(body["name"], arguments)
+            raise ValueError(f"the arguments of '{name}' must be an object, not {type(arguments).__name__}")
+        return cls(name, arguments)
+
+
+def call_keys(call: Any) -> dict[str, Any]:
+    """The entries of a tool call under our names: id, name, arguments. ValueError if it has others.
+
+    `function` is OpenAI's wrapper, or the name of the tool.
+    """
+    if not isinstance(call, dict):
+        raise ValueError(f"a tool call must be an object, not {type(call).__name__}")
+    function = call.get("function")
+    if function is None:
+        return CALL.read(call)
+    outside = {key: item for key, item in call.items() if key != "function"}
+    if isinstance(function, str):
+        return CALL.read({"name": function, **outside})
+    if not isinstance(function, dict):
+        raise ValueError("a tool call needs a string 'name'")
+    return CALL.read(outside) | CALL.read(function)
 
 
 @dataclass(frozen=True)
@@ -80,8 +100,9 @@ class ExpertTrace:
     def from_messages(cls, messages: Sequence[Message]) -> ExpertTrace:
         """From the assistant and tool messages after the prompt.
 
-        A last assistant message without tool calls is the final answer. Reasoning is `reasoning_content`, or the text
-        inside <think>…</think> of the content. Raises ValueError that names the message that is wrong.
+        A last assistant message without tool calls is the final answer. Tool messages are paired with calls by id where
+        both have ids, else by position. Reasoning: see `split_reasoning`. Raises ValueError that names the message that
+        is wrong.
         """
         turns: list[ExpertTurn] = []
         answer, answer_reasoning = None, ""
@@ -94,10 +115,10 @@ class ExpertTrace:
             reasoning, content = split_reasoning(message)
             calls = tuple(_calls(message, index))
             index += 1
-            observations: list[str] = []
+            first = index
             while index < len(messages) and isinstance(messages[index], dict) and messages[index].get("role") == "tool":
-                observations.append(text_of(messages[index].get("content")))
                 index += 1
+            observations = messages[first:index]
             if not calls:
                 if observations or index < len(messages):
                     raise ValueError(
@@ -109,7 +130,9 @@ class ExpertTrace:
                 raise ValueError(
                     f"message {index - 1}: {len(calls)} tool calls but {len(observations)} tool messages after them"
                 )
-            turns.append(ExpertTurn(reasoning, calls, tuple(observations), content))
+            paired = _pair_observations(message["tool_calls"], calls, observations, first)
+            texts = tuple(text_of(observation.get("content")) for observation in paired)
+            turns.append(ExpertTurn(reasoning, calls, texts, content))
         return cls(tuple(turns), answer, answer_reasoning)
 
     def to_messages(self) -> list[Message]:
@@ -144,14 +167,82 @@ def text_of(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False)
 
 
+# Where reasoning begins and ends in the text of a message, in the spellings of several model families.
+_THINK = re.compile(r"<think(?:ing)?>|\[THINK\]|◁think▷", re.IGNORECASE)
+_END_THINK = re.compile(r"</think(?:ing)?>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+
+
 def split_reasoning(message: Message) -> tuple[str, str]:
-    """(reasoning, visible content) of an assistant message."""
-    content = text_of(message.get("content"))
-    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-    if not reasoning and content.lstrip().startswith("<think>") and "</think>" in content:
-        inside, content = content.split("</think>", 1)
-        reasoning = inside.lstrip().removeprefix("<think>")
-    return str(reasoning).strip(), content.strip()
+    """(reasoning, visible content) of an assistant message.
+
+    Reasoning is `reasoning_content` (also called `reasoning` or `thinking`) and the marked text of the content. A closing
+    marker alone ends reasoning that began with the message (the template has opened it); an opening marker alone begins
+    reasoning that the end of the message ends.
+    """
+    given = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking") or ""
+    marked, content = _split_marked(text_of(message.get("content")))
+    parts = [part for part in (str(given).strip(), *marked) if part]
+    return "\n".join(dict.fromkeys(parts)), content.strip()
+
+
+def _split_marked(text: str) -> tuple[list[str], str]:
+    """(texts of the reasoning blocks, the text outside of them)."""
+    reasoning: list[str] = []
+    visible = ""
+    while (begin := _THINK.search(text)) or _END_THINK.search(text):
+        end = _END_THINK.search(text, begin.end() if begin else 0)
+        alone = _END_THINK.search(text, 0, begin.start() if begin else len(text))
+        if alone and not visible and not reasoning:  # closes a block that the template has opened
+            begin, end = None, alone
+        elif alone:  # a stray marker
+            visible, text = visible + text[: alone.start()], text[alone.end() :]
+            continue
+        start, inside = (begin.start(), begin.end()) if begin else (0, 0)
+        visible += text[:start]
+        reasoning.append(text[inside : end.start() if end else len(text)].strip())
+        text = text[end.end() :] if end else ""
+    return reasoning, visible + text
+
+
+def _pair_observations(
+    entries: Sequence[dict[str, Any]], calls: Sequence[ToolCall], observations: Sequence[Message], first: int
+) -> list[Message]:
+    """The tool messages of a turn, one per call, in the order of the calls.
+
+    Args:
+        entries: The calls as they stand in the message, with their ids.
+        calls: The calls.
+        observations: As many tool messages.
+        first: Index of the first of them, for messages.
+
+    Raises:
+        ValueError: Ids or names do not fit each other.
+    """
+    ids = [call_id(call_keys(entry).get("id")) for entry in entries]
+    answered = [call_id(observation.get("tool_call_id")) for observation in observations]
+    paired = list(observations)
+    if None not in ids and None not in answered and len(set(ids)) == len(ids):
+        for index, found in enumerate(answered):
+            if found not in ids:
+                raise ValueError(f"message {first + index} answers {found!r}, which is the id of no call before it")
+            if found in answered[:index]:
+                raise ValueError(f"message {first + index} answers {found!r}, which has an answer already")
+        paired = [observations[answered.index(found)] for found in ids]
+    for call, observation, found, expected in zip(
+        calls, paired, (call_id(observation.get("tool_call_id")) for observation in paired), ids, strict=True
+    ):
+        for given, wanted in ((found, expected), (observation.get("name"), call.name)):
+            if given is not None and wanted is not None and given != wanted:
+                at = first + next(i for i, message in enumerate(observations) if message is observation)
+                raise ValueError(f"message {at} answers {given!r} where {wanted!r} was called; give both the call's id")
+    return paired
+
+
+def call_id(value: Any) -> str | None:
+    """The id of a call as text: 1, 1.0 and "1" are the same id; None: it has none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return None if value is None or value == "" else str(value)
 
 
 def _calls(message: Message, index: int) -> list[ToolCall]:
@@ -174,6 +265,7 @@ class Task:
     env              name of a registered environment; None: that of the configuration
     env_args         arguments of the environment for this task
     columns          all further columns of the data row, for the user's reward functions
+    source           (file, line or row number from 1) that the task was read from, for messages
     """
 
     id: str
@@ -185,6 +277,7 @@ class Task:
     env: str | None = None
     env_args: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, Any] = field(default_factory=dict)
+    source: tuple[str, int] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass

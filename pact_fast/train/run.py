@@ -25,9 +25,10 @@ from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.chat.rendering import make_renderer
 from pact_fast.chat.template_check import check_template
 from pact_fast.config import Config
+from pact_fast.data.sources import FileTasks
 from pact_fast.distributed.world import init_world
 from pact_fast.envs.registry import EnvironmentFactory, make_tasks
-from pact_fast.errors import PactError
+from pact_fast.errors import DataError, PactError
 from pact_fast.model import lora
 from pact_fast.model.adapter import adapter_tensors
 from pact_fast.model.build import check_context, make_model, make_policy
@@ -40,6 +41,7 @@ from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.registry import engine_builder, make_engine
 from pact_fast.train import checkpoint
+from pact_fast.train.check_rows import check_rows, rows_to_check, write_skipped
 from pact_fast.train.collect import RolloutCollector
 from pact_fast.train.evaluate import Evaluator
 from pact_fast.train.learner import Learner, PacksTooLarge
@@ -111,6 +113,7 @@ class Trainer:
         self.tokenizer = make_tokenizer(config.model, self.tasks, self.run / "tokenizer")
         self.renderer = make_renderer(config.model, self.tokenizer)
         check_template(self.renderer)
+        self._check_rows()
         self.shutdown = GracefulShutdown()
         self._skipped = 0  # consecutive skipped updates
 
@@ -224,6 +227,23 @@ class Trainer:
         saved = self.run / "tokenizer"
         if not saved.exists():
             atomic_save_pretrained(make_tokenizer(self.config.model, self.tasks, saved), saved)
+
+    def _check_rows(self) -> None:
+        """Check all rows on rank 0; every rank leaves the same ones out. DataError if a row is wrong and not skipped."""
+        found: dict[int, tuple[str, str, int | None, str]] = {}
+
+        def check() -> None:
+            with self.progress.phase("checking rows", rows_to_check(self.tasks, self.config)) as advance:
+                errors = check_rows(self.tasks, self.config, self.renderer, self.algorithm, lambda: advance("")).errors
+            found.update({i: (error.problem, error.file, error.line, error.field) for i, error in errors.items()})
+
+        self._run_on_main(check, "the check of the rows")
+        found = self.world.broadcast_from_main(lambda: found, "the skipped rows")
+        if isinstance(self.tasks, FileTasks):
+            self.tasks.skip({i: DataError(p, file=f, line=n, field=c) for i, (p, f, n, c) in found.items()})
+            skipped = self.tasks.skipped
+            if self.world.is_main and (note := write_skipped(skipped, self.run)):
+                self.progress.note(note)
 
     def _newest_checkpoint(self) -> Path | None:
         """The checkpoint to resume from, chosen by rank 0."""

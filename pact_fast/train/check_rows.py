@@ -1,0 +1,116 @@
+"""Checks every row of the data before the first step, so that a bad row does not end a run after hours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pact_fast.algorithms.base import Algorithm
+from pact_fast.chat.rendering import ChatRenderer
+from pact_fast.chat.row_check import RowCheck, RowLimits
+from pact_fast.components import LossContext
+from pact_fast.config import Config
+from pact_fast.data.sources import FileTasks, TaskSource
+from pact_fast.data.types import Task
+from pact_fast.envs.registry import environment_name
+from pact_fast.errors import DataError
+from pact_fast.model.build import architecture
+from pact_fast.train.run_dir import io_errors
+
+SKIPPED_ROWS = "skipped_rows.jsonl"  # in the run directory
+
+
+@dataclass(frozen=True)
+class CheckedRows:
+    """Result of the check.
+
+    rows    rows that were checked
+    errors  {position in the order of the task source: error} of rows to be skipped
+    traces  rows with an expert trace
+    prompt  tokens of the longest prompt (in bytes)
+    trace   tokens of the longest prompt with its trace (in bytes); 0: no trace is trained on
+    """
+
+    rows: int
+    errors: Mapping[int, DataError]
+    traces: int
+    prompt: int
+    trace: int
+
+
+def check_rows(
+    tasks: TaskSource,
+    config: Config,
+    renderer: ChatRenderer,
+    algorithm: Algorithm,
+    advance: Callable[[], object] = lambda: None,
+) -> CheckedRows:
+    """Render, check and measure every task of the files; of generated tasks, those of the first step.
+
+    Args:
+        tasks: The run's tasks.
+        config: Limits, algorithm, environment, and data.on_bad_row.
+        renderer: Renders prompts and traces.
+        algorithm: States whether traces are trained on, and rollouts sampled.
+        advance: Called after each row.
+
+    Raises:
+        DataError: A row cannot be trained on, unless data.on_bad_row=skip.
+    """
+    check = RowCheck(renderer, row_limits(config, algorithm))
+    env = environment_name(config.env, config.data)
+    from_files = isinstance(tasks, FileTasks)
+    errors: dict[int, DataError] = {}
+    rows = 0
+    chosen: Iterable[Task] = tasks if isinstance(tasks, FileTasks) else tasks.train(0, config.trainer.prompts_per_step)
+    for position, task in enumerate(chosen):
+        rows += 1
+        try:
+            check.check(task, task.env or env)
+        except DataError as error:
+            if config.data.on_bad_row == "error" or not from_files:
+                raise
+            errors[position] = error
+        advance()
+    prompt = check.tokens(check.longest[1])[0] if check.longest else 0
+    trace = sum(check.tokens(check.longest_trace[1])) if check.longest_trace else 0
+    return CheckedRows(rows, errors, check.traces, prompt, trace)
+
+
+def rows_to_check(tasks: TaskSource, config: Config) -> int:
+    """How many rows `check_rows` checks."""
+    return len(tasks) if isinstance(tasks, FileTasks) else config.trainer.prompts_per_step
+
+
+def row_limits(config: Config, algorithm: Algorithm) -> RowLimits:
+    """The limits of a run's rows."""
+    contexts = {context for route in algorithm.routes(with_trace=True) for context in route.contexts}
+    traced = bool(contexts & {LossContext.TRACE, LossContext.EXPERT})
+    rendering = config.algorithm.trace.rendering if LossContext.TRACE in contexts else "turns"
+    rollout = config.rollout
+    window = getattr(architecture(config.model).get_text_config(), "max_position_embeddings", None)
+    if window and rollout.max_prompt_length + rollout.max_completion_length > window:
+        window = None  # no row is to blame: `build.check_context` refuses the settings
+    return RowLimits(
+        prompt=rollout.max_prompt_length,
+        window=window,
+        completion=rollout.max_completion_length if algorithm.needs_rollouts else 0,
+        trace=rendering if traced else None,
+        required=not algorithm.needs_rollouts,
+    )
+
+
+def write_skipped(errors: list[DataError], run: Path) -> str | None:
+    """List skipped rows in the run directory. Returns a line for people; None, and no file, if none was skipped."""
+    path = run / SKIPPED_ROWS
+    with io_errors(path):
+        path.unlink(missing_ok=True)
+        if not errors:
+            return None
+        lines = [
+            {"file": error.file, "line": error.line, "field": error.field, "problem": error.problem} for error in errors
+        ]
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return f"skipped {len(errors):,} rows that cannot be used (data.on_bad_row=skip); they are listed in {path}"
