@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from pact_fast.data.absent import answer_text
 from pact_fast.data.types import ExpertTrace, Message, Task, ToolCall, ToolSchema
 from pact_fast.errors import DataError
 
@@ -276,10 +277,8 @@ def read_id(value: Any, default: str | None = None) -> str:
 
 
 def _answer(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int | float):
-        return str(value)
+    if value is None or isinstance(value, str | int | float):
+        return answer_text(value)
     raise DataError(
         f"must be text, found {type_name(value)}; keep other shapes in a column of another name", field="answer"
     )
