@@ -334,7 +334,13 @@ def test_functions_get_trls_keywords_and_none_is_not_counted(rewards_file: str) 
     prompt = [{"role": "user", "content": "q"}]
     assert calls == [
         "length",
-        ([prompt, prompt], [[0, 1], [0, 1, 2]], ["x", None], [3, None], ["completions", "log_extra", "log_metric", "other", "trainer_state"]),
+        (
+            [prompt, prompt],
+            [[0, 1], [0, 1, 2]],
+            ["x", None],
+            [3, None],
+            ["completions", "log_extra", "log_metric", "other", "trainer_state"],
+        ),
     ]
 
 

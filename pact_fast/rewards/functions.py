@@ -60,7 +60,7 @@ def call_reward_functions(
     if not functions:
         return rewards
     columns = {key: None for task in tasks for key in task.columns}
-    arguments = {
+    arguments: dict[str, list[Any]] = {
         **{key: [task.columns.get(key) for task in tasks] for key in columns},
         "answer": [task.answer for task in tasks],
         "prompts": [task.prompt for task in tasks],

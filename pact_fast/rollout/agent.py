@@ -273,9 +273,7 @@ class AgentLoop:
         state = running.pop(index)
         trajectory = state.finish(stop)
         # ask the instance that served the calls: an environment may judge its own final state
-        trajectory.env_rewards = dict(
-            state.env.reward(*_for_environment(state.env, (state.job.task, trajectory)))
-        )
+        trajectory.env_rewards = dict(state.env.reward(*_for_environment(state.env, (state.job.task, trajectory))))
         if on_finish:
             on_finish(index, trajectory)
         return trajectory

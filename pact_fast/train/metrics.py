@@ -75,7 +75,9 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     }
     for part in sorted({key for t in trajectories for key in t.reward_parts}):
         # over the rollouts that the part applies to: a function that returns None leaves no entry
-        values[f"reward/{part}"] = float(np.mean([t.reward_parts[part] for t in trajectories if part in t.reward_parts]))
+        values[f"reward/{part}"] = float(
+            np.mean([t.reward_parts[part] for t in trajectories if part in t.reward_parts])
+        )
     if "reward/success" in values:
         values["success"] = values["reward/success"]
     for reason in sorted({t.stop_reason for t in trajectories}):
