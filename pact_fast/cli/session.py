@@ -108,8 +108,8 @@ def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> 
         rate = success_rate(trajectories)
         means = reward_means(trajectories)
         result[name] = {
-            **means, "temperature": temperature, "samples": len(trajectories),
-            "success": rate.to_json() if rate.n else None,
+            "temperature": temperature, "samples": len(trajectories), "success": None,
+            "interval": [rate.low, rate.high] if rate.n else None, **means,
         }  # fmt: skip
         parts = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
         progress.note(f"{sampling(temperature)}, {len(trajectories)} samples: success {rate}  {parts}")

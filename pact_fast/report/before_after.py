@@ -34,11 +34,12 @@ class Rate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One kind of evaluation (sampled or greedy), before and after training."""
+    """One kind of evaluation (sampled or greedy), before and after training. `conditions`: how it sampled, in words."""
 
     label: str
     base: Rate | None
     trained: Rate | None
+    conditions: str = ""
 
     @property
     def change(self) -> Rate | None:
@@ -85,7 +86,7 @@ def comparisons(summary: dict[str, Any]) -> list[Comparison]:
     keys = [("Sampled", "base_success", "success"), ("Greedy", "base_greedy", "greedy")]
     both = [
         Comparison(
-            label + _conditions(summary.get(a), summary.get(b)), Rate.read(summary.get(a)), Rate.read(summary.get(b))
+            label, Rate.read(summary.get(a)), Rate.read(summary.get(b)), _conditions(summary.get(a), summary.get(b))
         )
         for label, a, b in keys
     ]
@@ -93,13 +94,12 @@ def comparisons(summary: dict[str, Any]) -> list[Comparison]:
 
 
 def _conditions(*sides: Any) -> str:
-    """` (temperature 1, 250 samples)` of an evaluation, as far as its summary says; values that differ are both named."""
+    """`temperature 1, 250 samples`, as far as the summaries of an evaluation say. Values that differ are both named."""
     given = [side for side in sides if isinstance(side, dict)]
     temperatures = _distinct(side.get("temperature") for side in given)
     counts = _distinct(side.get("n") for side in given)
-    parts = [f"temperature {temperatures}" if temperatures != "0" else "", f"{counts} samples"]
-    parts = [part for part, known in zip(parts, (temperatures, counts), strict=True) if part and known]
-    return f" ({', '.join(parts)})" if parts else ""
+    parts = [f"temperature {temperatures}"] if temperatures not in ("", "0") else []
+    return ", ".join([*parts, *([f"{counts} samples"] if counts else [])])
 
 
 def _distinct(values: Iterable[Any]) -> str:
