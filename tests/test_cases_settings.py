@@ -180,6 +180,17 @@ def test_what_may_change(override):
     assert fixed_changes(settings(), settings(override)) == []
 
 
+def test_a_data_file_may_be_moved_but_not_changed(tmp_path):
+    old = settings(rows(tmp_path, {"answer": "1"}))
+    copied = settings(rows(tmp_path, {"answer": "1"}, name="copy.jsonl"))
+    changed = settings(rows(tmp_path, {"answer": "2"}, name="other.jsonl"))
+    assert fixed_changes(old, copied) == []
+    assert [key for key, *_ in fixed_changes(old, changed)] == ["data.train"]
+    (tmp_path / "rows.jsonl").unlink()
+    assert fixed_changes(old, settings(f"data.train={tmp_path}/moved/rows.jsonl")) == []
+    assert [key for key, *_ in fixed_changes(old, changed)] == ["data.train"]
+
+
 def test_the_refusal_names_key_old_and_new_value_and_the_cure(tmp_path):
     save_config(settings(f"output_dir={tmp_path}"))
     with pytest.raises(PactError) as caught:

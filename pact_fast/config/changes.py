@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ MAY_CHANGE = (
     "trainer.save_steps", "trainer.save_total_limit", "trainer.eval_steps", "trainer.eval_tasks",
     "trainer.log_completions", "trainer.save_rollouts",
 )  # fmt: skip
+DATA_FILES = ("data.train", "data.eval", "data.expert")  # a copy at another path is no change
 
 
 def check_resumed(config: Config, saved: Path) -> None:
@@ -62,7 +64,19 @@ def check_resumed(config: Config, saved: Path) -> None:
 def fixed_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of all settings that differ and may not change in a resumed run."""
     found = _differences(old.model_dump(), new.model_dump(), "")
-    return [change for change in found if not any(f"{change[0]}.".startswith(f"{key}.") for key in MAY_CHANGE)]
+    return [
+        (key, before, after)
+        for key, before, after in found
+        if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
+        and not (key in DATA_FILES and before and after and _same_file(Path(before), Path(after)))
+    ]
+
+
+def _same_file(old: Path, new: Path) -> bool:
+    """Whether a data file was copied or moved: equal content, or an equal name where the old one is gone."""
+    if not old.is_file():
+        return old.name == new.name
+    return new.is_file() and filecmp.cmp(old, new, shallow=False)
 
 
 def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
