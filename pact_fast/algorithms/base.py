@@ -7,9 +7,9 @@ stated in `Requirements`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -142,15 +142,22 @@ class Route(NamedTuple):
     contexts: frozenset[LossContext]
 
 
+TRACE_SETTINGS: Mapping[str, None] = {"trace": None, "anchor": None, "sft": None}  # read by PACT alone
+TURN_SETTINGS = ("gamma", "advantage_combine")  # of the section `reward`
+
+
 class Algorithm:
     """Base class. Subclasses implement `prompt_batch` and register with `@algorithm("name")`.
 
     needs_rollouts   False: no rollouts are sampled, groups have no trajectories
     turn_advantages  True: turn-level matching rewards and advantages; False: outcome reward and group advantage only
+    unused_settings  sections of AlgorithmConfig that are not read, with names of keys (None: the whole section); for a
+                     note at the start of a run
     """
 
     needs_rollouts = True
     turn_advantages = True
+    unused_settings: ClassVar[Mapping[str, Collection[str] | None]] = {}
 
     def __init__(self, config: AlgorithmConfig):
         self.config = config

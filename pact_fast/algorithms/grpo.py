@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pact_fast.algorithms.base import TRACE_SETTINGS, TURN_SETTINGS
 from pact_fast.algorithms.matchtir import MatchTIR
 from pact_fast.algorithms.registry import algorithm
 
@@ -11,3 +12,4 @@ class GRPO(MatchTIR):
     """Prompt-only policy loss with outcome rewards; MatchTIR without its turn-level rewards."""
 
     turn_advantages = False
+    unused_settings = {**TRACE_SETTINGS, "reward": TURN_SETTINGS}  # noqa: RUF012

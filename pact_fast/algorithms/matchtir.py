@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from pact_fast.algorithms.base import Algorithm, Group, PromptBatch, StepContext, add_rollouts, prompt_tree
+from pact_fast.algorithms.base import (
+    TRACE_SETTINGS,
+    Algorithm,
+    Group,
+    PromptBatch,
+    StepContext,
+    add_rollouts,
+    prompt_tree,
+)
 from pact_fast.algorithms.registry import algorithm
 from pact_fast.components import LossContext
 
@@ -10,6 +18,8 @@ from pact_fast.components import LossContext
 @algorithm("matchtir")
 class MatchTIR(Algorithm):
     """Prompt-only policy loss; turn-level rewards and advantages."""
+
+    unused_settings = TRACE_SETTINGS
 
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
         """x → {τ}."""

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from pact_fast.algorithms.base import Algorithm, Group, PromptBatch, Route, StepContext, prompt_tree, score_expert
+from pact_fast.algorithms.base import (
+    TURN_SETTINGS,
+    Algorithm,
+    Group,
+    PromptBatch,
+    Route,
+    StepContext,
+    prompt_tree,
+    score_expert,
+)
 from pact_fast.algorithms.registry import algorithm
 from pact_fast.components import Component, LossContext
 from pact_fast.errors import PactError
@@ -15,6 +24,7 @@ class SFT(Algorithm):
     """Supervised fine-tuning on expert traces. Samples no rollouts."""
 
     needs_rollouts = False
+    unused_settings = {"trace": None, "anchor": None, "reward": TURN_SETTINGS}  # noqa: RUF012
 
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
         """x → h* with all generated tokens supervised. PactError if the task has no expert trace."""

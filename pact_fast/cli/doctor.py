@@ -112,9 +112,14 @@ class _Checks:
         return ", ".join(f"{package} {version}" for package, version in installed.items())
 
     def data(self) -> str:
+        from pact_fast.algorithms.registry import make_algorithm
         from pact_fast.envs.registry import make_tasks
+        from pact_fast.train.preflight import check_settings, check_tasks
 
+        algorithm = make_algorithm(self.config.algorithm)
+        check_settings(self.config, algorithm)
         self.tasks = make_tasks(self.config)
+        check_tasks(self.config, algorithm, self.tasks, self.warnings)
         self.sample = self.tasks.train(0, self.config.trainer.prompts_per_step)
         held_out = len(self.tasks.held_out(self.config.trainer.eval_tasks))
         experts = sum(task.expert is not None for task in self.sample)

@@ -22,7 +22,7 @@ from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.registry import make_engine
 from pact_fast.train.checkpoint import run_weights
-from pact_fast.train.evaluate import evaluate, reward_means, success_rate
+from pact_fast.train.evaluate import evaluate, reward_means, sampling, success_rate
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import rollout_record
 
@@ -106,10 +106,13 @@ def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> 
                 session.loop, tasks, temperature=temperature, seed=session.config.seed, on_finish=lambda i, t: advance()
             )
         rate = success_rate(trajectories)
-        result[name] = {"success": rate.to_json(), **reward_means(trajectories)}
-        progress.note(
-            f"{name:8} success {rate}  " + "  ".join(f"{k} {v:.3f}" for k, v in reward_means(trajectories).items())
-        )
+        means = reward_means(trajectories)
+        result[name] = {
+            "temperature": temperature, "samples": len(trajectories), "success": None,
+            "interval": [rate.low, rate.high] if rate.n else None, **means,
+        }  # fmt: skip
+        parts = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
+        progress.note(f"{sampling(temperature)}, {len(trajectories)} samples: success {rate}  {parts}")
     progress.close()
     session.close()
     print(json.dumps(result, indent=2))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic.fields import FieldInfo
 
 from pact_fast.config import Config, Section, section_of
+from pact_fast.config.changes import MAY_CHANGE
 
 INTRODUCTION = """\
 # Configuration
@@ -29,13 +30,21 @@ An unknown key is an error that names the nearest known one. Settings that are n
 Names are those of TRL where the meaning is the same. "Method" is [the method](method.md).
 """
 
+RESUMED = """\
+## Settings that a resumed run may change
+
+With `resume=auto` and a checkpoint, these settings and all keys of these sections may differ from the run's
+config.yaml. Any other difference is an error that names key, old and new value: it would change which data, weights or
+loss the earlier steps stand for. A data file may lie at another path if its content is the same, or if the old file is
+gone and the new one has its name.
+"""
 NAMES = {str: "text", int: "integer", float: "number", bool: "true or false"}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def configuration_page() -> str:
     """The page as Markdown, with one table per section."""
-    return "\n".join([INTRODUCTION, *_section(Config, "")])
+    return "\n".join([INTRODUCTION, *_section(Config, ""), RESUMED, *(f"- `{key}`" for key in MAY_CHANGE), ""])
 
 
 def _section(section: type[Section], prefix: str) -> list[str]:

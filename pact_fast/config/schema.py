@@ -100,7 +100,7 @@ class RolloutConfig(Section):
         description="Rollout engine: `transformers`: the training model itself, for models up to about 200 M "
         "parameters; `vllm`; or your own as `file.py:Class`.",
     )
-    num_generations: int = Field(8, ge=1, description="Rollouts per prompt (K).")
+    num_generations: int = Field(8, ge=1, description="Rollouts per prompt (K); at least 2, except for `sft`.")
     oversampling_factor: float = Field(
         1.0,
         ge=1,
@@ -236,9 +236,12 @@ class RewardConfig(Section):
     advantage_combine: Literal["sum", "mean"] = Field(
         "sum", description="Token advantage: sum or mean of the group advantage and the turn advantage."
     )
-    env_weight: float = Field(0.0, description="Weight of the environment's `success` in the trajectory reward.")
+    env_weight: float = Field(
+        0.0,
+        description="Weight of the environment's `success` in the trajectory reward. Not for `grpo`, which uses it alone.",
+    )
     match_weight: float = Field(
-        1.0, ge=0, description="Weight of the sum of turn rewards (matching) in the trajectory reward."
+        1.0, ge=0, description="Weight of the sum of turn rewards (matching) in the trajectory reward. Not for `grpo`."
     )
     functions: list[str] = Field(
         default_factory=list,
@@ -395,7 +398,9 @@ class TrainerConfig(Section):
     save_steps: int = Field(10, ge=1, description="Steps between checkpoints; the last step is always saved.")
     save_total_limit: int = Field(2, ge=1, description="Number of checkpoints to keep.")
     eval_steps: int | None = Field(
-        None, ge=1, description="Steps between evaluations on held-out tasks; null: only before and after training."
+        None,
+        ge=1,
+        description="Steps between evaluations on held-out tasks, which must exist; null: only before and after training.",
     )
     eval_tasks: int = Field(200, ge=1, description="Held-out tasks per evaluation.")
     log_completions: int = Field(4, ge=0, description="Rollouts printed as a table at each evaluation.")
@@ -436,7 +441,8 @@ class Config(Section):
     output_dir: str = Field("runs/{recipe}", description="Run directory; `{recipe}` stands for the recipe's name.")
     resume: Literal["auto", "never"] = Field(
         "never",
-        description="`auto` continues from the newest complete checkpoint of the run directory, if there is one.",
+        description="`auto` continues from the newest complete checkpoint of the run directory, if there is one. The last "
+        "section lists the settings that may then differ.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: a GPU if there is one.")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: all cores.")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pact_fast.data.absent import is_absent
 from pact_fast.data.rows import Row, quoted, read_object
 from pact_fast.data.schemas import drop_nulls
 from pact_fast.errors import DataError
@@ -32,7 +33,7 @@ def _verl(row: Row) -> Row:
     """verl: the ground truth becomes the answer if it is text or a number. All columns are kept for reward functions."""
     reward_model = read_object(row.get("reward_model"), "reward_model")
     truth = reward_model.get("ground_truth")
-    if row.get("answer") is not None or not isinstance(truth, str | int | float):
+    if not is_absent(row.get("answer")) or not isinstance(truth, str | int | float):
         return row
     return row | {"answer": truth}
 

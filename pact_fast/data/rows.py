@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from pact_fast.data.absent import answer_text
 from pact_fast.data.keys import MESSAGE, TOOL
 from pact_fast.data.schemas import clean_arguments, drop_nulls, object_schema
 from pact_fast.data.text_calls import calls_in_text
@@ -399,10 +400,8 @@ def read_id(value: Any, default: str | None = None) -> str:
 
 
 def _answer(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int | float):
-        return str(value)
+    if value is None or isinstance(value, str | int | float):
+        return answer_text(value)
     raise DataError(
         f"must be text, found {type_name(value)}; keep other shapes in a column of another name", field="answer"
     )

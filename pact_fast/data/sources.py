@@ -75,6 +75,10 @@ class FileTasks:
         yield from self._tasks
         yield from self._eval
 
+    def training(self) -> list[Task]:
+        """All training tasks, in the order of the file."""
+        return self._tasks
+
     def train(self, step: int, count: int) -> list[Task]:
         return [self._task(position) for position in range(step * count, (step + 1) * count)]
 

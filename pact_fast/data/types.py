@@ -338,6 +338,8 @@ class Trajectory:
     env_rewards   returned by the environment
     turn_rewards, reward_parts, reward
                   set by rewards/score.py
+    extra         values that reward functions logged for this rollout with `log_extra`, by column
+    metrics       values that they logged with `log_metric`, mean over the call that scored this rollout
     """
 
     task_id: str
@@ -354,6 +356,8 @@ class Trajectory:
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
     env_rewards: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.stop_reason = StopReason(self.stop_reason)
@@ -363,7 +367,10 @@ class Trajectory:
         return [call for turn in self.turns for call in turn.calls]
 
     def to_messages(self) -> list[Message]:
-        """The assistant and tool messages of the response. A malformed call has only a tool message, its error."""
+        """The assistant and tool messages of the response. A malformed call has only a tool message, its error.
+
+        Tool messages have the `name` of their tool, as in TRL; that of a malformed call is "unknown".
+        """
         messages: list[Message] = []
         for turn in self.turns:
             message: Message = {"role": "assistant", "content": turn.content}
@@ -372,7 +379,10 @@ class Trajectory:
             if turn.calls:
                 message["tool_calls"] = [{"type": "function", "function": call.to_json()} for call in turn.calls]
             messages.append(message)
-            messages += [{"role": "tool", "content": text} for text in turn.observations]
+            # not strict: calls of the last turn may have no observations
+            for attempt, text in zip(turn.attempts, turn.observations, strict=False):
+                name = attempt.name if isinstance(attempt, ToolCall) else "unknown"
+                messages.append({"role": "tool", "name": name, "content": text})
         return messages
 
     @property

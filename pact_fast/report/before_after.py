@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +34,12 @@ class Rate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One kind of evaluation (sampled or greedy), before and after training."""
+    """One kind of evaluation (sampled or greedy), before and after training. `conditions`: how it sampled, in words."""
 
     label: str
     base: Rate | None
     trained: Rate | None
+    conditions: str = ""
 
     @property
     def change(self) -> Rate | None:
@@ -83,8 +84,28 @@ class Comparison:
 def comparisons(summary: dict[str, Any]) -> list[Comparison]:
     """Comparisons of which summary.json has at least one side."""
     keys = [("Sampled", "base_success", "success"), ("Greedy", "base_greedy", "greedy")]
-    both = [Comparison(label, Rate.read(summary.get(a)), Rate.read(summary.get(b))) for label, a, b in keys]
+    both = [
+        Comparison(
+            label, Rate.read(summary.get(a)), Rate.read(summary.get(b)), _conditions(summary.get(a), summary.get(b))
+        )
+        for label, a, b in keys
+    ]
     return [comparison for comparison in both if comparison.base or comparison.trained]
+
+
+def _conditions(*sides: Any) -> str:
+    """`temperature 1, 250 samples`, as far as the summaries of an evaluation say. Values that differ are both named."""
+    given = [side for side in sides if isinstance(side, dict)]
+    temperatures = _distinct(side.get("temperature") for side in given)
+    counts = _distinct(side.get("n") for side in given)
+    parts = [f"temperature {temperatures}"] if temperatures not in ("", "0") else []
+    return ", ".join([*parts, *([f"{counts} samples"] if counts else [])])
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    """The different numbers of a list, in order: `250`, or `200 and 250`."""
+    numbers = [value for value in map(number, values) if value is not None]
+    return " and ".join(f"{value:g}" for value in dict.fromkeys(numbers))
 
 
 def percent(value: float) -> str:

@@ -66,7 +66,7 @@ def summary_table(summary: Record) -> Table:
     for row in comparisons(summary):
         change = row.change
         table.add_row(
-            row.label,
+            Text(row.label).append(f"\n{row.conditions}" if row.conditions else "", style="dim"),
             _rate(row.base, percent),
             _rate(row.trained, percent),
             _rate(change, points, {1: "green", 0: "", -1: "red"}[row.sign]),

@@ -35,10 +35,16 @@ class SolveScore:
 def contains_parts(text: str, expected: str) -> bool:
     """Whether every part of `expected` occurs in `text`, both in lower case and without commas.
 
-    Parts are separated by a comma and a space: "3,776 m, Mount Fuji" has two.
+    Parts are separated by a comma and a space: "3,776 m, Mount Fuji" has two. A text without parts occurs nowhere; in
+    the official scoring it occurs everywhere.
     """
-    text = _normalise(text)
-    return all(_normalise(part) in text for part in expected.split(", "))
+    text, parts = _normalise(text), expected_parts(expected)
+    return bool(parts) and all(part in text for part in parts)
+
+
+def expected_parts(expected: str) -> list[str]:
+    """The parts of an expected text, normalised, without empty ones."""
+    return [part for part in map(_normalise, expected.split(", ")) if part]
 
 
 def solve_score(feedback: Iterable[tuple[str, str]], expected: Mapping[str, Sequence[str]]) -> SolveScore:
@@ -46,9 +52,10 @@ def solve_score(feedback: Iterable[tuple[str, str]], expected: Mapping[str, Sequ
 
     Args:
         feedback: (tool name, observation) of every call, in order; the name of a malformed call is "".
-        expected: For each tool, the texts that its observations must contain: one text per sub-question.
+        expected: For each tool, the texts that its observations must contain: one text per sub-question, at least one
+            in total. An empty text is no sub-question.
     """
-    open_questions = {name: list(texts) for name, texts in expected.items()}
+    open_questions = {name: [text for text in texts if expected_parts(text)] for name, texts in expected.items()}
     questions = sum(map(len, open_questions.values()))
     solved = calls = 0
     for name, observation in feedback:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,19 +35,23 @@ def call_reward_functions(
     tasks: Sequence[Task],
     trajectories: Sequence[Trajectory],
     messages: Sequence[list[Message]],
+    trainer_state: object = None,
 ) -> list[dict[str, float]]:
     """Rewards by function name, one dict per trajectory.
 
     Every function is called once. Its keyword arguments are lists with one entry per trajectory: `prompts` and
     `completions` (message lists), `completion_ids` (response token ids, observations included), `answer`, and every
-    further column of the data rows (None for rows without it). If it returns None for a trajectory, it does not apply
-    to it, and the dict has no such key.
+    further column of the data rows (None for rows without it). All are copies. Functions that take them also get
+    `trainer_state`, `log_extra(column, values)` and `log_metric(name, value)`, which set `Trajectory.extra` and
+    `Trajectory.metrics`. If a function returns None for a trajectory, it does not apply to it, and the dict has no such
+    key.
 
     Args:
         functions: The functions by name.
         tasks: The task of each trajectory.
         trajectories: What is scored.
         messages: The messages of each trajectory after the prompt.
+        trainer_state: Progress of the run, an object with `global_step` and `max_steps`.
 
     Raises:
         PactError: A function fails, or does not return one number or None per trajectory.
@@ -54,18 +60,71 @@ def call_reward_functions(
     if not functions:
         return rewards
     columns = {key: None for task in tasks for key in task.columns}
-    arguments = {
+    arguments: dict[str, list[Any]] = {
         **{key: [task.columns.get(key) for task in tasks] for key in columns},
         "answer": [task.answer for task in tasks],
         "prompts": [task.prompt for task in tasks],
         "completions": list(messages),
         "completion_ids": [trajectory.ids.tolist() for trajectory in trajectories],
     }
+    logs = _Logs(trajectories)
+    progress = {"trainer_state": trainer_state, "log_extra": logs.extra, "log_metric": logs.metric}
     for name, function in functions.items():
-        for parts, value in zip(rewards, _values(name, function, arguments, len(trajectories)), strict=True):
+        given = _copies(arguments) | {k: v for k, v in progress.items() if _takes(function, k)}
+        for parts, value in zip(rewards, _values(name, function, given, len(trajectories)), strict=True):
             if value is not None:
                 parts[name] = value
+    logs.store_metrics()
     return rewards
+
+
+class _Logs:
+    """Values that reward functions log during one call for `trajectories`."""
+
+    def __init__(self, trajectories: Sequence[Trajectory]):
+        self._trajectories = trajectories
+        self._metrics: dict[str, list[float]] = {}
+
+    def extra(self, column: str, values: Sequence[Any]) -> None:
+        """TRL's `log_extra`: a column of the recorded rollouts. ValueError unless there is one value per completion."""
+        items = list(values)
+        if len(items) != len(self._trajectories):
+            raise ValueError(f"log_extra({column!r}) got {len(items)} values for {len(self._trajectories)} completions")
+        for trajectory, value in zip(self._trajectories, items, strict=True):
+            trajectory.extra[str(column)] = _json_value(value)
+
+    def metric(self, name: str, value: float) -> None:
+        """TRL's `log_metric`: a scalar, averaged over the step."""
+        self._metrics.setdefault(str(name), []).append(float(value))
+
+    def store_metrics(self) -> None:
+        """Give every trajectory the means, so that they reach rank 0 with it."""
+        means = {name: sum(values) / len(values) for name, values in self._metrics.items()}
+        for trajectory in self._trajectories:
+            trajectory.metrics |= means
+
+
+def _json_value(value: Any) -> Any:
+    """A copy of the value as JSON data; its text if it is none. Arrays and numpy scalars become lists and numbers."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def _copies(arguments: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Copies that share nothing: neither with the tasks, nor between the rollouts of one prompt."""
+    return {name: [copy.deepcopy(entry) for entry in entries] for name, entries in arguments.items()}
+
+
+def _takes(function: RewardFunction, keyword: str) -> bool:
+    """Whether a function has the parameter or takes any keyword."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a built-in function
+        return False
+    return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _values(name: str, function: RewardFunction, arguments: dict[str, Any], count: int) -> list[float | None]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from pact_fast.config import RewardConfig
+from pact_fast.data.absent import is_absent
 from pact_fast.data.types import StopReason, Task, ToolCall, Trajectory
 from pact_fast.errors import PactError
 from pact_fast.rewards.answers import extract_answer, token_f1
@@ -31,8 +32,8 @@ def turn_rewards(trajectory: Trajectory, task: Task, penalty: float) -> list[flo
         for turn in trajectory.turns:
             earned = [next(scores) if isinstance(a, ToolCall) else 0.0 - penalty for a in turn.attempts]
             rewards.append(sum(earned) / len(earned) if earned else 0.0)
-    if task.answer is not None and trajectory.stop_reason is StopReason.ANSWER:
-        rewards[-1] = token_f1(extract_answer(trajectory.answer), task.answer)
+    if not is_absent(task.answer) and trajectory.stop_reason is StopReason.ANSWER:
+        rewards[-1] = token_f1(extract_answer(trajectory.answer), str(task.answer))
     return rewards
 
 

@@ -7,10 +7,12 @@ trajectory only.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +27,12 @@ from pact_fast.rollout.engine import Completion, Engine, Request
 # Synchronous engines: a tool's result is picked up exactly this many engine steps after the call, and waited for if it
 # is late. Batches then never depend on how fast a tool happened to be, so a run repeats bit for bit.
 TOOL_STEPS = 4
+
+
+def _for_environment(env: Environment, value: Any) -> Any:
+    """A copy for an environment of the user's, which may change what it gets. Built-in ones change nothing, and a copy
+    of a task takes longer than its reset."""
+    return value if type(env).__module__.startswith("pact_fast.") else copy.deepcopy(value)
 
 
 class PendingToolCalls:
@@ -246,7 +254,7 @@ class AgentLoop:
         none. Resolving a resolved task changes nothing.
         """
         env = self.make_env(task)
-        extra = env.reset(task)
+        extra = env.reset(_for_environment(env, task))
         question = text_of(task.prompt[-1].get("content"))
         if extra and not question.endswith(extra):
             task = replace(task, prompt=[*task.prompt[:-1], {**task.prompt[-1], "content": f"{question}\n\n{extra}"}])
@@ -265,7 +273,7 @@ class AgentLoop:
         state = running.pop(index)
         trajectory = state.finish(stop)
         # ask the instance that served the calls: an environment may judge its own final state
-        trajectory.env_rewards = dict(state.env.reward(state.job.task, trajectory))
+        trajectory.env_rewards = dict(state.env.reward(*_for_environment(state.env, (state.job.task, trajectory))))
         if on_finish:
             on_finish(index, trajectory)
         return trajectory
@@ -289,11 +297,12 @@ class AgentLoop:
     def _call(self, state: _ActiveTrajectory, attempt: ToolCall | str) -> Future | str:
         if isinstance(attempt, str):
             return error_observation(attempt)
+        arguments = _for_environment(state.env, attempt.arguments)
         if not state.env.blocking:
-            return state.env.call(attempt.name, attempt.arguments)
+            return state.env.call(attempt.name, arguments)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="tool")
-        return self._pool.submit(state.env.call, attempt.name, attempt.arguments)
+        return self._pool.submit(state.env.call, attempt.name, arguments)
 
     def _observe(self, index: int, state: _ActiveTrajectory, pending: list[Future | str]) -> StopReason | None:
         """Append the observations and submit the next turn; returns a stop reason if a limit is reached first."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+from transformers import TrainerState
 
 from pact_fast.algorithms.base import Algorithm, Group
 from pact_fast.config import Config
@@ -106,16 +107,17 @@ class RolloutCollector:
         kept_tasks = [jobs[position].task for position in local if position % started < kept]
         with self._progress.rollouts(len(kept_tasks), "rollouts") as advance:
             trajectories = self._loop.run([jobs[position] for position in local], lambda *_: advance(), kept)
-        self._score(kept_tasks, trajectories)
+        self._score(kept_tasks, trajectories, step)
         return groups, trajectories
 
     def _local_jobs(self, jobs: int, unit: int = 1) -> range:
         return local_jobs(jobs, unit, self._world.rank, self._samplers)
 
-    def _score(self, tasks: list[Task], trajectories: list[Trajectory]) -> None:
-        """Fill in the rewards; `tasks` has one entry per trajectory."""
+    def _score(self, tasks: list[Task], trajectories: list[Trajectory], step: int) -> None:
+        """Fill in the rewards of rollouts of `step` (from 0); `tasks` has one entry per trajectory."""
         messages = [trajectory.to_messages() for trajectory in trajectories]
-        functions = call_reward_functions(self._reward_functions, tasks, trajectories, messages)
+        state = TrainerState(global_step=step, max_steps=self._config.trainer.max_steps)
+        functions = call_reward_functions(self._reward_functions, tasks, trajectories, messages, state)
         outcome_only = not self._algorithm.turn_advantages
         for task, trajectory, rewards in zip(tasks, trajectories, functions, strict=True):
             score(self._config.algorithm.reward, task, trajectory, rewards, outcome_only=outcome_only)

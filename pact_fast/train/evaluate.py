@@ -46,7 +46,7 @@ class Rate:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]" if self.n else "no outcome"
 
 
 class Evaluator:
@@ -76,28 +76,34 @@ class Evaluator:
         self._metrics, self._records, self._progress, self._world = metrics, records, progress, world
 
     def evaluate(self, step: int, label: str) -> dict[str, Any] | None:
-        """Evaluate once. Returns rates as JSON, "success" (sampled at temperature 1) and "greedy".
+        """Evaluate once. Returns rates as JSON, "success" (sampled at rollout.temperature) and "greedy".
+
+        Each states its temperature and number of samples ("n").
 
         Args:
             step: Training step for the metrics.
             label: Name for the progress display.
 
         Returns:
-            None if there are no held-out tasks.
+            None if there are no held-out tasks, or none of them has an outcome.
         """
         trainer = self._config.trainer
         tasks = self._tasks.held_out(trainer.eval_tasks)
         if not tasks:
             return None
         rates: dict[str, Rate] = {}
-        values: dict[str, float] = {}
-        for name, temperature in (("success", 1.0), ("greedy", 0.0)):
+        values: dict[str, float] = {
+            "eval/tasks": float(len(tasks)),
+            "eval/temperature": self._config.rollout.temperature,
+        }
+        temperatures = {"success": self._config.rollout.temperature, "greedy": 0.0}
+        for name, temperature in temperatures.items():
             jobs = evaluation_jobs(tasks, temperature, self._config.seed)
             trajectories = self._collector.run_jobs(jobs, f"{label}: {name}")
             score_evaluation(trajectories)
             rates[name] = success_rate(trajectories)
             means = reward_means(trajectories)
-            values |= {f"eval/{name}": rates[name].mean}
+            values |= {f"eval/{name}": rates[name].mean} if rates[name].n else {}
             values |= {f"eval/{name}/{key}": value for key, value in means.items() if key != "success"}
             if name == "success" and self._world.is_main:
                 records = self._records.write_evaluation(step, tasks, trajectories)
@@ -105,8 +111,16 @@ class Evaluator:
                     self._progress.print(rollout_table(records, limit=trainer.log_completions))
         if self._metrics:
             self._metrics.write(step, values)
-        self._progress.note(f"{label} at step {step}: sampled {rates['success']}, greedy {rates['greedy']}")
-        return {name: rate.to_json() for name, rate in rates.items()}
+        shown = ", ".join(f"{sampling(temperatures[name])} {rate}" for name, rate in rates.items())
+        self._progress.note(f"{label} at step {step} ({len(tasks)} tasks, one sample each): {shown}")
+        if not rates["success"].n:
+            return None
+        return {name: {**rate.to_json(), "temperature": temperatures[name]} for name, rate in rates.items()}
+
+
+def sampling(temperature: float) -> str:
+    """How an evaluation samples: `greedy`, or `sampled at temperature 0.7`."""
+    return f"sampled at temperature {temperature:g}" if temperature else "greedy"
 
 
 def evaluate(
@@ -137,11 +151,14 @@ def evaluation_jobs(tasks: list[Task], temperature: float, seed: int) -> list[Jo
 
 
 def success_rate(trajectories: list[Trajectory]) -> Rate:
-    """Mean of the environment's `success`; trajectories without one count as failures."""
-    return Rate.of([t.reward_parts.get("success", 0.0) for t in trajectories])
+    """Mean of the environment's `success`, over the trajectories of tasks that have one."""
+    return Rate.of([t.reward_parts["success"] for t in trajectories if "success" in t.reward_parts])
 
 
 def reward_means(trajectories: list[Trajectory]) -> dict[str, float]:
-    """Mean of every reward part by name."""
-    keys = sorted({key for t in trajectories for key in t.reward_parts})
-    return {key: sum(t.reward_parts.get(key, 0.0) for t in trajectories) / len(trajectories) for key in keys}
+    """Mean of every reward part by name, over the trajectories that it applies to."""
+    values: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        for key, value in trajectory.reward_parts.items():
+            values.setdefault(key, []).append(value)
+    return {key: sum(values[key]) / len(values[key]) for key in sorted(values)}

@@ -74,7 +74,10 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         ),
     }
     for part in sorted({key for t in trajectories for key in t.reward_parts}):
-        values[f"reward/{part}"] = float(np.mean([t.reward_parts.get(part, 0.0) for t in trajectories]))
+        # over the rollouts that the part applies to: a function that returns None leaves no entry
+        values[f"reward/{part}"] = float(
+            np.mean([t.reward_parts[part] for t in trajectories if part in t.reward_parts])
+        )
     if "reward/success" in values:
         values["success"] = values["reward/success"]
     for reason in sorted({t.stop_reason for t in trajectories}):
@@ -83,6 +86,15 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         counts = [int(((t.components == component) & t.sampled).sum()) for t in trajectories]
         values[f"lengths/{component.name.lower()}_mean"] = float(np.mean(counts))
     return values
+
+
+def logged_metrics(groups: list[Group]) -> dict[str, float]:
+    """Means of the values that reward functions logged with `log_metric`."""
+    logged: dict[str, list[float]] = {}
+    for trajectory in (t for group in groups for t in group.trajectories):
+        for name, value in trajectory.metrics.items():
+            logged.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in sorted(logged.items())}
 
 
 def update_metrics(results: list[UpdateResult]) -> dict[str, float]:

@@ -99,6 +99,7 @@ def rollout_record(
         "reward": trajectory.reward,
         "reward_parts": trajectory.reward_parts,
         "turn_rewards": trajectory.turn_rewards,
+        "extra": trajectory.extra,
         "success": trajectory.reward_parts.get("success"),
         "question": text_of(task.prompt[-1].get("content")),
         "prompt": renderer.token_bytes.join(trajectory.prompt_ids).decode("utf-8", "replace"),

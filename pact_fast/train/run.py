@@ -11,6 +11,7 @@ there on computes the same batches as the others. Only rank 0 writes files and l
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -47,10 +48,19 @@ from pact_fast.train.evaluate import Evaluator
 from pact_fast.train.learner import Learner, PacksTooLarge
 from pact_fast.train.metrics import MetricsWriter
 from pact_fast.train.pack_budget import lower_pack_budget, with_pack_budget
+from pact_fast.train.preflight import check_settings, check_tasks
 from pact_fast.train.pretrain import pretrain
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import RolloutWriter
-from pact_fast.train.run_dir import atomic_save_pretrained, io_errors, open_run, versions, write_text
+from pact_fast.train.run_dir import (
+    atomic_save_pretrained,
+    folder_content,
+    io_errors,
+    open_run,
+    save_config,
+    versions,
+    write_text,
+)
 from pact_fast.train.shutdown import GracefulShutdown, ShutdownRequested
 from pact_fast.train.step import Stepper, StepResult
 
@@ -102,12 +112,19 @@ class Trainer:
         self.device = torch.device(kind, self.world.local_rank) if kind == "cuda" else torch.device(kind)
         self.progress = Progress(quiet=not self.world.is_main)
         self.algorithm = make_algorithm(config.algorithm)
+        check_settings(config, self.algorithm)
         self.engine_builder = engine_builder(config)
         self.tasks = make_tasks(config)
+        notes: list[str] = []
+        check_tasks(config, self.algorithm, self.tasks, notes)
         self.reward_functions = load_reward_functions(config.algorithm.reward.functions)
         self.make_env = EnvironmentFactory(config)
         self.run = Path(config.output_dir)
-        self._run_on_main(lambda: open_run(config), "the run directory")
+        self._newest = self._newest_checkpoint(config)
+        self._run_on_main(lambda: open_run(config, resumed=self._newest is not None), "the run directory")
+        for note in notes:
+            self.progress.note(note)
+        self._given = config
         self.config = with_pack_budget(config, self.run, self.world, self.device, self.progress.note)
         self._run_on_main(self._save_tokenizer, "the tokenizer")
         self.tokenizer = make_tokenizer(config.model, self.tasks, self.run / "tokenizer")
@@ -134,7 +151,7 @@ class Trainer:
 
     def _train(self) -> dict[str, Any] | None:
         """Build, resume, and run the steps that are left. Always stops the engine."""
-        newest = self._newest_checkpoint()
+        newest = self._newest
         self._build(newest)
         try:
             state = self._restore(newest) if newest else self._start()
@@ -223,10 +240,21 @@ class Trainer:
         atomic_save_pretrained(model, target)
 
     def _save_tokenizer(self) -> None:
-        """Save the tokenizer to the run directory, unless it is there."""
-        saved = self.run / "tokenizer"
-        if not saved.exists():
-            atomic_save_pretrained(make_tokenizer(self.config.model, self.tasks, saved), saved)
+        """Save the tokenizer to the run directory; with a checkpoint, the one that is there stays.
+
+        Without one, a tokenizer of an earlier start is replaced: the settings are the same, but the files that they name
+        may have changed. A base model that was trained with another tokenizer is then removed.
+        """
+        saved, base = self.run / "tokenizer", self.run / "base"
+        if self._newest and saved.exists():
+            return
+        before = folder_content(saved)
+        with io_errors(saved):
+            shutil.rmtree(saved, ignore_errors=True)
+        atomic_save_pretrained(make_tokenizer(self.config.model, self.tasks), saved)
+        if base.exists() and folder_content(saved) != before:
+            with io_errors(base):
+                shutil.rmtree(base)
 
     def _check_rows(self) -> None:
         """Check all rows on rank 0; every rank leaves the same ones out. DataError if a row is wrong and not skipped."""
@@ -245,9 +273,9 @@ class Trainer:
             if self.world.is_main and (note := write_skipped(skipped, self.run)):
                 self.progress.note(note)
 
-    def _newest_checkpoint(self) -> Path | None:
+    def _newest_checkpoint(self, config: Config) -> Path | None:
         """The checkpoint to resume from, chosen by rank 0."""
-        if self.config.resume != "auto":
+        if config.resume != "auto":
             return None
 
         def newest() -> str | None:
@@ -270,6 +298,7 @@ class Trainer:
         checkpoint.set_rng_state(state["rng"], saved.tensors["rng"])
         self.learner.updates = state["updates"]
         self._open_metrics(saved.step, state["metrics_bytes"])
+        self._run_on_main(lambda: save_config(self._given), "config.yaml")
         self.progress.note(f"resuming {self.run} from step {saved.step}")
         return RunState(saved.step, state["wall_seconds"], state["base"], state.get("owes_evaluation", False))
 

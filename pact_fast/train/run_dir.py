@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -16,23 +17,95 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from pact_fast.config import Config
+from pact_fast.config import Config, load_config
+from pact_fast.config.changes import check_resumed, fixed_changes
 from pact_fast.errors import PactError
 
+# Files and folders that a start makes before its first checkpoint
+MADE = (
+    "tokenizer",
+    "base",
+    "rollouts",
+    "tensorboard",
+    "max_tokens_per_pack",
+    "metrics.jsonl",
+    "summary.json",
+    "report.html",
+)
 
-def open_run(config: Config) -> Path:
-    """Create or reopen the run directory and write config.yaml.
+
+def open_run(config: Config, resumed: bool) -> None:
+    """Create the run directory, or reopen it.
+
+    What an earlier start left there without a checkpoint is no part of this run, unless that start got as far as
+    metrics.jsonl with the same settings: it is removed, and made again. config.yaml is written at once in a new
+    directory, and by `save_config` in a run that exists, so that a start that fails does not change it.
+
+    Args:
+        config: The run's configuration.
+        resumed: There is a checkpoint to continue from.
 
     Raises:
-        PactError: It holds another run and resume=never, or it is not writable.
+        PactError: It holds a run and resume=never; the resumed run had other settings; a setting points to a file that
+            would be removed; or the directory is not writable.
     """
     run = Path(config.output_dir)
-    if (run / "metrics.jsonl").exists() and config.resume == "never":
+    if holds_run(run) and config.resume == "never":
         raise PactError(f"{run} already holds a run; continue it with resume=auto, or choose another output_dir=")
+    if resumed or any((run / "checkpoints").glob("step_*")):  # a damaged checkpoint is not a reason to remove the run
+        check_resumed(config, run / "config.yaml")
+    elif not _same_start(config, run):
+        _remove_leftovers(config, run)
     with io_errors(run):
         (run / "rollouts").mkdir(parents=True, exist_ok=True)
-    write_text(run / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
-    return run
+    if not resumed:
+        save_config(config)
+
+
+def holds_run(run: Path) -> bool:
+    """Whether training has begun in a directory: it has metrics or a checkpoint."""
+    return (run / "metrics.jsonl").exists() or any((run / "checkpoints").glob("step_*"))
+
+
+def save_config(config: Config) -> None:
+    """Write config.yaml. PactError if the write fails."""
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    write_text(Path(config.output_dir) / "config.yaml", text)
+
+
+def _same_start(config: Config, run: Path) -> bool:
+    """Whether a run without a checkpoint has begun with these settings, so that its base model can be used."""
+    try:
+        return (run / "metrics.jsonl").exists() and not fixed_changes(load_config(str(run / "config.yaml")), config)
+    except PactError:  # missing, damaged, or of another version
+        return False
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a config.yaml with all sections, as a run writes it."""
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(saved, dict) and {"output_dir", "model", "data", "env", "rollout", "algorithm"} <= saved.keys()
+
+
+def _remove_leftovers(config: Config, run: Path) -> None:
+    """Remove what a start without a checkpoint left behind."""
+    leftovers = [run / name for name in MADE if (run / name).exists()]
+    if leftovers and not _is_ours(run / "config.yaml"):
+        raise PactError(f"{leftovers[0]} was not made by a run (no config.yaml of one); choose another output_dir=")
+    model, data = config.model, config.data
+    for used in filter(None, (model.path, model.tokenizer, model.chat_template, data.train, data.eval, data.expert)):
+        for leftover in leftovers:
+            if Path(used).resolve().is_relative_to(leftover.resolve()):
+                raise PactError(f"{used} lies in {leftover}, which a new run replaces; choose another output_dir=")
+    with io_errors(run):
+        for leftover in leftovers:
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 @contextmanager
@@ -65,6 +138,11 @@ def atomic_save_pretrained(objects: Any, folder: Path) -> None:
         for item in objects if isinstance(objects, list) else [objects]:
             item.save_pretrained(temporary)
         temporary.rename(folder)
+
+
+def folder_content(folder: Path) -> dict[str, bytes]:
+    """Content of the files of a small folder by name; empty if there is no folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.is_dir() else {}
 
 
 def versions() -> dict[str, str]:

@@ -10,10 +10,11 @@ import numpy as np
 from pact_fast.algorithms.base import Algorithm, Group, PromptBatch, StepContext
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.config import Config
+from pact_fast.errors import PactError
 from pact_fast.rollout.engine import Engine
 from pact_fast.train.collect import RolloutCollector
 from pact_fast.train.learner import Learner, UpdateResult
-from pact_fast.train.metrics import control_token_prob, rollout_metrics, update_metrics
+from pact_fast.train.metrics import control_token_prob, logged_metrics, rollout_metrics, update_metrics
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Stepper:
             "async/stale_groups": float(stale),
             "async/staleness": _staleness(groups, version, learner.updates_per_batch),
         }
-        return StepResult(batches, results, metrics)
+        return StepResult(batches, results, with_logged(metrics, logged_metrics(groups)))
 
     def _plan(self, step: int, groups: list[Group]) -> tuple[list[StepContext], list[PromptBatch]]:
         """Ask the algorithm for the trees and weights of all prompts.
@@ -118,6 +119,13 @@ class Stepper:
             "updates/skipped": float(sum(result.skipped for result in results)),
             "routes/trace_fraction": float(np.mean([batch.route in ("trace", "blend") for batch in batches])),
         }
+
+
+def with_logged(metrics: dict[str, float], logged: dict[str, float]) -> dict[str, float]:
+    """The step's metrics and those that reward functions logged. PactError if one has the name of a built-in metric."""
+    for name in logged.keys() & (metrics.keys() | {"step"}):
+        raise PactError(f"a reward function logs the metric '{name}', which is built in; rename it in log_metric")
+    return metrics | logged
 
 
 def _timing(clock: list[float], groups: list[Group], results: list[UpdateResult]) -> dict[str, float]:

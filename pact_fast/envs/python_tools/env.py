@@ -7,12 +7,17 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from pact_fast.data.absent import is_absent
 from pact_fast.data.types import Task, ToolCall, ToolSchema, Trajectory
 from pact_fast.envs.python_tools.pool import SandboxPool
 from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
-from pact_fast.rewards.ftrl import solve_score
+from pact_fast.registry import did_you_mean
+from pact_fast.rewards.ftrl import expected_parts, solve_score
 from pact_fast.rewards.toolhop import is_correct
+
+SCORINGS = ["ftrl", "toolhop"]
+ANSWER_COLUMNS = ("ground_truth", "answers", "gold", "target", "solution", "expected_answer", "label")
 
 
 @environment("python_tools")
@@ -22,7 +27,7 @@ class PythonTools:
     Keys of `task.env_args`:
 
     codes         {tool name: source}; the source defines a function of that name
-    scoring       "ftrl" or "toolhop"; without it there is no outcome reward
+    scoring       "ftrl" or "toolhop", which needs an answer; without it there is no outcome reward
     unsolved_set  for ftrl: {tool name: [texts that its observations must contain]}
     """
 
@@ -55,18 +60,38 @@ class PythonTools:
         self._tools: list[ToolSchema] = []
 
     def reset(self, task: Task) -> str | None:
-        """PactError if the task has no sources, or no sub-question to score."""
-        codes = task.env_args.get("codes")
-        if not codes:
+        """PactError if `check_task` finds something missing."""
+        self.check_task(task)
+        self._codes, self._tools = task.env_args["codes"], task.tools
+        return None
+
+    @staticmethod
+    def check_task(task: Task) -> None:
+        """PactError if the task has no sources, an unknown scoring, or no reference for the scoring it names."""
+        if not task.env_args.get("codes"):
             raise PactError(
                 f"task {task.id}: env_args has no 'codes'; python_tools needs {{tool name: Python source}} there"
             )
-        if task.env_args.get("scoring") == "ftrl" and not any(task.env_args.get("unsolved_set", {}).values()):
+        scoring = task.env_args.get("scoring")
+        if scoring is not None and scoring not in SCORINGS:
+            hint = did_you_mean(str(scoring), SCORINGS)
+            raise PactError(
+                f"task {task.id}: env_args.scoring {scoring!r} is unknown{hint} (there are {', '.join(SCORINGS)})"
+            )
+        if scoring == "ftrl" and not _expected_texts(task):
             raise PactError(
                 f"task {task.id}: env_args.unsolved_set is empty; drop the task, it has no sub-question to score"
             )
-        self._codes, self._tools = codes, task.tools
-        return None
+        if scoring == "toolhop" and (task.answer is None or is_absent(task.answer) or not expected_parts(task.answer)):
+            raise PactError(
+                f"task {task.id}: env_args.scoring=toolhop compares with the column 'answer', which is empty or missing; "
+                f"give the row an answer, or remove 'scoring'{_other_column(task)}"
+            )
+
+    @staticmethod
+    def gives_success(task: Task) -> bool:
+        """Whether `reward` returns `success` for the task: only with a scoring."""
+        return task.env_args.get("scoring") is not None
 
     @property
     def tools(self) -> list[ToolSchema]:
@@ -90,8 +115,20 @@ class PythonTools:
                 "success": float(score.solved == score.questions),
             }
         if scoring == "toolhop":
-            return {"success": float(is_correct(task.answer or "", trajectory))}
+            return {"success": float(is_correct(str(task.answer), trajectory))}
         return {}
+
+
+def _expected_texts(task: Task) -> list[str]:
+    """All texts of `unsolved_set` that are not empty."""
+    expected = task.env_args.get("unsolved_set") or {}
+    return [text for texts in expected.values() for text in texts if expected_parts(text)]
+
+
+def _other_column(task: Task) -> str:
+    """A hint at a column that looks like an answer under another name."""
+    found = next((name for name in ANSWER_COLUMNS if not is_absent(task.columns.get(name))), None)
+    return f" (the row's '{found}' is not read as one: rename it)" if found else ""
 
 
 def _call_observations(trajectory: Trajectory) -> list[tuple[str, str]]:
