@@ -32,6 +32,7 @@ from pact_fast.model import lora
 from pact_fast.model.adapter import adapter_tensors
 from pact_fast.model.build import check_context, make_model, make_policy
 from pact_fast.model.device import device_kind, precision
+from pact_fast.model.logit_check import check_run
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.model.weights import checkpoint_weights, save_model_config
 from pact_fast.report.console import summary_table
@@ -201,6 +202,8 @@ class Trainer:
             config, self.tokenizer, base=base, checkpoint=weights, device=self.device, partition=several
         )
         check_context(config, model)
+        self.engine_builder.check_model(model)
+        check_run(config, model, self.tokenizer, self.engine_builder.logprobs(model), self.device)
         if not self.algorithm.requirements(self.engine_builder.sampler_differs).reference:
             return model, None
         if config.model.lora:
