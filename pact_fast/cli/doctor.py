@@ -18,7 +18,7 @@ from pact_fast.errors import PactError
 if TYPE_CHECKING:
     from pact_fast.rollout.engine_check import EngineSmokeTest
 
-PREREQUISITES = ("data", "tokenizer", "engine", "rollouts")  # if one of these fails, later checks cannot run
+PREREQUISITES = ("data", "tokenizer", "logits", "engine", "rollouts")  # if one of these fails, later checks cannot run
 EMBEDDED_PARAMETERS = 200_000_000  # beyond these, the embedded engine takes most of a step's time
 EMBEDDED_TOKENS = 65_536  # sampled tokens per training step
 
@@ -215,7 +215,7 @@ class _Checks:
             self.warnings.append("not compared with the model's own logits: its fp32 weights exceed the free memory")
             return "not compared"
         model = make_policy(self.config, self.tokens, device=device)
-        return check_run(self.config, model, self.tokens, engine_builder(self.config).logprobs(model), device)
+        return check_run(self.config, model, self.tokens, engine_builder(self.config).logprobs, device)
 
     def memory(self) -> str:
         """The estimate of `doctor --memory` in one line."""

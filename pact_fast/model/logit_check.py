@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
@@ -93,15 +94,32 @@ def check_run(
     config: Config,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    engine: Logprobs | None,
+    engine: Callable[[PreTrainedModel], Logprobs | None],
     device: torch.device,
 ) -> str:
-    """`check_logits` with the precision and the lengths of a run; skipped for a model that ZeRO-3 has partitioned."""
+    """`check_logits` with the precision and the lengths of a run; skipped for a model that ZeRO-3 has partitioned.
+
+    A model of `model.random_init` is compared as a copy with noise on its weights, because parts that are 0 at first
+    hide what they do. `engine`: gives the embedded engine's log-probs of a model, see `EngineBuilder.logprobs`.
+    """
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         return "not compared with model(ids).logits: ZeRO-3 has partitioned the parameters"
     longest = config.rollout.max_prompt_length + config.rollout.max_completion_length
+    update_mode(model)
+    compared = model if config.model.path else _with_noise(model)
     autocast = precision(config, device)
-    return check_logits(model, autocast=autocast, engine=engine, tokenizer=tokenizer, longest=longest)
+    return check_logits(compared, autocast=autocast, engine=engine(compared), tokenizer=tokenizer, longest=longest)
+
+
+@torch.no_grad()
+def _with_noise(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose matrices [n, D] have noise of deviation D^-0.5, and whose vectors have noise of deviation 0.1."""
+    noisy, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    for parameter in noisy.parameters():
+        deviation = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.add_(deviation * noise.to(parameter.device))
+    return noisy
 
 
 def _check_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
