@@ -75,7 +75,12 @@ REFUSED = {  # family → (settings, reason)
     "bert": ({"is_decoder": True}, "no scaling or soft-cap"),
     "llama4_text": (EXPERTS, "between decoder and logits cannot be run"),
 }
-QUICK = ["qwen2", "gpt2", "bloom", "qwen3_moe"]
+QUICK = ["granite", "gemma2", "qwen2", "bloom", "nemotron"]
+
+
+def quick(kinds):
+    """All kinds, those outside QUICK marked slow."""
+    return [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in kinds]
 
 
 def build(kind: str, **changes) -> transformers.PreTrainedModel:
@@ -99,7 +104,7 @@ def check_both_dtypes(model) -> None:
     assert ("embedded engine" in report) == (unsupported(model) is None)
 
 
-@pytest.mark.parametrize("kind", SCALED)
+@pytest.mark.parametrize("kind", quick(SCALED))
 def test_scales_and_soft_caps_are_those_of_the_class(kind):
     settings, expected = SCALED[kind]
     model = build(kind, **settings)
@@ -110,14 +115,12 @@ def test_scales_and_soft_caps_are_those_of_the_class(kind):
     check_both_dtypes(model)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in SERVED]
-)
+@pytest.mark.parametrize("kind", quick(SERVED))
 def test_trainer_and_engine_have_the_models_own_logits(kind):
     check_both_dtypes(build(kind, **SERVED[kind]))
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", quick(REFUSED))
 def test_what_differs_is_refused_with_the_reason(kind):
     settings, reason = REFUSED[kind]
     with pytest.raises(PactError, match=reason) as caught:
@@ -130,7 +133,7 @@ def test_a_transform_that_is_left_out_is_found(kind, monkeypatch):
     for module in (embedded, logit_check.Policy.__module__):
         target = f"{module}.logit_transform" if isinstance(module, str) else f"{module.__name__}.logit_transform"
         monkeypatch.setattr(target, lambda model: LogitTransform())
-    with pytest.raises(PactError, match="the trainer differ from .* by [0-9.]+ nats"):
+    with pytest.raises(PactError, match=r"the trainer differ from .* by [0-9.]+ nats"):
         check(build(kind, **SCALED[kind][0]))
 
 
@@ -160,6 +163,7 @@ def test_the_transform_needs_no_weights():
     assert logit_transform(meta_model(config)).logit_scale == 0.125
 
 
+@pytest.mark.slow
 def test_adapters_and_checkpointing_are_checked_as_they_train():
     peft = pytest.importorskip("peft", reason="needs the extra lora: pip install 'pact-fast[lora]'")
     model = build("granite", logits_scaling=8.0)
@@ -175,7 +179,7 @@ class Tokenizer(list):
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused():
     check(build("qwen2"), tokenizer=Tokenizer(range(97)))
-    with pytest.raises(PactError, match="98 tokens, .* 97 rows"):
+    with pytest.raises(PactError, match=r"98 tokens, .* 97 rows"):
         check(build("qwen2"), tokenizer=Tokenizer(range(98)))
 
 
@@ -183,10 +187,11 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused():
 def test_positions_beyond_a_learned_table_are_refused(kind):
     model = build(kind)
     check(model, longest=64)
-    with pytest.raises(PactError, match="position [0-9]+ fails with IndexError"):
+    with pytest.raises(PactError, match=r"position [0-9]+ fails with IndexError"):
         check(model, longest=80)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, reason", [("nemotron", "the trainer fails"), ("doge", "differ from model")])
 def test_doctor_and_train_refuse_alike(kind, reason, tmp_path, capsys):
     settings = [
@@ -221,7 +226,9 @@ def hidden_states(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "mistral", "bloom", "phimoe"])
+@pytest.mark.parametrize(
+    "kind", ["gpt2", *(pytest.param(k, marks=pytest.mark.slow) for k in ("opt", "mistral", "bloom", "phimoe"))]
+)
 def test_updates_run_the_policy_that_samples(kind, checkpointing):
     noise = {name: value for name, value in NOISY.items() if hasattr(transformers.AutoConfig.for_model(kind), name)}
     assert noise

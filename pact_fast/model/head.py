@@ -45,9 +45,9 @@ class LogitTransform:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
-def head_of(model: PreTrainedModel) -> torch.nn.Module:
+def head_of(model: PreTrainedModel) -> Any:
     """The linear layer that makes the logits. Raises PactError if the model has none."""
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None or head.weight.ndim != 2:
         raise PactError(f"{model.config.model_type}: no linear head makes its logits; use another model")
     return head

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pact_fast.batch.packing import pack
-from pact_fast.batch.tree import TokenTree
+from pact_fast.batch.tree import Node, TokenTree
 from pact_fast.config import Config
 from pact_fast.errors import PactError
 from pact_fast.kernels.head.tokens import LossTokens
@@ -132,7 +132,7 @@ def _check_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
 
 
 def _embedding_rows(model: PreTrainedModel) -> int:
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     return getattr(embedding, "num_embeddings", None) or len(embedding.weight)
 
 
@@ -165,7 +165,8 @@ def _trainer_logprobs(
 ) -> torch.Tensor:
     """Log-probs as updates compute them: with gradient, the sequences as one tree where prefixes are shared."""
     policy = Policy(model, autocast=autocast)
-    nodes, trees = [], []
+    nodes: list[Node] = []
+    trees: list[TokenTree] = []
     for row in ids.cpu().numpy():
         if not trees or policy.unshared:
             trees.append(TokenTree())
