@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -74,16 +75,18 @@ def check_logits(
             _run(family, f"position {longest - 1}", lambda: _position(model, longest - 1))
         bound = FLOAT32_TOLERANCE * max(1.0, largest / LARGE_LOGIT)
         own_error = 0.0
-        if autocast is not None and not isinstance(autocast, nullcontext):
+        autocast = autocast or nullcontext()
+        if not isinstance(autocast, nullcontext):
             own, _ = _run(family, "model(ids) under autocast", lambda: _own_logprobs(model, ids, targets, autocast))
             own_error = _rms(own - truth)
         for name, program in programs.items():
-            plain = _run(family, name, lambda p=program: p(ids, targets, nullcontext()))
+            plain = _run(family, name, functools.partial(program, ids, targets, nullcontext()))
             found[name] = float((plain - truth).abs().max())
             _compare(family, name, found[name], bound)
             if own_error:
-                rounded = _run(family, f"{name} under autocast", lambda p=program: p(ids, targets, autocast))
-                _compare(family, f"{name} under autocast", _rms(rounded - truth), BFLOAT16_TOLERANCE + 3 * own_error)
+                dtype_name = f"{name} under autocast"
+                rounded = _run(family, dtype_name, functools.partial(program, ids, targets, autocast))
+                _compare(family, dtype_name, _rms(rounded - truth), BFLOAT16_TOLERANCE + 3 * own_error)
     finally:
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
