@@ -17,13 +17,13 @@ def update_mode(model: torch.nn.Module) -> None:
     these layers are left in it, but run their own code in evaluation mode.
     """
     model.eval()
-    checkpointed: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     layers = [m for m in checkpointed if isinstance(m, GradientCheckpointingLayer)]
     # code that does not use transformers' layer class checks the mode of the module that holds the layers
     for module in layers or checkpointed:
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        checkpoint: Any = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(module, GradientCheckpointingLayer) and not isinstance(checkpoint, _InEvaluationMode):
-            module._gradient_checkpointing_func = _InEvaluationMode(module, checkpoint)
+            vars(module)["_gradient_checkpointing_func"] = _InEvaluationMode(module, checkpoint)
         module.training = True
 
 
