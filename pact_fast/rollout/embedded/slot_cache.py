@@ -21,7 +21,7 @@ CAPACITY_STEP = 128  # slots grow by this many positions at a time
 
 
 class SlotCache:
-    """keys, values: one tensor [slots, heads, capacity, head_dim] per layer, made at its first use."""
+    """keys, values: one tensor [allocated slots, heads, capacity, head_dim] per layer, made at its first use."""
 
     def __init__(self, slots: int):
         self.slots = slots
@@ -36,17 +36,21 @@ class SlotCache:
         )
         self._mask: torch.Tensor | None = None
         self._visible = 0
-        self._used = 0  # slots that were ever written
+        self._allocated = 0  # slots that have memory
 
-    def reserve(self, length: int) -> None:
-        """Grow every slot to at least `length` positions."""
-        if length <= self.capacity:
+    def reserve(self, length: int, slots: int) -> None:
+        """Grow to at least `length` positions and `slots` slots, so that slots that are never used take no memory."""
+        if length <= self.capacity and slots <= self._allocated:
             return
-        self.capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
+        if length > self.capacity:
+            self.capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
+        before = self._allocated
+        if slots > before:
+            self._allocated = min(self.slots, max(slots, 2 * before))
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
-                new[: self._used, :, : old.shape[2]] = old[: self._used]  # pages of unused slots stay untouched
+                new = old.new_zeros(self._allocated, old.shape[1], self.capacity, old.shape[3])
+                new[:before, :, : old.shape[2]] = old
                 tensors[layer] = new
 
     def begin(self, rows: torch.Tensor | slice, positions: torch.Tensor, counts: list[int] | None = None) -> None:
@@ -57,11 +61,10 @@ class SlotCache:
             positions: int64 [b, n] of the new tokens.
             counts: Texts: tokens of each slot, at consecutive positions; the rest of a row is padding. None: n is 1.
         """
-        self._visible = int(positions.max()) + 1
-        self.reserve(self._visible)
-        self._rows, self._positions, self._mask = rows, positions, None
         index = torch.arange(self.slots, device=positions.device)[rows]
-        self._used = max(self._used, int(index.max()) + 1)
+        self._visible = int(positions.max()) + 1
+        self.reserve(self._visible, int(index.max()) + 1)
+        self._rows, self._positions, self._mask = rows, positions, None
         self._write_rows = index[:, None].expand_as(positions)
         self._texts = None
         if counts is not None:
@@ -70,10 +73,10 @@ class SlotCache:
     @torch.inference_mode()
     def copy(self, source: int, targets: torch.Tensor) -> None:
         """Copy the slot `source` into the slots `targets`."""
+        self.reserve(self.capacity, int(targets.max()) + 1)
         for tensors in (self.keys, self.values):
             for layer in tensors:
                 layer[targets] = layer[source].clone()
-        self._used = max(self._used, int(targets.max()) + 1)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Write k, v [b, Hkv, n, D] into the slots, and attend with q [b, Hq, n, D]; returns [b, n, Hq, D]."""
@@ -81,7 +84,7 @@ class SlotCache:
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         while len(self.keys) <= layer:
-            shape = (self.slots, k.shape[1], self.capacity)
+            shape = (self._allocated, k.shape[1], self.capacity)
             self.keys.append(k.new_zeros(*shape, k.shape[3]))
             self.values.append(v.new_zeros(*shape, v.shape[3]))
         keys, values = self.keys[layer], self.values[layer]
