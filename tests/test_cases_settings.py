@@ -96,8 +96,6 @@ def test_sft_needs_no_group():
         ([{"answer": ""}, {"answer": None}], ["algorithm.name=matchtir"], "no task has anything to reward"),
         ([{"answer": "7", "env_args": {**CODES, "scoring": "toolhop"}}, {}], ["algorithm.reward.env_weight=1"],
          "env_weight counts the environment's 'success', and its row has none"),
-        ([{"env_args": {**CODES, "scoring": "toolhop"}, "id": "na0"}], [], "task na0: .*'answer'"),
-        ([{"expert_trace": TRACE}, {"id": "bare"}], ["algorithm.name=sft"], "task bare: .*needs an expert trace"),
         ([{"env_args": {**CODES, "scoring": "ftrl", "unsolved_set": {"weather": ["7"]}}}], [],
          "nothing would be learnt.*env_weight=1"),
     ],

@@ -142,7 +142,11 @@ class Route(NamedTuple):
     contexts: frozenset[LossContext]
 
 
-TRACE_SETTINGS: Mapping[str, None] = {"trace": None, "anchor": None, "sft": None}  # read by PACT alone
+TRACE_SETTINGS: Mapping[str, Collection[str] | None] = {
+    "trace": None,
+    "anchor": None,
+    "sft": None,
+}  # read by PACT alone
 TURN_SETTINGS = ("gamma", "advantage_combine")  # of the section `reward`
 
 
