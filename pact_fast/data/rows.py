@@ -343,11 +343,12 @@ def read_tools(value: Any) -> list[ToolSchema] | None:
     """The column `tools`: a list of function schemas, with or without OpenAI's wrapper, or its JSON text; else None."""
     if value is None or value == "":
         return None
+    as_text = isinstance(value, str)  # which exporters do not pad
     if isinstance(value, str):
         value = read_json(value, "tools")
     if not isinstance(value, list):
         raise DataError(f"must be a list of function schemas or its JSON text, found {type_name(value)}", field="tools")
-    tools = [_tool(tool, index) for index, tool in enumerate(value)]
+    tools = [_tool(tool, index, as_text) for index, tool in enumerate(value)]
     names: set[str] = set()
     for tool in tools:
         name = tool["function"]["name"]
@@ -357,7 +358,9 @@ def read_tools(value: Any) -> list[ToolSchema] | None:
     return tools
 
 
-def _tool(tool: Any, index: int) -> ToolSchema:
+def _tool(tool: Any, index: int, as_text: bool) -> ToolSchema:
+    """A tool in OpenAI's form. `as_text`: it was JSON text, in which a null default is meant."""
+
     def fail(problem: str) -> DataError:
         return DataError(f"tool {index}: {problem}", field="tools")
 
@@ -375,11 +378,12 @@ def _tool(tool: Any, index: int) -> ToolSchema:
         raise fail(f"'description' must be text, found {type_name(body['description'])}")
     parameters = body.get("parameters") or {}
     if isinstance(parameters, str):
+        as_text = True
         parameters = read_json(parameters, "tools", f"tool {index}: 'parameters' is ") or {}
     if not isinstance(parameters, dict):
         raise fail("'parameters' must be a JSON schema of type 'object'")
     try:
-        parameters = object_schema(drop_nulls(parameters))
+        parameters = object_schema(drop_nulls(parameters, keep="default" if as_text else None))
     except ValueError as error:
         raise fail(one_line(error)) from None
     if parameters.get("type", "object") != "object":

@@ -15,12 +15,15 @@ _KEYWORDS = frozenset((
 ))  # fmt: skip
 
 
-def drop_nulls(value: Any) -> Any:
-    """The value without null entries of objects: exporters give every object the keys of all others."""
+def drop_nulls(value: Any, keep: str | None = None) -> Any:
+    """The value without null entries of objects: exporters give every object the keys of all others.
+
+    `keep`: a key whose null is meant, such as `default` in a schema that was written as text.
+    """
     if isinstance(value, dict):
-        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
+        return {key: drop_nulls(item, keep) for key, item in value.items() if item is not None or key == keep}
     if isinstance(value, list):
-        return [drop_nulls(item) for item in value]
+        return [drop_nulls(item, keep) for item in value]
     return value
 
 
