@@ -135,7 +135,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("share, merge", [(True, True), (True, False), (False, False)], ids=["merged", "tree", "alone"])
+@pytest.mark.parametrize(
+    "share, merge",
+    [
+        pytest.param(True, True, id="merged"),
+        pytest.param(True, False, id="tree", marks=pytest.mark.slow),
+        pytest.param(False, False, id="alone", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_equal_the_formulas(renderer, case, share, merge):
     config = AlgorithmConfig.model_validate(CASES[case])

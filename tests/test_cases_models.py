@@ -33,10 +33,6 @@ EXPERTS = {
     "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 16, "num_shared_experts": 1,
 }  # fmt: skip
-HYBRID = {
-    "layer_types": ["attention", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
-    "shared_intermediate_size": 48, "logits_scaling": 8.0, **EXPERTS,
-}  # fmt: skip
 MLA = {
     "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
     "v_head_dim": 16, "head_dim": 8,
