@@ -302,7 +302,10 @@ def test_a_run_evaluates_at_its_temperature_and_says_so(tiny, capsys):
 def test_after_a_failed_start_the_new_tokenizer_and_base_are_the_runs_own(tiny, tmp_path, capsys):
     run = tmp_path / "run"
     small = ["model.random_init.vocab_size=400", "pretrain={steps: 1, batch_size: 1}"]
-    assert main(["train", str(tiny), "rollout.max_prompt_length=20", *small]) == 2  # the first prompt is too long
+    bad = tmp_path / "bad.py"
+    bad.write_text("def score(**kwargs):\n    raise ValueError('no')\n")
+    small.append(f"algorithm.reward.functions=['{bad}:score']")  # fails in the first step
+    assert main(["train", str(tiny), *small]) == 2
     assert (run / "metrics.jsonl").exists() and (run / "base").exists() and not (run / "checkpoints").exists()
     first = (run / "tokenizer/tokenizer.json").read_bytes()
     assert main(["train", str(tiny)]) == 2
