@@ -18,7 +18,7 @@ from pact_fast.errors import PactError
 if TYPE_CHECKING:
     from pact_fast.rollout.engine_check import EngineSmokeTest
 
-PREREQUISITES = ("data", "tokenizer", "engine", "rollouts")  # if one of these fails, later checks cannot run
+PREREQUISITES = ("data", "tokenizer", "logits", "engine", "rollouts")  # if one of these fails, later checks cannot run
 EMBEDDED_PARAMETERS = 200_000_000  # beyond these, the embedded engine takes most of a step's time
 EMBEDDED_TOKENS = 65_536  # sampled tokens per training step
 
@@ -91,6 +91,7 @@ class _Checks:
     def __init__(self, config: Config):
         self.config = config
         self.warnings: list[str] = []
+        self.parameters = 0  # of the model
 
     def all(self) -> list[tuple[str, Callable[[], str]]]:
         return [
@@ -102,6 +103,7 @@ class _Checks:
             ("masks", self.masks),
             ("environment", self.environment),
             ("model", self.model),
+            ("logits", self.logits),
             ("memory", self.memory),
             ("kernels", self.kernels),
         ]
@@ -223,12 +225,26 @@ class _Checks:
             lora.attach(model, self.config.model.lora, self.config.seed)
         check_context(self.config, model)
         engine_builder(self.config).check_model(model)
-        count = sum(p.numel() for p in model.parameters())
+        count = self.parameters = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         adapters = f", {trained / 1e6:,.2f} M of them in adapters" if self.config.model.lora else ""
         warning = embedded_engine_warning(self.config, count)
         self.warnings += [warning] if warning else []
         return f"{model.config.model_type}, {count / 1e6:,.1f} M parameters{adapters}"
+
+    def logits(self) -> str:
+        """Trainer and embedded engine against the model's own logits, with the real weights."""
+        from pact_fast.model.build import make_policy
+        from pact_fast.model.device import free_memory, pick_device
+        from pact_fast.model.logit_check import check_run
+        from pact_fast.rollout.registry import engine_builder
+
+        device = pick_device(self.config)
+        if 4 * self.parameters > free_memory(device):
+            self.warnings.append("not compared with the model's own logits: its fp32 weights exceed the free memory")
+            return "not compared"
+        model = make_policy(self.config, self.tokens, device=device)
+        return check_run(self.config, model, self.tokens, engine_builder(self.config).logprobs, device)
 
     def memory(self) -> str:
         """The estimate of `doctor --memory` in one line."""

@@ -15,6 +15,7 @@ from pact_fast.errors import PactError
 from pact_fast.model import lora
 from pact_fast.model.deepspeed import deepspeed_config, import_deepspeed
 from pact_fast.model.device import pick_device
+from pact_fast.model.modes import update_mode
 
 transformers.logging.disable_progress_bar()  # the run shows its own progress
 
@@ -157,4 +158,5 @@ def meta_model(config: Config, dtype: torch.dtype = torch.float32) -> PreTrained
             enable_gradient_checkpointing(model)
         if config.model.lora:
             lora.attach(model, config.model.lora, config.seed)
-    return model.train()
+    update_mode(model)
+    return model

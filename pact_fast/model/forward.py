@@ -26,7 +26,10 @@ ATTENTION_NAME = "pact_tree"  # in transformers' registry
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree_layout=None, **_):
     """An attention function as transformers calls it. query, key, value: [1, H, T, D]; returns [1, T, H, D]."""
     if tree_layout is None:
-        raise RuntimeError("attention 'pact_tree' needs tree_layout=; call the model through tree_forward")
+        raise RuntimeError(
+            "attention 'pact_tree' got no tree_layout: call the model through tree_forward, whose keyword arguments its "
+            "layers must pass on"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if tree_layout.cache is not None:
         key, value = tree_layout.cache.extend(module.layer_idx, key, value)
@@ -147,5 +150,13 @@ def paths_forward(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
 
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
     """The decoder below the language-model head: embedding, layers, final norm. Also of a model wrapped by peft."""
+    causal_lm = causal_lm_of(model)
+    base = causal_lm.base_model
+    # the model itself where its class names no attribute of its own as the base model (Llama 4)
+    return causal_lm.get_decoder() if base is causal_lm else base
+
+
+def causal_lm_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The transformers model itself, also of a model wrapped by peft."""
     get_base_model = getattr(model, "get_base_model", None)  # peft
-    return (get_base_model() if get_base_model else model).base_model
+    return get_base_model() if get_base_model else model

@@ -20,6 +20,7 @@ from pact_fast.kernels.head.stats import SUMS
 from pact_fast.kernels.head.tokens import LossTokens
 from pact_fast.model.attention.ulysses import RowShards
 from pact_fast.model.forward import paths_forward, tree_forward, unsupported
+from pact_fast.model.head import head_of, logit_transform
 
 
 class Policy(torch.nn.Module):
@@ -77,20 +78,30 @@ class Policy(torch.nn.Module):
 
 
 class FusedHead(torch.nn.Module):
-    """The language-model head, without logits of all rows at once. Weight [V, D] and bias [V] are the model's own."""
+    """The language-model head, without logits of all rows at once. Weight [V, D] and bias [V] are the model's own.
+
+    transform  what the model's class does before and after the head
+    """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        head = model.get_output_embeddings()
+        head = head_of(model)
         self.weight = head.weight
         self.register_parameter("bias", getattr(head, "bias", None))
-        self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.transform = logit_transform(model)
 
     def forward(
         self, hidden: torch.Tensor, tokens: LossTokens, temperature: float | torch.Tensor, loss: dict[str, Any] | None
     ) -> tuple[torch.Tensor, ...]:
         """See `Policy.forward`. Returns a flat tuple of tensors, because ZeRO-3's hooks handle no deeper nesting."""
-        common: dict[str, Any] = {"temperature": temperature, "bias": self.bias, "softcap": self.softcap}
+        transform = self.transform
+        common: dict[str, Any] = {
+            "temperature": temperature,
+            "bias": self.bias,
+            "softcap": transform.softcap,
+            "logit_scale": transform.logit_scale,
+        }
+        hidden = transform.hidden(hidden)
         if loss is None:
             return (linear_logprob(hidden[tokens.row], self.weight, tokens.target, **common).logprob,)
         output = pact_loss(hidden, self.weight, tokens, **common, **loss)

@@ -19,6 +19,7 @@ from pact_fast.data.types import Task, ToolCall, Trajectory
 from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
 from pact_fast.kernels import linear_logprob
+from pact_fast.model.head import head_of, logit_transform
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.engine import Engine, Request
 from pact_fast.rollout.registry import make_engine
@@ -165,18 +166,20 @@ class EngineSmokeTest:
     @torch.no_grad()
     def _logprob_diffs(self, trajectory: Trajectory) -> np.ndarray:
         """float32 [n]: |engine's log-prob − the model's| of the sampled tokens."""
-        head, start = self.model.get_output_embeddings(), len(trajectory.prompt_ids)
+        head, start = head_of(self.model), len(trajectory.prompt_ids)
+        transform = logit_transform(self.model)
         ids = torch.from_numpy(np.concatenate([trajectory.prompt_ids, trajectory.ids])).to(head.weight.device)
         with self._autocast:
             hidden = self.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         positions = torch.from_numpy(np.flatnonzero(trajectory.sampled)).to(ids.device) + start
         expected = linear_logprob(
-            hidden[positions - 1],
+            transform.hidden(hidden[positions - 1]),
             head.weight.to(hidden.dtype),
             ids[positions],
             bias=getattr(head, "bias", None),
             temperature=self.config.rollout.temperature,
-            softcap=getattr(self.model.config.get_text_config(), "final_logit_softcapping", None),
+            softcap=transform.softcap,
+            logit_scale=transform.logit_scale,
         ).logprob
         return np.abs(expected.cpu().numpy() - trajectory.logprobs[trajectory.sampled])
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.config import Config
 from pact_fast.distributed.world import World
+from pact_fast.model.logit_check import Logprobs
 from pact_fast.registry import Registry
 from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.null_engine import NullEngine
@@ -46,6 +47,10 @@ class EngineBuilder:
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raise a PactError if the engine cannot serve the model."""
+
+    def logprobs(self, model: PreTrainedModel) -> Logprobs | None:
+        """The engine's log-probs for `pact_fast.model.logit_check`; None if it does not run in this process."""
+        return None
 
     def memory_fraction(self) -> float:
         """Fraction of the trainer's device memory, 0 to 1, that the engine holds during an update."""

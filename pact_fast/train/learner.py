@@ -26,6 +26,7 @@ from pact_fast.kernels.head.objective import make_policy_loss
 from pact_fast.kernels.head.stats import SUMS
 from pact_fast.kernels.head.tokens import COMPONENTS, LossTokens
 from pact_fast.model.lora import adapters_off
+from pact_fast.model.modes import update_mode
 from pact_fast.model.policy import Policy
 from pact_fast.train.backends.base import CanDiscard, Forward
 from pact_fast.train.backends.factory import make_backend
@@ -179,7 +180,7 @@ class Learner:
         """
         started = time.perf_counter()
         scored = [s for batch in batches for s in batch.scored]
-        self.model.train()
+        update_mode(self.model)
         while True:
             table, cost = self._make_packs(batches)
             result = UpdateResult(**asdict(cost))

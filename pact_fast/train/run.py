@@ -34,6 +34,7 @@ from pact_fast.model import lora
 from pact_fast.model.adapter import adapter_tensors
 from pact_fast.model.build import check_context, make_model, make_policy
 from pact_fast.model.device import device_kind, precision
+from pact_fast.model.logit_check import check_run
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.model.weights import checkpoint_weights, save_model_config
 from pact_fast.report.console import summary_table
@@ -221,12 +222,18 @@ class Trainer:
             config, self.tokenizer, base=base, checkpoint=weights, device=self.device, partition=several
         )
         check_context(config, model)
+        self._check_model(model)
         if not self.algorithm.requirements(self.engine_builder.sampler_differs).reference:
             return model, None
         if config.model.lora:
             return model, model
         reference = make_model(config, self.tokenizer, path=base, device=self.device, partition=several)
         return model, reference.eval().requires_grad_(False)
+
+    def _check_model(self, model: PreTrainedModel) -> None:
+        """Raise PactError if trainer or engine cannot compute the model's own logits."""
+        self.engine_builder.check_model(model)
+        check_run(self.config, model, self.tokenizer, self.engine_builder.logprobs, self.device)
 
     def _pretrain(self, target: Path) -> None:
         """Train and save the base model, unless a complete one is there."""
@@ -235,6 +242,7 @@ class Trainer:
             return
         assert config.pretrain is not None
         model = make_model(config, self.tokenizer, device=self.device)
+        self._check_model(model)
         with self.progress.phase("base model", config.pretrain.steps) as advance:
             pretrain(config, model, self.renderer, self.tasks, lambda step, loss: advance(f"loss {loss:.3f}"))
         atomic_save_pretrained(model, target)

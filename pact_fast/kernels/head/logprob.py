@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,10 +32,11 @@ def linear_logprob(
     bias: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     entropy: bool = False,
     backend: str = "auto",
 ) -> LogProbs:
-    """log softmax(z)[target] and the entropy of softmax(z), with z = softcap·tanh((hWᵀ + b)/softcap)/temperature.
+    """log softmax(z)[target] and the entropy of softmax(z); z = softcap·tanh(logit_scale·(hWᵀ + b)/softcap)/temperature.
 
     Replaces `log_softmax(lm_head(hidden)).gather(...)`. Logits and softmax are computed in fp32 (fp64 for fp64 input),
     chunk by chunk. Differentiable once in hidden, weight and bias; the backward pass recomputes the logits.
@@ -46,6 +48,7 @@ def linear_logprob(
         bias: [V] bias of the head.
         temperature: Divides the logits; a number or [N].
         softcap: Soft-cap of the logits; None: no cap.
+        logit_scale: Positive factor of hWᵀ + b, before the soft-cap.
         entropy: Whether to return the entropy.
         backend: "auto", or one of `backends()`.
 
@@ -57,9 +60,8 @@ def linear_logprob(
         raise PactError(
             f"linear_logprob: targets {list(targets.shape)} must be one token id per row of hidden {list(hidden.shape)}"
         )
-    logprob, entropies = linear_logprob_op(
-        hidden, weight, bias, targets, per_token(temperature, targets), softcap, backend
-    )  # fmt: skip
+    temperatures, cap = fold_logit_scale(logit_scale, per_token(temperature, targets), softcap)
+    logprob, entropies = linear_logprob_op(hidden, weight, bias, targets, temperatures, cap, backend)
     return LogProbs(logprob, entropies if entropy else None)
 
 
@@ -97,6 +99,21 @@ def per_token(temperature: float | torch.Tensor, targets: torch.Tensor) -> torch
             f"temperature {list(temperature.shape)} must be a number or one entry per token [{len(targets)}]"
         )
     return temperature
+
+
+def fold_logit_scale(
+    scale: float, temperature: torch.Tensor, softcap: float | None
+) -> tuple[torch.Tensor, float | None]:
+    """Temperature [N] and soft-cap that include the factor c of the logits, so that no kernel has to know it.
+
+    s·tanh(c·y/s)/T = s'·tanh(y/s')/T' with s' = s/c and T' = T/c; without a soft-cap, c·y/T = y/T'. Raises PactError
+    unless c is finite and positive.
+    """
+    if scale == 1.0:
+        return temperature, softcap
+    if not 0.0 < scale < math.inf:
+        raise PactError(f"logit_scale={scale} must be positive and finite")
+    return temperature / scale, softcap / scale if softcap else softcap
 
 
 def refuse_second_derivatives() -> None:

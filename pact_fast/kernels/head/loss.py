@@ -19,6 +19,7 @@ from pact_fast.kernels.head.logprob import (
     check_head,
     check_targets,
     fake_weight_grads,
+    fold_logit_scale,
     gradient_dtype,
     linear_logprob_op,
     per_token,
@@ -69,6 +70,7 @@ def pact_loss(
     is_cap: float | Mapping[LossContext, float] | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     bias: torch.Tensor | None = None,
     pairs: TokenPairs | None = None,
     backend: str = "auto",
@@ -94,6 +96,7 @@ def pact_loss(
             `tokens.sampler_logprob`. A mapping gives each context its cap; w = 1 for contexts left out. None: w = 1.
         temperature: Divides the logits; a number or [N].
         softcap: z = softcap·tanh(z/softcap), before the temperature; None: no cap.
+        logit_scale: Positive factor of hWᵀ + b, before the soft-cap.
         bias: [V] bias of the head.
         pairs: Experimental: adds Σ pair weight·divergence of pairs of tokens, see `TokenPairs`.
         backend: "auto", or one of `backends()`.
@@ -106,11 +109,12 @@ def pact_loss(
     caps = None if is_cap is None else _caps_by_context(is_cap)
     if pairs is not None:
         pairs.check()
+    temperatures, cap = fold_logit_scale(logit_scale, per_token(temperature, tokens.target), softcap)
     loss, logprob, entropy, divergence, stats, *_ = pact_loss_op(
-        hidden, weight, bias, *tokens.columns(), per_token(temperature, tokens.target),
+        hidden, weight, bias, *tokens.columns(), temperatures,
         *((None, None) if pairs is None else (pairs.index, pairs.weight)),
         policy_loss=policy_loss, clip_low=clip[0], clip_high=clip[1], delta=delta, kl_coef=kl_coef,
-        entropy_coef=entropy_coef, is_cap=caps, softcap=softcap,
+        entropy_coef=entropy_coef, is_cap=caps, softcap=cap,
         divergence=DIVERGENCES[0] if pairs is None else pairs.divergence,
         second_grad=pairs is not None and pairs.second_grad,
         backend=backend,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
 from pact_fast.model.forward import unsupported
+from pact_fast.model.logit_check import Logprobs
 from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.registry import EngineBuilder, engine
 
@@ -30,6 +32,11 @@ class EmbeddedBuilder(EngineBuilder):
                 f"the embedded rollout engine does not serve this model ({reason}); use rollout.engine=vllm, or "
                 "another model"
             )
+
+    def logprobs(self, model: PreTrainedModel) -> Logprobs | None:
+        from pact_fast.rollout.embedded.engine import engine_logprobs
+
+        return functools.partial(engine_logprobs, model)
 
     def build(
         self,

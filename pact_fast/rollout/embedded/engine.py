@@ -2,13 +2,13 @@
 
 Every running session feeds one token per step: the token it has just sampled, or the next token of the text appended to
 its context. Turns therefore need no barrier, and an observation is fed while the other sessions go on sampling. Long
-texts are prefilled in one forward pass; sessions that start with the same prompt share it.
+texts are prefilled, many tokens per forward pass; sessions that start with the same prompt share it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +18,13 @@ import torch
 from transformers import PreTrainedModel
 
 from pact_fast.model.adapter import ADAPTER_NAME, adapted_layers
+from pact_fast.model.head import head_of, logit_transform
 from pact_fast.model.weights import base_parameters, gathered
 from pact_fast.rollout.embedded.slot_cache import SlotCache, forward
 from pact_fast.rollout.engine import Completion, Engine, Request
 
 MIN_PREFILL_TOKENS = 24  # shorter texts are fed token by token in the decode steps
+PREFILL_TOKENS = 4096  # of one forward pass, which bounds its activations
 
 
 @dataclass
@@ -63,6 +65,7 @@ class TransformersEngine(Engine):
         self.model, self.version = model, 0
         self._eot_ids = frozenset(eot_ids)
         self._device = next(model.parameters()).device
+        self._logits = logits_of(model)
         self._cache = SlotCache(slots)
         self._slots: list[_Session] = []  # session of slot i; no slot between is empty
         self._sessions: dict[int, _Session] = {}
@@ -129,21 +132,36 @@ class TransformersEngine(Engine):
             session.length, session.pending = source.length, deque(source.pending)
 
     def _prefill(self, sessions: list[_Session]) -> None:
-        """Feed all pending tokens but the last, which the next decode step feeds to sample the token after it."""
-        sessions = [s for s in sessions if len(s.pending) > 1]
-        if not sessions:
-            return
-        counts = [len(s.pending) - 1 for s in sessions]
+        """Feed all pending tokens but the last, which the next decode step feeds to sample the token after it.
+
+        A forward pass takes at most PREFILL_TOKENS tokens, padding included; longer texts take several.
+        """
+        waiting = deque(s for s in sessions if len(s.pending) > 1)
+        while waiting:
+            batch: list[_Session] = []
+            width = 0
+            while waiting:
+                wider = max(width, min(len(waiting[0].pending) - 1, PREFILL_TOKENS))
+                if batch and (len(batch) + 1) * wider > PREFILL_TOKENS:
+                    break
+                batch.append(waiting.popleft())
+                width = wider
+            self._feed_texts(batch)
+            waiting.extendleft(s for s in reversed(batch) if len(s.pending) > 1)
+
+    def _feed_texts(self, sessions: list[_Session]) -> None:
+        """One forward pass over up to PREFILL_TOKENS pending tokens of each session."""
+        counts = [min(len(s.pending) - 1, PREFILL_TOKENS) for s in sessions]
         width = max(counts)
         ids = np.zeros((len(sessions), width), dtype=np.int64)
         positions = np.zeros_like(ids)
         for row, (session, count) in enumerate(zip(sessions, counts, strict=True)):
             ids[row, :count] = [session.pending.popleft() for _ in range(count)]
-            # padding is written behind the end of the row, where later tokens overwrite it
-            positions[row] = session.length + np.arange(width)
+            # padding is written behind the end of the row, where the next token overwrites it
+            positions[row] = session.length + np.minimum(np.arange(width), count)
             session.length += count
         rows = torch.tensor([s.slot for s in sessions], device=self._device)
-        forward(self.model, self._cache, rows, self._tensor(ids), self._tensor(positions))
+        forward(self.model, self._cache, rows, self._tensor(ids), self._tensor(positions), counts)
 
     def _decode(self) -> list[Completion]:
         """One token of every running session; returns the turns that it finished."""
@@ -169,8 +187,8 @@ class TransformersEngine(Engine):
         if not sampling:
             return []
         rows = torch.tensor([s.slot for s in sampling], device=self._device)
-        head = self.model.get_output_embeddings()
-        tokens, logprobs = self._sample(head(hidden[rows, 0]).float(), sampling)
+        logits = self._logits(hidden[rows, 0])
+        tokens, logprobs = self._sample(logits, sampling)
         return [done for s, t, p in zip(sampling, tokens, logprobs, strict=True) if (done := self._append(s, t, p))]
 
     def _sample(self, logits: torch.Tensor, sessions: list[_Session]) -> tuple[list[int], list[float]]:
@@ -202,6 +220,39 @@ class TransformersEngine(Engine):
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def logits_of(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from hidden states [..., D] to the model's logits, fp32 [..., V]."""
+    head, transform = head_of(model), logit_transform(model)
+    return lambda hidden: transform.logits(head(transform.hidden(hidden)).float())
+
+
+@torch.inference_mode()
+def engine_logprobs(
+    model: PreTrainedModel, ids: torch.Tensor, targets: torch.Tensor, autocast: AbstractContextManager
+) -> torch.Tensor:
+    """Log-probs as the engine computes them: a text, then token by token.
+
+    Args:
+        model: The model.
+        ids: int64 [b, n], b sequences.
+        targets: int64 [b, n, K], tokens after each position.
+        autocast: Precision context of the forward pass.
+
+    Returns:
+        fp32 [b, n, K].
+    """
+    b, n = ids.shape
+    cache, text = SlotCache(b), n // 2
+    positions = torch.arange(n, device=ids.device).expand(b, n)
+    with autocast:
+        rows = torch.arange(b, device=ids.device)
+        parts = [forward(model, cache, rows, ids[:, :text], positions[:, :text], [text] * b)]
+        for i in range(text, n):
+            parts.append(forward(model, cache, slice(0, b), ids[:, i : i + 1], positions[:, i : i + 1]))
+        logits = logits_of(model)(torch.cat(parts, 1))
+    return torch.log_softmax(logits, -1).gather(-1, targets)
 
 
 class ReplicaEngine(TransformersEngine):
