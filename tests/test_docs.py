@@ -133,6 +133,8 @@ def test_own_data_of_the_readme_passes_the_doctor(tmp_path, monkeypatch, capsys)
         "hidden_size": 32,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
     }
     status = cli.main(["doctor", "mine.yaml", "model.path=null", f"model.random_init={json.dumps(tiny)}"])
     report = capsys.readouterr().out
