@@ -25,6 +25,8 @@ MAY_CHANGE = (
     "rollout.vllm_server_timeout", "rollout.vllm_gpu_memory_utilization", "rollout.vllm_tensor_parallel_size",
     "rollout.vllm_data_parallel_size", "rollout.vllm_enable_sleep_mode", "rollout.vllm_weight_transfer",
     "rollout.vllm_weights_dir", "rollout.vllm_args",
+    # code that is fixed or moved between two starts
+    "algorithm.reward.functions",
     # the optimizer and the end of the run
     "trainer.max_steps", "trainer.learning_rate", "trainer.lr_scheduler_type", "trainer.warmup_steps",
     "trainer.weight_decay", "trainer.max_grad_norm", "trainer.max_skipped_updates", "trainer.max_off_policy_steps",

@@ -29,13 +29,13 @@ def flops_per_token_and_pair(model: PreTrainedModel) -> tuple[float, float]:
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     active_fraction = config.num_experts_per_tok / experts if experts else 1.0
     per_token = sum(
-        (6.0 if p.requires_grad else 4.0) * math.prod(_shape(p)) * (active_fraction if ".experts." in name else 1.0)
+        (6.0 if p.requires_grad else 4.0) * math.prod(full_shape(p)) * (active_fraction if ".experts." in name else 1.0)
         for name, p in model.named_parameters()
-        if len(_shape(p)) >= 2 and "embed" not in name and "lm_head" not in name
+        if len(full_shape(p)) >= 2 and "embed" not in name and "lm_head" not in name
     )
     return per_token, 12.0 * config.num_hidden_layers * config.num_attention_heads * head_dim
 
 
-def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """The full shape, also where ZeRO-3 has partitioned the parameter."""
     return getattr(parameter, "ds_shape", parameter.shape)

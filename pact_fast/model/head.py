@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
 from pact_fast.errors import PactError
+from pact_fast.model.flops import full_shape
 from pact_fast.model.forward import causal_lm_of, decoder_of
 
 SMALL = 2.0**-12  # logits here: the slope at 0
@@ -48,7 +49,7 @@ class LogitTransform:
 def head_of(model: PreTrainedModel) -> Any:
     """The linear layer that makes the logits. Raises PactError if the model has none."""
     head: Any = model.get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is None or head.weight.ndim != 2:
+    if head is None or getattr(head, "weight", None) is None or len(full_shape(head.weight)) != 2:
         raise PactError(f"{model.config.model_type}: no linear head makes its logits; use another model")
     return head
 
@@ -66,13 +67,14 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
     """
     head, causal_lm, family = head_of(model), causal_lm_of(model), model.config.model_type
     on_meta = head.weight.device.type == "meta"
+    vocabulary, width = full_shape(head.weight)
     with unset_fake_temporarily(), torch.device("cpu" if on_meta else head.weight.device):
         grid = SMALL * 2.0 ** torch.arange(13, dtype=torch.float64)  # to 1
         grid = torch.cat([grid, torch.arange(2, 101, 14, dtype=torch.float64)])
         outputs = torch.cat([grid, -grid, grid.new_tensor([0.0, LARGE])])
         # every entry of the vocabulary gets all values, so that entries that are treated differently show
-        output = outputs[:, None].expand(-1, len(head.weight)).float()[None]
-        hidden = torch.sin(torch.arange(len(outputs) * head.weight.shape[1], dtype=torch.float32))
+        output = outputs[:, None].expand(-1, vocabulary).float()[None]
+        hidden = torch.sin(torch.arange(len(outputs) * width, dtype=torch.float32))
         hidden = hidden.view(1, len(outputs), -1)
         seen: list[torch.Tensor] = []
 
