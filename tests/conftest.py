@@ -3,14 +3,27 @@
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.ci import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary
+from tests.support.ci import (
+    pytest_addoption,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+)
 
-__all__ = ["pytest_addoption", "pytest_sessionfinish", "pytest_terminal_summary"]
+__all__ = [
+    "pytest_addoption",
+    "pytest_runtest_makereport",
+    "pytest_runtest_protocol",
+    "pytest_sessionfinish",
+    "pytest_terminal_summary",
+]
 
 NEW_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"}
 _processes: list[str] | None = None  # that the running test has started; None: they are not recorded
@@ -44,6 +57,19 @@ def no_launcher_is_left_behind() -> Iterator[None]:
     """A test that leaves a launcher's variables behind makes later ones wait for processes that never come."""
     yield
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & os.environ.keys()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vllm_servers() -> Iterator[None]:
+    """Servers start from a process that has imported vLLM, where that is installed."""
+    if find_spec("vllm") is None:
+        yield
+        return
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # vLLM compiles two small functions, in every process
+    from tests.support.vllm_servers import forked_servers
+
+    with forked_servers():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing.forkserver
+import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="after all other tests, run those again, alone, that failed and are marked timing",
     )  # fmt: skip
     group.addoption("--durations-json", type=Path, metavar="PATH", help="write the seconds of every test there")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    item.user_properties.append(("cpu", -cpu_seconds()))
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    if call.when == "teardown":
+        item.user_properties[0] = ("cpu", item.user_properties[0][1] + cpu_seconds())
+    return (yield)
+
+
+def cpu_seconds() -> float:
+    """CPU seconds so far of this process, of the children it has waited for, and of those of its fork server."""
+    server = getattr(multiprocessing.forkserver._forkserver, "_forkserver_pid", None)
+    forked = 0.0
+    if server is not None and Path(f"/proc/{server}/stat").exists():
+        ticks = Path(f"/proc/{server}/stat").read_text().rsplit(")", 1)[1].split()[11:15]
+        forked = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return sum(os.times()[:4]) + forked
 
 
 @pytest.hookimpl(trylast=True)  # once the workers of pytest-xdist have ended
@@ -69,13 +95,19 @@ def _passes_alone(nodeid: str, root: Path) -> bool:
 
 
 def write_durations(stats: dict[str, list[Any]], path: Path) -> None:
-    """{"tests": {id: seconds}, "files": {file: seconds}}, setup and teardown included, longest first."""
+    """Seconds of every test and file, setup and teardown included, longest first.
+
+    "tests" and "files" are wall-clock time, which depends on what else runs; "cpu" is CPU time of the tests, with that
+    of the processes they started.
+    """
     tests: Counter[str] = Counter()
     files: Counter[str] = Counter()
+    cpu: Counter[str] = Counter()
     for report in (report for reports in stats.values() for report in reports):
         if isinstance(report, pytest.TestReport):
             tests[report.nodeid] += report.duration
             files[report.nodeid.split("::")[0]] += report.duration
-    ordered = {"files": dict(files.most_common()), "tests": dict(tests.most_common())}
+            cpu[report.nodeid] += dict(report.user_properties).get("cpu", 0.0) if report.when == "teardown" else 0.0
+    ordered = {"files": dict(files.most_common()), "tests": dict(tests.most_common()), "cpu": dict(cpu.most_common())}
     rounded = {kind: {name: round(seconds, 3) for name, seconds in found.items()} for kind, found in ordered.items()}
     path.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")

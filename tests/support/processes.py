@@ -20,7 +20,15 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload(["pact_fast.train.run", "pact_fast.report", "torch.utils.tensorboard", "pytest"])
+WARM.set_forkserver_preload(
+    [
+        "pact_fast.train.run",
+        "pact_fast.report",
+        "torch.utils.tensorboard",
+        "pytest",
+        "vllm.entrypoints.openai.api_server",
+    ]
+)  # what is not installed is left out
 
 
 def environment(**variables: str) -> dict[str, str]:

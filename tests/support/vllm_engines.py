@@ -7,7 +7,6 @@ import dataclasses
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.model.weights import WeightMismatch
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.engine import Request
+from pact_fast.rollout.vllm import process
 from pact_fast.rollout.vllm.colocated import WORKER_EXTENSION
 from pact_fast.train.pretrain import pretrain
 
@@ -81,7 +81,7 @@ def running_server(policy: Policy, folder: Path, *flags: str, extension: str = W
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with (folder / "server.log").open("wb") as log:
-        server = subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
+        server = process.launch(command, environment, log)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

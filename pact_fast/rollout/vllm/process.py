@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pact_fast.errors import EngineDied
 from pact_fast.rollout.vllm.client import VllmServerTransport
@@ -106,10 +107,7 @@ class VllmServerProcess(VllmServerTransport):
         """Start the server with the checkpoint folder `model`, and wait until it serves."""
         self._socket.unlink(missing_ok=True)
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command(model), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(),
-                start_new_session=True, preexec_fn=_terminate_with_parent,
-            )  # fmt: skip
+            self._process = launch(self._command(model), self._environment(), log)
         self._wait_ready(self._start_timeout)
 
     def _command(self, model: Path) -> list[str]:
@@ -156,6 +154,14 @@ class VllmServerProcess(VllmServerTransport):
         self._process = None
 
 
+def launch(command: list[str], environment: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen:
+    """Starts a server as the leader of a process group of its own; its output goes to `log`."""
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+        preexec_fn=terminate_with_parent,
+    )  # fmt: skip
+
+
 def command_line(args: dict[str, Any]) -> list[str]:
     """{max_model_len: 640, enable_lora: True, x: False} → --max-model-len 640 --enable-lora --no-x"""
     flags: list[str] = []
@@ -168,7 +174,7 @@ def command_line(args: dict[str, Any]) -> list[str]:
     return flags
 
 
-def _terminate_with_parent() -> None:
+def terminate_with_parent() -> None:
     """A trainer that is killed leaves no server behind (Linux)."""
     if _LIBC is not None:
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
