@@ -45,14 +45,33 @@ def needs_compiler():
         pytest.skip(str(error))
 
 
-def test_processes_that_compile_at_once_all_get_a_whole_library_and_later_ones_find_it(tmp_path):
-    needs_compiler()
-    for process in [start(tmp_path) for _ in range(2)]:
+STAND_IN = """#!/bin/sh
+echo "$*" >>{calls}
+for last; do test "$before" = -o && out=$last; before=$last; done
+case "$*" in
+    --version) echo stand-in ;;
+    *" -c "*) sleep 0.3; touch "$out" ;;
+    *) cp {library} "$out" ;;
+esac
+"""
+
+
+def test_processes_that_compile_at_once_all_get_a_whole_library_and_later_ones_find_it(cpp_library, tmp_path):
+    """In place of the compiler, something that hands out the library of this process: compiling is not in question."""
+    if cpp_library != "ready":
+        pytest.skip(cpp_library)
+    compiler, calls = tmp_path / "c++", tmp_path / "calls"
+    compiler.write_text(STAND_IN.format(calls=calls, library=build.build()))
+    compiler.chmod(0o755)
+    for process in [start(tmp_path, CXX=str(compiler)) for _ in range(2)]:
         out, err = lines(process)
         assert out[2] == "ready" and "compiling" in err
+    compiled = calls.read_text().count(" -c ")
+    assert compiled == 2 * len(list(build.SOURCES.rglob("*.cpp")))
     assert len(list(tmp_path.rglob("*.so"))) == 1
-    out, err = lines(start(tmp_path))
+    out, err = lines(start(tmp_path, CXX=str(compiler)))
     assert out[2] == "ready" and "compiling" not in err
+    assert calls.read_text().count(" -c ") == compiled
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
