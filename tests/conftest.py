@@ -66,6 +66,7 @@ def vllm_servers() -> Iterator[None]:
         yield
         return
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # vLLM compiles two small functions, in every process
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, which it fills with zeros
     from tests.support.vllm_servers import forked_servers
 
     with forked_servers():

@@ -1,14 +1,17 @@
 """Several training processes with real vLLM: an engine in each, or servers of their own, under ZeRO-3."""
 
 import json
-import os
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+
+from pact_fast.cli.main import main
+from tests.support.processes import run_ranks
+from tests.support.vllm_servers import forked_servers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 PLACEMENTS = {
@@ -33,18 +36,17 @@ SETTINGS = [
 ]
 
 
-def losses(run, mode: str) -> list[float]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pact_fast", "train",
-        "quickstart", f"output_dir={run}", f"rollout.vllm_mode={mode}", *SETTINGS, *PLACEMENTS[mode],
-    ]  # fmt: skip
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+def train(arguments: list[str]) -> None:
+    """In each rank."""
+    with forked_servers():
+        status = main(arguments)
+    sys.exit(status)
+
+
+def losses(run: Path, mode: str) -> list[float]:
+    run_ranks(
+        train, ["train", "quickstart", f"output_dir={run}", f"rollout.vllm_mode={mode}", *SETTINGS, *PLACEMENTS[mode]]
+    )
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert max(r.get("mismatch/max", 0.0) for r in records) <= 1e-4  # every engine had the current weights
     return [r["loss"] for r in records if "loss" in r]

@@ -14,8 +14,10 @@ from pact_fast.data.types import ToolCall, TurnRecord
 from pact_fast.envs.registry import EnvironmentFactory
 from pact_fast.errors import PactError
 from pact_fast.rollout.engine_check import MIN_CACHED_CONTEXT, EngineSmokeTest
+from pact_fast.rollout.vllm import process
 from pact_fast.rollout.vllm.colocated import ColocatedVllm
 from tests.support.vllm_engines import SETTINGS, make_policy, perturb
+from tests.support.vllm_servers import COLD_LAUNCH
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 LIVE = ["engine", "rollouts", "turns", "log-probs", "prefix cache", "memory"]
@@ -101,7 +103,8 @@ def test_a_prefix_that_is_not_cached_is_found(checks, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
-def test_the_doctor_tries_the_engine_with_the_saved_weights(saved, capsys, mode):
+def test_the_doctor_tries_the_engine_with_the_saved_weights(saved, capsys, mode, monkeypatch):
+    monkeypatch.setattr(process, "launch", COLD_LAUNCH)  # as users start it; other tests fork their servers
     assert main(["doctor", "quickstart", *saved, f"rollout.vllm_mode={mode}"]) == 0
     shown = capsys.readouterr().out.splitlines()
     live = [line for line in shown if line.startswith(("ok ", "FAIL "))][-len(LIVE) :]  # vLLM writes there, too

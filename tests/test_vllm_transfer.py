@@ -18,7 +18,7 @@ from pact_fast.rollout.registry import make_engine
 from pact_fast.rollout.vllm import weight_transfer
 from pact_fast.rollout.vllm.weight_transfer import choose_transfer
 from tests.support.gloo_transfer import EXTENSION, Group, native
-from tests.support.processes import run_module
+from tests.support.processes import run_ranks
 from tests.support.vllm_engines import caught, largest_gap, make_policy, perturb, prompts, running_server, sample
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -219,7 +219,9 @@ def test_a_dying_server_does_not_start_while_its_weights_cannot_be_sent(policy, 
 def test_weights_that_zero3_has_split(tmp_path):
     """Two processes gather them; a server that died before that is started first, one that dies later ends the run."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    run_module("tests.support.zero3_transfer", str(tmp_path), ranks=2, timeout=300)
+    from tests.support import zero3_transfer
+
+    run_ranks(zero3_transfer.run, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(result["gaps"]) == 3 and max(result["gaps"]) <= 1e-4 and result["restarts"] == 1
     assert result["broadcasts"] > 3 and "ZeRO-3 has partitioned them" in result["error"]

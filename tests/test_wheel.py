@@ -1,4 +1,4 @@
-"""The wheel, not the checkout: it holds the C++ sources, its kernels are the checkout's, and its command works in another folder."""
+"""The wheel, not the checkout: it holds the sources of the kernels, and its command works in another folder."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ def _run_all(processes: list[BaseProcess], timeout: float) -> None:
 def _call(log: Path, variables: Mapping[str, str], function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     redirect_output(log)
     os.environ.update(variables)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have children,
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]  # and forks them where it came from
     function(*arguments)
 
 

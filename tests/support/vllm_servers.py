@@ -1,7 +1,7 @@
 """vLLM servers that are forked from a process which has imported vLLM.
 
 A server imports vLLM three times: for its API, its engine core, and its worker. That takes half a minute of CPU time, ten
-times as much as all else that it does in a test. `test_vllm_distributed.py` starts servers in the ordinary way.
+times as much as all else that it does in a test. `test_vllm_doctor.py` starts one in the ordinary way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import multiprocessing
 import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from multiprocessing.context import BaseContext
@@ -19,6 +18,8 @@ from unittest import mock
 
 from pact_fast.rollout.vllm import process
 from tests.support.processes import WARM
+
+COLD_LAUNCH = process.launch
 
 
 class Server:
