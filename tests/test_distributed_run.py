@@ -1,5 +1,6 @@
 """Whole runs under torchrun: two processes give what one gives, and a run may go on with another number of them."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pact_fast.cli.main import main
-from tests.support.processes import run_ranks
+from tests.support.processes import Ranks, run_ranks
 from tests.support.runs import SETTINGS, RunProcess
 
 pytestmark = pytest.mark.slow
@@ -88,52 +89,32 @@ def test_two_processes_give_what_one_gives_and_each_goes_on_with_the_others_chec
 def test_a_killed_process_takes_the_others_with_it_and_the_run_goes_on(alone, tmp_path):
     """SIGKILL of one rank: no hang, an error that names the cause, and a resumed run that equals an undisturbed one."""
     run = tmp_path / "run"
-    process = start(run)
-    os.kill(child_of_rank(process.pid, 1), signal.SIGKILL)
-    killed = time.monotonic()
-    error = ended(process)
-    assert process.returncode != 0 and time.monotonic() - killed < 45
-    assert "another rank has ended or hangs" in error and "resume=auto" in error
+    ranks = start(run)
+    os.kill(ranks.pids[1], signal.SIGKILL)
+    assert ranks.wait(45, grace=45) == [2, -signal.SIGKILL], ranks.output(0)
+    assert "another rank has ended or hangs" in ranks.output(0) and "resume=auto" in ranks.output(0)
     train(run, 2)
     assert_same(run, alone)
 
 
 @pytest.mark.timing
 @pytest.mark.chaos
-@pytest.mark.parametrize("receiver", ["one process", "torchrun"])
-def test_sigterm_ends_all_processes_after_the_step(receiver, alone, tmp_path):
-    """Whoever of them gets it: the step is finished and saved. torchrun itself ends with an error of its own then."""
+def test_sigterm_to_one_process_ends_all_after_the_step(alone, tmp_path):
+    """The step is finished and saved."""
     run = tmp_path / "run"
-    process = start(run)
-    os.kill(child_of_rank(process.pid, 1) if receiver == "one process" else process.pid, signal.SIGTERM)
-    asked = time.monotonic()
-    error = ended(process)
-    assert time.monotonic() - asked < 60
-    assert (process.returncode == 0) == (receiver == "one process"), error
-    newest = max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir())
-    assert f"stopped by SIGTERM: step {newest} is saved; continue with resume=auto" in error
-    assert not (run / "summary.json").exists()
+    ranks = start(run)
+    os.kill(ranks.pids[1], signal.SIGTERM)
+    assert ranks.wait(60) == [0, 0], ranks.output(0)
+    assert_saved(run, ranks.output(0))
     train(run, 1)
     assert_same(run, alone)
 
 
 @pytest.mark.timing
 @pytest.mark.chaos
-def test_sigterm_reaches_a_process_that_waits_for_the_base_model(tmp_path):
-    """Python's handlers do not run while a library waits; rank 0 would be busy for hours here."""
+def test_sigterm_to_torchrun_ends_all_after_the_step(alone, tmp_path):
+    """torchrun itself ends with an error of its own then."""
     run = tmp_path / "run"
-    process = start(run, "pretrain.steps=1000000", done=lambda: (run / "tokenizer").exists())
-    time.sleep(3)  # until it waits; before that it would end at once in any case
-    os.kill(child_of_rank(process.pid, 1), signal.SIGTERM)
-    asked = time.monotonic()
-    ended(process)
-    assert process.returncode != 0 and time.monotonic() - asked < 60
-    assert not (run / "base").exists() and not (run / "metrics.jsonl").exists()
-
-
-def start(run: Path, *settings: str, done: Callable[[], bool] | None = None) -> subprocess.Popen:
-    """A run of two ranks under torchrun that has got so far; default: it has done a step."""
-    done = done or (lambda: (run / "metrics.jsonl").exists() and len(records(run)) >= 2)
     launcher = [
         sys.executable,
         "-m",
@@ -145,33 +126,57 @@ def start(run: Path, *settings: str, done: Callable[[], bool] | None = None) -> 
         "pact_fast",
     ]
     process = subprocess.Popen(
-        [*launcher, *command(run, *settings)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*launcher, *command(run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 200
-    while not done() and time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise AssertionError(ended(process))
-        time.sleep(0.02)
-    return process
-
-
-def ended(process: subprocess.Popen) -> str:
-    """What it wrote to standard error; it must end by itself."""
     try:
-        return process.communicate(timeout=90)[1]
-    except subprocess.TimeoutExpired:
-        for pid in [*children(process.pid), process.pid]:
-            os.kill(pid, signal.SIGKILL)
-        raise
+        wait_until(lambda: started(run), lambda: process.poll() is not None)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert_saved(run, error)
+    train(run, 1)
+    assert_same(run, alone)
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+@pytest.mark.timing
+@pytest.mark.chaos
+def test_sigterm_reaches_a_process_that_waits_for_the_base_model(tmp_path):
+    """Python's handlers do not run while a library waits; rank 0 would be busy for hours here."""
+    run = tmp_path / "run"
+    ranks = start(run, "pretrain.steps=1000000", done=lambda: (run / "tokenizer").exists())
+    time.sleep(1)  # until it waits; before that it would end at once in any case
+    os.kill(ranks.pids[1], signal.SIGTERM)
+    wait_until(lambda: ranks.exit_codes[1] is not None, lambda: False, seconds=60)
+    os.kill(ranks.pids[0], signal.SIGTERM)  # as torchrun does then
+    codes = ranks.wait(60, grace=60)
+    assert all(code not in (0, -signal.SIGKILL) for code in codes), codes
+    assert not (run / "base").exists() and not (run / "metrics.jsonl").exists()
 
 
-def child_of_rank(launcher: int, rank: int) -> int:
-    """torchrun's child with RANK=rank."""
-    for child in children(launcher):
-        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return child
-    raise AssertionError("no such child")
+def start(run: Path, *settings: str, done: Callable[[], bool] | None = None) -> Ranks:
+    """A run of two ranks that has got so far; default: it has done a step."""
+    run.parent.mkdir(exist_ok=True)
+    ranks = Ranks(run.parent, call_command, command(run, *settings))
+    wait_until(done or (lambda: started(run)), lambda: any(code is not None for code in ranks.exit_codes))
+    return ranks
+
+
+def started(run: Path) -> bool:
+    return (run / "metrics.jsonl").exists() and len(records(run)) >= 2
+
+
+def wait_until(done: Callable[[], bool], ended: Callable[[], bool], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert not ended() and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def assert_saved(run: Path, output: str) -> None:
+    """The run was stopped and says which step it has saved."""
+    newest = max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir())
+    assert f"stopped by SIGTERM: step {newest} is saved; continue with resume=auto" in output
+    assert not (run / "summary.json").exists()

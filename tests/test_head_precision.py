@@ -143,13 +143,21 @@ def yardstick(name: str, dtype: torch.dtype, entropy_coef: float) -> list[tuple]
     return found
 
 
+def combinations() -> list:
+    """Case, dtype and entropy coefficient; all of them, but for the longest case."""
+    found = []
+    for name in CASES:
+        for dtype, entropy_coef in [*((dtype, ENTROPY) for dtype in DTYPES), (torch.bfloat16, 0.0)]:
+            if name == "70,001 tokens" and (dtype == torch.float16 or not entropy_coef):
+                continue
+            words = (name, str(dtype).removeprefix("torch."), str(entropy_coef))
+            marks = pytest.mark.slow if name in LARGE else ()
+            found.append(pytest.param(name, dtype, entropy_coef, id="-".join(words), marks=marks))
+    return found
+
+
 @pytest.mark.parametrize("backend", LIVE)
-@pytest.mark.parametrize(
-    "dtype, entropy_coef",
-    [*((dtype, ENTROPY) for dtype in DTYPES), (torch.bfloat16, 0.0)],
-    ids=lambda value: str(value).removeprefix("torch."),
-)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LARGE else ()) for n in CASES])
+@pytest.mark.parametrize("name, dtype, entropy_coef", combinations())
 def test_error_is_at_most_twice_that_of_plain_torch(name, dtype, entropy_coef, backend):
     if interpreted() and (name not in SMALL or backend != "triton"):
         pytest.skip("the interpreter takes the small cases")

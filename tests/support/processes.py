@@ -5,6 +5,7 @@ The imports of torch, transformers and the trainer take several seconds of CPU t
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -14,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing import connection, forkserver
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -46,42 +46,60 @@ def run_module(module: str, *arguments: str, ranks: int = 1, timeout: float = 60
     return done.stdout
 
 
-def run_ranks(function: Callable[..., object], *arguments: Any, ranks: int = 2, timeout: float = 300) -> None:
-    """Calls `function(*arguments)` in as many forked processes, which see what torchrun tells its own.
+class Ranks:
+    """`function(*arguments)` in as many forked processes, which see what torchrun tells its own.
 
-    All must end with status 0 within `timeout` seconds. Results travel in files. With one rank there is no group.
+    With one rank there is no group. Results travel in files.
     """
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder) / f"rank{rank}.log" for rank in range(ranks)]
+
+    def __init__(self, folder: Path, function: Callable[..., object], *arguments: Any, ranks: int = 2):
+        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self._logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
         variables = [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} if ranks > 1 else {} for r in range(ranks)]
-        started = [
+        self._processes = [
             WARM.Process(target=_call, args=(log, variable, function, arguments), daemon=True)
-            for log, variable in zip(logs, variables, strict=True)
+            for log, variable in zip(self._logs, variables, strict=True)
         ]
-        _run_all(started, timeout)
-        wrong = [rank for rank, process in enumerate(started) if process.exitcode != 0]
+        for process in self._processes:
+            process.start()
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid or 0 for process in self._processes]
+
+    @property
+    def exit_codes(self) -> list[int | None]:
+        return [process.exitcode for process in self._processes]
+
+    def output(self, rank: int) -> str:
+        return self._logs[rank].read_text(errors="replace") if self._logs[rank].exists() else ""
+
+    def wait(self, seconds: float, grace: float = 5) -> list[int | None]:
+        """Exit codes. `grace` seconds after one has failed, or at the deadline, the others are killed."""
+        deadline = time.monotonic() + seconds
+        failed = False
+        try:
+            while (running := [p for p in self._processes if p.exitcode is None]) and time.monotonic() < deadline:
+                if not failed and any(self.exit_codes):
+                    failed, deadline = True, min(deadline, time.monotonic() + grace)  # for what the others have to say
+                connection.wait([process.sentinel for process in running], timeout=1)
+            return self.exit_codes
+        finally:
+            for process in self._processes:
+                if process.exitcode is None:
+                    process.kill()
+                process.join()
+
+
+def run_ranks(function: Callable[..., object], *arguments: Any, ranks: int = 2, timeout: float = 300) -> None:
+    """See Ranks; all must end with status 0 within `timeout` seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = Ranks(Path(folder), function, *arguments, ranks=ranks)
+        codes = started.wait(timeout)
+        wrong = [rank for rank, code in enumerate(codes) if code != 0]
         assert not wrong, "\n".join(
-            f"rank {rank}, exit status {started[rank].exitcode}:\n{logs[rank].read_text(errors='replace')[-3000:]}"
-            for rank in wrong
+            f"rank {rank}, exit status {codes[rank]}:\n{started.output(rank)[-3000:]}" for rank in wrong
         )
-
-
-def _run_all(processes: list[BaseProcess], timeout: float) -> None:
-    """Starts them and waits for all; soon after one has failed, or at the deadline, the others are killed."""
-    deadline = time.monotonic() + timeout
-    for process in processes:
-        process.start()
-    try:
-        while (running := [p for p in processes if p.exitcode is None]) and time.monotonic() < deadline:
-            if any(process.exitcode for process in processes):
-                deadline = min(deadline, time.monotonic() + 5)  # for what the others have to say
-            connection.wait([process.sentinel for process in running], timeout=1)
-    finally:
-        for process in processes:
-            if process.exitcode is None:
-                process.kill()
-            process.join()
 
 
 def _call(log: Path, variables: Mapping[str, str], function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
@@ -89,7 +107,16 @@ def _call(log: Path, variables: Mapping[str, str], function: Callable[..., objec
     os.environ.update(variables)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have children,
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]  # and forks them where it came from
+    _use_gloo()
     function(*arguments)
+
+
+def _use_gloo() -> None:
+    """DeepSpeed sums over processes with gloo, as over machines; here it would compile an operator for a minute first."""
+    with contextlib.suppress(ImportError):
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def redirect_output(log: Path) -> None:
