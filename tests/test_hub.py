@@ -267,7 +267,13 @@ def test_another_split_config_or_order_is_another_dataset(tmp_path):
     copy.write_text(file.read_text())
     assert fixed_changes(settings(one), settings([one])) == []
     assert fixed_changes(settings([str(file), one]), settings([str(copy), one])) == []
-    for old, new in ((one, two), (one, f"hf://org/name@{sha}/main:train"), ([one, two], [two, one]), (one, str(file))):
+    for old, new in (
+        (one, two),
+        (one, f"hf://org/name@{sha}/main:train"),
+        ([one, two], [two, one]),
+        (one, str(file)),
+        (one, one.replace("org/", "other/")),
+    ):
         assert [key for key, *_ in fixed_changes(settings(old), settings(new))] == ["data.train"]
     assert fixed_changes(settings(one), settings([one, two]))
 

@@ -419,6 +419,11 @@ class TrainerConfig(Section):
         description="Steps between evaluations on held-out tasks, which must exist; null: only before and after training.",
     )
     eval_tasks: int = Field(200, ge=1, description="Held-out tasks per evaluation.")
+    report_to: str | list[str] = Field(
+        "tensorboard",
+        description="Where metrics go, besides metrics.jsonl: `tensorboard`, `trackio`, `wandb`, your own tracker as "
+        "`file.py:Class`, a list of these, or `none` (docs/tracking.md).",
+    )
     log_completions: int = Field(4, ge=0, description="Rollouts printed as a table at each evaluation.")
     save_rollouts: int = Field(32, ge=0, description="Rollouts per step written to rollouts/, for `pact-fast view`.")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -65,6 +66,7 @@ from pact_fast.train.run_dir import (
 )
 from pact_fast.train.shutdown import GracefulShutdown, ShutdownRequested
 from pact_fast.train.step import Stepper, StepResult
+from pact_fast.train.trackers.group import open_trackers
 
 
 @dataclass
@@ -329,7 +331,8 @@ class Trainer:
         """Open metrics.jsonl, cut to its first `size` bytes (steps up to `step`), and make the evaluator that writes to it."""
         if self.world.is_main:
             checkpoint.rewind_metrics(self.run / "metrics.jsonl", size)
-            self.metrics = MetricsWriter(self.run, step)
+            trackers = open_trackers(self.config, self.run, step, self.progress.note)
+            self.metrics = MetricsWriter(self.run, trackers)
         self.evaluator = Evaluator(
             self.config, self.tasks, self.collector, self.metrics, self.records, self.progress, self.world
         )
@@ -458,9 +461,10 @@ class Trainer:
         return summary
 
     def _close(self) -> None:
-        """Stop sampling, environments and the engine."""
+        """Stop sampling, environments and the engine; then let the trackers send what is left."""
+        failed = sys.exc_info()[0] is not None
         self.collector.close()
-        if self.metrics:
-            self.metrics.close()
         self.loop.close()
         self.engine.shutdown()
+        if self.metrics:
+            self.metrics.close(failed)

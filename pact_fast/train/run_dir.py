@@ -1,6 +1,7 @@
 """The run directory, and writes to it that are complete or absent.
 
-config.yaml, summary.json, metrics.jsonl, tensorboard/, tokenizer/, base/, rollouts/, checkpoints/, report.html
+config.yaml, summary.json, metrics.jsonl, tracking_id, tensorboard/, wandb/, tokenizer/, base/, rollouts/, checkpoints/,
+report.html
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ MADE = (
     "base",
     "rollouts",
     "tensorboard",
+    "wandb",
+    "tracking_id",
     "max_tokens_per_pack",
     "metrics.jsonl",
     "summary.json",
