@@ -16,6 +16,8 @@ import yaml
 from pact_fast.envs.python_tools.pool import WORKER_FAILED
 from pact_fast.errors import PactError
 from pact_fast.train.metrics import MetricsWriter
+from pact_fast.train.trackers.base import TrackedRun
+from pact_fast.train.trackers.group import Trackers
 from tests.support.runs import DEADLINE, STEPS, RunProcess, assert_same, contents, cut_back, metrics, saved
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
@@ -55,7 +57,7 @@ def test_any_other_file_that_cannot_be_written_is_named(file, baseline_run, tmp_
 def test_metrics_on_a_full_disk_are_one_error(tmp_path):
     """A real full disk, /dev/full, also refuses what is written when the file is closed."""
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    writer = MetricsWriter(tmp_path, 0)
+    writer = MetricsWriter(tmp_path, Trackers({}, TrackedRun("run", "0" * 8, tmp_path, {}), print))
     with pytest.raises(PactError, match=r"metrics\.jsonl: .*No space left on device; free some space"):
         writer.write(1, {"loss": 1.0})
     writer.close()

@@ -1,5 +1,6 @@
 """Settings of a run: the schema, and reading it from recipes, YAML files and the command line. Imports no torch."""
 
+from pact_fast.config.data_source import HubDataset, expand_pattern, source_names
 from pact_fast.config.load import known_keys, load_config, parse_config, recipes, section_of
 from pact_fast.config.schema import (
     AlgorithmConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "DataConfig",
     "DeepSpeedConfig",
     "EnvConfig",
+    "HubDataset",
     "LoraConfig",
     "ModelConfig",
     "PretrainConfig",
@@ -35,9 +37,11 @@ __all__ = [
     "Section",
     "TraceConfig",
     "TrainerConfig",
+    "expand_pattern",
     "known_keys",
     "load_config",
     "parse_config",
     "recipes",
     "section_of",
+    "source_names",
 ]

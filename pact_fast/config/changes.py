@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pact_fast.config.data_source import HUB, source_names
 from pact_fast.config.load import load_config
 from pact_fast.config.schema import Config
 from pact_fast.errors import PactError
@@ -32,7 +33,7 @@ MAY_CHANGE = (
     "trainer.weight_decay", "trainer.max_grad_norm", "trainer.max_skipped_updates", "trainer.max_off_policy_steps",
     # what is saved, evaluated and logged
     "trainer.save_steps", "trainer.save_total_limit", "trainer.eval_steps", "trainer.eval_tasks",
-    "trainer.log_completions", "trainer.save_rollouts",
+    "trainer.log_completions", "trainer.save_rollouts", "trainer.report_to",
 )  # fmt: skip
 DATA_FILES = ("data.train", "data.eval", "data.expert")  # a copy at another path is no change
 
@@ -70,15 +71,28 @@ def fixed_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
         (key, before, after)
         for key, before, after in found
         if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
-        and not (key in DATA_FILES and before and after and _same_file(Path(before), Path(after)))
+        and not (key in DATA_FILES and _same_sources(source_names(before), source_names(after)))
     ]
 
 
-def _same_file(old: Path, new: Path) -> bool:
-    """Whether a data file was copied or moved: equal content, or an equal name where the old one is gone."""
-    if not old.is_file():
-        return old.name == new.name
-    return new.is_file() and filecmp.cmp(old, new, shallow=False)
+def _same_sources(old: list[str], new: list[str]) -> bool:
+    """Whether two lists of data sources hold the same rows in the same order."""
+    return len(old) == len(new) > 0 and all(map(_same_source, old, new))
+
+
+def _same_source(old: str, new: str) -> bool:
+    """Whether a data file was copied or moved: equal content, or an equal name where the old one is gone.
+
+    A dataset of the Hub is the same if repository, commit, config and split are.
+    """
+    if old == new:
+        return True
+    if old.startswith(HUB) or new.startswith(HUB):
+        return False
+    before, after = Path(old), Path(new)
+    if not before.is_file():
+        return before.name == after.name
+    return after.is_file() and filecmp.cmp(before, after, shallow=False)
 
 
 def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
@@ -91,6 +105,7 @@ def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, Any, Any]]
 
 
 def _short(value: Any) -> str:
-    """A value as it is written on the command line, cut to 60 characters."""
+    """A value as it is written on the command line, cut to 60 characters; the name of a dataset is needed whole."""
     text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+    limit = 160 if text.startswith(HUB) else 60
+    return text if len(text) <= limit else text[: limit - 1] + "…"

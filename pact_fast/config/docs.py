@@ -36,7 +36,7 @@ RESUMED = """\
 With `resume=auto` and a checkpoint, these settings and all keys of these sections may differ from the run's
 config.yaml. Any other difference is an error that names key, old and new value: it would change which data, weights or
 loss the earlier steps stand for. A data file may lie at another path if its content is the same, or if the old file is
-gone and the new one has its name.
+gone and the new one has its name; a dataset of the Hub must be the same repository, commit, config and split.
 """
 NAMES = {str: "text", int: "integer", float: "number", bool: "true or false"}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}

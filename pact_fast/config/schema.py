@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pact_fast.config.data_source import HUB, HubDataset, source_names
 from pact_fast.errors import PactError
 
 
@@ -59,23 +60,38 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Source of tasks (docs/data.md). Without files, the environment generates them (lookup_chain)."""
+    """Source of tasks (docs/data.md). Without `train`, the environment generates them (lookup_chain)."""
 
-    train: str | None = Field(None, description="JSONL or parquet file of training tasks.")
-    eval: str | None = Field(None, description="JSONL or parquet file of held-out tasks.")
+    train: str | list[str] | None = Field(
+        None,
+        description="Training tasks: a JSONL or parquet file, a pattern of files (shards/*.jsonl), a dataset of the "
+        "Hugging Face Hub (hf://org/name@revision/config:split; revision and config may be left out), or a list of these.",
+    )
+    eval: str | list[str] | None = Field(None, description="Held-out tasks, named as those of `train`.")
     format: Literal["auto", "pact", "verl", "ftrl", "toolhop"] = Field(
         "auto", description="Row format; `auto`: detected from the columns."
     )
-    expert: str | None = Field(
-        None, description="JSONL file of expert traces ({id, expert_trace}), joined to the training tasks by id."
+    expert: str | list[str] | None = Field(
+        None,
+        description="Expert traces ({id, expert_trace}), joined to the training tasks by id; named as the files of `train`.",
     )
-    max_rows: int | None = Field(None, ge=1, description="Read only this many rows of each file.")
+    max_rows: int | None = Field(None, ge=1, description="Read only this many rows of each file or dataset.")
     shuffle: bool = Field(True, description="Shuffle the tasks in each epoch, from the seed.")
     on_bad_row: Literal["error", "skip"] = Field(
         "error",
         description="A row that cannot be used (docs/data.md) stops the run before its first step, or is skipped and "
         "listed in `skipped_rows.jsonl` of the run directory.",
     )
+
+    @field_validator("train", "eval", "expert")
+    @classmethod
+    def _named(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value == []:
+            raise ValueError("the list is empty; name at least one file or dataset, or write null")
+        for name in source_names(value):
+            if name.startswith(HUB):
+                HubDataset.parse(name)
+        return value
 
 
 class EnvConfig(Section):
@@ -403,6 +419,11 @@ class TrainerConfig(Section):
         description="Steps between evaluations on held-out tasks, which must exist; null: only before and after training.",
     )
     eval_tasks: int = Field(200, ge=1, description="Held-out tasks per evaluation.")
+    report_to: str | list[str] = Field(
+        "tensorboard",
+        description="Where metrics go, besides metrics.jsonl: `tensorboard`, `trackio`, `wandb`, your own tracker as "
+        "`file.py:Class`, a list of these, or `none` (docs/tracking.md).",
+    )
     log_completions: int = Field(4, ge=0, description="Rollouts printed as a table at each evaluation.")
     save_rollouts: int = Field(32, ge=0, description="Rollouts per step written to rollouts/, for `pact-fast view`.")
 

@@ -1,120 +1,124 @@
-"""Reads and writes task files: JSONL, JSON arrays and parquet, in the columns of docs/data.md."""
+"""Reads tasks from files and datasets, and writes task files, in the columns of docs/data.md."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from pact_fast.data.row_files import add_location
 from pact_fast.data.row_formats import ROW_FORMATS, detect_row_format
+from pact_fast.data.row_sources import Source, row_sources
 from pact_fast.data.rows import (
     OWN_FIELDS,
     TRACE_FIELDS,
-    Row,
     check_calls,
     check_environment,
     nearest,
     one_line,
     quoted,
     read_id,
-    read_json,
     read_trace,
     task_from_row,
-    type_name,
 )
-from pact_fast.data.schemas import drop_nulls
 from pact_fast.data.types import ExpertTrace, Task, ToolSchema
 from pact_fast.errors import DataError, PactError
 
 __all__ = ["attach_traces", "read_tasks", "read_traces", "tool_schema", "write_tasks"]
 
-NumberedRow = tuple[int, "Row | DataError"]  # line or row number from 1
-PARQUET_BATCH = 256  # rows held both as Arrow and as Python objects
-COMPRESSED = {  # first bytes of a file -> compression
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"PK\x03\x04": "zip",
-}
-
 
 def read_tasks(
-    path: str | Path,
+    sources: Source | Sequence[Source],
     format: str = "auto",
     max_rows: int | None = None,
     environments: Collection[str] | None = None,
     on_bad_row: Callable[[DataError], None] | None = None,
 ) -> list[Task]:
-    """The tasks of a file, in file order.
+    """The tasks of files and datasets, in their order.
 
-    A task without an `id` gets f"{file stem}-{row}", FTRL f"ftrl-{row}", ToolHop f"toolhop-{row}", with rows counted
-    from 0.
+    A task without an `id` gets f"{stem}-{row}", with rows counted from 0 in each source; the stem is that of the file,
+    `ftrl` or `toolhop` for rows of that format, and `{name}-{split}` for a dataset of the Hub. The second source with the
+    same stem gets f"{stem}.2", and so on.
 
     Args:
-        path: A JSONL, JSON or parquet file.
-        format: `pact` (also TRL and verifiers), `verl`, `ftrl`, `toolhop`, or `auto`: detected from the first row.
-        max_rows: Read only this many rows; None: all.
+        sources: A JSONL, JSON or parquet file, a pattern of files, a dataset of the Hub (`hf://org/name:split`), or several.
+        format: `pact` (also TRL and verifiers), `verl`, `ftrl`, `toolhop`, or `auto`: detected from each first row.
+        max_rows: Read only this many rows of each source; None: all.
         environments: Names that the column `env` may hold; None: any.
         on_bad_row: Called with the error of a row that cannot be used, which is then left out; None: raise it.
 
     Raises:
-        DataError: A row cannot be used, or (with `on_bad_row`) no row can. Names the file, the line (JSONL) or row
+        DataError: A row cannot be used, or (with `on_bad_row`) no row can. Names the source, the line (JSONL) or row
             (others), from 1, and the field.
-        PactError: The format is unknown.
+        PactError: The format is unknown, or a package is missing.
     """
-    path = Path(path)
     if format != "auto" and format not in ROW_FORMATS:
         raise PactError(f"unknown data format {quoted(format)}{nearest(format, [*ROW_FORMATS, 'auto'])}")
-    chosen = ROW_FORMATS.get(format)
     tasks: list[Task] = []
-    lines: dict[str, int] = {}
+    places: dict[str, tuple[str, int]] = {}  # id → source and line
     errors: list[DataError] = []
-    for number, (line, row) in enumerate(itertools.islice(_rows(path), max_rows)):
-        try:
-            with _add_location(path, line):
-                if isinstance(row, DataError):
-                    raise row
-                chosen = chosen or detect_row_format(row)
-                task = task_from_row(chosen.convert(row), f"{chosen.id_prefix or path.stem}-{number}")
-                if environments is not None:
-                    check_environment(task.env, environments)
-                if task.id in lines:
-                    problem = f"{quoted(task.id)} is also the id of row {lines[task.id]}; ids are unique"
-                    raise DataError(problem, field="id")
-        except DataError as error:
-            if on_bad_row is None:
-                raise
-            errors.append(error)
-            on_bad_row(error)
-            continue
-        lines[task.id] = line
-        task.source = str(path), line
-        tasks.append(task)
+    stems: Counter[str] = Counter()
+    chosen_sources = row_sources(sources, max_rows)
+    for source in chosen_sources:
+        chosen, stem = ROW_FORMATS.get(format), None
+        for number, (line, row) in enumerate(itertools.islice(source.rows(), max_rows)):
+            try:
+                with add_location(source.name, line):
+                    if isinstance(row, DataError):
+                        raise row
+                    chosen = chosen or detect_row_format(row)
+                    stem = stem or _unique_stem(chosen.id_prefix or source.stem, stems)
+                    task = task_from_row(chosen.convert(row), f"{stem}-{number}")
+                    if environments is not None:
+                        check_environment(task.env, environments)
+                    _check_new(task.id, places, source.name)
+            except DataError as error:
+                if on_bad_row is None:
+                    raise
+                errors.append(error)
+                on_bad_row(error)
+                continue
+            places[task.id] = task.source = source.name, line
+            tasks.append(task)
     if not tasks:
-        raise DataError(f"none of its {len(errors):,} rows can be used; the first: {errors[0]}", file=str(path))
+        problem = f"none of its {len(errors):,} rows can be used; the first: {errors[0]}"
+        raise DataError(problem, file=chosen_sources[0].name)
     return tasks
 
 
-def read_traces(path: str | Path) -> dict[str, ExpertTrace]:
+def _unique_stem(stem: str, taken: Counter[str]) -> str:
+    """The stem for the first source that has it, `{stem}.2` for the second."""
+    taken[stem] += 1
+    return stem if taken[stem] == 1 else f"{stem}.{taken[stem]}"
+
+
+def _check_new(task_id: str, places: dict[str, tuple[str, int]], source: str) -> None:
+    """DataError if an earlier row has the id."""
+    if task_id in places:
+        other, line = places[task_id]
+        place = f"row {line}" if other == source else f"{other}:{line}"
+        raise DataError(f"{quoted(task_id)} is also the id of {place}; ids are unique", field="id")
+
+
+def read_traces(sources: Source | Sequence[Source]) -> dict[str, ExpertTrace]:
     """Expert traces by task id, from rows of {id, expert_trace}. `trace` and `demo` are read as `expert_trace`, too.
 
-    Raises DataError as `read_tasks` does.
+    `sources` as for `read_tasks`. Raises DataError as `read_tasks` does.
     """
-    path = Path(path)
     traces: dict[str, ExpertTrace] = {}
-    for line, row in _rows(path):
-        with _add_location(path, line):
-            if isinstance(row, DataError):
-                raise row
-            task_id = read_id(row.get("id"))
-            if task_id in traces:
-                raise DataError(f"{quoted(task_id)} has a trace already; keep one per task", field="id")
-            field = next((name for name in TRACE_FIELDS if row.get(name) is not None), TRACE_FIELDS[0])
-            traces[task_id] = read_trace(row.get(field), field)
+    for source in row_sources(sources):
+        for line, row in source.rows():
+            with add_location(source.name, line):
+                if isinstance(row, DataError):
+                    raise row
+                task_id = read_id(row.get("id"))
+                if task_id in traces:
+                    raise DataError(f"{quoted(task_id)} has a trace already; keep one per task", field="id")
+                field = next((name for name in TRACE_FIELDS if row.get(name) is not None), TRACE_FIELDS[0])
+                traces[task_id] = read_trace(row.get(field), field)
     return traces
 
 
@@ -128,7 +132,7 @@ def attach_traces(tasks: list[Task], traces: dict[str, ExpertTrace]) -> int:
     for task_id, trace in traces.items():
         if task_id not in by_id:
             raise DataError(f"no task has the id {quoted(task_id)} of an expert trace{nearest(task_id, list(by_id))}")
-        with _add_location(f"expert trace of task {quoted(task_id)}"):
+        with add_location(f"expert trace of task {quoted(task_id)}"):
             # a task without tools takes those of its environment
             check_calls(trace.calls, by_id[task_id].tools or None, "expert_trace")
     for task_id, trace in traces.items():
@@ -194,122 +198,3 @@ def tool_schema(function: Callable[..., Any]) -> ToolSchema:
         ) from None
     schema["function"].pop("return", None)  # not in OpenAI's schema; templates would show it to the model
     return schema
-
-
-@contextmanager
-def _add_location(place: str | Path, line: int | None = None) -> Iterator[None]:
-    """Adds the file (or other place) and the line to a DataError."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(error.problem, file=str(place), line=line, field=error.field) from None
-
-
-def _rows(path: Path) -> Iterator[NumberedRow]:
-    """(line or row number from 1, the row or the reason why it cannot be read).
-
-    The first bytes of the file decide its type, not its name.
-    """
-    if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.suffix in (".jsonl", ".json", ".parquet"))
-        raise DataError(f"is a folder; name a file in it{', such as ' + inside[0] if inside else ''}", file=str(path))
-    if not path.exists():
-        raise DataError(
-            "no such file; check the path (data.train, data.eval and data.expert name files)", file=str(path)
-        )
-    try:
-        with path.open("rb") as file:
-            yield from _not_empty(path, _rows_of(path, file))
-    except OSError as error:
-        raise DataError(f"cannot read: {one_line(error)}", file=str(path)) from None
-
-
-def _not_empty(path: Path, rows: Iterator[NumberedRow]) -> Iterator[NumberedRow]:
-    first = next(rows, None)
-    if first is None:
-        raise DataError("holds no rows; give a file with at least one", file=str(path))
-    yield first
-    yield from rows
-
-
-def _rows_of(path: Path, file: BinaryIO) -> Iterator[NumberedRow]:
-    head = file.read(64)
-    file.seek(0)
-    for magic, name in COMPRESSED.items():
-        if head.startswith(magic):
-            raise DataError(f"is {name}-compressed; decompress it first", file=str(path))
-    if head.startswith(b"PAR1"):
-        return _parquet_rows(path, file)
-    if path.suffix == ".parquet":
-        raise DataError("is not a parquet file; check that it was copied whole", file=str(path))
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        return _array_rows(path, file)
-    return _line_rows(path, file)
-
-
-def _line_rows(path: Path, file: BinaryIO) -> Iterator[NumberedRow]:
-    for line, raw in enumerate(file, 1):
-        try:
-            text = _decode(raw).strip()
-            row = _object(read_json(text, ""), "a line") if text else None
-        except DataError as error:
-            yield line, error
-        else:
-            if row is not None:
-                yield line, row
-
-
-def _array_rows(path: Path, file: BinaryIO) -> Iterator[NumberedRow]:
-    with _add_location(path):
-        rows = read_json(_decode(file.read()), "")
-    for number, entry in enumerate(rows, 1):
-        try:
-            row: Row | DataError = _object(entry, "an entry of the array")
-        except DataError as error:
-            row = error
-        yield number, row
-
-
-def _object(value: Any, what: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{what} must be one JSON object, {{…}}, found {type_name(value)}")
-    return value
-
-
-def _decode(raw: bytes) -> str:
-    if b"\0" in raw:
-        raise DataError("has NUL bytes; the file is damaged or UTF-16: save it as UTF-8")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
-
-
-def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[NumberedRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        parquet = pq.ParquetFile(file)
-        names = [name for name in parquet.schema_arrow.names if not name.startswith("__index_level_")]
-        for batch in parquet.iter_batches(PARQUET_BATCH):
-            for row in range(batch.num_rows):
-                number += 1
-                try:
-                    values: Row | DataError = {name: _value(batch.column(name)[row], name) for name in names}
-                except DataError as error:
-                    values = error
-                yield number, values
-    except (pa.ArrowException, ValueError, KeyError) as error:
-        # damaged metadata raises UnicodeDecodeError (a ValueError), a repeated column name KeyError
-        raise DataError(f"is not a readable parquet file ({one_line(error)}); write it again", file=str(path)) from None
-
-
-def _value(scalar: Any, name: str) -> Any:
-    """The Python value of an Arrow scalar. Bad UTF-8 and out-of-range times raise ValueError."""
-    try:
-        # rows.py cleans our own columns: an argument that is required and nullable keeps its null
-        return scalar.as_py() if name in OWN_FIELDS else drop_nulls(scalar.as_py())
-    except (ValueError, OverflowError) as error:
-        raise DataError(f"cannot be read: {one_line(error)}; write the column again", field=name) from None

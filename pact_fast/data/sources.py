@@ -24,7 +24,7 @@ class TaskSource(Protocol):
 
 
 class FileTasks:
-    """Tasks read from files. With `data.shuffle`, every epoch has its own order, drawn from the seed.
+    """Tasks read from files and datasets. With `data.shuffle`, every epoch has its own order, drawn from the seed.
 
     Args:
         data: `train` must be set.
@@ -32,12 +32,12 @@ class FileTasks:
         environments: Names that the column `env` may hold.
 
     Raises:
-        DataError: A file cannot be read, or a row is wrong; the message names file, line and field. With
+        DataError: A source cannot be read, or a row is wrong; the message names source, line and field. With
             data.on_bad_row=skip such rows are left out and listed in `skipped`.
     """
 
     def __init__(self, data: DataConfig, seed: int, environments: Collection[str]):
-        assert data.train is not None
+        assert data.train
         self.skipped: list[DataError] = []
         on_bad_row = self.skipped.append if data.on_bad_row == "skip" else None
         self._tasks = read_tasks(data.train, data.format, data.max_rows, environments, on_bad_row)

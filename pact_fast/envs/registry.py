@@ -78,7 +78,9 @@ def make_tasks(config: Config) -> TaskSource:
         return FileTasks(config.data, config.seed, environment.names())
     generate = getattr(cls, "tasks", None)
     if generate is None:
-        raise PactError(f"data.train is not set, and env.name={name} generates no tasks: name a JSONL or parquet file")
+        raise PactError(
+            f"data.train is not set, and env.name={name} generates no tasks: name a file, or a dataset of the Hub"
+        )
     return generate(config.env.args, config.seed)
 
 

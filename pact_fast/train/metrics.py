@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard, one flat record per step."""
+"""metrics.jsonl and the trackers, one flat record per step."""
 
 from __future__ import annotations
 
@@ -16,20 +16,15 @@ from pact_fast.components import Component
 from pact_fast.kernels import summarise
 from pact_fast.train.learner import UpdateResult
 from pact_fast.train.run_dir import io_errors
+from pact_fast.train.trackers.group import Trackers
 
 
 class MetricsWriter:
-    """Appends records to run/metrics.jsonl, flushed to disk one by one, and to TensorBoard in run/tensorboard.
+    """Appends records to run/metrics.jsonl, flushed to disk one by one, and sends them to the trackers."""
 
-    `first`: the step that the run starts or resumes from; later TensorBoard events of an earlier process are purged.
-    """
-
-    def __init__(self, run: Path, first: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._run = run
+    def __init__(self, run: Path, trackers: Trackers):
+        self._run, self._trackers = run, trackers
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1 if first else None)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write one record. Values that are not finite become null: JSON has no NaN.
@@ -42,16 +37,13 @@ class MetricsWriter:
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
-        with io_errors(self._run / "tensorboard"):
-            for key, value in finite.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(key, value, step)
+        self._trackers.log(step, finite)
 
-    def close(self) -> None:
-        """Close both. Errors are ignored: `write` has flushed the records and reported a full disk."""
-        for file in (self._file, self._board):
-            with contextlib.suppress(OSError):
-                file.close()
+    def close(self, failed: bool = False) -> None:
+        """Close file and trackers; `failed`: the run ends by an exception. `write` has reported a full disk."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._trackers.close(failed)
 
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:

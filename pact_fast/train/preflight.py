@@ -14,10 +14,12 @@ from pact_fast.data.sources import FileTasks, TaskSource
 from pact_fast.data.types import Task
 from pact_fast.envs.registry import environment, environment_name
 from pact_fast.errors import PactError
+from pact_fast.train.trackers.registry import check_trackers
 
 
 def check_settings(config: Config, algorithm: Algorithm) -> None:
-    """PactError for settings that are pointless together, whatever the data are."""
+    """PactError for settings that are pointless together, whatever the data are, or that name a missing tracker."""
+    check_trackers(config.trainer.report_to)
     name, reward, data = config.algorithm.name, config.algorithm.reward, config.data
     if algorithm.needs_rollouts and config.rollout.num_generations == 1:
         raise PactError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,7 +26,8 @@ from transformers import PreTrainedModel
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.chat.rendering import make_renderer
 from pact_fast.chat.template_check import check_template
-from pact_fast.config import Config
+from pact_fast.config import Config, DataConfig, load_config
+from pact_fast.data.row_sources import resolve_data
 from pact_fast.data.sources import FileTasks
 from pact_fast.distributed.world import init_world
 from pact_fast.envs.registry import EnvironmentFactory, make_tasks
@@ -64,6 +66,7 @@ from pact_fast.train.run_dir import (
 )
 from pact_fast.train.shutdown import GracefulShutdown, ShutdownRequested
 from pact_fast.train.step import Stepper, StepResult
+from pact_fast.train.trackers.group import open_trackers
 
 
 @dataclass
@@ -115,13 +118,14 @@ class Trainer:
         self.algorithm = make_algorithm(config.algorithm)
         check_settings(config, self.algorithm)
         self.engine_builder = engine_builder(config)
+        self.run = Path(config.output_dir)
+        self._newest = self._newest_checkpoint(config)
+        config = self._resolve_data(config)
         self.tasks = make_tasks(config)
         notes: list[str] = []
         check_tasks(config, self.algorithm, self.tasks, notes)
         self.reward_functions = load_reward_functions(config.algorithm.reward.functions)
         self.make_env = EnvironmentFactory(config)
-        self.run = Path(config.output_dir)
-        self._newest = self._newest_checkpoint(config)
         self._run_on_main(lambda: open_run(config, resumed=self._newest is not None), "the run directory")
         for note in notes:
             self.progress.note(note)
@@ -281,6 +285,19 @@ class Trainer:
             if self.world.is_main and (note := write_skipped(skipped, self.run)):
                 self.progress.note(note)
 
+    def _resolve_data(self, config: Config) -> Config:
+        """The settings with the files and commits that the names of data stand for now, the same on all ranks."""
+        found: list[dict[str, Any]] = []
+
+        def find() -> None:
+            saved = self.run / "config.yaml"
+            recorded = load_config(str(saved)).data if self._newest and saved.exists() else None
+            found.append(resolve_data(config.data, recorded).model_dump())
+
+        self._run_on_main(find, "the data's files and revisions")
+        (data,) = self.world.broadcast_from_main(lambda: found, "the data's files and revisions")
+        return config.model_copy(update={"data": DataConfig.model_validate(data)})
+
     def _newest_checkpoint(self, config: Config) -> Path | None:
         """The checkpoint to resume from, chosen by rank 0."""
         if config.resume != "auto":
@@ -314,7 +331,8 @@ class Trainer:
         """Open metrics.jsonl, cut to its first `size` bytes (steps up to `step`), and make the evaluator that writes to it."""
         if self.world.is_main:
             checkpoint.rewind_metrics(self.run / "metrics.jsonl", size)
-            self.metrics = MetricsWriter(self.run, step)
+            trackers = open_trackers(self.config, self.run, step, self.progress.note)
+            self.metrics = MetricsWriter(self.run, trackers)
         self.evaluator = Evaluator(
             self.config, self.tasks, self.collector, self.metrics, self.records, self.progress, self.world
         )
@@ -443,9 +461,10 @@ class Trainer:
         return summary
 
     def _close(self) -> None:
-        """Stop sampling, environments and the engine."""
+        """Stop sampling, environments and the engine; then let the trackers send what is left."""
+        failed = sys.exc_info()[0] is not None
         self.collector.close()
-        if self.metrics:
-            self.metrics.close()
         self.loop.close()
         self.engine.shutdown()
+        if self.metrics:
+            self.metrics.close(failed)

@@ -1,6 +1,7 @@
 """The run directory, and writes to it that are complete or absent.
 
-config.yaml, summary.json, metrics.jsonl, tensorboard/, tokenizer/, base/, rollouts/, checkpoints/, report.html
+config.yaml, summary.json, metrics.jsonl, tracking_id, tensorboard/, wandb/, tokenizer/, base/, rollouts/, checkpoints/,
+report.html
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from pact_fast.config import Config, load_config
+from pact_fast.config import Config, load_config, source_names
 from pact_fast.config.changes import check_resumed, fixed_changes
 from pact_fast.errors import PactError
 
@@ -27,6 +28,8 @@ MADE = (
     "base",
     "rollouts",
     "tensorboard",
+    "wandb",
+    "tracking_id",
     "max_tokens_per_pack",
     "metrics.jsonl",
     "summary.json",
@@ -96,7 +99,8 @@ def _remove_leftovers(config: Config, run: Path) -> None:
     if leftovers and not _is_ours(run / "config.yaml"):
         raise PactError(f"{leftovers[0]} was not made by a run (no config.yaml of one); choose another output_dir=")
     model, data = config.model, config.data
-    for used in filter(None, (model.path, model.tokenizer, model.chat_template, data.train, data.eval, data.expert)):
+    sources = [name for value in (data.train, data.eval, data.expert) for name in source_names(value)]
+    for used in filter(None, (model.path, model.tokenizer, model.chat_template, *sources)):
         for leftover in leftovers:
             if Path(used).resolve().is_relative_to(leftover.resolve()):
                 raise PactError(f"{used} lies in {leftover}, which a new run replaces; choose another output_dir=")
