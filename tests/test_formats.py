@@ -357,12 +357,12 @@ def test_format_is_detected_from_the_chat_template(tokenizer, name):
     assert type(detect_format(tokenizer())) is type(get_format(name)) is type(get_format("auto", tokenizer()))
 
 
-@pytest.mark.parametrize("tokenizer", [lambda: qwen3_like("qwen3_5_think"), lambda: llama3_like("llama3")])
+@pytest.mark.parametrize("tokenizer", [lambda: qwen3_like("qwen2_5_vl"), lambda: llama3_like("llama3")])
 def test_unknown_format_of_a_template_is_refused(tokenizer):
     with pytest.raises(PactError, match="none of the known formats"):
         detect_format(tokenizer())
 
 
 def test_unknown_format_name_is_refused():
-    with pytest.raises(PactError, match="unknown tool format 'xml'; registered: hermes, llama3_json"):
+    with pytest.raises(PactError, match=r"unknown tool format 'xml'; registered: .*hermes, lfm2, llama3_json"):
         get_format("xml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,12 +14,13 @@ from pact_fast.data.types import Message, ToolCall, ToolSchema, text_of
 from pact_fast.errors import PactError
 
 QUESTION: Message = {"role": "user", "content": "Go on."}
-_MARKER = "Zq0Zmark"  # a word that no template contains or changes
+_MARKER, _TURN = "Zq0Zmark", "Zq0Zturn"  # words that no template contains or changes
 # How templates transform the content of a message. Llama writes tool results as JSON strings, others strip them.
 _TRANSFORMS: tuple[Callable[[str], str], ...] = (str, str.strip, lambda text: json.dumps(text, ensure_ascii=False))
 _PROBES = ("  two spaces\n", 'say "hi" \\ {"a": [1]}\nnext', "<b>é</b> & 中 {{ x }} 'q'", "7")
 
 Pattern = tuple[tuple[str, str], ...]  # (role, name of the tool) of consecutive messages
+Ends = tuple[str, str]  # end-of-turn token of an answer, and of a turn with calls
 
 
 class ChatTemplate:
@@ -57,12 +59,29 @@ class ChatTemplate:
     @functools.cached_property
     def after_turn(self) -> str:
         """The text that the template writes after an assistant turn; starts with the end-of-turn token."""
-        text = self.render([QUESTION, {"role": "assistant", "content": _MARKER}])
+        turns: list[Message] = [QUESTION, {"role": "assistant", "content": _MARKER}]
+        text = self.render(turns)
+        if text.endswith(_MARKER):  # a turn ends where the next begins, as GLM's do
+            text = self.render([*turns, QUESTION])
         if text.count(_MARKER) != 1:
             raise PactError(
                 "the chat template does not show the assistant's text; set model.chat_template to one that does"
             )
         return text.split(_MARKER)[1]
+
+    def after_calls(self, call: ToolCall, written: str) -> str:
+        """The text that the template writes after `call`, which it writes as `written`, if a result follows."""
+        result: Message = {"role": "tool", "name": call.name, "content": _MARKER}
+        return self.render([QUESTION, call_message(call), result], generate=True).partition(written)[2]
+
+    @functools.cached_property
+    def _several_calls(self) -> bool:
+        """Whether the template renders turns with more than one call (Llama 3.1's does not)."""
+        try:
+            self.render([QUESTION, call_message(*[ToolCall("f", {"x": "1"})] * 2)])
+        except PactError:
+            return False
+        return True
 
     @functools.cached_property
     def generation_prompt(self) -> str:
@@ -75,22 +94,22 @@ class ChatTemplate:
             )
         return asked[len(shown) :]
 
-    def bridge_tokens(self, messages: Sequence[Message], eot: str) -> tuple[tuple[str, ...], list[str]]:
-        """(n + 1 texts of the template, n contents): interleaved, the text after the end-of-turn token `eot`."""
+    def bridge_tokens(self, messages: Sequence[Message], ends: Ends) -> tuple[tuple[str, ...], list[str]]:
+        """(n + 1 texts of the template, n contents): interleaved, the text after the end-of-turn token."""
         pattern = tuple((m["role"], m.get("name") or "") for m in messages)
-        contents = [self._transform_of(m["role"], eot)(text_of(m.get("content"))) for m in messages]
-        return self.skeleton(pattern, eot), contents
+        contents = [self._transform_of(m["role"], ends)(text_of(m.get("content"))) for m in messages]
+        return self.skeleton(pattern, ends), contents
 
-    def _skeleton(self, pattern: Pattern, eot: str) -> tuple[str, ...]:
+    def _skeleton(self, pattern: Pattern, ends: Ends) -> tuple[str, ...]:
         """The template's text around the contents of the messages, checked by a second rendering."""
         marks = [f"{_MARKER}{i}x" for i in range(len(pattern))]
-        transforms = [self._transform_of(role, eot) for role, _ in pattern]
+        transforms = [self._transform_of(role, ends) for role, _ in pattern]
         pieces = _split(
-            self._after(pattern, marks, eot), [transform(m) for transform, m in zip(transforms, marks, strict=True)]
+            self._after(pattern, marks, ends), [transform(m) for transform, m in zip(transforms, marks, strict=True)]
         )
         probes = [_PROBES[i % len(_PROBES)] for i in range(len(pattern))]
         transformed = [transform(probe) for transform, probe in zip(transforms, probes, strict=True)]
-        if pieces is None or _join(pieces, transformed) != self._after(pattern, probes, eot):
+        if pieces is None or _join(pieces, transformed) != self._after(pattern, probes, ends):
             roles = ", ".join(role for role, _ in pattern)
             raise PactError(
                 f"the chat template renders the messages ({roles}) differently depending on their contents, so "
@@ -98,29 +117,36 @@ class ChatTemplate:
             )
         return pieces
 
-    def _find_transform(self, role: str, eot: str) -> Callable[[str], str]:
+    def _find_transform(self, role: str, ends: Ends) -> Callable[[str], str]:
         """How the template transforms the content of a message of this role."""
         pattern = ((role, "f" if role == "tool" else ""),)
-        shown = self._after(pattern, [_MARKER + "0x"], eot)
+        shown = self._after(pattern, [_MARKER + "0x"], ends)
         for transform in _TRANSFORMS:
             pieces = _split(shown, [transform(_MARKER + "0x")])
-            if pieces and all(_join(pieces, [transform(p)]) == self._after(pattern, [p], eot) for p in _PROBES):
+            if pieces and all(_join(pieces, [transform(p)]) == self._after(pattern, [p], ends) for p in _PROBES):
                 return transform
         raise PactError(
             f"the chat template does not show the content of a '{role}' message as it is; set model.chat_template to "
             "one that does"
         )
 
-    def _after(self, pattern: Pattern, contents: Sequence[str], eot: str) -> str:
+    def _after(self, pattern: Pattern, contents: Sequence[str], ends: Ends) -> str:
         """The template's text from the end of an assistant turn, followed by these messages, to the generation prompt."""
         messages: list[Message] = []
-        for (role, name), content in zip(pattern, contents, strict=True):
-            messages.append({"role": role, "content": content, **({"name": name} if name else {})})
-        turn: Message = {"role": "assistant", "content": _MARKER}
+        for number, ((role, name), content) in enumerate(zip(pattern, contents, strict=True)):
+            # some templates name a result after the call that has its id
+            names = {"name": name, "tool_call_id": _call_id(number)} if role == "tool" else {}
+            messages.append({"role": role, "content": content, **names})  # type: ignore[typeddict-item]
+        turn: Message = {"role": "assistant", "content": _TURN}
+        eot = ends[pattern[0][0] == "tool"]
         if pattern[0][0] == "tool":
-            turn = call_message(ToolCall("f", {"x": _MARKER}))
+            calls = sum(1 for _ in itertools.takewhile(lambda message: message[0] == "tool", pattern))
+            names = [name or "f" for _, name in pattern[: calls if self._several_calls else 1]]
+            turn = call_message(*(ToolCall(name, {"x": _TURN}) for name in names))
+            for number, entry in enumerate(turn["tool_calls"]):
+                entry["id"] = _call_id(number)
         text = self.render([QUESTION, turn, *messages], generate=True)
-        start = text.find(_MARKER)
+        start = text.rfind(_TURN)
         end = text.find(eot, start)
         if start < 0 or end < 0:
             raise PactError(
@@ -130,9 +156,14 @@ class ChatTemplate:
         return text[end + len(eot) :]
 
 
-def call_message(call: ToolCall) -> Message:
-    """An assistant message with one tool call."""
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call.to_json()}]}
+def call_message(*calls: ToolCall) -> Message:
+    """An assistant message with these tool calls."""
+    entries = [{"type": "function", "function": call.to_json()} for call in calls]
+    return {"role": "assistant", "content": "", "tool_calls": entries}
+
+
+def _call_id(position: int) -> str:
+    return f"call{position:05d}"
 
 
 def _split(text: str, contents: Sequence[str]) -> tuple[str, ...] | None:

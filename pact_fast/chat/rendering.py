@@ -12,7 +12,7 @@ import numpy as np
 
 from pact_fast.chat.chat_template import ChatTemplate
 from pact_fast.chat.encoding import Encoded, Encoder, Part
-from pact_fast.chat.formats.base import END_THINK, THINK, ParsedTurn, ToolFormat
+from pact_fast.chat.formats.base import ParsedTurn, ToolFormat
 from pact_fast.chat.formats.registry import detect_format, get_format
 from pact_fast.chat.segments import prefix_ends
 from pact_fast.chat.token_bytes import TokenBytes
@@ -45,10 +45,11 @@ class TraceContext:
 class ChatRenderer:
     """Renders prompts, turns and the text between turns through the model's own chat template.
 
-    eot, eot_id  the template's end-of-turn token, its text and its id
-    eot_ids      ids of all tokens that end a turn
-    control_ids  ids of end-of-turn tokens and of the tool format's markers
-    format       the tool format
+    eot, eot_id            the template's end-of-turn token, its text and its id
+    call_eot, call_eot_id  the same for a turn with calls, after which results follow; most templates have one for both
+    eot_ids                ids of all tokens that end a turn
+    control_ids            ids of end-of-turn tokens and of the tool format's markers
+    format                 the tool format
 
     Raises PactError if the tokenizer or its template cannot be used. `template_check.check_template` checks more.
     """
@@ -56,18 +57,22 @@ class ChatRenderer:
     def __init__(self, tokenizer, tool_format: ToolFormat | None = None):
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer)
-        self.format = tool_format or detect_format(tokenizer)
+        self.format = (tool_format or detect_format(tokenizer)).fit(self.template)
         self.token_bytes = TokenBytes(tokenizer)
         self.encoder = Encoder(tokenizer)
         self.eot = self._end_of_turn()
-        self.eot_id = self.encoder.control_ids[self.eot]
+        self.call_eot = self._end_of_calls()
+        self.ends = self.eot, self.call_eot
+        self.eot_id, self.call_eot_id = (self.encoder.control_ids[end] for end in self.ends)
         others = [self.encoder.control_ids.get(name) for name in (tokenizer.eos_token, *_OTHER_ENDS)]
-        self.eot_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eot_id, *(i for i in others if i is not None)]))
+        self.eot_ids: tuple[int, ...] = tuple(
+            dict.fromkeys([self.eot_id, self.call_eot_id, *(i for i in others if i is not None)])
+        )
         markers = {self.encoder.control_ids[m] for m in self.format.markers if m in self.encoder.control_ids}
         self.control_ids: frozenset[int] = frozenset(markers.union(self.eot_ids))
         self._markers = self.encoder.pattern(self.format.markers)
         # beginning of a turn that the generation prompt has already written, e.g. "<think>\n"
-        opened = re.search(rf"{THINK}\s*\Z", self.template.generation_prompt)
+        opened = re.search(rf"{re.escape(self.format.think[0])}\s*\Z", self.template.generation_prompt)
         self._opened = opened.group() if opened else ""
 
     def stop_ids(self, at_tool_call: bool) -> tuple[int, ...]:
@@ -96,7 +101,7 @@ class ChatRenderer:
         "<|im_end|>" in a tool result does not become a control token. Tool contents are OBSERVATION, the rest TEMPLATE.
         """
         texts, contents = self.template.bridge_tokens(
-            [{**m, "content": _replace_surrogates(text_of(m.get("content")))} for m in messages], self.eot
+            [{**m, "content": _replace_surrogates(text_of(m.get("content")))} for m in messages], self.ends
         )
         parts = [Part(texts[0], self.encoder.all_controls)]
         owners = [Component.TEMPLATE]
@@ -221,6 +226,13 @@ class ChatRenderer:
             )
         return match.group()
 
+    def _end_of_calls(self) -> str:
+        """The token that ends a turn with calls: that of other turns, unless the template writes another one."""
+        call = ToolCall("look_up", {"key": "a"})
+        after = self.template.after_calls(call, self.format.write_calls([call]))
+        match = self.encoder.all_controls.match(after.lstrip()) if self.encoder.all_controls else None
+        return match.group() if match else self.eot
+
     def template_ids(self, text: str) -> np.ndarray:
         """[n] int64: ids of a text that the template has rendered. Control strings become control tokens."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=False), np.int64)
@@ -230,11 +242,13 @@ class ChatRenderer:
         pieces = [
             (_replace_surrogates(text), component) for text, component in self.format.pieces(reasoning, content, calls)
         ]
-        begin = len(f"{THINK}\n")
+        layout = self.format.layout
+        begin = len(layout.before_turn + self.format.think[0] + layout.in_reasoning)
         if self._opened:
             if not reasoning:  # close the block that the generation prompt has opened
+                gap = layout.reasoning_calls if calls and not content else layout.after_reasoning
                 (text, component), *rest = pieces or [("", Component.ANSWER)]
-                pieces = [(f"{THINK}\n\n{END_THINK}", Component.REASONING), (f"\n\n{text}", component), *rest]
+                pieces = [(self.format.reasoning_block(""), Component.REASONING), (gap + text, component), *rest]
             written = min(begin, len(self._opened))
             pieces[0] = (pieces[0][0][written:], Component.REASONING)
             begin -= written
@@ -244,7 +258,8 @@ class ChatRenderer:
 
     def _append_eot(self, ids: np.ndarray, components: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         last = _end_component(components[-1] if len(components) else None)
-        return np.append(ids, self.eot_id), np.append(components, np.uint8(last))
+        end = self.call_eot_id if last == Component.TOOL_CALL else self.eot_id
+        return np.append(ids, end), np.append(components, np.uint8(last))
 
     def _expert_turn(self, turn: ExpertTurn, reasoning_level: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids, components, level) of an expert's turn, with its end-of-turn token."""

@@ -61,7 +61,8 @@ class RowCheck:
         self._renderer, self._limits = renderer, limits
         self._words = _WordCounts(renderer)
         self._hidden = functools.lru_cache(maxsize=1024)(self._find_hidden)
-        closed = re.search(rf"{THINK}\s*{END_THINK}\s*\Z", renderer.template.generation_prompt)
+        opening, closing = map(re.escape, renderer.format.think)
+        closed = re.search(rf"{opening}\s*{closing}\s*\Z", renderer.template.generation_prompt)
         self._reasoning_closed = closed is not None
         self.longest: tuple[int, Task] | None = None
         self.longest_trace: tuple[int, Task] | None = None
@@ -214,7 +215,7 @@ class RowCheck:
     def _bridge(self, calls: int, question: bool = False) -> str:
         """The template's text around the results of `calls` calls, and around the question."""
         pattern: Pattern = (("tool", "f"),) * calls + ((("user", ""),) if question else ())
-        return "".join(self._renderer.template.skeleton(pattern, self._renderer.eot))
+        return "".join(self._renderer.template.skeleton(pattern, self._renderer.ends))
 
     def _count(self, text: str) -> int:
         return len(self._renderer.template_ids(text))

@@ -7,7 +7,6 @@ import re
 import numpy as np
 
 from pact_fast.chat.chat_template import call_message
-from pact_fast.chat.formats.base import END_THINK, THINK
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.data.types import Message, ToolCall, ToolSchema
 from pact_fast.errors import PactError
@@ -93,8 +92,8 @@ def _check_texts(renderer: ChatRenderer) -> None:
     messages = list(_PROMPT)
     for number, following in enumerate(_TURNS, start=1):
         messages += [call_message(_call(number)), *following]
-        ours = _comparable(_text(renderer, _appended(renderer, "", number)))
-        theirs = _comparable(renderer.template.render(messages, [_TOOL], generate=True))
+        ours = _comparable(renderer, _text(renderer, _appended(renderer, "", number)))
+        theirs = _comparable(renderer, renderer.template.render(messages, [_TOOL], generate=True))
         if ours != theirs:
             at = next(
                 (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
@@ -131,5 +130,6 @@ def _text(renderer: ChatRenderer, ids: np.ndarray) -> str:
     return renderer.token_bytes.join(ids).decode("utf-8", "replace")
 
 
-def _comparable(text: str) -> str:
-    return re.sub(rf"{THINK}\s*{END_THINK}\s*", "", text)
+def _comparable(renderer: ChatRenderer, text: str) -> str:
+    opening, closing = map(re.escape, renderer.format.think)
+    return re.sub(rf"{opening}\s*{closing}\s*", "", text)

@@ -38,6 +38,26 @@ def tool_names(tools: Sequence[ToolSchema]) -> list[str]:
     return [str(_function(tool).get("name")) for tool in tools]
 
 
+def parameters_of(name: str, tools: Sequence[ToolSchema]) -> dict[str, Any]:
+    """{argument: its schema} of a tool; empty if the tool is unknown."""
+    for function in map(_function, tools):
+        if str(function.get("name")) == name:
+            return _mapping(_mapping(function.get("parameters")).get("properties"))
+    return {}
+
+
+def declared_types(schema: dict[str, Any]) -> set[type]:
+    """The Python types that `type`, `anyOf` and `oneOf` of a schema name; empty if they name none that is known."""
+    types: set[type] = set()
+    alternatives = [schema.get(key) for key in ("anyOf", "oneOf")]
+    for one in (schema, *(item for group in alternatives if isinstance(group, list) for item in group)):
+        declared = _mapping(one).get("type")
+        for name in declared if isinstance(declared, list) else [declared]:
+            known = _TYPES.get(name.lower()) if isinstance(name, str) else None
+            types.update(known if isinstance(known, tuple) else [known] if known else [])
+    return types
+
+
 def value_error(value: Any, schema: dict[str, Any], where: str, *, top: bool = False) -> str | None:
     """The reason why `value` does not fit `schema`, or None; the message starts with `where`."""
     if value is None and not top and accepts_null(schema):

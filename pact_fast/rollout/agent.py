@@ -317,7 +317,7 @@ class AgentLoop:
         )
         if int(state.ids[-1][-1]) not in self.renderer.eot_ids:
             # rollout.stop_at_tool_call: the engine stopped after the call, so the end-of-turn token is missing
-            ids, components = np.append(self.renderer.eot_id, ids), np.append(components[:1], components)
+            ids, components = np.append(self.renderer.call_eot_id, ids), np.append(components[:1], components)
         remaining = self.config.max_completion_length - state.length - len(ids)
         if remaining < 1:
             return StopReason.MAX_COMPLETION_LENGTH

@@ -5,11 +5,14 @@ A format never raises on model output. Text that looks like a call becomes a Too
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from pact_fast.chat.chat_template import ChatTemplate
+from pact_fast.chat.formats.layout import Layout, measured_layout
 from pact_fast.components import Component
 from pact_fast.data.types import ToolCall, ToolSchema
 
@@ -55,26 +58,40 @@ class ToolFormat:
 
     markers      strings that structure a turn; rendered as single tokens if the tokenizer has them
     end_of_call  the marker that ends a call; None if there is none
+    think        the tags around the reasoning, of which a generation prompt may write the first
+    layout       the blanks between the parts of a turn; `fit` measures those of a template
     """
 
     markers: tuple[str, ...] = (THINK, END_THINK)
     end_of_call: str | None = None
+    think: tuple[str, str] = (THINK, END_THINK)
+    layout = Layout()
+
+    def fit(self, template: ChatTemplate) -> ToolFormat:
+        """This format, as the template writes it."""
+        fitted = copy.copy(self)
+        fitted.layout = measured_layout(template, self)
+        return fitted
 
     def pieces(self, reasoning: str, content: str, calls: Sequence[ToolCall]) -> list[tuple[str, Component]]:
         """(text, component) pieces of an assistant turn, without its end-of-turn token. Whitespace leads the next piece."""
         pieces: list[tuple[str, Component]] = []
-        gap = ""
+        gap = self.layout.before_turn
         if reasoning:
-            pieces.append((f"{THINK}\n{self._escape_markers(reasoning)}\n{END_THINK}", Component.REASONING))
-            gap = "\n\n"
+            pieces.append((gap + self.reasoning_block(self._escape_markers(reasoning)), Component.REASONING))
+            gap = self.layout.after_reasoning if content or not calls else self.layout.reasoning_calls
         if content:
             pieces.append((gap + self._escape_markers(content), Component.ANSWER))
-            gap = "\n"
+            gap = self.layout.before_calls
         if calls:
-            pieces.append((gap + self.write_calls(calls), Component.TOOL_CALL))
+            pieces.append((gap + self.write_calls(calls) + self.layout.after_calls, Component.TOOL_CALL))
         elif not content and gap:
             pieces.append((gap, Component.ANSWER))
         return pieces
+
+    def reasoning_block(self, reasoning: str) -> str:
+        """The reasoning between its tags."""
+        return f"{self.think[0]}{self.layout.in_reasoning}{reasoning}{self.layout.end_reasoning}{self.think[1]}"
 
     def render(self, reasoning: str, content: str, calls: Sequence[ToolCall]) -> str:
         """The text of an assistant turn without its end-of-turn token."""
@@ -83,16 +100,16 @@ class ToolFormat:
     def parse(self, data: bytes, tools: Sequence[ToolSchema], *, thinking: bool = False) -> ParsedTurn:
         """Parse a turn, in linear time and without exceptions.
 
-        Reasoning is the text between <think> at the very start and </think>; if never closed, it extends to the end. A
-        turn without any attempt at a call is an answer.
+        Reasoning is the text between the tags `think`, of which the first stands at the very start; if never closed, it
+        extends to the end. A turn without any attempt at a call is an answer.
 
         Args:
             data: UTF-8 text of the turn; invalid bytes are replaced.
             tools: Schemas that calls are checked against.
-            thinking: The generation prompt has already opened <think>.
+            thinking: The generation prompt has already written the opening tag of the reasoning.
         """
         turn = ParsedTurn(data.decode("utf-8", "replace"))
-        start, turn.reasoning = _read_reasoning(data, thinking)
+        start, turn.reasoning = _read_reasoning(data, thinking, self.think)
         if start:
             turn.spans.append((0, start, Component.REASONING))
         found = self.find_calls(data, start, tools) if start < len(data) else []
@@ -117,16 +134,17 @@ class ToolFormat:
         raise NotImplementedError
 
 
-def _read_reasoning(data: bytes, thinking: bool) -> tuple[int, str]:
+def _read_reasoning(data: bytes, thinking: bool, tags: tuple[str, str]) -> tuple[int, str]:
     """(end of the reasoning span, reasoning)."""
+    opening, closing = (tag.encode() for tag in tags)
     lead = len(data) - len(data.lstrip())
-    if data.startswith(THINK.encode(), lead):
-        lead += len(THINK)
+    if data.startswith(opening, lead):
+        lead += len(opening)
     elif not thinking:
         return 0, ""
-    close = data.find(END_THINK.encode(), lead)
+    close = data.find(closing, lead)
     inside = data[lead:] if close < 0 else data[lead:close]
-    return len(data) if close < 0 else close + len(END_THINK), inside.decode("utf-8", "replace").strip()
+    return len(data) if close < 0 else close + len(closing), inside.decode("utf-8", "replace").strip()
 
 
 def _fill(data: bytes, spans: list[Span]) -> tuple[list[Span], str]:

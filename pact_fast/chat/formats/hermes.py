@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-from pact_fast.chat.formats.base import MAX_CALLS, TOO_MANY_CALLS, Found, ToolFormat
+from pact_fast.chat.formats.base import Found, ToolFormat
 from pact_fast.chat.formats.json_calls import call_json, read_call
 from pact_fast.chat.formats.registry import tool_format
+from pact_fast.chat.formats.tagged import find_tagged
 from pact_fast.data.types import ToolCall, ToolSchema
 
 
@@ -22,23 +22,5 @@ class Hermes(ToolFormat):
         return "\n".join(f"<tool_call>\n{call_json(call.to_json(), self.markers)}\n</tool_call>" for call in calls)
 
     def find_calls(self, data: bytes, start: int, tools: Sequence[ToolSchema]) -> list[Found]:
-        found: list[Found] = []
-        opened: re.Match[bytes] | None = None
-        for tag in re.compile(rb"</?tool_call>").finditer(data, start):
-            if len(found) >= MAX_CALLS:
-                found.append(((opened or tag).start(), len(data), TOO_MANY_CALLS))
-                return found
-            if tag.group() == b"<tool_call>":
-                if opened:
-                    found.append((opened.start(), tag.start(), "<tool_call> is not closed before the next <tool_call>"))
-                opened = tag
-            elif opened:
-                found.append(
-                    (opened.start(), tag.end(), read_call(data[opened.end() : tag.start()], tools, "arguments"))
-                )
-                opened = None
-            else:
-                found.append((tag.start(), tag.end(), "</tool_call> without <tool_call>"))
-        if opened:
-            found.append((opened.start(), len(data), "<tool_call> is not closed; end every call with </tool_call>"))
-        return found
+        found = find_tagged(data, start, "<tool_call>", "</tool_call>")
+        return [(one.start, one.end, one.error or read_call(one.body, tools, "arguments")) for one in found]

@@ -13,6 +13,10 @@ from pact_fast.data.types import ToolCall, ToolSchema
 MAX_DEPTH = 64  # nesting of arguments
 MAX_ERROR = 400  # characters of an error observation
 
+HALF_A_PAIR = "the call holds half of a surrogate pair (\\ud800 to \\udfff)"
+NOT_UTF8 = "the call is not valid UTF-8"
+TOO_DEEP = f"the call is nested deeper than {MAX_DEPTH} levels"
+
 
 def error_observation(error: str) -> str:
     """The observation of a malformed call: {"error": "…"}, at most 400 characters."""
@@ -25,16 +29,13 @@ def error_observation(error: str) -> str:
 def read_call(body: bytes, tools: Sequence[ToolSchema], key: str) -> ToolCall | str:
     """Parse one call; the reason if it is not valid. `key` is the format's name for the arguments."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
-        if _depth_exceeds(value, MAX_DEPTH):
-            return f"the call is nested deeper than {MAX_DEPTH} levels"
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        value = parse_json(body.decode("utf-8"))
     except UnicodeEncodeError:
-        return "the call holds half of a surrogate pair (\\ud800 to \\udfff)"
+        return HALF_A_PAIR
     except UnicodeDecodeError:
-        return "the call is not valid UTF-8"
+        return NOT_UTF8
     except RecursionError:
-        return f"the call is nested deeper than {MAX_DEPTH} levels"
+        return TOO_DEEP
     except ValueError as error:
         return f"the call is not valid JSON: {str(error)[:200]}"
     if not isinstance(value, dict):
@@ -50,6 +51,18 @@ def read_call(body: bytes, tools: Sequence[ToolSchema], key: str) -> ToolCall | 
         return f'"{key}" must be a JSON object'
     call = ToolCall(name, arguments)
     return call_error(call, tools) or call
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text: finite numbers, valid Unicode, at most MAX_DEPTH levels.
+
+    Raises ValueError with the reason, UnicodeEncodeError for half of a surrogate pair, and RecursionError if too deep.
+    """
+    value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    if _depth_exceeds(value, MAX_DEPTH):
+        raise RecursionError
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
 
 
 def call_json(value: Any, markers: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ def detect_format(tokenizer) -> ToolFormat:
     text = ChatTemplate(tokenizer).render_call(call)
     for name in tool_format.names():
         candidate = tool_format.get(name)()
-        if candidate.render("", "", [call]) in text:
+        if candidate.write_calls([call]) in text:
             return candidate
     raise PactError(
         f"the chat template writes tool calls in none of the known formats ({', '.join(tool_format.names())}); set "
