@@ -1,0 +1,67 @@
+"""Tool calls of GLM-4.5 and later: keys and values between tags of their own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from pact_fast.chat.formats.base import Found, ToolFormat
+from pact_fast.chat.formats.json_calls import NOT_UTF8
+from pact_fast.chat.formats.layout import Layout
+from pact_fast.chat.formats.registry import tool_format
+from pact_fast.chat.formats.tagged import find_tagged
+from pact_fast.chat.formats.typed_values import typed_call, write_value
+from pact_fast.data.types import ToolCall, ToolSchema
+
+_NAME = re.compile(r"\s*([^\s<]+)\s*")
+_KEY = re.compile(r"<arg_key>([^<]*)</arg_key>\s*<arg_value>")
+# A value may hold the closing tag as text: it ends where the next argument or the end of the call follows.
+_END = re.compile(r"</arg_value>\s*(?=<arg_key>|\Z)")
+
+
+@tool_format("glm4_moe")
+class Glm4Moe(ToolFormat):
+    """<tool_call>NAME, then a line <arg_key>KEY</arg_key> and a line <arg_value>VALUE</arg_value> per argument.
+
+    Strings are written as they are, other values as JSON.
+    """
+
+    markers = (
+        *ToolFormat.markers, "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
+    )  # fmt: skip
+    end_of_call = "</tool_call>"
+    layout = Layout("\n", "", "", "\n", "\n", "\n", "")
+
+    def write_calls(self, calls: Sequence[ToolCall]) -> str:
+        return "\n".join(map(self._write, calls))
+
+    def _write(self, call: ToolCall) -> str:
+        lines = [f"<tool_call>{call.name}"]
+        for key, value in call.arguments.items():
+            lines += [f"<arg_key>{key}</arg_key>", f"<arg_value>{write_value(value, self.markers)}</arg_value>"]
+        return "\n".join([*lines, "</tool_call>"])
+
+    def find_calls(self, data: bytes, start: int, tools: Sequence[ToolSchema]) -> list[Found]:
+        found = find_tagged(data, start, "<tool_call>", "</tool_call>")
+        return [(one.start, one.end, one.error or _read(one.body, tools)) for one in found]
+
+
+def _read(body: bytes, tools: Sequence[ToolSchema]) -> ToolCall | str:
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError:
+        return NOT_UTF8
+    name = _NAME.match(text)
+    if not name:
+        return "the call must begin with the name of the tool"
+    arguments: list[tuple[str, str]] = []
+    position = name.end()
+    while key := _KEY.match(text, position):
+        end = _END.search(text, key.end())
+        if not end:
+            return f"the value of {key[1][:60]!r} is not closed; end every value with </arg_value>"
+        arguments.append((key[1].strip(), text[key.end() : end.start()]))
+        position = end.end()
+    if position < len(text):
+        return f"expected <arg_key>KEY</arg_key> and <arg_value> at {text[position : position + 40]!r}"
+    return typed_call(name[1], arguments, tools)
