@@ -9,14 +9,21 @@ import numpy as np
 import pytest
 
 from pact_fast.chat.formats.base import ToolFormat
+from pact_fast.chat.formats.gemma4 import Gemma4
+from pact_fast.chat.formats.glm4_moe import Glm4Moe
 from pact_fast.chat.formats.hermes import Hermes
-from pact_fast.chat.formats.json_calls import error_observation
+from pact_fast.chat.formats.json_calls import MAX_ERROR, error_observation
+from pact_fast.chat.formats.lfm2 import Lfm2
 from pact_fast.chat.formats.llama3_json import Llama3Json
+from pact_fast.chat.formats.qwen3_coder import Qwen3Coder
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
 from pact_fast.data.types import ToolCall
 from tests.support.chat_tokenizers import chatml_like, llama3_like
 
+FORMATS = pytest.mark.parametrize(
+    "fmt", [Hermes(), Llama3Json(), Qwen3Coder(), Gemma4(), Lfm2(), Glm4Moe()], ids=lambda f: type(f).__name__
+)
 SEEDS = [
     ("Think about it.", "", [ToolCall("f", {"x": 1})]),
     ("", "I look it up.", [ToolCall("get_weather", {"city": "Paris", "days": [1, 2.5, None]})] * 3),
@@ -26,6 +33,9 @@ SEEDS = [
 SPLICES = [
     b"<tool_call>", b"</tool_call>", b"<think>", b"</think>", b"<|im_end|>", b"<|python_tag|>", b"{", b"}", b"[", b'"',
     b"\\", b":", b",", b"; ", b'{"name": ', b'"arguments": ', b'"parameters": {}', b"NaN", b"-Infinity", b"1e999",
+    b"<arg_key>x</arg_key>", b"<arg_value>", b"</arg_value>",
+    b"<function=", b"</function>", b"<parameter=x>", b"</parameter>", b"<|tool_call>", b"<tool_call|>", b'<|"|>', b"call:f{",
+    b"<|channel>thought", b"<channel|>", b"<|tool_call_start|>[", b"]<|tool_call_end|>", b"f(x=", b")", b"'", b"True",
     b"\\ud800", b"\xff", b"\xc3", b"\x00", b"null", b"\n", b"9" * 5000, b"[" * 3000, b'{"name":' * 500,
 ]  # fmt: skip
 TOOLS = [
@@ -66,17 +76,18 @@ def check(turn, length: int) -> None:
     for attempt in turn.attempts:
         if isinstance(attempt, str):
             assert 10 < len(attempt) < 1000
+            assert len(error_observation(attempt)) <= MAX_ERROR
             error_observation(attempt).encode()
         else:
             assert attempt.name in ("f", "get_weather")
             str(attempt.to_json()).encode()
 
 
-@pytest.mark.parametrize("fmt", [Hermes(), Llama3Json()], ids=lambda f: type(f).__name__)
+@FORMATS
 def test_mutated_turns(fmt: ToolFormat):
     rng = random.Random(7)
     rejected = accepted = 0
-    for _ in range(4000):
+    for _ in range(10_000):
         data = mutate(rng, fmt.render(*rng.choice(SEEDS)).encode())
         turn = fmt.parse(data, TOOLS, thinking=rng.random() < 0.1)
         check(turn, len(data))
@@ -108,15 +119,36 @@ MEGABYTE = 1_000_000
 LONG = [
     b"<tool_call>", b"</tool_call>", b"<tool_call>{", b"<think>", b"{", b'{"name":', b'{"name":[', b'{"name":"',
     b'{"name": "f", "parameters": {"x": ', b'{"name":"f","parameters":{}};', b'{"name":"a"}x', b'{"type":1,',
+    b"<arg_key>", b"<arg_key>x</arg_key><arg_value>", b"</arg_value> ",
+    b"<parameter=x>", b"<function=f>", b"\n</parameter>\n", b"<parameter=x></parameter>", b"<tool_call><function=f>",
+    b"<|tool_call>", b"<|tool_call>call:f{", b"{x:", b'<|"|>', b"call:f{x:[", b'<|"|>,', b"<|channel>", b"x:11111111,", b"[1,",
+    b"<|tool_call_start|>", b"<|tool_call_start|>[f(", b"f(x='", b"f(x=1), ", b"'", b"' ", b"x='a', ", b"\\'", b"[[",
     b"<|python_tag|>", b"<|python_tag|> ", b"; ", b" ", b"\\", b'"', b"\xff", b"{ ", b'{ "name" ',
 ]  # fmt: skip
 
 
+FRAMES = {
+    Hermes: [(b"<tool_call>", b"</tool_call>")],
+    Llama3Json: [],
+    Qwen3Coder: [
+        (b"<tool_call><function=f>", b"</function></tool_call>"),
+        (b"<tool_call><function=f><parameter=x>", b"</parameter></function></tool_call>"),
+    ],
+    Glm4Moe: [(b"<tool_call>f", b"</tool_call>"), (b"<tool_call>f<arg_key>x</arg_key><arg_value>", b"</tool_call>")],
+    Gemma4: [(b"<|tool_call>call:f{", b"}<tool_call|>"), (b"<|tool_call>call:f{x:[", b"]}<tool_call|>")],
+    Lfm2: [
+        (b"<|tool_call_start|>[", b"]<|tool_call_end|>"),
+        (b"<|tool_call_start|>[f(", b")]<|tool_call_end|>"),
+        (b"<|tool_call_start|>[f(x='", b"')]<|tool_call_end|>"),
+    ],
+}
+
+
 @pytest.mark.timing
-@pytest.mark.parametrize("fmt", [Hermes(), Llama3Json()], ids=lambda f: type(f).__name__)
+@FORMATS
 def test_a_megabyte_of_anything_takes_linear_time(fmt: ToolFormat):
     for unit in LONG:
-        for head, tail in ((b"", b""), (b"text ", b"}"), (b"<tool_call>", b"</tool_call>")):
+        for head, tail in ((b"", b""), (b"text ", b"}"), *FRAMES[type(fmt)]):
             data = head + unit * (MEGABYTE // len(unit)) + tail
             begin = time.process_time()
             check(fmt.parse(data, TOOLS), len(data))

@@ -135,8 +135,8 @@ class ChatTemplate:
         messages: list[Message] = []
         for number, ((role, name), content) in enumerate(zip(pattern, contents, strict=True)):
             # some templates name a result after the call that has its id
-            names = {"name": name, "tool_call_id": _call_id(number)} if role == "tool" else {}
-            messages.append({"role": role, "content": content, **names})  # type: ignore[typeddict-item]
+            keys = {"name": name, "tool_call_id": _call_id(number)} if role == "tool" else {}
+            messages.append({"role": role, "content": content, **keys})
         turn: Message = {"role": "assistant", "content": _TURN}
         eot = ends[pattern[0][0] == "tool"]
         if pattern[0][0] == "tool":

@@ -45,8 +45,8 @@ class ModelConfig(Section):
     chat_template: str | None = Field(None, description="A Jinja file that replaces the tokenizer's chat template.")
     tool_format: str = Field(
         "auto",
-        description="Format of tool calls: `hermes`, `llama3_json`, or your own as `file.py:Class`; `auto`: detected "
-        "from the chat template.",
+        description="Format of tool calls: `hermes`, `llama3_json`, `qwen3_coder`, `gemma4`, `lfm2`, `glm4_moe`, or your "
+        "own as `file.py:Class`; `auto`: detected from the chat template.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",

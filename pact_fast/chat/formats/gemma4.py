@@ -8,7 +8,7 @@ from typing import Any
 
 from pact_fast.chat.chat_template import QUESTION, ChatTemplate, call_message
 from pact_fast.chat.formats.base import Found, ToolFormat
-from pact_fast.chat.formats.json_calls import MAX_DEPTH, NOT_UTF8, TOO_DEEP, parse_json
+from pact_fast.chat.formats.json_calls import MAX_DEPTH, NOT_UTF8, TOO_DEEP, parse_scalar
 from pact_fast.chat.formats.layout import Layout
 from pact_fast.chat.formats.registry import tool_format
 from pact_fast.chat.formats.tagged import find_tagged
@@ -103,7 +103,7 @@ def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
     if scalar.group() in _WORDS:
         return _WORDS[scalar.group()], scalar.end()
     try:
-        return parse_json(scalar.group()), scalar.end()
+        return parse_scalar(scalar.group()), scalar.end()
     except ValueError:
         raise ValueError(f"{scalar.group()[:40]!r} is no value; write strings as {QUOTE}text{QUOTE}") from None
 

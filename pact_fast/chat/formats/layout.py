@@ -68,7 +68,7 @@ def _leading_blanks(text: str) -> str:
 def _measure(template: ChatTemplate, call: ToolCall, pattern: str, content: str) -> dict[str, str]:
     # templates read the reasoning from different keys
     keys = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _REASONING)
-    turn: Message = {**call_message(call), "content": content, **keys}  # type: ignore[typeddict-item]
+    turn: Message = {**call_message(call), "content": content, **keys}
     try:
         found = re.search(pattern, template.render([QUESTION, turn]))
     except PactError:  # some templates take no content beside calls

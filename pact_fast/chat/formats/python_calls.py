@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pact_fast.chat.formats.json_calls import HALF_A_PAIR, MAX_DEPTH, TOO_DEEP, call_json, parse_json
+from pact_fast.chat.formats.json_calls import HALF_A_PAIR, MAX_DEPTH, TOO_DEEP, call_json, parse_scalar
 from pact_fast.chat.tool_schema import call_error
 from pact_fast.data.types import ToolCall, ToolSchema
 
@@ -56,7 +56,7 @@ def read_calls(text: str, tools: Sequence[ToolSchema], limit: int) -> list[tuple
         return [*found, (len(text), TOO_DEEP)]
     except UnicodeDecodeError:
         return [*found, (len(text), HALF_A_PAIR)]
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         return [*found, (len(text), f"the call is not valid: {str(error)[:200]}")]
     return found or [(len(text), "the list of calls is empty")]
 
@@ -135,7 +135,7 @@ def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
         return _WORDS[scalar.group()], scalar.end()
     if scalar:
         try:
-            return parse_json(scalar.group()), scalar.end()
+            return parse_scalar(scalar.group()), scalar.end()
         except ValueError:
             pass
     raise ValueError(f"expected a value at {text[at : at + 40]!r}; write strings between quotes")

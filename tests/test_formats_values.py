@@ -1,0 +1,148 @@
+"""Formats that write arguments without JSON: whatever is written is read back, typed by the tool's schema."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pact_fast.chat.formats.base import ToolFormat
+from pact_fast.chat.formats.gemma4 import Gemma4
+from pact_fast.chat.formats.glm4_moe import Glm4Moe
+from pact_fast.chat.formats.lfm2 import Lfm2
+from pact_fast.chat.formats.python_calls import read_calls
+from pact_fast.chat.formats.qwen3_coder import Qwen3Coder
+from pact_fast.chat.formats.typed_values import read_value
+from pact_fast.components import Component
+from pact_fast.data.types import ToolCall
+
+PYTHON_WORDS, RAW_STRINGS, NONE = Qwen3Coder(), Lfm2(), Gemma4()
+PYTHON_WORDS._python_words, RAW_STRINGS._escaped, NONE._null = True, False, "None"
+FORMATS = {
+    "qwen3_coder": Qwen3Coder(), "qwen3_coder, Python's words": PYTHON_WORDS, "gemma4": Gemma4(), "gemma4, None": NONE,
+    "glm4_moe": Glm4Moe(), "lfm2": Lfm2(), "lfm2, raw strings": RAW_STRINGS,
+}  # fmt: skip
+every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+TYPES = {"s": "string", "i": "integer", "n": "number", "b": "boolean", "o": "object", "a": "array"}
+TOOLS = [{"function": {"name": "f", "parameters": {"properties": {key: {"type": t} for key, t in TYPES.items()}}}}]
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<‹"), max_size=40)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+arguments = st.fixed_dictionaries(
+    {},
+    optional={
+        "s": texts,
+        "i": st.integers(),
+        "n": st.floats(allow_nan=False, allow_infinity=False),
+        "b": st.booleans(),
+        "o": st.dictionaries(texts, values, max_size=3),
+        "a": st.lists(values, max_size=3),
+    },
+)
+
+
+@every_format
+@settings(max_examples=60, deadline=None)
+@given(made=st.lists(st.builds(ToolCall, st.just("f"), arguments), max_size=3))
+def test_whatever_is_written_is_read_back(fmt: ToolFormat, made: list[ToolCall]):
+    text = fmt.render("Why.", "I ask.", made)
+    turn = fmt.parse(text.encode(), TOOLS)
+    assert (turn.reasoning, turn.content, turn.attempts) == ("Why.", "I ask.", made)
+    assert turn.spans[-1][1] == len(text.encode())
+    assert [c for _, _, c in turn.spans if c is not Component.TOOL_CALL] == [Component.REASONING, Component.ANSWER]
+    assert len(turn.spans) == 2 + len(made)  # every call has a span of its own
+
+
+@every_format
+def test_the_markers_of_a_format_stay_text(fmt: ToolFormat):
+    for marker in (*fmt.markers, "</function>", "\n</parameter>\n</function>"):
+        made = [ToolCall("f", {"s": f"a {marker} b", "o": {marker: [marker]}})]
+        turn = fmt.parse(fmt.render(f"r {marker}", f"c {marker}", made).encode(), TOOLS)
+        assert len(turn.calls) == 1 and not turn.errors
+        assert [c for _, _, c in turn.spans] == [Component.REASONING, Component.ANSWER, Component.TOOL_CALL]
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "value"),
+    [
+        ("7", {"type": "string"}, "7"),
+        ("7", {"type": "integer"}, 7),
+        ("7", {"type": ["string", "integer"]}, "7"),
+        ("7", {"anyOf": [{"type": "integer"}, {"type": "null"}]}, 7),
+        ("null", {"anyOf": [{"type": "integer"}, {"type": "null"}]}, None),
+        ("None", {"type": "string", "nullable": True}, None),
+        ("null", {"type": "string"}, "null"),
+        ("true", {"type": "string"}, "true"),
+        ("True", {"type": "boolean"}, True),
+        ("false", {"type": "boolean"}, False),
+        ("1e3", {"type": "number"}, 1000.0),
+        ("NaN", {"type": "number"}, "NaN"),
+        ("seven", {"type": "integer"}, "seven"),  # the check of the call says what is wrong
+        ('{"a": 1}', {"type": "object"}, {"a": 1}),
+        ('{"a": 1}', {"type": "string"}, '{"a": 1}'),
+        ('{"a": 1}', {"type": ["string", "object"]}, {"a": 1}),
+        ("{a", {"type": ["string", "object"]}, "{a"),
+        ("7", {}, 7),
+        ("Paris", {}, "Paris"),
+        ("7", {"enum": ["7", "8"]}, "7"),
+        ("9" * 5000, {"type": "integer"}, "9" * 5000),
+        ("[" * 100 + "]" * 100, {}, "[" * 100 + "]" * 100),
+        ('["\\ud800"]', {}, '["\\ud800"]'),
+    ],
+)
+def test_text_is_read_by_its_declared_type(text, schema, value):
+    read = read_value(text, schema)
+    assert read == value and type(read) is type(value)
+
+
+ONE = "<tool_call>\n<function=f>\n<parameter=s>\n{}\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize("text", ["", "a\n", "\na", "<b>", "</parameter>", "\n</parameter>\nmore", "a & b", "7"])
+def test_a_parameter_is_its_text_but_for_one_line_break_at_each_end(text):
+    assert Qwen3Coder().parse(ONE.format(text).encode(), TOOLS).calls == [ToolCall("f", {"s": text})]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "text", "reason"),
+    [
+        (Qwen3Coder(), ONE.replace("=f>", "=g>"), "unknown tool 'g'; tools: f"),
+        (Qwen3Coder(), ONE.replace("=s>", "=i>").format("x"), "f: argument 'i' must be integer, not string"),
+        (Qwen3Coder(), "<tool_call>\n{}\n</tool_call>", "must begin with <function=NAME>"),
+        (Qwen3Coder(), ONE.replace("\n</parameter>", ""), "<parameter=s> is not closed"),
+        (Qwen3Coder(), ONE.replace("</function>\n", ""), "<parameter=s> is not closed"),
+        (Qwen3Coder(), ONE.replace("<parameter=s>", "s = <parameter=s>"), "expected <parameter=…> or </function>"),
+        (Qwen3Coder(), ONE[:-12], "<tool_call> is not closed"),
+        (Glm4Moe(), "<tool_call>f\n<arg_key>s</arg_key>\n</tool_call>", "expected <arg_key>KEY</arg_key> and <arg_value>"),
+        (Glm4Moe(), "<tool_call>f<arg_key>s</arg_key><arg_value>x</tool_call>", "the value of 's' is not closed"),
+        (Glm4Moe(), "<tool_call></tool_call>", "must begin with the name"),
+        (Gemma4(), "<|tool_call>f(x=1)<tool_call|>", "the form call:NAME{key:value}"),
+        (Gemma4(), "<|tool_call>call:f{s:Paris}<tool_call|>", "'Paris' is no value; write strings as <|\"|>text<|\"|>"),
+        (Gemma4(), '<|tool_call>call:f{s:<|"|>Paris}<tool_call|>', "a string is not closed"),
+        (Gemma4(), "<|tool_call>call:f{i:1 i:2}<tool_call|>", "expected ','"),
+        (Gemma4(), "<|tool_call>call:f{i:1}} <tool_call|>", "unexpected text after the call: '}'"),
+        (Gemma4(), "<|tool_call>call:f{a:" + "[" * 99 + "]" * 99 + "}<tool_call|>", "nested deeper than 64"),
+        (Gemma4(), "<|tool_call>call:f{i:1}", "<|tool_call> is not closed"),
+        (Lfm2(), "<|tool_call_start|>f(i=1)<|tool_call_end|>", "expected '['"),
+        (Lfm2(), "<|tool_call_start|>[f(1)]<|tool_call_end|>", "expected key=value"),
+        (Lfm2(), "<|tool_call_start|>[f(i=g())]<|tool_call_end|>", "expected a value at 'g())]'"),
+        (Lfm2(), "<|tool_call_start|>[f(i=1, i=2)]<|tool_call_end|>", "'i' is given twice"),
+        (Lfm2(), "<|tool_call_start|>[]<|tool_call_end|>", "the list of calls is empty"),
+        (Lfm2(), "<|tool_call_start|>[f(a=" + "[" * 99 + "]" * 99 + ")]<|tool_call_end|>", "nested deeper than 64"),
+        (Lfm2(), "<|tool_call_start|>[f(s='\\ud800')]<|tool_call_end|>", "half of a surrogate pair"),
+        (Lfm2(), "<|tool_call_start|>[f(i=1)]", "<|tool_call_start|> is not closed"),
+    ],
+)  # fmt: skip
+def test_malformed_calls_say_why(fmt: ToolFormat, text: str, reason: str):
+    turn = fmt.parse(text.encode(), TOOLS)
+    assert len(turn.errors) == 1 and reason in turn.errors[0] and not turn.calls
+    assert turn.spans == [(0, len(text.encode()), Component.TOOL_CALL)]
+
+
+def test_calls_before_a_malformed_one_are_read():
+    found = read_calls("[f(i=1), f(s='it's \"a\" \\u00e9\\n'), f(i=]", TOOLS, 64)
+    assert [attempt for _, attempt in found[:2]] == [ToolCall("f", {"i": 1}), ToolCall("f", {"s": 'it\'s "a" é\n'})]
+    assert isinstance(found[2][1], str) and len(found) == 3
