@@ -13,6 +13,7 @@ import numpy as np
 from pact_fast.chat.chat_template import ChatTemplate
 from pact_fast.chat.encoding import Encoded, Encoder, Part
 from pact_fast.chat.formats.base import ParsedTurn, ToolFormat
+from pact_fast.chat.formats.layout import PROBE_CALL
 from pact_fast.chat.formats.registry import detect_format, get_format
 from pact_fast.chat.segments import prefix_ends
 from pact_fast.chat.token_bytes import TokenBytes
@@ -228,8 +229,7 @@ class ChatRenderer:
 
     def _end_of_calls(self) -> str:
         """The token that ends a turn with calls: that of other turns, unless the template writes another one."""
-        call = ToolCall("look_up", {"key": "a"})
-        after = self.template.after_calls(call, self.format.write_calls([call]))
+        after = self.template.after_calls(PROBE_CALL, self.format.write_calls([PROBE_CALL]))
         match = self.encoder.all_controls.match(after.lstrip()) if self.encoder.all_controls else None
         return match.group() if match else self.eot
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pact_fast.chat.chat_template import ChatTemplate
-from pact_fast.chat.formats.layout import Layout, measured_layout
+from pact_fast.chat.formats.layout import PROBE_CALL, Layout, measured_layout
 from pact_fast.components import Component
 from pact_fast.data.types import ToolCall, ToolSchema
 
@@ -70,7 +70,7 @@ class ToolFormat:
     def fit(self, template: ChatTemplate) -> ToolFormat:
         """This format, as the template writes it."""
         fitted = copy.copy(self)
-        fitted.layout = measured_layout(template, self)
+        fitted.layout = measured_layout(template, self.write_calls([PROBE_CALL]), self.think, self.layout)
         return fitted
 
     def pieces(self, reasoning: str, content: str, calls: Sequence[ToolCall]) -> list[tuple[str, Component]]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from pact_fast.chat.chat_template import QUESTION, ChatTemplate, call_message
 from pact_fast.data.types import Message, ToolCall
 from pact_fast.errors import PactError
 
-if TYPE_CHECKING:
-    from pact_fast.chat.formats.base import ToolFormat
-
+PROBE_CALL = ToolCall("look_up", {"key": "a"})
 _REASONING, _CONTENT = "Zq0Zwhy", "Zq0Zsay"  # words that no template contains or changes
 
 
@@ -38,25 +35,30 @@ class Layout:
     after_calls: str = ""
 
 
-def measured_layout(template: ChatTemplate, fmt: ToolFormat) -> Layout:
-    """The layout of a template; what it does not show (it may drop reasoning) is as in the format's own layout."""
-    call = ToolCall("look_up", {"key": "a"})
-    calls = re.escape(fmt.write_calls([call]))
-    opening, closing = map(re.escape, fmt.think)
+def measured_layout(template: ChatTemplate, written: str, think: tuple[str, str], default: Layout) -> Layout:
+    """The layout of a template; what it does not show (it may drop reasoning) is as in the default.
+
+    Args:
+        template: The chat template.
+        written: PROBE_CALL, as the tool format writes it.
+        think: The tags around the reasoning.
+        default: The layout of the tool format.
+    """
+    calls, opening, closing = map(re.escape, (written, *think))
     reasoned = rf"{opening}(?P<in_reasoning>\s*){_REASONING}(?P<end_reasoning>\s*){closing}"
     with_content = _measure(
-        template, call, rf"{reasoned}(?P<after_reasoning>\s*){_CONTENT}(?P<before_calls>\s*){calls}", _CONTENT
+        template, rf"{reasoned}(?P<after_reasoning>\s*){_CONTENT}(?P<before_calls>\s*){calls}", _CONTENT
     )
-    shorter = _measure(template, call, rf"{_CONTENT}(?P<before_calls>\s*){calls}", _CONTENT)
-    without = _measure(template, call, rf"{reasoned}(?P<reasoning_calls>\s*){calls}", "")
-    ended = _measure(template, call, rf"{calls}(?P<after_calls>\s*)", "")
-    measured = {**_before_turn(template, call, fmt.think[0]), **shorter, **with_content, **without, **ended}
-    return replace(fmt.layout, **measured)
+    shorter = _measure(template, rf"{_CONTENT}(?P<before_calls>\s*){calls}", _CONTENT)
+    without = _measure(template, rf"{reasoned}(?P<reasoning_calls>\s*){calls}", "")
+    ended = _measure(template, rf"{calls}(?P<after_calls>\s*)", "")
+    measured = {**_before_turn(template, think[0]), **shorter, **with_content, **without, **ended}
+    return replace(default, **measured)
 
 
-def _before_turn(template: ChatTemplate, call: ToolCall, opening: str) -> dict[str, str]:
+def _before_turn(template: ChatTemplate, opening: str) -> dict[str, str]:
     prompt = template.render([QUESTION], generate=True)
-    text = template.render([QUESTION, call_message(call)])
+    text = template.render([QUESTION, call_message(PROBE_CALL)])
     begun = prompt.rstrip().endswith(opening) or not text.startswith(prompt)  # the prompt holds a part of the turn
     return {} if begun else {"before_turn": _leading_blanks(text[len(prompt) :])}
 
@@ -65,10 +67,10 @@ def _leading_blanks(text: str) -> str:
     return text[: len(text) - len(text.lstrip())]
 
 
-def _measure(template: ChatTemplate, call: ToolCall, pattern: str, content: str) -> dict[str, str]:
+def _measure(template: ChatTemplate, pattern: str, content: str) -> dict[str, str]:
     # templates read the reasoning from different keys
     keys = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _REASONING)
-    turn: Message = {**call_message(call), "content": content, **keys}
+    turn: Message = {**call_message(PROBE_CALL), "content": content, **keys}
     try:
         found = re.search(pattern, template.render([QUESTION, turn]))
     except PactError:  # some templates take no content beside calls
