@@ -119,11 +119,13 @@ MEGABYTE = 1_000_000
 LONG = [
     b"<tool_call>", b"</tool_call>", b"<tool_call>{", b"<think>", b"{", b'{"name":', b'{"name":[', b'{"name":"',
     b'{"name": "f", "parameters": {"x": ', b'{"name":"f","parameters":{}};', b'{"name":"a"}x', b'{"type":1,',
+    b"<|python_tag|>", b"<|python_tag|> ", b"; ", b" ", b"\\", b'"', b"\xff", b"{ ", b'{ "name" ',
+]  # fmt: skip
+LONG_TAGS = [  # of the formats with tags
     b"<arg_key>", b"<arg_key>x</arg_key><arg_value>", b"</arg_value> ",
     b"<parameter=x>", b"<function=f>", b"\n</parameter>\n", b"<parameter=x></parameter>", b"<tool_call><function=f>",
     b"<|tool_call>", b"<|tool_call>call:f{", b"{x:", b'<|"|>', b"call:f{x:[", b'<|"|>,', b"<|channel>", b"x:11111111,", b"[1,",
     b"<|tool_call_start|>", b"<|tool_call_start|>[f(", b"f(x='", b"f(x=1), ", b"'", b"' ", b"x='a', ", b"\\'", b"[[",
-    b"<|python_tag|>", b"<|python_tag|> ", b"; ", b" ", b"\\", b'"', b"\xff", b"{ ", b'{ "name" ',
 ]  # fmt: skip
 
 
@@ -147,7 +149,7 @@ FRAMES = {
 @pytest.mark.timing
 @FORMATS
 def test_a_megabyte_of_anything_takes_linear_time(fmt: ToolFormat):
-    for unit in LONG:
+    for unit in LONG if isinstance(fmt, Llama3Json) else [*LONG, *LONG_TAGS]:
         for head, tail in ((b"", b""), (b"text ", b"}"), *FRAMES[type(fmt)]):
             data = head + unit * (MEGABYTE // len(unit)) + tail
             begin = time.process_time()
