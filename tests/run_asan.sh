@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 compiler=${CXX:-c++}
-export PACT_FAST_CXXFLAGS="-O1 -g1 -fsanitize=address -fno-omit-frame-pointer"
+export PACT_FAST_CXXFLAGS="-O0 -g1 -fsanitize=address -fno-omit-frame-pointer"
 export PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 python -m pact_fast.kernels.runtime # before the runtime is preloaded: it would slow down the compiler
 
