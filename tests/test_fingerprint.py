@@ -37,7 +37,7 @@ def splitmix64(index: int, salt: int) -> int:
 def by_hand(tensor: torch.Tensor) -> int:
     """Σ bits_ij·a_i·b_j of a matrix whose elements have at most 4 bytes."""
     bits = tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]).tolist()
-    salt = module._dtype_salt(tensor.dtype)
+    salt = module.dtype_salt(tensor.dtype)
     terms = (x * splitmix64(i, 1) * splitmix64(j, salt) for i, row in enumerate(bits) for j, x in enumerate(row))
     return sum(terms) & MASK
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -44,7 +43,3 @@ def test_torchs_openmp_has_read_it(first):
     if "GOMP_SPINCOUNT" not in shown:
         pytest.skip("this torch has another OpenMP than GNU's")
     assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", shown) == [str(SPIN_COUNT)]
-
-
-def test_the_tests_themselves_run_with_it():
-    assert any(name in os.environ for name in USERS_CHOICE)

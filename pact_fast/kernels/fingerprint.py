@@ -40,7 +40,7 @@ def fingerprint(tensor: torch.Tensor, row: int = 0, col: int = 0, *, backend: st
         return 0
     a = coefficients(row, len(bits), bits.device, ROW_SALT)
     first = col * tensor.element_size() // bits.element_size()
-    b = coefficients(first, bits.shape[1], bits.device, _dtype_salt(tensor.dtype))
+    b = coefficients(first, bits.shape[1], bits.device, dtype_salt(tensor.dtype))
     if (bits.stride(0) == 1 and bits.stride(1) != 1) or bits.shape[1] == 1:
         bits, a, b = bits.t(), b, a  # rows and columns have equal parts in the sum
     if bits.stride(1) != 1:
@@ -64,7 +64,7 @@ def _signed(value: int) -> int:
 
 
 @functools.cache
-def _dtype_salt(dtype: torch.dtype) -> int:
+def dtype_salt(dtype: torch.dtype) -> int:
     """Makes equal bits of different dtypes different numbers; large, so that no row and column have one coefficient."""
     return zlib.crc32(str(dtype).encode()) << 1 | 1
 
