@@ -16,7 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import correctness, gpu_suite, harness, head, head_methods, head_problem, measure, quickstart
+from benchmarks import (
+    correctness,
+    gpu_suite,
+    harness,
+    head,
+    head_methods,
+    head_problem,
+    measure,
+    quickstart,
+    weights_fingerprint,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -167,6 +177,27 @@ def test_correctness_flags_a_kernel_that_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(correctness, "run_loss", wrong)
     failures = correctness.check(case, "pact_loss", "torch", device)["failures"]
     assert len(failures) == 1 and failures[0].startswith("dw ")
+
+
+def test_fingerprints_are_checked_before_they_are_timed(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "report.json"
+    small = ["--device", "cpu", "--megabytes", "1", "--rounds", "1", "--commit", "abc", "--out", str(out)]
+
+    def wrong() -> list[str]:
+        status = weights_fingerprint.main(small)
+        report = json.loads(out.read_text())
+        assert {"blockwise", "torch"} <= {row["method"] for row in report["cases"][0]["rows"]}
+        failures = [line for case in report["cases"] for line in case["failures"]]
+        assert status == (1 if failures else 0)
+        return [line for line in failures if "times as fast" not in line]  # this small, it may be slower
+
+    assert wrong() == []
+    right = weights_fingerprint.fingerprint
+    monkeypatch.setattr(weights_fingerprint, "fingerprint", lambda *args, **kwargs: right(*args, **kwargs) & ~0xFFF | 7)
+    assert "the parts do not add up" in wrong()
+    monkeypatch.setattr(weights_fingerprint, "fingerprint", lambda tensor, *_, **__: tensor.numel())
+    assert "a flipped bit does not show in torch" in wrong()
+    assert "| blockwise |" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ MAY_CHANGE = (
     "rollout.tool_timeout", "rollout.trajectory_timeout", "rollout.vllm_mode", "rollout.vllm_server_base_url",
     "rollout.vllm_server_timeout", "rollout.vllm_gpu_memory_utilization", "rollout.vllm_tensor_parallel_size",
     "rollout.vllm_data_parallel_size", "rollout.vllm_enable_sleep_mode", "rollout.vllm_weight_transfer",
-    "rollout.vllm_weights_dir", "rollout.vllm_args",
+    "rollout.vllm_weights_dir", "rollout.verify_weights", "rollout.vllm_args",
     # code that is fixed or moved between two starts
     "algorithm.reward.functions",
     # the optimizer and the end of the run

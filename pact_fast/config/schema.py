@@ -187,6 +187,11 @@ class RolloutConfig(Section):
         description="server: folder for weight files, visible to trainer and server; default: shared memory, else the "
         "run directory.",
     )
+    verify_weights: Literal["always", "first", "never"] = Field(
+        "always",
+        description="vLLM: when fingerprints of the engine's weights are compared with the trainer's: after every update "
+        "and before the next one; after the first transfer to an engine only (and after a restart); never.",
+    )
     vllm_args: dict[str, Any] = Field(
         default_factory=dict, description="Additional vLLM engine arguments, for example {enforce_eager: true}."
     )

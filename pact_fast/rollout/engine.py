@@ -53,12 +53,12 @@ class Completion:
 
 @dataclass
 class SyncReport:
-    """One weight update: bytes moved, and seconds to load and to verify them."""
+    """One weight update: bytes moved, and seconds to load and to verify them (None: they were not verified)."""
 
     version: int
     bytes: int
     load_seconds: float
-    verify_seconds: float
+    verify_seconds: float | None
 
 
 class Engine(Protocol):

@@ -78,9 +78,14 @@ class EngineSmokeTest:
         sync = self._engine.sync_report
         if sync is None:
             return f"{self._engine.name} has accepted the model's weights"
+        sent = f"{sync.bytes / 2**30:.3f} GiB: loaded in {sync.load_seconds:.1f} s"
+        if sync.verify_seconds is None:
+            return (
+                f"{self._engine.name} was sent the model's weights, {sent}, not verified (rollout.verify_weights=never)"
+            )
         return (
-            f"{self._engine.name} holds the model's weights, {sync.bytes / 2**30:.3f} GiB: loaded in "
-            f"{sync.load_seconds:.1f} s, every tensor verified in {sync.verify_seconds:.1f} s"
+            f"{self._engine.name} holds the model's weights, {sent}, every tensor verified in "
+            f"{sync.verify_seconds:.1f} s"
         )
 
     def rollouts(self) -> str:
