@@ -114,6 +114,7 @@ LONG = [
 
 @pytest.mark.timing
 @pytest.mark.parametrize("fmt", [Hermes(), Llama3Json()], ids=lambda f: type(f).__name__)
+@pytest.mark.slow
 def test_a_megabyte_of_anything_takes_linear_time(fmt: ToolFormat):
     for unit in LONG:
         for head, tail in ((b"", b""), (b"text ", b"}"), (b"<tool_call>", b"</tool_call>")):

@@ -198,6 +198,7 @@ def test_a_pack_that_does_not_fit_is_split_and_the_gradient_stays(renderer, when
     assert (found[1] - found[0]).norm() <= 2e-6 * found[0].norm()
 
 
+@pytest.mark.slow
 def test_a_sequence_that_does_not_fit_is_an_error_with_a_cure(renderer):
     config = AlgorithmConfig(anchor={"mode": "blend"})
     groups = make_groups(renderer, config, prompts=1, rollouts=2)
