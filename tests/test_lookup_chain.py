@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from pact_fast.envs.lookup_chain import BUSY, LookupChain, LookupChainTasks, TraceNoise, noisy_trace
 
 
