@@ -55,6 +55,8 @@ class VllmEngine(Engine):
         sync_report: Of the last weight update.
     """
 
+    applies_filters = True
+
     def __init__(
         self, transport: VllmTransport, eot_ids: Iterable[int], *, deadline: float, dtype: torch.dtype = torch.float32
     ):
@@ -99,6 +101,7 @@ class VllmEngine(Engine):
             int(seed) >> 1,
             self._eot_ids,
             self.version,
+            request.filters,
         )
         self._call_or_recover(lambda: self.transport.submit(turn))
 
