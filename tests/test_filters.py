@@ -126,7 +126,11 @@ def test_samples_follow_the_filtered_distribution_and_log_probs_are_its(filters)
     ids = np.arange(3)
     requests = [Request(s, ids, 1, (5, s), temperature, filters) for s in range(n)]
     requests += [Request(n, ids, 1, (6, 0), 0.0, filters), Request(n + 1, ids, 1, (6, 1), temperature)]
-    tokens, logprobs = Fixed(torch.tensor(logits, dtype=torch.float32)).draw(requests)
+    engine = Fixed(torch.tensor(logits, dtype=torch.float32))
+    tokens, logprobs = engine.draw(requests)
+    alone, logprobs_alone = engine.draw(requests[:n])  # all sessions with the same filters
+    assert alone == tokens[:n]
+    np.testing.assert_allclose(logprobs_alone, logprobs[:n], atol=1e-6)
     counts = np.bincount(tokens[:n], minlength=len(expected))
     support = expected > 0
     assert counts[~support].sum() == 0 and 1 < support.sum() < len(expected)

@@ -96,6 +96,8 @@ class FusedHead(torch.nn.Module):
     filters    which tokens the rollouts were sampled from
     """
 
+    bias: torch.nn.Parameter | None
+
     def __init__(self, model: PreTrainedModel, filters: SamplingFilters = UNFILTERED):
         super().__init__()
         self.filters = filters
