@@ -38,8 +38,9 @@ TRAIN_EXAMPLES = """\
   torchrun --nproc-per-node 8 -m pact_fast train gpu-8 data.train=train.jsonl
 """
 EVAL = """\
-Measure the success rate on held-out tasks, sampled (at rollout.temperature) and greedy, with 95 % intervals. The model is a
-run's newest checkpoint, or the one that a recipe starts from. Prints JSON.
+Measure the success rate on held-out tasks, sampled (with rollout.temperature, top_p, top_k and min_p) and greedy, with
+95 % intervals. The model is a run's newest checkpoint, or the one that a recipe starts from. Prints JSON, which states how
+it sampled.
 """
 EVAL_EXAMPLES = """\
   pact-fast eval runs/quickstart

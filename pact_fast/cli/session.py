@@ -22,7 +22,7 @@ from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.registry import make_engine
 from pact_fast.train.checkpoint import run_weights
-from pact_fast.train.evaluate import evaluate, reward_means, sampling, success_rate
+from pact_fast.train.evaluate import evaluate, evaluation_kinds, reward_means, success_rate
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import rollout_record
 
@@ -100,19 +100,19 @@ def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> 
     tasks = session.select("eval", session.config.trainer.eval_tasks)
     progress = Progress()
     result: dict[str, object] = {"source": source, "tasks": len(tasks)}
-    for name, temperature in (("sampled", session.config.rollout.temperature), ("greedy", 0.0)):
+    for name, sampling in evaluation_kinds(session.config).items():
         with progress.rollouts(len(tasks), name) as advance:
             trajectories = evaluate(
-                session.loop, tasks, temperature=temperature, seed=session.config.seed, on_finish=lambda i, t: advance()
+                session.loop, tasks, sampling=sampling, seed=session.config.seed, on_finish=lambda i, t: advance()
             )
         rate = success_rate(trajectories)
         means = reward_means(trajectories)
         result[name] = {
-            "temperature": temperature, "samples": len(trajectories), "success": None,
+            **sampling.to_json(), "samples": len(trajectories), "success": None,
             "interval": [rate.low, rate.high] if rate.n else None, **means,
         }  # fmt: skip
         parts = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
-        progress.note(f"{sampling(temperature)}, {len(trajectories)} samples: success {rate}  {parts}")
+        progress.note(f"{sampling}, {len(trajectories)} samples: success {rate}  {parts}")
     progress.close()
     session.close()
     print(json.dumps(result, indent=2))
@@ -128,7 +128,7 @@ def rollout_command(source: str, settings: Sequence[str], count: int, split: str
     progress = Progress()
     with progress.rollouts(len(tasks)) as advance:
         trajectories = evaluate(
-            session.loop, tasks, temperature=session.config.rollout.temperature, seed=session.config.seed,
+            session.loop, tasks, sampling=evaluation_kinds(session.config)["sampled"], seed=session.config.seed,
             on_finish=lambda i, t: advance(),
         )  # fmt: skip
     progress.close()

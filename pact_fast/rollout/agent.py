@@ -19,6 +19,7 @@ import numpy as np
 from pact_fast.chat.formats.json_calls import error_observation
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.config import RolloutConfig
+from pact_fast.config.filters import UNFILTERED, SamplingFilters
 from pact_fast.data.types import Message, StopReason, Task, ToolCall, Trajectory, TurnRecord, text_of
 from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
@@ -89,12 +90,14 @@ class Job:
     rng_key      seeds its sampling
     temperature  0 is greedy
     group        number of its group: the trajectories of one prompt, whose rewards are compared
+    filters      which tokens may be sampled; no effect where greedy
     """
 
     task: Task
     rng_key: tuple[int, ...]
     temperature: float = 1.0
     group: int = 0
+    filters: SamplingFilters = UNFILTERED
 
 
 @dataclass
@@ -150,6 +153,9 @@ class AgentLoop:
         renderer: Renders prompts and observations, parses turns.
         make_env: A fresh environment for a task; it serves one trajectory.
         config: Limits of turns, tokens and time.
+
+    Raises:
+        PactError: The engine does not apply the filters that `config` sets.
     """
 
     def __init__(
@@ -157,6 +163,11 @@ class AgentLoop:
     ):
         self.engine, self.renderer, self.make_env, self.config = engine, renderer, make_env, config
         self._pool: ThreadPoolExecutor | None = None
+        if config.filters and not getattr(engine, "applies_filters", False):
+            raise PactError(
+                f"{getattr(engine, 'name', 'the engine')} does not apply rollout.top_p, top_k and min_p ({config.filters}); "
+                "remove them, or use rollout.engine=transformers or vllm (an engine of your own: set applies_filters)"
+            )
 
     def prompt_ids(self, task: Task) -> np.ndarray:
         """int64 [n], token ids of the prompt; PactError if it is longer than rollout.max_prompt_length."""
@@ -265,7 +276,7 @@ class AgentLoop:
         job = replace(job, task=task)
         ids = self.prompt_ids(task)
         limit = min(self.config.max_turn_tokens, self.config.max_completion_length)
-        self.engine.submit(Request(index, ids, limit, job.rng_key, job.temperature))
+        self.engine.submit(Request(index, ids, limit, job.rng_key, job.temperature, job.filters))
         return _ActiveTrajectory(job, env, ids)
 
     def _end(self, running, index: int, stop: StopReason, on_finish) -> Trajectory:
@@ -322,9 +333,8 @@ class AgentLoop:
         if remaining < 1:
             return StopReason.MAX_COMPLETION_LENGTH
         state.append(ids, components, None, -1)
-        self.engine.submit(
-            Request(index, ids, min(self.config.max_turn_tokens, remaining), temperature=state.job.temperature)
-        )
+        limit, job = min(self.config.max_turn_tokens, remaining), state.job
+        self.engine.submit(Request(index, ids, limit, temperature=job.temperature, filters=job.filters))
         return None
 
     def _truncate(self, text: str) -> str:

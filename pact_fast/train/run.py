@@ -196,6 +196,7 @@ class Trainer:
             total_updates=config.trainer.max_steps * updates_per_batch,
             updates_per_batch=updates_per_batch,
             temperature=config.rollout.temperature,
+            filters=config.rollout.filters,
             reference=reference,
             autocast=autocast,
             sampler_differs=self.engine_builder.sampler_differs,

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from pact_fast.config.filters import SamplingFilters
 from pact_fast.model.adapter import ADAPTER_NAME, adapted_layers
+from pact_fast.model.filters import filtered
 from pact_fast.model.head import head_of, logit_transform
 from pact_fast.model.weights import base_parameters, gathered
 from pact_fast.rollout.embedded.slot_cache import SlotCache, forward
@@ -37,6 +39,7 @@ class _Session:
     length: int = 0  # tokens in the cache
     pending: deque[int] = field(default_factory=deque)  # tokens to feed before sampling goes on
     request: Request | None = None  # None: waiting for its next turn
+    filters: SamplingFilters | None = None  # None: every token may be sampled
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -53,6 +56,7 @@ class TransformersEngine(Engine):
 
     name = "the embedded engine"
     synchronous = True
+    applies_filters = True
 
     def __init__(
         self,
@@ -102,6 +106,7 @@ class TransformersEngine(Engine):
 
     def _assign(self, session: _Session, request: Request) -> None:
         session.request = request
+        session.filters = request.filters if request.filters and request.temperature else None
         session.pending.extend(request.ids.tolist())
         session.ids, session.logprobs = [], []
 
@@ -196,11 +201,16 @@ class TransformersEngine(Engine):
         temperatures = [s.request.temperature for s in sessions if s.request]
         scale = torch.tensor([t or 1.0 for t in temperatures], device=logits.device)
         logp = torch.log_softmax(logits / scale[:, None], -1)
-        cdf = logp.double().exp().cumsum(-1)
+        last: int | torch.Tensor = logits.shape[1] - 1
+        if any(s.filters for s in sessions):
+            logp = _filter(logp, [s.filters for s in sessions])
+            dropped = logp == -torch.inf  # filled twice, because exp(−inf) is slow
+            cdf = logp.masked_fill(dropped, 0.0).double().exp().masked_fill_(dropped, 0.0).cumsum(-1)
+            last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())[:, 0]  # that can be sampled
+        else:
+            cdf = logp.double().exp().cumsum(-1)
         uniform = torch.tensor([s.generator.random() for s in sessions], dtype=torch.float64, device=logits.device)
-        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(
-            max=logits.shape[1] - 1
-        )
+        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(max=last)
         greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
         tokens = torch.where(greedy, logits.argmax(-1), tokens)
         return tokens.tolist(), logp.gather(1, tokens[:, None])[:, 0].tolist()
@@ -220,6 +230,17 @@ class TransformersEngine(Engine):
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _filter(logp: torch.Tensor, filters: list[SamplingFilters | None]) -> torch.Tensor:
+    """Log-probs [n, V], normalised over what the filters of each row keep; −inf for the other tokens."""
+    kinds = {kind for kind in filters if kind}
+    if len(kinds) == 1 and None not in filters:
+        return torch.log_softmax(filtered(logp, kinds.pop()), -1)
+    for kind in kinds:
+        rows = torch.tensor([f == kind for f in filters], device=logp.device)
+        logp[rows] = torch.log_softmax(filtered(logp[rows], kind), -1)
+    return logp
 
 
 def logits_of(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -56,6 +56,8 @@ class VllmEngine(Engine):
         sync_report: Of the last weight update.
     """
 
+    applies_filters = True
+
     def __init__(
         self,
         transport: VllmTransport,
@@ -106,6 +108,7 @@ class VllmEngine(Engine):
             int(seed) >> 1,
             self._eot_ids,
             self.version,
+            request.filters,
         )
         self._call_or_recover(lambda: self.transport.submit(turn))
 
