@@ -138,8 +138,10 @@ class _Checks:
     def template(self) -> str:
         from pact_fast.chat.template_check import check_template
 
-        check_template(self.renderer)
-        return "parser and template agree; appended turns equal the template's rendering"
+        notes = check_template(self.renderer)
+        self.warnings += notes
+        blanks = " but for blanks" if notes else ""
+        return f"parser and template agree; appended turns equal the template's rendering{blanks}"
 
     def masks(self) -> str:
         task = next((task for task in self.sample if task.expert and task.expert.turns), None)
