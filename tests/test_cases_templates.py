@@ -148,7 +148,7 @@ def check_row(renderer: ChatRenderer, tools, **row) -> None:
     task = Task(
         "t", row.pop("prompt", QUESTION), tools, expert=ExpertTrace.from_messages(TRACE) if tools else None, **row
     )
-    RowCheck(renderer, RowLimits(prompt=500, window=1000, trace="demonstration")).check(task, "own")
+    RowCheck(renderer, RowLimits(prompt=500, window=1000, trace="demonstration")).check(task)
 
 
 def test_a_row_without_tools_whose_template_prompts_otherwise_is_refused():

@@ -18,7 +18,6 @@ from pact_fast.chat.chat_template import PROBE_TOOL, Pattern, call_message
 from pact_fast.chat.formats.base import END_THINK, THINK
 from pact_fast.chat.rendering import ChatRenderer, question_of
 from pact_fast.chat.tool_schema import call_error
-from pact_fast.data.references import check_references
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Message, Task, ToolCall, split_reasoning, text_of
 from pact_fast.errors import DataError, PactError
 
@@ -63,17 +62,16 @@ class RowCheck:
         self.longest_trace: tuple[int, Task] | None = None
         self.traces = 0
 
-    def check(self, task: Task, env: str) -> None:
-        """DataError if the task cannot be trained on. `env`: the name of its environment."""
+    def check(self, task: Task) -> None:
+        """DataError if the task cannot be trained on."""
         try:
-            check_references(task, env)
             text = self._render(task)
             self._check_contents(task.prompt, text, bool(task.tools))
             size = len(text.encode("utf-8", "replace"))
             self._check_prompt(task, text, size)
             self._check_trace(task, text, size)
         except DataError as error:
-            raise _with_place(task, error) from None
+            raise with_place(task, error) from None
 
     def _render(self, task: Task) -> str:
         template = self._renderer.template
@@ -277,7 +275,9 @@ def _written(content: str) -> Iterator[str]:
     yield "\n".join(line.strip() for line in content.splitlines())
 
 
-def _with_place(task: Task, error: DataError) -> DataError:
+def with_place(task: Task, error: PactError) -> DataError:
     """The error with the task's id, file and line."""
     file, line = task.source or ("", None)
-    return DataError(f"task {task.id}: {error.problem}", file=file, line=line, field=error.field)
+    problem, field = (error.problem, error.field) if isinstance(error, DataError) else (str(error), "")
+    name = f"task {task.id}: "
+    return DataError(name + problem.removeprefix(name), file=file, line=line, field=field)
