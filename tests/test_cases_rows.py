@@ -286,6 +286,23 @@ def test_reasoning_in_every_form(read, message, reasoning, content):
     assert (task.expert.turns[0].reasoning, task.expert.turns[0].content) == (reasoning, content)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "Look it up.\n</think>\n\n"},
+        {"content": "<think>Look it up."},
+        {"content": "", "thinking": "Look it up."},
+        {"content": [{"type": "thinking", "thinking": "Look it up."}]},
+    ],
+)
+def test_reasoning_in_every_form_is_supervised(read, message):
+    (task,) = read(traced(message={"tool_calls": [{"function": CALL}], **message}))
+    renderer = ChatRenderer(build(CHATML_HERMES, CHATML, TAGS, "<|im_end|>"))
+    context = renderer.trace_context(task, task.expert, "turns")
+    text = renderer.token_bytes.join(context.ids[context.level <= 4]).decode()
+    assert text.strip() == "<think>\nLook it up.\n</think>"
+
+
 def test_reasoning_parts_of_a_content(read):
     for kind in ("thinking", "reasoning"):
         parts = [{"type": kind, kind: "Look it up."}, {"type": "text", "text": "Wait."}]
@@ -547,10 +564,9 @@ def test_sft_needs_a_trace_in_every_row(check):
     bad(check, row, "expert_trace", "needs an expert trace", algorithm={"name": "sft"})
 
 
-def test_reasoning_after_a_closed_think_block(check):
-    closed = CHATML_HERMES.replace(
-        "'<|im_start|>assistant\\n' if add", "'<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' if add"
-    )
+@pytest.mark.parametrize("block", ["<think>\\n\\n</think>\\n\\n", "<think></think>", "<think> </think>\\n"])
+def test_reasoning_after_a_closed_think_block(check, block):
+    closed = CHATML_HERMES.replace("'<|im_start|>assistant\\n' if add", f"'<|im_start|>assistant\\n{block}' if add")
     assert closed != CHATML_HERMES
     row = good(expert_trace=[{**TRACE[0]}, *TRACE[1:]])
     with pytest.raises(PactError, match=r"has closed <think> already.*set model\.chat_template"):

@@ -212,15 +212,12 @@ class _Checks:
         import torch
 
         from pact_fast.model import lora
-        from pact_fast.model.build import check_context, from_pretrained, make_model
+        from pact_fast.model.build import architecture, check_context, make_model, model_of
         from pact_fast.rollout.registry import engine_builder
 
         if self.config.model.path:  # the configuration suffices; weights may be large
-            from transformers import AutoConfig, AutoModelForCausalLM
-
-            architecture = from_pretrained(AutoConfig, self.config.model.path, "model")
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(architecture)
+                model = model_of(architecture(self.config.model), torch.float32)
         else:
             model = make_model(self.config, self.tokens)
         if self.config.model.lora:
