@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from pact_fast.chat.call_ids import with_call_ids
@@ -14,11 +15,13 @@ from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.chat.row_check import RowCheck, RowLimits
 from pact_fast.chat.template_check import check_template
 from pact_fast.chat.templates import CHATML_HERMES
+from pact_fast.cli.main import main
 from pact_fast.data.types import ExpertTrace, Task, ToolCall
 from pact_fast.errors import DataError, PactError
 from pact_fast.train.run_dir import folder_content
 from tests.support.chat_tokenizers import CHATML, TAGS, build
 from tests.support.data_rows import QUESTION, TRACE, WEATHER
+from tests.support.runs import TINY_RUN
 
 # As Hermes 2 Pro and 3 have them: `default` knows no tools; `tool_use` cannot do without, writes a system turn of its own,
 # and a line break after a tool result only if the conversation goes on.
@@ -174,6 +177,33 @@ def test_only_blanks_beside_control_tokens_may_change():
         else:
             with pytest.raises(PactError, match="differently than before"):
                 check_template(renderer)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_both_templates_of_its_tokenizer(tmp_path, capsys):
+    tokenizer_of(BOTH).save_pretrained(tmp_path / "given")
+    recipe, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump({**TINY_RUN, "output_dir": str(run)}))
+    settings = [
+        "train",
+        str(recipe),
+        f"model.tokenizer={tmp_path / 'given'}",
+        "trainer.eval_tasks=1",
+        "rollout.max_prompt_length=700",
+    ]
+    settings += ["pretrain={steps: 1, batch_size: 1}"]
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        "from pathlib import Path\n\ndef score(completions, **kwargs):\n"
+        "    return [len(Path(__file__).with_name('given.txt').read_text()) for _ in completions]\n"
+    )
+    assert main([*settings, f"algorithm.reward.functions=['{bad}:score']"]) == 2  # leaves tokenizer and base behind
+    output = capsys.readouterr().err
+    assert "other blanks" in output and "reward function" in output
+    (tmp_path / "given.txt").touch()
+    assert main([*settings, f"algorithm.reward.functions=['{bad}:score']", "resume=auto"]) == 0
+    for folder in (run / "tokenizer", run / "checkpoints/step_1/model"):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == BOTH
 
 
 # --- call ids ---
