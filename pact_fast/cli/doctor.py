@@ -138,8 +138,10 @@ class _Checks:
     def template(self) -> str:
         from pact_fast.chat.template_check import check_template
 
-        check_template(self.renderer)
-        return "parser and template agree; appended turns equal the template's rendering"
+        notes = check_template(self.renderer)
+        self.warnings += notes
+        blanks = " but for blanks" if notes else ""
+        return f"parser and template agree; appended turns equal the template's rendering{blanks}"
 
     def masks(self) -> str:
         task = next((task for task in self.sample if task.expert and task.expert.turns), None)
@@ -210,15 +212,12 @@ class _Checks:
         import torch
 
         from pact_fast.model import lora
-        from pact_fast.model.build import check_context, from_pretrained, make_model
+        from pact_fast.model.build import architecture, check_context, make_model, model_of
         from pact_fast.rollout.registry import engine_builder
 
         if self.config.model.path:  # the configuration suffices; weights may be large
-            from transformers import AutoConfig, AutoModelForCausalLM
-
-            architecture = from_pretrained(AutoConfig, self.config.model.path, "model")
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(architecture)
+                model = model_of(architecture(self.config.model), torch.float32)
         else:
             model = make_model(self.config, self.tokens)
         if self.config.model.lora:

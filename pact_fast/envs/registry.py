@@ -58,6 +58,11 @@ class EnvironmentFactory:
         return environment.get(str(task.env))
 
 
+def is_built_in(cls: type) -> bool:
+    """Whether an environment is one of this package. Others get copies of tasks: they may change what they get."""
+    return cls.__module__.startswith("pact_fast.")
+
+
 def environment_name(env: EnvConfig, data: DataConfig) -> str:
     """The environment of tasks that name none: `auto` is python_tools with data files, lookup_chain without."""
     if env.name != "auto":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def make_model(
             bos_token_id=None,
         )
         torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        model = model_of(model_config, torch.float32)
     else:
         with zero3_init(config) if partition else nullcontext():
             model = from_pretrained(AutoModelForCausalLM, source, "model", dtype=torch.float32)
@@ -145,15 +145,58 @@ def _random_init_config(model: ModelConfig, vocab_size: int | None = None, **tok
     if vocab_size is not None:
         settings["vocab_size"] = vocab_size
     try:
-        return AutoConfig.for_model(model_type, **settings, **token_ids)
-    except (ValueError, TypeError, KeyError) as error:
-        raise PactError(f"model.random_init: {' '.join(str(error).split())[:200]}") from None
+        config = AutoConfig.for_model(model_type, **settings, **token_ids)
+    except Exception as error:  # also errors of huggingface_hub's validation, which are no ValueErrors
+        raise PactError(f"model.random_init: {_line(error)}") from None
+    _check_sizes(config, settings)
+    return config
+
+
+def _check_sizes(config: PretrainedConfig, given: Collection[str]) -> None:
+    """PactError for sizes that do not fit together, where transformers fails in the first forward pass.
+
+    A size that is not `given` is the family's default, which is meant for large models.
+    """
+    values = config.get_text_config()
+
+    def named(key: str) -> str:
+        return f"{key}={getattr(values, key)}{'' if key in given else f' (the default of {config.model_type})'}"
+
+    heads, shared = (getattr(values, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise PactError(
+            f"model.random_init: {named('num_attention_heads')} is no multiple of {named('num_key_value_heads')}; set "
+            f"num_key_value_heads to {heads} or a divisor of it"
+        )
+    chosen = getattr(values, "num_experts_per_tok", None)
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        count = getattr(values, key, None)
+        if isinstance(chosen, int) and isinstance(count, int) and 0 < count < chosen:
+            raise PactError(
+                f"model.random_init: num_experts_per_tok={chosen} exceeds {key}={count}; set num_experts_per_tok to at most "
+                f"{count}"
+            )
+
+
+def model_of(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal LM with random weights. PactError, one line, if transformers cannot build one of this configuration."""
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        kind = type(error).__name__
+        raise PactError(
+            f"cannot build a causal LM of model type '{config.model_type}': {kind}: {_line(error)}"
+        ) from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def meta_model(config: Config, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The policy as training builds it, adapters included, on the meta device: shapes and dtypes without storage."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture(config.model), dtype=dtype)
+        model = model_of(architecture(config.model), dtype)
         if config.model.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         if config.model.lora:

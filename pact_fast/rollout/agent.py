@@ -22,6 +22,7 @@ from pact_fast.config import RolloutConfig
 from pact_fast.config.filters import UNFILTERED, SamplingFilters
 from pact_fast.data.types import Message, StopReason, Task, ToolCall, Trajectory, TurnRecord, text_of
 from pact_fast.envs.base import Environment
+from pact_fast.envs.registry import is_built_in
 from pact_fast.errors import PactError
 from pact_fast.rollout.engine import Completion, Engine, Request
 
@@ -33,7 +34,7 @@ TOOL_STEPS = 4
 def _for_environment(env: Environment, value: Any) -> Any:
     """A copy for an environment of the user's, which may change what it gets. Built-in ones change nothing, and a copy
     of a task takes longer than its reset."""
-    return value if type(env).__module__.startswith("pact_fast.") else copy.deepcopy(value)
+    return value if is_built_in(type(env)) else copy.deepcopy(value)
 
 
 class PendingToolCalls:

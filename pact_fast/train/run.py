@@ -134,7 +134,8 @@ class Trainer:
         self._run_on_main(self._save_tokenizer, "the tokenizer")
         self.tokenizer = make_tokenizer(config.model, self.tasks, self.run / "tokenizer")
         self.renderer = make_renderer(config.model, self.tokenizer)
-        check_template(self.renderer)
+        for note in check_template(self.renderer):
+            self.progress.note(note)
         self._check_rows()
         self.shutdown = GracefulShutdown()
         self._skipped = 0  # consecutive skipped updates

@@ -145,8 +145,9 @@ def atomic_save_pretrained(objects: Any, folder: Path) -> None:
 
 
 def folder_content(folder: Path) -> dict[str, bytes]:
-    """Content of the files of a small folder by name; empty if there is no folder."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+    """Content of the files of a small folder, and of its folders, by path in it; empty if there is no folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def versions() -> dict[str, str]:
