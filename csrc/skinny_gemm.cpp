@@ -5,7 +5,8 @@
 // it: W is neither packed nor copied.
 //
 //  * bf16: outᵀ = W·xᵀ by BRGEMM (common/brgemm.h), with W as the operand A, which is row-major. Only xᵀ is packed,
-//    in VNNI layout. On AMX, up to 64 rows of x cost hardly more than one.
+//    in VNNI layout. On AMX, up to 64 rows of x cost hardly more than one. W may also be fp32, as it is under
+//    autocast: a block of it is rounded to bf16 in L2, and not the whole of it in memory.
 //  * fp32: dot products along the rows of W, 16 at a time: their 16 sums of lanes are one register.
 //  * The hardware prefetcher keeps up: W is read from its beginning to its end. Software prefetches cost time.
 //
@@ -16,6 +17,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 
 #include "common/parallel.h"
 #include "common/tensor.h"
@@ -34,11 +36,11 @@ namespace pact_fast {
 namespace {
 
 // x [rows, depth] with row stride ldx, W [columns, depth], bias [columns] or null, out [rows, columns].
-template <typename T, typename Out>
+template <typename T, typename Weight, typename Out>
 struct SkinnyProblem {
   const T* x;
   int64_t ldx;
-  const T *weight, *bias;
+  const Weight *weight, *bias;
   Out* out;
   int64_t rows, columns, depth;
 };
@@ -81,14 +83,14 @@ void dot_tile(const Problem& p, int64_t row, int64_t column, int64_t valid) {
 }
 
 template <int m>
-void dot_rows(const SkinnyProblem<float, float>& p, int64_t row, int64_t begin, int64_t end) {
+void dot_rows(const SkinnyProblem<float, float, float>& p, int64_t row, int64_t begin, int64_t end) {
   constexpr int64_t n = 16 / m;
   for (int64_t column = begin; column < end; column += n) {
     dot_tile<m>(p, row, column, std::min(n, end - column));
   }
 }
 
-void skinny(const SkinnyProblem<float, float>& p) {
+void skinny(const SkinnyProblem<float, float, float>& p) {
   static constexpr decltype(&dot_rows<1>) kKernels[kMaxDotRows] = {dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>,
                                                                    dot_rows<5>, dot_rows<6>, dot_rows<7>, dot_rows<8>};
   parallel_for_dynamic(ceil_div(p.columns, kBlock), [&](int64_t unit) {
@@ -136,9 +138,12 @@ struct PackedRows {
   }
 };
 
+inline __m512 load_some(__mmask16 mask, const float* p) { return _mm512_maskz_loadu_ps(mask, p); }
+inline __m512 load_some(__mmask16 mask, const bf16_t* p) { return bf16_to_fp32(_mm256_maskz_loadu_epi16(mask, p)); }
+
 // out [rows, columns] ← sumsᵀ + bias; sums [columns, ld].
-template <typename Out>
-void store_transposed(const float* sums, int64_t ld, const bf16_t* bias, int64_t rows, int64_t columns, Out* out,
+template <typename Bias, typename Out>
+void store_transposed(const float* sums, int64_t ld, const Bias* bias, int64_t rows, int64_t columns, Out* out,
                       int64_t ld_out) {
   for (int64_t r = 0; r < rows; r += 16) {
     for (int64_t c = 0; c < columns; c += 16) {
@@ -149,7 +154,7 @@ void store_transposed(const float* sums, int64_t ld, const bf16_t* bias, int64_t
       }
       transpose_16x16(block);
       const __mmask16 mask = lane_mask16(columns - c);
-      const __m512 added = bias ? bf16_to_fp32(_mm256_maskz_loadu_epi16(mask, bias + c)) : _mm512_setzero_ps();
+      const __m512 added = bias ? load_some(mask, bias + c) : _mm512_setzero_ps();
       for (int i = 0; i < std::min<int64_t>(16, rows - r); ++i) {
         const __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(block[i]), added);
         Out* to = out + (r + i) * ld_out + c;
@@ -163,22 +168,41 @@ void store_transposed(const float* sums, int64_t ld, const bf16_t* bias, int64_t
   }
 }
 
-template <typename Out>
-void skinny(const SkinnyProblem<bf16_t, Out>& p) {
+// `count` elements of W as bf16: where they are, or rounded into `rounded`.
+inline const bf16_t* as_bf16(const bf16_t* w, int64_t, bf16_t*) { return w; }
+
+inline const bf16_t* as_bf16(const float* w, int64_t count, bf16_t* rounded) {
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 mask = lane_mask32(count - i);
+    const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), w + i),
+                 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), w + i + 16);
+    _mm512_mask_storeu_epi16(rounded + i, mask, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+  }
+  return rounded;
+}
+
+template <typename Weight, typename Out>
+void skinny(const SkinnyProblem<bf16_t, Weight, Out>& p) {
+  struct Scratch {
+    float* sums;
+    bf16_t* rounded;
+  };
   const PackedRows x{p.depth, p.rows};
   x.pack(p.x, p.ldx);
-  parallel_for_dynamic<AmxTileGuard>(
-      ceil_div(p.columns, kBlock), [&](ScratchArena& arena) { return arena.take<float>(/* sums */ kBlock * kRows); },
-      [&](int64_t unit, float* sums) {
-        const int64_t column = unit * kBlock, columns = std::min(kBlock, p.columns - column);
-        const bf16_t* w = p.weight + column * p.depth;
-        for (int64_t row = 0; row < p.rows; row += kRows) {
-          const int64_t width = x.width(row);
-          brgemm(columns, width, p.depth, w, p.depth, x.panel(row), width, sums, width, false);
-          store_transposed(sums, width, p.bias ? p.bias + column : nullptr, std::min(kRows, p.rows - row), columns,
-                           p.out + row * p.columns + column, p.columns);
-        }
-      });
+  const auto layout = [&](ScratchArena& arena) {
+    const int64_t block = std::is_same_v<Weight, float> ? kBlock * p.depth : 0;
+    return Scratch{arena.take<float>(kBlock * kRows), arena.take<bf16_t>(block)};
+  };
+  parallel_for_dynamic<AmxTileGuard>(ceil_div(p.columns, kBlock), layout, [&](int64_t unit, const Scratch& s) {
+    const int64_t column = unit * kBlock, columns = std::min(kBlock, p.columns - column);
+    const bf16_t* w = as_bf16(p.weight + column * p.depth, columns * p.depth, s.rounded);
+    for (int64_t row = 0; row < p.rows; row += kRows) {
+      const int64_t width = x.width(row);
+      brgemm(columns, width, p.depth, w, p.depth, x.panel(row), width, s.sums, width, false);
+      store_transposed(s.sums, width, p.bias ? p.bias + column : nullptr, std::min(kRows, p.rows - row), columns,
+                       p.out + row * p.columns + column, p.columns);
+    }
+  });
 }
 
 #endif
@@ -199,31 +223,36 @@ bool ready(ScalarType type) {
 
 bool skinny_gemm_ready(ScalarType type) { return ready(type); }
 
-template <typename T, typename Out>
+template <typename T, typename Weight, typename Out>
 void run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
 #ifdef __AVX512F__
   if (x.size(0) == 0) return;
-  skinny(SkinnyProblem<T, Out>{data_ptr<const T>(x), x.stride(0), data_ptr<const T>(weight), data_ptr<const T>(bias),
-                               data_ptr<Out>(out), x.size(0), weight.size(0), x.size(1)});
+  skinny(SkinnyProblem<T, Weight, Out>{data_ptr<const T>(x), x.stride(0), data_ptr<const Weight>(weight),
+                                       data_ptr<const Weight>(bias), data_ptr<Out>(out), x.size(0), weight.size(0),
+                                       x.size(1)});
 #endif
 }
 
-// out ← x·Wᵀ + bias. x [n, D] with contiguous rows, weight [V, D] contiguous, bias [V] or missing, fp32 or bf16; out [n,
-// V] contiguous, fp32 or of the dtype of x. bf16 needs an even D.
+// out ← x·Wᵀ + bias. x [n, D] with contiguous rows, weight [V, D] contiguous, bias [V] or missing, out [n, V]
+// contiguous. All fp32; or x bf16, weight and bias both bf16 or both fp32 (rounded to bf16 here), out bf16 or fp32, D
+// even.
 void skinny_gemm(const Tensor x, const Tensor weight, std::optional<Tensor> bias, Tensor out) {
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(ready(type), "pact_fast: no skinny GEMM for this dtype on this CPU");
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) > 0, "pact_fast: x and weight must be matrices");
   const int64_t rows = x.size(0), columns = weight.size(0), depth = x.size(1);
   STD_TORCH_CHECK(type == ScalarType::Float || depth % 2 == 0, "pact_fast: bf16 needs an even depth");
+  const ScalarType weight_type = weight.scalar_type() == type ? type : ScalarType::Float;
   check_rows(x, type, rows, depth, "x");
-  check_matrix(weight, type, columns, depth, "weight");
-  check_vector(bias, type, columns, "bias");
-  check_matrix(out, out.scalar_type() == type ? type : ScalarType::Float, rows, columns, "out");
-  if (type == ScalarType::Float) return run<float, float>(x, weight, bias, out);
+  check_matrix(weight, weight_type, columns, depth, "weight");
+  check_vector(bias, weight_type, columns, "bias");
+  const ScalarType out_type = out.scalar_type() == type ? type : ScalarType::Float;
+  check_matrix(out, out_type, rows, columns, "out");
+  if (type == ScalarType::Float) return run<float, float, float>(x, weight, bias, out);
 #ifdef __AVX512BF16__
-  if (out.scalar_type() == type) return run<bf16_t, bf16_t>(x, weight, bias, out);
-  run<bf16_t, float>(x, weight, bias, out);
+  const bool wide = weight_type == ScalarType::Float, wide_out = out_type == ScalarType::Float;
+  if (wide) return (wide_out ? run<bf16_t, float, float> : run<bf16_t, float, bf16_t>)(x, weight, bias, out);
+  return (wide_out ? run<bf16_t, bf16_t, float> : run<bf16_t, bf16_t, bf16_t>)(x, weight, bias, out);
 #endif
 }
 

@@ -45,6 +45,15 @@ def test_few_rows_times_a_matrix_of_any_size(dtype, result):
             assert_near(out, exact, TOLERANCE[result])
 
 
+@pytest.mark.parametrize("result", DTYPES)
+def test_fp32_weights_are_rounded_beside_bf16_rows(result):
+    needs("skinny_gemm_ready", torch.bfloat16)
+    x, w, b = torch.randn(9, 70, dtype=torch.bfloat16), torch.randn(130, 70), torch.randn(130)
+    rounded = skinny.linear(x, w.bfloat16(), None, result)
+    assert torch.equal(skinny.linear(x, w, None, result), rounded)
+    assert_near(skinny.linear(x, w, b, result), x.double() @ w.bfloat16().double().t() + b.double(), TOLERANCE[result])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_the_same_bits_whatever_rows_are_beside_it_and_with_any_number_of_threads(dtype):
     needs("skinny_gemm_ready", dtype)
@@ -98,7 +107,9 @@ def test_one_token_per_slot_attends_to_its_own_slot(dtype, heads, kv_heads, dim)
     out = torch.empty(1, len(lengths), heads, dim, dtype=dtype)
     torch.ops.pact_fast.slot_attention(q, k, v, at, positions, 0.3, keys, values, out)
     for i, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
-        assert torch.equal(keys[slot, :, length - 1], k[0, :, i]) and torch.equal(values[slot, :, length - 1], v[0, :, i])
+        assert torch.equal(keys[slot, :, length - 1], k[0, :, i]) and torch.equal(
+            values[slot, :, length - 1], v[0, :, i]
+        )
         seen_keys, seen_values = (
             t[slot, :, :length].double().repeat_interleave(heads // kv_heads, 0) for t in (keys, values)
         )

@@ -19,13 +19,15 @@ from torch import Tensor
 from pact_fast.kernels.decoder import skinny
 from pact_fast.kernels.decoder.pointwise import rms_norm, rotary, serves, silu_mul
 from pact_fast.model.patch import ROTARY, is_gated_silu, is_rms_norm, is_rotary, rotary_served
+from pact_fast.model.rematerialize import is_compiled
 
 _Entry = tuple[dict[str, Any], str, Any]  # (namespace, name, replacement)
 
 
 class InferenceKernels:
-    """Use as a context: `with kernels:` replaces, and restores at the end. Nothing is changed off the CPU.
+    """Use as a context: `with kernels:` replaces, and restores at the end.
 
+    Nothing is changed for a decoder that is not on the CPU, or that is compiled: there the compiler chooses kernels.
     Layers that are added to the decoder later (adapters) keep their own code.
     """
 
@@ -33,7 +35,7 @@ class InferenceKernels:
         self._entries: list[_Entry] = []
         self._undo: list[_Entry] = []
         modules = list(decoder.modules())
-        if any(p.device.type != "cpu" for p in decoder.parameters()):
+        if is_compiled(decoder) or any(p.device.type != "cpu" for p in decoder.parameters()):
             return
         for module in modules:
             forward = _forward_of(module)
@@ -85,8 +87,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
     Returns:
         [..., V].
     """
-    if not torch.is_autocast_enabled(x.device.type) and skinny.serves(x, weight):
-        return skinny.linear(x, weight, bias, dtype)
+    rows = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+    if skinny.serves(rows, weight):
+        return skinny.linear(rows, weight, bias, dtype)
     out = torch.nn.functional.linear(x, weight, bias)
     return out if dtype is None else out.to(dtype)
 

@@ -15,9 +15,13 @@ MAX_ROWS = {torch.float32: 16, torch.bfloat16: 128}  # beyond these, torch's GEM
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernel computes x·Wᵀ here, and faster than torch. x [..., D], weight [V, D]."""
+    """Whether the kernel computes x·Wᵀ here, and faster than torch. x [..., D], weight [V, D], also fp32 beside bf16 x."""
     limit = MAX_ROWS.get(x.dtype)
-    if limit is None or weight.dtype != x.dtype or x.device.type != "cpu" or weight.device.type != "cpu":
+    if (
+        limit is None
+        or weight.dtype not in (x.dtype, torch.float32)
+        or not x.device.type == weight.device.type == "cpu"
+    ):
         return False
     depth = weight.shape[-1]
     return 0 < x.numel() <= limit * depth and depth % 2 == 0 and weight.is_contiguous() and _ready(x.dtype)
@@ -26,12 +30,12 @@ def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """x·Wᵀ + b, summed in fp32.
+    """x·Wᵀ + b, summed in fp32. Beside bf16 x, W and b in fp32 are rounded to bf16, as autocast does.
 
     Args:
         x: [..., D], as `serves` accepts it.
         weight: [V, D].
-        bias: [V], of the same dtype.
+        bias: [V], of the dtype of W.
         dtype: Of the result: that of x (default) or fp32.
 
     Returns:
