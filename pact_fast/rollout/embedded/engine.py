@@ -22,6 +22,7 @@ from pact_fast.model.head import head_of, logit_transform
 from pact_fast.model.inference import linear
 from pact_fast.model.patch import is_plain_linear
 from pact_fast.model.weights import base_parameters, gathered
+from pact_fast.rollout.embedded.inverse_cdf import inverse_cdf
 from pact_fast.rollout.embedded.slot_cache import SlotCache, Text, forward_with
 from pact_fast.rollout.engine import Completion, Engine, Request
 
@@ -198,11 +199,8 @@ class TransformersEngine(Engine):
         temperatures = [s.request.temperature for s in sessions if s.request]
         scale = torch.tensor([t or 1.0 for t in temperatures], device=logits.device)
         logp = torch.log_softmax(logits / scale[:, None], -1)
-        cdf = logp.double().exp().cumsum(-1)
         uniform = torch.tensor([s.generator.random() for s in sessions], dtype=torch.float64, device=logits.device)
-        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(
-            max=logits.shape[1] - 1
-        )
+        tokens = inverse_cdf(logp, uniform)
         greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
         tokens = torch.where(greedy, logits.argmax(-1), tokens)
         return tokens.tolist(), logp.gather(1, tokens[:, None])[:, 0].tolist()

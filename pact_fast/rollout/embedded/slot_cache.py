@@ -109,9 +109,7 @@ class SlotCache:
             return self._attend_texts(q, k, v, keys, values, scale)
         if self.any_slots:
             out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3])
-            torch.ops.pact_fast.slot_attention.default(
-                q, k, v, self._slots, self._positions, scale, keys, values, out
-            )
+            torch.ops.pact_fast.slot_attention.default(q, k, v, self._slots, self._positions, scale, keys, values, out)
             return out
         keys[self._slots, :, self._positions] = k[0].transpose(0, 1)
         values[self._slots, :, self._positions] = v[0].transpose(0, 1)
