@@ -157,8 +157,8 @@ class TransformersEngine(Engine):
         """One forward pass over the next pending tokens of each session."""
         ids = np.array([s.pending.popleft() for s, count in batch for _ in range(count)], dtype=np.int64)
         texts = [Text(s.slot, s.length, count) for s, count in batch]
-        slots = np.repeat([text.slot for text in texts], [text.count for text in texts])
-        positions = np.concatenate([np.arange(text.start, text.start + text.count) for text in texts])
+        slots = np.repeat([text.slot for text in texts], [text.tokens for text in texts])
+        positions = np.concatenate([np.arange(text.start, text.start + text.tokens) for text in texts])
         for session, count in batch:
             session.length += count
         self._forward(self._cache, self._tensor(slots), self._tensor(ids), self._tensor(positions), texts)

@@ -29,11 +29,11 @@ GROWTH = 1.25  # and by at least this factor, since growing copies the cache
 
 
 class Text(NamedTuple):
-    """`count` new tokens of a slot, at consecutive positions from `start` on."""
+    """`tokens` new tokens of a slot, at consecutive positions from `start` on."""
 
     slot: int
     start: int
-    count: int
+    tokens: int
 
 
 class SlotCache:
