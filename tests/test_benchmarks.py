@@ -18,6 +18,7 @@ import pytest
 
 from benchmarks import (
     correctness,
+    decoding,
     gpu_suite,
     harness,
     head,
@@ -295,3 +296,19 @@ def test_quickstart_results_are_stamped(tmp_path, monkeypatch):
     assert report["date"] and report["versions"]["torch"] and report["machine"]["cpu"]
     monkeypatch.setattr(quickstart, "train", lambda seed, *rest: summary | {"seed": seed, "wall_seconds": 601})
     assert quickstart.main(["--seeds", "0"]) == 1
+
+
+@pytest.mark.slow
+def test_decoding_compares_the_engine_with_generate_on_the_same_work(tmp_path, capsys):
+    out = tmp_path / "decoding.json"
+    options = ["--tiny", "--batches", "2", "--prompt", "7", "--tokens", "3", "--rounds", "2", "--prefill", "2x50"]
+    methods = ["engine", "generate", "generate static"]
+    assert decoding.main([*options, "--methods", *methods, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    for case in report["cases"]:
+        assert list(case["rows"]) == methods and case["floor_ms"] > 0
+        assert case["logprob_difference"] < decoding.TOLERANCE[case["case"]["dtype"]]
+        assert all(len(row["rounds_step_cpu_ms"]) == 2 for row in case["rows"].values())
+        assert case["rows"]["engine"]["time_to_engine"] == 1.0
+    assert [found["cache"] for found in report["prefill"]] == [2 * 50 * 2 * 2 * 16 * 2 * size for size in (4, 2)]
+    assert "time/engine" in capsys.readouterr().out
