@@ -51,7 +51,7 @@ KINDS = {
         "test_success_is_over_the_tasks_that_have_an_outcome"
     ),
     "13 one label, two settings": (
-        "test_conditions_of_an_evaluation_stand_in_the_table test_a_run_evaluates_at_its_temperature_and_says_so"
+        "test_conditions_of_an_evaluation_stand_in_the_table test_a_run_evaluates_as_it_samples_and_says_so"
     ),
     "14 settings are not compared with the checkpoint's": (
         "test_what_the_earlier_steps_stand_for_may_not_change test_what_may_change "
