@@ -1,4 +1,8 @@
-"""Errors that a user can fix."""
+"""Errors that a user can fix, and the exception that ends a run on request."""
+
+from __future__ import annotations
+
+import signal
 
 
 class PactError(Exception):
@@ -32,3 +36,11 @@ class EngineDied(EngineError):
 
 class EngineTimeout(EngineError):
     """The engine is running but has not answered within the deadline."""
+
+
+class ShutdownRequested(SystemExit):
+    """SIGTERM or SIGHUP came while there was nothing to finish. `status` is 128 + its number, as shells report it."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        self.status = 128 + number
+        super().__init__(self.status)

@@ -14,6 +14,7 @@ from pact_fast.components import Component
 from pact_fast.config import Config
 from pact_fast.data.types import Task
 from pact_fast.errors import PactError
+from pact_fast.text import one_line
 
 if TYPE_CHECKING:
     from pact_fast.rollout.engine_check import EngineSmokeTest
@@ -41,15 +42,20 @@ def _run(checks: list[tuple[str, Callable[[], str]]], warnings: list[str]) -> in
     for name, check in checks:
         warnings.clear()
         try:
-            print(f"ok    {name}: {check()}", flush=True)
+            _print(f"ok    {name}: {check()}")
         except PactError as error:
             failed += 1
-            print(f"FAIL  {name}: {error}", flush=True)
+            _print(f"FAIL  {name}: {error}")
             if name in PREREQUISITES:
                 break
         for warning in warnings:
-            print(f"warn  {name}: {warning}", flush=True)
+            _print(f"warn  {name}: {warning}")
     return failed
+
+
+def _print(line: str) -> None:
+    """Print one line; parts of it come from data and models."""
+    print(one_line(line), flush=True)
 
 
 def embedded_engine_warning(config: Config, parameters: int) -> str | None:

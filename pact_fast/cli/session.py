@@ -16,6 +16,7 @@ from pact_fast.data.sources import TaskSource
 from pact_fast.data.types import Task
 from pact_fast.envs.registry import EnvironmentFactory, make_tasks
 from pact_fast.errors import PactError
+from pact_fast.files import write_named
 from pact_fast.model.build import check_context, make_policy
 from pact_fast.model.device import pick_device, precision
 from pact_fast.model.tokenizer import make_tokenizer
@@ -115,9 +116,10 @@ def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> 
         progress.note(f"{sampling(temperature)}, {len(trajectories)} samples: success {rate}  {parts}")
     progress.close()
     session.close()
-    print(json.dumps(result, indent=2))
+    text = json.dumps(result, indent=2)
     if out:
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_named(out, text + "\n")  # first: whoever reads the output may have gone
+    print(text)
     return 0
 
 
@@ -138,7 +140,7 @@ def rollout_command(source: str, settings: Sequence[str], count: int, split: str
         for task, t in zip(tasks, trajectories, strict=True)
     ]
     if out:
-        out.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        write_named(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
         print(f"{len(records)} rollouts written to {out}")
         return 0
     from pact_fast.report.console import print_rollout

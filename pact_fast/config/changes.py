@@ -11,6 +11,7 @@ from typing import Any
 from pact_fast.config.load import load_config
 from pact_fast.config.schema import Config
 from pact_fast.errors import PactError
+from pact_fast.text import SHOWN, short
 
 # Key or section → may change when a run is resumed. Any other setting decides which data, weights or loss the earlier
 # steps stand for, and must stay: with another value the run would be neither the old one nor a new one.
@@ -92,5 +93,8 @@ def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, Any, Any]]
 
 def _short(value: Any) -> str:
     """A value as it is written on the command line, cut to 60 characters."""
-    text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+    if isinstance(value, str):
+        text = value
+    else:
+        text = json.dumps(value) if value is None or isinstance(value, bool) else short(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

@@ -4,7 +4,8 @@ A registered class is used in one of two ways:
 
 - `cls(**env.args)` makes the environment of one trajectory; or
 - its class method `factory(args, tool_timeout)` returns the function that makes it, where trajectories share something
-  expensive, such as a process pool.
+  expensive, such as a process pool. If the function has an attribute `close`, it is called at the end of a run, also
+  while calls are under way, which must then end soon.
 
 A class that generates its own tasks also has a class method `tasks(args, seed) -> TaskSource`.
 """
@@ -20,6 +21,7 @@ from pact_fast.data.sources import FileTasks, TaskSource
 from pact_fast.data.types import Task
 from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
+from pact_fast.plugins import no_exit
 from pact_fast.registry import Registry, did_you_mean
 
 environment: Registry[Any] = Registry("environment", "env.name", "pact_fast.envs")
@@ -46,6 +48,13 @@ class EnvironmentFactory:
         if cls not in self._factories:
             self._factories[cls] = _make_factory(cls, {}, self._tool_timeout)
         return self._factories[cls]()
+
+    def close(self) -> None:
+        """End what the environments share, such as a process pool: calls under way end at once."""
+        for make in self._factories.values():
+            close = getattr(make, "close", None)
+            if close is not None:
+                close()
 
     def _registered(self, task: Task) -> Any:
         known = environment.names()
@@ -79,14 +88,18 @@ def make_tasks(config: Config) -> TaskSource:
     generate = getattr(cls, "tasks", None)
     if generate is None:
         raise PactError(f"data.train is not set, and env.name={name} generates no tasks: name a JSONL or parquet file")
-    return generate(config.env.args, config.seed)
+    with no_exit(f"the environment {name}"):
+        return generate(config.env.args, config.seed)
 
 
 def _make_factory(cls: Any, args: dict[str, Any], tool_timeout: float) -> Callable[[], Environment]:
+    what = f"the environment {cls.__name__}"
     if hasattr(cls, "factory"):
-        return cls.factory(args, tool_timeout)
+        with no_exit(what):
+            return cls.factory(args, tool_timeout)
     try:
-        made = cls(**args)
+        with no_exit(what):
+            made = cls(**args)
     except TypeError as error:
         raise PactError(f"env.args do not fit the environment {cls.__name__}: {error}") from None
     missing = [name for name in ("blocking", "reset", "tools", "call", "reward") if not _has(made, name)]

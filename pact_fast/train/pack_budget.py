@@ -10,8 +10,8 @@ import torch
 from pact_fast.config import Config
 from pact_fast.distributed.world import World
 from pact_fast.estimate.memory import fitting_pack_tokens
+from pact_fast.files import write_text
 from pact_fast.model.device import free_memory
-from pact_fast.train.run_dir import write_text
 
 FILE = (
     "max_tokens_per_pack"  # in the run directory: upper bound of the budget, after an earlier process ran out of memory
