@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class PactError(Exception):
@@ -44,3 +46,25 @@ class ShutdownRequested(SystemExit):
     def __init__(self, number: int = signal.SIGTERM) -> None:
         self.status = 128 + number
         super().__init__(self.status)
+
+
+# Raised through somebody else's code, and not by it
+PASSED_ON = (PactError, ShutdownRequested, KeyboardInterrupt, GeneratorExit)
+
+
+@contextmanager
+def foreign_errors(problem: str, cure: str) -> Iterator[None]:
+    """Turn whatever somebody else's code raises on a stranger's file into `problem: reason; cure`, one line.
+
+    There is no list of expected exceptions: libraries raise what their own code happens to run into, and the parts that
+    are written in Rust also raise what is no Exception.
+    """
+    try:
+        yield
+    except PASSED_ON:
+        raise
+    except BaseException as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+        if not isinstance(error, OSError | ValueError) or not reason:
+            reason = f"{type(error).__name__}: {reason}".rstrip(": ")
+        raise PactError(f"{problem}: {reason}; {cure}") from error

@@ -16,10 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pact_fast.errors import PactError, ShutdownRequested
-
-# Raised through the user's code, and not by it. Everything else is an error of that code, SystemExit included.
-PASSED_ON = (PactError, ShutdownRequested, KeyboardInterrupt, GeneratorExit)
+from pact_fast.errors import PASSED_ON, PactError, ShutdownRequested
 
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 
@@ -103,7 +100,7 @@ def describe_error(error: BaseException) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, SystemExit):
         text = f"it calls exit ({' '.join(text.split())[:200]}); return or raise an error instead"
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = list(traceback.extract_tb(error.__traceback__))
     if isinstance(error, SystemExit):  # argparse and exit() raise it in files of the standard library
         frames = [
             f for f in frames if not f.filename.startswith((_LIBRARY, "<frozen")) or "site-packages" in f.filename

@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jinja2
-
 from pact_fast.data.types import Message, ToolCall, ToolSchema, text_of
-from pact_fast.errors import PactError
+from pact_fast.errors import PASSED_ON, PactError
+from pact_fast.limits import time_limit
 
+SECONDS = 2.0  # for a rendering, which takes milliseconds
 QUESTION: Message = {"role": "user", "content": "Go on."}
 _MARKER = "Zq0Zmark"  # a word that no template contains or changes
 # How templates transform the content of a message. Llama writes tool results as JSON strings, others strip them.
@@ -36,17 +36,21 @@ class ChatTemplate:
     ) -> str:
         """The text of a conversation; with `generate`, followed by the generation prompt."""
         try:
-            return self._tokenizer.apply_chat_template(
-                [{**m, "content": text_of(m.get("content"))} for m in messages],
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=generate,
-                **variables,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            with time_limit(SECONDS, "the chat template (a loop without end? set model.chat_template to another one)"):
+                return self._tokenizer.apply_chat_template(
+                    [{**m, "content": text_of(m.get("content"))} for m in messages],
+                    tools=list(tools) or None,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                    **variables,
+                )
+        except PASSED_ON:
+            raise
+        except Exception as error:  # a template is a program: it may raise anything
             roles = ", ".join(str(m.get("role")) for m in messages)
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise PactError(
-                f"the chat template cannot render a conversation of {roles}: {' '.join(str(error).split())[:200]}; set "
+                f"the chat template cannot render a conversation of {roles}: {reason}; set "
                 "model.chat_template to one that can"
             ) from None
 

@@ -11,6 +11,9 @@ from pact_fast.chat.formats.base import END_THINK, THINK
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.data.types import Message, ToolCall, ToolSchema
 from pact_fast.errors import PactError
+from pact_fast.limits import memory_limit
+
+MEMORY = 2**30  # it takes none to speak of
 
 _TOOL: ToolSchema = {
     "type": "function",
@@ -29,13 +32,14 @@ _TURNS: list[list[Message]] = [  # messages after each assistant turn of the tri
 
 
 def check_template(renderer: ChatRenderer) -> None:
-    """PactError with reason and cure if template, tokenizer and tool format do not work together."""
-    _check_clock(renderer)
-    _check_tools(renderer)
-    _check_plain(renderer)
-    _check_round_trip(renderer)
-    _check_ids(renderer)
-    _check_texts(renderer)
+    """PactError with reason and cure if template, tokenizer and tool format do not work together, or take too much."""
+    with memory_limit(MEMORY, "the chat template (set model.chat_template to another one)"):
+        _check_clock(renderer)
+        _check_tools(renderer)
+        _check_plain(renderer)
+        _check_round_trip(renderer)
+        _check_ids(renderer)
+        _check_texts(renderer)
 
 
 def _check_clock(renderer: ChatRenderer) -> None:

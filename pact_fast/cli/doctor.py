@@ -216,15 +216,12 @@ class _Checks:
         import torch
 
         from pact_fast.model import lora
-        from pact_fast.model.build import check_context, from_pretrained, make_model
+        from pact_fast.model.build import architecture, check_context, from_config, make_model
         from pact_fast.rollout.registry import engine_builder
 
         if self.config.model.path:  # the configuration suffices; weights may be large
-            from transformers import AutoConfig, AutoModelForCausalLM
-
-            architecture = from_pretrained(AutoConfig, self.config.model.path, "model")
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(architecture)
+                model = from_config(architecture(self.config.model), self.config.model.path)
         else:
             model = make_model(self.config, self.tokens)
         if self.config.model.lora:

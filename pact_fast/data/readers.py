@@ -27,12 +27,15 @@ from pact_fast.data.rows import (
 )
 from pact_fast.data.schemas import drop_nulls
 from pact_fast.data.types import ExpertTrace, Task, ToolSchema
-from pact_fast.errors import DataError, PactError
+from pact_fast.errors import PASSED_ON, DataError, PactError
+from pact_fast.limits import memory_limit
 
 __all__ = ["attach_traces", "read_tasks", "read_traces", "tool_schema", "write_tasks"]
 
 NumberedRow = tuple[int, "Row | DataError"]  # line or row number from 1
 PARQUET_BATCH = 256  # rows held both as Arrow and as Python objects
+BATCH_BYTES = 2**30  # of a batch
+MAX_RATIO = 1000  # of the rows' size to the file's; repeated tool schemas reach 200
 COMPRESSED = {  # first bytes of a file -> compression
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -286,14 +289,13 @@ def _decode(raw: bytes) -> str:
 
 
 def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[NumberedRow]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         parquet = pq.ParquetFile(file)
         names = [name for name in parquet.schema_arrow.names if not name.startswith("__index_level_")]
-        for batch in parquet.iter_batches(PARQUET_BATCH):
+        for batch in _batches(parquet, path):
             for row in range(batch.num_rows):
                 number += 1
                 try:
@@ -301,9 +303,32 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[NumberedRow]:
                 except DataError as error:
                     values = error
                 yield number, values
-    except (pa.ArrowException, ValueError, KeyError) as error:
-        # damaged metadata raises UnicodeDecodeError (a ValueError), a repeated column name KeyError
+    except PASSED_ON:
+        raise
+    except BaseException as error:  # damaged metadata: whatever the reader happens to run into
         raise DataError(f"is not a readable parquet file ({one_line(error)}); write it again", file=str(path)) from None
+
+
+def _batches(parquet: Any, path: Path) -> Iterator[Any]:
+    """Batches of rows. DataError for a file that was made to become far larger than it is."""
+    compressed, decoded = path.stat().st_size, 0
+    batches = parquet.iter_batches(PARQUET_BATCH)
+    try:
+        while True:
+            with memory_limit(BATCH_BYTES, f"reading {PARQUET_BATCH} of its rows"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            decoded += batch.nbytes
+            if decoded > BATCH_BYTES and decoded > MAX_RATIO * compressed:
+                raise PactError(f"its rows are more than {MAX_RATIO:,} times as large as the file")
+            yield batch
+    except DataError:
+        raise
+    except PactError as error:
+        raise DataError(
+            f"{error}, as in a file that was made to fill the memory; write it again", file=str(path)
+        ) from None
 
 
 def _value(scalar: Any, name: str) -> Any:

@@ -300,7 +300,7 @@ def problem(path: Path, verify: bool = False) -> str | None:
         files = _manifest(path)
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (ValueError, OSError):
+    except (ValueError, TypeError, OSError):
         return "manifest.json is damaged"
     for name, (size, digest) in files.items():
         file = path / name
@@ -326,7 +326,7 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
         place = PurePosixPath(name)
         if not isinstance(entry, dict) or place.is_absolute() or ".." in place.parts:
             raise ValueError("not a manifest")
-        found[name] = entry.get("size"), entry.get("sha256")
+        found[name] = int(entry.get("size", -1)), str(entry.get("sha256"))
     return found
 
 
