@@ -510,7 +510,7 @@ def quoted(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…" + text[-1]
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The text of an exception on one line, cut to 200 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:199] + "…"

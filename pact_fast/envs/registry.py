@@ -4,8 +4,8 @@ A registered class is used in one of two ways:
 
 - `cls(**env.args)` makes the environment of one trajectory; or
 - its class method `factory(args, tool_timeout)` returns the function that makes it, where trajectories share something
-  expensive, such as a process pool. If the function has an attribute `close`, it is called at the end of a run, also
-  while calls are under way, which must then end soon.
+  expensive, such as a process pool. If the environments have a method `close`, it is called once, at the end of a run, on
+  one of them: it ends what they share, also while calls are under way, which must then end soon.
 
 A class that generates its own tasks also has a class method `tasks(args, seed) -> TaskSource`.
 """
@@ -40,6 +40,7 @@ class EnvironmentFactory:
     def __init__(self, config: Config):
         self._default = environment.get(environment_name(config.env, config.data))
         self._tool_timeout = config.rollout.tool_timeout
+        self._last_made: dict[Any, Environment] = {}
         self._factories = {self._default: _make_factory(self._default, config.env.args, self._tool_timeout)}
 
     def __call__(self, task: Task) -> Environment:
@@ -47,13 +48,14 @@ class EnvironmentFactory:
         cls = self._registered(task) if task.env else self._default
         if cls not in self._factories:
             self._factories[cls] = _make_factory(cls, {}, self._tool_timeout)
-        return self._factories[cls]()
+        made = self._last_made[cls] = self._factories[cls]()
+        return made
 
     def close(self) -> None:
-        """End what the environments share, such as a process pool: calls under way end at once."""
-        for make in self._factories.values():
-            close = getattr(make, "close", None)
-            if close is not None:
+        """End what the environments of each class share, such as a process pool: calls under way end at once."""
+        for made in self._last_made.values():
+            close = getattr(made, "close", None)
+            if callable(close):
                 close()
 
     def _registered(self, task: Task) -> Any:

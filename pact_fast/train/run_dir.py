@@ -20,10 +20,10 @@ from pact_fast.files import io_errors, remove, write_text
 from pact_fast.train import checkpoint
 
 # What a run writes into its directory. Whatever else is there is the user's.
-FOLDERS = ("tokenizer", "base", "rollouts", "tensorboard", "checkpoints")
+FOLDERS = ("tokenizer", "base", "rollouts", "tensorboard", "checkpoints", "engine")
 FILES = (
     *("config.yaml", "metrics.jsonl", "summary.json", "report.html", "view.html", "latest", "max_tokens_per_pack"),
-    *("skipped_rows.jsonl", "vllm.log"),
+    "skipped_rows.jsonl",
 )
 LATEST = "latest"  # the name of the newest checkpoint that was ever saved: tells a lost one from one that never was
 KEPT = ("config.yaml", "checkpoints")  # by `_remove_leftovers`
