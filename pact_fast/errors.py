@@ -64,7 +64,7 @@ def foreign_errors(problem: str, cure: str) -> Iterator[None]:
     except PASSED_ON:
         raise
     except BaseException as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+        reason = " ".join(str(error).split())[:300]
         if not isinstance(error, OSError | ValueError) or not reason:
             reason = f"{type(error).__name__}: {reason}".rstrip(": ")
         raise PactError(f"{problem}: {reason}; {cure}") from error

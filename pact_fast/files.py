@@ -52,11 +52,12 @@ def write_text(path: Path, text: str, cure: str = RESUME) -> None:
 
 def write_named(path: Path, text: str) -> None:
     """`write_text` to a path that the user has named: a device or a pipe (/dev/stdout) is written to, not replaced."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with io_errors(path, ANOTHER), path.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-    else:
-        write_text(path, text, ANOTHER)
+    with io_errors(path, ANOTHER):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("w", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+            return
+    write_text(path, text, ANOTHER)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -319,7 +319,7 @@ def _batches(parquet: Any, path: Path) -> Iterator[Any]:
                 batch = next(batches, None)
             if batch is None:
                 return
-            decoded += batch.nbytes
+            decoded += sum(_decoded_bytes(column) for column in batch.columns)
             if decoded > BATCH_BYTES and decoded > MAX_RATIO * compressed:
                 raise PactError(f"its rows are more than {MAX_RATIO:,} times as large as the file")
             yield batch
@@ -329,6 +329,20 @@ def _batches(parquet: Any, path: Path) -> Iterator[Any]:
         raise DataError(
             f"{error}, as in a file that was made to fill the memory; write it again", file=str(path)
         ) from None
+
+
+def _decoded_bytes(column: Any) -> int:
+    """Size of a column whose repeated values are written out, as Python objects will have them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_dictionary(column.type):
+        return column.nbytes
+    try:
+        lengths = pc.binary_length(column.dictionary)
+    except pa.ArrowException:  # of no texts
+        return column.nbytes
+    return pc.sum(lengths.take(column.indices)).as_py() or 0
 
 
 def _value(scalar: Any, name: str) -> Any:

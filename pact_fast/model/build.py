@@ -140,7 +140,7 @@ def from_pretrained(factory, source: str, what: str, **kwargs):
         with foreign_errors(problem, cure):
             return factory.from_pretrained(source, trust_remote_code=False, **kwargs)
     except PactError as error:
-        if "trust_remote_code" not in str(error):
+        if "trust_remote_code" not in str(error.__cause__):
             raise
         raise PactError(
             f"{problem}: it needs code of its own, which is never run; use a model whose class transformers has"
