@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -69,12 +70,19 @@ def open_run(config: Config, resumed: bool) -> str | None:
                 f"{run / 'config.yaml'} was not written by a run, and would be replaced; choose another output_dir="
             )
     with io_errors(run):
-        for leftover in run.glob(".*.tmp"):  # of a write that was killed; nobody else writes while we hold the lock
+        for leftover in _unfinished(run):  # nobody else writes while we hold the lock
             remove(leftover)
         (run / "rollouts").mkdir(parents=True, exist_ok=True)
     if not resumed:
         save_config(config)
     return repeated
+
+
+def _unfinished(run: Path) -> Iterator[Path]:
+    """What a killed process was writing beside its place."""
+    for name in (*FILES, *FOLDERS):
+        yield from run.glob(f".{name}.????????.tmp")
+    yield from (run / "rollouts").glob(".*.????????.tmp")
 
 
 def holds_run(run: Path) -> bool:
