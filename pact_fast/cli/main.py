@@ -168,9 +168,11 @@ def _status(arguments: argparse.Namespace) -> int:
     except OSError as error:  # of the system, which has no traceback to show
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EIO):
             raise
-        say(one_line(f"error: {error.strerror}: {error.filename or 'standard output'}"))
         if error.filename is None:
+            say(f"error: cannot write to standard output: {error.strerror}")
             discard(sys.stdout)
+        else:
+            say(one_line(f"error: {error.strerror}: {error.filename}"))
         return 2
 
 
