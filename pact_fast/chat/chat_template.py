@@ -9,13 +9,13 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jinja2
-
 from pact_fast.chat.call_ids import with_call_ids
 from pact_fast.chat.named_templates import NamedTemplates
 from pact_fast.data.types import Message, ToolCall, ToolSchema, text_of
-from pact_fast.errors import PactError
+from pact_fast.errors import PASSED_ON, PactError
+from pact_fast.limits import time_limit
 
+SECONDS = 2.0  # for a rendering, which takes milliseconds
 QUESTION: Message = {"role": "user", "content": "Go on."}
 # On offer in every probe, as in the conversations that are trained on: some templates cannot render a call without.
 PROBE_NAME = "look_up"
@@ -65,18 +65,22 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Sequence[ToolSchema], generate: bool = False, **variables: Any
     ) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
-                [{**m, "content": text_of(m.get("content"))} for m in messages],
-                chat_template=self._named.choose(tools),
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=generate,
-                **variables,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            with time_limit(SECONDS, "the chat template (a loop without end? set model.chat_template to another one)"):
+                return self._tokenizer.apply_chat_template(
+                    [{**m, "content": text_of(m.get("content"))} for m in messages],
+                    chat_template=self._named.choose(tools),
+                    tools=list(tools) or None,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                    **variables,
+                )
+        except PASSED_ON:
+            raise
+        except Exception as error:  # a template is a program: it may raise anything
             roles = ", ".join(str(m.get("role")) for m in messages)
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise PactError(
-                f"the chat template cannot render a conversation of {roles}: {' '.join(str(error).split())[:200]}; set "
+                f"the chat template cannot render a conversation of {roles}: {reason}; set "
                 "model.chat_template to one that can"
             ) from None
 

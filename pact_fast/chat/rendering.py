@@ -21,6 +21,7 @@ from pact_fast.components import Component
 from pact_fast.config import ModelConfig
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Message, Task, ToolCall, ToolSchema, text_of
 from pact_fast.errors import PactError
+from pact_fast.limits import memory_limit
 
 NO_LEVEL = 255  # TraceContext.level of a token that is never supervised
 
@@ -316,4 +317,5 @@ def _replace_surrogates(text: str) -> str:
 
 def make_renderer(model: ModelConfig, tokenizer) -> ChatRenderer:
     """The renderer of a tokenizer, with the tool format of the configuration."""
-    return ChatRenderer(tokenizer, get_format(model.tool_format, tokenizer))
+    with memory_limit(2**30, "the chat template"):
+        return ChatRenderer(tokenizer, get_format(model.tool_format, tokenizer))

@@ -11,6 +11,9 @@ from pact_fast.chat.formats.base import END_THINK, THINK
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.data.types import Message, ToolCall
 from pact_fast.errors import PactError
+from pact_fast.limits import memory_limit
+
+MEMORY = 2**30  # it takes none to speak of
 
 _PROMPT: list[Message] = [{"role": "system", "content": "Use the tools."}, {"role": "user", "content": "Who is it?"}]
 _RESULTS: list[list[str]] = [["first result"], ['{"second": "result"}', "and another"], ["third."]]  # of every turn
@@ -18,16 +21,17 @@ _AGAIN: Message = {"role": "user", "content": "Again: who is it?"}  # after the 
 
 
 def check_template(renderer: ChatRenderer) -> list[str]:
-    """PactError with reason and cure if template, tokenizer and tool format do not work together.
+    """PactError with reason and cure if template, tokenizer and tool format do not work together, or take too much.
 
     Returns notes on what works and is worth knowing, one line each.
     """
-    _check_clock(renderer)
-    _check_tools(renderer)
-    _check_plain(renderer)
-    _check_round_trip(renderer)
-    _check_ids(renderer)
-    return _check_texts(renderer)
+    with memory_limit(MEMORY, "the chat template (set model.chat_template to another one)"):
+        _check_clock(renderer)
+        _check_tools(renderer)
+        _check_plain(renderer)
+        _check_round_trip(renderer)
+        _check_ids(renderer)
+        return _check_texts(renderer)
 
 
 def _check_clock(renderer: ChatRenderer) -> None:

@@ -14,6 +14,7 @@ from pact_fast.components import Component
 from pact_fast.config import Config
 from pact_fast.data.types import Task
 from pact_fast.errors import PactError
+from pact_fast.text import one_line
 
 if TYPE_CHECKING:
     from pact_fast.rollout.engine_check import EngineSmokeTest
@@ -41,15 +42,20 @@ def _run(checks: list[tuple[str, Callable[[], str]]], warnings: list[str]) -> in
     for name, check in checks:
         warnings.clear()
         try:
-            print(f"ok    {name}: {check()}", flush=True)
+            _print(f"ok    {name}: {check()}")
         except PactError as error:
             failed += 1
-            print(f"FAIL  {name}: {error}", flush=True)
+            _print(f"FAIL  {name}: {error}")
             if name in PREREQUISITES:
                 break
         for warning in warnings:
-            print(f"warn  {name}: {warning}", flush=True)
+            _print(f"warn  {name}: {warning}")
     return failed
+
+
+def _print(line: str) -> None:
+    """Print one line; parts of it come from data and models."""
+    print(one_line(line), flush=True)
 
 
 def embedded_engine_warning(config: Config, parameters: int) -> str | None:
@@ -212,12 +218,12 @@ class _Checks:
         import torch
 
         from pact_fast.model import lora
-        from pact_fast.model.build import architecture, check_context, make_model, model_of
+        from pact_fast.model.build import architecture, check_context, from_config, make_model
         from pact_fast.rollout.registry import engine_builder
 
         if self.config.model.path:  # the configuration suffices; weights may be large
             with torch.device("meta"):
-                model = model_of(architecture(self.config.model), torch.float32)
+                model = from_config(architecture(self.config.model), self.config.model.path)
         else:
             model = make_model(self.config, self.tokens)
         if self.config.model.lora:

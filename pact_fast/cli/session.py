@@ -12,15 +12,18 @@ import torch
 from pact_fast.chat.rendering import ChatRenderer, make_renderer
 from pact_fast.chat.template_check import check_template
 from pact_fast.config import Config, load_config
+from pact_fast.data.references import check_references
 from pact_fast.data.sources import TaskSource
 from pact_fast.data.types import Task
-from pact_fast.envs.registry import EnvironmentFactory, make_tasks
-from pact_fast.errors import PactError
+from pact_fast.envs.registry import EnvironmentFactory, environment_name, make_tasks
+from pact_fast.errors import DataError, PactError
+from pact_fast.files import write_named
 from pact_fast.model.build import check_context, make_policy
 from pact_fast.model.device import pick_device, precision
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.registry import make_engine
+from pact_fast.text import short
 from pact_fast.train.checkpoint import run_weights
 from pact_fast.train.evaluate import evaluate, evaluation_kinds, reward_means, success_rate
 from pact_fast.train.progress import Progress
@@ -47,7 +50,19 @@ class Session:
         tasks = self.tasks.train(0, count) if split == "train" else self.tasks.held_out(count)
         if not tasks:
             raise PactError("there are no held-out tasks; set data.eval, or use --split train")
+        for task in tasks:
+            self._check(task)
         return tasks
+
+    def _check(self, task: Task) -> None:
+        """DataError if the task lacks what its environment needs; training checks it with everything else of a row."""
+        try:
+            check_references(task, task.env or environment_name(self.config.env, self.config.data))
+        except DataError as error:
+            file, line = task.source or ("", None)
+            raise DataError(
+                f"task {short(task.id)}: {error.problem}", file=file, line=line, field=error.field
+            ) from None
 
     def close(self) -> None:
         """Stop the agent loop and the engine."""
@@ -115,9 +130,10 @@ def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> 
         progress.note(f"{sampling}, {len(trajectories)} samples: success {rate}  {parts}")
     progress.close()
     session.close()
-    print(json.dumps(result, indent=2))
+    text = json.dumps(result, indent=2)
     if out:
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_named(out, text + "\n")  # first: whoever reads the output may have gone
+    print(text)
     return 0
 
 
@@ -138,7 +154,7 @@ def rollout_command(source: str, settings: Sequence[str], count: int, split: str
         for task, t in zip(tasks, trajectories, strict=True)
     ]
     if out:
-        out.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        write_named(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
         print(f"{len(records)} rollouts written to {out}")
         return 0
     from pact_fast.report.console import print_rollout

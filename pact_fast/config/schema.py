@@ -484,7 +484,7 @@ class PretrainConfig(Section):
 class Config(Section):
     """Settings of a run that belong to no section."""
 
-    seed: int = Field(0, ge=0, description="Seed of all random numbers.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of all random numbers.")
     output_dir: str = Field("runs/{recipe}", description="Run directory; `{recipe}` stands for the recipe's name.")
     resume: Literal["auto", "never"] = Field(
         "never",

@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from pact_fast.data.types import Message, StopReason, Task, ToolCall, Trajectory
 from pact_fast.envs.base import Environment
 from pact_fast.envs.registry import is_built_in
 from pact_fast.errors import PactError
+from pact_fast.plugins import no_exit
 from pact_fast.rollout.engine import Completion, Engine, Request
 
 # Synchronous engines: a tool's result is picked up exactly this many engine steps after the call, and waited for if it
@@ -255,7 +257,10 @@ class AgentLoop:
         return [index for index, state in running.items() if now - state.started > limit]
 
     def close(self) -> None:
-        """Stop the threads that run tools, without waiting for them."""
+        """Stop the threads that run tools, without waiting for them, and end the calls under way."""
+        close = getattr(self.make_env, "close", None)
+        if close is not None:
+            close()
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -266,7 +271,8 @@ class AgentLoop:
         none. Resolving a resolved task changes nothing.
         """
         env = self.make_env(task)
-        extra = env.reset(_for_environment(env, task))
+        with _no_exit(env):
+            extra = env.reset(_for_environment(env, task))
         question = text_of(task.prompt[-1].get("content"))
         if extra and not question.endswith(extra):
             task = replace(task, prompt=[*task.prompt[:-1], {**task.prompt[-1], "content": f"{question}\n\n{extra}"}])
@@ -285,7 +291,9 @@ class AgentLoop:
         state = running.pop(index)
         trajectory = state.finish(stop)
         # ask the instance that served the calls: an environment may judge its own final state
-        trajectory.env_rewards = dict(state.env.reward(*_for_environment(state.env, (state.job.task, trajectory))))
+        with _no_exit(state.env):
+            given = _for_environment(state.env, (state.job.task, trajectory))
+            trajectory.env_rewards = dict(state.env.reward(*given))
         if on_finish:
             on_finish(index, trajectory)
         return trajectory
@@ -311,7 +319,8 @@ class AgentLoop:
             return error_observation(attempt)
         arguments = _for_environment(state.env, attempt.arguments)
         if not state.env.blocking:
-            return state.env.call(attempt.name, arguments)
+            with _no_exit(state.env):
+                return state.env.call(attempt.name, arguments)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="tool")
         return self._pool.submit(state.env.call, attempt.name, arguments)
@@ -319,10 +328,12 @@ class AgentLoop:
     def _observe(self, index: int, state: _ActiveTrajectory, pending: list[Future | str]) -> StopReason | None:
         """Append the observations and submit the next turn; returns a stop reason if a limit is reached first."""
         record = state.turns[-1]
+        with _no_exit(state.env):
+            results = [_result(o) for o in pending]
         if len(state.turns) >= self.config.max_turns:
-            record.observations = [_result(o) for o in pending]
+            record.observations = results
             return StopReason.MAX_TURNS
-        texts = [self._truncate(_result(o)) for o in pending]
+        texts = [self._truncate(text) for text in results]
         record.observations = texts
         ids, components = self.renderer.bridge_tokens(
             [_tool_message(a, t) for a, t in zip(record.attempts, texts, strict=True)]
@@ -344,6 +355,10 @@ class AgentLoop:
         if len(text.encode("utf-8", "replace")) <= limit:  # a token covers at least one byte
             return text
         return self.renderer.truncate(text, limit)
+
+
+def _no_exit(env: Environment) -> AbstractContextManager[None]:
+    return no_exit(f"the environment {type(env).__name__}")
 
 
 def _tool_message(attempt: ToolCall | str, text: str) -> Message:

@@ -18,8 +18,8 @@ from pact_fast.data.sources import FileTasks, TaskSource
 from pact_fast.data.types import Task
 from pact_fast.envs.registry import environment, environment_name, is_built_in
 from pact_fast.errors import DataError, PactError
+from pact_fast.files import io_errors, write_text
 from pact_fast.model.build import architecture
-from pact_fast.train.run_dir import io_errors
 
 SKIPPED_ROWS = "skipped_rows.jsonl"  # in the run directory
 
@@ -120,12 +120,12 @@ def row_limits(config: Config, algorithm: Algorithm) -> RowLimits:
 def write_skipped(errors: list[DataError], run: Path) -> str | None:
     """List skipped rows in the run directory. Returns a line for people; None, and no file, if none was skipped."""
     path = run / SKIPPED_ROWS
-    with io_errors(path):
-        path.unlink(missing_ok=True)
-        if not errors:
-            return None
-        lines = [
-            {"file": error.file, "line": error.line, "field": error.field, "problem": error.problem} for error in errors
-        ]
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    if not errors:
+        with io_errors(path):
+            path.unlink(missing_ok=True)
+        return None
+    lines = [
+        {"file": error.file, "line": error.line, "field": error.field, "problem": error.problem} for error in errors
+    ]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return f"skipped {len(errors):,} rows that cannot be used (data.on_bad_row=skip); they are listed in {path}"
