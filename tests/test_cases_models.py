@@ -230,9 +230,9 @@ SMALL_MODEL = {
         ({"model_type": "llama", "hidden_size": "32"}, "expected int, got str"),
         (
             {"model_type": "llama", "hidden_act": "silly"},
-            "cannot build a causal LM of model type 'llama': KeyError: 'silly'",
+            "transformers cannot build this model: KeyError: 'silly'",
         ),
-        ({"model_type": "t5"}, "cannot build a causal LM of model type 't5'"),
+        ({"model_type": "t5"}, "transformers cannot build this model: Unrecognized configuration class"),
         ({"model_type": "qwen99"}, "Unrecognized model identifier"),
     ],
 )

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from pact_fast.cli.main import main
+from pact_fast.config import RolloutConfig
 from pact_fast.errors import PactError, ShutdownRequested
 from pact_fast.plugins import load_object, no_exit
 from pact_fast.rewards.functions import call_reward_functions
@@ -204,10 +205,10 @@ def test_closing_the_loop_closes_what_environments_share():
         def close(self) -> None:
             closed.append(1)
 
-    loop = AgentLoop(None, None, Factory(), None)  # type: ignore[arg-type]
+    loop = AgentLoop(None, None, Factory(), RolloutConfig())  # type: ignore[arg-type]
     loop.close()
     assert closed == [1]
-    AgentLoop(None, None, lambda task: None, None).close()  # type: ignore[arg-type]
+    AgentLoop(None, None, lambda task: None, RolloutConfig()).close()  # type: ignore[arg-type]
 
 
 TOOLS = """

@@ -21,7 +21,7 @@ from pact_fast.chat import segments as reasoning_segments
 from pact_fast.chat.chat_template import ChatTemplate
 from pact_fast.chat.segments import segments
 from pact_fast.config import ModelConfig, load_config
-from pact_fast.data import readers
+from pact_fast.data import row_files
 from pact_fast.data.readers import read_tasks
 from pact_fast.errors import DataError, PactError
 from pact_fast.files import write_named, write_text
@@ -349,7 +349,7 @@ def test_limits_end_the_work_and_leave_no_trace():
 
 
 def test_a_parquet_file_that_becomes_far_larger_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "BATCH_BYTES", 2**26)
+    monkeypatch.setattr(row_files, "BATCH_BYTES", 2**26)
     text = "0" * 2**20
     table = pa.table({"prompt": pa.array([text] * 512).dictionary_encode(), "answer": ["1"] * 512})
     pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", use_dictionary=True)

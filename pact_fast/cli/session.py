@@ -12,18 +12,17 @@ import torch
 from pact_fast.chat.rendering import ChatRenderer, make_renderer
 from pact_fast.chat.template_check import check_template
 from pact_fast.config import Config, load_config
-from pact_fast.data.references import check_references
 from pact_fast.data.sources import TaskSource
 from pact_fast.data.types import Task
-from pact_fast.envs.registry import EnvironmentFactory, environment_name, make_tasks
-from pact_fast.errors import DataError, PactError
+from pact_fast.envs.registry import EnvironmentFactory, environment, environment_name, make_tasks
+from pact_fast.errors import PactError
 from pact_fast.files import write_named
 from pact_fast.model.build import check_context, make_policy
 from pact_fast.model.device import pick_device, precision
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.registry import make_engine
-from pact_fast.text import short
+from pact_fast.train.check_rows import check_environment
 from pact_fast.train.checkpoint import run_weights
 from pact_fast.train.evaluate import evaluate, evaluation_kinds, reward_means, success_rate
 from pact_fast.train.progress import Progress
@@ -56,13 +55,8 @@ class Session:
 
     def _check(self, task: Task) -> None:
         """DataError if the task lacks what its environment needs; training checks it with everything else of a row."""
-        try:
-            check_references(task, task.env or environment_name(self.config.env, self.config.data))
-        except DataError as error:
-            file, line = task.source or ("", None)
-            raise DataError(
-                f"task {short(task.id)}: {error.problem}", file=file, line=line, field=error.field
-            ) from None
+        name = task.env or environment_name(self.config.env, self.config.data)
+        check_environment(task, environment.get(name))
 
     def close(self) -> None:
         """Stop the agent loop and the engine."""

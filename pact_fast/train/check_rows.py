@@ -71,7 +71,7 @@ def check_rows(
     for position, task in enumerate(chosen):
         rows += 1
         try:
-            _check_environment(task, class_of(task.env or default))
+            check_environment(task, class_of(task.env or default))
             check.check(task)
         except DataError as error:
             if config.data.on_bad_row == "error" or not from_files:
@@ -83,7 +83,7 @@ def check_rows(
     return CheckedRows(rows, errors, check.traces, prompt, trace)
 
 
-def _check_environment(task: Task, env: type) -> None:
+def check_environment(task: Task, env: type) -> None:
     """DataError if the task lacks something that its environment needs, as far as its class can say."""
     check_task = getattr(env, "check_task", None)
     if check_task is None:
