@@ -120,11 +120,14 @@ def test_the_factory_makes_environments_of_one_pool():
     assert one is not other and one._pool is other._pool
     one.reset(ftrl_task())
     assert one.call("slow", {}) == "error: the tool did not finish within 0.4 s"
-    one._pool.close()
+    one.close()
+    other.close()
+    with pytest.raises(PactError, match="the tool pool is closed"):
+        one.call("slow", {})
 
 
 def test_the_factory_names_the_nearest_known_key():
     with pytest.raises(PactError, match=r"env\.args: unknown key 'worker'; did you mean 'workers'\?"):
         PythonTools.factory({"worker": 1}, 10.0)
-    with pytest.raises(PactError, match="python_tools takes workers, timeout, memory_mb, max_output"):
+    with pytest.raises(PactError, match="python_tools takes workers, timeout, memory_mb, max_output, sandbox, require"):
         PythonTools.factory({"zzz": 1}, 10.0)
