@@ -74,6 +74,8 @@ class Worker:
         if not answer.startswith("error: NameError"):  # the right answer to a call without a source
             self.kill()
             line = answer.splitlines()[-1] if answer else "no answer"
+            if line.startswith("env.args"):
+                raise PactError(line)
             raise PactError(f"tool workers do not start here: {line}; python_tools needs Linux 5.3 or newer")
 
     def call(self, request: dict[str, Any], timeout: float, patience: float) -> str:
