@@ -206,7 +206,8 @@ class _State:
 
     def _serve(self) -> None:
         """Run jobs until the pool is closed. A thread of the pool."""
-        worker, self._first = self._first, None
+        with self._lock:
+            worker, self._first = self._first, None
         while (job := self._jobs.get()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 self._idle.release()

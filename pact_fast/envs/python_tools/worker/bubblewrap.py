@@ -1,6 +1,6 @@
 """Calls in bubblewrap (`bwrap`, https://github.com/containers/bubblewrap) instead of namespaces that we make ourselves.
 
-Each call is a new Python in a new sandbox, started in advance; that takes about twenty times as long as a fork.
+Each call is a new Python in a new sandbox, started in advance; that takes many times as long as a fork.
 """
 
 from __future__ import annotations
@@ -98,6 +98,6 @@ def main(argv: list[str]) -> None:
     code = usable_filter()
     null, output = os.open(os.devnull, os.O_RDWR), os.dup(1)
     os.dup2(result, tool.RESULT, inheritable=False)
-    tool.give_up_rights(settings, code, count_processes=settings.own_uid is not None)
+    tool.give_up_rights(settings, code, count_processes=True)
     tool.arrange_descriptors(null, request, output)
     tool.serve(settings)

@@ -31,6 +31,7 @@ def end_descendants(own_uid: int | None, seconds: float = 10.0) -> None:
             _kill_all_of(own_uid)
         for pid in _stop_descendants():
             _kill(pid, signal.SIGKILL)
+        time.sleep(0.0002)  # they take a moment to die
 
 
 def remove_files_of(own_uid: int) -> None:
@@ -53,11 +54,12 @@ def remove_tree(folder: str) -> None:
     A folder is moved up before it is emptied, so that paths stay short and nothing recurses.
     """
     names, prefix = itertools.count(), f"{folder}/{os.urandom(8).hex()}"
+    with contextlib.suppress(OSError):
+        os.chmod(folder, 0o700)
     todo = [folder]
     while todo:
         inner = todo.pop()
         with contextlib.suppress(OSError):
-            os.chmod(inner, 0o700)
             with os.scandir(inner) as scan:
                 entries = list(scan)
             for entry in entries:

@@ -141,7 +141,7 @@ class Forks:
                 if child := os.fork():
                     forward_exit(child, 127)
             os.chdir(work)
-            count = self.isolated or self.settings.own_uid is not None
+            count = self.isolated or self.settings.uid is not None
             tool.give_up_rights(self.settings, self.code, count_processes=count)
             if not self.isolated:
                 set_pdeathsig(self.process)  # setresuid has cleared the first one
