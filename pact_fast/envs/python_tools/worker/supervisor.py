@@ -74,8 +74,8 @@ class Supervisor:
             with contextlib.suppress(BrokenPipeError):  # the tool died while it waited; _wait_for_result reports it
                 self._pass_on(request, pipes[0])
             text = self._wait_for_result(pipes[1], pipes[2], request["timeout"])
+            self.control.send(END)  # first: the zygote prepares the next call while the trainer reads
             self.trainer.sendall(frame({"id": request["id"], "text": text}))
-            self.control.send(END)
         finally:
             for end in pipes:
                 os.close(end)
