@@ -55,16 +55,32 @@ def pool_in(context: str, *, restarts: bool = True, **options) -> Iterator[Sandb
     folder = sandbox_contexts.public_folder()
     options = {"workers": 1, "timeout": 20.0, "memory_mb": 512} | options
     try:
-        with mock.patch.object(sys, "executable", str(sandbox_contexts.interpreter(context, folder))):
-            pool = SandboxPool(**options)
-            if restarts:
-                with pool:
-                    yield pool
-        if not restarts:
-            with pool:
-                yield pool
+        with contextlib.ExitStack() as stack:
+            with contextlib.ExitStack() as start:
+                executable = str(sandbox_contexts.interpreter(context, folder))
+                start.enter_context(mock.patch.object(sys, "executable", executable))
+                pool = stack.enter_context(SandboxPool(**options))
+                if restarts:
+                    stack.enter_context(start.pop_all())
+            yield pool
+            below = [process for pid in pool.worker_pids for process in descendants(pid)]
+        assert wait_for(lambda: not any(map(alive, below))), "processes of the worker are left"
     finally:
         shutil.rmtree(folder)
+
+
+def descendants(pid: int) -> list[int]:
+    below: list[int] = []
+    with contextlib.suppress(OSError):
+        below = [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return below + [lower for child in below for lower in descendants(child)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def named() -> list[int]:
@@ -73,9 +89,8 @@ def named() -> list[int]:
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if folder.name.isdigit() and (folder / "comm").read_text().strip() == MARK:
-                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-                found += [int(folder.name)] if state != "Z" else []
-    return found
+                found.append(int(folder.name))
+    return [pid for pid in found if alive(pid)]
 
 
 def traces() -> set[str]:

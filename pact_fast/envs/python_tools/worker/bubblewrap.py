@@ -5,7 +5,6 @@ Each call is a new Python in a new sandbox, started in advance; that takes many 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fcntl
 import json
@@ -15,6 +14,7 @@ import subprocess
 import sys
 
 from . import namespaces, tool
+from .leftovers import end_descendants
 from .settings import WORK_BYTES, Settings
 from .zygote import Call, usable_filter
 
@@ -66,9 +66,7 @@ class Bubblewrap:
         assert self.process
         self.process.kill()
         self.process.wait()
-        with contextlib.suppress(ChildProcessError):
-            while True:  # bwrap's init, which the death of bwrap has killed
-                os.waitpid(-1, 0)
+        end_descendants(None)  # bwrap's init dies with it, but not while it is still setting itself up
 
 
 def python() -> str:

@@ -22,7 +22,7 @@ from .tool import truncate
 from .zygote import CALL, CAUSE, END, start_zygote
 
 GARBAGE = "error: the tool wrote garbage to its result channel"
-ZYGOTE_SECONDS = 2.0  # for the zygote to clean up after itself
+ZYGOTE_SECONDS = 1.0  # for the zygote to clean up after itself; less than the trainer grants both
 
 
 class Gone(Exception):
