@@ -95,7 +95,7 @@ def named() -> list[int]:
 
 def traces() -> set[str]:
     """Objects that outlive processes and that a tool may have made, whoever can see them."""
-    found = {str(path) for folder in ("/dev/shm", "/dev/mqueue") for path in Path(folder).glob("pact*")}
+    found = {str(path) for folder in ("/dev/shm", "/dev/mqueue") for path in Path(folder).glob(f"*{KEY:x}*")}
     for kind in ("shm", "sem", "msg"):
         for line in Path(f"/proc/sysvipc/{kind}").read_text().splitlines()[1:]:
             if line.split()[0] == str(KEY):
