@@ -151,6 +151,7 @@ def test_hundreds_of_hostile_calls_leave_nothing_behind(context, calls, monkeypa
         hostile = HOSTILE
     with pool_in(context) as pool:
         echo(pool, "first")
+        assert wait_for(lambda: census(pool)["children"] == 1)  # what waits for the next call
         before, opened = census(pool), descriptors(pool)
         for n in range(calls):
             assert pool.call(tool(hostile[n % len(hostile)]), "f", {}, timeout=1.0) != WORKER_FAILED
