@@ -264,6 +264,14 @@ def test_help_is_the_docstring_and_has_the_common_options(name, capsys):
 
 
 @pytest.mark.slow
+def test_tool_calls_are_timed_with_pauses_and_without(tmp_path):
+    out = tmp_path / "sandbox.json"
+    assert importlib.import_module("benchmarks.sandbox").main(["--rounds", "2", "--out", str(out)]) == 0
+    pauses = json.loads(out.read_text())["pauses"]
+    assert len(pauses) == 2 and all(len(pause["ms"]["this checkout"]) == 2 for pause in pauses.values())
+
+
+@pytest.mark.slow
 def test_a_benchmark_started_as_a_file_is_the_module(tmp_path, monkeypatch):
     """From any directory, without the checkout on the import path."""
     path = ROOT / "benchmarks" / "head.py"

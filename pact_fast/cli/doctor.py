@@ -168,9 +168,12 @@ class _Checks:
         make_env = EnvironmentFactory(self.config)
         offered = calls = 0
         failed: list[str] = []
+        reports: dict[type, list[str]] = {}
         for task in self.sample[:8]:
             env = make_env(task)
             env.reset(task)
+            if type(env) not in reports and hasattr(env, "machine_report"):
+                reports[type(env)] = env.machine_report()
             offered += len(env.tools)
             for call in _expert_calls(task):
                 calls += 1
@@ -187,7 +190,8 @@ class _Checks:
         if failed:
             self.warnings.append(f"{len(failed)} of {calls} expert calls return an error, the first {failed[0]}")
         tasks = min(8, len(self.sample))
-        return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {len(failed)} returned an error"
+        lines = "".join(f"\n      {line}" for report in reports.values() for line in report)
+        return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {len(failed)} returned an error{lines}"
 
     def rows(self) -> str:
         """The check of all rows that training makes before its first step."""

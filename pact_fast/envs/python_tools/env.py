@@ -9,6 +9,7 @@ from typing import Any
 
 from pact_fast.data.types import Task, ToolCall, ToolSchema, Trajectory
 from pact_fast.envs.python_tools.pool import SandboxPool
+from pact_fast.envs.python_tools.protections import describe
 from pact_fast.envs.python_tools.task_check import check_task
 from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
@@ -74,6 +75,17 @@ class PythonTools:
     @property
     def tools(self) -> list[ToolSchema]:
         return self._tools
+
+    def machine_report(self) -> list[str]:
+        """What protects this machine from the tools, for `pact-fast doctor`."""
+        return describe(self._pool.protections)
+
+    def close(self) -> None:
+        """Stop the pool, which all environments of one factory share: their calls end with an error within 3 seconds.
+
+        May be called from any thread, and more than once.
+        """
+        self._pool.close()
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         source = self._codes.get(name)
