@@ -82,7 +82,7 @@ SECTIONS = {
     "correctness": Section("both kernels against fp64 at sizes where kernels tend to fail", 100, benchmark("correctness")),
     "head": Section(
         "head and other projects: N=16384 D=4096 V=151936, then Qwen3-0.6B's; fractions 1, 0.5, 0.25",
-        140,
+        130,
         benchmark(
             "head", *("--shapes", "16384x4096x151936", "qwen3-0.6b", "--rounds", "5", "--time-limit", "90"),
             cpu=("--shapes", "64x32x515", "--dtypes", "float32", "--fractions", "0.5", "--rounds", "2", "--no-memory",
@@ -103,6 +103,9 @@ SECTIONS = {
     ),
     "tests": Section(f"pytest {' '.join(TESTS)}", 90, tests, needs=("pytest", "transformers")),
     "softmax": Section("bandwidth of the softmax kernels, registers and spills", 40, benchmark("softmax_bandwidth")),
+    "fingerprint": Section(
+        "fingerprints of weights", 20, benchmark("weights_fingerprint", cpu=("--megabytes", "1", "--rounds", "1"))
+    ),
 }  # fmt: skip
 
 

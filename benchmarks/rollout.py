@@ -318,7 +318,7 @@ def sync(engine: VllmEngine, model: torch.nn.Module, rounds: int) -> dict[str, f
         with torch.no_grad():
             next(model.parameters()).mul_(1.001)
         engine.update_weights(model, version)
-        assert engine.sync_report is not None
+        assert engine.sync_report is not None and engine.sync_report.verify_seconds is not None
         size = engine.sync_report.bytes / 1e9
         load.append(engine.sync_report.load_seconds / size)
         verify.append(engine.sync_report.verify_seconds / size)

@@ -25,6 +25,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 256, "head_dim": 16, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True,
     },
+    "quickstart": {
+        "vocab_size": 640, "head_dim": 32, "num_key_value_heads": 1, "hidden_size": 128, "intermediate_size": 512,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "tie_word_embeddings": True,
+    },
     "30m": {
         "vocab_size": 8192, "head_dim": 64, "num_key_value_heads": 4, "hidden_size": 512, "intermediate_size": 1536,
         "num_hidden_layers": 8, "num_attention_heads": 8, "tie_word_embeddings": True,

@@ -1,7 +1,5 @@
 """python -m pact_fast, for launchers: torchrun --nproc-per-node 8 -m pact_fast train …"""
 
-import sys
+from pact_fast.cli.main import entry
 
-from pact_fast.cli.main import main
-
-sys.exit(main())
+entry()

@@ -1,4 +1,10 @@
-"""Errors that a user can fix."""
+"""Errors that a user can fix, and the exception that ends a run on request."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class PactError(Exception):
@@ -32,3 +38,33 @@ class EngineDied(EngineError):
 
 class EngineTimeout(EngineError):
     """The engine is running but has not answered within the deadline."""
+
+
+class ShutdownRequested(SystemExit):
+    """SIGTERM or SIGHUP came while there was nothing to finish. `status` is 128 + its number, as shells report it."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        self.status = 128 + number
+        super().__init__(self.status)
+
+
+# Raised through somebody else's code, and not by it
+PASSED_ON = (PactError, ShutdownRequested, KeyboardInterrupt, GeneratorExit)
+
+
+@contextmanager
+def foreign_errors(problem: str, cure: str) -> Iterator[None]:
+    """Turn whatever somebody else's code raises on a stranger's file into `problem: reason; cure`, one line.
+
+    There is no list of expected exceptions: libraries raise what their own code happens to run into, and the parts that
+    are written in Rust also raise what is no Exception.
+    """
+    try:
+        yield
+    except PASSED_ON:
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:300]
+        if not isinstance(error, OSError | ValueError) or not reason:
+            reason = f"{type(error).__name__}: {reason}".rstrip(": ")
+        raise PactError(f"{problem}: {reason}; {cure}") from error

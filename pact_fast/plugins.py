@@ -5,15 +5,20 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 import threading
 import traceback
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pact_fast.errors import PactError
+from pact_fast.errors import PASSED_ON, PactError, ShutdownRequested
+
+_LIBRARY = os.path.dirname(os.__file__) + os.sep
 
 _import_lock = threading.RLock()  # no thread sees a module that another one is still executing
 
@@ -60,7 +65,7 @@ def _import_file(spec: str, kind: str, path: Path) -> ModuleType:
             found.loader.exec_module(module)
         except BaseException as error:
             del sys.modules[name]
-            if isinstance(error, PactError) or not isinstance(error, Exception):
+            if isinstance(error, PASSED_ON):
                 raise
             raise PactError(f"{kind} '{spec}': {path} cannot be imported: {describe_error(error)}") from error
     return module
@@ -69,16 +74,41 @@ def _import_file(spec: str, kind: str, path: Path) -> ModuleType:
 def _import_module(spec: str, kind: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except PactError:
+    except PASSED_ON:
         raise
-    except Exception as error:
+    except BaseException as error:
         problem = f"{kind} '{spec}': module {name} cannot be imported: {describe_error(error)}"
         raise PactError(f"{problem}; for a file write its path, file.py:name") from error
 
 
-def describe_error(error: Exception) -> str:
+@contextmanager
+def no_exit(what: str) -> Iterator[None]:
+    """Turn a SystemExit of the user's code into a PactError that names `what`; it would end a run with any status.
+
+    Other exceptions pass: their traceback shows the user's own lines.
+    """
+    try:
+        yield
+    except ShutdownRequested:
+        raise
+    except SystemExit as error:
+        raise PactError(f"{what} ended the program: {describe_error(error)}") from error
+
+
+def describe_error(error: BaseException) -> str:
     """`ValueError: message (file.py:12)`, with the place where it was raised unless that is this module."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, SystemExit):
+        text = f"it calls exit ({' '.join(text.split())[:200]}); return or raise an error instead"
+    frames = list(traceback.extract_tb(error.__traceback__))
+    if isinstance(error, SystemExit):  # argparse and exit() raise it in files of the standard library
+        frames = [
+            f for f in frames if not f.filename.startswith((_LIBRARY, "<frozen")) or "site-packages" in f.filename
+        ] or frames
+    frame = frames[-1]
     ours = frame.filename == __file__ or "importlib" in frame.filename
     return text if ours else f"{text} ({frame.filename}:{frame.lineno})"
+
+
+def _is_standard(file: str) -> bool:
+    return file.startswith((_LIBRARY, "<frozen")) and "site-packages" not in file

@@ -16,7 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import correctness, gpu_suite, harness, head, head_methods, head_problem, measure, quickstart
+from benchmarks import (
+    correctness,
+    decoding,
+    gpu_suite,
+    harness,
+    head,
+    head_methods,
+    head_problem,
+    measure,
+    quickstart,
+    weights_fingerprint,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -169,6 +180,27 @@ def test_correctness_flags_a_kernel_that_is_wrong(monkeypatch, capsys):
     assert len(failures) == 1 and failures[0].startswith("dw ")
 
 
+def test_fingerprints_are_checked_before_they_are_timed(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "report.json"
+    small = ["--device", "cpu", "--megabytes", "1", "--rounds", "1", "--commit", "abc", "--out", str(out)]
+
+    def wrong() -> list[str]:
+        status = weights_fingerprint.main(small)
+        report = json.loads(out.read_text())
+        assert {"blockwise", "torch"} <= {row["method"] for row in report["cases"][0]["rows"]}
+        failures = [line for case in report["cases"] for line in case["failures"]]
+        assert status == (1 if failures else 0)
+        return [line for line in failures if "times as fast" not in line]  # this small, it may be slower
+
+    assert wrong() == []
+    right = weights_fingerprint.fingerprint
+    monkeypatch.setattr(weights_fingerprint, "fingerprint", lambda *args, **kwargs: right(*args, **kwargs) & ~0xFFF | 7)
+    assert "the parts do not add up" in wrong()
+    monkeypatch.setattr(weights_fingerprint, "fingerprint", lambda tensor, *_, **__: tensor.numel())
+    assert "a flipped bit does not show in torch" in wrong()
+    assert "| blockwise |" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_gpu_suite_runs_dry_without_a_gpu(tmp_path):
     out = tmp_path / "suite.json"
@@ -232,6 +264,14 @@ def test_help_is_the_docstring_and_has_the_common_options(name, capsys):
 
 
 @pytest.mark.slow
+def test_tool_calls_are_timed_with_pauses_and_without(tmp_path):
+    out = tmp_path / "sandbox.json"
+    assert importlib.import_module("benchmarks.sandbox").main(["--rounds", "2", "--out", str(out)]) == 0
+    pauses = json.loads(out.read_text())["pauses"]
+    assert len(pauses) == 2 and all(len(pause["ms"]["this checkout"]) == 2 for pause in pauses.values())
+
+
+@pytest.mark.slow
 def test_a_benchmark_started_as_a_file_is_the_module(tmp_path, monkeypatch):
     """From any directory, without the checkout on the import path."""
     path = ROOT / "benchmarks" / "head.py"
@@ -264,3 +304,19 @@ def test_quickstart_results_are_stamped(tmp_path, monkeypatch):
     assert report["date"] and report["versions"]["torch"] and report["machine"]["cpu"]
     monkeypatch.setattr(quickstart, "train", lambda seed, *rest: summary | {"seed": seed, "wall_seconds": 601})
     assert quickstart.main(["--seeds", "0"]) == 1
+
+
+@pytest.mark.slow
+def test_decoding_compares_the_engine_with_generate_on_the_same_work(tmp_path, capsys):
+    out = tmp_path / "decoding.json"
+    options = ["--tiny", "--batches", "2", "--prompt", "7", "--tokens", "3", "--rounds", "2", "--prefill", "2x50"]
+    methods = ["engine", "generate", "generate static"]
+    assert decoding.main([*options, "--methods", *methods, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    for case in report["cases"]:
+        assert list(case["rows"]) == methods and case["floor_ms"] > 0
+        assert case["logprob_difference"] < decoding.TOLERANCE[case["case"]["dtype"]]
+        assert all(len(row["rounds_step_cpu_ms"]) == 2 for row in case["rows"].values())
+        assert case["rows"]["engine"]["time_to_engine"] == 1.0
+    assert [found["cache"] for found in report["prefill"]] == [2 * 50 * 2 * 2 * 16 * 2 * size for size in (4, 2)]
+    assert "time/engine" in capsys.readouterr().out

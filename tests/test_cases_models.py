@@ -13,7 +13,7 @@ from pact_fast.cli.doctor import doctor
 from pact_fast.config import load_config
 from pact_fast.errors import PactError
 from pact_fast.model import logit_check
-from pact_fast.model.build import enable_gradient_checkpointing, meta_model
+from pact_fast.model.build import enable_gradient_checkpointing, make_model, meta_model
 from pact_fast.model.forward import paths_forward, tree_forward, unsupported
 from pact_fast.model.head import LogitTransform, logit_transform
 from pact_fast.model.logit_check import check_logits
@@ -22,7 +22,9 @@ from pact_fast.rollout.embedded import engine as embedded
 from pact_fast.rollout.embedded import slot_cache
 from pact_fast.rollout.embedded.engine import TransformersEngine, engine_logprobs
 from pact_fast.rollout.engine import Request
+from pact_fast.rollout.registry import engine_builder
 from pact_fast.train.run import Trainer
+from tests.support.memory import peak_bytes
 
 SHAPE = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -33,6 +35,10 @@ EXPERTS = {
     "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 16, "num_shared_experts": 1,
 }  # fmt: skip
+HYBRID = {
+    "layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+    "shared_intermediate_size": 32,
+}  # fmt: skip
 MLA = {
     "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
     "v_head_dim": 16, "head_dim": 8,
@@ -42,6 +48,7 @@ SCALED = {  # family → (settings, what its class does)
     "granite": ({"logits_scaling": 8.0}, LogitTransform(logit_scale=0.125)),
     "granitemoe": ({"logits_scaling": 13.0, **EXPERTS}, LogitTransform(logit_scale=1 / 13)),
     "granitemoeshared": ({"logits_scaling": 6.0, **EXPERTS}, LogitTransform(logit_scale=1 / 6)),
+    "granitemoehybrid": ({"logits_scaling": 6.0, **EXPERTS, **HYBRID}, LogitTransform(logit_scale=1 / 6)),
     "cohere": ({"logit_scale": 0.0625}, LogitTransform(logit_scale=0.0625)),
     "cohere2": ({"logit_scale": 0.3, **FULL}, LogitTransform(logit_scale=0.3)),
     "hyperclovax": ({"logits_scaling": 0.125}, LogitTransform(logit_scale=0.125)),
@@ -60,7 +67,7 @@ SERVED = {  # by the trainer, and by the embedded engine unless `unsupported`
     "exaone4": {}, "ernie4_5": {}, "arcee": {}, "apertus": {}, "helium": {}, "seed_oss": {}, "hunyuan_v1_dense": {},
     "granite_swa": {}, "bitnet": {}, "jais2": {}, "cwm": {}, "internlm3": {}, "lfm2": {}, "recurrent_gemma": {}, "mamba": {},
     "qwen2_moe": EXPERTS, "qwen3_moe": EXPERTS, "mixtral": EXPERTS, "olmoe": EXPERTS, "phimoe": EXPERTS, "glm4_moe": EXPERTS,
-    "gpt_oss": EXPERTS, "flex_olmo": EXPERTS, "minimax": EXPERTS, "ernie4_5_moe": EXPERTS,
+    "aria_text": EXPERTS, "gpt_oss": EXPERTS, "flex_olmo": EXPERTS, "minimax": EXPERTS, "ernie4_5_moe": EXPERTS,
 }  # fmt: skip
 REFUSED = {  # family → (settings, reason)
     "nemotron": ({}, "the trainer fails with RuntimeError: .*layers must pass on"),
@@ -95,9 +102,23 @@ def check(model, **options) -> str:
 
 
 def check_both_dtypes(model) -> None:
+    """In fp32 and bf16; a model that the embedded engine does not serve is refused in one line where a run begins."""
     report = check(model, autocast=torch.autocast("cpu", torch.bfloat16))
     assert "the trainer within" in report
-    assert ("embedded engine" in report) == (unsupported(model) is None)
+    reason = unsupported(model)
+    assert ("embedded engine" in report) == (reason is None)
+    builder = engine_builder(load_config("quickstart"))
+    if reason is None:
+        builder.check_model(model)
+        return
+    with pytest.raises(PactError, match=r"does not serve this model \(.*use rollout\.engine=vllm") as caught:
+        builder.check_model(model)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_at_least_forty_families_are_served():
+    assert len({*SCALED, *SERVED}) >= 40
+    assert not {*SCALED} & {*SERVED}
 
 
 @pytest.mark.parametrize("kind", quick(SCALED))
@@ -172,11 +193,63 @@ def test_adapters_and_checkpointing_are_checked_as_they_train():
 class Tokenizer(list):
     """As long as a tokenizer."""
 
+    eos_token_id, pad_token_id = 2, 0
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused():
-    check(build("qwen2"), tokenizer=Tokenizer(range(97)))
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "granite"])  # embeddings of other names, and tied ones
+def test_a_tokenizer_larger_than_the_embedding_is_refused(kind):
+    check(build(kind), tokenizer=Tokenizer(range(97)))
     with pytest.raises(PactError, match=r"98 tokens, .* 97 rows"):
-        check(build("qwen2"), tokenizer=Tokenizer(range(98)))
+        check(build(kind), tokenizer=Tokenizer(range(98)))
+    model = build(kind)
+    model.resize_token_embeddings(98)  # the cure
+    check(model, tokenizer=Tokenizer(range(98)))
+
+
+SMALL_MODEL = {
+    key: SHAPE[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"model_type": "qwen3"},
+            r"num_attention_heads=4 is no multiple of num_key_value_heads=32 \(the default of qwen3\)",
+        ),
+        ({"model_type": "qwen2"}, "set num_key_value_heads to 4 or a divisor of it"),
+        ({"model_type": "mistral"}, r"num_key_value_heads=8 \(the default of mistral\)"),
+        ({"model_type": "qwen3", "num_key_value_heads": 3}, "is no multiple of num_key_value_heads=3; set"),
+        ({"model_type": "qwen3", "num_key_value_heads": 0}, "is no multiple of num_key_value_heads=0; set"),
+        (
+            {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 8},
+            "exceeds",
+        ),
+        ({"model_type": "llama", "hidden_size": 30}, r"30\) is not a multiple"),
+        ({"model_type": "llama", "hidden_size": "32"}, "expected int, got str"),
+        (
+            {"model_type": "llama", "hidden_act": "silly"},
+            "transformers cannot build this model: KeyError: 'silly'",
+        ),
+        ({"model_type": "t5"}, "transformers cannot build this model: Unrecognized configuration class"),
+        ({"model_type": "qwen99"}, "Unrecognized model identifier"),
+    ],
+)
+def test_sizes_that_do_not_fit_together_are_one_line(settings, words):
+    config = load_config("quickstart").model_copy(deep=True)
+    config.model.random_init = {**SMALL_MODEL, **settings}
+    for build_it in (lambda: make_model(config, Tokenizer(range(97))), lambda: meta_model(config)):
+        with pytest.raises(PactError, match=words) as caught:
+            build_it()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_default_that_fits_is_left_alone():
+    config = load_config("quickstart").model_copy(deep=True)
+    for kind in ("llama", "gemma2", "phi3", "glm"):
+        config.model.random_init = {**SMALL_MODEL, "model_type": kind}
+        check(make_model(config, Tokenizer(range(97))))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_bigcode", "biogpt"])
@@ -306,3 +379,15 @@ def test_causal_attention_over_cached_positions(n, m, dim):
     mask = torch.ones(n, m, dtype=torch.bool).tril(m - n)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(slot_cache.causal_attention(q, k, v, 0.3), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_memory_of_a_prefill_is_linear_in_the_prompt(kernel, monkeypatch):
+    """A mask of [prompt, prompt] would make it four times as large; two lengths, so that constants do not hide it."""
+    if not kernel:
+        monkeypatch.setattr(slot_cache.cpu, "serves", lambda *_: False)
+        monkeypatch.setattr(slot_cache, "QUERY_BLOCK", 32)
+    monkeypatch.setattr(embedded, "PREFILL_TOKENS", 64)
+    model = build("llama", head_dim=16, num_hidden_layers=1, max_position_embeddings=4096).eval()
+    small, large = (peak_bytes(lambda n=n: sample(model, [np.arange(n) % 97] * 3)) for n in (512, 1024))
+    assert large < 2.5 * small

@@ -14,6 +14,7 @@ from pact_fast.config.load import parse_config
 from pact_fast.data.readers import read_tasks, tool_schema
 from pact_fast.data.sources import FileTasks
 from pact_fast.data.types import ExpertTrace, ToolCall, split_reasoning
+from pact_fast.envs.python_tools.env import PythonTools
 from pact_fast.errors import DataError, PactError
 from pact_fast.train.check_rows import check_rows, write_skipped
 from tests.support.chat_tokenizers import CHATML, TAGS, build
@@ -285,6 +286,23 @@ def test_reasoning_in_every_form(read, message, reasoning, content):
     assert (task.expert.turns[0].reasoning, task.expert.turns[0].content) == (reasoning, content)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "Look it up.\n</think>\n\n"},
+        {"content": "<think>Look it up."},
+        {"content": "", "thinking": "Look it up."},
+        {"content": [{"type": "thinking", "thinking": "Look it up."}]},
+    ],
+)
+def test_reasoning_in_every_form_is_supervised(read, message):
+    (task,) = read(traced(message={"tool_calls": [{"function": CALL}], **message}))
+    renderer = ChatRenderer(build(CHATML_HERMES, CHATML, TAGS, "<|im_end|>"))
+    context = renderer.trace_context(task, task.expert, "turns")
+    text = renderer.token_bytes.join(context.ids[context.level <= 4]).decode()
+    assert text.strip() == "<think>\nLook it up.\n</think>"
+
+
 def test_reasoning_parts_of_a_content(read):
     for kind in ("thinking", "reasoning"):
         parts = [{"type": kind, kind: "Look it up."}, {"type": "text", "text": "Wait."}]
@@ -380,6 +398,7 @@ def check(tmp_path):
             "data": {"train": str(path), "shuffle": False, "on_bad_row": settings.pop("on_bad_row", "error")},
             "rollout": {"max_prompt_length": 500, "max_completion_length": 100, **settings.pop("rollout", {})},
             "algorithm": settings.pop("algorithm", {}),
+            "env": settings.pop("env", {}),
         }
         config = parse_config(config)
         tasks = FileTasks(config.data, 0, ["python_tools"])
@@ -433,7 +452,7 @@ REFUSES = "{% for m in messages %}{% if 'tabu' in m.content %}{{ raise_exception
         ),
         ({"answer": None}, "answer", "'toolhop' compares with the answer", CHATML_HERMES),
         ({"answer": " , "}, "answer", "'toolhop' compares with the answer", CHATML_HERMES),
-        ({"env_args": FTRL}, "env_args", "'unsolved_set' is empty", CHATML_HERMES),
+        ({"env_args": FTRL}, "env_args", "unsolved_set is empty", CHATML_HERMES),
         ({"env_args": FTRL | {"unsolved_set": {"weather": [""]}}}, "env_args", "none of them empty", CHATML_HERMES),
         ({"prompt": "tabu"}, "prompt", "cannot render", REFUSES + CHATML_HERMES),
         ({"prompt": [SYSTEM, *QUESTION]}, "prompt", "does not show the content of this 'system'", WITHOUT_SYSTEM),
@@ -492,16 +511,62 @@ def test_the_rollout_counts_where_there_is_one(check):
         bad(check, row, "expert_trace", f"are {size:,}", window=size - 1, **how)
 
 
+OWN_ENVIRONMENT = """
+from pact_fast.errors import DataError, PactError
+
+
+class Own:
+    blocking, tools = False, []
+    reset = call = reward = None
+
+    @classmethod
+    def check_task(cls, task):
+        task.prompt.clear()
+        if not task.env_args.get("city"):
+            raise {error}
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "field"),
+    [
+        ("DataError('no city; give one', field='env_args')", "env_args"),
+        ("PactError(f'task {task.id}: no city; give one')", ""),
+    ],
+)
+def test_an_environment_of_the_users_checks_every_row(check, tmp_path, error, field):
+    (tmp_path / "own.py").write_text(OWN_ENVIRONMENT.replace("{error}", error))
+    env = {"name": f"{tmp_path / 'own.py'}:Own"}
+    rows = [good(n, env_args={"city": "Oslo"}) for n in range(11)]
+    with pytest.raises(DataError) as caught:
+        check(*rows, good(env_args={}, id="late"), env=env)
+    assert (caught.value.line, caught.value.field) == (12, field)
+    assert caught.value.problem == "task late: no city; give one"
+    tasks, _ = check(*rows, env=env)
+    assert all(task.prompt for task in tasks)  # it got copies
+
+
+def test_a_tool_without_a_source_is_refused_in_every_format(tmp_path):
+    from tests.support.data_rows import toolhop_row
+
+    row = toolhop_row()
+    row["functions"] = row["functions"][:1]
+    path = tmp_path / "toolhop.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (task,) = read_tasks(path)
+    with pytest.raises(DataError, match="task toolhop-41: the tool 'digits' has no source"):
+        PythonTools.check_task(task)
+
+
 def test_sft_needs_a_trace_in_every_row(check):
     row = good()
     del row["expert_trace"]
     bad(check, row, "expert_trace", "needs an expert trace", algorithm={"name": "sft"})
 
 
-def test_reasoning_after_a_closed_think_block(check):
-    closed = CHATML_HERMES.replace(
-        "'<|im_start|>assistant\\n' if add", "'<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' if add"
-    )
+@pytest.mark.parametrize("block", ["<think>\\n\\n</think>\\n\\n", "<think></think>", "<think> </think>\\n"])
+def test_reasoning_after_a_closed_think_block(check, block):
+    closed = CHATML_HERMES.replace("'<|im_start|>assistant\\n' if add", f"'<|im_start|>assistant\\n{block}' if add")
     assert closed != CHATML_HERMES
     row = good(expert_trace=[{**TRACE[0]}, *TRACE[1:]])
     with pytest.raises(PactError, match=r"has closed <think> already.*set model\.chat_template"):

@@ -236,6 +236,18 @@ def test_a_function_that_does_not_apply_is_left_out_of_its_mean():
     assert reward_means(paths) == {"f": 1.0, "g": 0.5, "match": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("given", "mean"),
+    [([1, None, 0.5, None], 0.75), ([None, None, None, 0.5], 0.5), ([None] * 4, None), ([0, 0, 0, None], 0.0)],
+)
+def test_none_of_a_reward_function_is_no_value(given, mean):
+    tasks, paths = shared_tasks() * 2, [answered("x") for _ in given]
+    parts = call_reward_functions({"f": lambda **_: given}, tasks, paths, [[]] * 4)
+    group = Group(tasks[0], 0, np.zeros(1, np.int64), scored(*parts), [np.zeros(2)] * 4)
+    assert rollout_metrics([group]).get("reward/f") == mean
+    assert reward_means(group.trajectories).get("f") == mean
+
+
 def test_success_is_over_the_tasks_that_have_an_outcome():
     paths = [answered("x") for _ in range(3)]
     paths[0].reward_parts, paths[1].reward_parts = {"success": 1.0}, {"success": 0.0}

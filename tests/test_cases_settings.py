@@ -13,12 +13,13 @@ from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.cli.main import main
 from pact_fast.config import Config, load_config, parse_config
 from pact_fast.config.changes import MAY_CHANGE, fixed_changes
+from pact_fast.config.filters import SamplingFilters
 from pact_fast.config.load import known_keys
 from pact_fast.data.sources import FileTasks
 from pact_fast.envs.registry import make_tasks
 from pact_fast.errors import PactError
 from pact_fast.report.before_after import comparisons
-from pact_fast.train.evaluate import sampling
+from pact_fast.train.evaluate import Sampling, evaluation_jobs, evaluation_kinds
 from pact_fast.train.preflight import check_settings, check_tasks, ignored_settings
 from pact_fast.train.run_dir import open_run, save_config
 from tests.support.runs import TINY_RUN
@@ -72,6 +73,7 @@ def test_shipped_settings_pass():
         (["algorithm.name=grpo", "algorithm.reward.match_weight=0"], "reward.match_weight has no effect"),
         (["algorithm.name=sft", "algorithm.reward.env_weight=1"], "env_weight has no effect.*no rollouts"),
         (["algorithm.name=sft", "algorithm.reward.functions=[a.py:f]"], "functions has no effect.*no rollouts"),
+        (["rollout.top_k=1"], "rollout.top_k=1 with algorithm.name=pact: all rollouts of a prompt are the greedy one"),
         (["data.eval=held_out.jsonl"], "data.eval is set without data.train"),
         (["data.expert=traces.jsonl"], "data.expert is set without data.train"),
         (["data.train=rows.jsonl", "trainer.eval_steps=5"], "trainer.eval_steps=5 .*set data.eval"),
@@ -256,12 +258,50 @@ def test_a_checkpoint_is_a_run_even_without_metrics(tmp_path):
 def test_conditions_of_an_evaluation_stand_in_the_table():
     rate = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 250}
     summary = {
-        "base_success": {**rate, "temperature": 0.4}, "success": {**rate, "temperature": 0.4, "n": 100},
+        "base_success": {**rate, **Sampling(0.4).to_json()}, "success": {**rate, "temperature": 0.4, "n": 100},
         "base_greedy": {**rate, "temperature": 0.0}, "greedy": {**rate, "temperature": 0.0},
     }  # fmt: skip
-    assert [row.conditions for row in comparisons(summary)] == ["temperature 0.4, 250 and 100 samples", "250 samples"]
+    conditions = [row.conditions for row in comparisons(summary)]
+    assert conditions == ["temperature 0.4, unfiltered, 250 and 100 samples", "250 samples"]
+    filters = Sampling(0.4, SamplingFilters(0.9, 20, 0.05)).to_json()
+    summary["success"] = {**rate, **filters, "top_p": 0.8}
+    summary["base_success"] = {**rate, **filters}
+    (sampled, _) = comparisons(summary)
+    assert sampled.conditions == "temperature 0.4, top-p 0.9 and 0.8, top-k 20, min-p 0.05, 250 samples"
+    assert comparisons({"success": {**rate, "temperature": 0.4}})[0].conditions == "temperature 0.4, 250 samples"
     assert comparisons({"success": 0.5})[0].conditions == ""
-    assert sampling(0.4) == "sampled at temperature 0.4" and sampling(0.0) == "greedy"
+
+
+def test_an_evaluation_says_how_it_sampled():
+    kinds = evaluation_kinds(settings("rollout.temperature=0.4", "rollout.top_p=0.9", "rollout.min_p=0.05"))
+    assert str(kinds["sampled"]) == "sampled at temperature 0.4, top-p 0.9, min-p 0.05"
+    assert kinds["sampled"].to_json() == {"temperature": 0.4, "top_p": 0.9, "top_k": 0, "min_p": 0.05}
+    assert str(kinds["greedy"]) == "greedy"
+    assert kinds["greedy"].to_json() == {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    assert str(evaluation_kinds(settings())["sampled"]) == "sampled at temperature 1, unfiltered"
+    (job,) = evaluation_jobs([object()], kinds["sampled"], 0)
+    assert (job.temperature, job.filters) == (0.4, SamplingFilters(0.9, 0, 0.05))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.top_p=0", "rollout.top_p.*greater than 0"),
+        ("rollout.top_p=1.1", "rollout.top_p.*less than or equal to 1"),
+        ("rollout.top_k=-1", "rollout.top_k.*greater than or equal to 0"),
+        ("rollout.top_k=0.5", "rollout.top_k"),
+        ("rollout.min_p=2", "rollout.min_p.*less than or equal to 1"),
+        ("rollout.topp=0.9", "did you mean.*top_p"),
+    ],
+)
+def test_filters_out_of_bounds_are_refused(override, words):
+    with pytest.raises(PactError, match=words):
+        settings(override)
+
+
+def test_a_resumed_run_keeps_its_filters():
+    changes = fixed_changes(settings(), settings("rollout.top_p=0.9", "rollout.top_k=9", "rollout.min_p=0.1"))
+    assert [key for key, *_ in changes] == ["rollout.top_p", "rollout.top_k", "rollout.min_p"]
 
 
 # whole runs
@@ -275,26 +315,32 @@ def tiny(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_evaluates_at_its_temperature_and_says_so(tiny, capsys):
+def test_a_run_evaluates_as_it_samples_and_says_so(tiny, capsys):
     run = tiny.parent / "run"
-    assert main(["train", str(tiny), "rollout.temperature=0.4"]) == 0
+    sampling = ["rollout.temperature=0.4", "rollout.top_p=0.7", "rollout.top_k=40", "algorithm.anchor.mode=blend"]
+    assert main(["train", str(tiny), *sampling]) == 0
     output = capsys.readouterr()
-    assert "sampled at temperature 0.4" in output.out + output.err
+    assert "sampled at temperature 0.4, top-p 0.7, top-k 40" in output.out + output.err
     summary = json.loads((run / "summary.json").read_text())
     assert [summary[key]["temperature"] for key in ("base_success", "success", "greedy")] == [0.4, 0.4, 0.0]
-    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert [summary[key]["top_p"] for key in ("base_success", "success", "greedy")] == [0.7, 0.7, 1.0]
+    record, *steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert record["eval/temperature"] == 0.4 and record["eval/tasks"] == 3
-    assert "temperature 0.4, 3 samples" in (run / "report.html").read_text()
+    assert (record["eval/top_p"], record["eval/top_k"], record["eval/min_p"]) == (0.7, 40, 0)
+    mismatch = [step["mismatch/max"] for step in steps if "mismatch/max" in step]
+    assert mismatch and max(mismatch) < 1e-4  # of log-probs over the tokens that the filters keep
+    assert "temperature 0.4, top-p 0.7, top-k 40, 3 samples" in (run / "report.html").read_text()
     assert main(["eval", str(run), "--out", str(run / "eval.json")]) == 0
     result = json.loads((run / "eval.json").read_text())
     assert (result["sampled"]["temperature"], result["greedy"]["temperature"]) == (0.4, 0.0)
+    assert (result["sampled"]["top_k"], result["greedy"]["top_k"]) == (40, 0)
     assert result["sampled"]["samples"] == 3 and len(result["sampled"]["interval"]) == 2
     # resumed with another seed: refused, and config.yaml is as it was
     before = (run / "config.yaml").read_text()
-    assert main(["train", str(tiny), "rollout.temperature=0.4", "resume=auto", "seed=3"]) == 2
+    assert main(["train", str(tiny), *sampling, "resume=auto", "seed=3"]) == 2
     assert "seed (was 0, now 3)" in capsys.readouterr().err
     assert (run / "config.yaml").read_text() == before
-    assert main(["train", str(tiny), "rollout.temperature=0.4", "resume=auto", "trainer.max_steps=2"]) == 0
+    assert main(["train", str(tiny), *sampling, "resume=auto", "trainer.max_steps=2"]) == 0
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 2
 
 

@@ -164,6 +164,7 @@ def test_a_run_leaves_what_the_docs_promise_and_can_be_looked_at(capsys, tiny):
     assert len(out.read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_doctor_and_dry_run_pass_on_the_quickstart_and_train_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["doctor", "quickstart"]) == 0
@@ -173,6 +174,7 @@ def test_doctor_and_dry_run_pass_on_the_quickstart_and_train_nothing(capsys, tmp
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_settings_as_they_were(tiny):
     config = load_config(str(tiny), ["trainer.max_tokens_per_pack=null"])
     before = config.model_copy(deep=True)
@@ -190,12 +192,14 @@ def test_the_embedded_engine_is_advised_for_small_models_and_few_tokens_only():
     assert embedded_engine_warning(load_config("quickstart", ["algorithm.name=sft"]), 1_700_000_000) is None
 
 
+@pytest.mark.slow
 def test_doctor_warns_of_the_embedded_engine_and_does_not_fail(capsys, tiny):
     assert main(["doctor", str(tiny), "trainer.prompts_per_step=2000"]) == 0
     report = capsys.readouterr().out
     assert "warn  model: the embedded engine is for small models" in report and "set rollout.engine=vllm" in report
 
 
+@pytest.mark.slow
 def test_doctors_memory_line_is_the_estimate(capsys, tiny):
     assert main(["doctor", str(tiny), "device=cpu"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ok    memory"))

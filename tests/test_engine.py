@@ -5,6 +5,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pact_fast.rollout.embedded.engine import TransformersEngine
+from pact_fast.rollout.embedded.inverse_cdf import BLOCK, inverse_cdf
 from pact_fast.rollout.engine import Request
 
 EOT = 2
@@ -102,3 +103,22 @@ def test_greedy_takes_the_most_likely_token():
     with torch.no_grad():
         best = model(torch.as_tensor(first[0][1])[None]).logits[0, -1].argmax()
     assert first[1][1][0] == int(best)
+
+
+def test_inverse_cdf_finds_the_token_of_the_whole_vocabularys_cdf():
+    torch.manual_seed(0)
+    for vocabulary in (3, BLOCK, BLOCK + 1, 5 * BLOCK - 7):
+        logp = torch.log_softmax(3 * torch.randn(50, vocabulary), -1)
+        uniform = torch.rand(50, dtype=torch.float64)
+        cdf = logp.double().exp().cumsum(-1)
+        expected = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+        assert torch.equal(inverse_cdf(logp, uniform), expected)
+
+
+def test_inverse_cdf_returns_no_token_of_probability_0():
+    vocabulary, last = 3 * BLOCK, torch.nextafter(torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0).double())
+    for possible in ([0], [vocabulary - 1], [BLOCK - 1, BLOCK], [5, 2 * BLOCK]):
+        logp = torch.full((2, vocabulary), -torch.inf)
+        logp[:, possible] = -0.1
+        first_and_last = inverse_cdf(logp, torch.stack([torch.zeros_like(last), last]))
+        assert first_and_last.tolist() == [possible[0], possible[-1]]

@@ -148,6 +148,7 @@ FRAMES = {
 
 @pytest.mark.timing
 @FORMATS
+@pytest.mark.slow
 def test_a_megabyte_of_anything_takes_linear_time(fmt: ToolFormat):
     for unit in LONG if isinstance(fmt, Llama3Json) else [*LONG, *LONG_TAGS]:
         for head, tail in ((b"", b""), (b"text ", b"}"), *FRAMES[type(fmt)]):

@@ -11,6 +11,7 @@ from pact_fast.chat.template_check import check_template
 from pact_fast.components import Component
 from pact_fast.data.types import ToolCall
 from pact_fast.errors import PactError
+from tests.support.chat_tokenizers import build, template
 from tests.support.trl_templates import comparable, tokenizer_for, tool_calling
 
 pytest.importorskip("trl")  # for its chat templates
@@ -141,6 +142,16 @@ def test_results_of_several_tools_are_named_after_their_calls(name):
     text = renderer.token_bytes.join(renderer.bridge_ids(results)).decode()
     named = [f'response:{tool}{{value:<|"|>of {tool}<|"|>}}<tool_response|>' for tool in ("f", "g", "f")]
     assert text == "<|tool_response>".join(named)
+
+
+def test_no_turn_holds_the_token_that_ends_calls_special_or_not():
+    tokenizer = build(
+        template("gemma4"), ("<|endoftext|>", "<turn|>", "<|turn>"), ("<|tool_response>",), "<|endoftext|>"
+    )
+    renderer = ChatRenderer(tokenizer)
+    assert renderer.call_eot == "<|tool_response>"
+    turn, _ = renderer.assistant_turn("", "I write <|tool_response> and call.", CALLS[:1])
+    assert (turn == renderer.call_eot_id).nonzero()[0].tolist() == [len(turn) - 1]
 
 
 def test_a_turn_ends_as_the_template_ends_it():

@@ -9,7 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.config import AlgorithmConfig, TrainerConfig
+from pact_fast.config.filters import SamplingFilters
 from pact_fast.errors import PactError
+from pact_fast.model.filters import filtered
 from pact_fast.train.learner import Learner
 from pact_fast.train.schedule import lr_factor
 from tests.support.groups import lookup_chain_renderer, make_groups, step_context_of
@@ -96,6 +98,50 @@ def test_old_logprobs_of_the_current_policy_change_nothing(renderer):
         learner.accumulate(plans)
         results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert (results[0] - results[1]).norm() <= 1e-5 * results[0].norm()
+
+
+def truncated_logprobs(model, trajectory, filters) -> np.ndarray:
+    """What a sampler with filters reports, in fp64 from the model's own logits: normalised over what it keeps."""
+    ids = torch.as_tensor(np.concatenate([trajectory.prompt_ids, trajectory.ids]))
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0, len(trajectory.prompt_ids) - 1 : -1].double() / TEMPERATURE
+    target = ids[len(trajectory.prompt_ids) :, None]
+    logp = logits.log_softmax(-1).gather(1, target)
+    kept = filtered(logits, filters).scatter(1, target, logits.gather(1, target)).log_softmax(-1).gather(1, target)
+    assert (kept - logp).mean() > 0.3  # the filters keep little, so comparing with the whole vocabulary would show
+    return torch.where(torch.as_tensor(trajectory.sampled), kept[:, 0], torch.nan).numpy().astype(np.float32)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
+def test_trainer_and_sampler_are_compared_over_the_tokens_that_the_filters_keep(renderer, updates, mode):
+    """The very policy that sampled: no mismatch, importance weights 1, and the gradient without a correction."""
+    filters = SamplingFilters(top_p=0.6, top_k=200)
+    model = tiny_model(renderer)
+    results = []
+    for correction in (True, False):
+        config = AlgorithmConfig(
+            name="matchtir", vllm_importance_sampling_correction=correction, vllm_importance_sampling_mode=mode
+        )
+        groups = make_groups(renderer, config, prompts=2, rollouts=2)
+        for t in (t for group in groups for t in group.trajectories):
+            t.logprobs = truncated_logprobs(model, t, filters)
+        algorithm = make_algorithm(config)
+        update = step_context_of(renderer, config, groups)
+        learner = Learner(
+            model, TrainerConfig(), algorithm, total_updates=1, temperature=TEMPERATURE, filters=filters,
+            updates_per_batch=updates, sampler_differs=True,
+        )  # fmt: skip
+        plans = [algorithm.prompt_batch(group, update) for group in groups]
+        learner.prepare(plans)
+        if correction and mode == "sequence_mask":
+            np.testing.assert_allclose(np.concatenate([s.importance for p in plans for s in p.scored]), 1, atol=1e-3)
+        model.zero_grad()
+        diff = np.concatenate(learner.accumulate(plans).logprob_diff)[:, 1]
+        assert len(diff) > 100 and np.abs(diff).max() < 1e-5
+        results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (results[0] - results[1]).norm() <= 1e-3 * results[1].norm() > 0
 
 
 def test_the_kl_term_pulls_towards_the_reference(renderer):
@@ -198,6 +244,7 @@ def test_a_pack_that_does_not_fit_is_split_and_the_gradient_stays(renderer, when
     assert (found[1] - found[0]).norm() <= 2e-6 * found[0].norm()
 
 
+@pytest.mark.slow
 def test_a_sequence_that_does_not_fit_is_an_error_with_a_cure(renderer):
     config = AlgorithmConfig(anchor={"mode": "blend"})
     groups = make_groups(renderer, config, prompts=1, rollouts=2)

@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from pact_fast.envs.lookup_chain import BUSY, LookupChain, LookupChainTasks, TraceNoise, noisy_trace
 
 
@@ -36,6 +38,7 @@ def test_tasks_repeat_for_a_seed_and_differ_between_seeds():
     assert [t.prompt for t in first] != [t.prompt for t in other]
 
 
+@pytest.mark.slow
 def test_train_and_held_out_tasks_never_overlap_whatever_the_seed():
     def keys(split, seed):
         return {(t.prompt[-1]["content"], t.answer) for t in LookupChainTasks(split, seed).tasks(600)}

@@ -19,10 +19,11 @@ from pact_fast.cli.main import main
 from pact_fast.config import Config, LoraConfig, parse_config
 from pact_fast.errors import PactError
 from pact_fast.kernels import LossContext
+from pact_fast.kernels.fingerprint import fingerprint
 from pact_fast.model import lora
 from pact_fast.model.adapter import adapter_tensors
 from pact_fast.model.build import make_model, make_policy
-from pact_fast.model.weights import checkpoint_weights, fingerprint
+from pact_fast.model.weights import checkpoint_weights
 from pact_fast.rollout.embedded.engine import TransformersEngine
 from pact_fast.rollout.engine import Request
 from pact_fast.train.learner import Learner

@@ -139,6 +139,7 @@ def test_zero_shards_more_with_every_stage(deep):
     assert offloaded.parts["optimizer states"] == offloaded.parts["fp32 master weights"] == 0
 
 
+@pytest.mark.slow
 def test_what_else_is_on_the_device_counts(deep):
     plain = estimate(deep).total
     deep.algorithm.beta = 0.01

@@ -227,6 +227,7 @@ def test_a_rule_registered_by_its_decorator(options):
     check("test_reinforce", **options)
 
 
+@pytest.mark.slow
 def test_own_rules_work_in_compiled_graphs(own):
     hidden, weight, _ = model(dtype=torch.float32)
     tokens = table(hidden, weight)

@@ -83,6 +83,7 @@ def test_sharing_prefixes_saves_what_the_plan_says():
     assert (found.tokens, found.unshared) == (6144, 30720 - 2048)
 
 
+@pytest.mark.slow
 def test_decoding_is_bound_by_memory_and_its_batch():
     alone = planned(settings(DEEP, rollout={"max_batch_size": 1}), lengths=LENGTHS)
     many = planned(settings(DEEP, rollout={"max_batch_size": 4}), lengths=LENGTHS)

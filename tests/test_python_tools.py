@@ -1,7 +1,9 @@
 """The environment of tools that come with the task."""
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from pact_fast.data.types import Task, ToolCall, Trajectory, TurnRecord
 from pact_fast.envs.base import Environment
 from pact_fast.envs.python_tools.env import PythonTools
 from pact_fast.envs.python_tools.pool import SandboxPool
+from pact_fast.envs.python_tools.protections import PROTECTIONS, describe
 from pact_fast.errors import PactError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
@@ -120,11 +123,41 @@ def test_the_factory_makes_environments_of_one_pool():
     assert one is not other and one._pool is other._pool
     one.reset(ftrl_task())
     assert one.call("slow", {}) == "error: the tool did not finish within 0.4 s"
-    one._pool.close()
+    one.close()
+    other.close()
+    with pytest.raises(PactError, match="the tool pool is closed"):
+        one.call("slow", {})
 
 
 def test_the_factory_names_the_nearest_known_key():
     with pytest.raises(PactError, match=r"env\.args: unknown key 'worker'; did you mean 'workers'\?"):
         PythonTools.factory({"worker": 1}, 10.0)
-    with pytest.raises(PactError, match="python_tools takes workers, timeout, memory_mb, max_output"):
+    with pytest.raises(PactError, match="python_tools takes workers, timeout, memory_mb, max_output, sandbox, require"):
         PythonTools.factory({"zzz": 1}, 10.0)
+
+
+def test_the_page_on_environments_has_the_words_of_the_protections():
+    page = (Path(__file__).parents[1] / "docs" / "environments.md").read_text(encoding="utf-8")
+    table = page[page.index("| name | protection |") :].split("\n\n")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE))
+    assert rows == PROTECTIONS
+
+
+def test_what_holds_and_what_does_not_is_a_line_each():
+    lines = describe(["identity", "network"])
+    assert len(lines) == len(PROTECTIONS)
+    assert lines[0] == "network: in force: no network at all" and lines[-1] == "identity: in force: an unused user id"
+    assert lines[1].startswith("files: NOT in force: the file system is read-only")
+
+
+@pytest.mark.slow
+def test_doctor_says_which_protections_hold():
+    from pact_fast.cli.doctor import _Checks
+    from pact_fast.config import load_config
+
+    checks = _Checks(load_config("quickstart", ["env.name=python_tools", "env.args={workers: 1}"]))
+    checks.sample = [ftrl_task()]
+    lines = checks.environment().splitlines()
+    assert lines[0].startswith("3 tools in the first 1 tasks")
+    names = [re.fullmatch(r" +(\w+): (?:NOT )?in force: .*", line) for line in lines[1:]]
+    assert [name and name[1] for name in names] == list(PROTECTIONS)

@@ -100,6 +100,16 @@ def test_the_agent_loop_samples_with_it(named, engine_file):
         assert t.sampled.all() and (t.logprobs == -1.5).all() and (t.versions == 7).all()
 
 
+def test_an_engine_that_does_not_say_that_it_filters_is_refused_top_p(engine_file):
+    settings = config(f"{engine_file}:FixedAnswer")
+    rollout = settings.rollout.model_copy(update={"top_p": 0.9})
+    engine = make_engine(settings, None, lookup_chain_renderer())
+    with pytest.raises(PactError, match=r"does not apply rollout\.top_p, top_k and min_p \(top-p 0\.9\)"):
+        AgentLoop(engine, None, None, rollout)
+    engine.applies_filters = True
+    AgentLoop(engine, None, None, rollout)
+
+
 def test_it_has_the_properties_of_a_plain_engine(engine_file):
     builder = engine_builder(config(f"{engine_file}:FixedAnswer"))
     assert builder.own_weights and builder.sampler_differs and builder.shares_device()

@@ -152,6 +152,7 @@ def test_a_view_honours_its_step_its_limit_and_its_place(run, tmp_path):
     assert path == tmp_path / "page.html" and len(rollouts) == 5 and {r["step"] for r in rollouts} == {20}
 
 
+@pytest.mark.slow
 def test_long_rollouts_lose_their_middle_and_the_page_says_so(tmp_path):
     n = 500_000
     record = {"step": 1, "tokens": [str(i) for i in range(n)], "logprobs": [-0.123456] * n, "prompt": "p" * 50_000}

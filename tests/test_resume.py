@@ -1,5 +1,6 @@
 """A run that is killed at any moment resumes, and its metrics equal those of a run that was left alone, bit for bit."""
 
+import functools
 import json
 import os
 import random
@@ -10,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.support.runs import SETTINGS, RunProcess, metrics
+from tests.support.faults import at_call
+from tests.support.runs import SETTINGS, TINY_RUN, RunProcess, metrics
 
 pytestmark = pytest.mark.slow
 
@@ -58,3 +61,23 @@ def test_killed_at_five_random_moments_it_ends_with_the_same_metrics(undisturbed
     assert {k: ours[k] for k in same} == {k: theirs[k] for k in same}
     weights = [next((r / "checkpoints/step_8/model").glob("*.safetensors")).read_bytes() for r in (target, undisturbed)]
     assert weights[0] == weights[1]
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_generators_do_not_depend_on_which_process_made_the_base_model(tmp_path):
+    """Dropout draws from them. Killed between the base model and the first checkpoint, the run makes no base again."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY_RUN | {"pretrain": {"steps": 1, "batch_size": 1}}))
+    recipe = [str(tmp_path / "tiny.yaml")]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    RunProcess(whole, recipe=recipe).succeed()
+    inject = functools.partial(at_call, "pact_fast.train.learner:Learner.update", 2, die)  # the first is of the base
+    assert RunProcess(killed, recipe=recipe, inject=inject).exit_code() == -signal.SIGKILL
+    assert (killed / "base").exists() and not (killed / "checkpoints").exists()
+    again = RunProcess(killed, recipe=recipe).succeed()
+    assert "base model" not in again.output()
+    assert metrics(killed) == metrics(whole)
+    states = [(run / "checkpoints/step_1/rng.safetensors").read_bytes() for run in (whole, killed)]
+    assert states[0] == states[1]

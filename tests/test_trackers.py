@@ -197,13 +197,16 @@ def test_the_id_is_kept_by_a_resumed_run_and_drawn_anew_by_a_new_one(tmp_path, m
 def test_secrets_stay_in_the_settings():
     given = parse_config({
         "model": {"path": "m"},
-        "env": {"name": "e.py:E", "args": {
-            "apiKey": "abc", "hf_token": "abc", "nested": [{"Password": "abc"}], "tokens": "many", "limit": 3,
-            "url": "https://me:abc@host/p?x=1&access_token=abc&y=2", "text": "use hf_abcABCabcABCabcABC now",
-        }},
-        "rollout": {"engine": "vllm", "vllm_mode": "server", "vllm_server_base_url": "http://u:abc@h:1"},
+        "env": {"name": "e.py:E"},
+        "rollout": {"engine": "vllm", "vllm_mode": "server"},
         "data": {"train": "hf://org/name@0123:train"},
     })  # fmt: skip
+    # a file of settings with secrets is refused; these come from code
+    given.rollout.vllm_server_base_url = "http://u:abc@h:1"
+    given.env.args = {
+        "apiKey": "abc", "hf_token": "abc", "nested": [{"Password": "abc"}], "tokens": "many", "limit": 3,
+        "url": "https://me:abc@host/p?x=1&access_token=abc&y=2", "text": "use hf_abcABCabcABCabcABC now",
+    }  # fmt: skip
     shown = public_config(given)
     assert shown["env"]["args"] == {
         "apiKey": "(hidden)", "hf_token": "(hidden)", "nested": [{"Password": "(hidden)"}], "tokens": "many", "limit": 3,

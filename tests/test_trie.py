@@ -277,6 +277,7 @@ def test_branches_over_a_kept_path_that_is_merged(eager):
 
 
 @pytest.mark.timing
+@pytest.mark.slow
 def test_many_long_rollouts_are_packed_quickly():
     """256 prompts with 8 rollouts of 1000 tokens; on an idle core 30 ms without merging, 90 ms with it."""
     rng = np.random.default_rng(0)

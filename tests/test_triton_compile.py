@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton", reason="needs triton: pip install triton"
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from pact_fast.kernels import fingerprint_triton  # noqa: E402
 from pact_fast.kernels.head import softmax_triton  # noqa: E402
 from pact_fast.model.attention import merge_triton  # noqa: E402
 
@@ -55,6 +56,13 @@ def resources(binary, folder: Path) -> dict[str, int]:
 def test_merge_of_partial_attention(kernel, signature, constexprs, num_warps, capability, tmp_path):
     binary = compiled(capability, kernel, signature, constexprs, num_warps)
     assert resources(binary, tmp_path)["REG"] <= 64
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("kernel", "signature", "constexprs", "num_warps"), variants(fingerprint_triton))
+def test_fingerprints(kernel, signature, constexprs, num_warps, capability, tmp_path):
+    binary = compiled(capability, kernel, signature, constexprs, num_warps)
+    assert resources(binary, tmp_path)["REG"] <= 128  # 2 programs of 8 warps on a multiprocessor
 
 
 @pytest.mark.parametrize(("kernel", "signature", "constexprs", "num_warps"), variants())

@@ -1,6 +1,7 @@
 """vLLM in this process: what it samples, what it holds, and that no fault in its weights goes unseen."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,12 @@ import torch
 
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
 
+from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+from pact_fast.config.filters import SamplingFilters
 from pact_fast.errors import EngineError
+from pact_fast.model.filters import filtered
 from pact_fast.model.weights import WeightMismatch
 from pact_fast.rollout.agent import Job
 from pact_fast.rollout.engine import Request
@@ -16,6 +22,12 @@ from pact_fast.rollout.registry import make_engine
 from tests.support.vllm_engines import caught, largest_gap, make_policy, perturb, prompts, sample
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+FILTERS = [
+    SamplingFilters(top_k=5),
+    SamplingFilters(top_p=0.6),
+    SamplingFilters(min_p=0.2),
+    SamplingFilters(top_p=0.7, top_k=20, min_p=0.02),
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +56,36 @@ def test_logprobs_equal_the_trainers_after_each_of_20_updates(policy, engine):
             done = sample(engine, contexts, 24, version, temperature)
             assert largest_gap(model, contexts, done, temperature) <= 1e-4
     assert engine.version == 19 and engine.restarts == 0
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_filters_are_vllms_own_with_ties(filters):
+    """vLLM's code for PyTorch, min-p and then top-k and top-p, on logits of which most tie with others.
+
+    Equal as sets of logits: which tokens of a tie are kept depends on vLLM's sort, which is not stable.
+    """
+    rng = np.random.default_rng(0)
+    rows = np.round(rng.normal(0, 2, (60, 97)) * rng.choice([1, 2, 8], (60, 1))) / rng.choice([1, 8], (60, 1))
+    logits = torch.tensor(rows, dtype=torch.float32)
+    k = torch.full((60,), filters.top_k or 97)
+    p = torch.full((60,), filters.top_p)
+    min_p = SimpleNamespace(min_p_count=int(filters.min_p > 0), min_p=torch.tensor([[filters.min_p]]))
+    expected = MinPLogitsProcessor.apply(min_p, logits.clone())
+    expected = apply_top_k_top_p(expected, k if filters.top_k else None, p if filters.top_p < 1 else None)
+    found = filtered(logits, filters)
+    assert torch.equal(found.sort(-1).values, expected.sort(-1).values) and (expected == -torch.inf).any()
+    assert filters.top_p < 1 or torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_filtered_turns_have_the_log_probs_of_what_is_kept(policy, engine, filters):
+    engine.update_weights(policy.model, 0)
+    contexts = prompts(len(policy.renderer.tokenizer))
+    done = sample(engine, contexts, 24, 5, 1.5, filters)
+    assert largest_gap(policy.model, contexts, done, 1.5, filters) <= 1e-4
+    assert largest_gap(policy.model, contexts, done, 1.5) > 1e-2  # so the filters did keep less than everything
+    greedy = sample(engine, contexts, 8, 5, 0.0, filters)
+    assert largest_gap(policy.model, contexts, greedy, 0.0) <= 1e-4
 
 
 def test_sampling_repeats_itself(policy, engine):

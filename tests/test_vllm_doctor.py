@@ -79,6 +79,23 @@ def test_a_model_that_is_not_the_engines_is_found(checks, monkeypatch):
         checks.logprobs()
 
 
+def test_log_probs_are_compared_over_what_the_filters_keep(checks, monkeypatch):
+    def set_filters(**filters):
+        rollout = checks.config.rollout.model_copy(update={"temperature": 1.5, **filters})
+        monkeypatch.setattr(checks, "config", checks.config.model_copy(update={"rollout": rollout}))
+
+    monkeypatch.setattr(checks, "trajectories", [])
+    set_filters(top_p=0.7, top_k=30, min_p=0.01)
+    jobs = [dataclasses.replace(job, temperature=1.5, filters=checks.config.rollout.filters) for job in checks.jobs]
+    monkeypatch.setattr(checks, "jobs", jobs)
+    checks.rollouts()
+    assert "at most, over" in checks.logprobs()
+    for other in ({"top_p": 0.75}, {"top_p": 1.0, "top_k": 0, "min_p": None}):  # as if the engine had not been told
+        set_filters(**{"top_p": 0.7, "top_k": 30, "min_p": 0.01, **other})
+        with pytest.raises(PactError, match="log-probs differ"):
+            checks.logprobs()
+
+
 def test_a_format_that_reads_other_calls_than_it_writes_is_found(checks, monkeypatch):
     monkeypatch.setattr(checks, "trajectories", [with_call(checks), *checks.trajectories[1:]])
     assert checks.turns() == "1 sampled calls, rendered and parsed again, are the same; 1 turns token by token"

@@ -27,7 +27,7 @@ from tests.support.vllm_engines import SETTINGS, largest_gap, make_policy, pertu
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 STEPS = 20
-DEADLINE = 15.0  # seconds after which the engine counts as hung
+DEADLINE = 10.0  # seconds after which the engine counts as hung
 RUN = [
     *SETTINGS,
     "rollout.vllm_mode=server",

@@ -33,7 +33,7 @@ def gloo():
 
 @pytest.fixture(scope="module")
 def policy():
-    return make_policy("rollout.vllm_mode=server", "rollout.engine_timeout=20", trained=False)
+    return make_policy("rollout.vllm_mode=server", "rollout.engine_timeout=10", trained=False)
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jinja2
-
+from pact_fast.chat.call_ids import with_call_ids
+from pact_fast.chat.named_templates import NamedTemplates
 from pact_fast.data.types import Message, ToolCall, ToolSchema, text_of
-from pact_fast.errors import PactError
+from pact_fast.errors import PASSED_ON, PactError
+from pact_fast.limits import time_limit
 
+SECONDS = 2.0  # for a rendering, which takes milliseconds
 QUESTION: Message = {"role": "user", "content": "Go on."}
+# On offer in every probe, as in the conversations that are trained on: some templates cannot render a call without.
+PROBE_NAME = "look_up"
+PROBE_TOOL: ToolSchema = {
+    "type": "function",
+    "function": {
+        "name": PROBE_NAME,
+        "description": "Look something up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"key": {"type": "string", "description": "What to look up."}},
+            "required": ["key"],
+        },
+    },
+}
 _MARKER, _TURN = "Zq0Zmark", "Zq0Zturn"  # words that no template contains or changes
 # How templates transform the content of a message. Llama writes tool results as JSON strings, others strip them.
 _TRANSFORMS: tuple[Callable[[str], str], ...] = (str, str.strip, lambda text: json.dumps(text, ensure_ascii=False))
@@ -24,45 +41,93 @@ Ends = tuple[str, str]  # end-of-turn token of an answer, and of a turn with cal
 
 
 class ChatTemplate:
-    """Renders messages to text with the tokenizer's template. PactError if it has none or the template fails."""
+    """Renders messages to text with the tokenizer's template, or with the one of several that fits (NamedTemplates).
+
+    PactError if there is none or it fails.
+    """
 
     def __init__(self, tokenizer):
-        if not getattr(tokenizer, "chat_template", None):
-            raise PactError("the tokenizer has no chat template; name a Jinja file in model.chat_template")
         self._tokenizer = tokenizer
+        self._named = NamedTemplates(tokenizer)
         self.skeleton = functools.lru_cache(maxsize=4096)(self._skeleton)
         self._transform_of = functools.cache(self._find_transform)
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[ToolSchema] = (), *, generate: bool = False, **variables: Any
     ) -> str:
-        """The text of a conversation; with `generate`, followed by the generation prompt."""
+        """The text of a conversation; with `generate`, followed by the generation prompt.
+
+        Calls and results have the ids of their row, unless the template needs ids: then they have those of `call_ids`.
+        """
+        messages = with_call_ids(messages) if self._needs_ids else messages
+        return self._render(messages, tools, generate, **variables)
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[ToolSchema], generate: bool = False, **variables: Any
+    ) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
-                [{**m, "content": text_of(m.get("content"))} for m in messages],
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=generate,
-                **variables,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            with time_limit(SECONDS, "the chat template (a loop without end? set model.chat_template to another one)"):
+                return self._tokenizer.apply_chat_template(
+                    [{**m, "content": text_of(m.get("content"))} for m in messages],
+                    chat_template=self._named.choose(tools),
+                    tools=list(tools) or None,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                    **variables,
+                )
+        except PASSED_ON:
+            raise
+        except Exception as error:  # a template is a program: it may raise anything
             roles = ", ".join(str(m.get("role")) for m in messages)
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise PactError(
-                f"the chat template cannot render a conversation of {roles}: {' '.join(str(error).split())[:200]}; set "
+                f"the chat template cannot render a conversation of {roles}: {reason}; set "
                 "model.chat_template to one that can"
             ) from None
 
     def render_call(self, call: ToolCall) -> str:
         """The text of a conversation with one tool call."""
-        return self.render([QUESTION, call_message(call)])
+        return self.render([QUESTION, call_message(call)], [PROBE_TOOL])
+
+    @functools.cached_property
+    def _needs_ids(self) -> bool:
+        """Whether the template renders calls and their results only with call ids (Mistral's do)."""
+        conversation = _probe_calls(1)
+        return not self._renders(conversation) and self._renders(with_call_ids(conversation))
+
+    @functools.cached_property
+    def several_calls(self) -> bool:
+        """Whether the template renders turns with more than one call (Llama 3.1's does not)."""
+        return self._renders(with_call_ids(_probe_calls(2)) if self._needs_ids else _probe_calls(2))
+
+    def _renders(self, messages: Sequence[Message]) -> bool:
+        try:
+            self._render(messages, [PROBE_TOOL], generate=True)
+        except PactError:
+            return False
+        return True
+
+    @functools.cached_property
+    def written(self) -> str:
+        """All text that the template is known to write: its source, and a conversation of every role."""
+        conversation = [
+            {"role": "system", "content": _MARKER},
+            *_probe_calls(1),
+            {"role": "assistant", "content": _MARKER},
+        ]
+        texts = [*self._named.sources]
+        for messages in (conversation, conversation[1:]):  # some templates know no system message
+            with contextlib.suppress(PactError):
+                texts.append(self.render(messages, [PROBE_TOOL], generate=True))
+        return "\n".join(texts)
 
     @functools.cached_property
     def after_turn(self) -> str:
         """The text that the template writes after an assistant turn; starts with the end-of-turn token."""
         turns: list[Message] = [QUESTION, {"role": "assistant", "content": _MARKER}]
-        text = self.render(turns)
+        text = self.render(turns, [PROBE_TOOL])
         if text.endswith(_MARKER):  # a turn ends where the next begins, as GLM's do
-            text = self.render([*turns, QUESTION])
+            text = self.render([*turns, QUESTION], [PROBE_TOOL])
         if text.count(_MARKER) != 1:
             raise PactError(
                 "the chat template does not show the assistant's text; set model.chat_template to one that does"
@@ -72,21 +137,12 @@ class ChatTemplate:
     def after_calls(self, call: ToolCall, written: str) -> str:
         """The text that the template writes after `call`, which it writes as `written`, if a result follows."""
         result: Message = {"role": "tool", "name": call.name, "content": _MARKER}
-        return self.render([QUESTION, call_message(call), result], generate=True).partition(written)[2]
-
-    @functools.cached_property
-    def _several_calls(self) -> bool:
-        """Whether the template renders turns with more than one call (Llama 3.1's does not)."""
-        try:
-            self.render([QUESTION, call_message(*[ToolCall("f", {"x": "1"})] * 2)])
-        except PactError:
-            return False
-        return True
+        return self.render([QUESTION, call_message(call), result], [PROBE_TOOL], generate=True).partition(written)[2]
 
     @functools.cached_property
     def generation_prompt(self) -> str:
         """The text that the template writes for `add_generation_prompt`."""
-        shown, asked = self.render([QUESTION]), self.render([QUESTION], generate=True)
+        shown, asked = (self.render([QUESTION], [PROBE_TOOL], generate=generate) for generate in (False, True))
         if not asked.startswith(shown) or asked == shown:
             raise PactError(
                 "the chat template has no generation prompt (add_generation_prompt changes nothing); set "
@@ -133,19 +189,16 @@ class ChatTemplate:
     def _after(self, pattern: Pattern, contents: Sequence[str], ends: Ends) -> str:
         """The template's text from the end of an assistant turn, followed by these messages, to the generation prompt."""
         messages: list[Message] = []
-        for number, ((role, name), content) in enumerate(zip(pattern, contents, strict=True)):
-            # some templates name a result after the call that has its id
-            keys = {"name": name, "tool_call_id": _call_id(number)} if role == "tool" else {}
-            messages.append({"role": role, "content": content, **keys})
+        for (role, name), content in zip(pattern, contents, strict=True):
+            messages.append({"role": role, "content": content, **({"name": name} if name else {})})
         turn: Message = {"role": "assistant", "content": _TURN}
         eot = ends[pattern[0][0] == "tool"]
-        if pattern[0][0] == "tool":
+        if pattern[0][0] == "tool":  # as many calls as results, as in a real conversation
             calls = sum(1 for _ in itertools.takewhile(lambda message: message[0] == "tool", pattern))
-            names = [name or "f" for _, name in pattern[: calls if self._several_calls else 1]]
+            names = [name or "f" for _, name in pattern[: calls if self.several_calls else 1]]
             turn = call_message(*(ToolCall(name, {"x": _TURN}) for name in names))
-            for number, entry in enumerate(turn["tool_calls"]):
-                entry["id"] = _call_id(number)
-        text = self.render([QUESTION, turn, *messages], generate=True)
+        # with ids, since some templates (Gemma's) name a result after the call that has its id
+        text = self.render(with_call_ids([QUESTION, turn, *messages]), [PROBE_TOOL], generate=True)
         start = text.rfind(_TURN)
         end = text.find(eot, start)
         if start < 0 or end < 0:
@@ -162,8 +215,11 @@ def call_message(*calls: ToolCall) -> Message:
     return {"role": "assistant", "content": "", "tool_calls": entries}
 
 
-def _call_id(position: int) -> str:
-    return f"call{position:05d}"
+def _probe_calls(count: int) -> list[Message]:
+    """A question, a turn with calls, and their results."""
+    calls = [ToolCall(PROBE_NAME, {"key": f"k{n}"}) for n in range(count)]
+    results = [{"role": "tool", "name": PROBE_NAME, "content": "7"} for _ in calls]
+    return [QUESTION, call_message(*calls), *results]
 
 
 def _split(text: str, contents: Sequence[str]) -> tuple[str, ...] | None:

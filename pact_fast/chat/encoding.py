@@ -34,19 +34,26 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes a sequence of parts as one text.
+    """Encodes a sequence of parts as one text, and the text of a turn.
 
     Text between two control tokens is encoded as a whole, not part by part, so that the ids are those of the tokenizer
     itself, merges across the border of two parts included. Nevertheless, text that came from a tool cannot become a
     control token.
 
+    The text of a turn is what the policy itself could write. It gets the ids of the tokenizer, added tokens included, but
+    for the tokens of the conversation's structure.
+
     control_ids   {content: id} of all control tokens: special tokens, and added tokens that look like tags
     all_controls  pattern that matches any of them; None if there are none
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+        structure: Contents of the tokens that no turn may hold, see `structure.structure_tokens`.
 
     Raises PactError if the tokenizer has no fast version or makes a control token of plain text.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, structure: Collection[str] = ()):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise PactError(f"{type(tokenizer).__name__} has no fast version; use a tokenizer with a tokenizer.json")
@@ -56,7 +63,8 @@ class Encoder:
             if token.special or re.fullmatch(r"<.*>|\[.*\]", token.content, re.DOTALL)
         }
         self.all_controls = self.pattern(self.control_ids)
-        self._plain = _without_controls(backend, self.control_ids)
+        self._plain = _without(backend, self.control_ids)
+        self._turn = _without(backend, structure)
         self._encode_cached = functools.lru_cache(maxsize=1 << 14)(self._encode)
         for content, i in self.control_ids.items():
             if i in self._plain.encode(content, add_special_tokens=False).ids:
@@ -103,6 +111,12 @@ class Encoder:
         flush()
         return Encoded(np.array(ids, np.int64), np.array(starts, np.int64), np.array(ends, np.int64))
 
+    def encode_turn(self, text: str) -> Encoded:
+        """Ids and character spans of a turn's text."""
+        encoding = self._turn.encode(text, add_special_tokens=False)
+        spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return Encoded(np.array(encoding.ids, np.int64), spans[:, 0], spans[:, 1])
+
     def plain(self, text: str) -> list[int]:
         """Ids of a text, all of it plain."""
         return self._plain.encode(text, add_special_tokens=False).ids
@@ -112,11 +126,12 @@ class Encoder:
         return encoding.ids, encoding.offsets
 
 
-def _without_controls(backend: Tokenizer, controls: Collection[str]) -> Tokenizer:
-    """A copy of the tokenizer that encodes control strings as plain text.
+def _without(backend: Tokenizer, controls: Collection[str]) -> Tokenizer:
+    """A copy of the tokenizer that encodes these added tokens as plain text.
 
-    `encode_special_tokens` does this for special tokens, so exactly the control tokens are marked special in the copy.
-    The post-processor is removed: it would add tokens and shift offsets.
+    `encode_special_tokens` does this for special tokens, so exactly these are marked special in the copy. Whether a token
+    is special decides nothing else about where a text holds it. The post-processor is removed: it would add tokens and
+    shift offsets.
     """
     description = json.loads(backend.to_str())
     for token in description["added_tokens"]:

@@ -16,15 +16,15 @@ from pact_fast.chat.formats.base import ParsedTurn, ToolFormat
 from pact_fast.chat.formats.layout import PROBE_CALL
 from pact_fast.chat.formats.registry import detect_format, get_format
 from pact_fast.chat.segments import prefix_ends
+from pact_fast.chat.structure import OTHER_ENDS, structure_tokens
 from pact_fast.chat.token_bytes import TokenBytes
 from pact_fast.components import Component
 from pact_fast.config import ModelConfig
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Message, Task, ToolCall, ToolSchema, text_of
 from pact_fast.errors import PactError
+from pact_fast.limits import memory_limit
 
 NO_LEVEL = 255  # TraceContext.level of a token that is never supervised
-# Tokens that end a turn in every tokenizer that has them, beside the end-of-turn token of the template.
-_OTHER_ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,20 @@ class ChatRenderer:
         self.template = ChatTemplate(tokenizer)
         self.format = (tool_format or detect_format(tokenizer)).fit(self.template)
         self.token_bytes = TokenBytes(tokenizer)
-        self.encoder = Encoder(tokenizer)
+        after_calls = self.template.after_calls(PROBE_CALL, self.format.write_calls([PROBE_CALL])).lstrip()
+        structure = structure_tokens(tokenizer, self.template, self.format.markers, after_calls)
+        self.encoder = Encoder(tokenizer, structure)
         self.eot = self._end_of_turn()
-        self.call_eot = self._end_of_calls()
+        self.call_eot = self._end_of_calls(after_calls)
         self.ends = self.eot, self.call_eot
         self.eot_id, self.call_eot_id = (self.encoder.control_ids[end] for end in self.ends)
-        others = [self.encoder.control_ids.get(name) for name in (tokenizer.eos_token, *_OTHER_ENDS)]
+        others = [self.encoder.control_ids.get(name) for name in (tokenizer.eos_token, *OTHER_ENDS)]
         self.eot_ids: tuple[int, ...] = tuple(
             dict.fromkeys([self.eot_id, self.call_eot_id, *(i for i in others if i is not None)])
         )
         markers = {self.encoder.control_ids[m] for m in self.format.markers if m in self.encoder.control_ids}
         self.control_ids: frozenset[int] = frozenset(markers.union(self.eot_ids))
-        self._markers = self.encoder.pattern(self.format.markers)
+        self._structure = self.encoder.pattern([*structure, *self.format.markers])  # no text inside a turn
         # beginning of a turn that the generation prompt has already written, e.g. "<think>\n"
         opened = re.search(rf"{re.escape(self.format.think[0])}\s*\Z", self.template.generation_prompt)
         self._opened = opened.group() if opened else ""
@@ -207,14 +209,14 @@ class ChatRenderer:
         lines = ["\n\nAn expert solved this as follows, up to the final answer."]
         for turn in trace.turns:
             reasoning = _cut_reasoning(turn, reasoning_level)
-            lines += [reasoning] if reasoning else []
+            lines += [_escape(reasoning, self._structure)] if reasoning else []
             for call, observation in zip(turn.calls, turn.observations, strict=True):
                 arguments = json.dumps(call.arguments, ensure_ascii=False)
-                lines.append(f"Call: {call.name}({arguments})\nResult: {observation}")
+                lines.append(_escape(f"Call: {call.name}({arguments})", self._structure))
+                lines.append(_escape(f"Result: {observation}", self.encoder.all_controls))
         messages = [dict(m) for m in task.prompt]
         last = _last_user(messages)
-        hint = self._escape_control_tokens(_replace_surrogates("\n".join(lines)))
-        messages[last]["content"] = text_of(messages[last].get("content")) + hint
+        messages[last]["content"] = text_of(messages[last].get("content")) + _replace_surrogates("\n".join(lines))
         return self.prompt_ids(messages, task.tools)
 
     def _end_of_turn(self) -> str:
@@ -227,10 +229,9 @@ class ChatRenderer:
             )
         return match.group()
 
-    def _end_of_calls(self) -> str:
+    def _end_of_calls(self, after: str) -> str:
         """The token that ends a turn with calls: that of other turns, unless the template writes another one."""
-        after = self.template.after_calls(PROBE_CALL, self.format.write_calls([PROBE_CALL]))
-        match = self.encoder.all_controls.match(after.lstrip()) if self.encoder.all_controls else None
+        match = self.encoder.all_controls.match(after) if self.encoder.all_controls else None
         return match.group() if match else self.eot
 
     def template_ids(self, text: str) -> np.ndarray:
@@ -253,7 +254,7 @@ class ChatRenderer:
             pieces[0] = (pieces[0][0][written:], Component.REASONING)
             begin -= written
         texts = [text for text, _ in pieces]
-        encoded = self.encoder.encode([Part(text, self._markers) for text in texts])
+        encoded = self.encoder.encode_turn("".join(texts))
         return encoded, _components(encoded, texts, [component for _, component in pieces]), begin
 
     def _append_eot(self, ids: np.ndarray, components: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -278,12 +279,6 @@ class ChatRenderer:
             level[:-1][inside] = levels[inside]
         ids, components = self._append_eot(encoded.ids, components)
         return ids, components, level
-
-    def _escape_control_tokens(self, text: str) -> str:
-        """Break every control string in the text by a zero-width space after its first character."""
-        if self.encoder.all_controls is None:
-            return text
-        return self.encoder.all_controls.sub(lambda m: m.group()[0] + "\u200b" + m.group()[1:], text)
 
 
 def tool_messages(turn: ExpertTurn) -> list[Message]:
@@ -320,6 +315,11 @@ def _components(encoded: Encoded, texts: Sequence[str], owners: Sequence[Compone
     return kinds[np.searchsorted(ends, encoded.start, side="right")]
 
 
+def _escape(text: str, tokens: re.Pattern[str] | None) -> str:
+    """Break every one of these tokens in the text by a zero-width space after its first character."""
+    return tokens.sub(lambda m: m.group()[0] + "\u200b" + m.group()[1:], text) if tokens else text
+
+
 def _end_component(last: int | None) -> Component:
     """Component of an end-of-turn token, from the component before it: it ends a call or completes an answer."""
     return Component.TOOL_CALL if last == Component.TOOL_CALL else Component.ANSWER
@@ -332,4 +332,5 @@ def _replace_surrogates(text: str) -> str:
 
 def make_renderer(model: ModelConfig, tokenizer) -> ChatRenderer:
     """The renderer of a tokenizer, with the tool format of the configuration."""
-    return ChatRenderer(tokenizer, get_format(model.tool_format, tokenizer))
+    with memory_limit(2**30, "the chat template"):
+        return ChatRenderer(tokenizer, get_format(model.tool_format, tokenizer))

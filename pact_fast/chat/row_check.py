@@ -14,19 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pact_fast.chat.chat_template import Pattern, call_message
+from pact_fast.chat.chat_template import PROBE_TOOL, Pattern, call_message
 from pact_fast.chat.formats.base import END_THINK, THINK
 from pact_fast.chat.rendering import ChatRenderer, question_of
 from pact_fast.chat.tool_schema import call_error
-from pact_fast.data.references import check_references
-from pact_fast.data.types import ExpertTrace, ExpertTurn, Message, Task, ToolCall, ToolSchema, split_reasoning, text_of
+from pact_fast.data.types import ExpertTrace, ExpertTurn, Message, Task, ToolCall, split_reasoning, text_of
 from pact_fast.errors import DataError, PactError
 
 _MARK = "Zq0Zrow"  # a word that no template contains or changes
-_TOOL: ToolSchema = {
-    "type": "function",
-    "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
-}
 _MAX_WORDS = 1 << 20  # held in memory
 _EXTRA = f"{THINK}\n\n{END_THINK}\n\n<|end of turn|>"  # what a turn may have beside its text
 
@@ -59,7 +54,7 @@ class RowCheck:
 
     def __init__(self, renderer: ChatRenderer, limits: RowLimits):
         self._renderer, self._limits = renderer, limits
-        self._words = _WordCounts(renderer)
+        self._words, self._plain_words = _WordCounts(renderer), _WordCounts(renderer, plain=True)
         self._hidden = functools.lru_cache(maxsize=1024)(self._find_hidden)
         opening, closing = map(re.escape, renderer.format.think)
         closed = re.search(rf"{opening}\s*{closing}\s*\Z", renderer.template.generation_prompt)
@@ -68,23 +63,32 @@ class RowCheck:
         self.longest_trace: tuple[int, Task] | None = None
         self.traces = 0
 
-    def check(self, task: Task, env: str) -> None:
-        """DataError if the task cannot be trained on. `env`: the name of its environment."""
+    def check(self, task: Task) -> None:
+        """DataError if the task cannot be trained on."""
         try:
-            check_references(task, env)
             text = self._render(task)
             self._check_contents(task.prompt, text, bool(task.tools))
             size = len(text.encode("utf-8", "replace"))
             self._check_prompt(task, text, size)
             self._check_trace(task, text, size)
         except DataError as error:
-            raise _with_place(task, error) from None
+            raise with_place(task, error) from None
 
     def _render(self, task: Task) -> str:
+        template = self._renderer.template
         try:
-            return self._renderer.template.render(task.prompt, task.tools, generate=True)
+            text = template.render(task.prompt, task.tools, generate=True)
         except PactError as error:
             raise DataError(str(error), field="prompt") from None
+        if not text.endswith(
+            template.generation_prompt
+        ):  # for instance that of another template, for rows without tools
+            raise DataError(
+                f"the chat template ends its prompt with {text[-20:]!r}, and that of other prompts with "
+                f"{template.generation_prompt[-20:]!r}; set model.chat_template to one that ends all prompts alike",
+                field="prompt",
+            )
+        return text
 
     def tokens(self, task: Task) -> tuple[int, int]:
         """(tokens of the prompt, tokens that the expert trace adds to it)."""
@@ -120,7 +124,7 @@ class RowCheck:
             message = call_message(ToolCall("f", {"x": "y"})) if has_calls else {"role": role}
             messages.append({**message, "content": f"{_MARK}{index}x" if has_text else ""})
         try:
-            text = self._renderer.template.render(messages, [_TOOL] if with_tools else [], generate=True)
+            text = self._renderer.template.render(messages, [PROBE_TOOL] if with_tools else [], generate=True)
         except PactError:  # the template asks for more than this conversation has; the row itself was rendered
             return None
         return next((i for i, (_, has_text, _) in enumerate(pattern) if has_text and f"{_MARK}{i}x" not in text), None)
@@ -199,7 +203,8 @@ class RowCheck:
 
     def _count_trace(self, task: Task, trace: ExpertTrace) -> int:
         """A closer upper bound of `_trace_tokens`: tokens, word by word."""
-        return sum(self._count_words(text) for text in self._trace_texts(task, trace))
+        # control strings in a result are text
+        return sum(self._plain_words.count(text) for text in self._trace_texts(task, trace))
 
     def _trace_texts(self, task: Task, trace: ExpertTrace) -> Iterator[str]:
         """Texts that together are at least as long as the trace's rendering."""
@@ -225,11 +230,15 @@ class RowCheck:
 
 
 class _WordCounts(dict[str, int]):
-    """{word: its tokens}. Words are split as byte-level BPE tokenizers do it, or finer."""
+    """{word: its tokens}. Words are split as byte-level BPE tokenizers do it, or finer.
 
-    def __init__(self, renderer: ChatRenderer):
+    A control string is a word of one token; with `plain`, it is text.
+    """
+
+    def __init__(self, renderer: ChatRenderer, plain: bool = False):
         self._encoder = renderer.encoder
-        controls = renderer.encoder.all_controls
+        controls = None if plain else renderer.encoder.all_controls
+        self._controls = controls
         words = r"[^\w\r\n]?[^\W\d_]+|\d+| ?(?:[^\w\s]|_)+[\r\n]*|\s+"
         self._split = re.compile(f"{controls.pattern}|{words}" if controls else words).findall
 
@@ -240,7 +249,8 @@ class _WordCounts(dict[str, int]):
         return sum(map(self.__getitem__, self._split(text)))
 
     def __missing__(self, word: str) -> int:
-        count = self[word] = 1 if word in self._encoder.control_ids else len(self._encoder.plain(word))
+        control = self._controls and self._controls.fullmatch(word)
+        count = self[word] = 1 if control else len(self._encoder.plain(word))
         return count
 
 
@@ -266,7 +276,9 @@ def _written(content: str) -> Iterator[str]:
     yield "\n".join(line.strip() for line in content.splitlines())
 
 
-def _with_place(task: Task, error: DataError) -> DataError:
+def with_place(task: Task, error: PactError) -> DataError:
     """The error with the task's id, file and line."""
     file, line = task.source or ("", None)
-    return DataError(f"task {task.id}: {error.problem}", file=file, line=line, field=error.field)
+    problem, field = (error.problem, error.field) if isinstance(error, DataError) else (str(error), "")
+    name = f"task {task.id}: "
+    return DataError(name + problem.removeprefix(name), file=file, line=line, field=field)

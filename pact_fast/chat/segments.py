@@ -20,12 +20,13 @@ from pact_fast.data.types import ToolCall
 
 LEVELS = 4
 
-# Code and URLs come first: they contain no boundary.
+# Code and URLs come first: they contain no boundary. A run of stops is tried once, from its beginning and whole (++):
+# otherwise thousands of dots before a letter take time quadratic in their number.
 _SCAN = re.compile(
     r"""(?P<code>```.*?(?:```|\Z)|`[^`\n]*`)
       | (?P<url>(?:https?|ftp|file)://\S*[^\s.,;:!?)\]}"'])
       | (?P<line>\n\s*)
-      | (?P<stop>[.!?…]+["'”’)\]*_]*(?:\s+|\Z))
+      | (?P<stop>(?<![.!?…])[.!?…]++["'”’)\]*_]*+(?:\s+|\Z))
       | (?P<wide>[。！？]+["”’」』）]*\s*)""",
     re.VERBOSE | re.DOTALL,
 )

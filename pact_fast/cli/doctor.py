@@ -14,6 +14,7 @@ from pact_fast.components import Component
 from pact_fast.config import Config
 from pact_fast.data.types import Task
 from pact_fast.errors import PactError
+from pact_fast.text import one_line
 
 if TYPE_CHECKING:
     from pact_fast.rollout.engine_check import EngineSmokeTest
@@ -41,15 +42,20 @@ def _run(checks: list[tuple[str, Callable[[], str]]], warnings: list[str]) -> in
     for name, check in checks:
         warnings.clear()
         try:
-            print(f"ok    {name}: {check()}", flush=True)
+            _print(f"ok    {name}: {check()}")
         except PactError as error:
             failed += 1
-            print(f"FAIL  {name}: {error}", flush=True)
+            _print(f"FAIL  {name}: {error}")
             if name in PREREQUISITES:
                 break
         for warning in warnings:
-            print(f"warn  {name}: {warning}", flush=True)
+            _print(f"warn  {name}: {warning}")
     return failed
+
+
+def _print(line: str) -> None:
+    """Print one line; parts of it come from data and models."""
+    print(one_line(line), flush=True)
 
 
 def embedded_engine_warning(config: Config, parameters: int) -> str | None:
@@ -138,8 +144,10 @@ class _Checks:
     def template(self) -> str:
         from pact_fast.chat.template_check import check_template
 
-        check_template(self.renderer)
-        return "parser and template agree; appended turns equal the template's rendering"
+        notes = check_template(self.renderer)
+        self.warnings += notes
+        blanks = " but for blanks" if notes else ""
+        return f"parser and template agree; appended turns equal the template's rendering{blanks}"
 
     def masks(self) -> str:
         task = next((task for task in self.sample if task.expert and task.expert.turns), None)
@@ -160,9 +168,12 @@ class _Checks:
         make_env = EnvironmentFactory(self.config)
         offered = calls = 0
         failed: list[str] = []
+        reports: dict[type, list[str]] = {}
         for task in self.sample[:8]:
             env = make_env(task)
             env.reset(task)
+            if type(env) not in reports and hasattr(env, "machine_report"):
+                reports[type(env)] = env.machine_report()
             offered += len(env.tools)
             for call in _expert_calls(task):
                 calls += 1
@@ -179,7 +190,8 @@ class _Checks:
         if failed:
             self.warnings.append(f"{len(failed)} of {calls} expert calls return an error, the first {failed[0]}")
         tasks = min(8, len(self.sample))
-        return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {len(failed)} returned an error"
+        lines = "".join(f"\n      {line}" for report in reports.values() for line in report)
+        return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {len(failed)} returned an error{lines}"
 
     def rows(self) -> str:
         """The check of all rows that training makes before its first step."""
@@ -210,15 +222,12 @@ class _Checks:
         import torch
 
         from pact_fast.model import lora
-        from pact_fast.model.build import check_context, from_pretrained, make_model
+        from pact_fast.model.build import architecture, check_context, from_config, make_model
         from pact_fast.rollout.registry import engine_builder
 
         if self.config.model.path:  # the configuration suffices; weights may be large
-            from transformers import AutoConfig, AutoModelForCausalLM
-
-            architecture = from_pretrained(AutoConfig, self.config.model.path, "model")
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(architecture)
+                model = from_config(architecture(self.config.model), self.config.model.path)
         else:
             model = make_model(self.config, self.tokens)
         if self.config.model.lora:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import errno
+import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from pact_fast import __version__
 from pact_fast.distributed.exit import skip_teardown_exit
-from pact_fast.errors import PactError
-from pact_fast.train.shutdown import ShutdownRequested
+from pact_fast.errors import EngineError, PactError, ShutdownRequested
+from pact_fast.plugins import no_exit
+from pact_fast.streams import discard, flush_standard_streams, open_standard_streams, say
+from pact_fast.text import one_line, visible
 
 EPILOG = """\
 first steps:
@@ -38,8 +46,9 @@ TRAIN_EXAMPLES = """\
   torchrun --nproc-per-node 8 -m pact_fast train gpu-8 data.train=train.jsonl
 """
 EVAL = """\
-Measure the success rate on held-out tasks, sampled (at rollout.temperature) and greedy, with 95 % intervals. The model is a
-run's newest checkpoint, or the one that a recipe starts from. Prints JSON.
+Measure the success rate on held-out tasks, sampled (with rollout.temperature, top_p, top_k and min_p) and greedy, with
+95 % intervals. The model is a run's newest checkpoint, or the one that a recipe starts from. Prints JSON, which states how
+it sampled.
 """
 EVAL_EXAMPLES = """\
   pact-fast eval runs/quickstart
@@ -113,20 +122,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def entry() -> NoReturn:
+    """`main` as the process: nothing that happens to its streams or at its end becomes a traceback."""
+    open_standard_streams()
+    logging.setLogRecordFactory(_VisibleRecord)
+    try:
+        status = main()
+    except KeyboardInterrupt:  # again, while the first one is handled
+        status = 130
+    except SystemExit as stopped:  # of the argument parser
+        status = stopped.code if isinstance(stopped.code, int) else 2
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    error = flush_standard_streams()
+    if error is not None and status == 0:
+        say(f"error: cannot write to standard output: {error.strerror}")
+        status = 141 if isinstance(error, BrokenPipeError) else 2
+    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+        atexit._run_exitfuncs()  # Python would wait first for threads whose results nobody reads: tools under way
+        os._exit(status)
+    sys.exit(status)
+
+
+class _VisibleRecord(logging.LogRecord):
+    """A log record without control characters: libraries log what stands in files of strangers."""
+
+    def getMessage(self) -> str:
+        return visible(super().getMessage())
+
+
 def _status(arguments: argparse.Namespace) -> int:
     try:
-        return arguments.run(arguments) or 0
+        with no_exit("code that the command ran"):
+            return arguments.run(arguments) or 0
     except ShutdownRequested as stopped:
         return stopped.status
     except PactError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # the end of an engine's log has several lines
+        say(f"error: {visible(str(error)) if isinstance(error, EngineError) else one_line(str(error))}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted; continue with resume=auto", file=sys.stderr)
+        say("interrupted; continue with resume=auto" if arguments.run is _train else "interrupted")
         return 130
     except BrokenPipeError:  # the reader of our output has exited: `pact-fast recipes | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 141
+    except OSError as error:  # of the system, which has no traceback to show
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        if error.filename is None:
+            say(f"error: cannot write to standard output: {error.strerror}")
+            discard(sys.stdout)
+        else:
+            say(one_line(f"error: {error.strerror}: {error.filename}"))
+        return 2
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -322,4 +370,4 @@ def _bench(arguments) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -14,15 +14,17 @@ from pact_fast.chat.template_check import check_template
 from pact_fast.config import Config, load_config
 from pact_fast.data.sources import TaskSource
 from pact_fast.data.types import Task
-from pact_fast.envs.registry import EnvironmentFactory, make_tasks
+from pact_fast.envs.registry import EnvironmentFactory, environment, environment_name, make_tasks
 from pact_fast.errors import PactError
+from pact_fast.files import write_named
 from pact_fast.model.build import check_context, make_policy
 from pact_fast.model.device import pick_device, precision
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.registry import make_engine
+from pact_fast.train.check_rows import check_environment
 from pact_fast.train.checkpoint import run_weights
-from pact_fast.train.evaluate import evaluate, reward_means, sampling, success_rate
+from pact_fast.train.evaluate import evaluate, evaluation_kinds, reward_means, success_rate
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import rollout_record
 
@@ -47,7 +49,14 @@ class Session:
         tasks = self.tasks.train(0, count) if split == "train" else self.tasks.held_out(count)
         if not tasks:
             raise PactError("there are no held-out tasks; set data.eval, or use --split train")
+        for task in tasks:
+            self._check(task)
         return tasks
+
+    def _check(self, task: Task) -> None:
+        """DataError if the task lacks what its environment needs; training checks it with everything else of a row."""
+        name = task.env or environment_name(self.config.env, self.config.data)
+        check_environment(task, environment.get(name))
 
     def close(self) -> None:
         """Stop the agent loop and the engine."""
@@ -100,24 +109,25 @@ def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> 
     tasks = session.select("eval", session.config.trainer.eval_tasks)
     progress = Progress()
     result: dict[str, object] = {"source": source, "tasks": len(tasks)}
-    for name, temperature in (("sampled", session.config.rollout.temperature), ("greedy", 0.0)):
+    for name, sampling in evaluation_kinds(session.config).items():
         with progress.rollouts(len(tasks), name) as advance:
             trajectories = evaluate(
-                session.loop, tasks, temperature=temperature, seed=session.config.seed, on_finish=lambda i, t: advance()
+                session.loop, tasks, sampling=sampling, seed=session.config.seed, on_finish=lambda i, t: advance()
             )
         rate = success_rate(trajectories)
         means = reward_means(trajectories)
         result[name] = {
-            "temperature": temperature, "samples": len(trajectories), "success": None,
+            **sampling.to_json(), "samples": len(trajectories), "success": None,
             "interval": [rate.low, rate.high] if rate.n else None, **means,
         }  # fmt: skip
         parts = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
-        progress.note(f"{sampling(temperature)}, {len(trajectories)} samples: success {rate}  {parts}")
+        progress.note(f"{sampling}, {len(trajectories)} samples: success {rate}  {parts}")
     progress.close()
     session.close()
-    print(json.dumps(result, indent=2))
+    text = json.dumps(result, indent=2)
     if out:
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_named(out, text + "\n")  # first: whoever reads the output may have gone
+    print(text)
     return 0
 
 
@@ -128,7 +138,7 @@ def rollout_command(source: str, settings: Sequence[str], count: int, split: str
     progress = Progress()
     with progress.rollouts(len(tasks)) as advance:
         trajectories = evaluate(
-            session.loop, tasks, temperature=session.config.rollout.temperature, seed=session.config.seed,
+            session.loop, tasks, sampling=evaluation_kinds(session.config)["sampled"], seed=session.config.seed,
             on_finish=lambda i, t: advance(),
         )  # fmt: skip
     progress.close()
@@ -138,7 +148,7 @@ def rollout_command(source: str, settings: Sequence[str], count: int, split: str
         for task, t in zip(tasks, trajectories, strict=True)
     ]
     if out:
-        out.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        write_named(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
         print(f"{len(records)} rollouts written to {out}")
         return 0
     from pact_fast.report.console import print_rollout

@@ -12,6 +12,7 @@ from pact_fast.config.data_source import HUB, source_names
 from pact_fast.config.load import load_config
 from pact_fast.config.schema import Config
 from pact_fast.errors import PactError
+from pact_fast.text import SHOWN, short
 
 # Key or section → may change when a run is resumed. Any other setting decides which data, weights or loss the earlier
 # steps stand for, and must stay: with another value the run would be neither the old one nor a new one.
@@ -25,7 +26,7 @@ MAY_CHANGE = (
     "rollout.tool_timeout", "rollout.trajectory_timeout", "rollout.vllm_mode", "rollout.vllm_server_base_url",
     "rollout.vllm_server_timeout", "rollout.vllm_gpu_memory_utilization", "rollout.vllm_tensor_parallel_size",
     "rollout.vllm_data_parallel_size", "rollout.vllm_enable_sleep_mode", "rollout.vllm_weight_transfer",
-    "rollout.vllm_weights_dir", "rollout.vllm_args",
+    "rollout.vllm_weights_dir", "rollout.verify_weights", "rollout.vllm_args",
     # code that is fixed or moved between two starts
     "algorithm.reward.functions",
     # the optimizer and the end of the run
@@ -106,6 +107,9 @@ def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, Any, Any]]
 
 def _short(value: Any) -> str:
     """A value as it is written on the command line, cut to 60 characters; the name of a dataset is needed whole."""
-    text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
-    limit = 160 if text.startswith(HUB) else 60
+    if isinstance(value, str):
+        text = value
+    else:
+        text = json.dumps(value) if value is None or isinstance(value, bool) else short(value)
+    limit = 160 if text.startswith(HUB) else SHOWN
     return text if len(text) <= limit else text[: limit - 1] + "…"

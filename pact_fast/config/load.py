@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from pact_fast.config.schema import Config, Section
+from pact_fast.config.secrets import check_secrets
+from pact_fast.config.settings_file import MAX_CHARACTERS, load_yaml
 from pact_fast.errors import PactError
+from pact_fast.text import SHOWN, short
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -26,10 +29,7 @@ def load_config(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
         PactError: A key or value is wrong; the message is one line with the cure.
     """
     path = _find(source)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PactError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    data = _read(path) or {}
     if not isinstance(data, dict):
         raise PactError(f"{path}: the file must hold a mapping of settings, found {type(data).__name__}")
     for override in overrides:
@@ -40,6 +40,10 @@ def load_config(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
 
 def parse_config(data: dict[str, Any], name: str = "config") -> Config:
     """Validate a mapping. `name`: its source, for messages. PactError lists the first three problems."""
+    try:
+        check_secrets(data)
+    except PactError as error:
+        raise PactError(f"{name}: {error}") from None
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -68,26 +72,43 @@ def section_of(annotation: Any) -> type[Section] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
+def _read(path: Path) -> Any:
+    """The value of a YAML file. PactError with the file's name."""
+    try:
+        if path.stat().st_size > 4 * MAX_CHARACTERS:  # before it is read
+            raise PactError(
+                f"has {path.stat().st_size:,} bytes; settings are at most {MAX_CHARACTERS:,} characters long"
+            )
+        return load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PactError(f"{path}: cannot read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise PactError(f"{path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
+    except PactError as error:
+        raise PactError(f"{path}: {error}") from None
+
+
 def _find(source: str) -> Path:
     shipped = recipes()
     if source in shipped:
         return shipped[source]
     path = Path(source)
-    if path.is_file():
-        return path
+    with contextlib.suppress(OSError, ValueError):  # a name that is too long, or no name
+        if path.is_file():
+            return path
     close = difflib.get_close_matches(source, shipped, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"recipes: {', '.join(shipped) or 'none'}"
-    raise PactError(f"no recipe and no file named '{source}'; {hint} (`pact-fast recipes` lists them)")
+    raise PactError(f"no recipe and no file named {_cut(source)}; {hint} (`pact-fast recipes` lists them)")
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise PactError(f"'{override}' is not a setting; write key=value, for example trainer.max_steps=10")
+        raise PactError(f"{_cut(override)} is not a setting; write key=value, for example trainer.max_steps=10")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise PactError(f"'{override}': the value is not valid YAML; quote it if it holds special characters") from None
+        value = load_yaml(text)
+    except PactError as error:
+        raise PactError(f"'{key}': the value {_cut(text)} {error}; quote it if it holds special characters") from None
     if isinstance(value, str):
         value = _number(value)
     *parents, leaf = key.split(".")
@@ -117,4 +138,9 @@ def _explain(item: Any) -> str:
             close = [k for k in known_keys() if k.split(".")[-1] == leaf[0]][:1]
         return f"unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else "; see docs/configuration.md")
     message = item["msg"].removeprefix("Value error, ")
-    return f"'{key}': {message} (found {item['input']!r})" if key else message
+    return f"'{key}': {message} (found {short(item['input'])})" if key else message
+
+
+def _cut(text: str) -> str:
+    """Text of the command line in quotes, cut to 60 characters."""
+    return f"'{text}'" if len(text) <= SHOWN else f"'{text[:SHOWN]}…'"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pact_fast.config.data_source import HUB, HubDataset, source_names
+from pact_fast.config.filters import SamplingFilters
 from pact_fast.errors import PactError
 
 
@@ -126,6 +127,21 @@ class RolloutConfig(Section):
     temperature: float = Field(
         1.0, gt=0, description="Sampling temperature. Log-probs of rollout tokens are computed at the same temperature."
     )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Sample from the fewest most likely tokens whose probabilities sum to this; 1: from all. `top_p`, "
+        "`top_k` and `min_p` hold for rollouts and sampled evaluations (docs/rollouts.md).",
+    )
+    top_k: int = Field(0, ge=0, description="Sample from this many most likely tokens; 0: from all.")
+    min_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Sample from tokens with at least this fraction of the most likely token's probability; null: from "
+        "all.",
+    )
     max_turns: int = Field(10, ge=1, description="Assistant turns per trajectory.")
     max_turn_tokens: int = Field(1024, ge=1, description="Sampled tokens per assistant turn.")
     max_completion_length: int = Field(
@@ -187,9 +203,19 @@ class RolloutConfig(Section):
         description="server: folder for weight files, visible to trainer and server; default: shared memory, else the "
         "run directory.",
     )
+    verify_weights: Literal["always", "first", "never"] = Field(
+        "always",
+        description="vLLM: when fingerprints of the engine's weights are compared with the trainer's: after every update "
+        "and before the next one; after the first transfer to an engine only (and after a restart); never.",
+    )
     vllm_args: dict[str, Any] = Field(
         default_factory=dict, description="Additional vLLM engine arguments, for example {enforce_eager: true}."
     )
+
+    @property
+    def filters(self) -> SamplingFilters:
+        """`top_p`, `top_k` and `min_p`."""
+        return SamplingFilters(self.top_p, self.top_k, self.min_p or 0.0)
 
 
 class AnchorConfig(Section):
@@ -458,7 +484,7 @@ class PretrainConfig(Section):
 class Config(Section):
     """Settings of a run that belong to no section."""
 
-    seed: int = Field(0, ge=0, description="Seed of all random numbers.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of all random numbers.")
     output_dir: str = Field("runs/{recipe}", description="Run directory; `{recipe}` stands for the recipe's name.")
     resume: Literal["auto", "never"] = Field(
         "never",

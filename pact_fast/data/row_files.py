@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -9,10 +10,13 @@ from typing import Any, BinaryIO
 
 from pact_fast.data.rows import OWN_FIELDS, Row, one_line, read_json, type_name
 from pact_fast.data.schemas import drop_nulls
-from pact_fast.errors import DataError
+from pact_fast.errors import PASSED_ON, DataError, PactError
+from pact_fast.limits import memory_limit
 
 NumberedRow = tuple[int, "Row | DataError"]  # line or row number from 1
 PARQUET_BATCH = 256  # rows held both as Arrow and as Python objects
+BATCH_BYTES = 2**30  # of a batch
+MAX_RATIO = 1000  # of the rows' size to the file's; repeated tool schemas reach 200
 COMPRESSED = {  # first bytes of a file -> compression
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -114,14 +118,13 @@ def _decode(raw: bytes) -> str:
 
 
 def _parquet_rows(name: str, file: BinaryIO) -> Iterator[NumberedRow]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         parquet = pq.ParquetFile(file, pre_buffer=False)  # a part of a remote file is read as such
         columns = [c for c in parquet.schema_arrow.names if not c.startswith("__index_level_")]
-        for batch in parquet.iter_batches(PARQUET_BATCH):
+        for batch in _batches(parquet, name, file.seek(0, os.SEEK_END)):
             for row in range(batch.num_rows):
                 number += 1
                 try:
@@ -129,9 +132,44 @@ def _parquet_rows(name: str, file: BinaryIO) -> Iterator[NumberedRow]:
                 except DataError as error:
                     values = error
                 yield number, values
-    except (pa.ArrowException, ValueError, KeyError) as error:
-        # damaged metadata raises UnicodeDecodeError (a ValueError), a repeated column name KeyError
+    except PASSED_ON:
+        raise
+    except BaseException as error:  # damaged metadata: whatever the reader happens to run into
         raise DataError(f"is not a readable parquet file ({one_line(error)}); write it again", file=name) from None
+
+
+def _batches(parquet: Any, name: str, compressed: int) -> Iterator[Any]:
+    """Batches of rows. DataError for a file that was made to become far larger than its `compressed` bytes."""
+    decoded = 0
+    batches = parquet.iter_batches(PARQUET_BATCH)
+    try:
+        while True:
+            with memory_limit(BATCH_BYTES, f"reading {PARQUET_BATCH} of its rows"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            decoded += sum(_decoded_bytes(column) for column in batch.columns)
+            if decoded > BATCH_BYTES and decoded > MAX_RATIO * compressed:
+                raise PactError(f"its rows are more than {MAX_RATIO:,} times as large as the file")
+            yield batch
+    except DataError:
+        raise
+    except PactError as error:
+        raise DataError(f"{error}, as in a file that was made to fill the memory; write it again", file=name) from None
+
+
+def _decoded_bytes(column: Any) -> int:
+    """Size of a column whose repeated values are written out, as Python objects will have them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_dictionary(column.type):
+        return column.nbytes
+    try:
+        lengths = pc.binary_length(column.dictionary)
+    except pa.ArrowException:  # of no texts
+        return column.nbytes
+    return pc.sum(lengths.take(column.indices)).as_py() or 0
 
 
 def _value(scalar: Any, column: str) -> Any:

@@ -35,6 +35,7 @@ OWN_FIELDS = (
 )
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
+MAX_DEPTH = 100  # of JSON
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _TYPE_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
 
@@ -460,6 +461,7 @@ def read_json(text: str, field: str, prefix: str = "") -> Any:
     """Parses JSON text. Refuses unpaired surrogates, which cannot be tokenized or written as UTF-8."""
     try:
         data = json.loads(text)
+        _check_depth(text, data)
         if _SURROGATE.search(text):
             json.dumps(data, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -471,6 +473,24 @@ def read_json(text: str, field: str, prefix: str = "") -> Any:
     else:
         return data
     raise DataError(prefix + problem, field=field)
+
+
+def _check_depth(text: str, data: Any) -> None:
+    """RecursionError if data is nested more than MAX_DEPTH deep: what copies and writes it would fail later."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise RecursionError(f"nested more than {MAX_DEPTH} levels deep")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -490,7 +510,7 @@ def quoted(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…" + text[-1]
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The text of an exception on one line, cut to 200 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:199] + "…"

@@ -331,7 +331,7 @@ class Trajectory:
     components    [n] uint8, see Component
     turn_ids      [n] int16: index of the assistant turn; an observation has the index of the turn before it
     sampled       [n] bool: the policy generated this token (M_k of the method)
-    logprobs      [n] float32: log-prob of the sampler, after temperature; NaN where not sampled
+    logprobs      [n] float32: log-prob of the sampler, after temperature and filters; NaN where not sampled
     versions      [n] int32: version of the weights that sampled the token; -1 where not sampled
     turns         the assistant turns, parsed
     stop_reason   why the trajectory ended

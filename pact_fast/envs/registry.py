@@ -4,7 +4,8 @@ A registered class is used in one of two ways:
 
 - `cls(**env.args)` makes the environment of one trajectory; or
 - its class method `factory(args, tool_timeout)` returns the function that makes it, where trajectories share something
-  expensive, such as a process pool.
+  expensive, such as a process pool. If the environments have a method `close`, it is called once, at the end of a run, on
+  one of them: it ends what they share, also while calls are under way, which must then end soon.
 
 A class that generates its own tasks also has a class method `tasks(args, seed) -> TaskSource`.
 """
@@ -20,6 +21,7 @@ from pact_fast.data.sources import FileTasks, TaskSource
 from pact_fast.data.types import Task
 from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
+from pact_fast.plugins import no_exit
 from pact_fast.registry import Registry, did_you_mean
 
 environment: Registry[Any] = Registry("environment", "env.name", "pact_fast.envs")
@@ -38,6 +40,7 @@ class EnvironmentFactory:
     def __init__(self, config: Config):
         self._default = environment.get(environment_name(config.env, config.data))
         self._tool_timeout = config.rollout.tool_timeout
+        self._last_made: dict[Any, Environment] = {}
         self._factories = {self._default: _make_factory(self._default, config.env.args, self._tool_timeout)}
 
     def __call__(self, task: Task) -> Environment:
@@ -45,7 +48,15 @@ class EnvironmentFactory:
         cls = self._registered(task) if task.env else self._default
         if cls not in self._factories:
             self._factories[cls] = _make_factory(cls, {}, self._tool_timeout)
-        return self._factories[cls]()
+        made = self._last_made[cls] = self._factories[cls]()
+        return made
+
+    def close(self) -> None:
+        """End what the environments of each class share, such as a process pool: calls under way end at once."""
+        for made in self._last_made.values():
+            close = getattr(made, "close", None)
+            if callable(close):
+                close()
 
     def _registered(self, task: Task) -> Any:
         known = environment.names()
@@ -56,6 +67,11 @@ class EnvironmentFactory:
                 "env.name to file.py:Class for a class of your own"
             )
         return environment.get(str(task.env))
+
+
+def is_built_in(cls: type) -> bool:
+    """Whether an environment is one of this package. Others get copies of tasks: they may change what they get."""
+    return cls.__module__.startswith("pact_fast.")
 
 
 def environment_name(env: EnvConfig, data: DataConfig) -> str:
@@ -81,14 +97,18 @@ def make_tasks(config: Config) -> TaskSource:
         raise PactError(
             f"data.train is not set, and env.name={name} generates no tasks: name a file, or a dataset of the Hub"
         )
-    return generate(config.env.args, config.seed)
+    with no_exit(f"the environment {name}"):
+        return generate(config.env.args, config.seed)
 
 
 def _make_factory(cls: Any, args: dict[str, Any], tool_timeout: float) -> Callable[[], Environment]:
+    what = f"the environment {cls.__name__}"
     if hasattr(cls, "factory"):
-        return cls.factory(args, tool_timeout)
+        with no_exit(what):
+            return cls.factory(args, tool_timeout)
     try:
-        made = cls(**args)
+        with no_exit(what):
+            made = cls(**args)
     except TypeError as error:
         raise PactError(f"env.args do not fit the environment {cls.__name__}: {error}") from None
     missing = [name for name in ("blocking", "reset", "tools", "call", "reward") if not _has(made, name)]

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import json
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pact_fast.config import Config, ModelConfig
-from pact_fast.errors import PactError
+from pact_fast.errors import PactError, foreign_errors
 from pact_fast.model import lora
 from pact_fast.model.deepspeed import deepspeed_config, import_deepspeed
 from pact_fast.model.device import pick_device
 from pact_fast.model.modes import update_mode
+from pact_fast.text import short
+
+MAX_LAYERS = 2000
+MAX_CONFIG_BYTES = 10_000_000
 
 transformers.logging.disable_progress_bar()  # the run shows its own progress
 
@@ -51,10 +58,10 @@ def make_model(
             bos_token_id=None,
         )
         torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        model = from_config(model_config, "model.random_init")
     else:
         with zero3_init(config) if partition else nullcontext():
-            model = from_pretrained(AutoModelForCausalLM, source, "model", dtype=torch.float32)
+            model = _load_model(source)
     if config.model.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     torch.nn.Module.to(model, device)  # in place
@@ -123,12 +130,33 @@ def zero3_init(config: Config) -> Iterator[None]:
 
 
 def from_pretrained(factory, source: str, what: str, **kwargs):
-    """factory.from_pretrained(source, **kwargs) with one-line errors, which call the result `what`."""
+    """factory.from_pretrained(source, **kwargs) with one-line errors, which call the result `what`.
+
+    Code of the model's own is never run, not even if somebody at the terminal says so.
+    """
+    _check_config_file(source)
+    problem, cure = f"cannot load the {what} from '{source}'", f"check that it is a complete {what} for transformers"
     try:
-        return factory.from_pretrained(source, **kwargs)
-    except (OSError, ValueError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise PactError(f"cannot load the {what} from '{source}': {first[:300]}") from None
+        with foreign_errors(problem, cure):
+            return factory.from_pretrained(source, trust_remote_code=False, **kwargs)
+    except PactError as error:
+        if "trust_remote_code" not in str(error.__cause__):
+            raise
+        raise PactError(
+            f"{problem}: it needs code of its own, which is never run; use a model whose class transformers has"
+        ) from None
+
+
+def _load_model(source: str) -> PreTrainedModel:
+    """The model of a folder or hub name. PactError if a part of it has no weights there, and would be random."""
+    model, info = from_pretrained(AutoModelForCausalLM, source, "model", dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise PactError(
+            f"cannot load the model from '{source}': it has no weights for {', '.join(missing[:3])}{more}, which would be "
+            "random; use a complete checkpoint of this architecture"
+        )
+    return model
 
 
 def architecture(model: ModelConfig) -> PretrainedConfig:
@@ -138,22 +166,72 @@ def architecture(model: ModelConfig) -> PretrainedConfig:
     return _random_init_config(model)
 
 
+def from_config(config: PretrainedConfig, source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model with random weights. `source` names the configuration in errors."""
+    with foreign_errors(f"{source}: transformers cannot build this model", "correct its configuration"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 def _random_init_config(model: ModelConfig, vocab_size: int | None = None, **token_ids: int | None) -> PretrainedConfig:
     """The configuration of `model.random_init` with the tokenizer's vocabulary size and special tokens, if given."""
     settings = dict(model.random_init or {})
     model_type = settings.pop("model_type", "qwen3")
     if vocab_size is not None:
         settings["vocab_size"] = vocab_size
-    try:
-        return AutoConfig.for_model(model_type, **settings, **token_ids)
-    except (ValueError, TypeError, KeyError) as error:
-        raise PactError(f"model.random_init: {' '.join(str(error).split())[:200]}") from None
+    _check_layers(settings, "model.random_init")
+    with foreign_errors("model.random_init", "correct the setting"):
+        config = AutoConfig.for_model(model_type, **settings, **token_ids)
+    _check_sizes(config, settings)
+    return config
+
+
+def _check_sizes(config: PretrainedConfig, given: Collection[str]) -> None:
+    """PactError for sizes that do not fit together, where transformers fails in the first forward pass.
+
+    A size that is not `given` is the family's default, which is meant for large models.
+    """
+    values = config.get_text_config()
+
+    def named(key: str) -> str:
+        return f"{key}={getattr(values, key)}{'' if key in given else f' (the default of {config.model_type})'}"
+
+    heads, shared = (getattr(values, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise PactError(
+            f"model.random_init: {named('num_attention_heads')} is no multiple of {named('num_key_value_heads')}; set "
+            f"num_key_value_heads to {heads} or a divisor of it"
+        )
+    chosen = getattr(values, "num_experts_per_tok", None)
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        count = getattr(values, key, None)
+        if isinstance(chosen, int) and isinstance(count, int) and 0 < count < chosen:
+            raise PactError(
+                f"model.random_init: num_experts_per_tok={chosen} exceeds {key}={count}; set num_experts_per_tok to at most "
+                f"{count}"
+            )
+
+
+def _check_config_file(source: str) -> None:
+    """PactError for a config.json that would make transformers build a model without end."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # transformers says what is wrong with it
+        path = Path(source) / "config.json"
+        if path.is_file() and path.stat().st_size < MAX_CONFIG_BYTES:
+            _check_layers(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def _check_layers(settings: Any, source: str) -> None:
+    """PactError if a number of layers, here or in a nested configuration, is beyond any model's."""
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        if isinstance(value, dict):
+            _check_layers(value, source)
+        elif "layers" in str(key) and isinstance(value, int | float) and value > MAX_LAYERS:
+            raise PactError(f"{source}: {key} is {short(value)}, and no model has more than {MAX_LAYERS:,}; correct it")
 
 
 def meta_model(config: Config, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The policy as training builds it, adapters included, on the meta device: shapes and dtypes without storage."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture(config.model), dtype=dtype)
+        model = from_config(architecture(config.model), config.model.path or "model.random_init", dtype)
         if config.model.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         if config.model.lora:

@@ -76,13 +76,34 @@ def _patch_rotary(namespace: dict[str, Any], undo: ExitStack) -> None:
 
 
 def _fused_forward(module: Any) -> Callable[..., Tensor] | None:
+    if is_rms_norm(module):
+        return functools.partial(_norm_forward, module, functools.partial(type(module).forward, module))
+    return functools.partial(_gated_mlp_forward, module) if is_gated_silu(module) else None
+
+
+def is_rms_norm(module: Any) -> bool:
+    """Whether the module computes weight·x/√(mean(x²) + variance_epsilon), as `kernels/decoder/pointwise.py` does."""
     cls: Any = type(module)
-    if _has(module, "weight", "variance_epsilon") and _is_norm(cls):
-        return functools.partial(_norm_forward, module, functools.partial(cls.forward, module))
-    if _has(module, "gate_proj", "up_proj", "down_proj", "act_fn") and _is_gated(cls):
-        activation: Any = type(module.act_fn)
-        return functools.partial(_gated_mlp_forward, module) if _is_silu(activation) else None
-    return None
+    return _has(module, "weight", "variance_epsilon") and _is_norm(cls)
+
+
+def is_gated_silu(module: Any) -> bool:
+    """Whether the module computes down_proj(silu(gate_proj(x))·up_proj(x))."""
+    cls: Any = type(module)
+    if not _has(module, "gate_proj", "up_proj", "down_proj", "act_fn") or not _is_gated(cls):
+        return False
+    activation: Any = type(module.act_fn)
+    return _is_silu(activation)
+
+
+def is_rotary(function: Callable[..., Any]) -> bool:
+    """Whether the function, an `apply_rotary_pos_emb` of transformers, rotates halves of the last dimension."""
+    return _is_rotary(function)
+
+
+def rotary_served(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether the kernel supports these arguments of `apply_rotary_pos_emb`: one row of tokens."""
+    return all(len(x) == 1 and cos.shape == (1, *x.shape[2:]) for x in (q, k)) and serves(q, k, cos, sin)
 
 
 def _has(module: torch.nn.Module, *names: str) -> bool:
@@ -97,7 +118,7 @@ def _norm_forward(module: Any, original: Callable[..., Tensor], x: Tensor) -> Te
 
 def _gated_mlp_forward(module: Any, x: Tensor) -> Tensor:
     projections = (module.gate_proj, module.up_proj, module.down_proj)
-    if all(map(_is_plain_linear, projections)) and not torch.is_autocast_enabled("cpu") and not _has_any_global_hook():
+    if all(map(is_plain_linear, projections)) and not torch.is_autocast_enabled("cpu") and not _has_any_global_hook():
         weights = [projection.weight for projection in projections]
         if serves(x, *weights):
             return gated_mlp(x, *weights)
@@ -107,7 +128,7 @@ def _gated_mlp_forward(module: Any, x: Tensor) -> Tensor:
     return module.down_proj(SiluMul.apply(gate, up))
 
 
-def _is_plain_linear(module: Any) -> bool:
+def is_plain_linear(module: Any) -> bool:
     """Whether the module computes x·Wᵀ and nothing else: no bias, no adapter, no hook (ZeRO-3's hooks gather W)."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return (
@@ -121,8 +142,7 @@ def _is_plain_linear(module: Any) -> bool:
 def _rotary_forward(
     original: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    supported = all(len(x) == 1 and cos.shape == (1, *x.shape[2:]) for x in (q, k)) and serves(q, k, cos, sin)
-    if args or kwargs or not supported:
+    if args or kwargs or not rotary_served(q, k, cos, sin):
         return original(q, k, cos, sin, *args, **kwargs)
     return Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)
 

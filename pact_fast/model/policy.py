@@ -6,6 +6,7 @@ a module just before the module's forward and backward; the fused head is then t
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,18 +14,23 @@ import torch
 from transformers import PreTrainedModel
 
 from pact_fast.batch.packing import PackedBatch
+from pact_fast.components import LossContext
+from pact_fast.config.filters import UNFILTERED, SamplingFilters
 from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
 from pact_fast.kernels import linear_logprob, pact_loss
 from pact_fast.kernels.head.stats import SUMS
 from pact_fast.kernels.head.tokens import LossTokens
 from pact_fast.model.attention.ulysses import RowShards
+from pact_fast.model.filters import log_kept_mass
 from pact_fast.model.forward import paths_forward, tree_forward, unsupported
 from pact_fast.model.head import head_of, logit_transform
 
+FILTERED_LOGITS = 1 << 24  # logits that the filters are applied to at a time
+
 
 class Policy(torch.nn.Module):
-    """A model with the fused head; the parameters are the model's own.
+    """A model with the fused head; the parameters are the model's own. `filters`: which tokens the rollouts keep.
 
     model     the causal LM
     head      its fused head
@@ -32,11 +38,15 @@ class Policy(torch.nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, world: World | None = None, autocast: AbstractContextManager | None = None
+        self,
+        model: PreTrainedModel,
+        world: World | None = None,
+        autocast: AbstractContextManager | None = None,
+        filters: SamplingFilters = UNFILTERED,
     ):
         super().__init__()
         self.model = model
-        self.head = FusedHead(model)
+        self.head = FusedHead(model, filters)
         self.unshared = unsupported(model)
         self._group = world and world.sequence_group
         self._autocast = autocast or nullcontext()
@@ -60,6 +70,8 @@ class Policy(torch.nn.Module):
 
         Returns:
             (loss [], log-probs [N], statistics [len(SUMS), contexts, components]), or (log-probs [N],) without `loss`.
+            With filters, the logs of the kept masses [N] follow, see `FusedHead.log_kept_mass`; the loss has added them to
+            `tokens.sampler_logprob`.
         """
         row_shards = RowShards(self._group, len(batch)) if self._group else None
         with self._autocast:
@@ -81,10 +93,14 @@ class FusedHead(torch.nn.Module):
     """The language-model head, without logits of all rows at once. Weight [V, D] and bias [V] are the model's own.
 
     transform  what the model's class does before and after the head
+    filters    which tokens the rollouts were sampled from
     """
 
-    def __init__(self, model: PreTrainedModel):
+    bias: torch.nn.Parameter | None
+
+    def __init__(self, model: PreTrainedModel, filters: SamplingFilters = UNFILTERED):
         super().__init__()
+        self.filters = filters
         head = head_of(model)
         self.weight = head.weight
         self.register_parameter("bias", getattr(head, "bias", None))
@@ -102,7 +118,31 @@ class FusedHead(torch.nn.Module):
             "logit_scale": transform.logit_scale,
         }
         hidden = transform.hidden(hidden)
+        kept = self.log_kept_mass(hidden, tokens, temperature) if self.filters else None
+        filtered = () if kept is None else (kept,)
         if loss is None:
-            return (linear_logprob(hidden[tokens.row], self.weight, tokens.target, **common).logprob,)
+            return linear_logprob(hidden[tokens.row], self.weight, tokens.target, **common).logprob, *filtered
+        if kept is not None and tokens.sampler_logprob is not None:
+            tokens = dataclasses.replace(tokens, sampler_logprob=tokens.sampler_logprob + kept)
         output = pact_loss(hidden, self.weight, tokens, **common, **loss)
-        return output.loss, output.logprob, torch.stack([output.stats[name] for name in SUMS])
+        return output.loss, output.logprob, torch.stack([output.stats[name] for name in SUMS]), *filtered
+
+    @torch.no_grad()
+    def log_kept_mass(
+        self, hidden: torch.Tensor, tokens: LossTokens, temperature: float | torch.Tensor
+    ) -> torch.Tensor:
+        """Log-probability of what the sampler's filters keep, before each prompt-only rollout token; fp32 [N], nats.
+
+        The sampler's log-prob is normalised over the kept tokens, the trainer's over all. Sampler's + this is the
+        sampler's over all. 0 for other tokens, and for those with `old_logprob`: the policy has moved since, and this was
+        added to `sampler_logprob` before.
+        """
+        kept = torch.zeros(len(tokens), device=hidden.device)
+        index = ((tokens.context == LossContext.PROMPT) & tokens.old_logprob.isnan()).nonzero()[:, 0]
+        weight = self.weight.to(hidden.dtype)
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        for part in index.split(max(FILTERED_LOGITS // len(weight), 1)):
+            output = torch.nn.functional.linear(hidden[tokens.row[part]], weight, bias).float()
+            scale = temperature[part, None] if isinstance(temperature, torch.Tensor) else temperature
+            kept[part] = log_kept_mass(self.transform.logits(output) / scale, tokens.target[part], self.filters)
+        return kept

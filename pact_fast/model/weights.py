@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from pact_fast.errors import PactError
+from pact_fast.kernels.fingerprint import MASK, fingerprint
 
 BUCKET = 256 << 20  # bytes of weights that are gathered at a time under ZeRO-3
-HASH_BLOCK = 1 << 22  # elements hashed at a time, which bounds the int64 temporaries
 ExpectedWeights = dict[str, tuple[int, int, int]]  # tensor name → (rows, columns, fingerprint)
 
 
@@ -29,7 +29,7 @@ class WeightShard(NamedTuple):
     name         of the tensor in the checkpoint
     row, col     first row and column of the block
     rows, cols   its size
-    fingerprint  `fingerprint(block, row, col)`
+    fingerprint  `fingerprint(block, row, col)` of `pact_fast.kernels.fingerprint`
     """
 
     name: str
@@ -105,47 +105,10 @@ class WeightSnapshot:
             yield name, tensor
 
 
-def fingerprint(tensor: torch.Tensor, row: int = 0, col: int = 0) -> int:
-    """64-bit hash of the bits of a tensor [rows, …], viewed as a matrix, and of their positions in the whole matrix.
-
-    Σ bits_ij · a_(row+i) · b_(col+j) mod 2⁶⁴ with odd pseudo-random a and b. Changing one element always changes the
-    hash; changes of several elements go unnoticed with a probability of about 2⁻⁶⁰. The hashes of a matrix' blocks add
-    up to its own. It detects faults, not tampering.
-
-    Args:
-        tensor: The block; any dtype of 1, 2, 4 or 8 bytes.
-        row: Its first row in the whole matrix.
-        col: Its first column in the whole matrix.
-    """
-    matrix = tensor.detach().reshape(len(tensor), -1) if tensor.ndim else tensor.detach().reshape(1, 1)
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
-    b = _coefficients(col, matrix.shape[1], matrix.device, 2)
-    total = torch.zeros((), dtype=torch.int64, device=matrix.device)
-    step = max(1, HASH_BLOCK // max(matrix.shape[1], 1))
-    for start in range(0, len(matrix), step):
-        bits = matrix[start : start + step].contiguous().view(integers).to(torch.int64)
-        a = _coefficients(row + start, len(bits), matrix.device, 1)
-        total += ((bits * b).sum(1) * a).sum()
-    return int(total) & 0xFFFF_FFFF_FFFF_FFFF
-
-
 def shape_and_fingerprint(tensor: torch.Tensor) -> tuple[int, int, int]:
     """(rows, columns, fingerprint) of a whole tensor."""
-    return len(tensor), tensor.numel() // max(len(tensor), 1), fingerprint(tensor)
-
-
-def _coefficients(start: int, count: int, device: torch.device, salt: int) -> torch.Tensor:
-    """Odd int64 [count] computed from the indices by splitmix64, so that they are the same on every machine."""
-    x = torch.arange(start + 1, start + count + 1, device=device).mul_(_signed(0x9E3779B97F4A7C15 * salt))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return x | 1
-
-
-def _signed(value: int) -> int:
-    """The int64 with the low 64 bits of `value`."""
-    value &= 0xFFFF_FFFF_FFFF_FFFF
-    return value - (1 << 64) if value >> 63 else value
+    rows = len(tensor) if tensor.ndim else 1
+    return rows, tensor.numel() // max(rows, 1), fingerprint(tensor)
 
 
 def checkpoint_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -216,7 +179,7 @@ def verify(expected: ExpectedWeights, shards: Iterable[WeightShard]) -> None:
             wrong.append(f"{name} (missing)")
         elif sum(part.rows * part.cols for part in parts) != rows * cols:
             wrong.append(f"{name} (incomplete)")
-        elif sum(part.fingerprint for part in parts) & 0xFFFF_FFFF_FFFF_FFFF != value:
+        elif sum(part.fingerprint for part in parts) & MASK != value:
             wrong.append(name)
     wrong += [f"{name} (unknown to the trainer)" for name in found]
     if wrong:

@@ -9,6 +9,8 @@ from typing import Any
 
 from pact_fast.report.run_data import number
 
+FILTERS_OFF = {"top_p": "1", "top_k": "0", "min_p": "0"}  # values with which a filter keeps all tokens
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -94,12 +96,19 @@ def comparisons(summary: dict[str, Any]) -> list[Comparison]:
 
 
 def _conditions(*sides: Any) -> str:
-    """`temperature 1, 250 samples`, as far as the summaries of an evaluation say. Values that differ are both named."""
+    """`temperature 1, top-p 0.9, 250 samples`, as far as the summaries say. Values that differ are both named."""
     given = [side for side in sides if isinstance(side, dict)]
     temperatures = _distinct(side.get("temperature") for side in given)
     counts = _distinct(side.get("n") for side in given)
-    parts = [f"temperature {temperatures}"] if temperatures not in ("", "0") else []
+    parts = [f"temperature {temperatures}", *_filters(given)] if temperatures not in ("", "0") else []
     return ", ".join([*parts, *([f"{counts} samples"] if counts else [])])
+
+
+def _filters(sides: list[dict[str, Any]]) -> list[str]:
+    """`top-p 0.9`, … for the filters that an evaluation sampled with; `unfiltered` if it says that there were none."""
+    values = {key: _distinct(side.get(key) for side in sides) for key in FILTERS_OFF}
+    names = [f"{key.replace('_', '-')} {value}" for key, value in values.items() if value not in ("", FILTERS_OFF[key])]
+    return names or (["unfiltered"] if any(values.values()) else [])
 
 
 def _distinct(values: Iterable[Any]) -> str:

@@ -6,7 +6,6 @@ line of rollouts/step_N.jsonl.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.text import Text
 from pact_fast.components import Component
 from pact_fast.report.before_after import Rate, comparisons, percent, points
 from pact_fast.report.run_data import Record, Rollout, Tokens
+from pact_fast.text import visible
 
 STYLES = {
     Component.TEMPLATE: "dim",
@@ -26,8 +26,6 @@ STYLES = {
     Component.ANSWER: "bold green",
     Component.OBSERVATION: "italic magenta",
 }
-# escape sequences could control the terminal, bidirectional controls could reorder text
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def rollout_table(records: Sequence[Record], limit: int = 4, width: int = 400) -> Table:
@@ -72,11 +70,6 @@ def summary_table(summary: Record) -> Table:
             _rate(change, points, {1: "green", 0: "", -1: "red"}[row.sign]),
         )
     return table
-
-
-def visible(text: str) -> str:
-    """The text with control characters written as \\x1b or \\u202e; newlines and tabs stay."""
-    return CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 def _coloured(tokens: Tokens) -> Text:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jinja2
 
 from pact_fast.components import Component
+from pact_fast.files import ANOTHER, write_named, write_text
 from pact_fast.report import charts
 from pact_fast.report.before_after import comparisons, percent, points
 from pact_fast.report.run_data import Rollout, Run, Tokens, read_run
@@ -37,7 +38,9 @@ def write_report(run_dir: Path | str) -> Path:
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir, rollouts=REPORT_ROLLOUTS)
-    return _write(run_dir / "report.html", run, report=True)
+    path = run_dir / "report.html"
+    write_text(path, _page(run, report=True))
+    return path
 
 
 def write_view(
@@ -52,14 +55,19 @@ def write_view(
         limit: Most rollouts on the page.
 
     Raises:
-        PactError: There is no such directory, or there are no rollouts of `step`.
+        PactError: There is no such directory, no rollouts of `step`, or the file cannot be written.
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir, rollouts=limit, step=step)
-    return _write(Path(out) if out else run_dir / "view.html", run, report=False)
+    page = _page(run, report=False)
+    if out:
+        write_named(Path(out), page)
+        return Path(out)
+    write_text(run_dir / "view.html", page, ANOTHER)
+    return run_dir / "view.html"
 
 
-def _write(path: Path, run: Run, *, report: bool) -> Path:
+def _page(run: Run, *, report: bool) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -72,7 +80,7 @@ def _write(path: Path, run: Run, *, report: bool) -> Path:
         "rollouts": [_rollout(rollout, cap) for rollout in run.rollouts],
     }
     embedded = embed_json(data)
-    html = environment.get_template("page.html").render(
+    return environment.get_template("page.html").render(
         run=run,
         report=report,
         comparisons=comparisons(run.summary) if report else [],
@@ -85,9 +93,6 @@ def _write(path: Path, run: Run, *, report: bool) -> Path:
         # digest.
         nonce=hashlib.sha256(embedded.encode()).hexdigest()[:32],
     )
-    # JSON may contain half a surrogate pair, which cannot be encoded
-    path.write_text(html, encoding="utf-8", errors="replace")
-    return path
 
 
 def embed_json(value: Any) -> str:

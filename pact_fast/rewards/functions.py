@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pact_fast.data.types import Message, Task, Trajectory
-from pact_fast.errors import PactError
+from pact_fast.errors import PactError, ShutdownRequested
 from pact_fast.plugins import describe_error, load_object
 
 RewardFunction = Callable[..., Any]  # returns list[float | None], or a coroutine of one
@@ -133,7 +133,9 @@ def _values(name: str, function: RewardFunction, arguments: dict[str, Any], coun
         result = function(**arguments)
         if inspect.iscoroutine(result):
             result = asyncio.run(result)
-    except Exception as error:
+    except (ShutdownRequested, KeyboardInterrupt):
+        raise
+    except BaseException as error:
         raise PactError(f"reward function '{name}' failed: {describe_error(error)}") from error
     values = result.tolist() if hasattr(result, "tolist") else result  # an array or a tensor
     wanted = f"return a list of {count} numbers or None, one for each completion"

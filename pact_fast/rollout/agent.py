@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,9 +20,12 @@ import numpy as np
 from pact_fast.chat.formats.json_calls import error_observation
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.config import RolloutConfig
+from pact_fast.config.filters import UNFILTERED, SamplingFilters
 from pact_fast.data.types import Message, StopReason, Task, ToolCall, Trajectory, TurnRecord, text_of
 from pact_fast.envs.base import Environment
+from pact_fast.envs.registry import is_built_in
 from pact_fast.errors import PactError
+from pact_fast.plugins import no_exit
 from pact_fast.rollout.engine import Completion, Engine, Request
 
 # Synchronous engines: a tool's result is picked up exactly this many engine steps after the call, and waited for if it
@@ -32,7 +36,7 @@ TOOL_STEPS = 4
 def _for_environment(env: Environment, value: Any) -> Any:
     """A copy for an environment of the user's, which may change what it gets. Built-in ones change nothing, and a copy
     of a task takes longer than its reset."""
-    return value if type(env).__module__.startswith("pact_fast.") else copy.deepcopy(value)
+    return value if is_built_in(type(env)) else copy.deepcopy(value)
 
 
 class PendingToolCalls:
@@ -89,12 +93,14 @@ class Job:
     rng_key      seeds its sampling
     temperature  0 is greedy
     group        number of its group: the trajectories of one prompt, whose rewards are compared
+    filters      which tokens may be sampled; no effect where greedy
     """
 
     task: Task
     rng_key: tuple[int, ...]
     temperature: float = 1.0
     group: int = 0
+    filters: SamplingFilters = UNFILTERED
 
 
 @dataclass
@@ -150,6 +156,9 @@ class AgentLoop:
         renderer: Renders prompts and observations, parses turns.
         make_env: A fresh environment for a task; it serves one trajectory.
         config: Limits of turns, tokens and time.
+
+    Raises:
+        PactError: The engine does not apply the filters that `config` sets.
     """
 
     def __init__(
@@ -157,6 +166,11 @@ class AgentLoop:
     ):
         self.engine, self.renderer, self.make_env, self.config = engine, renderer, make_env, config
         self._pool: ThreadPoolExecutor | None = None
+        if config.filters and not getattr(engine, "applies_filters", False):
+            raise PactError(
+                f"{getattr(engine, 'name', 'the engine')} does not apply rollout.top_p, top_k and min_p ({config.filters}); "
+                "remove them, or use rollout.engine=transformers or vllm (an engine of your own: set applies_filters)"
+            )
 
     def prompt_ids(self, task: Task) -> np.ndarray:
         """int64 [n], token ids of the prompt; PactError if it is longer than rollout.max_prompt_length."""
@@ -243,7 +257,10 @@ class AgentLoop:
         return [index for index, state in running.items() if now - state.started > limit]
 
     def close(self) -> None:
-        """Stop the threads that run tools, without waiting for them."""
+        """Stop the threads that run tools, without waiting for them, and end the calls under way."""
+        close = getattr(self.make_env, "close", None)
+        if close is not None:
+            close()
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -254,7 +271,8 @@ class AgentLoop:
         none. Resolving a resolved task changes nothing.
         """
         env = self.make_env(task)
-        extra = env.reset(_for_environment(env, task))
+        with _no_exit(env):
+            extra = env.reset(_for_environment(env, task))
         question = text_of(task.prompt[-1].get("content"))
         if extra and not question.endswith(extra):
             task = replace(task, prompt=[*task.prompt[:-1], {**task.prompt[-1], "content": f"{question}\n\n{extra}"}])
@@ -265,7 +283,7 @@ class AgentLoop:
         job = replace(job, task=task)
         ids = self.prompt_ids(task)
         limit = min(self.config.max_turn_tokens, self.config.max_completion_length)
-        self.engine.submit(Request(index, ids, limit, job.rng_key, job.temperature))
+        self.engine.submit(Request(index, ids, limit, job.rng_key, job.temperature, job.filters))
         return _ActiveTrajectory(job, env, ids)
 
     def _end(self, running, index: int, stop: StopReason, on_finish) -> Trajectory:
@@ -273,7 +291,9 @@ class AgentLoop:
         state = running.pop(index)
         trajectory = state.finish(stop)
         # ask the instance that served the calls: an environment may judge its own final state
-        trajectory.env_rewards = dict(state.env.reward(*_for_environment(state.env, (state.job.task, trajectory))))
+        with _no_exit(state.env):
+            given = _for_environment(state.env, (state.job.task, trajectory))
+            trajectory.env_rewards = dict(state.env.reward(*given))
         if on_finish:
             on_finish(index, trajectory)
         return trajectory
@@ -299,7 +319,8 @@ class AgentLoop:
             return error_observation(attempt)
         arguments = _for_environment(state.env, attempt.arguments)
         if not state.env.blocking:
-            return state.env.call(attempt.name, arguments)
+            with _no_exit(state.env):
+                return state.env.call(attempt.name, arguments)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="tool")
         return self._pool.submit(state.env.call, attempt.name, arguments)
@@ -307,10 +328,12 @@ class AgentLoop:
     def _observe(self, index: int, state: _ActiveTrajectory, pending: list[Future | str]) -> StopReason | None:
         """Append the observations and submit the next turn; returns a stop reason if a limit is reached first."""
         record = state.turns[-1]
+        with _no_exit(state.env):
+            results = [_result(o) for o in pending]
         if len(state.turns) >= self.config.max_turns:
-            record.observations = [_result(o) for o in pending]
+            record.observations = results
             return StopReason.MAX_TURNS
-        texts = [self._truncate(_result(o)) for o in pending]
+        texts = [self._truncate(text) for text in results]
         record.observations = texts
         ids, components = self.renderer.bridge_tokens(
             [_tool_message(a, t) for a, t in zip(record.attempts, texts, strict=True)]
@@ -322,9 +345,8 @@ class AgentLoop:
         if remaining < 1:
             return StopReason.MAX_COMPLETION_LENGTH
         state.append(ids, components, None, -1)
-        self.engine.submit(
-            Request(index, ids, min(self.config.max_turn_tokens, remaining), temperature=state.job.temperature)
-        )
+        limit, job = min(self.config.max_turn_tokens, remaining), state.job
+        self.engine.submit(Request(index, ids, limit, temperature=job.temperature, filters=job.filters))
         return None
 
     def _truncate(self, text: str) -> str:
@@ -333,6 +355,10 @@ class AgentLoop:
         if len(text.encode("utf-8", "replace")) <= limit:  # a token covers at least one byte
             return text
         return self.renderer.truncate(text, limit)
+
+
+def _no_exit(env: Environment) -> AbstractContextManager[None]:
+    return no_exit(f"the environment {type(env).__name__}")
 
 
 def _tool_message(attempt: ToolCall | str, text: str) -> Message:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from pact_fast.config.filters import UNFILTERED, SamplingFilters
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -22,6 +24,7 @@ class Request:
     rng_key         seeds the session, at its first request. What is sampled then depends on the weights, the context
                     and this key alone, not on what else runs in the batch
     temperature     0 is greedy
+    filters         which tokens may be sampled; no effect where greedy
     """
 
     session: int
@@ -29,6 +32,7 @@ class Request:
     max_new_tokens: int
     rng_key: tuple[int, ...] = ()
     temperature: float = 1.0
+    filters: SamplingFilters = UNFILTERED
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Completion:
 
     session   that of the request
     ids       int64 [n], with the end-of-turn token if it was sampled
-    logprobs  float32 [n], at the request's temperature (greedy: at 1)
+    logprobs  float32 [n], of the distribution that was sampled from: at the request's temperature, normalised over the
+              tokens that its filters keep (greedy: at temperature 1, over all)
     ended     True: an end-of-turn token was sampled; False: max_new_tokens was reached
     version   of the weights that sampled it
     cached    tokens of the context that were found in a prefix cache; None if the engine does not report it
@@ -53,12 +58,12 @@ class Completion:
 
 @dataclass
 class SyncReport:
-    """One weight update: bytes moved, and seconds to load and to verify them."""
+    """One weight update: bytes moved, and seconds to load and to verify them (None: they were not verified)."""
 
     version: int
     bytes: int
     load_seconds: float
-    verify_seconds: float
+    verify_seconds: float | None
 
 
 class Engine(Protocol):
@@ -66,16 +71,18 @@ class Engine(Protocol):
 
     An engine of your own subclasses this one and implements `submit`, `step`, `close` and `update_weights`.
 
-    name         for messages
-    version      of the weights; -1 before the first `update_weights`
-    synchronous  True: each call of `step` is one decoding step of all sessions, however long it takes, so that
-                 counting calls is a reproducible clock
-    sync_report  of the last weight update; None if the engine does not measure it
+    name            for messages
+    version         of the weights; -1 before the first `update_weights`
+    synchronous     True: each call of `step` is one decoding step of all sessions, however long it takes, so that
+                    counting calls is a reproducible clock
+    applies_filters True: it honours `Request.filters`; otherwise top-p, top-k and min-p are refused
+    sync_report     of the last weight update; None if the engine does not measure it
     """
 
     name: str = "the engine"
     version: int = -1
     synchronous: bool = False
+    applies_filters: bool = False
     sync_report: SyncReport | None = None
 
     def submit(self, request: Request) -> None:

@@ -19,14 +19,16 @@ from pact_fast.data.types import Task, ToolCall, Trajectory
 from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
 from pact_fast.kernels import linear_logprob
-from pact_fast.model.head import head_of, logit_transform
+from pact_fast.model.head import LogitTransform, head_of, logit_transform
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.engine import Engine, Request
+from pact_fast.rollout.filter_bounds import log_kept_mass_bounds
 from pact_fast.rollout.registry import make_engine
 
 TASKS = 4
 MAX_LOGPROB_DIFF = 1e-4  # float32: largest difference of any token
 MEAN_LOGPROB_DIFF = 0.05  # lower precision: kernels round differently, but the mean over tokens must stay small
+CHECKED_TOKENS = 64  # whose logits are compared at a time, where filters need them
 MIN_CACHED_CONTEXT = 160  # tokens; engines cache whole blocks, which are up to 128 tokens long on a CPU
 
 
@@ -53,7 +55,11 @@ class EngineSmokeTest:
     ):
         self.config, self.model, self.renderer = config, model, renderer
         self._make_env, self._autocast = make_env, autocast
-        self.jobs = [Job(task, (config.seed, i), config.rollout.temperature) for i, task in enumerate(tasks[:TASKS])]
+        rollout = config.rollout
+        self.jobs = [
+            Job(task, (config.seed, i), rollout.temperature, filters=rollout.filters)
+            for i, task in enumerate(tasks[:TASKS])
+        ]
         self._engine: Engine | None = None
         self.trajectories: list[Trajectory] = []
 
@@ -78,9 +84,14 @@ class EngineSmokeTest:
         sync = self._engine.sync_report
         if sync is None:
             return f"{self._engine.name} has accepted the model's weights"
+        sent = f"{sync.bytes / 2**30:.3f} GiB: loaded in {sync.load_seconds:.1f} s"
+        if sync.verify_seconds is None:
+            return (
+                f"{self._engine.name} was sent the model's weights, {sent}, not verified (rollout.verify_weights=never)"
+            )
         return (
-            f"{self._engine.name} holds the model's weights, {sync.bytes / 2**30:.3f} GiB: loaded in "
-            f"{sync.load_seconds:.1f} s, every tensor verified in {sync.verify_seconds:.1f} s"
+            f"{self._engine.name} holds the model's weights, {sent}, every tensor verified in "
+            f"{sync.verify_seconds:.1f} s"
         )
 
     def rollouts(self) -> str:
@@ -119,7 +130,7 @@ class EngineSmokeTest:
         return f"{calls} sampled calls, rendered and parsed again, are the same; {same} turns token by token"
 
     def logprobs(self) -> str:
-        """The engine's log-probs of the sampled tokens are the model's."""
+        """The engine's log-probs of the sampled tokens are the model's, over the tokens that the filters keep."""
         diffs = np.concatenate([self._logprob_diffs(t) for t in self.trajectories])
         mean, largest = float(diffs.mean()), float(diffs.max())
         exact = self.config.model.dtype == "float32"
@@ -165,7 +176,11 @@ class EngineSmokeTest:
 
     @torch.no_grad()
     def _logprob_diffs(self, trajectory: Trajectory) -> np.ndarray:
-        """float32 [n]: |engine's log-prob − the model's| of the sampled tokens."""
+        """float32 [n]: |engine's log-prob − the model's| of the sampled tokens.
+
+        With filters, the model's is normalised over what they keep. Tokens so close to a limit that the engine may have
+        put them on its other side give it a range, and the difference is the distance from that range.
+        """
         head, start = head_of(self.model), len(trajectory.prompt_ids)
         transform = logit_transform(self.model)
         ids = torch.from_numpy(np.concatenate([trajectory.prompt_ids, trajectory.ids])).to(head.weight.device)
@@ -181,7 +196,25 @@ class EngineSmokeTest:
             softcap=transform.softcap,
             logit_scale=transform.logit_scale,
         ).logprob
-        return np.abs(expected.cpu().numpy() - trajectory.logprobs[trajectory.sampled])
+        diff = expected.cpu().double() - torch.from_numpy(trajectory.logprobs[trajectory.sampled]).double()
+        if not self.config.rollout.filters:
+            return diff.abs().float().numpy()
+        low, high = self._log_kept_mass_bounds(transform, hidden[positions - 1], ids[positions])
+        return torch.maximum(torch.clamp(low - diff, min=0), diff - high).clamp(min=0).float().numpy()
+
+    def _log_kept_mass_bounds(
+        self, transform: LogitTransform, hidden: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bounds of what the filters keep before each token, fp64 [n] on the CPU, from its hidden state [n, D]."""
+        rollout, head = self.config.rollout, head_of(self.model)
+        slack = 10 * MAX_LOGPROB_DIFF if self.config.model.dtype == "float32" else MEAN_LOGPROB_DIFF
+        parts = []
+        for states, targets in zip(hidden.split(CHECKED_TOKENS), tokens.split(CHECKED_TOKENS), strict=True):
+            with self._autocast:
+                logits = transform.logits(head(transform.hidden(states)).float()) / rollout.temperature
+            parts.append(torch.stack(log_kept_mass_bounds(logits, targets, rollout.filters, slack)).cpu())
+        low, high = torch.cat(parts, 1)
+        return low, high
 
     def _cached_tokens(self, session: int, context: np.ndarray) -> int | None:
         assert self._engine is not None

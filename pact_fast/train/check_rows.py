@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,15 +11,15 @@ from pathlib import Path
 
 from pact_fast.algorithms.base import Algorithm
 from pact_fast.chat.rendering import ChatRenderer
-from pact_fast.chat.row_check import RowCheck, RowLimits
+from pact_fast.chat.row_check import RowCheck, RowLimits, with_place
 from pact_fast.components import LossContext
 from pact_fast.config import Config
 from pact_fast.data.sources import FileTasks, TaskSource
 from pact_fast.data.types import Task
-from pact_fast.envs.registry import environment_name
-from pact_fast.errors import DataError
+from pact_fast.envs.registry import environment, environment_name, is_built_in
+from pact_fast.errors import DataError, PactError
+from pact_fast.files import io_errors, write_text
 from pact_fast.model.build import architecture
-from pact_fast.train.run_dir import io_errors
 
 SKIPPED_ROWS = "skipped_rows.jsonl"  # in the run directory
 
@@ -60,7 +62,8 @@ def check_rows(
         DataError: A row cannot be trained on, unless data.on_bad_row=skip.
     """
     check = RowCheck(renderer, row_limits(config, algorithm))
-    env = environment_name(config.env, config.data)
+    default = environment_name(config.env, config.data)
+    class_of = functools.cache(environment.get)
     from_files = isinstance(tasks, FileTasks)
     errors: dict[int, DataError] = {}
     rows = 0
@@ -68,7 +71,8 @@ def check_rows(
     for position, task in enumerate(chosen):
         rows += 1
         try:
-            check.check(task, task.env or env)
+            check_environment(task, class_of(task.env or default))
+            check.check(task)
         except DataError as error:
             if config.data.on_bad_row == "error" or not from_files:
                 raise
@@ -77,6 +81,17 @@ def check_rows(
     prompt = check.tokens(check.longest[1])[0] if check.longest else 0
     trace = sum(check.tokens(check.longest_trace[1])) if check.longest_trace else 0
     return CheckedRows(rows, errors, check.traces, prompt, trace)
+
+
+def check_environment(task: Task, env: type) -> None:
+    """DataError if the task lacks something that its environment needs, as far as its class can say."""
+    check_task = getattr(env, "check_task", None)
+    if check_task is None:
+        return
+    try:
+        check_task(task if is_built_in(env) else copy.deepcopy(task))
+    except PactError as error:
+        raise with_place(task, error) from None
 
 
 def rows_to_check(tasks: TaskSource, config: Config) -> int:
@@ -105,12 +120,12 @@ def row_limits(config: Config, algorithm: Algorithm) -> RowLimits:
 def write_skipped(errors: list[DataError], run: Path) -> str | None:
     """List skipped rows in the run directory. Returns a line for people; None, and no file, if none was skipped."""
     path = run / SKIPPED_ROWS
-    with io_errors(path):
-        path.unlink(missing_ok=True)
-        if not errors:
-            return None
-        lines = [
-            {"file": error.file, "line": error.line, "field": error.field, "problem": error.problem} for error in errors
-        ]
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    if not errors:
+        with io_errors(path):
+            path.unlink(missing_ok=True)
+        return None
+    lines = [
+        {"file": error.file, "line": error.line, "field": error.field, "problem": error.problem} for error in errors
+    ]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return f"skipped {len(errors):,} rows that cannot be used (data.on_bad_row=skip); they are listed in {path}"

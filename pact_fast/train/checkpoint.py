@@ -12,6 +12,7 @@ leaves the earlier checkpoints intact, and at most a hidden folder, which the ne
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -21,16 +22,18 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
+from pact_fast.files import io_errors, remove, write_bytes
 from pact_fast.model import shards
+from pact_fast.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +179,7 @@ def _complete(temporary: Path, final: Path, step: int, described: dict[str, Any]
     manifest = {"step": step, "files": described}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync_tree(temporary)
-    if final.exists():
+    if final.exists() or final.is_symlink():
         _remove(final)
     temporary.rename(final)
     _sync(final.parent)
@@ -185,33 +188,31 @@ def _complete(temporary: Path, final: Path, step: int, described: dict[str, Any]
 def latest(root: Path, *, verify: bool = False) -> Path | None:
     """The newest complete checkpoint under `root`, or None. Damaged ones are skipped with a warning that names the file.
 
-    File sizes are always checked; `verify` also reads every file and checks its SHA-256.
+    File sizes, state.json and the headers of tensor files are always checked; `verify` also reads every file and checks
+    its SHA-256.
     """
-    for path in reversed(_steps(root)):
-        problem = _problem(path, verify)
-        if problem is None:
+    for path in reversed(steps(root)):
+        found = problem(path, verify)
+        if found is None:
             return path
-        log.warning("skipping the checkpoint %s: %s", path, problem)
+        log.warning("skipping the checkpoint %s: %s", path, found)
     return None
 
 
 def load(path: Path) -> Checkpoint:
     """Open a checkpoint. PactError if it is damaged."""
-    problem = _problem(path)
-    if problem:
-        raise PactError(f"{path} is not a complete checkpoint: {problem}; delete it to continue from an older one")
-    try:
-        names = {file: re.sub(r"-\d{5}$", "", file.stem) for file in sorted(path.glob("*.safetensors"))}
-        tensors = {
-            name: shards.TensorFiles(file for file in names if names[file] == name)
-            for name in sorted(set(names.values()))
-        }
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (SafetensorError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise PactError(f"{path} is damaged: {reason}; delete it to continue from an older one") from None
+    found = problem(path)
+    if found:
+        raise PactError(f"{path} is not a complete checkpoint: {found}; delete it to continue from an older one")
+    names = {file: re.sub(r"-\d{5}$", "", file.stem) for file in sorted(path.glob("*.safetensors"))}
+    tensors = {
+        name: shards.TensorFiles(file for file in names if names[file] == name) for name in sorted(set(names.values()))
+    }
+    state = _read_object(path / "state.json")
     model_dir = path / "model"
-    return Checkpoint(_read_manifest(path)["step"], tensors, state, model_dir if model_dir.is_dir() else None)
+    return Checkpoint(
+        _read_object(path / "manifest.json")["step"], tensors, state, model_dir if model_dir.is_dir() else None
+    )
 
 
 # -- random number generators ----------------------------------------------------------------------------------------
@@ -243,26 +244,27 @@ def set_rng_state(state: dict[str, Any], tensors: Mapping[str, torch.Tensor]) ->
 
 
 def rewind_metrics(path: Path, size: int) -> None:
-    """Truncate metrics.jsonl to the `size` bytes that it had at a checkpoint.
+    """Cut metrics.jsonl to the `size` bytes that it had at a checkpoint.
 
     A resumed run repeats the later steps, which would otherwise be recorded twice. If the file is shorter (full disk,
-    incomplete copy), its complete lines are kept.
+    incomplete copy), its complete lines are kept. The file is written anew, so that a copy by hard links (cp -al) of the
+    run directory keeps its own.
     """
     if not path.exists():
         return
-    data = path.read_bytes()
-    if len(data) < size:
-        size = data.rfind(b"\n") + 1
-    os.truncate(path, size)
-    _sync(path)
+    with io_errors(path):
+        data = path.read_bytes()
+        if len(data) < size:
+            size = data.rfind(b"\n") + 1
+        write_bytes(path, data[:size])
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------
 
 
-def _steps(root: Path) -> list[Path]:
-    """Checkpoint folders, complete or not, oldest first."""
-    paths = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+def steps(root: Path) -> list[Path]:
+    """Checkpoints, complete or not, oldest first."""
+    paths = [path for path in root.glob("step_*") if re.fullmatch(r"step_[0-9]{1,18}", path.name)]
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
 
 
@@ -279,36 +281,75 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-
-
-def _problem(path: Path, verify: bool = False) -> str | None:
-    """Why a checkpoint is not complete; None if it is."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. ValueError if the file holds anything else."""
     try:
-        files = _read_manifest(path)["files"]
+        value = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
+def problem(path: Path, verify: bool = False) -> str | None:
+    """Why a checkpoint is not complete; None if it is."""
+    if not path.is_dir():
+        return "it is not a folder"
+    try:
+        files = _manifest(path)
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, TypeError, OSError):
         return "manifest.json is damaged"
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         file = path / name
         try:
-            size = file.stat().st_size
-        except OSError:
-            return f"{name} is missing"
-        if size != expected["size"]:
-            return f"{name} has {size} bytes instead of {expected['size']}"
-        if verify and _sha256(file) != expected["sha256"]:
+            found = file.stat().st_size
+        except (OSError, ValueError):
+            return f"{one_line(name)} is missing"
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+        if verify and _sha256(file) != digest:
             return f"{name} has changed since it was written (SHA-256)"
+    return _damage(path)
+
+
+def _manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """(size, SHA-256) of every file by name. ValueError if manifest.json is not what `save` writes."""
+    manifest = _read_object(path / "manifest.json")
+    files = manifest.get("files")
+    if not isinstance(manifest.get("step"), int) or not isinstance(files, dict) or "state.json" not in files:
+        raise ValueError("not a manifest")
+    found: dict[str, tuple[int, str]] = {}
+    for name, entry in files.items():
+        place = PurePosixPath(name)
+        if not isinstance(entry, dict) or place.is_absolute() or ".." in place.parts:
+            raise ValueError("not a manifest")
+        found[name] = int(entry.get("size", -1)), str(entry.get("sha256"))
+    return found
+
+
+def _damage(path: Path) -> str | None:
+    """What keeps files of the right sizes from being read: the state, or the header of a tensor file."""
+    try:
+        _read_object(path / "state.json")
+    except (ValueError, OSError):
+        return "state.json is damaged"
+    for file in (*sorted(path.glob("*.safetensors")), *sorted(path.glob("model/*.safetensors"))):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return f"{file.relative_to(path)} has a damaged header"
     return None
 
 
 def _prune(root: Path, keep: int) -> None:
     """Remove checkpoints older than the newest `keep` complete ones. Newer damaged ones stay: a later save replaces them."""
-    steps = _steps(root)
-    complete = [path for path in steps if _problem(path) is None]
-    for path in steps[: steps.index(complete[-keep:][0])]:
+    found = steps(root)
+    complete = [path for path in found if problem(path) is None]
+    for path in found[: found.index(complete[-keep:][0])]:
         _remove(path)
 
 
@@ -316,7 +357,8 @@ def _remove(path: Path) -> None:
     """Hide a checkpoint by renaming, then delete it: no reader sees a half-deleted one."""
     trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
     path.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove(trash)
 
 
 def _remove_leftovers(root: Path) -> None:
@@ -354,6 +396,6 @@ def _sync(path: Path) -> None:
 
 
 def run_weights(run: Path) -> tuple[Path | None, Path | None]:
-    """Model folders of a run: its trained base model, and its newest complete checkpoint\'s; None where absent."""
+    """Model folders of a run: its trained base model, and its newest complete checkpoint's; None where absent."""
     base, newest = run / "base", latest(run / "checkpoints")
     return (base if (base / "config.json").exists() else None), (newest / "model" if newest else None)

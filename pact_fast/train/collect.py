@@ -98,7 +98,13 @@ class RolloutCollector:
         kept = rollout.num_generations
         started = math.ceil(kept * rollout.oversampling_factor)
         jobs = [
-            Job(group.task, (self._config.seed, step, group.prompt_index, k), rollout.temperature, group.prompt_index)
+            Job(
+                group.task,
+                (self._config.seed, step, group.prompt_index, k),
+                rollout.temperature,
+                group.prompt_index,
+                rollout.filters,
+            )
             for group in groups
             for k in range(started)
         ]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pact_fast.config import Config
+from pact_fast.config.filters import UNFILTERED, SamplingFilters
 from pact_fast.data.sources import TaskSource
 from pact_fast.data.types import Task, Trajectory
 from pact_fast.distributed.world import World
@@ -20,6 +21,27 @@ from pact_fast.train.progress import Progress
 from pact_fast.train.records import RolloutWriter
 
 EVAL_STREAM = 1 << 32  # takes the place of the training step in random seeds, so that the two never coincide
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an evaluation samples its one rollout per task. temperature: 0 is greedy, and `filters` then have no effect."""
+
+    temperature: float
+    filters: SamplingFilters = UNFILTERED
+
+    def to_json(self) -> dict[str, float | int]:
+        return {"temperature": self.temperature, **self.filters.to_json()}
+
+    def __str__(self) -> str:
+        """`greedy`, or `sampled at temperature 0.7, top-p 0.9`."""
+        return f"sampled at temperature {self.temperature:g}, {self.filters}" if self.temperature else "greedy"
+
+
+def evaluation_kinds(config: Config) -> dict[str, Sampling]:
+    """The two evaluations: `sampled` as training rollouts are, and `greedy`."""
+    rollout = config.rollout
+    return {"sampled": Sampling(rollout.temperature, rollout.filters), "greedy": Sampling(0.0)}
 
 
 @dataclass(frozen=True)
@@ -76,9 +98,9 @@ class Evaluator:
         self._metrics, self._records, self._progress, self._world = metrics, records, progress, world
 
     def evaluate(self, step: int, label: str) -> dict[str, Any] | None:
-        """Evaluate once. Returns rates as JSON, "success" (sampled at rollout.temperature) and "greedy".
+        """Evaluate once. Returns rates as JSON, "success" (sampled as training rollouts are) and "greedy".
 
-        Each states its temperature and number of samples ("n").
+        Each states its temperature, top_p, top_k, min_p and number of samples ("n").
 
         Args:
             step: Training step for the metrics.
@@ -92,13 +114,12 @@ class Evaluator:
         if not tasks:
             return None
         rates: dict[str, Rate] = {}
-        values: dict[str, float] = {
-            "eval/tasks": float(len(tasks)),
-            "eval/temperature": self._config.rollout.temperature,
-        }
-        temperatures = {"success": self._config.rollout.temperature, "greedy": 0.0}
-        for name, temperature in temperatures.items():
-            jobs = evaluation_jobs(tasks, temperature, self._config.seed)
+        kinds = evaluation_kinds(self._config)
+        kinds = {"success": kinds["sampled"], "greedy": kinds["greedy"]}
+        values: dict[str, float] = {"eval/tasks": float(len(tasks))}
+        values |= {f"eval/{key}": value for key, value in kinds["success"].to_json().items()}
+        for name, sampling in kinds.items():
+            jobs = evaluation_jobs(tasks, sampling, self._config.seed)
             trajectories = self._collector.run_jobs(jobs, f"{label}: {name}")
             score_evaluation(trajectories)
             rates[name] = success_rate(trajectories)
@@ -111,23 +132,18 @@ class Evaluator:
                     self._progress.print(rollout_table(records, limit=trainer.log_completions))
         if self._metrics:
             self._metrics.write(step, values)
-        shown = ", ".join(f"{sampling(temperatures[name])} {rate}" for name, rate in rates.items())
+        shown = ", ".join(f"{kinds[name]} {rate}" for name, rate in rates.items())
         self._progress.note(f"{label} at step {step} ({len(tasks)} tasks, one sample each): {shown}")
         if not rates["success"].n:
             return None
-        return {name: {**rate.to_json(), "temperature": temperatures[name]} for name, rate in rates.items()}
-
-
-def sampling(temperature: float) -> str:
-    """How an evaluation samples: `greedy`, or `sampled at temperature 0.7`."""
-    return f"sampled at temperature {temperature:g}" if temperature else "greedy"
+        return {name: {**rate.to_json(), **kinds[name].to_json()} for name, rate in rates.items()}
 
 
 def evaluate(
     loop: AgentLoop,
     tasks: list[Task],
     *,
-    temperature: float,
+    sampling: Sampling,
     seed: int,
     on_finish: Callable[[int, Trajectory], None] | None = None,
 ) -> list[Trajectory]:
@@ -136,18 +152,21 @@ def evaluate(
     Args:
         loop: The agent loop that samples.
         tasks: Evaluation tasks.
-        temperature: Sampling temperature; 0 is greedy.
+        sampling: Temperature and filters.
         seed: Seed of the run.
         on_finish: Called with (index, trajectory) whenever one has ended.
     """
-    trajectories = loop.run(evaluation_jobs(tasks, temperature, seed), on_finish)
+    trajectories = loop.run(evaluation_jobs(tasks, sampling, seed), on_finish)
     score_evaluation(trajectories)
     return trajectories
 
 
-def evaluation_jobs(tasks: list[Task], temperature: float, seed: int) -> list[Job]:
+def evaluation_jobs(tasks: list[Task], sampling: Sampling, seed: int) -> list[Job]:
     """One job per task, with random numbers that depend on seed and position alone."""
-    return [Job(task, (seed, EVAL_STREAM, index), temperature) for index, task in enumerate(tasks)]
+    return [
+        Job(task, (seed, EVAL_STREAM, index), sampling.temperature, filters=sampling.filters)
+        for index, task in enumerate(tasks)
+    ]
 
 
 def success_rate(trajectories: list[Trajectory]) -> Rate:

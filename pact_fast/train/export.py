@@ -7,11 +7,11 @@ from pathlib import Path
 from pact_fast.config import load_config
 from pact_fast.envs.registry import make_tasks
 from pact_fast.errors import PactError
+from pact_fast.files import atomic_save_pretrained
 from pact_fast.model import lora
 from pact_fast.model.build import make_policy
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.train.checkpoint import run_weights
-from pact_fast.train.run_dir import atomic_save_pretrained
 
 
 def export(run: Path, out: Path) -> Path:

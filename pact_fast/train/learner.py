@@ -20,6 +20,7 @@ from pact_fast.batch.loss_table import ScoredTokens, build_loss_table
 from pact_fast.batch.packing import PackedBatch
 from pact_fast.components import LossContext
 from pact_fast.config import TrainerConfig
+from pact_fast.config.filters import UNFILTERED, SamplingFilters
 from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
 from pact_fast.kernels.head.objective import make_policy_loss
@@ -84,6 +85,7 @@ class Learner:
         total_updates: Optimizer steps of the run, the horizon of the learning-rate schedule.
         updates_per_batch: Optimizer steps that share a rollout batch.
         temperature: Of the rollouts; their tokens are scored at it.
+        filters: Of the rollouts; sampler and trainer are compared over the same tokens.
         reference: Frozen reference policy of the KL term; `model` itself if adapters are switched off for it.
         autocast: Precision context of the forward pass.
         sampler_differs: Rollouts come from other kernels or older weights (vLLM) and are corrected for it.
@@ -100,6 +102,7 @@ class Learner:
         total_updates: int,
         updates_per_batch: int = 1,
         temperature: float = 1.0,
+        filters: SamplingFilters = UNFILTERED,
         reference: PreTrainedModel | None = None,
         autocast: AbstractContextManager | None = None,
         sampler_differs: bool = False,
@@ -115,7 +118,7 @@ class Learner:
         self.loss_settings = {**algorithm.loss_settings(), "is_cap": self.requirements.is_cap}
         check_policy_loss(self.loss_settings.get("policy_loss", "ppo"))
         self.max_tokens = trainer.pack_tokens  # halved after a pack that ran out of memory
-        self.policy = Policy(model, self.world, autocast)
+        self.policy = Policy(model, self.world, autocast, filters)
         self.backend = make_backend(self.policy, trainer, dtype, self.world)
         self.reference, self._reference_forward = reference, None
         if reference is not None:
@@ -251,11 +254,15 @@ class Learner:
     def _compute_logprobs(
         self, batches: list[PromptBatch], scored: list[ScoredTokens], forward: Forward, column: str
     ) -> None:
-        """Compute log-probs of all scored rollout tokens and write them to the field `column` of each ScoredTokens."""
+        """Compute log-probs of all scored rollout tokens and write them to the field `column` of each ScoredTokens.
+
+        With filters, those of the current policy also put `sampler_logprob` on the trainer's normalisation, see
+        `FusedHead.log_kept_mass`.
+        """
         self.model.eval()
         ends = np.cumsum([0, *(len(s.index) for s in scored)])
         start_of = {id(s): start for s, start in zip(scored, ends[:-1], strict=True)}
-        local = torch.zeros(int(ends[-1]), dtype=torch.float64)  # 0 for the tokens of other ranks
+        local = torch.zeros(2, int(ends[-1]), dtype=torch.float64)  # log-probs and kept masses; 0: of other ranks
         for packs in self._make_packs(batches)[0]:
             batch = packs[self.world.replica]
             tokens, here = loss_tokens(batch, scored)
@@ -263,11 +270,13 @@ class Learner:
             position = torch.as_tensor(np.concatenate([np.zeros(0, np.int64), *positions]))
             batch, tokens, is_local = self._local_rows(batch, tokens)
             if len(tokens):
-                (logprob,) = forward(batch, tokens.to(self.model.device), self.temperature)
-                local[position[is_local]] = logprob[: int(is_local.sum())].cpu().double()
-        values = self.world.all_reduce_sum(local, "log-probs").numpy().astype(np.float32)
-        for s, part in zip(scored, np.split(values, ends[1:-1]), strict=True):
-            setattr(s, column, part)
+                for row, values in enumerate(forward(batch, tokens.to(self.model.device), self.temperature)):
+                    local[row, position[is_local]] = values[: int(is_local.sum())].cpu().double()
+        both = self.world.all_reduce_sum(local, "log-probs").numpy().astype(np.float32)
+        for s, (logprob, kept) in zip(scored, np.split(both, ends[1:-1], axis=1), strict=True):
+            setattr(s, column, logprob)
+            if column == "old_logprob":
+                s.sampler_logprob = s.sampler_logprob + kept
 
     def _backward(self, batch: PackedBatch, scored: list[ScoredTokens], result: UpdateResult, last: bool) -> None:
         """Forward, loss and backward of one pack. `last`: an optimizer step follows."""
@@ -276,7 +285,12 @@ class Learner:
         if not len(tokens):
             return
         on_device = tokens.to(self.model.device)
-        loss, logprob, stats = self.backend.forward(batch, on_device, self._temperature(on_device), self.loss_settings)
+        loss, logprob, stats, *kept = self.backend.forward(
+            batch, on_device, self._temperature(on_device), self.loss_settings
+        )
+        if kept:
+            assert tokens.sampler_logprob is not None
+            tokens.sampler_logprob = tokens.sampler_logprob + kept[0].cpu()
         if not torch.isfinite(loss):
             loss = loss * torch.nan  # its gradient may be finite, but no rank may step on it
         self.backend.backward(loss, last)

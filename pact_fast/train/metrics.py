@@ -13,9 +13,9 @@ import numpy as np
 
 from pact_fast.algorithms.base import Group
 from pact_fast.components import Component
+from pact_fast.files import io_errors
 from pact_fast.kernels import summarise
 from pact_fast.train.learner import UpdateResult
-from pact_fast.train.run_dir import io_errors
 from pact_fast.train.trackers.group import Trackers
 
 

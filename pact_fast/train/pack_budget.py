@@ -9,9 +9,10 @@ import torch
 
 from pact_fast.config import Config
 from pact_fast.distributed.world import World
+from pact_fast.errors import PactError
 from pact_fast.estimate.memory import fitting_pack_tokens
+from pact_fast.files import write_text
 from pact_fast.model.device import free_memory
-from pact_fast.train.run_dir import write_text
 
 FILE = (
     "max_tokens_per_pack"  # in the run directory: upper bound of the budget, after an earlier process ran out of memory
@@ -32,7 +33,10 @@ def with_pack_budget(
     """
     file, budget = run / FILE, config.trainer.max_tokens_per_pack
     if file.exists():
-        limit = int(file.read_text())
+        try:
+            limit = int(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise PactError(f"{file} does not hold a number of tokens; delete it") from None
         budget = min(limit, budget or limit)
     if budget is None:
         local = fitting_pack_tokens(config, world.size, device.type, free_memory(device))

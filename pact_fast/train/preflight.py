@@ -26,6 +26,11 @@ def check_settings(config: Config, algorithm: Algorithm) -> None:
             f"rollout.num_generations=1 with algorithm.name={name}: the advantages of a group of one rollout are 0, so "
             "nothing is learnt from it; set rollout.num_generations to 2 or more"
         )
+    if algorithm.needs_rollouts and config.rollout.top_k == 1:
+        raise PactError(
+            f"rollout.top_k=1 with algorithm.name={name}: all rollouts of a prompt are the greedy one, so their advantages "
+            "are 0 and nothing is learnt; set rollout.top_k to 2 or more, or to 0 for all tokens"
+        )
     if not algorithm.turn_advantages or not algorithm.needs_rollouts:
         _refuse_weights(name, reward, algorithm)
     if not data.train and (data.eval or data.expert):

@@ -1,4 +1,4 @@
-"""Progress of a run for people: progress bars on a terminal, plain lines elsewhere."""
+"""Progress of a run for people: progress bars on a terminal, plain lines elsewhere. Printing never fails."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from pact_fast.streams import TolerantStream
+from pact_fast.text import visible
+
 LINE_SECONDS = 10.0  # without a terminal, shortest time between two lines of a phase
 
 
@@ -19,7 +22,7 @@ class Progress:
     """One bar for the run and one for the current phase. `quiet`: print nothing (ranks other than 0)."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(file=sys.stderr, quiet=quiet)
+        self.console = Console(file=TolerantStream(sys.stderr), quiet=quiet)  # type: ignore[arg-type]
         self._live = self.console.is_terminal and not quiet
         self._bars = Bars(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -34,8 +37,8 @@ class Progress:
             self._live = False
 
     def note(self, text: str) -> None:
-        """Print a line of plain text."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """Print a line of plain text, control characters escaped."""
+        self.console.print(visible(text), highlight=False, markup=False, soft_wrap=True)
 
     def print(self, renderable: RenderableType) -> None:
         """Print a table or another rich object."""

@@ -12,7 +12,7 @@ import numpy as np
 from pact_fast.algorithms.base import PromptBatch
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.data.types import Task, Trajectory, text_of
-from pact_fast.train.run_dir import write_text
+from pact_fast.files import write_text
 
 
 class RolloutWriter:

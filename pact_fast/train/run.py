@@ -31,7 +31,8 @@ from pact_fast.data.row_sources import resolve_data
 from pact_fast.data.sources import FileTasks
 from pact_fast.distributed.world import init_world
 from pact_fast.envs.registry import EnvironmentFactory, make_tasks
-from pact_fast.errors import DataError, PactError
+from pact_fast.errors import DataError, PactError, ShutdownRequested
+from pact_fast.files import atomic_save_pretrained, io_errors, write_text
 from pact_fast.model import lora
 from pact_fast.model.adapter import adapter_tensors
 from pact_fast.model.build import check_context, make_model, make_policy
@@ -39,11 +40,13 @@ from pact_fast.model.device import device_kind, precision
 from pact_fast.model.logit_check import check_run
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.model.weights import checkpoint_weights, save_model_config
+from pact_fast.plugins import no_exit
 from pact_fast.report.console import summary_table
 from pact_fast.rewards.functions import load_reward_functions
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.registry import engine_builder, make_engine
+from pact_fast.text import short
 from pact_fast.train import checkpoint
 from pact_fast.train.check_rows import check_rows, rows_to_check, write_skipped
 from pact_fast.train.collect import RolloutCollector
@@ -55,16 +58,10 @@ from pact_fast.train.preflight import check_settings, check_tasks
 from pact_fast.train.pretrain import pretrain
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import RolloutWriter
-from pact_fast.train.run_dir import (
-    atomic_save_pretrained,
-    folder_content,
-    io_errors,
-    open_run,
-    save_config,
-    versions,
-    write_text,
-)
-from pact_fast.train.shutdown import GracefulShutdown, ShutdownRequested
+from pact_fast.train.run_dir import LATEST, folder_content, open_run, save_config, versions
+from pact_fast.train.run_lock import RunLock
+from pact_fast.train.seeds import seed_generators
+from pact_fast.train.shutdown import GracefulShutdown
 from pact_fast.train.step import Stepper, StepResult
 from pact_fast.train.trackers.group import open_trackers
 
@@ -106,6 +103,7 @@ class Trainer:
     records: RolloutWriter
     evaluator: Evaluator
     metrics: MetricsWriter | None = None
+    _lock: RunLock | None = None  # rank 0 has it
 
     def __init__(self, config: Config):
         self._started = time.monotonic()
@@ -119,40 +117,62 @@ class Trainer:
         check_settings(config, self.algorithm)
         self.engine_builder = engine_builder(config)
         self.run = Path(config.output_dir)
-        self._newest = self._newest_checkpoint(config)
         config = self._resolve_data(config)
         self.tasks = make_tasks(config)
         notes: list[str] = []
         check_tasks(config, self.algorithm, self.tasks, notes)
         self.reward_functions = load_reward_functions(config.algorithm.reward.functions)
         self.make_env = EnvironmentFactory(config)
-        self._run_on_main(lambda: open_run(config, resumed=self._newest is not None), "the run directory")
-        for note in notes:
+        self.shutdown = GracefulShutdown()
+        self._skipped = 0  # consecutive skipped updates
+        self._run_on_main(self._take_lock, "the lock of the run directory")
+        try:
+            self._open(config, notes)
+        except BaseException:
+            self._release_lock()
+            raise
+
+    def _open(self, config: Config, notes: list[str]) -> None:
+        """Open the run directory, of which this process has the lock, and make what needs files of it."""
+        self._newest = self._newest_checkpoint(config)
+        self._run_on_main(lambda: notes.append(open_run(config, self._newest is not None) or ""), "the run directory")
+        for note in filter(None, notes):
             self.progress.note(note)
         self._given = config
         self.config = with_pack_budget(config, self.run, self.world, self.device, self.progress.note)
         self._run_on_main(self._save_tokenizer, "the tokenizer")
         self.tokenizer = make_tokenizer(config.model, self.tasks, self.run / "tokenizer")
         self.renderer = make_renderer(config.model, self.tokenizer)
-        check_template(self.renderer)
+        for note in check_template(self.renderer):
+            self.progress.note(note)
         self._check_rows()
-        self.shutdown = GracefulShutdown()
-        self._skipped = 0  # consecutive skipped updates
+
+    def _take_lock(self) -> None:
+        self._lock = RunLock(self.run, self.progress.note)
+
+    def _release_lock(self) -> None:
+        if self._lock:
+            self._lock.release()
 
     def train(self) -> dict[str, Any] | None:
-        """Train to the end. Returns the summary (also in summary.json), or None if SIGTERM stopped the run after a step.
+        """Train to the end. Returns the summary (also in summary.json), or None if a signal stopped the run after a step.
+
+        The run directory is unlocked afterwards.
 
         Raises:
-            ShutdownRequested: SIGTERM came before the first step or after the last, with nothing to save.
+            ShutdownRequested: SIGTERM or SIGHUP came before the first step or after the last, with nothing to save.
         """
         with self.shutdown:
             try:
-                return self._train()
+                with no_exit("code of the run"):
+                    return self._train()
             except ShutdownRequested:
-                self.progress.note("stopped by SIGTERM, and nothing had to be saved; continue with resume=auto")
+                name = self.shutdown.signal_name
+                self.progress.note(f"stopped by {name}, and nothing had to be saved; continue with resume=auto")
                 raise
             finally:
                 self.progress.close()
+                self._release_lock()
 
     def _train(self) -> dict[str, Any] | None:
         """Build, resume, and run the steps that are left. Always stops the engine."""
@@ -196,6 +216,7 @@ class Trainer:
             total_updates=config.trainer.max_steps * updates_per_batch,
             updates_per_batch=updates_per_batch,
             temperature=config.rollout.temperature,
+            filters=config.rollout.filters,
             reference=reference,
             autocast=autocast,
             sampler_differs=self.engine_builder.sampler_differs,
@@ -245,8 +266,10 @@ class Trainer:
         if (target / "config.json").exists():
             return
         assert config.pretrain is not None
+        seed_generators(config.seed)
         model = make_model(config, self.tokenizer, device=self.device)
         self._check_model(model)
+        seed_generators(config.seed)
         with self.progress.phase("base model", config.pretrain.steps) as advance:
             pretrain(config, model, self.renderer, self.tasks, lambda step, loss: advance(f"loss {loss:.3f}"))
         atomic_save_pretrained(model, target)
@@ -291,7 +314,8 @@ class Trainer:
 
         def find() -> None:
             saved = self.run / "config.yaml"
-            recorded = load_config(str(saved)).data if self._newest and saved.exists() else None
+            resumed = config.resume == "auto" and saved.exists() and checkpoint.steps(self.run / "checkpoints")
+            recorded = load_config(str(saved)).data if resumed else None
             found.append(resolve_data(config.data, recorded).model_dump())
 
         self._run_on_main(find, "the data's files and revisions")
@@ -312,6 +336,7 @@ class Trainer:
 
     def _start(self) -> RunState:
         """The state of a new run."""
+        seed_generators(self.config.seed)  # whatever was drawn to build it, perhaps by an earlier process
         self._open_metrics(0, 0)
         return RunState()
 
@@ -319,13 +344,22 @@ class Trainer:
         """Restore optimizer, random number generators and metrics from a checkpoint."""
         saved = checkpoint.load(path)
         state = saved.state
-        self.learner.backend.load_state(saved.tensors["optimizer"])
-        checkpoint.set_rng_state(state["rng"], saved.tensors["rng"])
-        self.learner.updates = state["updates"]
-        self._open_metrics(saved.step, state["metrics_bytes"])
+        try:
+            self.learner.backend.load_state(saved.tensors["optimizer"])
+            checkpoint.set_rng_state(state["rng"], saved.tensors["rng"])
+            self.learner.updates, written = int(state["updates"]), int(state["metrics_bytes"])
+            restored = RunState(
+                saved.step, float(state["wall_seconds"]), state["base"], bool(state.get("owes_evaluation", False))
+            )
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:  # written by something else
+            raise PactError(
+                f"{path} holds another state than this version saves ({type(error).__name__}: {short(str(error))}); delete "
+                "it to continue from an older one"
+            ) from error
+        self._open_metrics(saved.step, written)
         self._run_on_main(lambda: save_config(self._given), "config.yaml")
         self.progress.note(f"resuming {self.run} from step {saved.step}")
-        return RunState(saved.step, state["wall_seconds"], state["base"], state.get("owes_evaluation", False))
+        return restored
 
     def _open_metrics(self, step: int, size: int) -> None:
         """Open metrics.jsonl, cut to its first `size` bytes (steps up to `step`), and make the evaluator that writes to it."""
@@ -356,10 +390,16 @@ class Trainer:
     def _log_step(self, step: int, result: StepResult) -> None:
         """Write metrics and rollouts of step `step` (from 1). PactError after too many skipped updates."""
         if self.metrics:
+            self._check_lock()
             self.metrics.write(step, result.metrics)
             self.records.write_step(step, result.batches)
         self.progress.step(step, self.config.trainer.max_steps, result.metrics)
         self._check_skipped(step, result)
+
+    def _check_lock(self) -> None:
+        """PactError if another process has taken the run directory meanwhile."""
+        if self._lock:
+            self._lock.check()
 
     def _check_skipped(self, step: int, result: StepResult) -> None:
         """Count consecutive skipped updates (loss or gradient not finite) and save their batch for inspection."""
@@ -395,11 +435,13 @@ class Trainer:
         if done % trainer.save_steps == 0 or last or stop:
             self._save(state)
         if stop:
-            self.progress.note(f"stopped by SIGTERM: step {done} is saved; continue with resume=auto")
+            self.progress.note(
+                f"stopped by {self.shutdown.signal_name}: step {done} is saved; continue with resume=auto"
+            )
         return stop
 
     def _shutdown_requested(self) -> bool:
-        """True on all ranks if any rank has received SIGTERM."""
+        """True on all ranks if any rank has received SIGTERM or SIGHUP."""
         return self.world.any(self.shutdown.requested)
 
     def _save(self, state: RunState) -> None:
@@ -417,13 +459,14 @@ class Trainer:
         adapters = adapter_tensors(self.model)  # a collective under ZeRO-3
 
         def write_model(path: Path) -> None:
+            self._check_lock()
             if lora_config:
                 lora.save(self.model, adapters, path, lora_config)
             else:
                 save_model_config(self.model, path)
             self.tokenizer.save_pretrained(path)
 
-        checkpoint.save(
+        newest = checkpoint.save(
             self.run / "checkpoints",
             state.step,
             tensors={"optimizer": self.learner.backend.state(), "rng": rng_tensors},
@@ -433,6 +476,7 @@ class Trainer:
             keep=self.config.trainer.save_total_limit,
             world=self.world,
         )
+        self._run_on_main(lambda: write_text(self.run / LATEST, newest.name + "\n"), "the name of the checkpoint")
 
     def _finish(self, state: RunState) -> dict[str, Any]:
         """Evaluate the trained model; write summary.json and report.html."""
@@ -454,8 +498,7 @@ class Trainer:
         if not self.world.is_main:
             return summary
         write_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
-        with io_errors(self.run / "report.html"):
-            report = write_report(self.run)
+        report = write_report(self.run)
         self.progress.print(summary_table(summary))
         self.progress.note(f"report: {report}")
         return summary

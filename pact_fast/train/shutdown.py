@@ -1,4 +1,7 @@
-"""Graceful shutdown on SIGTERM, which schedulers send before SIGKILL: finish the step, save a checkpoint, exit."""
+"""Graceful shutdown on SIGTERM, which schedulers send before SIGKILL, and SIGHUP, which a terminal sends when it closes.
+
+The step is finished and saved before the process ends.
+"""
 
 from __future__ import annotations
 
@@ -7,52 +10,56 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
+from pact_fast.errors import ShutdownRequested
 
-class ShutdownRequested(SystemExit):
-    """SIGTERM came while there was nothing to finish. Exit status 143 (128 + SIGTERM), as shells report it."""
-
-    status = 128 + signal.SIGTERM
-
-    def __init__(self) -> None:
-        super().__init__(self.status)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class GracefulShutdown:
-    """Context manager that handles SIGTERM.
+    """Context manager that handles SIGTERM and SIGHUP; one that is ignored (nohup) stays ignored.
 
-    While `deferred` is set, SIGTERM sets `requested` and the work goes on until the caller checks it; otherwise
-    ShutdownRequested is raised in the main thread. A second SIGTERM ends the process at once.
+    While `deferred` is set, a signal sets `requested` and the work goes on until the caller checks it; otherwise
+    ShutdownRequested is raised in the main thread. A second signal ends the process at once.
+
+    signal_name  of the signal that came, for messages; "SIGTERM" before one has come, and where another rank got it
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.deferred = False
-        self._before: signal.Handlers | object = None
+        self.signal_name = "SIGTERM"
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulShutdown:
         if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
-            self._before = signal.signal(signal.SIGTERM, self._handler)
+            self._before = {n: signal.getsignal(n) for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
+            self._handle()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)  # type: ignore[arg-type]
+        self._restore()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Restore the previous handler meanwhile: for a long wait in C++ code, during which Python handlers do not run."""
-        if self._before is None:
-            yield
-            return
-        signal.signal(signal.SIGTERM, self._before)  # type: ignore[arg-type]
+        """Restore the previous handlers meanwhile: for a long wait in C++ code, during which Python handlers do not run."""
+        self._restore()
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, self._handler)
+            self._handle()
+
+    def _handle(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._handler)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handler(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)  # type: ignore[arg-type]
+        self.requested, self.signal_name = True, signal.Signals(number).name
+        self._restore()
         if not self.deferred:
-            raise ShutdownRequested
+            raise ShutdownRequested(number)

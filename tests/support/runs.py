@@ -69,6 +69,7 @@ class RunProcess:
         recipe: recipe and settings that come first.
         inject: called in the process before the run begins, to inject a fault.
         file_size: the largest file in bytes that the system lets the process write; -1 for no limit.
+        log: where its output goes; default: beside the output directory.
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class RunProcess:
         recipe: list[str] = QUICKSTART,
         inject: Callable[[], object] | None = None,
         file_size: int = -1,
+        log: Path | None = None,
     ):
-        self.log = run.with_name(f"{run.name}.log")
+        self.log = log or run.with_name(f"{run.name}.log")
         arguments = ["train", *recipe, f"output_dir={run}", "resume=auto", *settings]
         self._process = WARM.Process(target=_run, args=(arguments, self.log, inject, file_size), daemon=True)
         self._process.start()

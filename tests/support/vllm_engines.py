@@ -17,10 +17,12 @@ import torch
 
 from pact_fast.chat.rendering import ChatRenderer, make_renderer
 from pact_fast.config import Config, load_config
+from pact_fast.config.filters import UNFILTERED
 from pact_fast.data.sources import TaskSource
 from pact_fast.envs.registry import EnvironmentFactory, make_tasks
 from pact_fast.errors import EngineError
 from pact_fast.model.build import make_model
+from pact_fast.model.filters import filtered
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.model.weights import WeightMismatch
 from pact_fast.rollout.agent import AgentLoop
@@ -100,10 +102,10 @@ def prompts(vocab: int, count: int = 8, seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(0, vocab, 20 + 5 * i) for i in range(count)]
 
 
-def sample(engine, contexts: list[np.ndarray], tokens: int, key: int, temperature: float = 0.9):
+def sample(engine, contexts: list[np.ndarray], tokens: int, key: int, temperature: float = 0.9, filters=UNFILTERED):
     """One turn after each context."""
     for i, ids in enumerate(contexts):
-        engine.submit(Request(i, ids, tokens, (key, i), temperature))
+        engine.submit(Request(i, ids, tokens, (key, i), temperature, filters))
     done = []
     while len(done) < len(contexts):
         done += engine.step()
@@ -121,13 +123,13 @@ def caught(engine, model, match: str) -> None:
 
 
 @torch.no_grad()
-def largest_gap(model, contexts, completions, temperature: float = 0.9) -> float:
-    """max |engine's log-prob − the model's own| over all sampled tokens."""
+def largest_gap(model, contexts, completions, temperature: float = 0.9, filters=UNFILTERED) -> float:
+    """max |engine's log-prob − the model's own| over all sampled tokens; infinite if the filters do not keep one."""
     worst = 0.0
     model.set_attn_implementation("sdpa")  # trees and the embedded engine set their own
     for ids, completion in zip(contexts, completions, strict=True):
         full = torch.tensor(np.concatenate([ids, completion.ids]))[None]
         logits = model(full).logits[0, len(ids) - 1 : -1].float() / (temperature or 1.0)
-        own = logits.log_softmax(-1).gather(1, full[0, len(ids) :, None])[:, 0]
+        own = filtered(logits, filters).log_softmax(-1).gather(1, full[0, len(ids) :, None])[:, 0]
         worst = max(worst, float((own - torch.tensor(completion.logprobs)).abs().max()))
     return worst

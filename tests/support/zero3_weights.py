@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from pact_fast.kernels.fingerprint import fingerprint
 from pact_fast.model import weights
 from pact_fast.tree import TokenTree, pack, tree_forward
 
@@ -48,13 +49,13 @@ def main(folder: Path) -> None:
 def gather(split: torch.nn.Module, plain: PreTrainedModel) -> dict[str, object]:
     """Goes through the weights of the partitioned model once."""
     weights.BUCKET = 1  # a layer at a time
-    expected = {name: weights.fingerprint(tensor) for name, tensor in weights.checkpoint_weights(plain)}
+    expected = {name: fingerprint(tensor) for name, tensor in weights.checkpoint_weights(plain)}
     found, live, seen = {}, [], []
     sent = weights.WeightSnapshot(split)
     announced = [tuple(shape) for shape in sent.metadata()]
     sent.check_available()  # nobody has gone through them
     for name, tensor in sent:
-        found[name] = weights.fingerprint(tensor)
+        found[name] = fingerprint(tensor)
         seen.append((name, tensor.dtype, tuple(tensor.shape)))
         live.append(sum(parameter.numel() for parameter in split.parameters()))
     try:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pact_fast.chat.chat_template import QUESTION, ChatTemplate, call_message
+from pact_fast.chat.chat_template import PROBE_NAME, ChatTemplate
 from pact_fast.chat.formats.base import Found, ToolFormat
 from pact_fast.chat.formats.json_calls import MAX_DEPTH, NOT_UTF8, TOO_DEEP, parse_scalar
 from pact_fast.chat.formats.layout import Layout
@@ -38,7 +38,7 @@ class Gemma4(ToolFormat):
 
     def fit(self, template: ChatTemplate) -> ToolFormat:
         fitted = super().fit(template)
-        if ":None}" in template.render([QUESTION, call_message(ToolCall("look_up", {"key": None}))]):
+        if ":None}" in template.render_call(ToolCall(PROBE_NAME, {"key": None})):
             fitted._null = "None"  # type: ignore[attr-defined]
         return fitted
 

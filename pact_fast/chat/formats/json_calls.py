@@ -73,9 +73,11 @@ def parse_scalar(text: str) -> Any:
 
 
 def call_json(value: Any, markers: Sequence[str]) -> str:
-    """JSON without markers: if the text would contain one, angle brackets are written as \\u003c."""
+    """JSON without markers: their angle brackets are written as \\u003c."""
     text = json.dumps(value, ensure_ascii=False)
-    return text.replace("<", "\\u003c") if any(marker in text for marker in markers) else text
+    for marker in markers:
+        text = text.replace(marker, marker.replace("<", "\\u003c"))
+    return text
 
 
 def _no_constant(name: str) -> float:

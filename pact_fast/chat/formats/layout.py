@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from pact_fast.chat.chat_template import QUESTION, ChatTemplate, call_message
+from pact_fast.chat.chat_template import PROBE_NAME, PROBE_TOOL, QUESTION, ChatTemplate, call_message
 from pact_fast.data.types import Message, ToolCall
 from pact_fast.errors import PactError
 
-PROBE_CALL = ToolCall("look_up", {"key": "a"})
+PROBE_CALL = ToolCall(PROBE_NAME, {"key": "a"})
 _REASONING, _CONTENT = "Zq0Zwhy", "Zq0Zsay"  # words that no template contains or changes
 
 
@@ -57,8 +57,8 @@ def measured_layout(template: ChatTemplate, written: str, think: tuple[str, str]
 
 
 def _before_turn(template: ChatTemplate, opening: str) -> dict[str, str]:
-    prompt = template.render([QUESTION], generate=True)
-    text = template.render([QUESTION, call_message(PROBE_CALL)])
+    prompt = template.render([QUESTION], [PROBE_TOOL], generate=True)
+    text = template.render_call(PROBE_CALL)
     begun = prompt.rstrip().endswith(opening) or not text.startswith(prompt)  # the prompt holds a part of the turn
     return {} if begun else {"before_turn": _leading_blanks(text[len(prompt) :])}
 
@@ -72,7 +72,7 @@ def _measure(template: ChatTemplate, pattern: str, content: str) -> dict[str, st
     keys = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _REASONING)
     turn: Message = {**call_message(PROBE_CALL), "content": content, **keys}
     try:
-        found = re.search(pattern, template.render([QUESTION, turn]))
+        found = re.search(pattern, template.render([QUESTION, turn], [PROBE_TOOL]))
     except PactError:  # some templates take no content beside calls
         return {}
     return found.groupdict() if found else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pact_fast.chat.chat_template import QUESTION, ChatTemplate, call_message
+from pact_fast.chat.chat_template import PROBE_NAME, ChatTemplate
 from pact_fast.chat.formats import python_calls
 from pact_fast.chat.formats.base import MAX_CALLS, TOO_MANY_CALLS, Found, ToolFormat
 from pact_fast.chat.formats.json_calls import NOT_UTF8
@@ -30,8 +30,8 @@ class Lfm2(ToolFormat):
 
     def fit(self, template: ChatTemplate) -> ToolFormat:
         fitted = super().fit(template)
-        call = ToolCall("look_up", {"key": "a\nb"})
-        fitted._escaped = "'a\nb'" not in template.render([QUESTION, call_message(call)])  # type: ignore[attr-defined]
+        call = ToolCall(PROBE_NAME, {"key": "a\nb"})
+        fitted._escaped = "'a\nb'" not in template.render_call(call)  # type: ignore[attr-defined]
         return fitted
 
     def write_calls(self, calls: Sequence[ToolCall]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pact_fast.chat.chat_template import QUESTION, ChatTemplate, call_message
+from pact_fast.chat.chat_template import PROBE_NAME, ChatTemplate
 from pact_fast.chat.formats.base import Found, ToolFormat
 from pact_fast.chat.formats.json_calls import NOT_UTF8
 from pact_fast.chat.formats.registry import tool_format
@@ -35,8 +35,8 @@ class Qwen3Coder(ToolFormat):
 
     def fit(self, template: ChatTemplate) -> ToolFormat:
         fitted = super().fit(template)
-        call = ToolCall("look_up", {"key": True})
-        fitted._python_words = ">\nTrue\n<" in template.render([QUESTION, call_message(call)])  # type: ignore[attr-defined]
+        call = ToolCall(PROBE_NAME, {"key": True})
+        fitted._python_words = ">\nTrue\n<" in template.render_call(call)  # type: ignore[attr-defined]
         return fitted
 
     def write_calls(self, calls: Sequence[ToolCall]) -> str:

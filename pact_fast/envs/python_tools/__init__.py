@@ -1,8 +1,10 @@
 """Tools given as Python sources, each call run in a process of its own with limits.
 
-env     the environment: calls, FTRL and ToolHop scoring
-pool    SandboxPool, the workers' client
-worker  the sandbox itself, a script of its own; says what is covered and what is not
+env          the environment: calls, FTRL and ToolHop scoring
+pool         SandboxPool: the workers of a run
+client       one worker, as the trainer sees it
+protections  what a sandbox may protect
+worker       the sandbox itself, a script of its own
 """
 
 from pact_fast.envs.python_tools.env import PythonTools

@@ -7,17 +7,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from pact_fast.data.absent import is_absent
 from pact_fast.data.types import Task, ToolCall, ToolSchema, Trajectory
 from pact_fast.envs.python_tools.pool import SandboxPool
+from pact_fast.envs.python_tools.protections import describe
+from pact_fast.envs.python_tools.task_check import check_task
 from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
-from pact_fast.registry import did_you_mean
-from pact_fast.rewards.ftrl import expected_parts, solve_score
+from pact_fast.rewards.ftrl import solve_score
 from pact_fast.rewards.toolhop import is_correct
-
-SCORINGS = ["ftrl", "toolhop"]
-ANSWER_COLUMNS = ("ground_truth", "answers", "gold", "target", "solution", "expected_answer", "label")
 
 
 @environment("python_tools")
@@ -60,33 +57,15 @@ class PythonTools:
         self._tools: list[ToolSchema] = []
 
     def reset(self, task: Task) -> str | None:
-        """PactError if `check_task` finds something missing."""
+        """DataError if `check_task` finds something missing."""
         self.check_task(task)
         self._codes, self._tools = task.env_args["codes"], task.tools
         return None
 
     @staticmethod
     def check_task(task: Task) -> None:
-        """PactError if the task has no sources, an unknown scoring, or no reference for the scoring it names."""
-        if not task.env_args.get("codes"):
-            raise PactError(
-                f"task {task.id}: env_args has no 'codes'; python_tools needs {{tool name: Python source}} there"
-            )
-        scoring = task.env_args.get("scoring")
-        if scoring is not None and scoring not in SCORINGS:
-            hint = did_you_mean(str(scoring), SCORINGS)
-            raise PactError(
-                f"task {task.id}: env_args.scoring {scoring!r} is unknown{hint} (there are {', '.join(SCORINGS)})"
-            )
-        if scoring == "ftrl" and not _expected_texts(task):
-            raise PactError(
-                f"task {task.id}: env_args.unsolved_set is empty; drop the task, it has no sub-question to score"
-            )
-        if scoring == "toolhop" and (task.answer is None or is_absent(task.answer) or not expected_parts(task.answer)):
-            raise PactError(
-                f"task {task.id}: env_args.scoring=toolhop compares with the column 'answer', which is empty or missing; "
-                f"give the row an answer, or remove 'scoring'{_other_column(task)}"
-            )
+        """DataError if the task lacks sources of its tools, or a reference for the scoring that it names."""
+        check_task(task)
 
     @staticmethod
     def gives_success(task: Task) -> bool:
@@ -96,6 +75,17 @@ class PythonTools:
     @property
     def tools(self) -> list[ToolSchema]:
         return self._tools
+
+    def machine_report(self) -> list[str]:
+        """What protects this machine from the tools, for `pact-fast doctor`."""
+        return describe(self._pool.protections)
+
+    def close(self) -> None:
+        """Stop the pool, which all environments of one factory share: their calls end with an error within 3 seconds.
+
+        May be called from any thread, and more than once.
+        """
+        self._pool.close()
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         source = self._codes.get(name)
@@ -117,18 +107,6 @@ class PythonTools:
         if scoring == "toolhop":
             return {"success": float(is_correct(str(task.answer), trajectory))}
         return {}
-
-
-def _expected_texts(task: Task) -> list[str]:
-    """All texts of `unsolved_set` that are not empty."""
-    expected = task.env_args.get("unsolved_set") or {}
-    return [text for texts in expected.values() for text in texts if expected_parts(text)]
-
-
-def _other_column(task: Task) -> str:
-    """A hint at a column that looks like an answer under another name."""
-    found = next((name for name in ANSWER_COLUMNS if not is_absent(task.columns.get(name))), None)
-    return f" (the row's '{found}' is not read as one: rename it)" if found else ""
 
 
 def _call_observations(trajectory: Trajectory) -> list[tuple[str, str]]:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import queue
-import socket
-import subprocess
-import sys
+import threading
 import time
 import weakref
-from pathlib import Path
+from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
-from pact_fast.envs.python_tools.worker import LENGTH
+from pact_fast.envs.python_tools.client import Worker
+from pact_fast.envs.python_tools.protections import PROTECTIONS
 from pact_fast.errors import PactError
+from pact_fast.registry import did_you_mean
 
-WORKER = Path(__file__).with_name("worker.py")
-START_SECONDS = 60.0  # a busy machine may take long to start Python
 GRACE_SECONDS = 5.0  # after a call's own limit, before its worker counts as dead
+KILL_SECONDS = 2.0  # for a worker to clean up, before it is killed
 WORKER_FAILED = "error: the tool broke its worker process"
+CLOSED = "the tool pool is closed; make a new one"
+SANDBOXES = ("namespaces", "bubblewrap")
 
 
 class SandboxPool:
@@ -32,46 +33,51 @@ class SandboxPool:
     Every call gets a fresh process, forked from a worker that has the common standard modules loaded. Other standard
     modules can be imported, site-packages cannot. The process starts in an empty folder that is removed after the call,
     without environment variables, open files or input, with limits on CPU time, memory, file size, open files and
-    processes. `protections` names the further ones that the system allowed:
+    processes. `protections` names the further ones that the system allowed; `PROTECTIONS` and docs/environments.md
+    describe them.
 
-    network    no network at all
-    files      all other files are read-only, /tmp and /proc are empty
-    processes  a PID namespace: nothing outside can be seen or signalled; processes started by the call end with it
-    identity   an unused user id (only if the trainer is root)
-
-    It contains accidents and clumsy tools and is not a security boundary; worker.py lists what is covered and what is
-    not. Run code that you expect to be hostile in a virtual machine.
+    It contains accidents and clumsy tools and is not a security boundary; docs/environments.md lists what is covered and
+    what is not. Run code that you expect to be hostile in a virtual machine.
 
     Args:
         workers: Calls that may run at the same time. A worker starts when it is first needed.
         timeout: Seconds of wall-clock time per call; CPU time is limited to about the same.
         memory_mb: Address space of a process of a call, MiB.
         max_output: Characters of an observation; a longer one is truncated, with a note.
+        sandbox: "namespaces", or "bubblewrap" to start every call with `bwrap`.
+        require: Protections without which the pool refuses to run.
 
     Raises:
-        PactError: An argument is out of range, or workers cannot start (not Linux, or a kernel older than 5.3).
+        PactError: An argument is out of range, workers cannot start (not Linux, or a kernel older than 5.3), or a
+            required protection is missing.
     """
 
-    def __init__(self, workers: int = 4, *, timeout: float = 10.0, memory_mb: int = 1024, max_output: int = 65536):
+    def __init__(
+        self,
+        workers: int = 4,
+        *,
+        timeout: float = 10.0,
+        memory_mb: int = 1024,
+        max_output: int = 65536,
+        sandbox: str = "namespaces",
+        require: Sequence[str] = (),
+    ):
         if workers < 1 or timeout <= 0 or memory_mb < 64 or max_output < 1:
             raise PactError("the tool pool needs workers >= 1, timeout > 0, memory_mb >= 64 and max_output >= 1")
-        self.timeout, self._memory_mb, self._max_output = timeout, memory_mb, max_output
-        self._running: set[_Worker] = set()
-        self._closed = False
-        self._finalizer = weakref.finalize(self, _stop, self._running, os.getpid())  # also at exit
-        # a free slot: a warm worker, or None for one not yet started; last in, first out, so that warm ones come first
-        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
-        for _ in range(workers - 1):
-            self._slots.put(None)
-        first = self._start()
-        self._slots.put(first)
-        self.protections: frozenset[str] = first.protections
+        if sandbox not in SANDBOXES:
+            hint = did_you_mean(str(sandbox), list(SANDBOXES))
+            raise PactError(f"env.args.sandbox: unknown '{sandbox}'{hint}; there are {', '.join(SANDBOXES)}")
+        _check_names(require)
+        self.timeout = timeout
+        self._state = _State(workers, (memory_mb, max_output, sandbox), frozenset(require))
+        self._finalizer = weakref.finalize(self, _State.close, self._state)  # also at exit
+        self.protections: frozenset[str] = self._state.start_first()
 
     def call(self, source: str, function: str, arguments: dict[str, Any], timeout: float | None = None) -> str:
         """Execute `source`, call `function(**arguments)` and return the observation. Waits while all workers are busy.
 
         A dict or list is returned as JSON, anything else as str, None as the printed text. A tool that fails in any way
-        gives a text that starts with `error: `.
+        gives a text that starts with `error: `. If the caller is interrupted while it waits, the call's worker is killed.
 
         Args:
             source: Python source that defines the function.
@@ -82,31 +88,30 @@ class SandboxPool:
         Raises:
             PactError: The pool is closed.
         """
-        timeout = self.timeout if timeout is None else timeout
         try:
             encoded = json.dumps(arguments)
         except (TypeError, ValueError, RecursionError) as error:
             return f"error: the arguments are not JSON: {error}"
-        request = {"source": source, "function": function, "arguments": encoded, "timeout": timeout}
-        worker = self._slots.get()
+        request = {"source": source, "function": function, "arguments": encoded}
+        job = _Job(request, self.timeout if timeout is None else timeout)
         try:
-            if self._closed:
-                raise PactError("the tool pool is closed; make a new one")
-            worker = worker or self._start()
-            return worker.call(request, timeout + GRACE_SECONDS)
-        except OSError:  # includes a timeout and the death of the worker
-            if worker:
-                self._running.discard(worker)
-                worker.kill()
-            worker = None
-            return WORKER_FAILED
-        finally:
-            self._slots.put(worker)
+            self._state.submit(job)
+            return job.future.result()
+        except BaseException:  # whatever interrupts the caller: KeyboardInterrupt, a signal handler's exception
+            job.abandon()
+            raise
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that are running."""
+        return [worker.pid for worker in self._state.running()]
 
     def close(self) -> None:
-        """Stop all workers. Running calls end with an error observation."""
-        self._closed = True
-        self._finalizer()
+        """Stop all workers, within 3 seconds. Calls under way end with an error observation, later ones raise.
+
+        May be called from any thread, in the middle of calls, and more than once.
+        """
+        self._state.close()
 
     def __enter__(self) -> SandboxPool:
         return self
@@ -114,94 +119,159 @@ class SandboxPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self) -> _Worker:
-        worker = _Worker(self._memory_mb, self._max_output)
-        self._running.add(worker)
+
+class _Job:
+    """A call on its way: handed to one thread, which sets its future."""
+
+    def __init__(self, request: dict[str, Any], timeout: float):
+        self.request, self.timeout = request, timeout
+        self.future: Future[str] = Future()
+        self._lock = threading.RLock()
+        self._worker: Worker | None = None
+
+    def run(self, worker: Worker) -> str:
+        """The observation. OSError if the worker fails, or the caller gives up."""
+        with self._lock:
+            self._worker = worker
+        try:
+            return worker.call(self.request, self.timeout, GRACE_SECONDS)
+        finally:
+            with self._lock:
+                self._worker = None
+
+    def abandon(self) -> None:
+        """Nobody waits for the answer: do not start, or end by disconnecting the worker."""
+        self.future.cancel()
+        with self._lock:
+            if self._worker:
+                self._worker.disconnect()
+
+
+class _State:
+    """What the pool's threads share. It does not refer to the pool, so that a forgotten pool is closed.
+
+    A worker belongs to a thread of the pool and never to a caller: an exception that reaches a caller in the middle of a
+    call (Ctrl-C) can neither leave an unread answer to the next one nor lose a worker.
+    """
+
+    def __init__(self, workers: int, options: tuple[int, int, str], require: frozenset[str]):
+        self._limit, self._options, self._require = workers, options, require
+        self._owner = os.getpid()
+        self._lock = threading.RLock()  # a signal handler may close the pool
+        self._closed = False
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)  # threads that wait for a job
+        self._threads: list[threading.Thread] = []
+        self._running: set[Worker] = set()
+        self._first: Worker | None = None
+
+    def start_first(self) -> frozenset[str]:
+        """Start a worker, so that errors come early. Returns its protections."""
+        self._first = self._start()
+        return self._first.protections
+
+    def submit(self, job: _Job) -> None:
+        if os.getpid() != self._owner:
+            raise PactError("the tool pool belongs to another process; make a new one after a fork")
+        with self._lock:
+            if self._closed:
+                raise PactError(CLOSED)
+            # idle threads first: their workers are warm
+            if not self._idle.acquire(blocking=False):
+                self._threads = [thread for thread in self._threads if thread.is_alive()]
+                if len(self._threads) < self._limit:
+                    thread = threading.Thread(target=self._serve, name="pact-fast tools", daemon=True)
+                    self._threads.append(thread)
+                    thread.start()
+            self._jobs.put(job)
+
+    def running(self) -> list[Worker]:
+        with self._lock:
+            return list(self._running)
+
+    def close(self) -> None:
+        if os.getpid() != self._owner:  # in a forked child, which only drops its copy of the pool
+            return
+        with self._lock:
+            self._closed = True
+            stopping = self.running()
+        for worker in stopping:
+            worker.disconnect()
+        self._drop_waiting_jobs()
+        for _ in self._threads:
+            self._jobs.put(None)
+        deadline = time.monotonic() + KILL_SECONDS
+        for worker in stopping:
+            self._retire(worker, max(0.0, deadline - time.monotonic()))
+
+    def _serve(self) -> None:
+        """Run jobs until the pool is closed. A thread of the pool."""
+        with self._lock:
+            worker, self._first = self._first, None
+        while (job := self._jobs.get()) is not None:
+            if not job.future.set_running_or_notify_cancel():
+                self._idle.release()
+                continue
+            answer: str | BaseException
+            try:
+                worker = worker or self._start()
+                answer = job.run(worker)
+            except OSError:  # includes a timeout and the death of the worker
+                answer = WORKER_FAILED
+            except BaseException as error:  # a worker that does not start
+                answer = WORKER_FAILED if self._closed else error
+            if worker and (answer is WORKER_FAILED or not isinstance(answer, str) or worker.disconnected):
+                self._retire(worker, KILL_SECONDS)
+                worker = None
+            self._idle.release()  # before the answer: its caller may have the next call
+            if isinstance(answer, str):
+                job.future.set_result(answer)
+            else:
+                job.future.set_exception(answer)
+            del job, answer
+
+    def _drop_waiting_jobs(self) -> None:
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return
+            if job and job.future.set_running_or_notify_cancel():
+                job.future.set_result(WORKER_FAILED)
+
+    def _start(self) -> Worker:
+        with self._lock:
+            if self._closed:
+                raise PactError(CLOSED)
+            worker = Worker(*self._options)
+            self._running.add(worker)
+        try:
+            worker.wait_until_ready()
+        except BaseException:
+            self._retire(worker, 0.0)
+            raise
+        if missing := self._require - worker.protections:
+            self._retire(worker, KILL_SECONDS)
+            names = ", ".join(name for name in PROTECTIONS if name in missing)
+            raise PactError(
+                f"env.args.require: this machine does not give tools the protection {names}; docs/environments.md says "
+                "what each needs"
+            )
         return worker
 
+    def _retire(self, worker: Worker, patience: float) -> None:
+        worker.kill(patience)
+        with self._lock:
+            self._running.discard(worker)
 
-class _Worker:
-    """A server process (worker.py) and the socket to it."""
 
-    def __init__(self, memory_mb: int, max_output: int):
-        if sys.platform != "linux":
-            raise PactError(f"python_tools needs Linux to limit the tools' processes, and this is {sys.platform}")
-        self._socket, theirs = socket.socketpair()
-        # -P -s -S: only the standard library can be imported. PYTHONHASHSEED makes strings hash the same in every worker,
-        # so that a tool that iterates over a set gives the same answer each time; -I would ignore it.
-        environment = {"PYTHONHASHSEED": "0"}
-        if "LD_LIBRARY_PATH" in os.environ:  # some interpreters do not start without it
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(WORKER), str(memory_mb), str(max_output)],
-            stdin=theirs.fileno(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=environment,
-            cwd="/",
-            start_new_session=True,  # an interrupt from the terminal goes to the trainer only
-        )
-        theirs.close()
-        try:
-            self.protections = frozenset(self._receive(time.monotonic() + START_SECONDS)["protections"])
-            answer = self.call(
-                {"source": "", "function": "len", "arguments": "{}", "timeout": START_SECONDS}, START_SECONDS
+def _check_names(require: Sequence[str]) -> None:
+    """PactError unless these are names of protections."""
+    if isinstance(require, str) or not all(isinstance(name, str) for name in require):
+        raise PactError(f"env.args.require must be a list of protections, not {require!r:.60}")
+    for name in require:
+        if name not in PROTECTIONS:
+            raise PactError(
+                f"env.args.require: unknown protection '{name:.60}'{did_you_mean(name, list(PROTECTIONS))}; there are "
+                f"{', '.join(PROTECTIONS)}"
             )
-        except OSError:
-            self._process.kill()
-            answer = self._process.communicate()[1].decode("utf-8", "replace").strip()
-        if not answer.startswith("error: NameError"):  # the right answer to a call without a source
-            self.disconnect()
-            self.kill(patience=5.0)
-            line = answer.splitlines()[-1] if answer else "no answer"
-            raise PactError(f"tool workers do not start here: {line}; python_tools needs Linux 5.3 or newer")
-
-    def call(self, request: dict[str, Any], seconds: float) -> str:
-        """Send a request and return the observation. OSError if the worker is dead or late."""
-        deadline = time.monotonic() + seconds
-        data = json.dumps(request).encode()
-        self._socket.settimeout(seconds)
-        self._socket.sendall(LENGTH.pack(len(data)) + data)
-        # a tokenizer cannot encode unpaired surrogates
-        return str(self._receive(deadline)["text"]).encode("utf-8", "replace").decode()
-
-    def disconnect(self) -> None:
-        """Ask the server to exit, even during a call."""
-        with contextlib.suppress(OSError):  # it has exited already
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def kill(self, patience: float = 0.0) -> None:
-        """Wait `patience` seconds for the server to exit, then kill it. Its call dies with it."""
-        try:
-            self._process.wait(patience)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        assert self._process.stderr
-        self._process.stderr.close()
-        self._socket.close()
-
-    def _receive(self, deadline: float) -> dict[str, Any]:
-        size = LENGTH.unpack(self._read(LENGTH.size, deadline))[0]
-        return json.loads(self._read(size, deadline))
-
-    def _read(self, size: int, deadline: float) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
-            chunk = self._socket.recv(min(size - len(data), 1 << 16))
-            if not chunk:
-                raise ConnectionError("the worker has exited")
-            data += chunk
-        return bytes(data)
-
-
-def _stop(workers: set[_Worker], owner: int) -> None:
-    if os.getpid() != owner:  # in a forked child, which only drops its copy of the pool
-        return
-    stopping = list(workers)
-    workers.clear()
-    for worker in stopping:
-        worker.disconnect()
-    for worker in stopping:
-        worker.kill(patience=5.0)

@@ -28,13 +28,13 @@ class RmsNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         ctx.recompute = RmsNorm.recompute
-        return _norm(x, weight, eps)
+        return rms_norm(x, weight, eps)
 
     @staticmethod
     def recompute(node: Any) -> torch.Tensor:
         """The forward result, from the saved tensors of an autograd node (for model/rematerialize.py)."""
         x, weight = node.saved_tensors
-        return _norm(x, weight, node.eps)
+        return rms_norm(x, weight, node.eps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -78,16 +78,17 @@ class Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotary(x, cos, sin, False)
+        return rotary(x, cos, sin)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotary(grad, cos, sin, True), None, None
+        return rotary(grad, cos, sin, inverse=True), None, None
 
 
-def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
+    """Rotary embedding without autograd; see `Rotary`. `inverse` rotates back."""
     _register_fakes()
     x = x if x.stride(-1) == 1 else x.contiguous()
     # memory order [T, H, D], as the projections that produce x have it
@@ -96,7 +97,8 @@ def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
     return out
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm without autograd; see `RmsNorm`."""
     _register_fakes()
     out = _empty(x)
     torch.ops.pact_fast.rms_norm(x.contiguous(), weight.contiguous(), eps, out)

@@ -7,6 +7,7 @@ kernels: docs/cpu-kernels.md.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import os
@@ -73,9 +74,21 @@ def find_compiler() -> str:
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/pact_fast, by default ~/.cache/pact_fast."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "pact_fast"
+    """$XDG_CACHE_HOME/pact_fast, by default ~/.cache/pact_fast; for a user without a home, a private folder of the process."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "pact_fast"
+    try:
+        return Path.home() / ".cache" / "pact_fast"
+    except RuntimeError:  # a user id that the system does not know, as in some containers
+        return Path(_private_folder())
+
+
+@functools.cache
+def _private_folder() -> str:
+    """Removed at exit. A folder that others can foresee would let them choose the code that is loaded."""
+    folder = tempfile.mkdtemp(prefix="pact-fast-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def flags() -> list[str]:
@@ -89,7 +102,7 @@ def _sources(suffix: str) -> list[Path]:
 
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    sources = [path.read_text() for path in _sources("cpp") + _sources("h")]
+    sources = [path.read_text(encoding="utf-8") for path in _sources("cpp") + _sources("h")]
     parts = [torch.__version__, version, " ".join(flags()), _processor(), *sources]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

@@ -17,14 +17,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from pact_fast.config.filters import SamplingFilters
 from pact_fast.model.adapter import ADAPTER_NAME, adapted_layers
+from pact_fast.model.filters import filtered
 from pact_fast.model.head import head_of, logit_transform
+from pact_fast.model.inference import linear
+from pact_fast.model.patch import is_plain_linear
 from pact_fast.model.weights import base_parameters, gathered
-from pact_fast.rollout.embedded.slot_cache import SlotCache, forward
+from pact_fast.rollout.embedded.inverse_cdf import inverse_cdf
+from pact_fast.rollout.embedded.slot_cache import SlotCache, Text, forward_with
 from pact_fast.rollout.engine import Completion, Engine, Request
 
 MIN_PREFILL_TOKENS = 24  # shorter texts are fed token by token in the decode steps
-PREFILL_TOKENS = 4096  # of one forward pass, which bounds its activations
+PREFILL_TOKENS = 4096  # of one forward pass, at most, which bounds its activations
 
 
 @dataclass
@@ -37,6 +42,7 @@ class _Session:
     length: int = 0  # tokens in the cache
     pending: deque[int] = field(default_factory=deque)  # tokens to feed before sampling goes on
     request: Request | None = None  # None: waiting for its next turn
+    filters: SamplingFilters | None = None  # None: every token may be sampled
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -53,6 +59,7 @@ class TransformersEngine(Engine):
 
     name = "the embedded engine"
     synchronous = True
+    applies_filters = True
 
     def __init__(
         self,
@@ -65,7 +72,7 @@ class TransformersEngine(Engine):
         self.model, self.version = model, 0
         self._eot_ids = frozenset(eot_ids)
         self._device = next(model.parameters()).device
-        self._logits = logits_of(model)
+        self._forward, self._logits = forward_with(model), logits_of(model)
         self._cache = SlotCache(slots)
         self._slots: list[_Session] = []  # session of slot i; no slot between is empty
         self._sessions: dict[int, _Session] = {}
@@ -86,7 +93,7 @@ class TransformersEngine(Engine):
             return
         last = self._slots.pop()
         if last is not closed:  # keep the slots dense: the last one moves into the freed slot
-            self._cache.copy(last.slot, torch.tensor([closed.slot], device=self._device))
+            self._cache.copy(last.slot, [closed.slot], last.length)
             last.slot = closed.slot
             self._slots[closed.slot] = last
 
@@ -102,6 +109,7 @@ class TransformersEngine(Engine):
 
     def _assign(self, session: _Session, request: Request) -> None:
         session.request = request
+        session.filters = request.filters if request.filters and request.temperature else None
         session.pending.extend(request.ids.tolist())
         session.ids, session.logprobs = [], []
 
@@ -127,68 +135,68 @@ class TransformersEngine(Engine):
         for source in first.values():
             slots = [session.slot for session, other in duplicates if other is source]
             if slots:
-                self._cache.copy(source.slot, torch.tensor(slots, device=self._device))
+                self._cache.copy(source.slot, slots, source.length)
         for session, source in duplicates:
             session.length, session.pending = source.length, deque(source.pending)
 
     def _prefill(self, sessions: list[_Session]) -> None:
         """Feed all pending tokens but the last, which the next decode step feeds to sample the token after it.
 
-        A forward pass takes at most PREFILL_TOKENS tokens, padding included; longer texts take several.
+        A forward pass takes at most PREFILL_TOKENS tokens: of several texts, or a part of a long one.
         """
         waiting = deque(s for s in sessions if len(s.pending) > 1)
         while waiting:
-            batch: list[_Session] = []
-            width = 0
-            while waiting:
-                wider = max(width, min(len(waiting[0].pending) - 1, PREFILL_TOKENS))
-                if batch and (len(batch) + 1) * wider > PREFILL_TOKENS:
+            batch: list[tuple[_Session, int]] = []  # with the number of tokens to feed
+            room = PREFILL_TOKENS
+            while waiting and room:
+                session = waiting[0]
+                count = min(len(session.pending) - 1, room)
+                batch.append((session, count))
+                room -= count
+                if count < len(session.pending) - 1:
                     break
-                batch.append(waiting.popleft())
-                width = wider
+                waiting.popleft()
             self._feed_texts(batch)
-            waiting.extendleft(s for s in reversed(batch) if len(s.pending) > 1)
 
-    def _feed_texts(self, sessions: list[_Session]) -> None:
-        """One forward pass over up to PREFILL_TOKENS pending tokens of each session."""
-        counts = [min(len(s.pending) - 1, PREFILL_TOKENS) for s in sessions]
-        width = max(counts)
-        ids = np.zeros((len(sessions), width), dtype=np.int64)
-        positions = np.zeros_like(ids)
-        for row, (session, count) in enumerate(zip(sessions, counts, strict=True)):
-            ids[row, :count] = [session.pending.popleft() for _ in range(count)]
-            # padding is written behind the end of the row, where the next token overwrites it
-            positions[row] = session.length + np.minimum(np.arange(width), count)
+    def _feed_texts(self, batch: list[tuple[_Session, int]]) -> None:
+        """One forward pass over the next pending tokens of each session."""
+        ids = np.array([s.pending.popleft() for s, count in batch for _ in range(count)], dtype=np.int64)
+        texts = [Text(s.slot, s.length, count) for s, count in batch]
+        slots = np.repeat([text.slot for text in texts], [text.tokens for text in texts])
+        positions = np.concatenate([np.arange(text.start, text.start + text.tokens) for text in texts])
+        for session, count in batch:
             session.length += count
-        rows = torch.tensor([s.slot for s in sessions], device=self._device)
-        forward(self.model, self._cache, rows, self._tensor(ids), self._tensor(positions), counts)
+        self._forward(self._cache, self._tensor(slots), self._tensor(ids), self._tensor(positions), texts)
 
     def _decode(self) -> list[Completion]:
         """One token of every running session; returns the turns that it finished."""
-        if not any(s.request for s in self._slots):
+        running = [s for s in self._slots if s.request]
+        if not running:
             return []
-        # a session that waits for its tools feeds token 0 at its next position; the real token overwrites it later
-        ids = np.array([s.pending[0] if s.request else 0 for s in self._slots], dtype=np.int64)
-        positions = np.array([s.length for s in self._slots], dtype=np.int64)
-        hidden = forward(
-            self.model,
+        # A padded batch takes all slots, or it would have to copy those that run. A session that waits for its tools
+        # then feeds token 0 at its next position; the real token overwrites it later.
+        fed = running if self._cache.any_slots else self._slots
+        hidden = self._forward(
             self._cache,
-            slice(0, len(self._slots)),
-            self._tensor(ids)[:, None],
-            self._tensor(positions)[:, None],
+            self._tensor(np.array([s.slot for s in fed], dtype=np.int64)),
+            self._tensor(np.array([s.pending[0] if s.request else 0 for s in fed], dtype=np.int64)),
+            self._tensor(np.array([s.length for s in fed], dtype=np.int64)),
+            None,
         )
         sampling: list[_Session] = []
-        for session in self._slots:
+        rows: list[int] = []
+        for row, session in enumerate(fed):
             if session.request:
                 session.pending.popleft()
                 session.length += 1
                 if not session.pending:
                     sampling.append(session)
+                    rows.append(row)
         if not sampling:
             return []
-        rows = torch.tensor([s.slot for s in sampling], device=self._device)
-        logits = self._logits(hidden[rows, 0])
-        tokens, logprobs = self._sample(logits, sampling)
+        if len(rows) < len(fed):
+            hidden = hidden[torch.tensor(rows, device=self._device)]
+        tokens, logprobs = self._sample(self._logits(hidden), sampling)
         return [done for s, t, p in zip(sampling, tokens, logprobs, strict=True) if (done := self._append(s, t, p))]
 
     def _sample(self, logits: torch.Tensor, sessions: list[_Session]) -> tuple[list[int], list[float]]:
@@ -196,11 +204,10 @@ class TransformersEngine(Engine):
         temperatures = [s.request.temperature for s in sessions if s.request]
         scale = torch.tensor([t or 1.0 for t in temperatures], device=logits.device)
         logp = torch.log_softmax(logits / scale[:, None], -1)
-        cdf = logp.double().exp().cumsum(-1)
+        if any(s.filters for s in sessions):
+            logp = _filter(logp, [s.filters for s in sessions])
         uniform = torch.tensor([s.generator.random() for s in sessions], dtype=torch.float64, device=logits.device)
-        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(
-            max=logits.shape[1] - 1
-        )
+        tokens = inverse_cdf(logp, uniform)
         greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
         tokens = torch.where(greedy, logits.argmax(-1), tokens)
         return tokens.tolist(), logp.gather(1, tokens[:, None])[:, 0].tolist()
@@ -222,10 +229,28 @@ class TransformersEngine(Engine):
         return torch.from_numpy(array).to(self._device)
 
 
+def _filter(logp: torch.Tensor, filters: list[SamplingFilters | None]) -> torch.Tensor:
+    """Log-probs [n, V], normalised over what the filters of each row keep; −inf for the other tokens."""
+    kinds = {kind for kind in filters if kind}
+    if len(kinds) == 1 and None not in filters:
+        return torch.log_softmax(filtered(logp, kinds.pop()), -1)
+    for kind in kinds:
+        rows = torch.tensor([f == kind for f in filters], device=logp.device)
+        logp[rows] = torch.log_softmax(filtered(logp[rows], kind), -1)
+    return logp
+
+
 def logits_of(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function from hidden states [..., D] to the model's logits, fp32 [..., V]."""
     head, transform = head_of(model), logit_transform(model)
-    return lambda hidden: transform.logits(head(transform.hidden(hidden)).float())
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        x = transform.hidden(hidden)
+        # logits rounded to bf16 would cost 0.03 nats of log-prob
+        z = linear(x, head.weight, None, torch.float32) if is_plain_linear(head) else head(x).float()
+        return transform.logits(z)
+
+    return logits
 
 
 @torch.inference_mode()
@@ -244,13 +269,15 @@ def engine_logprobs(
         fp32 [b, n, K].
     """
     b, n = ids.shape
-    cache, text = SlotCache(b), n // 2
-    positions = torch.arange(n, device=ids.device).expand(b, n)
+    cache, text, forward = SlotCache(b), n // 2, forward_with(model)
+    slots = torch.arange(b, device=ids.device)
     with autocast:
-        rows = torch.arange(b, device=ids.device)
-        parts = [forward(model, cache, rows, ids[:, :text], positions[:, :text], [text] * b)]
+        texts = [Text(slot, 0, text) for slot in range(b)]
+        at = torch.arange(text, device=ids.device)
+        parts = [forward(cache, slots.repeat_interleave(text), ids[:, :text].flatten(), at.repeat(b), texts)]
+        parts = [parts[0].view(b, text, -1)]
         for i in range(text, n):
-            parts.append(forward(model, cache, slice(0, b), ids[:, i : i + 1], positions[:, i : i + 1]))
+            parts.append(forward(cache, slots, ids[:, i], torch.full_like(slots, i), None)[:, None])
         logits = logits_of(model)(torch.cat(parts, 1))
     return torch.log_softmax(logits, -1).gather(-1, targets)
 

@@ -70,7 +70,9 @@ class VllmBuilder(EngineBuilder):
         transport = _make_transport(self.config, model, model_folder, work, world, self.engine_ranks(world))
         rollout = self.config.rollout
         stop, dtype = renderer.stop_ids(rollout.stop_at_tool_call), getattr(torch, self.config.model.dtype)
-        return VllmEngine(transport, stop, deadline=rollout.engine_timeout, dtype=dtype)
+        return VllmEngine(
+            transport, stop, deadline=rollout.engine_timeout, dtype=dtype, verify_weights=rollout.verify_weights
+        )
 
 
 def _temporary_folder() -> Path:

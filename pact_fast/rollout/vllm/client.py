@@ -19,7 +19,7 @@ import torch
 
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
 from pact_fast.model.weights import WeightShard, WeightSnapshot
-from pact_fast.rollout.vllm.colocated import WORKER_EXTENSION, merge_reports
+from pact_fast.rollout.vllm.colocated import WORKER_EXTENSION, filter_params, merge_reports
 from pact_fast.rollout.vllm.http_client import HttpClient, checked_json
 from pact_fast.rollout.vllm.transport import TurnOutput, TurnRequest, VllmTransport
 from pact_fast.rollout.vllm.weight_files import WeightFiles
@@ -97,8 +97,8 @@ class VllmServerTransport(VllmTransport):
         """Send a turn, and put its output, or an EngineError, into the queue of results."""
         body = {
             "model": self.adapter_name or self._served_model,
-            "prompt": turn.ids, "max_tokens": turn.max_tokens, "temperature": turn.temperature, "top_p": 1.0,
-            "top_k": -1, "seed": turn.seed, "logprobs": 0, "stop_token_ids": turn.stop, "ignore_eos": True,
+            "prompt": turn.ids, "max_tokens": turn.max_tokens, "temperature": turn.temperature,
+            **filter_params(turn), "seed": turn.seed, "logprobs": 0, "stop_token_ids": turn.stop, "ignore_eos": True,
             "return_token_ids": True, "skip_special_tokens": False,
         }  # fmt: skip
         try:

@@ -139,7 +139,7 @@ def import_vllm() -> Any:
 def engine_args(args: dict[str, Any]) -> dict[str, Any]:
     """vLLM's engine arguments for every placement; `args` take precedence.
 
-    Log-probs are those of the distribution that is sampled from (after temperature), and prefixes are cached.
+    Log-probs are those of the distribution that is sampled from (after temperature and filters), and prefixes are cached.
     """
     fixed: dict[str, Any] = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": True}
     if not torch.cuda.is_available():
@@ -150,13 +150,18 @@ def engine_args(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def sampling_params(vllm: Any, turn: TurnRequest) -> Any:
-    """vLLM's SamplingParams: temperature alone shapes the distribution, and only `turn.stop` ends the turn."""
+    """vLLM's SamplingParams: temperature and filters alone shape the distribution, and only `turn.stop` ends the turn."""
     from vllm.sampling_params import RequestOutputKind
 
     return vllm.SamplingParams(
-        temperature=turn.temperature, top_p=1.0, top_k=-1, max_tokens=turn.max_tokens, seed=turn.seed, logprobs=0,
+        temperature=turn.temperature, **filter_params(turn), max_tokens=turn.max_tokens, seed=turn.seed, logprobs=0,
         stop_token_ids=turn.stop, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
     )  # fmt: skip
+
+
+def filter_params(turn: TurnRequest) -> dict[str, float | int]:
+    """vLLM's top_p, top_k and min_p, all given: its defaults may come from the model's generation config."""
+    return {**turn.filters.to_json(), "top_k": turn.filters.top_k or -1}
 
 
 def merge_reports(reports: list[dict]) -> tuple[int, list[WeightShard]]:

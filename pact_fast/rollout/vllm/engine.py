@@ -49,21 +49,30 @@ class VllmEngine(Engine):
         eot_ids: Tokens that end a turn.
         deadline: Seconds without a finished turn after which the engine counts as hung (rollout.engine_timeout).
         dtype: In which weights are sent.
+        verify_weights: rollout.verify_weights.
 
     Attributes:
         restarts: Times that vLLM was restarted.
         sync_report: Of the last weight update.
     """
 
+    applies_filters = True
+
     def __init__(
-        self, transport: VllmTransport, eot_ids: Iterable[int], *, deadline: float, dtype: torch.dtype = torch.float32
+        self,
+        transport: VllmTransport,
+        eot_ids: Iterable[int],
+        *,
+        deadline: float,
+        dtype: torch.dtype = torch.float32,
+        verify_weights: str = "always",
     ):
         self.transport, self.name, self.version, self.restarts = transport, transport.name, -1, 0
         self.synchronous = transport.synchronous
         self.sync_report: SyncReport | None = None
         self._eot_ids = sorted(eot_ids)
         self._deadline, self._dtype = deadline, dtype
-        self._verifier = WeightVerifier(transport)
+        self._verifier = WeightVerifier(transport, verify_weights)
         self._sessions: dict[int, _Session] = {}
         self._closed = False
         self._turn_count = 0  # makes the key of every turn unique
@@ -99,6 +108,7 @@ class VllmEngine(Engine):
             int(seed) >> 1,
             self._eot_ids,
             self.version,
+            request.filters,
         )
         self._call_or_recover(lambda: self.transport.submit(turn))
 
@@ -197,8 +207,8 @@ class VllmEngine(Engine):
 
         Turns under way finish first. Then the old weights are verified once more: tokens sampled since the last update
         came from the weights of the version they are stamped with. With LoRA, the frozen weights are sent once; after
-        that only the adapter is, and it is verified in the buffers that vLLM multiplies with. May be called while
-        another thread samples; that thread waits.
+        that only the adapter is, and it is verified in the buffers that vLLM multiplies with. rollout.verify_weights may
+        turn both verifications off. May be called while another thread samples; that thread waits.
 
         Raises:
             WeightMismatch: The engine holds anything else than what was sent.
@@ -213,7 +223,7 @@ class VllmEngine(Engine):
 
     def _update(self, model: PreTrainedModel, version: int) -> None:
         self.transport.wake()
-        if self.version >= 0:
+        if self.version >= 0 and self._verifier.due:
             self._verify_current()
         started = time.monotonic()
         adapter = engine_adapter(model, self._dtype)
@@ -222,9 +232,10 @@ class VllmEngine(Engine):
         size = self._send_weights(model, version) if send_all else 0
         if adapter:
             size += self._send_adapter(adapter, version)
-        loaded = time.monotonic()
-        self._verify_until_stable(version, weights=send_all)
-        self.sync_report = SyncReport(version, size, loaded - started, time.monotonic() - loaded)
+        loaded, verified = time.monotonic(), self._verifier.due
+        # an engine that was restarted meanwhile has got the frozen weights again
+        self._verify_until_stable(version, weights=send_all or not self._verifier.verified)
+        self.sync_report = SyncReport(version, size, loaded - started, time.monotonic() - loaded if verified else None)
 
     def _send_weights(self, model: PreTrainedModel, version: int) -> int:
         """Returns the number of bytes."""
@@ -279,7 +290,8 @@ class VllmEngine(Engine):
                 weights = True
 
     def _verify(self, version: int, *, weights: bool = True) -> None:
-        self._verifier.verify(version, weights=weights)
+        if self._verifier.due:
+            self._verifier.verify(version, weights=weights)
         self.transport.reset_prefix_cache()
 
     # -- failures ------------------------------------------------------------------------------------------------------
@@ -305,6 +317,7 @@ class VllmEngine(Engine):
         while True:
             self._failures_in_row += 1
             self.restarts += 1
+            self._verifier.engine_restarted()
             if self._failures_in_row > MAX_RESTARTS:
                 raise error
             try:

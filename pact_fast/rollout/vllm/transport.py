@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from pact_fast.config.filters import UNFILTERED, SamplingFilters
 from pact_fast.model.weights import WeightShard, WeightSnapshot
 
 
@@ -21,6 +22,7 @@ class TurnRequest:
     seed         of the sampling
     stop         token ids that end the turn
     version      of the weights that sample it
+    filters      which tokens may be sampled; vLLM ignores them where greedy
     """
 
     key: str
@@ -30,6 +32,7 @@ class TurnRequest:
     seed: int
     stop: list[int]
     version: int
+    filters: SamplingFilters = UNFILTERED
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from transformers import PreTrainedModel
 
@@ -16,14 +18,39 @@ from pact_fast.model.weights import (
 )
 from pact_fast.rollout.vllm.transport import VllmTransport
 
+log = logging.getLogger(__name__)
+
 
 class WeightVerifier:
-    """Remembers the fingerprints of what was sent last, and compares them with the workers' reports."""
+    """Remembers the fingerprints of what was sent last, and compares them with the workers' reports.
 
-    def __init__(self, transport: VllmTransport):
-        self._transport = transport
+    Args:
+        transport: Where vLLM runs.
+        when: rollout.verify_weights.
+
+    Attributes:
+        verified: Whether anything was verified since the engine has started.
+    """
+
+    def __init__(self, transport: VllmTransport, when: str = "always"):
+        self._transport, self._when = transport, when
+        self.verified = False
+        if when == "never":
+            log.warning(
+                "rollout.verify_weights=never: whether %s computes with the trainer's weights is not checked",
+                transport.name,
+            )
         self._weights: ExpectedWeights = {}
         self._adapter: ExpectedWeights = {}  # empty without LoRA
+
+    @property
+    def due(self) -> bool:
+        """Whether the setting asks for a comparison now."""
+        return self._when == "always" or (self._when == "first" and not self.verified)
+
+    def engine_restarted(self) -> None:
+        """The engine has lost what was verified."""
+        self.verified = False
 
     def expect_weights(self, model: PreTrainedModel, snapshot: WeightSnapshot) -> None:
         """`snapshot` of `model` was sent. A head tied to the embedding must be equal to it."""
@@ -48,6 +75,7 @@ class WeightVerifier:
             verify(self._adapter, [s for s in shards if s.name in self._adapter or s.fingerprint])
         if weights:
             self._verify_weights(self._of_version(version, self._transport.report_weights()))
+        self.verified = True
 
     def _of_version(self, version: int, report: tuple[int, list[WeightShard]]) -> list[WeightShard]:
         found, shards = report

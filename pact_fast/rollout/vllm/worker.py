@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from pact_fast.model.weights import WeightShard, fingerprint
+from pact_fast.kernels.fingerprint import fingerprint
+from pact_fast.model.weights import WeightShard
 
 READ_BACK_COLUMNS = 256  # of the identity, by which a repacked matrix is multiplied at a time to read it back
 

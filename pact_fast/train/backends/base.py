@@ -25,7 +25,7 @@ class Forward(Protocol):
         temperature: float | torch.Tensor,
         loss: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """(loss, log-probs [N], statistics), or (log-probs [N],) if `loss` is None."""
+        """(loss, log-probs [N], statistics), or (log-probs [N],) if `loss` is None; more with filters, see `Policy.forward`."""
         ...
 
 

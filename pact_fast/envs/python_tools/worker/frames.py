@@ -1,0 +1,15 @@
+"""Messages on the worker's socket and on the tool's pipes: a length, then JSON."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+LENGTH = struct.Struct("!I")
+
+
+def frame(message: Any) -> bytes:
+    """A message as bytes."""
+    data = json.dumps(message).encode()
+    return LENGTH.pack(len(data)) + data

@@ -1,0 +1,101 @@
+"""Files and folders that are written whole or not at all: beside their place, flushed to disk, and renamed.
+
+What is at their place already is replaced, never written through: a symbolic or hard link to another file is exchanged
+for the new file, and the other one stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pact_fast.errors import PactError
+
+RESUME = "free some space or make the folder writable, and continue with resume=auto"
+ANOTHER = "free some space, make the folder writable, or name another file"
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()  # once, while there are no threads
+
+
+@contextmanager
+def io_errors(path: Path, cure: str = RESUME) -> Iterator[None]:
+    """Turn a failed write to `path` (disk full, no permission, no such folder) into a PactError that ends with `cure`."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors has an error of its own, and this module is imported where safetensors is not
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        reason = " ".join(str(error).split())
+        raise PactError(f"cannot write {path}: {reason}; {cure}") from error
+
+
+def write_text(path: Path, text: str, cure: str = RESUME) -> None:
+    """Write a text file whole or not at all; half a surrogate pair is written as "?". PactError if the write fails."""
+    with io_errors(path, cure):
+        write_bytes(path, text.encode("utf-8", "replace"))
+
+
+def write_named(path: Path, text: str) -> None:
+    """`write_text` to a path that the user has named: a device or a pipe (/dev/stdout) is written to, not replaced."""
+    with io_errors(path, ANOTHER):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("w", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+            return
+    write_text(path, text, ANOTHER)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all. OSError if the write fails; what was there before is then unchanged."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o666 & ~_UMASK)  # mkstemp's files are private
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        if path.is_dir() and not path.is_symlink():
+            raise IsADirectoryError(f"{path} is a folder")
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def atomic_save_pretrained(objects: Any, folder: Path) -> None:
+    """`save_pretrained` of one object or a list (model, tokenizer) into a new folder, which appears when it is complete."""
+    with io_errors(folder):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".tmp", dir=folder.parent))
+        try:
+            temporary.chmod(0o777 & ~_UMASK)
+            for item in objects if isinstance(objects, list) else [objects]:
+                item.save_pretrained(temporary)
+            temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link (not what it points to); nothing there is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
