@@ -26,7 +26,10 @@ class ChatTemplate:
 
     def __init__(self, tokenizer):
         if not getattr(tokenizer, "chat_template", None):
-            raise PactError("the tokenizer has no chat template; name a Jinja file in model.chat_template")
+            raise PactError(
+                "the tokenizer has no chat template; name a Jinja file in model.chat_template, or chatml_hermes for a model "
+                "of ChatML"
+            )
         self._tokenizer = tokenizer
         self.skeleton = functools.lru_cache(maxsize=4096)(self._skeleton)
         self._transform_of = functools.cache(self._find_transform)
