@@ -7,7 +7,7 @@
 Only the file in the package is used; its dependencies, among them llama.cpp, are not needed. The file holds quantised
 weights: 4 bits (Q4_1), 8 bits for the embedding. The folder gets the values that they stand for, in float32. They are
 close to the published weights, not equal; with access to the hub, `HuggingFaceTB/SmolLM2-135M-Instruct` is the better
-choice. transformers reads such a file, too (`from_pretrained(folder, gguf_file=…)`), in several times the time.
+choice. transformers reads such a file, too (`from_pretrained(folder, gguf_file=…)`), in about twice the time.
 
 Model and package are under Apache-2.0.
 """
