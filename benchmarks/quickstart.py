@@ -4,7 +4,7 @@ python -m benchmarks.quickstart                             seeds 0, 1, 2; under
 python -m benchmarks.quickstart --seeds 3 --out results.json
 python -m benchmarks.quickstart rollout.engine=vllm         the same with other settings
 python -m benchmarks.quickstart --processes 2 threads=1     under torchrun
-python -m benchmarks.quickstart --recipe smollm2-cpu --seeds 0 model.path=models/smollm2
+python -m benchmarks.quickstart model.path=models/smollm2 --recipe smollm2-cpu --seeds 0
 
 Each seed is a run of its own, `pact-fast train quickstart`, one after the other. Where the recipe starts from a model
 with weights, that model is evaluated first, before its warm-up: column "untrained". CPU time is that of all threads, and
