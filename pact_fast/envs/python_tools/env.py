@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from pact_fast.data.absent import is_absent
-from pact_fast.data.types import Task, ToolCall, ToolSchema, Trajectory
+from pact_fast.data.types import Task, ToolSchema, Trajectory
 from pact_fast.envs.python_tools.pool import SandboxPool
 from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
 from pact_fast.registry import did_you_mean
+from pact_fast.rewards.feedback import trajectory_feedback
 from pact_fast.rewards.ftrl import expected_parts, solve_score
 from pact_fast.rewards.toolhop import is_correct
 
@@ -107,7 +108,7 @@ class PythonTools:
         """FTRL: solve_p, solve_r, solve_f1, and success when all sub-questions are solved. ToolHop: success."""
         scoring = task.env_args.get("scoring")
         if scoring == "ftrl":
-            score = solve_score(_call_observations(trajectory), task.env_args["unsolved_set"])
+            score = solve_score(trajectory_feedback(trajectory), task.env_args["unsolved_set"])
             return {
                 "solve_p": score.precision,
                 "solve_r": score.recall,
@@ -129,13 +130,3 @@ def _other_column(task: Task) -> str:
     """A hint at a column that looks like an answer under another name."""
     found = next((name for name in ANSWER_COLUMNS if not is_absent(task.columns.get(name))), None)
     return f" (the row's '{found}' is not read as one: rename it)" if found else ""
-
-
-def _call_observations(trajectory: Trajectory) -> list[tuple[str, str]]:
-    """(tool name, observation) of every call; a malformed call has the name ""."""
-    return [
-        (attempt.name if isinstance(attempt, ToolCall) else "", observation)
-        for turn in trajectory.turns
-        # not strict: calls of the last turn may have no observations
-        for attempt, observation in zip(turn.attempts, turn.observations, strict=False)
-    ]
