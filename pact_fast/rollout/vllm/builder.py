@@ -72,7 +72,7 @@ class VllmBuilder(EngineBuilder):
         stop, dtype = renderer.stop_ids(rollout.stop_at_tool_call), getattr(torch, self.config.model.dtype)
         return VllmEngine(
             transport, stop, deadline=rollout.engine_timeout, dtype=dtype, verify_weights=rollout.verify_weights,
-            vocab_size=model.get_input_embeddings().num_embeddings,
+            vocab_size=getattr(model.get_input_embeddings(), "num_embeddings", None),
         )  # fmt: skip
 
 
