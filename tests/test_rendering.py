@@ -22,6 +22,7 @@ from pact_fast.config import ModelConfig
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall
 from pact_fast.errors import PactError
 from pact_fast.model.tokenizer import make_tokenizer
+from pact_fast.train.records import token_texts
 from tests.support.chat_tokenizers import build, chatml_like, llama3_like, qwen3_like, template
 
 TOOLS = [
@@ -226,6 +227,8 @@ def test_ids_beyond_the_tokenizer_are_no_text_and_do_no_harm():
     ids = np.array([len(r.token_bytes.table) + 7, *r.assistant_turn("", "Yes.", [])[0], 10**6])
     turn = r.parse(ids, TOOLS)
     assert turn.text == "Yes.<|im_end|>" and len(turn.components) == len(ids)
+    texts = token_texts(r, ids)  # as in the recorded rollouts
+    assert len(texts) == len(ids) and texts[0] == texts[-1] == "" and "".join(texts) == turn.text
     assert len(r.parse(np.zeros(0, np.int64), TOOLS).components) == 0
 
 

@@ -21,7 +21,7 @@ from pact_fast.cli.session import open_session
 from pact_fast.components import Component
 from pact_fast.config import load_config
 from pact_fast.envs.registry import make_tasks
-from pact_fast.train.evaluate import evaluate
+from pact_fast.train.evaluate import Sampling, evaluate
 
 pytestmark = pytest.mark.slow
 EXAMPLE = runpy.run_path(str(Path(__file__).parent.parent / "examples/smollm2_from_package.py"))
@@ -145,7 +145,7 @@ def test_a_reloaded_export_is_the_policy(run, exported):
     """What transformers loads gives the tokens of a rollout the log-probs that the engine sampled them with."""
     dtype = getattr(torch, load_config(str(run / "config.yaml")).model.dtype)
     session = open_session(str(run), [])
-    trajectories = evaluate(session.loop, session.select("eval", 2), temperature=1.0, seed=1)
+    trajectories = evaluate(session.loop, session.select("eval", 2), sampling=Sampling(1.0), seed=1)
     session.close()
     reloaded = AutoModelForCausalLM.from_pretrained(exported).eval()
     assert reloaded.dtype == torch.float32 and reloaded.lm_head.weight is reloaded.get_input_embeddings().weight
