@@ -295,15 +295,25 @@ def test_result_files_say_where_they_come_from(tmp_path):
 def test_quickstart_results_are_stamped(tmp_path, monkeypatch):
     rate = {"mean": 0.9, "low": 0.8, "high": 1.0}
     base = {"mean": 0.2, "low": 0.1, "high": 0.3}
-    summary = {"base_success": base, "success": rate, "base_greedy": base, "greedy": rate, "wall_seconds": 60}
+    summary = {
+        "base_success": base, "success": rate, "base_greedy": base, "greedy": rate, "wall_seconds": 60,
+        "cpu_seconds": 100, "peak_kib": 1 << 20, "untrained": None,
+    }  # fmt: skip
     monkeypatch.setattr(quickstart, "train", lambda seed, *rest: summary | {"seed": seed})
     out = tmp_path / "quickstart.json"
     assert quickstart.main(["--seeds", "0", "1", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert [run["seed"] for run in report["runs"]] == [0, 1]
     assert report["date"] and report["versions"]["torch"] and report["machine"]["cpu"]
-    monkeypatch.setattr(quickstart, "train", lambda seed, *rest: summary | {"seed": seed, "wall_seconds": 601})
-    assert quickstart.main(["--seeds", "0"]) == 1
+
+    def status(*options: str, **changes) -> int:
+        monkeypatch.setattr(quickstart, "train", lambda seed, *rest: summary | {"seed": seed, **changes})
+        return quickstart.main(["--seeds", "0", *options])
+
+    assert status(wall_seconds=601) == status(peak_kib=8_000_000) == status(success=base) == 1
+    assert status(greedy={**base, "mean": 0.1}) == 1
+    untrained = {"sampled": {"success": 0.0}}
+    assert status("--recipe", "smollm2-cpu", wall_seconds=601, untrained=untrained) == 0
 
 
 @pytest.mark.slow

@@ -75,7 +75,8 @@ def test_every_shipped_recipe_is_valid():
 def test_every_recipe_of_a_large_model_samples_with_vllm():
     for name in recipes():
         config = load_config(name)
-        assert config.rollout.engine == ("vllm" if config.model.path else "transformers"), name
+        small = config.model.path is None or "135M" in config.model.path
+        assert config.rollout.engine == ("transformers" if small else "vllm"), name
 
 
 @pytest.mark.parametrize(

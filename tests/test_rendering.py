@@ -15,11 +15,14 @@ from pact_fast.chat.formats.registry import get_format
 from pact_fast.chat.rendering import NO_LEVEL, ChatRenderer
 from pact_fast.chat.segments import prefix_ends
 from pact_fast.chat.template_check import check_template
-from pact_fast.chat.templates import CHATML_HERMES
+from pact_fast.chat.templates import CHATML_HERMES, SHIPPED
 from pact_fast.chat.token_bytes import TokenBytes
 from pact_fast.components import Component
+from pact_fast.config import ModelConfig
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall
 from pact_fast.errors import PactError
+from pact_fast.model.tokenizer import make_tokenizer
+from pact_fast.train.records import token_texts
 from tests.support.chat_tokenizers import build, chatml_like, llama3_like, qwen3_like, template
 
 TOOLS = [
@@ -48,12 +51,14 @@ TRACE = ExpertTrace(
 TASK = Task("t1", PROMPT, TOOLS, expert=TRACE)
 # Qwen3 with a generation prompt that opens the reasoning, as in QwQ or R1 distillations
 OPENED = "qwen3+opened"
-NAMES = ["chatml", "qwen3", "qwen3_training", "qwen3_instruct_2507", "qwen2_5", "llama3_1", OPENED]
+NAMES = ["chatml", *SHIPPED, "qwen3", "qwen3_training", "qwen3_instruct_2507", "qwen2_5", "llama3_1", OPENED]
 
 
 def tokenizer(name: str):
     if name == "chatml":
         return chatml_like()
+    if name in SHIPPED:
+        return chatml_like(SHIPPED[name].read_text("utf-8"))
     if name == OPENED:
         return chatml_like(template("qwen3").replace("assistant\\n' }}", "assistant\\n<think>\\n' }}"))
     return llama3_like(name) if name.startswith("llama") else qwen3_like(name)
@@ -222,6 +227,8 @@ def test_ids_beyond_the_tokenizer_are_no_text_and_do_no_harm():
     ids = np.array([len(r.token_bytes.table) + 7, *r.assistant_turn("", "Yes.", [])[0], 10**6])
     turn = r.parse(ids, TOOLS)
     assert turn.text == "Yes.<|im_end|>" and len(turn.components) == len(ids)
+    texts = token_texts(r, ids)  # as in the recorded rollouts
+    assert len(texts) == len(ids) and texts[0] == texts[-1] == "" and "".join(texts) == turn.text
     assert len(r.parse(np.zeros(0, np.int64), TOOLS).components) == 0
 
 
@@ -397,6 +404,34 @@ def test_format_that_does_not_read_what_it_writes_is_refused():
 
     with pytest.raises(PactError, match="does not parse"):
         check_template(ChatRenderer(chatml_like(), Broken()))
+
+
+def test_a_shipped_template_is_named_or_read_from_a_file_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chatml_like("{{ messages[0].content }}").save_pretrained("model")
+
+    def chat_template(name: str) -> str:
+        return make_tokenizer(ModelConfig(path="model", chat_template=name), tasks=None).chat_template
+
+    assert chat_template("chatml_hermes") == SHIPPED["chatml_hermes"].read_text("utf-8")
+    with pytest.raises(PactError, match=r"cannot read 'hermes': No such file.*chatml_hermes$"):
+        chat_template("hermes")
+    (tmp_path / "chatml_hermes").write_text("own")
+    assert chat_template("chatml_hermes") == "own"
+
+
+def test_the_shipped_template_says_how_to_call_and_shows_types():
+    add = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {}}}}
+    text = tokenizer("chatml_hermes").apply_chat_template(
+        [{"role": "user", "content": "1+2?"}],
+        tools=[*TOOLS[:1], {"function": add}, {"function": {"name": "now"}}],
+        tokenize=False,
+    )
+    system, question = text.split("<|im_end|>\n")[:2]
+    assert system.startswith(
+        "<|im_start|>system\nTools:\nget_weather(city: string)\nadd(a: number, b)\nnow()\n\nTo call"
+    )
+    assert "<tool_call>\n{" in system and question == "<|im_start|>user\n1+2?"
 
 
 def test_tokenizer_without_template_is_refused():

@@ -11,5 +11,5 @@ formats          how tool calls are written and parsed, one file each
 tool_schema      checks a call against the tools' JSON schemas
 segments         sentences and items of a reasoning text, and its supervised prefix
 template_check   the check at start-up that turns can be appended
-templates        the template of models that start from random weights
+templates        templates of ours, for models without one and for models whose own has no tools
 """

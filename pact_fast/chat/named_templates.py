@@ -25,7 +25,10 @@ class NamedTemplates:
     def __init__(self, tokenizer):
         named = _by_name(getattr(tokenizer, "chat_template", None))
         if not named:
-            raise PactError("the tokenizer has no chat template; name a Jinja file in model.chat_template")
+            raise PactError(
+                "the tokenizer has no chat template; name a Jinja file in model.chat_template, or chatml_hermes for a model "
+                "of ChatML"
+            )
         if len(named) > 1 and not named.keys() & {DEFAULT, TOOL_USE}:
             raise PactError(
                 f"the tokenizer has several chat templates ({', '.join(sorted(named))}), and none is named '{DEFAULT}' or "

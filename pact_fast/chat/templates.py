@@ -1,4 +1,10 @@
-"""The chat template of models that start from random weights."""
+"""Chat templates of ours: of models that start from random weights, and for models whose own has no tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SHIPPED = {path.stem: path for path in Path(__file__).parent.glob("*.jinja")}  # by name, as in model.chat_template
 
 # ChatML turns with Hermes tool calls. Tools are written as signatures (strings have no type), to keep prompts short.
 # Reasoning of earlier turns is kept.

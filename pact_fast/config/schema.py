@@ -43,7 +43,11 @@ class ModelConfig(Section):
         "Without `tokenizer`, a byte-level BPE of `vocab_size` is trained on text of the environment.",
     )
     tokenizer: str | None = Field(None, description="Tokenizer folder or hub name; default: the tokenizer of `path`.")
-    chat_template: str | None = Field(None, description="A Jinja file that replaces the tokenizer's chat template.")
+    chat_template: str | None = Field(
+        None,
+        description="A Jinja file that replaces the tokenizer's chat template, or `chatml_hermes`: ChatML with Hermes "
+        "tool calls, for models whose own template has no tools.",
+    )
     tool_format: str = Field(
         "auto",
         description="Format of tool calls: `hermes`, `llama3_json`, `qwen3_coder`, `gemma4`, `lfm2`, `glm4_moe`, or your "

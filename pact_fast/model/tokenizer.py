@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pact_fast.chat.formats.hermes import Hermes
-from pact_fast.chat.templates import CHATML_HERMES
+from pact_fast.chat.templates import CHATML_HERMES, SHIPPED
 from pact_fast.config import ModelConfig
 from pact_fast.data.sources import TaskSource
 from pact_fast.data.types import Task, text_of
@@ -96,8 +96,16 @@ def _training_texts(tasks: Iterable[Task]) -> Iterator[str]:
             yield task.expert.answer
 
 
-def _read_template(path: str) -> str:
+def _read_template(name: str) -> str:
+    """The text of a file, or of a shipped template if no file has that name."""
+    path = Path(name)
+    if not path.exists():
+        path = SHIPPED.get(name, path)
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise PactError(f"model.chat_template: cannot read '{path}': {error.strerror}") from None
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise PactError(
+            f"model.chat_template: cannot read '{name}': {reason}; name a Jinja file, or a shipped template: "
+            f"{', '.join(sorted(SHIPPED))}"
+        ) from None

@@ -5,6 +5,7 @@ matching    similarity of tool calls, and their assignment to reference calls
 answers     token F1 of the final answer
 functions   the user's reward functions
 advantages  group, turn and token advantages
+feedback    what tools said, apart from echoes of the policy and errors
 ftrl        FTRL's solve-P, solve-R and solve-F1
 toolhop     ToolHop's answer correctness
 """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from pact_fast.rewards.feedback import Feedback, normalise, stated
 
 
 @dataclass(frozen=True)
@@ -38,35 +40,32 @@ def contains_parts(text: str, expected: str) -> bool:
     Parts are separated by a comma and a space: "3,776 m, Mount Fuji" has two. A text without parts occurs nowhere; in
     the official scoring it occurs everywhere.
     """
-    text, parts = _normalise(text), expected_parts(expected)
+    text, parts = normalise(text), expected_parts(expected)
     return bool(parts) and all(part in text for part in parts)
 
 
 def expected_parts(expected: str) -> list[str]:
     """The parts of an expected text, normalised, without empty ones."""
-    return [part for part in map(_normalise, expected.split(", ")) if part]
+    return [part for part in map(normalise, expected.split(", ")) if part]
 
 
-def solve_score(feedback: Iterable[tuple[str, str]], expected: Mapping[str, Sequence[str]]) -> SolveScore:
+def solve_score(feedback: Sequence[Feedback], expected: Mapping[str, Sequence[str]]) -> SolveScore:
     """Score the calls of a trajectory. Each call solves the first open sub-question of its tool that it answers, only.
 
+    A call answers a sub-question if its tool states every part of the expected text (`feedback.stated`).
+
     Args:
-        feedback: (tool name, observation) of every call, in order; the name of a malformed call is "".
+        feedback: Every call, in order.
         expected: For each tool, the texts that its observations must contain: one text per sub-question, at least one
             in total. An empty text is no sub-question.
     """
-    open_questions = {name: [text for text in texts if expected_parts(text)] for name, texts in expected.items()}
-    questions = sum(map(len, open_questions.values()))
-    solved = calls = 0
-    for name, observation in feedback:
-        calls += 1
-        texts = open_questions.get(name, [])
-        hit = next((text for text in texts if contains_parts(observation, text)), None)
+    parts = {name: [found for text in texts if (found := expected_parts(text))] for name, texts in expected.items()}
+    statements = {part: stated(feedback, part) for texts in parts.values() for text in texts for part in text}
+    questions, solved = sum(map(len, parts.values())), 0
+    for i, call in enumerate(feedback):
+        open_questions = parts.get(call.tool, [])
+        hit = next((text for text in open_questions if all(statements[part][i] for part in text)), None)
         if hit is not None:
-            texts.remove(hit)
+            open_questions.remove(hit)
             solved += 1
-    return SolveScore(solved, calls, questions)
-
-
-def _normalise(text: str) -> str:
-    return text.lower().replace(",", "").strip()
+    return SolveScore(solved, len(feedback), questions)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pact_fast.data.types import Trajectory
-from pact_fast.rewards.ftrl import contains_parts
+from pact_fast.rewards.feedback import stated, trajectory_feedback
+from pact_fast.rewards.ftrl import contains_parts, expected_parts
 
 
 def is_correct(gold: str, trajectory: Trajectory) -> bool:
-    """Whether all parts of the gold answer occur in the final answer, or all in the last tool message before it.
+    """Whether all parts of the gold answer occur in the final answer, or the last tool before it states all of them.
 
     A trajectory without a final answer, or with an empty one, is wrong; so is every answer to an empty gold answer. As in
-    ToolHop's own scoring, parts are substrings: the gold answer 42 occurs in "420".
+    ToolHop's own scoring, parts are substrings: the gold answer 42 occurs in "420". Errors, and parts that the tool only
+    repeats from its arguments, state nothing (`feedback.stated`).
     """
-    if not trajectory.answer:
+    parts = expected_parts(gold)
+    if not trajectory.answer or not parts:
         return False
-    before = trajectory.turns[-2].observations if len(trajectory.turns) > 1 else []
-    return any(contains_parts(text, gold) for text in (trajectory.answer, *before[-1:]))
+    if contains_parts(trajectory.answer, gold):
+        return True
+    feedback = trajectory_feedback(trajectory)
+    if not feedback or feedback[-1].turn != len(trajectory.turns) - 2:  # the turn before has no observation
+        return False
+    return all(stated(feedback, part)[-1] for part in parts)

@@ -1,4 +1,4 @@
-"""Pretraining of the quickstart's base model: SFT on noisy lookup_chain traces, from random weights.
+"""Pretraining of a base model: SFT on noisy lookup_chain traces, from random weights or those of `model.path`.
 
 With noise in the traces (wrong relations, early stops), the base model learns syntax and copying but not the strategy, so
 sampled rollouts mostly fail. Reinforcement learning can close that gap in minutes.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from math import ceil
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -18,10 +19,11 @@ from pact_fast.batch.loss_table import ScoredTokens
 from pact_fast.batch.tree import TokenTree
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
-from pact_fast.config import AlgorithmConfig, Config, PretrainConfig, TrainerConfig
+from pact_fast.config import AlgorithmConfig, Config, TrainerConfig
 from pact_fast.data.sources import TaskSource
 from pact_fast.data.types import Task
 from pact_fast.envs.lookup_chain import TraceNoise, noisy_trace
+from pact_fast.model.device import precision
 from pact_fast.train.learner import Learner
 
 
@@ -43,7 +45,13 @@ def pretrain(
     """
     assert config.pretrain is not None
     settings = config.pretrain
-    learner = Learner(model, _trainer(settings), SFT(AlgorithmConfig()), total_updates=settings.steps)
+    learner = Learner(
+        model,
+        _trainer(config),
+        SFT(AlgorithmConfig()),
+        total_updates=settings.steps,
+        autocast=precision(config, model.device),
+    )
     noise = TraceNoise(settings.early_stop, settings.wrong_relation)
     for step in range(settings.steps):
         # negative step numbers: none of these tasks appears again in RL
@@ -59,10 +67,15 @@ def pretrain(
         on_step(step, learner.update(batches, lr_scale=decay).loss)
 
 
-def _trainer(settings: PretrainConfig) -> TrainerConfig:
-    """Optimizer settings of the pretraining stage."""
+def _trainer(config: Config) -> TrainerConfig:
+    """Optimizer settings of the pretraining stage; its packs are as large as those of the run."""
+    assert config.pretrain is not None
     return TrainerConfig(
-        learning_rate=settings.learning_rate, warmup_steps=min(20, settings.steps), weight_decay=0.01, adam_beta2=0.98
+        learning_rate=config.pretrain.learning_rate,
+        warmup_steps=min(20, ceil(config.pretrain.steps / 10)),  # a short stage reaches its peak, too
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        max_tokens_per_pack=config.trainer.max_tokens_per_pack,
     )
 
 

@@ -122,7 +122,7 @@ def token_texts(renderer: ChatRenderer, ids: np.ndarray) -> list[str]:
     texts: list[str] = []
     pending = b""
     for token in ids.tolist():
-        pending += renderer.token_bytes.table[token]
+        pending += renderer.token_bytes.join([token])  # none for an id beyond the table, which a policy can sample
         try:
             texts.append(pending.decode("utf-8"))
             pending = b""

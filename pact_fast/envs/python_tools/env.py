@@ -7,12 +7,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from pact_fast.data.types import Task, ToolCall, ToolSchema, Trajectory
+from pact_fast.data.types import Task, ToolSchema, Trajectory
 from pact_fast.envs.python_tools.pool import SandboxPool
 from pact_fast.envs.python_tools.protections import describe
 from pact_fast.envs.python_tools.task_check import check_task
 from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
+from pact_fast.rewards.feedback import trajectory_feedback
 from pact_fast.rewards.ftrl import solve_score
 from pact_fast.rewards.toolhop import is_correct
 
@@ -97,7 +98,7 @@ class PythonTools:
         """FTRL: solve_p, solve_r, solve_f1, and success when all sub-questions are solved. ToolHop: success."""
         scoring = task.env_args.get("scoring")
         if scoring == "ftrl":
-            score = solve_score(_call_observations(trajectory), task.env_args["unsolved_set"])
+            score = solve_score(trajectory_feedback(trajectory), task.env_args["unsolved_set"])
             return {
                 "solve_p": score.precision,
                 "solve_r": score.recall,
@@ -107,13 +108,3 @@ class PythonTools:
         if scoring == "toolhop":
             return {"success": float(is_correct(str(task.answer), trajectory))}
         return {}
-
-
-def _call_observations(trajectory: Trajectory) -> list[tuple[str, str]]:
-    """(tool name, observation) of every call; a malformed call has the name ""."""
-    return [
-        (attempt.name if isinstance(attempt, ToolCall) else "", observation)
-        for turn in trajectory.turns
-        # not strict: calls of the last turn may have no observations
-        for attempt, observation in zip(turn.attempts, turn.observations, strict=False)
-    ]

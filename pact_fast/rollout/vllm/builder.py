@@ -71,8 +71,9 @@ class VllmBuilder(EngineBuilder):
         rollout = self.config.rollout
         stop, dtype = renderer.stop_ids(rollout.stop_at_tool_call), getattr(torch, self.config.model.dtype)
         return VllmEngine(
-            transport, stop, deadline=rollout.engine_timeout, dtype=dtype, verify_weights=rollout.verify_weights
-        )
+            transport, stop, deadline=rollout.engine_timeout, dtype=dtype, verify_weights=rollout.verify_weights,
+            vocab_size=getattr(model.get_input_embeddings(), "num_embeddings", None),
+        )  # fmt: skip
 
 
 def _temporary_folder() -> Path:

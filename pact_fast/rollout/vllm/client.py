@@ -19,6 +19,7 @@ import torch
 
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
 from pact_fast.model.weights import WeightShard, WeightSnapshot
+from pact_fast.rollout.vllm.answers import read_completion, read_reports, read_results, read_served_model
 from pact_fast.rollout.vllm.colocated import WORKER_EXTENSION, filter_params, merge_reports
 from pact_fast.rollout.vllm.http_client import HttpClient, checked_json
 from pact_fast.rollout.vllm.transport import TurnOutput, TurnRequest, VllmTransport
@@ -58,7 +59,7 @@ class VllmServerTransport(VllmTransport):
         self.name, self._timeout = name, timeout
         self.weight_files = WeightFiles(weights_folder, model_folder)
         self._results: queue.SimpleQueue[TurnOutput | EngineError] = queue.SimpleQueue()
-        self._http = HttpClient(base_url, uds)
+        self._http = HttpClient(name, base_url, uds)
         self._turns: dict[str, Future] = {}  # under way, by key
         self._transfer = None if transfer == FILES else NcclTransfer(name, self.call, timeout)
         self._weights: tuple[Path | WeightSnapshot, int] | None = None  # last loaded weights (or their folder), version
@@ -103,17 +104,13 @@ class VllmServerTransport(VllmTransport):
         }  # fmt: skip
         try:
             answer = checked_json(await self._http.post("/v1/completions", body), self.name)
-            choice = answer["choices"][0]
-            if answer.get("prompt_token_ids", choice.get("prompt_token_ids", turn.ids)) != turn.ids:
-                raise EngineError(self.name, "it reports another context than it was given")
-            logprobs = choice["logprobs"]["token_logprobs"]
-            self._results.put(TurnOutput(turn.key, choice["token_ids"], logprobs, _cached_tokens(answer)))
+            self._results.put(read_completion(self.name, answer, turn))
         except EngineError as error:
             self._results.put(error)
         except httpx.TransportError as error:
             self._results.put(EngineDied(self.name, f"the connection broke: {error or type(error).__name__}"))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            self._results.put(EngineError(self.name, f"its answer is not a completion with token ids: {error!r}"))
+        except Exception as error:  # whatever it is, nobody waits for this coroutine
+            self._results.put(EngineError(self.name, f"the request of a turn failed: {type(error).__name__}: {error}"))
 
     def _drop_turns(self) -> None:
         """Abort all turns under way, and discard results that nobody has polled."""
@@ -147,10 +144,10 @@ class VllmServerTransport(VllmTransport):
         self._send_adapter()
 
     def report_weights(self) -> tuple[int, list[WeightShard]]:
-        return merge_reports(self.rpc("pact_report_weights"))
+        return merge_reports(read_reports(self.name, self.rpc("pact_report_weights")))
 
     def report_adapter(self) -> tuple[int, list[WeightShard]]:
-        return merge_reports(self.rpc("pact_report_adapter"))
+        return merge_reports(read_reports(self.name, self.rpc("pact_report_adapter")))
 
     def reset_prefix_cache(self) -> None:
         self.call("POST", "/reset_prefix_cache")
@@ -208,7 +205,7 @@ class VllmServerTransport(VllmTransport):
     def rpc(self, method: str, args: list[str] | None = None, kwargs: dict[str, str] | None = None) -> list:
         """Call a method of all workers; returns one result per worker. Errors: see `call`."""
         body = {"method": method, "args": args or [], "kwargs": kwargs or {}, "timeout": self._timeout}
-        return (self.call("POST", "/collective_rpc", json=body) or {}).get("results", [])
+        return read_results(self.name, method, self.call("POST", "/collective_rpc", json=body))
 
     def call(self, method: str, path: str, **kwargs: Any) -> Any:
         """The JSON that an endpoint answers.
@@ -216,7 +213,7 @@ class VllmServerTransport(VllmTransport):
         Raises:
             EngineTimeout: No answer within the deadline.
             EngineDied: The connection broke, or status 5xx.
-            EngineError: Status 4xx.
+            EngineError: Status 4xx, or an answer that cannot be read.
         """
         try:
             return checked_json(self._http.request(method, path, timeout=self._timeout, **kwargs), self.name)
@@ -241,7 +238,7 @@ class VllmServerTransport(VllmTransport):
             self._check_alive()
             try:
                 models = checked_json(self._http.request("GET", "/v1/models", timeout=5.0), self.name)
-                self._served_model = models["data"][0]["id"]
+                self._served_model = read_served_model(self.name, models)
                 return
             except (httpx.HTTPError, EngineDied):
                 if time.monotonic() > end:
@@ -279,7 +276,7 @@ class VllmServerClient(VllmServerTransport):
         super().__init__(f"vLLM at {url}", url, model_folder, weights_folder, timeout=timeout, transfer=transfer)
         self._wait_ready(start_timeout)
         self._check_extension()
-        if self._transfer and set(self.rpc("pact_transfer_backend")) != {NCCL}:
+        if self._transfer and any(found != NCCL for found in self.rpc("pact_transfer_backend") or [None]):
             problem = f'{self.name} was not started with --weight-transfer-config \'{{"backend": "{NCCL}"}}\''
             if transfer_required:
                 raise PactError(f"{problem}; do so, or set rollout.vllm_weight_transfer=files")
@@ -295,9 +292,3 @@ class VllmServerClient(VllmServerTransport):
                 "serve MODEL --logprobs-mode processed_logprobs --generation-config vllm --worker-extension-cls "
                 f"{WORKER_EXTENSION}, and pact-fast installed beside it"
             ) from None
-
-
-def _cached_tokens(answer: dict) -> int | None:
-    """Tokens of the prompt that the server found in its prefix cache; None unless it reports them."""
-    details = (answer.get("usage") or {}).get("prompt_tokens_details")
-    return details and (details.get("cached_tokens") or 0)

@@ -50,6 +50,7 @@ class VllmEngine(Engine):
         deadline: Seconds without a finished turn after which the engine counts as hung (rollout.engine_timeout).
         dtype: In which weights are sent.
         verify_weights: rollout.verify_weights.
+        vocab_size: Rows of the embedding, beyond which no token id may be; None: not checked.
 
     Attributes:
         restarts: Times that vLLM was restarted.
@@ -66,12 +67,14 @@ class VllmEngine(Engine):
         deadline: float,
         dtype: torch.dtype = torch.float32,
         verify_weights: str = "always",
+        vocab_size: int | None = None,
     ):
         self.transport, self.name, self.version, self.restarts = transport, transport.name, -1, 0
         self.synchronous = transport.synchronous
         self.sync_report: SyncReport | None = None
         self._eot_ids = sorted(eot_ids)
         self._deadline, self._dtype = deadline, dtype
+        self._vocab_size = vocab_size or 1 << 62
         self._verifier = WeightVerifier(transport, verify_weights)
         self._sessions: dict[int, _Session] = {}
         self._closed = False
@@ -181,10 +184,21 @@ class VllmEngine(Engine):
         if session is None or session.turn is None or session.turn.key != output.key:
             return None
         turn, session.turn = session.turn, None
-        ids, logprobs = np.array(output.ids, np.int64), np.array(output.logprobs, np.float32)
+        self._check_ids(output.ids, turn.max_tokens)
+        with np.errstate(over="ignore"):  # becomes an infinity, which is refused
+            ids, logprobs = np.array(output.ids, np.int64), np.array(output.logprobs, np.float32)
         self._check_output(ids, logprobs, turn.max_tokens)
         session.context += output.ids
         return Completion(number, ids, logprobs, int(ids[-1]) in self._eot_ids, turn.version, output.cached)
+
+    def _check_ids(self, ids: list[int], max_tokens: int) -> None:
+        """Raise an EngineError for more tokens than were asked for, or one that the model does not have."""
+        if len(ids) > max_tokens:
+            raise EngineError(self.name, f"{len(ids)} tokens came back where at most {max_tokens} were asked for")
+        for token in ids:
+            if not 0 <= token < self._vocab_size:
+                shown = token if abs(token) < 1 << 63 else f"of {token.bit_length()} bits"
+                raise EngineError(self.name, f"token {shown} came back, of a vocabulary of {self._vocab_size}")
 
     def _check_output(self, ids: np.ndarray, logprobs: np.ndarray, max_tokens: int) -> None:
         """Raise an EngineError for an impossible turn, which would otherwise become a reward of zero."""

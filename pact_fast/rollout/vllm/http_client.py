@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Coroutine
@@ -15,19 +16,26 @@ import httpx
 from pact_fast.errors import EngineDied, EngineError
 
 CONNECT_TIMEOUT = 10.0  # seconds
+MAX_TURN_BYTES = 32 << 20  # of the answer to a turn: over 200 bytes for each of 131,072 tokens
+MAX_ANSWER_BYTES = (
+    256 << 20
+)  # of any other: reports of a large mixture of experts have some 100 bytes per tensor and worker
 
 
 class HttpClient:
     """One httpx client in an event loop of its own thread; callers block, or start coroutines.
 
     Args:
+        engine: Name of the server, for messages.
         base_url: URL of the server; over a Unix socket only its scheme matters.
         uds: Path of a Unix socket; None: TCP.
 
-    VLLM_API_KEY in the environment is sent as bearer token.
+    VLLM_API_KEY in the environment is sent as bearer token. Answers are not compressed, and bounded in size: whatever
+    sends more is an EngineError before the rest is read.
     """
 
-    def __init__(self, base_url: str, uds: str | None):
+    def __init__(self, engine: str, base_url: str, uds: str | None):
+        self._engine = engine
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-http", daemon=True)
         self._thread.start()
@@ -37,13 +45,38 @@ class HttpClient:
         """Run a coroutine in the background."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
-        """Send a request and wait for its response. Raises httpx.HTTPError."""
-        return self.start(self._client.request(method, path, **kwargs)).result()
+    def request(self, method: str, path: str, timeout: float, **kwargs: Any) -> httpx.Response:
+        """Send a request and wait at most `timeout` seconds for all of its response.
+
+        Raises:
+            EngineError: The response is too large or compressed.
+            httpx.HTTPError: There is none.
+        """
+
+        async def send() -> httpx.Response:
+            try:  # httpx's own timeout starts anew with every byte
+                return await asyncio.wait_for(self._send(method, path, MAX_ANSWER_BYTES, **kwargs), timeout)
+            except TimeoutError:
+                raise httpx.ReadTimeout(f"no answer within {timeout:g} s") from None
+
+        return self.start(send()).result()
 
     async def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        """Send JSON; for coroutines."""
-        return await self._client.post(path, json=body)
+        """Send the JSON of a turn; for coroutines. Errors: see `request`."""
+        return await self._send("POST", path, MAX_TURN_BYTES, json=body)
+
+    async def _send(self, method: str, path: str, limit: int, **kwargs: Any) -> httpx.Response:
+        async with self._client.stream(method, path, **kwargs) as response:
+            encoding = response.headers.get("content-encoding", "identity")
+            if encoding != "identity":  # a few bytes could become gigabytes
+                raise EngineError(self._engine, f"{path}: the answer is compressed ({ascii(encoding)[:40]}), unasked")
+            body = bytearray()
+            async for chunk in response.aiter_raw():
+                body += chunk
+                if len(body) > limit:
+                    raise EngineError(self._engine, f"{path}: the answer has more than {limit >> 20} MiB")
+            kind = {"content-type": response.headers.get("content-type", "")}
+            return httpx.Response(response.status_code, headers=kind, content=bytes(body), request=response.request)
 
     def close(self) -> None:
         """Close all connections and end the thread."""
@@ -60,7 +93,7 @@ async def _make_client(base_url: str, uds: str | None) -> httpx.AsyncClient:
         base_url=base_url,
         transport=httpx.AsyncHTTPTransport(uds=uds, limits=limits),
         timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT),  # VllmEngine has a deadline for turns
-        headers={"Authorization": f"Bearer {key}"} if key else None,
+        headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {}),
     )
 
 
@@ -69,11 +102,18 @@ def checked_json(response: httpx.Response, engine: str) -> Any:
 
     Raises:
         EngineDied: Status 5xx.
-        EngineError: Status 4xx.
+        EngineError: Status 4xx or 3xx, or something that is not JSON though it says so.
     """
-    path = response.request.url.path
-    if response.status_code >= 500:
-        raise EngineDied(engine, f"status {response.status_code} from {path}: {response.text[:300]}")
-    if response.status_code >= 400:
-        raise EngineError(engine, f"{path} refused ({response.status_code}): {response.text[:300]}")
-    return response.json() if "json" in response.headers.get("content-type", "") else None
+    path, status = response.request.url.path, response.status_code
+    text = response.content[:300].decode("utf-8", "replace")
+    if status >= 500:
+        raise EngineDied(engine, f"status {status} from {path}: {text}")
+    if not 200 <= status < 300:
+        raise EngineError(engine, f"{path} refused ({status}): {text}")
+    if "json" not in response.headers["content-type"]:
+        return None
+    try:
+        return json.loads(response.content)
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and integers of 5000 digits
+        problem = "it is nested too deeply" if isinstance(error, RecursionError) else ascii(str(error))[1:-1][:80]
+        raise EngineError(engine, f"{path}: the answer is not JSON ({problem})") from None

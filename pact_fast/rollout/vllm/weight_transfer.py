@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from pact_fast.config import Config
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
 from pact_fast.model.weights import BUCKET, TensorSpec, WeightSnapshot, needs_all_ranks
+from pact_fast.rollout.vllm.answers import read_world_size
 from pact_fast.rollout.vllm.colocated import import_vllm
 
 FILES, NCCL = "files", "nccl"
@@ -166,7 +167,7 @@ def _connect(client: NcclTransfer, source: _WeightStream) -> Any:
     """vLLM's sender, once this process and the server's workers have formed their NCCL group."""
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
-    size = int(client.call("GET", "/get_world_size")["world_size"]) + 1
+    size = read_world_size(client.name, client.call("GET", "/get_world_size")) + 1
     nccl_id = new_nccl_id()
     group = _in_background(lambda: init_nccl_group(nccl_id, size, client.device))
     client.init_weight_transfer_engine(_worker_init_info(nccl_id, size))

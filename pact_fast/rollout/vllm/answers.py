@@ -1,0 +1,124 @@
+"""What a vLLM server may answer. Anything else is an EngineError, whatever sent it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pact_fast.errors import EngineError
+from pact_fast.rollout.vllm.transport import TurnOutput, TurnRequest
+
+SHOWN = 60  # characters of a wrong value in a message
+
+
+def read_completion(engine: str, answer: Any, turn: TurnRequest) -> TurnOutput:
+    """The turn in the answer of the completions endpoint. Token ids in the vocabulary are checked by VllmEngine.
+
+    Raises:
+        EngineError: It has another shape or another context, or its ids are not integers, its log-probs not finite
+            numbers, their counts differ, or there are more than were asked for.
+    """
+    choices = _field(engine, answer, "choices", list)
+    if len(choices) != 1:
+        raise EngineError(engine, f"it answers {len(choices)} completions to a request for one")
+    choice = choices[0]
+    ids = _field(engine, choice, "token_ids", list)
+    logprobs = _field(engine, _field(engine, choice, "logprobs", dict), "token_logprobs", list)
+    if answer.get("prompt_token_ids", choice.get("prompt_token_ids", turn.ids)) != turn.ids:
+        raise EngineError(engine, "it reports another context than it was given")
+    for token in ids:
+        if type(token) is not int:
+            raise EngineError(engine, f"{short(token)} came back as token id")
+    for value in logprobs:
+        if type(value) not in (int, float) or not _is_finite(value):
+            raise EngineError(engine, f"a log-prob of {short(value)} came back")
+    return TurnOutput(turn.key, ids, logprobs, _cached_tokens(engine, answer, len(turn.ids)))
+
+
+def read_served_model(engine: str, answer: Any) -> str:
+    """The name of the served model in the answer of /v1/models. EngineError if it has another shape."""
+    models = _field(engine, answer, "data", list)
+    if not models:
+        raise EngineError(engine, "/v1/models names no model")
+    return _field(engine, models[0], "id", str)
+
+
+def read_results(engine: str, method: str, answer: Any) -> list[Any]:
+    """The workers' results in the answer of /collective_rpc; none if the server reports none. EngineError as above."""
+    if answer is None:
+        return []
+    if not isinstance(answer, dict) or not isinstance(answer.get("results", []), list):
+        raise EngineError(engine, f"its answer to {method} has no list of 'results': {short(answer)}")
+    return answer.get("results", [])
+
+
+def read_reports(engine: str, results: list[Any]) -> list[dict[str, Any]]:
+    """Reports of weights for `merge_reports`. EngineError if one is not {version, shards} or {error}."""
+    for report in results:
+        if not isinstance(report, dict):
+            raise EngineError(engine, f"a worker reports its weights as {short(report)}")
+        if "error" in report:
+            continue
+        if type(report.get("version")) is not int:
+            raise EngineError(engine, f"a worker reports {short(report.get('version'))} as version of its weights")
+        for shard in _field(engine, report, "shards", list):
+            if not _is_shard(shard):
+                raise EngineError(engine, f"a worker reports {short(shard)} as part of its weights")
+    return results
+
+
+def read_world_size(engine: str, answer: Any) -> int:
+    """The number of workers in the answer of /get_world_size. EngineError if it has another shape."""
+    size = answer.get("world_size") if isinstance(answer, dict) else None
+    if type(size) is not int or size < 1:
+        raise EngineError(engine, f"/get_world_size answers {short(size)}, which is no number of workers")
+    return size
+
+
+def short(value: Any) -> str:
+    """A value for a message, printable and on one line. Neither its depth nor its length is trusted."""
+    if isinstance(value, list | dict):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    text = ascii(value[: SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+def _field(engine: str, value: Any, name: str, kind: type) -> Any:
+    found = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(found, kind):
+        got = short(found) if isinstance(value, dict) else f"{short(value)} instead of an object"
+        raise EngineError(engine, f"its answer has no {kind.__name__} '{name}' (but {got})")
+    return found
+
+
+def _is_shard(shard: Any) -> bool:
+    """Whether a value is a WeightShard as JSON."""
+    return (
+        isinstance(shard, list)
+        and len(shard) == 6
+        and isinstance(shard[0], str)
+        and all(type(number) is int for number in shard[1:])
+    )
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of a float
+        return False
+
+
+def _cached_tokens(engine: str, answer: dict[str, Any], context: int) -> int | None:
+    """Tokens of the prompt that the server found in its prefix cache; None unless it reports them."""
+    usage = answer.get("usage") or {}
+    details = (usage.get("prompt_tokens_details") or {}) if isinstance(usage, dict) else None
+    if not isinstance(details, dict):
+        raise EngineError(engine, f"it reports {short(answer['usage'])} as usage")
+    cached = details.get("cached_tokens")
+    if details and cached is None:
+        return 0
+    if cached is not None and (type(cached) is not int or not 0 <= cached <= context):
+        raise EngineError(engine, f"it reports {short(cached)} cached tokens of a context of {context}")
+    return cached
