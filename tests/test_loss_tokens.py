@@ -12,6 +12,7 @@ from pact_fast.components import Component, LossContext
 from pact_fast.errors import PactError
 from pact_fast.kernels import LossTokens, pact_loss, summarise
 from tests.support.loss_inputs import ROWS, VOCAB, WIDTH, inputs, tokens
+from tests.support.memory import peak_bytes
 
 B, L, C = 3, 7, 4  # sequences, their length, the length of their completions
 
@@ -258,3 +259,15 @@ def test_hidden_gets_a_gradient_in_the_rows_that_are_read_and_zeros_elsewhere(dt
     assert not given[[1, 3, 5, 6, 7, 8, 9, 10, 11]].any() and given[[0, 2, 4]].all()
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     assert (given.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_rows_that_no_token_reads_have_no_accumulator():
+    _, weight, _ = inputs(torch.bfloat16)
+    hidden = torch.randn(400_000, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+
+    def run():
+        pact_loss(hidden, weight, tokens()).loss.backward()
+        hidden.grad = None
+
+    run()
+    assert peak_bytes(run) < 1.5 * hidden.nbytes  # the gradient; sums of all rows in fp32 would be twice as large
