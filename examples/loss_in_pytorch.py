@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from pact_fast.kernels import LossContext, LossTokens, pact_loss, summarise
+from pact_fast.kernels import LossTokens, pact_loss, summarise
 
 VOCABULARY, WIDTH, ROLLOUTS, LENGTH = 1000, 64, 4, 16
 REASONING, TOOL_CALL = 1, 2  # components, for the statistics
@@ -25,20 +25,8 @@ def make_tokens(ids: torch.Tensor, rewards: torch.Tensor) -> LossTokens:
         rewards: float [K].
     """
     advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)  # group-relative, as in GRPO
-    rollouts, length = ids.shape
-    count = rollouts * (length - 1)
-    position = torch.arange(rollouts * length).view(rollouts, length)
-    return LossTokens(
-        row=position[:, :-1].flatten(),
-        target=ids[:, 1:].flatten(),
-        context=torch.full((count,), LossContext.PROMPT),
-        component=torch.where(torch.arange(count) % 2 == 0, REASONING, TOOL_CALL),
-        sequence=torch.arange(rollouts).repeat_interleave(length - 1),
-        advantage=advantage.repeat_interleave(length - 1).float(),
-        old_logprob=torch.full((count,), torch.nan),  # NaN: the current policy, ratio 1
-        rl_weight=torch.full((count,), 1.0 / count),
-        sft_weight=torch.zeros(count),
-    )
+    components = torch.where(torch.arange(ids.shape[1]) % 2 == 0, REASONING, TOOL_CALL).expand_as(ids)
+    return LossTokens.from_batch(ids, torch.ones_like(ids), advantage, components=components)
 
 
 def main(steps: int = 20) -> list[float]:

@@ -16,6 +16,7 @@ from pact_fast.data.types import Task, ToolCall, Trajectory, TurnRecord
 from pact_fast.envs.python_tools.env import PythonTools
 from pact_fast.errors import PactError
 from pact_fast.rewards.answers import token_f1
+from pact_fast.rewards.feedback import Feedback
 from pact_fast.rewards.ftrl import contains_parts, solve_score
 from pact_fast.rewards.functions import call_reward_functions
 from pact_fast.rewards.score import score, turn_rewards
@@ -106,7 +107,7 @@ def test_an_empty_reference_matches_nothing(reference):
     assert not contains_parts("anything, at all", reference)
     assert not is_correct(reference, answered("anything, at all"))
     assert token_f1("anything", reference) == token_f1("", "") == 0.0
-    assert solve_score([("f", "anything")], {"f": [reference, "x"]}).solved == 0
+    assert solve_score([Feedback("f", "anything", {})], {"f": [reference, "x"]}).solved == 0
 
 
 @pytest.mark.parametrize("answer", ABSENT)

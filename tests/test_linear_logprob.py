@@ -129,17 +129,84 @@ def test_types_of_results_and_gradients():
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
 
 
-def test_autocast_does_not_lower_the_precision():
+@pytest.mark.parametrize("types", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_autocast_multiplies_in_its_dtype_and_lowers_nothing_else(types):
     hidden, weight, _, targets = example(dtype=torch.float32)
+    hidden = hidden.detach().to(types[0]).requires_grad_()
 
-    def run():
+    def run(hidden, weight):
         logprob, entropy = linear_logprob(hidden, weight, targets, entropy=True)
         return [logprob, entropy, *torch.autograd.grad((logprob * entropy).sum(), (hidden, weight))]
 
-    plain = run()
+    cast = run(hidden.bfloat16().detach().requires_grad_(), weight.bfloat16().detach().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
-        inside = run()
-    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+        inside = run(hidden, weight)
+    assert [t.dtype for t in inside] == [torch.float32, torch.float32, *types]
+    assert all(torch.equal(a, b) for a, b in zip(cast[:2], inside[:2], strict=True))
+    for a, b in zip(cast[2:], inside[2:], strict=True):
+        torch.testing.assert_close(b.float(), a.float(), rtol=2**-7, atol=2e-2)
+    alone = run(hidden.float().detach().requires_grad_(), weight)
+    assert not torch.equal(alone[0], inside[0])
+
+
+def test_autocast_leaves_fp64_alone():
+    hidden, weight, _, targets = example()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = linear_logprob(hidden, weight, targets).logprob
+    assert torch.equal(inside, linear_logprob(hidden, weight, targets).logprob)
+
+
+def test_rows_without_an_upstream_gradient_are_not_computed_again(monkeypatch):
+    hidden, weight, bias, targets = example()
+    used = torch.zeros(len(targets), dtype=torch.bool)
+    used[[3, 17, 30]] = True
+    logprob = linear_logprob(hidden, weight, targets, bias=bias).logprob
+    rows = []
+    forward = chunked.ChunkedHead.forward
+    monkeypatch.setattr(
+        chunked.ChunkedHead, "forward", lambda self, x, *a: (rows.append(len(x)), forward(self, x, *a))[1]
+    )
+    given = torch.autograd.grad(logprob[used].sum(), (hidden, weight, bias))
+    assert sum(rows) == 3
+    expected = torch.autograd.grad(full(hidden, weight, bias, targets)[0][used].sum(), (hidden, weight, bias))
+    assert all(close(a, b) for a, b in zip(given, expected, strict=True))
+    assert not given[0][~used].any()
+
+
+@pytest.mark.parametrize("release", ["shape", "storage"])
+def test_a_weight_released_before_the_backward_pass_is_an_error(release):
+    hidden, weight, _, targets = example()
+    logprob = linear_logprob(hidden, weight, targets).logprob
+    if release == "shape":  # ZeRO-3
+        weight.data = weight.data.new_empty(0)
+    else:  # FSDP
+        weight.untyped_storage().resize_(0)
+    with pytest.raises(PactError, match="was released between the forward and the backward pass"):
+        logprob.sum().backward()
+
+
+def test_a_weight_changed_in_place_before_the_backward_pass_is_an_error():
+    hidden, weight, _, targets = example()
+    logprob = linear_logprob(hidden, weight, targets).logprob
+    with torch.no_grad():
+        weight.mul_(2.0)
+    with pytest.raises(PactError, match="changed in place"):
+        logprob.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": 0.0}, "temperature 0.0 of token 0 must be positive"),
+        ({"temperature": -1.0}, "temperature -1.0 of token 0"),
+        ({"targets": torch.zeros(37, dtype=torch.int32)}, r"token ids are int32; convert them with .long\(\)"),
+    ],
+)
+def test_arguments_that_cannot_work_are_one_line_errors(options, message):
+    hidden, weight, _, targets = example()
+    with pytest.raises(PactError, match=message) as error:
+        linear_logprob(hidden, weight, **{"targets": targets, **options})
+    assert "\n" not in str(error.value)
 
 
 def test_a_certain_target_has_logprob_zero_and_keeps_its_tiny_gradient():

@@ -73,7 +73,7 @@ def test_failures_are_observations(env):
 def test_environments_share_the_pool_from_several_threads(pool):
     def run(n):
         env = PythonTools(pool)
-        env.reset(ftrl_task(codes={"double": "def double(n): return 2 * n"}))
+        env.reset(ftrl_task(codes=CODES | {"double": "def double(n): return 2 * n"}))
         return env.call("double", {"n": n})
 
     with ThreadPoolExecutor(6) as threads:

@@ -26,7 +26,7 @@ class Hiding(PathFinder):
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
 
 import torch
-from pact_fast.kernels import LossTokens, linear_logprob, pact_loss
+from pact_fast.kernels import LossTokens, linear_cross_entropy, linear_logprob, pact_loss
 
 torch.manual_seed(0)
 hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
@@ -42,6 +42,7 @@ loss = pact_loss(hidden, weight, tokens, backend="torch").loss
 for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), expected):
     torch.testing.assert_close(ours, theirs)
 torch.testing.assert_close(linear_logprob(hidden, weight, target, backend="torch").logprob, log_p)
+torch.testing.assert_close(linear_cross_entropy(hidden, weight, target, backend="torch"), -log_p.mean())
 print(*sorted(name for name in sys.modules if name.startswith("pact_fast.") and "kernels" not in name))
 """
 

@@ -5,6 +5,7 @@ Public: the names in `__all__`. `head/` holds the log-probs and losses, `decoder
 """
 
 from pact_fast.components import LossContext
+from pact_fast.kernels.head.cross_entropy import linear_cross_entropy
 from pact_fast.kernels.head.divergence import TokenPairs
 from pact_fast.kernels.head.logprob import LogProbs, linear_logprob
 from pact_fast.kernels.head.loss import LossOutput, pact_loss
@@ -23,6 +24,7 @@ __all__ = [
     "PolicyTerm",
     "TokenPairs",
     "backends",
+    "linear_cross_entropy",
     "linear_logprob",
     "pact_loss",
     "policy_loss",

@@ -20,6 +20,14 @@ def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def autocast_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:
+    """The dtype in which autocast multiplies hidden and weight, or None: as they are. fp64 is never cast."""
+    device = hidden.device.type
+    if accumulation_dtype(hidden, weight) == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 class HeadGemms:
     """The GEMMs for weights in the accumulation dtype, by torch's BLAS. Subclasses: other dtypes and devices.
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from pact_fast.errors import PactError
+from pact_fast.kernels.head.checks import check_head, check_present, check_targets, check_temperature, per_token
 from pact_fast.kernels.head.chunked import ChunkedHead
-from pact_fast.kernels.head.gemm import accumulation_dtype
+from pact_fast.kernels.head.gemm import accumulation_dtype, autocast_dtype
 
 
 class LogProbs(NamedTuple):
@@ -39,12 +40,13 @@ def linear_logprob(
     """log softmax(z)[target] and the entropy of softmax(z); z = softcap·tanh(logit_scale·(hWᵀ + b)/softcap)/temperature.
 
     Replaces `log_softmax(lm_head(hidden)).gather(...)`. Logits and softmax are computed in fp32 (fp64 for fp64 input),
-    chunk by chunk. Differentiable once in hidden, weight and bias; the backward pass recomputes the logits.
+    chunk by chunk. Differentiable once in hidden, weight and bias; the backward pass recomputes the logits of rows whose
+    results received a gradient. Under autocast, hidden and weight are multiplied in its dtype; nothing else changes.
 
     Args:
         hidden: [N, D] hidden states; fp64, fp32, bf16 or fp16.
         weight: [V, D] weight of the head, `lm_head.weight`.
-        targets: [N] int64 token ids, one per row. There is no ignore_index: select rows instead.
+        targets: [N] int64 token ids, one per row. There is no ignore_index: select rows, or use linear_cross_entropy.
         bias: [V] bias of the head.
         temperature: Divides the logits; a number or [N].
         softcap: Soft-cap of the logits; None: no cap.
@@ -53,7 +55,8 @@ def linear_logprob(
         backend: "auto", or one of `backends()`.
 
     Raises:
-        PactError: Shapes do not fit, a target is no token id, or the backend does not support these tensors.
+        PactError: Shapes do not fit, a target is no token id, a temperature is not positive, or the backend does not
+            support these tensors. In the backward pass: the weight has been released or changed in place since.
     """
     check_head(hidden, weight, bias)
     if targets.shape != hidden.shape[:1]:
@@ -61,44 +64,10 @@ def linear_logprob(
             f"linear_logprob: targets {list(targets.shape)} must be one token id per row of hidden {list(hidden.shape)}"
         )
     temperatures, cap = fold_logit_scale(logit_scale, per_token(temperature, targets), softcap)
-    logprob, entropies = linear_logprob_op(hidden, weight, bias, targets, temperatures, cap, backend)
+    logprob, entropies = linear_logprob_op(
+        hidden, weight, bias, targets, temperatures, cap, backend, None, autocast_dtype(hidden, weight)
+    )  # fmt: skip
     return LogProbs(logprob, entropies if entropy else None)
-
-
-def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Raise PactError unless hidden is [·, D], weight [V, D] and bias [V] or None."""
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise PactError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [N, D] and [V, D]")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise PactError(f"bias {list(bias.shape)} must have one entry per row of weight {list(weight.shape)}")
-
-
-def check_targets(targets: torch.Tensor, vocab: int) -> None:
-    """Raise PactError unless all targets are in [0, vocab): the kernels index logits with them.
-
-    Runs inside the custom ops, so that compiled graphs check it too. On CUDA it is a device-side assertion, which needs
-    no synchronisation.
-    """
-    outside = (targets < 0) | (targets >= vocab)
-    if targets.is_cuda:
-        torch._assert_async(~outside.any(), "pact_fast: a target is outside the vocabulary")
-    elif outside.any():
-        token = int(outside.nonzero()[0])
-        raise PactError(
-            f"target {int(targets[token])} of token {token} is outside the vocabulary of {vocab} (rows of weight); "
-            "leave out tokens without a loss instead of marking them with an id like -100"
-        )
-
-
-def per_token(temperature: float | torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[N] temperature of every token, fp64 if a number is given. Raises PactError if a tensor has another shape."""
-    if not isinstance(temperature, torch.Tensor):
-        return torch.full(targets.shape, temperature, dtype=torch.float64, device=targets.device)
-    if temperature.shape != targets.shape:
-        raise PactError(
-            f"temperature {list(temperature.shape)} must be a number or one entry per token [{len(targets)}]"
-        )
-    return temperature
 
 
 def fold_logit_scale(
@@ -138,17 +107,35 @@ def linear_logprob_op(
     temperature: torch.Tensor,
     softcap: float | None,
     backend: str,
+    ignore_index: int | None = None,
+    operand_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logprob [N], entropy [N])."""
-    check_targets(targets, len(weight))
-    logprob = torch.empty(len(hidden), dtype=accumulation_dtype(hidden, weight), device=hidden.device)
-    entropy = torch.empty_like(logprob)
+    """(logprob [N], entropy [N]); 0 where the target is `ignore_index`. operand_dtype: of the GEMMs, see `as_operands`."""
+    check_targets(targets, len(weight), ignore_index)
+    check_temperature(temperature)
+    kept = None if ignore_index is None else (targets != ignore_index).nonzero().squeeze(1)
+    total = len(hidden) if kept is None else len(kept)
+    logprob = torch.zeros(len(hidden), dtype=accumulation_dtype(hidden, weight), device=hidden.device)
+    entropy = torch.zeros_like(logprob)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = ChunkedHead(backend, hidden, weight, bias, softcap, len(hidden))
+        hidden, weight = as_operands(operand_dtype, hidden, weight)
+        head = ChunkedHead(backend, hidden, weight, bias, softcap, total)
         for chunk in head.chunks():
-            stats = head.forward(hidden[chunk], targets[chunk], temperature[chunk])
-            logprob[chunk], entropy[chunk] = stats.logprob, stats.entropy
+            at = chunk if kept is None else kept[chunk]
+            stats = head.forward(hidden[at], targets[at], temperature[at])
+            logprob[at], entropy[at] = stats.logprob, stats.entropy
     return logprob, entropy
+
+
+def as_operands(
+    dtype: torch.dtype | None, hidden: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden and weight in the dtype in which they are multiplied; None: as they are.
+
+    Cast inside the ops: gradients are then rounded once, from the accumulator to the parameter's dtype, and no copy of the
+    weight lives until the backward pass.
+    """
+    return (hidden, weight) if dtype is None else (hidden.to(dtype), weight.to(dtype))
 
 
 @torch.library.custom_op("pact_fast::linear_logprob_backward", mutates_args=())
@@ -163,17 +150,26 @@ def linear_logprob_backward_op(
     softcap: float | None,
     backend: str,
     grads: Sequence[bool],
+    ignore_index: int | None = None,
+    operand_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden, weight and bias; empty tensors where `grads` is False."""
+    check_present(hidden, weight, bias)
+    active = g.ne(0) if h is None else g.ne(0) | h.ne(0)
+    if ignore_index is not None:
+        active &= targets != ignore_index
+    rows = active.nonzero().squeeze(1)  # the logits of other rows are not computed again
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if grads[0] else hidden.new_empty(0)
     with torch.autocast(hidden.device.type, enabled=False):
         needs = grads[0], grads[1], grads[2]
-        head = ChunkedHead(backend, hidden, weight, bias, softcap, len(hidden), needs, entropy_grad=h is not None)
+        x, w = as_operands(operand_dtype, hidden, weight)
+        head = ChunkedHead(backend, x, w, bias, softcap, len(rows), needs, entropy_grad=h is not None)
         for chunk in head.chunks():
-            head.forward(hidden[chunk], targets[chunk], temperature[chunk])
-            source, dx = head.backward(g[chunk], None if h is None else h[chunk])
+            at = rows[chunk]
+            head.forward(x[at], targets[at], temperature[at])
+            source, dx = head.backward(g[at], None if h is None else h[at])
             if dx is not None:
-                d_hidden[chunk.start + source] = dx.to(hidden.dtype)
+                d_hidden[at[source]] = dx.to(hidden.dtype)
     d_weight, d_bias = head.weight_grads()
     return d_hidden, cast_gradient(d_weight, weight), cast_gradient(d_bias, bias if bias is not None else weight)
 
@@ -186,13 +182,13 @@ def cast_gradient(gradient: torch.Tensor | None, parameter: torch.Tensor) -> tor
 
 
 @linear_logprob_op.register_fake
-def _(hidden, weight, bias, targets, temperature, softcap, backend):
+def _(hidden, weight, bias, targets, temperature, softcap, backend, ignore_index=None, operand_dtype=None):
     logprob = hidden.new_empty(len(hidden), dtype=accumulation_dtype(hidden, weight))
     return logprob, torch.empty_like(logprob)
 
 
 @linear_logprob_backward_op.register_fake
-def _(g, h, hidden, weight, bias, targets, temperature, softcap, backend, grads):
+def _(g, h, hidden, weight, bias, targets, temperature, softcap, backend, grads, ignore_index=None, operand_dtype=None):
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if grads[0] else hidden.new_empty(0)
     return d_hidden, *fake_weight_grads(weight, bias, grads)
 
@@ -207,23 +203,36 @@ def fake_weight_grads(weight: torch.Tensor, bias: torch.Tensor | None, grads: Se
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, bias, targets, temperature, ctx.softcap, ctx.backend = inputs
+    hidden, weight, bias, targets, temperature, *ctx.settings = inputs
     ctx.save_for_backward(hidden, weight, bias, targets, temperature)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, g: torch.Tensor | None, h: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     refuse_second_derivatives()
-    hidden, weight, bias, targets, temperature = ctx.saved_tensors
+    hidden, weight, bias, targets, temperature = _saved(ctx)
     if g is None:
         g = torch.zeros_like(targets, dtype=accumulation_dtype(hidden, weight))
     needs = list(ctx.needs_input_grad[:3])
     gradients = linear_logprob_backward_op(
-        g, h, hidden, weight, bias, targets, temperature, ctx.softcap, ctx.backend, needs
+        g, h, hidden, weight, bias, targets, temperature, *ctx.settings[:2], needs, *ctx.settings[2:]
     )  # fmt: skip
     parameters = (hidden, weight, bias)
     input_grads = [d.to(p.dtype) if need else None for d, p, need in zip(gradients, parameters, needs, strict=True)]
-    return *input_grads, None, None, None, None
+    return *input_grads, None, None, None, None, None, None
+
+
+def _saved(ctx: Any) -> tuple[torch.Tensor, ...]:
+    """The saved tensors. Raises PactError if one was changed in place."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise PactError(
+            "linear_logprob: hidden, weight or bias was changed in place between the forward and the backward pass; call "
+            "backward before optimizer.step() or any other update"
+        ) from error
 
 
 linear_logprob_op.register_autograd(_backward, setup_context=_setup)

@@ -11,18 +11,18 @@ import torch
 
 from pact_fast.components import LossContext
 from pact_fast.errors import PactError
+from pact_fast.kernels.head.checks import check_devices, check_head, check_table, check_temperature, per_token
 from pact_fast.kernels.head.chunked import ChunkedHead
 from pact_fast.kernels.head.divergence import DIVERGENCES, TokenPairs, make_pairing, pair_divergences
-from pact_fast.kernels.head.gemm import accumulation_dtype
+from pact_fast.kernels.head.gemm import accumulation_dtype, autocast_dtype
+from pact_fast.kernels.head.hidden_grad import HiddenGradient
 from pact_fast.kernels.head.logprob import (
+    as_operands,
     cast_gradient,
-    check_head,
-    check_targets,
     fake_weight_grads,
     fold_logit_scale,
     gradient_dtype,
     linear_logprob_op,
-    per_token,
     refuse_second_derivatives,
 )
 from pact_fast.kernels.head.objective import (
@@ -80,7 +80,7 @@ def pact_loss(
     Σ rl_weight·(w·policy + kl_coef·k3 − entropy_coef·H) − Σ sft_weight·log π, with the formulas of docs/loss.md
     (docs/method.md, section 2). Softmax, loss and gradients are computed in fp32 (fp64 for fp64 input), in the same
     pass that computes the logits; gradients are cast once, at the end. A token of weight 0 contributes exactly 0,
-    whatever its ratio.
+    whatever its ratio. Under autocast, hidden and weight are multiplied in its dtype; nothing else changes.
 
     Args:
         hidden: [T, D] hidden states; fp64, fp32, bf16 or fp16.
@@ -102,10 +102,11 @@ def pact_loss(
         backend: "auto", or one of `backends()`.
 
     Raises:
-        PactError: Settings contradict each other, shapes do not fit, the policy loss is unknown, a target is no token
-            id, or the backend does not support these tensors.
+        PactError: Settings contradict each other, columns do not fit or hold an id out of range, a temperature is not
+            positive, the policy loss is unknown, or the backend does not support these tensors.
     """
     check_head(hidden, weight, bias)
+    check_devices(tokens, hidden)
     caps = None if is_cap is None else _caps_by_context(is_cap)
     if pairs is not None:
         pairs.check()
@@ -117,7 +118,7 @@ def pact_loss(
         entropy_coef=entropy_coef, is_cap=caps, softcap=cap,
         divergence=DIVERGENCES[0] if pairs is None else pairs.divergence,
         second_grad=pairs is not None and pairs.second_grad,
-        backend=backend,
+        backend=backend, operand_dtype=autocast_dtype(hidden, weight),
         grads=[t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)],
     )  # fmt: skip
     sums = dict(zip(SUMS, stats.detach().unbind(), strict=True))
@@ -140,7 +141,7 @@ def pact_loss_op(
     target: torch.Tensor,
     context: torch.Tensor,
     component: torch.Tensor,
-    sequence: torch.Tensor,
+    sequence: torch.Tensor | None,
     advantage: torch.Tensor,
     old_logprob: torch.Tensor,
     rl_weight: torch.Tensor,
@@ -162,6 +163,7 @@ def pact_loss_op(
     divergence: str,
     second_grad: bool,
     backend: str,
+    operand_dtype: torch.dtype | None,
     grads: Sequence[bool],
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
@@ -174,6 +176,8 @@ def pact_loss_op(
     tokens = LossTokens(
         row, target, context, component, sequence, advantage, old_logprob, rl_weight, sft_weight, ref_logprob, sampler_logprob
     )  # fmt: skip
+    check_table(tokens, hidden, weight)
+    check_temperature(temperature)
     rule = make_policy_loss(policy_loss)
     settings = LossSettings(rule, (clip_low, clip_high), delta, kl_coef, entropy_coef, is_cap, softcap)
     _check_settings(settings, policy_loss, tokens)
@@ -181,10 +185,10 @@ def pact_loss_op(
     if pair_index is not None and pair_weight is not None:
         pairs = TokenPairs(pair_index, pair_weight, divergence, second_grad)  # type: ignore[arg-type]
         pairs.check_index(len(tokens))
-    check_targets(target, len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _evaluate(
-            hidden, weight, bias, tokens, temperature, settings, pairs, backend, (grads[0], grads[1], grads[2])
+        return evaluate(
+            hidden, weight, bias, tokens, temperature, settings, pairs, backend, operand_dtype,
+            (grads[0], grads[1], grads[2]),
         )  # fmt: skip
 
 
@@ -199,9 +203,13 @@ def _check_settings(settings: LossSettings, policy_loss: str, tokens: LossTokens
         raise PactError("kl_coef needs tokens.ref_logprob; fill it with the reference's log-probs or set kl_coef=0")
     if settings.is_cap is not None and tokens.sampler_logprob is None:
         raise PactError("is_cap needs tokens.sampler_logprob; fill it with the sampler's log-probs or set is_cap=None")
+    if settings.rule.sequence_ratio and tokens.sequence is None:
+        raise PactError(
+            f"policy_loss='{policy_loss}' needs an id per sequence, for one ratio each; fill tokens.sequence"
+        )
 
 
-def _evaluate(
+def evaluate(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -210,10 +218,14 @@ def _evaluate(
     settings: LossSettings,
     pairs: TokenPairs | None,
     backend: str,
+    operand_dtype: torch.dtype | None,
     grads: tuple[bool, bool, bool],
 ) -> Any:
     """The results of `pact_loss_op`: chunk by chunk, forward, loss terms, backward."""
     dtype, total = accumulation_dtype(hidden, weight), len(tokens)
+    d_hidden = HiddenGradient(hidden.shape, tokens.row, dtype, gradient_dtype(hidden)) if grads[0] else None
+    parameters = (hidden, weight, weight if bias is None else bias)
+    hidden, weight = as_operands(operand_dtype, hidden, weight)
     sequence_ratio = None
     if settings.rule.sequence_ratio:
         sequence_ratio = _sequence_log_ratio(hidden, weight, bias, tokens, temperature, settings, backend)
@@ -221,7 +233,6 @@ def _evaluate(
     head = ChunkedHead(
         backend, hidden, weight, bias, settings.softcap, total, grads, pairs is not None, bool(settings.entropy_coef)
     )  # fmt: skip
-    d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if grads[0] else None
     chunk_values: list[tuple[torch.Tensor, ...]] = []
     chunk_terms: list[TokenTerms] = []
     for chunk in head.chunks():
@@ -236,7 +247,7 @@ def _evaluate(
         if any(grads):
             source, dx = head.backward(terms.g, terms.h if settings.entropy_coef else None, pairing)
             if d_hidden is not None and dx is not None:
-                _add_rows(d_hidden, part.row[source], dx)
+                d_hidden.add(index[source], dx)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(total, device=order.device)
     logprob, entropy, divergence = (torch.cat(column)[inverse] for column in zip(*chunk_values, strict=True))
@@ -250,8 +261,8 @@ def _evaluate(
     d_weight, d_bias = head.weight_grads()
     return (
         loss.to(dtype), logprob, entropy, by_pair, token_stats(tokens, logprob, entropy, terms, divergence),
-        cast_gradient(d_hidden, hidden), cast_gradient(d_weight, weight),
-        cast_gradient(d_bias, weight if bias is None else bias),
+        cast_gradient(None if d_hidden is None else d_hidden.result(), parameters[0]),
+        cast_gradient(d_weight, parameters[1]), cast_gradient(d_bias, parameters[2]),
     )  # fmt: skip
 
 
@@ -271,14 +282,6 @@ def _processing_order(tokens: LossTokens, settings: LossSettings, pairs: TokenPa
     return torch.cat([order[:paired], unpaired[torch.argsort(inactive[unpaired], stable=True)]])
 
 
-def _add_rows(total: torch.Tensor, row: torch.Tensor, values: torch.Tensor) -> None:
-    """total[row] += values, in a fixed order; rows may repeat."""
-    if total.is_cuda:
-        total.index_put_((row,), values, accumulate=True)  # sorts; index_add_ uses atomics on CUDA
-    else:
-        total.index_add_(0, row, values)
-
-
 def _sequence_log_ratio(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -294,6 +297,7 @@ def _sequence_log_ratio(
         hidden[tokens.row[policy]], weight, bias, tokens.target[policy], temperature[policy], settings.softcap, backend
     )  # fmt: skip
     log_ratio = logprob - old_logprob_of(tokens.select(policy), logprob)
+    assert tokens.sequence is not None
     group = tokens.sequence * len(LossContext) + tokens.context
     mean = logprob.new_zeros(len(tokens))
     mean[policy] = sequence_mean(log_ratio, group[policy])
@@ -313,14 +317,17 @@ def _(hidden, weight, bias, row, *columns, grads, **settings):
     )  # fmt: skip
 
 
-def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
+def save_gradients(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
+    """Of an op whose last three outputs are the gradients of its first three inputs."""
     ctx.save_for_backward(*output[-3:])
     ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
     ctx.grads, ctx.inputs = keyword_only_inputs["grads"], len(inputs)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def scaled_gradients(
+    ctx: Any, upstream: torch.Tensor | None, *_: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     """Scales the gradients that the forward pass formed; only the loss is differentiable."""
     refuse_second_derivatives()
     input_grads: list[torch.Tensor | None] = [None] * ctx.inputs
@@ -341,4 +348,4 @@ def _scaled(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
     return gradient.detach().mul_(upstream)
 
 
-pact_loss_op.register_autograd(_backward, setup_context=_setup)
+pact_loss_op.register_autograd(scaled_gradients, setup_context=save_gradients)
