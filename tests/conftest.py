@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.ci import (
     pytest_addoption,
+    pytest_collection_modifyitems,
     pytest_runtest_makereport,
     pytest_runtest_protocol,
     pytest_sessionfinish,
@@ -19,6 +20,7 @@ from tests.support.ci import (
 
 __all__ = [
     "pytest_addoption",
+    "pytest_collection_modifyitems",
     "pytest_runtest_makereport",
     "pytest_runtest_protocol",
     "pytest_sessionfinish",

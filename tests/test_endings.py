@@ -30,6 +30,11 @@ from tests.support.runs import TINY_RUN, RunProcess, metrics, saved
 pytestmark = pytest.mark.hostile
 
 
+@pytest.fixture(scope="module", autouse=True)
+def threads_before() -> set[threading.Thread]:
+    return set(threading.enumerate())
+
+
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     path = tmp_path / "tiny.yaml"
@@ -248,5 +253,5 @@ def test_ctrl_c_ends_at_once_while_a_tool_runs(tiny, tmp_path):
     assert not (tmp_path / "run/run.lock").exists()
 
 
-def test_no_thread_of_these_tests_is_left():
-    assert all(thread.daemon or thread is threading.main_thread() for thread in threading.enumerate())
+def test_no_thread_of_these_tests_is_left(threads_before):
+    assert {thread for thread in threading.enumerate() if not thread.daemon} <= threads_before

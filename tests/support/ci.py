@@ -17,6 +17,21 @@ import pytest
 AGAIN = "second chance"  # category of a test that failed beside others and passed alone
 
 
+# Files of few tests that take long. Workers get whole files, and whoever got one of these last would end alone.
+LONGEST = (
+    "test_memory_estimate", "test_distributed_run", "test_distributed", "test_build", "test_chaos", "test_run_lock",
+    "test_smollm2", "test_ftrl_run", "test_head_precision", "test_update_step", "test_benchmarks", "test_triton_interpreter",
+    "test_ops", "test_tree_models", "test_triton_compile", "test_resume", "test_plan", "test_chaos_files", "test_endings",
+    "test_sandbox_leftovers", "test_wheel",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pact_fast")
     group.addoption(
