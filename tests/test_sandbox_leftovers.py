@@ -53,7 +53,9 @@ def pool(request):
 def test_processes_end_with_the_call(pool, body):
     if body == "stop":
         body = DAEMON + "for _ in range(3):\n  if os.fork() == 0:\n    os.kill(os.getpid(), 19)\nreturn 1"
-    assert pool.call(tool(body), "f", {}, timeout=0.4) in ("1", "error: the tool did not finish within 0.4 s")
+    observed = pool.call(tool(body), "f", {}, timeout=0.4)
+    # the last: the limit of processes, which chains may reach before their first process goes on
+    assert observed.startswith(("1", "error: the tool did not finish within 0.4 s", "error: BlockingIOError: "))
     assert echo(pool, "next") == "next"
     assert not any(named() for _ in range(3))
 

@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import tempfile
 import threading
 import time
+import uuid
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from pact_fast.config import load_config
 from pact_fast.errors import EngineDied, EngineError, PactError
 from pact_fast.rollout.engine import Request
 from pact_fast.rollout.registry import make_engine
+from pact_fast.rollout.vllm import process
 from pact_fast.rollout.vllm.client import VllmServerTransport
 from pact_fast.rollout.vllm.engine import VllmEngine
 from pact_fast.rollout.vllm.process import VllmServerProcess
@@ -185,6 +188,17 @@ def test_a_server_that_cannot_start_says_why(policy, tmp_path):
         engine.update_weights(policy.model, 0)
     assert engine.restarts == 0  # it would fail again
     engine.shutdown()
+
+
+def test_a_long_tmpdir_leaves_room_for_sockets(tmp_path, monkeypatch):
+    """A socket's path has 107 bytes at most."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 100)))
+    (tmp_path / ("x" * 100)).mkdir()
+    folder = process.socket_folder()
+    try:
+        assert len(str(folder / str(uuid.uuid4()))) <= 107 and not any((tmp_path / ("x" * 100)).iterdir())
+    finally:
+        folder.rmdir()
 
 
 def test_a_running_server(policy, tmp_path):

@@ -33,6 +33,8 @@ LAUNCHER_VARIABLES = {
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_ENABLE_V1_MULTIPROCESSING",
 }  # fmt: skip
 LOG_TAIL = 4000  # characters of a dead server's log that go into the error
+SOCKET_PATH = 107  # bytes, of Unix
+ROOM = 40  # of them for the names of vLLM's own sockets
 
 
 class VllmServerProcess(VllmServerTransport):
@@ -62,7 +64,7 @@ class VllmServerProcess(VllmServerTransport):
         **args: Any,
     ):
         import_vllm()
-        self._socket = Path(tempfile.mkdtemp(prefix="pact-fast-vllm-")) / "socket"
+        self._socket = socket_folder() / "socket"
         super().__init__(
             "the vLLM server", "http://vllm", model_folder, weights_folder, timeout=timeout, transfer=transfer,
             uds=str(self._socket),
@@ -123,6 +125,7 @@ class VllmServerProcess(VllmServerTransport):
 
     def _environment(self) -> dict[str, str]:
         environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environment["VLLM_RPC_BASE_PATH"] = str(self._socket.parent)
         if self._args.get("enable_lora"):
             environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
         for name in [n for n in environment if n in LAUNCHER_VARIABLES or n.startswith("TORCHELASTIC_")]:
@@ -152,6 +155,15 @@ class VllmServerProcess(VllmServerTransport):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process = None
+
+
+def socket_folder() -> Path:
+    """A private folder whose path leaves room for the names of sockets: $TMPDIR may be too long."""
+    folder = Path(tempfile.mkdtemp(prefix="pact-fast-vllm-"))
+    if len(os.fsencode(folder)) <= SOCKET_PATH - ROOM:
+        return folder
+    folder.rmdir()
+    return Path(tempfile.mkdtemp(prefix="pact-fast-vllm-", dir="/tmp"))
 
 
 def launch(command: list[str], environment: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen:
