@@ -28,7 +28,7 @@ from tests.support.sandbox_tools import (
     wait_for,
 )
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.timing]  # deadlines for processes to end
 __all__ = ["nothing_is_left"]
 
 
