@@ -48,6 +48,12 @@ class ShutdownRequested(SystemExit):
         super().__init__(self.status)
 
 
+def error_line(error: BaseException, limit: int = 200) -> str:
+    """The text of an exception on one line, cut to `limit` characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 # Raised through somebody else's code, and not by it
 PASSED_ON = (PactError, ShutdownRequested, KeyboardInterrupt, GeneratorExit)
 
@@ -64,7 +70,7 @@ def foreign_errors(problem: str, cure: str) -> Iterator[None]:
     except PASSED_ON:
         raise
     except BaseException as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = error_line(error, 300)
         if not isinstance(error, OSError | ValueError) or not reason:
             reason = f"{type(error).__name__}: {reason}".rstrip(": ")
         raise PactError(f"{problem}: {reason}; {cure}") from error

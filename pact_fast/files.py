@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pact_fast.errors import PactError
+from pact_fast.errors import PactError, error_line
 
 RESUME = "free some space or make the folder writable, and continue with resume=auto"
 ANOTHER = "free some space, make the folder writable, or name another file"
@@ -40,7 +40,7 @@ def io_errors(path: Path, cure: str = RESUME) -> Iterator[None]:
         # safetensors has an error of its own, and this module is imported where safetensors is not
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
-        reason = " ".join(str(error).split())
+        reason = error_line(error)
         raise PactError(f"cannot write {path}: {reason}; {cure}") from error
 
 

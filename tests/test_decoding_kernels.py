@@ -101,11 +101,11 @@ def attention_case(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, leng
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, kv_heads, dim", [(9, 3, 64), (4, 4, 16), (6, 1, 80), (5, 1, 96), (8, 1, 128)])
 def test_one_token_per_slot_attends_to_its_own_slot(dtype, heads, kv_heads, dim):
-    needs("slot_attention_ready", dtype)
+    needs("decode_attention_ready", dtype)
     lengths, slots = [1, 15, 16, 17, 300, 700], [3, 0, 6, 1, 5, 2]
     q, k, v, keys, values, at, positions = attention_case(dtype, heads, kv_heads, dim, lengths, slots)
     out = torch.empty(1, len(lengths), heads, dim, dtype=dtype)
-    torch.ops.pact_fast.slot_attention(q, k, v, at, positions, 0.3, keys, values, out)
+    torch.ops.pact_fast.decode_attention(q, k, v, at, positions, 0.3, keys, values, out)
     for i, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
         assert torch.equal(keys[slot, :, length - 1], k[0, :, i]) and torch.equal(
             values[slot, :, length - 1], v[0, :, i]
@@ -117,12 +117,12 @@ def test_one_token_per_slot_attends_to_its_own_slot(dtype, heads, kv_heads, dim)
         assert_near(out[0, i], torch.einsum("hk,hkd->hd", p, seen_values), TOLERANCE[dtype])
 
 
-def test_slot_attention_refuses_what_it_cannot_read_or_write():
+def test_decode_attention_refuses_what_it_cannot_read_or_write():
     def call(**changes):
         q, k, v, keys, values, slots, positions = attention_case(torch.float32, 4, 2, 16, [3, 5], [0, 1])
         given = dict(q=q, k=k, v=v, slots=slots, positions=positions, scale=1.0, keys=keys, values=values)
         given["out"] = torch.empty(1, 2, 4, 16)
-        torch.ops.pact_fast.slot_attention(**given | changes)
+        torch.ops.pact_fast.decode_attention(**given | changes)
 
     call()
     wrong = {

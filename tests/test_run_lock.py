@@ -106,12 +106,12 @@ def test_a_sign_of_life_from_another_host_is_believed(tmp_path, monkeypatch):
     assert json.loads((tmp_path / LOCK).read_text())["beat"] == 1
 
 
-def test_signs_of_life_lock_where_the_file_system_cannot(tmp_path, monkeypatch):
+def test_heartbeats_lock_where_the_file_system_cannot(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(run_lock, "BEAT", 0.1)
+    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.1)
     monkeypatch.setattr(run_lock, "SILENCE", 3.0)
     first = RunLock(tmp_path)
     with pytest.raises(PactError, match=f"is in use by process {os.getpid()} "):

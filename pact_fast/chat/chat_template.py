@@ -12,7 +12,7 @@ from typing import Any
 from pact_fast.chat.call_ids import with_call_ids
 from pact_fast.chat.named_templates import NamedTemplates
 from pact_fast.data.types import Message, ToolCall, ToolSchema, text_of
-from pact_fast.errors import PASSED_ON, PactError
+from pact_fast.errors import PASSED_ON, PactError, error_line
 from pact_fast.limits import time_limit
 
 SECONDS = 2.0  # for a rendering, which takes milliseconds
@@ -79,7 +79,7 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a program: it may raise anything
             roles = ", ".join(str(m.get("role")) for m in messages)
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = error_line(error) or type(error).__name__
             raise PactError(
                 f"the chat template cannot render a conversation of {roles}: {reason}; set "
                 "model.chat_template to one that can"

@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from pact_fast.errors import PactError
-from pact_fast.text import visible
+from pact_fast.errors import PactError, error_line
 
 MAX_CHARACTERS = 100_000
 MAX_VALUES = 10_000  # with aliases written out
@@ -54,11 +53,11 @@ def load_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         raise PactError(f"is not valid YAML: {_explain(error)}") from None
     except yaml.YAMLError as error:
-        raise PactError(f"is not valid YAML: {_one_line(error)}") from None
+        raise PactError(f"is not valid YAML: {error_line(error)}") from None
     except RecursionError:
         raise PactError(TOO_DEEP) from None
     except (ValueError, TypeError, OverflowError, AttributeError) as error:  # of dates, numbers and keys that are none
-        raise PactError(f"has a value that cannot be read: {_one_line(error)}; quote it if it is text") from None
+        raise PactError(f"has a value that cannot be read: {error_line(error)}; quote it if it is text") from None
 
 
 def _measure(node: yaml.Node, depth: int, sizes: dict[int, int]) -> int:
@@ -85,7 +84,3 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
     mark = error.problem_mark or error.context_mark
     place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     return place + " ".join(filter(None, (error.context, error.problem)))[:200]
-
-
-def _one_line(error: Exception) -> str:
-    return visible(" ".join(str(error).split()))[:200]

@@ -13,8 +13,7 @@ from typing import BinaryIO
 
 from pact_fast.config import HubDataset
 from pact_fast.data.row_files import NumberedRow, not_empty, rows_of
-from pact_fast.data.rows import one_line
-from pact_fast.errors import DataError, PactError
+from pact_fast.errors import DataError, PactError, error_line
 
 READABLE = (".jsonl", ".ndjson", ".json", ".parquet")
 MISSING = "a dataset of the Hub (hf://…) needs the package datasets: pip install 'pact-fast[datasets]'"
@@ -122,12 +121,12 @@ def _problem(dataset: HubDataset, error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return f"there is no such dataset at {page}, or it is private; check the name, or log in with `hf auth login`"
     if _is_unreachable(error):
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{type(error).__name__}: {one_line(error)}"
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{type(error).__name__}: {error_line(error)}"
         return (
             f"{constants.ENDPOINT} cannot be reached ({reason}); offline, name local files: `hf download {dataset.repo} "
             "--repo-type dataset --local-dir DIR`, then DIR/….parquet"
         )
-    return f"cannot be read: {type(error).__name__}: {one_line(error)}"
+    return f"cannot be read: {type(error).__name__}: {error_line(error)}"
 
 
 def _is_unreachable(error: BaseException | None) -> bool:

@@ -18,14 +18,13 @@ from pact_fast.data.rows import (
     check_calls,
     check_environment,
     nearest,
-    one_line,
-    quoted,
     read_id,
     read_trace,
     task_from_row,
 )
 from pact_fast.data.types import ExpertTrace, Task, ToolSchema
-from pact_fast.errors import DataError, PactError
+from pact_fast.errors import DataError, PactError, error_line
+from pact_fast.text import short
 
 __all__ = ["attach_traces", "read_tasks", "read_traces", "tool_schema", "write_tasks"]
 
@@ -56,7 +55,7 @@ def read_tasks(
         PactError: The format is unknown, or a package is missing.
     """
     if format != "auto" and format not in ROW_FORMATS:
-        raise PactError(f"unknown data format {quoted(format)}{nearest(format, [*ROW_FORMATS, 'auto'])}")
+        raise PactError(f"unknown data format {short(format)}{nearest(format, [*ROW_FORMATS, 'auto'])}")
     tasks: list[Task] = []
     places: dict[str, tuple[str, int]] = {}  # id → source and line
     errors: list[DataError] = []
@@ -100,7 +99,7 @@ def _check_new(task_id: str, places: dict[str, tuple[str, int]], source: str) ->
     if task_id in places:
         other, line = places[task_id]
         place = f"row {line}" if other == source else f"{other}:{line}"
-        raise DataError(f"{quoted(task_id)} is also the id of {place}; ids are unique", field="id")
+        raise DataError(f"{short(task_id)} is also the id of {place}; ids are unique", field="id")
 
 
 def read_traces(sources: Source | Sequence[Source]) -> dict[str, ExpertTrace]:
@@ -116,7 +115,7 @@ def read_traces(sources: Source | Sequence[Source]) -> dict[str, ExpertTrace]:
                     raise row
                 task_id = read_id(row.get("id"))
                 if task_id in traces:
-                    raise DataError(f"{quoted(task_id)} has a trace already; keep one per task", field="id")
+                    raise DataError(f"{short(task_id)} has a trace already; keep one per task", field="id")
                 field = next((name for name in TRACE_FIELDS if row.get(name) is not None), TRACE_FIELDS[0])
                 traces[task_id] = read_trace(row.get(field), field)
     return traces
@@ -131,8 +130,8 @@ def attach_traces(tasks: list[Task], traces: dict[str, ExpertTrace]) -> int:
     by_id = {task.id: task for task in tasks}
     for task_id, trace in traces.items():
         if task_id not in by_id:
-            raise DataError(f"no task has the id {quoted(task_id)} of an expert trace{nearest(task_id, list(by_id))}")
-        with add_location(f"expert trace of task {quoted(task_id)}"):
+            raise DataError(f"no task has the id {short(task_id)} of an expert trace{nearest(task_id, list(by_id))}")
+        with add_location(f"expert trace of task {short(task_id)}"):
             # a task without tools takes those of its environment
             check_calls(trace.calls, by_id[task_id].tools or None, "expert_trace")
     for task_id, trace in traces.items():
@@ -158,7 +157,7 @@ def write_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
 def _line(task: Task) -> bytes:
     taken = [name for name in OWN_FIELDS if name in task.columns]
     if taken:
-        raise PactError(f"task {quoted(task.id)}: a further column may not be named '{taken[0]}'; rename it")
+        raise PactError(f"task {short(task.id)}: a further column may not be named '{taken[0]}'; rename it")
     row = {
         "id": task.id,
         "prompt": task.prompt,
@@ -174,7 +173,7 @@ def _line(task: Task) -> bytes:
         return json.dumps(present | task.columns, ensure_ascii=False).encode() + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
         raise PactError(
-            f"task {quoted(task.id)}: not JSON data ({one_line(error)}); convert or drop the value"
+            f"task {short(task.id)}: not JSON data ({error_line(error)}); convert or drop the value"
         ) from None
 
 
@@ -194,7 +193,7 @@ def tool_schema(function: Callable[..., Any]) -> ToolSchema:
     except (DocstringParsingException, TypeHintParsingException) as error:
         name = getattr(function, "__name__", repr(function))
         raise PactError(
-            f"tool '{name}': {one_line(error)}; give type hints and a docstring with an Args section"
+            f"tool '{name}': {error_line(error)}; give type hints and a docstring with an Args section"
         ) from None
     schema["function"].pop("return", None)  # not in OpenAI's schema; templates would show it to the model
     return schema

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from pact_fast.data.rows import OWN_FIELDS, Row, one_line, read_json, type_name
+from pact_fast.data.rows import OWN_FIELDS, Row, read_json, type_name
 from pact_fast.data.schemas import drop_nulls
-from pact_fast.errors import PASSED_ON, DataError, PactError
+from pact_fast.errors import PASSED_ON, DataError, PactError, error_line
 from pact_fast.limits import memory_limit
 
 NumberedRow = tuple[int, "Row | DataError"]  # line or row number from 1
@@ -51,7 +51,7 @@ def file_rows(path: Path) -> Iterator[NumberedRow]:
         with path.open("rb") as file:
             yield from not_empty(str(path), rows_of(str(path), file))
     except OSError as error:
-        raise DataError(f"cannot read: {one_line(error)}", file=str(path)) from None
+        raise DataError(f"cannot read: {error_line(error)}", file=str(path)) from None
 
 
 def not_empty(name: str, rows: Iterator[NumberedRow]) -> Iterator[NumberedRow]:
@@ -135,7 +135,7 @@ def _parquet_rows(name: str, file: BinaryIO) -> Iterator[NumberedRow]:
     except PASSED_ON:
         raise
     except BaseException as error:  # damaged metadata: whatever the reader happens to run into
-        raise DataError(f"is not a readable parquet file ({one_line(error)}); write it again", file=name) from None
+        raise DataError(f"is not a readable parquet file ({error_line(error)}); write it again", file=name) from None
 
 
 def _batches(parquet: Any, name: str, compressed: int) -> Iterator[Any]:
@@ -178,4 +178,4 @@ def _value(scalar: Any, column: str) -> Any:
         # rows.py cleans our own columns: an argument that is required and nullable keeps its null
         return scalar.as_py() if column in OWN_FIELDS else drop_nulls(scalar.as_py())
     except (ValueError, OverflowError) as error:
-        raise DataError(f"cannot be read: {one_line(error)}; write the column again", field=column) from None
+        raise DataError(f"cannot be read: {error_line(error)}; write the column again", field=column) from None

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pact_fast.data.absent import is_absent
-from pact_fast.data.rows import Row, quoted, read_object
+from pact_fast.data.rows import Row, read_object
 from pact_fast.data.schemas import drop_nulls
 from pact_fast.errors import DataError
+from pact_fast.text import short
 
 DEFINITION = re.compile(r"^[ \t]*(?:async[ \t]+)?def[ \t]+(\w+)", re.MULTILINE)
 
@@ -46,7 +47,7 @@ def _ftrl(row: Row) -> Row:
     unsolved = drop_nulls(read_object(row.get("unsolved_set"), "unsolved_set"))
     for name, expected in unsolved.items():
         if not isinstance(expected, list) or not all(isinstance(text, str) for text in expected):
-            raise DataError(f"{quoted(name)} must hold a list of expected texts", field="unsolved_set")
+            raise DataError(f"{short(name)} must hold a list of expected texts", field="unsolved_set")
     env_args = {"codes": codes, "unsolved_set": unsolved, "scoring": "ftrl"}
     return _without(row, "codes", "unsolved_set") | {"env": "python_tools", "env_args": env_args}
 
@@ -103,7 +104,7 @@ ROW_FORMATS = {
 def detect_row_format(row: Row) -> RowFormat:
     """The format of a file, from the columns of its first row."""
     if not {"prompt", "messages", "question"} & row.keys():
-        found = ", ".join(quoted(name) for name in list(row)[:12]) or "none"
+        found = ", ".join(short(name) for name in list(row)[:12]) or "none"
         raise DataError(
             f"no known format; columns found: {found}; expected 'prompt' or 'messages' (pact, TRL, verifiers), "
             "'prompt' and 'reward_model' (verl), 'messages', 'codes' and 'unsolved_set' (FTRL), or 'question' and "

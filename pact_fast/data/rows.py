@@ -13,7 +13,8 @@ from pact_fast.data.keys import MESSAGE, TOOL
 from pact_fast.data.schemas import clean_arguments, drop_nulls, object_schema
 from pact_fast.data.text_calls import calls_in_text
 from pact_fast.data.types import ExpertTrace, Message, Task, ToolCall, ToolSchema, call_id, call_keys
-from pact_fast.errors import DataError
+from pact_fast.errors import DataError, error_line
+from pact_fast.text import short
 
 Row = dict[str, Any]
 
@@ -190,7 +191,7 @@ def read_trace(value: Any, field: str, offset: int = 0, tools: Sequence[ToolSche
     try:
         return ExpertTrace.from_messages(messages)
     except ValueError as error:
-        problem = re.sub(r"^message (\d+)", lambda m: f"message {int(m[1]) + offset}", one_line(error))
+        problem = re.sub(r"^message (\d+)", lambda m: f"message {int(m[1]) + offset}", error_line(error))
         cure = "a trace is assistant turns, each with one tool message per call, then at most one final answer"
         raise DataError(f"{problem}; {cure}", field=field) from None
 
@@ -211,11 +212,11 @@ def _message(message: Any, index: int, field: str, tools: Sequence[ToolSchema] |
     if not isinstance(message, dict):
         raise fail(f"must be an object with 'role' and 'content', found {type_name(message)}")
     if message.get("role") not in ROLES and (message.get("role") != "function" or not message.get("name")):
-        raise fail(f"role {quoted(message.get('role'))} is unknown; use one of {', '.join(ROLES)}")
+        raise fail(f"role {short(message.get('role'))} is unknown; use one of {', '.join(ROLES)}")
     try:
         clean = MESSAGE.read(message)
     except ValueError as error:
-        raise fail(one_line(error)) from None
+        raise fail(error_line(error)) from None
     role = clean["role"] = _ROLE_NAMES.get(clean["role"], clean["role"])
     content, reasoning = _content(clean.get("content", ""), role, fail)
     clean["content"] = content
@@ -261,7 +262,7 @@ def _add_calls_in_text(
     try:
         found, rest = calls_in_text(content, [tool["function"]["name"] for tool in tools or []])
     except ValueError as error:
-        raise DataError(f"message {index}: {one_line(error)}", field=field) from None
+        raise DataError(f"message {index}: {error_line(error)}", field=field) from None
     if not found:
         return entries, content
     written = [_call_entry(call, index, field, tools) for call in found]
@@ -321,7 +322,7 @@ def _call(call: Any, where: str, field: str, tools: Sequence[ToolSchema] | None)
             body["arguments"] = read_json(body["arguments"] or "{}", field, f"{where}: the arguments are ")
         found = ToolCall.from_message(body)
     except ValueError as error:
-        raise DataError(f'{where}: {one_line(error)}; write {{"name": …, "arguments": {{…}}}}', field=field) from None
+        raise DataError(f'{where}: {error_line(error)}; write {{"name": …, "arguments": {{…}}}}', field=field) from None
     schema = next(
         (tool["function"]["parameters"] for tool in tools or [] if tool["function"]["name"] == found.name), None
     )
@@ -336,7 +337,7 @@ def check_calls(calls: Sequence[ToolCall], tools: Sequence[ToolSchema] | None, f
     for call in calls:
         if call.name not in names:
             raise DataError(
-                f"calls {quoted(call.name)}, which is not in 'tools'{nearest(call.name, names)}", field=field
+                f"calls {short(call.name)}, which is not in 'tools'{nearest(call.name, names)}", field=field
             )
 
 
@@ -354,7 +355,7 @@ def read_tools(value: Any) -> list[ToolSchema] | None:
     for tool in tools:
         name = tool["function"]["name"]
         if name in names:
-            raise DataError(f"two tools are named {quoted(name)}; rename or remove one", field="tools")
+            raise DataError(f"two tools are named {short(name)}; rename or remove one", field="tools")
         names.add(name)
     return tools
 
@@ -371,10 +372,10 @@ def _tool(tool: Any, index: int, as_text: bool) -> ToolSchema:
     try:
         body = TOOL.read(tool)
     except ValueError as error:
-        raise fail(one_line(error)) from None
+        raise fail(error_line(error)) from None
     name = body.get("name")
     if not isinstance(name, str) or not name.strip():
-        raise fail(f"'name' must be non-empty text, found {quoted(name)}")
+        raise fail(f"'name' must be non-empty text, found {short(name)}")
     if not isinstance(body.get("description") or "", str):
         raise fail(f"'description' must be text, found {type_name(body['description'])}")
     parameters = body.get("parameters") or {}
@@ -386,7 +387,7 @@ def _tool(tool: Any, index: int, as_text: bool) -> ToolSchema:
     try:
         parameters = object_schema(drop_nulls(parameters, keep="default" if as_text else None))
     except ValueError as error:
-        raise fail(one_line(error)) from None
+        raise fail(error_line(error)) from None
     if parameters.get("type", "object") != "object":
         raise fail("'parameters' must be a JSON schema of type 'object'")
     if not isinstance(parameters.get("properties", {}), dict):
@@ -400,7 +401,7 @@ def read_id(value: Any, default: str | None = None) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"must be non-empty text or an integer, found {quoted(value)}", field="id")
+        raise DataError(f"must be non-empty text or an integer, found {short(value)}", field="id")
     return value
 
 
@@ -422,12 +423,10 @@ def check_environment(env: str | None, registered: Collection[str]) -> None:
     names = sorted(registered)
     if ":" in env:
         problem = (
-            f"a row cannot name a file or module ({quoted(env)}); set env.name to it and give the row a registered name"
+            f"a row cannot name a file or module ({short(env)}); set env.name to it and give the row a registered name"
         )
     else:
-        problem = (
-            f"unknown environment {quoted(env)}{nearest(env, names)} Correct it, or set env.name to your own class"
-        )
+        problem = f"unknown environment {short(env)}{nearest(env, names)} Correct it, or set env.name to your own class"
     raise DataError(f"{problem}; registered: {', '.join(names)}", field="env")
 
 
@@ -469,7 +468,7 @@ def read_json(text: str, field: str, prefix: str = "") -> Any:
     except UnicodeEncodeError:
         problem = r"not valid text: half of a surrogate pair (\ud800 to \udfff); remove or complete the escape"
     except (ValueError, RecursionError) as error:
-        problem = f"not readable JSON: {one_line(error)}"
+        problem = f"not readable JSON: {error_line(error)}"
     else:
         return data
     raise DataError(prefix + problem, field=field)
@@ -496,21 +495,9 @@ def _check_depth(text: str, data: Any) -> None:
 def nearest(name: str, known: Sequence[str]) -> str:
     """Hint for an error message, `; did you mean 'x'?`, with the nearest known name even if it is not close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"; did you mean {quoted(close[0])}?" if close else "; none are listed"
+    return f"; did you mean {short(close[0])}?" if close else "; none are listed"
 
 
 def type_name(value: Any) -> str:
     """The type of a JSON value, in the words of error messages."""
     return "null" if value is None else _TYPE_NAMES.get(type(value), type(value).__name__)
-
-
-def quoted(value: Any) -> str:
-    """The value in quotes, cut to 60 characters, for error messages of one line."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…" + text[-1]
-
-
-def one_line(error: BaseException) -> str:
-    """The text of an exception on one line, cut to 200 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:199] + "…"

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from pact_fast.distributed.serialization import decode, encode
-from pact_fast.errors import PactError
+from pact_fast.errors import PactError, error_line
 
 SLURM_PORT = 29500  # plus the job id, so that jobs on the same node use different ports
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -103,7 +103,7 @@ class World:
         try:
             yield
         except RuntimeError as error:  # from gloo, NCCL or the store
-            reason = " ".join(str(error).split())[:200]
+            reason = error_line(error)
             raise PeerLost(
                 f"rank {self.rank} of {self.size} on {socket.gethostname()} waited for {what}, but another rank has "
                 f"ended or hangs ({reason}); see that rank's output for the cause, and start again with resume=auto"

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
-from pact_fast.errors import PactError
+from pact_fast.errors import PactError, error_line
 from pact_fast.model.flops import full_shape
 from pact_fast.model.forward import causal_lm_of, decoder_of
 
@@ -163,4 +163,4 @@ def _replaced(module: Any, forward: Any) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    return error_line(error, 160)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pact_fast.batch.packing import pack
 from pact_fast.batch.tree import Node, TokenTree
 from pact_fast.config import Config
-from pact_fast.errors import PactError
+from pact_fast.errors import PactError, error_line
 from pact_fast.kernels.head.tokens import LossTokens
 from pact_fast.model.device import precision
 from pact_fast.model.forward import causal_lm_of, decoder_of
@@ -200,7 +200,7 @@ def _run(family: str, what: str, program: Callable[[], Result]) -> Result:
     except (PactError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        line = " ".join(str(error).split())[:200]
+        line = error_line(error)
         raise PactError(f"{family}: {what} fails with {type(error).__name__}: {line}; use another model") from error
 
 

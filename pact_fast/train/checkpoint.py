@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pact_fast.distributed.world import World
-from pact_fast.errors import PactError
+from pact_fast.errors import PactError, error_line
 from pact_fast.files import io_errors, remove, write_bytes
 from pact_fast.model import shards
 from pact_fast.text import one_line
@@ -103,7 +103,7 @@ def save(
         described = writer.describe(temporary)
         writer.on_main(lambda: _complete(temporary, final, step, described))
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = error_line(error)
         cure = "free some space or make the folder writable; earlier checkpoints are intact, continue with resume=auto"
         raise PactError(f"cannot save the checkpoint {final}: {reason}; {cure}") from error
     finally:

@@ -262,7 +262,9 @@ class Learner:
         self.model.eval()
         ends = np.cumsum([0, *(len(s.index) for s in scored)])
         start_of = {id(s): start for s, start in zip(scored, ends[:-1], strict=True)}
-        local = torch.zeros(2, int(ends[-1]), dtype=torch.float64)  # log-probs and kept masses; 0: of other ranks
+        kept = column == "old_logprob" and bool(self.policy.head.filters)
+        # log-probs, and with filters the logs of the kept masses; 0 for the tokens of other ranks
+        local = torch.zeros(1 + kept, int(ends[-1]), dtype=torch.float64)
         for packs in self._make_packs(batches)[0]:
             batch = packs[self.world.replica]
             tokens, here = loss_tokens(batch, scored)
@@ -270,13 +272,14 @@ class Learner:
             position = torch.as_tensor(np.concatenate([np.zeros(0, np.int64), *positions]))
             batch, tokens, is_local = self._local_rows(batch, tokens)
             if len(tokens):
-                for row, values in enumerate(forward(batch, tokens.to(self.model.device), self.temperature)):
-                    local[row, position[is_local]] = values[: int(is_local.sum())].cpu().double()
-        both = self.world.all_reduce_sum(local, "log-probs").numpy().astype(np.float32)
-        for s, (logprob, kept) in zip(scored, np.split(both, ends[1:-1], axis=1), strict=True):
-            setattr(s, column, logprob)
-            if column == "old_logprob":
-                s.sampler_logprob = s.sampler_logprob + kept
+                found = forward(batch, tokens.to(self.model.device), self.temperature)
+                for row, values in zip(local, found, strict=False):  # a reference's kept masses are of no use
+                    row[position[is_local]] = values[: int(is_local.sum())].cpu().double()
+        summed = self.world.all_reduce_sum(local, "log-probs").numpy().astype(np.float32)
+        for s, part in zip(scored, np.split(summed, ends[1:-1], axis=1), strict=True):
+            setattr(s, column, part[0])
+            if kept:
+                s.sampler_logprob = s.sampler_logprob + part[1]
 
     def _backward(self, batch: PackedBatch, scored: list[ScoredTokens], result: UpdateResult, last: bool) -> None:
         """Forward, loss and backward of one pack. `last`: an optimizer step follows."""

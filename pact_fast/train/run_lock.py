@@ -1,7 +1,7 @@
 """The lock of a run directory: one process trains in it, and another one is told which.
 
 `run.lock` is locked with flock, which the kernel releases when the process ends, however it ends. The file says who
-holds it: host, process id, start, and a sign of life that is written every ten seconds. File systems on which flock
+holds it: host, process id, start, and a heartbeat that is written every ten seconds. File systems on which flock
 fails, or does not reach other hosts, are why a file that another host left behind is watched before it is taken over.
 """
 
@@ -27,7 +27,7 @@ from pact_fast.errors import PactError
 from pact_fast.text import short, visible
 
 LOCK = "run.lock"
-BEAT = 10.0  # seconds between signs of life
+HEARTBEAT = 10.0  # seconds between heartbeats
 SILENCE = 45.0  # without one for so long, a process of another host counts as dead
 ATTEMPTS = 100  # at a file that others remove while it is opened
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of a file system that cannot lock
@@ -84,7 +84,7 @@ class RunLock:
 
 
 class _Held:
-    """The locked file of this process, and the thread that writes signs of life to it."""
+    """The locked file of this process, and the thread that writes heartbeats to it."""
 
     def __init__(self, path: Path, descriptor: int, record: Record, folder: Path | None):
         self.record = record
@@ -98,7 +98,7 @@ class _Held:
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT):
+        while not self._ended.wait(HEARTBEAT):
             with self._mutex:
                 if self._ended.is_set():  # the descriptor may be another file's by now
                     return
@@ -182,8 +182,8 @@ def _flock(descriptor: int) -> bool:
 
 
 def _watch(path: Path, before: Record, note: Callable[[str], object]) -> None:
-    """Wait whether the holder of another host, or of a file system without locks, shows a sign of life."""
-    note(f"{path.parent} was last used by {_who(before)}; waiting {SILENCE:.0f} s for a sign of life from there")
+    """Wait whether the holder of another host, or of a file system without locks, shows a heartbeat."""
+    note(f"{path.parent} was last used by {_who(before)}; waiting {SILENCE:.0f} s for a heartbeat from there")
     deadline = time.monotonic() + SILENCE
     while time.monotonic() < deadline:
         time.sleep(min(1.0, SILENCE / 10))

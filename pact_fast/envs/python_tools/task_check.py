@@ -6,10 +6,11 @@ import re
 from typing import Any
 
 from pact_fast.data.absent import is_absent
-from pact_fast.data.rows import nearest, quoted, type_name
+from pact_fast.data.rows import nearest, type_name
 from pact_fast.data.types import Task
 from pact_fast.errors import DataError
 from pact_fast.rewards.ftrl import expected_parts
+from pact_fast.text import short
 
 SCORINGS = ("ftrl", "toolhop")
 ANSWER_COLUMNS = ("ground_truth", "answers", "gold", "target", "solution", "expected_answer", "label")
@@ -33,7 +34,7 @@ def _check_scoring(task: Task) -> None:
     scoring = task.env_args.get("scoring")
     if scoring is not None and scoring not in SCORINGS:
         raise DataError(
-            f"env_args.scoring {quoted(scoring)} is unknown{nearest(str(scoring), SCORINGS)}", field="env_args"
+            f"env_args.scoring {short(scoring)} is unknown{nearest(str(scoring), SCORINGS)}", field="env_args"
         )
     if scoring == "ftrl":
         _check_unsolved_set(task.env_args.get("unsolved_set"))
@@ -56,27 +57,27 @@ def _check_sources(task: Task) -> None:
     for name, source in codes.items():
         if not isinstance(source, str) or not source.strip():
             raise DataError(
-                f"'codes' of {quoted(name)} must be Python source, found {type_name(source)}", field="env_args"
+                f"'codes' of {short(name)} must be Python source, found {type_name(source)}", field="env_args"
             )
         _check_source(name, source)
     for tool in task.tools:
         name = tool["function"]["name"]
         if name not in codes:
             raise DataError(
-                f"the tool {quoted(name)} has no source in env_args.codes{nearest(name, list(codes))}", field="tools"
+                f"the tool {short(name)} has no source in env_args.codes{nearest(name, list(codes))}", field="tools"
             )
 
 
 def _check_source(name: str, source: str) -> None:
     """DataError if a source cannot define the function that a tool calls."""
     if not name.isidentifier():
-        problem = f"the tool {quoted(name)} has no Python name, so that its source cannot define it; rename the tool"
+        problem = f"the tool {short(name)} has no Python name, so that its source cannot define it; rename the tool"
     elif "async" in source and name in _ASYNC.findall(source):
         problem = (
-            f"the function {quoted(name)} is async, and tools are called without an event loop; make it a plain def"
+            f"the function {short(name)} is async, and tools are called without an event loop; make it a plain def"
         )
     elif name not in source:
-        problem = f"the source of {quoted(name)} does not define a function of that name; rename one of the two"
+        problem = f"the source of {short(name)} does not define a function of that name; rename one of the two"
     else:
         return
     raise DataError(problem, field="env_args")
@@ -92,7 +93,7 @@ def _check_unsolved_set(unsolved: Any) -> None:
     for name, texts in by_tool.items():
         if not isinstance(texts, list) or not all(map(_is_reference, texts)):
             raise DataError(
-                f"'unsolved_set' of {quoted(name)} is no list of texts, or one is empty; {needed}", field="env_args"
+                f"'unsolved_set' of {short(name)} is no list of texts, or one is empty; {needed}", field="env_args"
             )
 
 

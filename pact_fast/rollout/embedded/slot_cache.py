@@ -109,7 +109,9 @@ class SlotCache:
             return self._attend_texts(q, k, v, keys, values, scale)
         if self.any_slots:
             out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3])
-            torch.ops.pact_fast.slot_attention.default(q, k, v, self._slots, self._positions, scale, keys, values, out)
+            torch.ops.pact_fast.decode_attention.default(
+                q, k, v, self._slots, self._positions, scale, keys, values, out
+            )
             return out
         keys[self._slots, :, self._positions] = k[0].transpose(0, 1)
         values[self._slots, :, self._positions] = v[0].transpose(0, 1)
@@ -163,11 +165,11 @@ class _PaddedBatch:
 
 
 def _kernel_serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> bool:
-    """Whether csrc/slot_attention.cpp attends tensors like these. Compiles the C++ kernels at first use."""
+    """Whether csrc/decode_attention.cpp attends tensors like these. Compiles the C++ kernels at first use."""
     if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.bfloat16) or scale <= 0:
         return False
     fits = q.shape[3] % 16 == 0 and v.shape[3] == q.shape[3] and k.dtype == v.dtype == q.dtype
-    return fits and build.status() == "ready" and torch.ops.pact_fast.slot_attention_ready(q.dtype)
+    return fits and build.status() == "ready" and torch.ops.pact_fast.decode_attention_ready(q.dtype)
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

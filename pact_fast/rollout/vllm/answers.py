@@ -7,8 +7,7 @@ from typing import Any
 
 from pact_fast.errors import EngineError
 from pact_fast.rollout.vllm.transport import TurnOutput, TurnRequest
-
-SHOWN = 60  # characters of a wrong value in a message
+from pact_fast.text import short
 
 
 def read_completion(engine: str, answer: Any, turn: TurnRequest) -> TurnOutput:
@@ -73,16 +72,6 @@ def read_world_size(engine: str, answer: Any) -> int:
     if type(size) is not int or size < 1:
         raise EngineError(engine, f"/get_world_size answers {short(size)}, which is no number of workers")
     return size
-
-
-def short(value: Any) -> str:
-    """A value for a message, printable and on one line. Neither its depth nor its length is trusted."""
-    if isinstance(value, list | dict):
-        return f"a {type(value).__name__} of {len(value)}"
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"an integer of {value.bit_length()} bits"
-    text = ascii(value[: SHOWN + 1] if isinstance(value, str) else value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
 
 def _field(engine: str, value: Any, name: str, kind: type) -> Any:

@@ -20,7 +20,7 @@ frames       messages: a length, then JSON
 settings     what the trainer chooses, and the limits of a call
 linux        system calls
 namespaces   network, mounts, devices
-filter       system calls that tools cannot make (seccomp)
+seccomp      system calls that tools cannot make
 leftovers    ending processes, removing folders
 tool         the tool's process: gives up rights, runs the source
 zygote       forks the processes of a call

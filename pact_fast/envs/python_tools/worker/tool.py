@@ -15,7 +15,7 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
-from . import filter as system_calls
+from . import seccomp
 from .frames import LENGTH, frame
 from .linux import PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, drop_capabilities, libc_call, set_limit
 from .settings import FILE_BYTES, FILES, PROCESSES, Settings
@@ -61,7 +61,7 @@ def give_up_rights(settings: Settings, code: bytes | None, *, count_processes: b
     libc_call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc_call("prctl", PR_SET_DUMPABLE, 0)
     if code is not None:
-        system_calls.install(code)
+        seccomp.install(code)
 
 
 def arrange_descriptors(null: int, request: int, output: int) -> None:

@@ -13,8 +13,7 @@ import traceback
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
-from . import filter as system_calls
-from . import namespaces, tool
+from . import namespaces, seccomp, tool
 from .leftovers import end_descendants, remove_files_of, remove_tree
 from .linux import (
     MNT_DETACH,
@@ -168,8 +167,8 @@ class Forks:
 
 def usable_filter() -> bytes | None:
     """The filter of system calls; None if the system takes none."""
-    code = system_calls.program()
-    return code if code and works(lambda: system_calls.install(code)) else None
+    code = seccomp.program()
+    return code if code and works(lambda: seccomp.install(code)) else None
 
 
 def forward_exit(child: int, highest: int = 255) -> NoReturn:

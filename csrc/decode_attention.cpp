@@ -125,7 +125,7 @@ void add_value_columns(const float* p, int64_t ldp, const T* values, int64_t hea
 }
 
 template <typename T>
-struct SlotAttention {
+struct DecodeAttention {
   HeadView<const T> q, k, v;
   CacheView<T> keys, values;
   const int64_t *slots, *positions;
@@ -196,20 +196,20 @@ bool ready(ScalarType type) {
 #endif
 }
 
-bool slot_attention_ready(ScalarType type) { return ready(type); }
+bool decode_attention_ready(ScalarType type) { return ready(type); }
 
 // [1, heads, tokens, head_dim] with contiguous rows.
 void check_heads(const Tensor& t, ScalarType type, int64_t heads, int64_t tokens, int64_t head_dim, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == type && t.size(0) == 1 && t.size(1) == heads &&
                       t.size(2) == tokens && t.size(3) == head_dim && t.stride(3) == 1,
-                  "slot attention: ", name, " must be ", dtype_name(type), " [1, ", heads, ", ", tokens, ", ", head_dim,
+                  "decode attention: ", name, " must be ", dtype_name(type), " [1, ", heads, ", ", tokens, ", ", head_dim,
                   "] with contiguous rows");
 }
 
 void check_distinct(const int64_t* slots, int64_t tokens, int64_t count) {
   std::vector<bool> seen(count);
   for (int64_t i = 0; i < tokens; ++i) {
-    STD_TORCH_CHECK(!seen[slots[i]], "slot attention: slot ", slots[i], " has more than one token");
+    STD_TORCH_CHECK(!seen[slots[i]], "decode attention: slot ", slots[i], " has more than one token");
     seen[slots[i]] = true;
   }
 }
@@ -217,15 +217,15 @@ void check_distinct(const int64_t* slots, int64_t tokens, int64_t count) {
 // keys and values ← k and v at (slot, position) of each token; out [tokens, Hq, D] ← attention of q to positions up to
 // the token's own. q [1, Hq, T, D], k and v [1, Hkv, T, D] with contiguous rows; keys, values [slots, Hkv, capacity, D]
 // and out contiguous; slots, all different, and positions int64 [T]; all others fp32 or bf16; D a multiple of 16.
-void slot_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor slots, const Tensor positions,
+void decode_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor slots, const Tensor positions,
                     double scale, Tensor keys, Tensor values, Tensor out) {
   const ScalarType type = q.scalar_type();
-  STD_TORCH_CHECK(ready(type), "slot attention: no kernel for this dtype on this CPU");
+  STD_TORCH_CHECK(ready(type), "decode attention: no kernel for this dtype on this CPU");
   STD_TORCH_CHECK(q.dim() == 4 && keys.dim() == 4 && keys.size(1) > 0 && q.size(1) % keys.size(1) == 0,
-                  "slot attention: the heads of keys must divide those of queries");
+                  "decode attention: the heads of keys must divide those of queries");
   const int64_t heads = q.size(1), tokens = q.size(2), head_dim = q.size(3), kv_heads = keys.size(1);
   STD_TORCH_CHECK(head_dim > 0 && head_dim % 16 == 0 && scale > 0,
-                  "slot attention: head_dim must be a multiple of 16, and scale positive");
+                  "decode attention: head_dim must be a multiple of 16, and scale positive");
   check_heads(q, type, heads, tokens, head_dim, "q");
   check_heads(k, type, kv_heads, tokens, head_dim, "k");
   check_heads(v, type, kv_heads, tokens, head_dim, "v");
@@ -233,10 +233,10 @@ void slot_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor
     STD_TORCH_CHECK(
         cache.dim() == 4 && cache.scalar_type() == type && cache.is_contiguous() && cache.size(0) == keys.size(0) &&
             cache.size(1) == kv_heads && cache.size(2) == keys.size(2) && cache.size(3) == head_dim,
-        "slot attention: keys and values must be contiguous [slots, ", kv_heads, ", capacity, ", head_dim, "]");
+        "decode attention: keys and values must be contiguous [slots, ", kv_heads, ", capacity, ", head_dim, "]");
   }
   STD_TORCH_CHECK(out.scalar_type() == type && out.is_contiguous() && out.numel() == heads * tokens * head_dim,
-                  "slot attention: out must be contiguous [tokens, ", heads, ", ", head_dim, "]");
+                  "decode attention: out must be contiguous [tokens, ", heads, ", ", head_dim, "]");
   check_index(slots, tokens, 0, keys.size(0), "slots");
   check_index(positions, tokens, 0, keys.size(2), "positions");
   check_distinct(data_ptr<int64_t>(slots), tokens, keys.size(0));
@@ -245,7 +245,7 @@ void slot_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor
   const int64_t* at = data_ptr<int64_t>(positions);
   const auto run = [&]<typename T>(T) {
     const auto cache = [&](const Tensor& t) { return CacheView<T>{data_ptr<T>(t), kv_heads, t.size(2), head_dim}; };
-    SlotAttention<T>{head_view<const T>(q),
+    DecodeAttention<T>{head_view<const T>(q),
                      head_view<const T>(k),
                      head_view<const T>(v),
                      cache(keys),
@@ -270,14 +270,14 @@ void slot_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor
 }  // namespace pact_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pact_fast, m) {
-  m.def("slot_attention_ready(ScalarType dtype) -> bool");
+  m.def("decode_attention_ready(ScalarType dtype) -> bool");
   m.def(
-      "slot_attention(Tensor q, Tensor k, Tensor v, Tensor slots, Tensor positions, float scale, Tensor(a!) keys, "
+      "decode_attention(Tensor q, Tensor k, Tensor v, Tensor slots, Tensor positions, float scale, Tensor(a!) keys, "
       "Tensor(b!) values, Tensor(c!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pact_fast, CompositeExplicitAutograd, m) {
-  m.impl("slot_attention_ready", TORCH_BOX(&pact_fast::slot_attention_ready));
+  m.impl("decode_attention_ready", TORCH_BOX(&pact_fast::decode_attention_ready));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pact_fast, CPU, m) { m.impl("slot_attention", TORCH_BOX(&pact_fast::slot_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(pact_fast, CPU, m) { m.impl("decode_attention", TORCH_BOX(&pact_fast::decode_attention)); }
