@@ -141,16 +141,21 @@ def test_expert_traces_reason_in_sentences_that_do_not_preview_the_call():
                 assert not [text for text in texts if text.lower() in turn.reasoning.lower()], row["id"]
 
 
-@pytest.mark.slow
-def test_expert_traces_solve_their_tasks_with_the_real_tools():
+def real_rows():
+    """Skips the test without PACT_TEST_DATA."""
     pq = pytest.importorskip("pyarrow.parquet")
     if "PACT_TEST_DATA" not in os.environ:
         pytest.skip("set PACT_TEST_DATA to a folder that holds ftrl/test.parquet")
+    return pq.read_table(Path(os.environ["PACT_TEST_DATA"]) / "ftrl" / "test.parquet").to_pylist()
+
+
+@pytest.mark.slow
+def test_expert_traces_solve_their_tasks_with_the_real_tools():
     from pact_fast.data.types import Task
     from pact_fast.envs.python_tools.env import PythonTools
     from pact_fast.envs.python_tools.pool import SandboxPool
 
-    rows = pq.read_table(Path(os.environ["PACT_TEST_DATA"]) / "ftrl" / "test.parquet").to_pylist()
+    rows = real_rows()
     kinds, turns_with_several_calls = [], 0
     with SandboxPool(workers=1) as pool:
         for expert in experts():
@@ -198,12 +203,9 @@ def example_calls(source, name):
 @pytest.mark.slow
 def test_errors_and_echoes_seldom_matter_for_the_example_calls_of_real_tools():
     """How many sub-questions the examples in the tools' sources solve by the official rule, and by ours."""
-    pq = pytest.importorskip("pyarrow.parquet")
-    if "PACT_TEST_DATA" not in os.environ:
-        pytest.skip("set PACT_TEST_DATA to a folder that holds ftrl/test.parquet")
     from pact_fast.envs.python_tools.pool import SandboxPool
 
-    rows = pq.read_table(Path(os.environ["PACT_TEST_DATA"]) / "ftrl" / "test.parquet").to_pylist()
+    rows = real_rows()
     official, ours, errors = 0, 0, 0
     with SandboxPool(workers=1) as pool:
         for row in rows:

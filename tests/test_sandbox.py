@@ -18,6 +18,7 @@ import pytest
 from pact_fast.envs.python_tools import pool as pool_module
 from pact_fast.envs.python_tools.pool import WORKER_FAILED, SandboxPool
 from pact_fast.errors import PactError
+from tests.support.sandbox_tools import wait_for
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux"), pytest.mark.slow]
 
@@ -126,7 +127,7 @@ def descendants(pid: int) -> list[int]:
 
 def tidy(pool: SandboxPool) -> bool:
     """Only the zygote and what waits for the next call are left: reaper, init and tool, or the tool alone."""
-    return wait_for(lambda: len(descendants(server(pool))) == (4 if "processes" in pool.protections else 2))
+    return wait_for(lambda: len(descendants(server(pool))) == (4 if "processes" in pool.protections else 2), 5.0)
 
 
 def running(marker: str) -> list[int]:
@@ -139,15 +140,6 @@ def running(marker: str) -> list[int]:
             ):
                 found.append(int(folder.name))
     return [pid for pid in found if alive(pid)]
-
-
-def wait_for(condition, seconds: float = 5.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 @pytest.mark.timing
@@ -179,7 +171,7 @@ def test_without_namespaces_the_working_folder_is_removed(plain_pool):
     folder = Path(
         plain_pool.call(tool("import os\nos.mkdir('a')\nopen('a/b', 'w').close()\nreturn os.getcwd()"), "f", {})
     )
-    assert folder.parent.name.startswith("pact-tool-") and wait_for(lambda: not folder.exists())
+    assert folder.parent.name.startswith("pact-tool-") and wait_for(lambda: not folder.exists(), 5.0)
 
 
 def test_results_come_as_json_or_text(pool):
@@ -276,7 +268,7 @@ def test_a_tools_own_processes_end_with_the_call(pool):
     marker = f"9{os.getpid()}.25"
     body = f"import subprocess\nsubprocess.Popen(['sleep', '{marker}'], start_new_session=True)\nreturn 'started'"
     assert pool.call(tool(body), "f", {}) == "started"
-    assert wait_for(lambda: running(marker) == [])
+    assert wait_for(lambda: running(marker) == [], 5.0)
 
 
 def test_a_dead_worker_costs_one_observation_and_is_replaced():
@@ -327,7 +319,7 @@ def test_close_ends_running_calls_and_all_processes():
     pool.close()
     thread.join(5.0)
     assert answers == [WORKER_FAILED] and time.monotonic() - started < 3.0
-    assert not alive(pid) and wait_for(lambda: not any(map(alive, inside)))
+    assert not alive(pid) and wait_for(lambda: not any(map(alive, inside)), 5.0)
     with pytest.raises(PactError, match="closed"):
         pool.call("def f(): return 1", "f", {})
     pool.close()
@@ -349,10 +341,10 @@ def test_nothing_survives_a_killed_trainer(tmp_path, idle):
     trainer = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=os.environ | path)
     assert trainer.stdout
     pid, holder = map(int, trainer.stdout.readline().split())
-    assert idle or wait_for(lambda: running(marker) != [])
+    assert idle or wait_for(lambda: running(marker) != [], 5.0)
     trainer.kill()
     trainer.wait()
-    assert wait_for(lambda: not alive(pid) and running(marker) == [])
+    assert wait_for(lambda: not alive(pid) and running(marker) == [], 5.0)
     os.kill(holder, signal.SIGKILL)
     trainer.stdout.close()
 

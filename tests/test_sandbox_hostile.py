@@ -9,18 +9,10 @@ import pytest
 from pact_fast.envs.python_tools.pool import SandboxPool
 from pact_fast.errors import PactError
 from tests.support.sandbox_contexts import CONTEXTS, WITH_NAMESPACES
-from tests.support.sandbox_tools import CHAINS, LIBC, MARKS, PLAIN, echo, named, nothing_is_left, pool_in, tool
+from tests.support.sandbox_tools import CHAINS, LIBC, MARKS, PLAIN, echo, named, nothing_is_left, pool, pool_in, tool
 
 pytestmark = MARKS
-__all__ = ["nothing_is_left"]
-
-
-@pytest.fixture(scope="module", params=CONTEXTS)
-def pool(request):
-    with pool_in(request.param, restarts=False) as pool:
-        before = pool.worker_pids
-        yield pool
-        assert pool.worker_pids == before
+__all__ = ["nothing_is_left", "pool"]
 
 
 # looks through the heap and around every object, page by page; write(2) tells which pages can be read

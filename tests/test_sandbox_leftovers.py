@@ -22,6 +22,7 @@ from tests.support.sandbox_tools import (
     folder_of,
     named,
     nothing_is_left,
+    pool,
     pool_in,
     processes,
     tool,
@@ -29,7 +30,7 @@ from tests.support.sandbox_tools import (
 )
 
 pytestmark = [*MARKS, pytest.mark.timing]  # deadlines for processes to end
-__all__ = ["nothing_is_left"]
+__all__ = ["nothing_is_left", "pool"]
 
 
 BOMB = NAMED + textwrap.dedent("""
@@ -39,14 +40,6 @@ BOMB = NAMED + textwrap.dedent("""
         try: os.fork() if len(os.listdir('.')) < 12 and not open(str(os.getpid()), 'w').close() else time.sleep(0.01)
         except OSError: pass
 """)
-
-
-@pytest.fixture(scope="module", params=CONTEXTS)
-def pool(request):
-    with pool_in(request.param, restarts=False) as pool:
-        before = pool.worker_pids
-        yield pool
-        assert pool.worker_pids == before
 
 
 @pytest.mark.parametrize("body", [DAEMON + "return 1", CHAINS + "return 1", CHAINS + "time.sleep(60)", BOMB, "stop"])

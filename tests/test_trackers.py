@@ -13,11 +13,11 @@ from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.cli.main import main
 from pact_fast.config import parse_config
 from pact_fast.config.changes import fixed_changes
+from pact_fast.config.secrets import without_secrets
 from pact_fast.errors import PactError
 from pact_fast.train.preflight import check_settings
 from pact_fast.train.trackers.base import TrackedRun, Tracker
 from pact_fast.train.trackers.group import Trackers, open_trackers
-from pact_fast.train.trackers.public_config import public_config
 from pact_fast.train.trackers.registry import check_trackers, tracker_classes
 from tests.support.runs import TINY_RUN
 
@@ -207,7 +207,7 @@ def test_secrets_stay_in_the_settings():
         "apiKey": "abc", "hf_token": "abc", "nested": [{"Password": "abc"}], "tokens": "many", "limit": 3,
         "url": "https://me:abc@host/p?x=1&access_token=abc&y=2", "text": "use hf_abcABCabcABCabcABC now",
     }  # fmt: skip
-    shown = public_config(given)
+    shown = without_secrets(given.model_dump(mode="json"))
     assert shown["env"]["args"] == {
         "apiKey": "(hidden)", "hf_token": "(hidden)", "nested": [{"Password": "(hidden)"}], "tokens": "many", "limit": 3,
         "url": "https://host/p?x=1&access_token=(hidden)&y=2", "text": "use (hidden) now",

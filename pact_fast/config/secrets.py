@@ -1,4 +1,7 @@
-"""Refuses secrets given as settings: settings are written to config.yaml and the report, and shown in process lists."""
+"""Secrets among settings, which are written to config.yaml and the report, shown in process lists and sent to trackers.
+
+A file or command line with one is refused. Settings that code has made reach trackers without it.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,11 @@ _TOKEN_OF = {
     "refresh",
     "session",
 }  # … token
-_URL_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@]*:[^/\s@]+@", re.IGNORECASE)
+_URL_PASSWORD = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s@]*:[^/\s@]+@", re.IGNORECASE)
 _URL_PARAMETER = re.compile(
-    r"[?&](?:api_?key|access_?token|token|password|secret|sig(?:nature)?)=[^&\s]", re.IGNORECASE
+    r"([?&](?:api_?key|access_?token|token|password|secret|sig(?:nature)?)=)[^&\s]+", re.IGNORECASE
 )
+HIDDEN = "(hidden)"
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{16}"
     r"|xox[abpr]-[A-Za-z0-9-]{10,}|glpat-[\w-]{16,})"
@@ -51,6 +55,20 @@ def check_secrets(settings: dict[str, Any]) -> None:
             f"'{key}' {what}, and settings are written to config.yaml and the report; remove it, and set "
             f"{_variable(key)} in the environment"
         )
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """JSON data with `(hidden)` in place of every text that `check_secrets` refuses; a user in a URL is left out."""
+    if isinstance(value, dict):
+        return {key: without_secrets(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(inner, name) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if _is_secret(name):
+        return HIDDEN
+    shown = _URL_PASSWORD.sub(r"\1", _TOKEN.sub(HIDDEN, value))
+    return _URL_PARAMETER.sub(rf"\1{HIDDEN}", shown)
 
 
 def _leaves(value: Any, key: str, name: str = "") -> Iterator[tuple[str, str, Any]]:

@@ -141,3 +141,12 @@ def nothing_is_left():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         pytest.fail(f"left behind: {remaining}")
+
+
+@pytest.fixture(scope="module", params=CONTEXTS)
+def pool(request: pytest.FixtureRequest) -> Iterator[SandboxPool]:
+    """A pool in every context; its worker outlives all tests of a file."""
+    with pool_in(request.param, restarts=False) as made:
+        before = made.worker_pids
+        yield made
+        assert made.worker_pids == before

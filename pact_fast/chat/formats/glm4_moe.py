@@ -9,7 +9,7 @@ from pact_fast.chat.formats.base import Found, ToolFormat
 from pact_fast.chat.formats.json_calls import NOT_UTF8
 from pact_fast.chat.formats.layout import Layout
 from pact_fast.chat.formats.registry import tool_format
-from pact_fast.chat.formats.tagged import find_tagged
+from pact_fast.chat.formats.tagged import find_tagged, read_pairs
 from pact_fast.chat.formats.typed_values import typed_call, write_value
 from pact_fast.data.types import ToolCall, ToolSchema
 
@@ -54,14 +54,12 @@ def _read(body: bytes, tools: Sequence[ToolSchema]) -> ToolCall | str:
     name = _NAME.match(text)
     if not name:
         return "the call must begin with the name of the tool"
-    arguments: list[tuple[str, str]] = []
-    position = name.end()
-    while key := _KEY.match(text, position):
-        end = _END.search(text, key.end())
-        if not end:
-            return f"the value of {key[1][:60]!r} is not closed; end every value with </arg_value>"
-        arguments.append((key[1].strip(), text[key.end() : end.start()]))
-        position = end.end()
+    found = read_pairs(
+        text, name.end(), _KEY, _END, "the value of '{}' is not closed; end every value with </arg_value>"
+    )
+    if isinstance(found, str):
+        return found
+    arguments, position = found
     if position < len(text):
         return f"expected <arg_key>KEY</arg_key> and <arg_value> at {text[position : position + 40]!r}"
     return typed_call(name[1], arguments, tools)

@@ -9,7 +9,7 @@ from pact_fast.chat.chat_template import PROBE_NAME, ChatTemplate
 from pact_fast.chat.formats.base import Found, ToolFormat
 from pact_fast.chat.formats.json_calls import NOT_UTF8
 from pact_fast.chat.formats.registry import tool_format
-from pact_fast.chat.formats.tagged import find_tagged
+from pact_fast.chat.formats.tagged import find_tagged, read_pairs
 from pact_fast.chat.formats.typed_values import typed_call, write_value
 from pact_fast.data.types import ToolCall, ToolSchema
 
@@ -62,14 +62,11 @@ def _read(body: bytes, tools: Sequence[ToolSchema]) -> ToolCall | str:
     function = _FUNCTION.match(text)
     if not function:
         return "the call must begin with <function=NAME>"
-    arguments: list[tuple[str, str]] = []
-    position = function.end()
-    while parameter := _PARAMETER.match(text, position):
-        end = _END.search(text, parameter.end())
-        if not end:
-            return f"<parameter={parameter[1][:60]}> is not closed; end every argument with </parameter>"
-        arguments.append((parameter[1].strip(), text[parameter.end() : end.start()]))
-        position = end.end()
+    unclosed = "<parameter={}> is not closed; end every argument with </parameter>"
+    found = read_pairs(text, function.end(), _PARAMETER, _END, unclosed)
+    if isinstance(found, str):
+        return found
+    arguments, position = found
     if not _CLOSED.match(text, position):
         return f"expected <parameter=…> or </function> at {text[position : position + 40]!r}"
     return typed_call(function[1].strip(), arguments, tools)

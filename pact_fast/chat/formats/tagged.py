@@ -1,4 +1,4 @@
-"""Finds calls that stand between an opening and a closing tag."""
+"""Finds calls that stand between an opening and a closing tag, and arguments that do."""
 
 from __future__ import annotations
 
@@ -41,3 +41,25 @@ def find_tagged(data: bytes, start: int, opening: str, closing: str) -> list[Tag
         error = f"{opening} is not closed; end every call with {closing}"
         found.append(Tagged(opened.start(), len(data), error=error))
     return found
+
+
+def read_pairs(
+    text: str, position: int, opening: re.Pattern[str], closing: re.Pattern[str], unclosed: str
+) -> tuple[list[tuple[str, str]], int] | str:
+    """(name, text) of the arguments that follow one another from `position` on, and where they end; or an error.
+
+    Args:
+        text: Text of a call.
+        position: Where the first argument may begin.
+        opening: What stands before an argument's text; its group 1 is the name.
+        closing: What stands behind it.
+        unclosed: The error for an argument without an end; `{}` stands for its name.
+    """
+    pairs: list[tuple[str, str]] = []
+    while begin := opening.match(text, position):
+        end = closing.search(text, begin.end())
+        if not end:
+            return unclosed.format(begin[1][:60])
+        pairs.append((begin[1].strip(), text[begin.end() : end.start()]))
+        position = end.end()
+    return pairs, position

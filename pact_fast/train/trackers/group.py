@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pact_fast.config import Config
+from pact_fast.config.secrets import without_secrets
+from pact_fast.files import write_text
 from pact_fast.plugins import describe_error
-from pact_fast.train.run_dir import write_text
 from pact_fast.train.trackers.base import TrackedRun, Tracker
-from pact_fast.train.trackers.public_config import public_config
 from pact_fast.train.trackers.registry import tracker_classes
 
 ID_FILE = "tracking_id"  # in the run directory
@@ -63,7 +63,8 @@ class Trackers:
 def open_trackers(config: Config, run: Path, first: int, note: Callable[[str], None]) -> Trackers:
     """The trackers that `trainer.report_to` names. `first`: the step that the run resumes from, 0 for a new one."""
     classes = tracker_classes(config.trainer.report_to)
-    tracked = TrackedRun(run.resolve().name, _run_id(run, first), run, public_config(config), first)
+    settings = without_secrets(config.model_dump(mode="json"))
+    tracked = TrackedRun(run.resolve().name, _run_id(run, first), run, settings, first)
     return Trackers(classes, tracked, note)
 
 
