@@ -41,8 +41,9 @@ def _check_clock(renderer: ChatRenderer) -> None:
         renderer.template.render(_PROMPT, [PROBE_TOOL], strftime_now="")
     except PactError:
         raise PactError(
-            "the chat template writes today's date into the prompt, so the same task is another prompt tomorrow; set "
-            "model.chat_template to a copy with a fixed date"
+            "the chat template writes today's date into the prompt, so the same task is another prompt tomorrow; fix the "
+            "date in model.chat_template_kwargs, if the template has a variable for it ({date_string: 26 Jul 2024}), or "
+            "in a copy of the template (model.chat_template)"
         ) from None
 
 
