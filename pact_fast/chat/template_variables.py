@@ -10,26 +10,11 @@ from pact_fast.errors import PactError
 from pact_fast.registry import did_you_mean
 
 # What a conversation itself gives to a template, and arguments of transformers' apply_chat_template.
-RESERVED = frozenset(
-    [
-        "messages",
-        "conversation",
-        "tools",
-        "documents",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-        "strftime_now",
-    ]
-)
+RESERVED = frozenset({
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "strftime_now",
+})  # fmt: skip
 _WORD = re.compile(r"[^\W\d]\w*")
 
 
