@@ -34,7 +34,7 @@ ACCEPTED = {
     **dict.fromkeys(GEMMA4, "Gemma4"),
     **dict.fromkeys(LFM2, "Lfm2"),
 }
-VARIABLES = {"llama3_2": {"date_string": "26 Jul 2024"}}
+VARIABLES = {"llama3_2": {"strftime_now": "2025-06-30"}}
 REFUSED = {
     "llama3_2": "writes today's date",  # accepted with the date as a variable
     "deepseekv3": "can only concatenate str",  # its template takes arguments as a string alone

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
 import yaml
 
 from pact_fast.chat.chat_template import QUESTION, ChatTemplate
 from pact_fast.chat.rendering import ChatRenderer, make_renderer
+from pact_fast.chat.template_check import check_template
+from pact_fast.chat.template_variables import fix_date
 from pact_fast.config import ModelConfig, load_config
 from pact_fast.errors import PactError
 from tests.support.trl_templates import tokenizer_for
@@ -42,12 +46,28 @@ def test_they_come_from_the_settings(tmp_path):
         ({"reasoning_effort": "low"}, "has no variable 'reasoning_effort'"),
         ({"tools": []}, "'tools' cannot be set"),
         ({"tokenize": True}, "'tokenize' cannot be set"),
-        ({"strftime_now": "1 May"}, "'strftime_now' cannot be set"),
+        ({"strftime_now": "2025-06-30"}, "has no variable 'strftime_now'"),
     ],
 )
 def test_what_the_template_does_not_read_is_an_error(variables, reason):
     with pytest.raises(PactError, match=reason):
         ChatTemplate(tokenizer_for("qwen3"), variables)
+
+
+def test_a_fixed_date_stands_in_for_the_clock():
+    fixed = ChatRenderer(
+        tokenizer_for("llama3_2"), variables={"strftime_now": datetime.date(2025, 6, 30)}
+    )  # as YAML reads it
+    assert "Today Date: 30 Jun 2025" in fixed.template.render([QUESTION])
+    check_template(fixed)
+    with pytest.raises(PactError, match="strftime_now: 2025-06-30"):
+        check_template(ChatRenderer(tokenizer_for("llama3_2")))
+    with pytest.raises(PactError, match="strftime_now is '1 May'; write a date"):
+        ChatRenderer(tokenizer_for("llama3_2"), variables={"strftime_now": "1 May"})
+    twice = """{{ strftime_now ( '%Y' ) + strftime_now("%d %b") }}"""
+    assert fix_date(twice, "2025-06-30") == '{{ "2025" + "30 Jun" }}'
+    with pytest.raises(PactError, match="cannot be fixed"):
+        fix_date("{{ strftime_now(pattern) }}", "2025-06-30")
 
 
 def test_without_any_nothing_changes():

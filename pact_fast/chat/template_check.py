@@ -42,8 +42,7 @@ def _check_clock(renderer: ChatRenderer) -> None:
     except PactError:
         raise PactError(
             "the chat template writes today's date into the prompt, so the same task is another prompt tomorrow; fix the "
-            "date in model.chat_template_kwargs, if the template has a variable for it ({date_string: 26 Jul 2024}), or "
-            "in a copy of the template (model.chat_template)"
+            "date: model.chat_template_kwargs={strftime_now: 2025-06-30}"
         ) from None
 
 

@@ -50,8 +50,8 @@ class ModelConfig(Section):
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="Variables for the chat template, such as {enable_thinking: false}, {reasoning_effort: low} or "
-        "{date_string: 26 Jul 2024}. Whoever serves the trained model has to pass the same.",
+        description="Variables for the chat template, such as {enable_thinking: false} or {reasoning_effort: low}. "
+        "{strftime_now: 2025-06-30} fixes the date that a template writes. Whoever serves the trained model passes the same.",
     )
     tool_format: str = Field(
         "auto",
