@@ -20,7 +20,7 @@ from typing import Any
 from pact_fast.data.types import ToolCall, TurnRecord
 from pact_fast.rewards.answers import CLOSE, OPEN, extract_answer
 from pact_fast.rewards.feedback import is_error
-from pact_fast.rewards.squad import exact_match, f1, normalize_answer
+from pact_fast.rewards.qa import normalize_answer, qa_exact_match, qa_f1
 
 # Markup of observations in chat templates: text that imitates a tool
 OBSERVATION_MARKUP = re.compile(
@@ -73,11 +73,11 @@ def trace_reward(
         evidence: Texts that must be observed for a yes/no answer, or one from the question.
         tools: Number of tools that the task offers. Without any, C = G.
         weight: w.
-        metric: `em` or `f1`, for A.
+        metric: `em` or `f1` (HotpotQA's), for A.
     """
     said = extract_answer(turns[-1].content).strip() if turns and answered else ""
-    score = f1 if metric == "f1" else exact_match
-    a = score(said, answers) if said else 0.0
+    right = qa_f1(said, answers, "hotpotqa") if metric == "f1" else float(qa_exact_match(said, answers))
+    a = right if said else 0.0
     g = float(_grammatical(turns, answered))
     if not tools:
         return TraceScore((1 - weight) * a + weight * g, a, g, g, 1.0, 1.0, 1.0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pact_fast.envs.simulated.facts import look_up, search
 from pact_fast.envs.simulated.world import LOOKUP, SEARCH, ToolSpec, World
-from pact_fast.rewards.squad import normalize_answer
+from pact_fast.rewards.qa import normalize_answer
 
 TRIVIAL = frozenset(("yes", "no", "noanswer", ""))  # answers that any text may hold
 

@@ -9,7 +9,7 @@ from typing import Any
 from pact_fast.data.types import ToolSchema
 from pact_fast.envs.simulated.schemas import unsupported
 from pact_fast.errors import PactError
-from pact_fast.rewards.squad import normalize_answer
+from pact_fast.rewards.qa import normalize_answer
 from pact_fast.text import short
 
 LOOKUP, SEARCH = "lookup", "search"  # kinds that a back-end answers; other names are utilities, or `model`

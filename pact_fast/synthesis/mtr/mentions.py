@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pact_fast.rewards.squad import normalize_answer
+from pact_fast.rewards.qa import normalize_answer
 
 _TOKEN = re.compile(r"['’][sS]\b|\w+(?:(?:[-–.]|['’](?![sS]\b))\w+)*")  # a possessive is a word of its own
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pact_fast.envs.simulated.world import Fact, same_text
-from pact_fast.rewards.squad import normalize_answer
+from pact_fast.rewards.qa import normalize_answer
 from pact_fast.rewards.trace import holds
 from pact_fast.synthesis.mtr.mentions import capitalised, mention, shared_span
 from pact_fast.synthesis.mtr.names import tool_name
