@@ -44,7 +44,7 @@ class Table(MutableMapping[str, Record]):
         self._touched[key] = None
 
     def __contains__(self, key: object) -> bool:
-        return self._touched.get(key, _MISSING) is not None if key in self._touched else key in self._base  # type: ignore[arg-type]
+        return self._touched.get(key, _MISSING) is not None if key in self._touched else key in self._base
 
     def __iter__(self) -> Iterator[str]:
         if None in self._touched.values():

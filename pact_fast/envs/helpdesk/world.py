@@ -8,11 +8,11 @@ from typing import Any
 
 CUSTOMERS = 240
 _FIRST = """Ada Ben Cleo Dora Emil Finn Greta Hugo Iris Jonas Kira Liam Mona Nils Olga Paul Rita Sven Tess Ugo Vera Wim
-    Yara Zoe Anna Bruno Clara David Elena Felix""".split()
+    Yara Zoe Anna Bruno Clara David Elena Felix"""
 _LAST = """Abel Brandt Castro Dubois Eklund Farkas Garcia Hansen Ito Jansen Klein Larsen Meyer Novak Olsen Peters Quist
-    Rossi Santos Takeda Urban Vogel Weber Xu Young Zimmer""".split()
-_STREETS = "Mill Station Garden Church River Market Park School Hill Bridge".split()
-_CITIES = "Oslo Turin Ghent Porto Graz Lyon Bergen Delft Kiel Cork".split()
+    Rossi Santos Takeda Urban Vogel Weber Xu Young Zimmer"""
+_STREETS = ("Mill", "Station", "Garden", "Church", "River", "Market", "Park", "School", "Hill", "Bridge")
+_CITIES = ("Oslo", "Turin", "Ghent", "Porto", "Graz", "Lyon", "Bergen", "Delft", "Kiel", "Cork")
 _MODELS = ("Nova 3", "Nova 5", "Arc 2", "Arc Mini", "Terra X", "Terra S")
 _ITEMS = ("charger", "phone case", "headset", "screen protector", "power bank", "car holder", "spare battery", "stylus")
 PLANS = {
@@ -36,7 +36,7 @@ def base() -> Tables:
         account, line = f"A{key}", f"L{key}"
         plan = rng.choice(list(PLANS))
         tables["accounts"][account] = {
-            "name": f"{rng.choice(_FIRST)} {rng.choice(_LAST)}",
+            "name": f"{rng.choice(_FIRST.split())} {rng.choice(_LAST.split())}",
             "phone_number": f"555-{number}",
             "line": line,
             "plan": plan,
