@@ -307,6 +307,24 @@ class RewardConfig(Section):
     )
 
 
+class FilterGroupsConfig(Section):
+    """Dynamic sampling (DAPO; keys as in verl): groups without signal are replaced by groups of further prompts."""
+
+    enable: bool = Field(
+        False,
+        description="Drop groups whose rewards are all equal, and sample further prompts in their place. Metrics: `filter/…`.",
+    )
+    max_num_gen_batches: int = Field(
+        4,
+        ge=1,
+        description="Most batches of prompts_per_step prompts that a step samples, the first one included. When they are "
+        "used up, dropped groups fill the step.",
+    )
+    max_mean_reward: float | None = Field(
+        None, description="Also drop groups whose mean reward is at least this (solved almost always); null: do not."
+    )
+
+
 class AlgorithmConfig(Section):
     """The algorithm and its loss (docs/method.md)."""
 
@@ -332,11 +350,13 @@ class AlgorithmConfig(Section):
         description="Policy loss: `ppo` (clipped surrogate), `cispo` (clipped importance weight), or one of your own as "
         "`file.py:Class`. `gspo` is in the kernels only, not in the trainer.",
     )
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = Field(
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "prompt_mean"] = Field(
         "grpo",
         description="Aggregation over tokens: mean per rollout, then over rollouts (grpo); mean over all tokens of the "
-        "batch (dapo); sum divided by max_completion_length (dr_grpo).",
+        "batch (dapo); sum divided by max_completion_length (dr_grpo); mean over all tokens of a prompt's rollouts, then "
+        "over prompts (prompt_mean, as in EigenData).",
     )
+    filter_groups: FilterGroupsConfig = Field(default_factory=FilterGroupsConfig)
     scale_rewards: bool = Field(True, description="Divide advantages by the standard deviation of the group.")
     vllm_importance_sampling_correction: bool = Field(
         True,
