@@ -7,6 +7,7 @@ Public: the names in `__all__`. `head/` holds the log-probs and losses, `decoder
 from pact_fast.components import LossContext
 from pact_fast.kernels.head.cross_entropy import linear_cross_entropy
 from pact_fast.kernels.head.divergence import TokenPairs
+from pact_fast.kernels.head.head_of import Head, head_of
 from pact_fast.kernels.head.logprob import LogProbs, linear_logprob
 from pact_fast.kernels.head.loss import LossOutput, pact_loss
 from pact_fast.kernels.head.objective import PolicyLoss, PolicyTerm, policy_loss
@@ -16,6 +17,7 @@ from pact_fast.kernels.runtime.backends import backends
 from pact_fast.kernels.runtime.scratch import release_memory
 
 __all__ = [
+    "Head",
     "LogProbs",
     "LossContext",
     "LossOutput",
@@ -24,6 +26,7 @@ __all__ = [
     "PolicyTerm",
     "TokenPairs",
     "backends",
+    "head_of",
     "linear_cross_entropy",
     "linear_logprob",
     "pact_loss",

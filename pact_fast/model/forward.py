@@ -14,11 +14,14 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from pact_fast.batch.packing import PackedBatch
 from pact_fast.errors import PactError
+from pact_fast.kernels.head.logit_transform import causal_lm_of, decoder_of
 from pact_fast.model.attention.prefix_cache import PathCache
 from pact_fast.model.attention.tree import TreeLayout, tree_attention
 from pact_fast.model.attention.ulysses import RowShards
 from pact_fast.model.patch import fused_kernels
 from pact_fast.model.rematerialize import Rematerialize, is_compiled
+
+__all__ = ["branches_forward", "causal_lm_of", "decoder_of", "paths_forward", "tree_forward", "unsupported"]
 
 ATTENTION_NAME = "pact_tree"  # in transformers' registry
 
@@ -146,17 +149,3 @@ def paths_forward(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     padded = torch.zeros(mask.shape, dtype=ids.dtype, device=device).masked_scatter(mask, ids)
     output = decoder_of(model)(input_ids=padded, attention_mask=mask.long(), use_cache=False)
     return output.last_hidden_state[mask]
-
-
-def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
-    """The decoder below the language-model head: embedding, layers, final norm. Also of a model wrapped by peft."""
-    causal_lm = causal_lm_of(model)
-    base = causal_lm.base_model
-    # the model itself where its class names no attribute of its own as the base model (Llama 4)
-    return causal_lm.get_decoder() if base is causal_lm else base
-
-
-def causal_lm_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The transformers model itself, also of a model wrapped by peft."""
-    get_base_model = getattr(model, "get_base_model", None)  # peft
-    return get_base_model() if get_base_model else model
