@@ -5,6 +5,7 @@ Public: the names in `__all__`. `head/` holds the log-probs and losses, `decoder
 """
 
 from pact_fast.components import LossContext
+from pact_fast.kernels import token_losses
 from pact_fast.kernels.head.cross_entropy import linear_cross_entropy
 from pact_fast.kernels.head.divergence import TokenPairs
 from pact_fast.kernels.head.head_of import Head, head_of
@@ -33,4 +34,5 @@ __all__ = [
     "policy_loss",
     "release_memory",
     "summarise",
+    "token_losses",
 ]

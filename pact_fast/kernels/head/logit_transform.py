@@ -114,7 +114,9 @@ def logit_transform(model: Any) -> LogitTransform:
                 for decoder in {decoder_of(model), causal_lm.get_decoder()}:  # some classes call the inner one (OPT)
                     stack.enter_context(_replaced(decoder, give_hidden))
                 stack.enter_context(_replaced(head, give_output))
-                logits = causal_lm.forward(input_ids=ids, use_cache=False).logits  # without hooks of trainers
+                # without hooks of trainers, and without what stands in for the forward in `inside_forward`
+                forward = getattr(causal_lm.forward, "own", causal_lm.forward)
+                logits = forward(input_ids=ids, use_cache=False).logits
         except Exception as error:
             raise PactError(
                 f"{family}: {reason} ({type(error).__name__}: {_line(error)}); use another model"
