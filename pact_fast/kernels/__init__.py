@@ -14,6 +14,7 @@ from pact_fast.kernels.head.loss import LossOutput, pact_loss
 from pact_fast.kernels.head.objective import PolicyLoss, PolicyTerm, policy_loss
 from pact_fast.kernels.head.stats import summarise
 from pact_fast.kernels.head.tokens import LossTokens
+from pact_fast.kernels.head.vocab_parallel import vocab_parallel_logprob
 from pact_fast.kernels.runtime.backends import backends
 from pact_fast.kernels.runtime.scratch import release_memory
 
@@ -35,4 +36,5 @@ __all__ = [
     "release_memory",
     "summarise",
     "token_losses",
+    "vocab_parallel_logprob",
 ]

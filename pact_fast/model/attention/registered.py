@@ -75,7 +75,7 @@ def _attention_over(before: str) -> Any:
         if tree_layout is not None:
             return _tree(module, query, key, value, tree_layout, options.get("scaling"))
         # the eager function is the one default that is not in the registry, but beside the layer
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(before, eager)
         return function(module, query, key, value, attention_mask, *args, **options)
 
