@@ -140,9 +140,7 @@ def _telecom() -> Domain:
 
 
 def _telecom_policy(main: str, support: str) -> str:
-    return (
-        f"<main_policy>\n{main}\n</main_policy>\n<tech_support_policy>\n{support}\n</tech_support_policy>"
-    )
+    return f"<main_policy>\n{main}\n</main_policy>\n<tech_support_policy>\n{support}\n</tech_support_policy>"
 
 
 def _with_repeatable_ids(toolkit: Any) -> Any:

@@ -15,7 +15,7 @@ DONE = "done"  # the tool with which an agent that works alone ends the episode
 STOP = "###STOP###"
 CLOSED = "Error: the conversation is over"
 
-Ending = Literal["agent_stop", "user_stop", "too_many_errors"]
+Ending = Literal["agent_stop", "user_stop", "agent_error", "user_error", "too_many_errors"]
 
 
 @dataclass(frozen=True)
