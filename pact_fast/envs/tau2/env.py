@@ -14,7 +14,7 @@ from pact_fast.envs.tau2.dialogue import Dialogue
 from pact_fast.envs.tau2.domains import domain
 from pact_fast.envs.tau2.episode import DONE, Episode
 from pact_fast.envs.tau2.reference import task_by_id
-from pact_fast.envs.tau2.tasks import PackageTasks, make_task, tools_of
+from pact_fast.envs.tau2.tasks import PackageTasks, configured_task, tools_of
 from pact_fast.envs.tau2.users import Role, ScriptedUser, User, user_factory
 from pact_fast.envs.tau2.verdict import judge, reward_basis
 from pact_fast.errors import DataError, PactError
@@ -75,7 +75,7 @@ class Tau2:
     @classmethod
     def tasks(cls, args: dict[str, Any], seed: int) -> PackageTasks:
         read = Tau2Args.read(args)
-        make = functools.partial(_configured_task, read.domain, solo=read.solo)
+        make = functools.partial(configured_task, read.domain, solo=read.solo)
         return PackageTasks(read.domain, read.task_set, seed, make)
 
     @classmethod
@@ -138,13 +138,6 @@ def nothing_done(name: str, task_id: str) -> float:
     episode = Episode(domain(name), task_by_id(name, task_id))
     episode.ending = "user_stop"
     return judge(episode, []).reward
-
-
-def _configured_task(name: str, task_id: str, solo: bool) -> Task:
-    """A task of the configuration's own environment, so that `env.args.user` holds for it."""
-    task = make_task(name, task_id, solo)
-    task.env = None
-    return task
 
 
 def _task_of(task: Task) -> tuple[str, str, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,11 @@ def make_task(name: str, task_id: str, solo: bool) -> Task:
         env_args={"domain": name, "task": task_id, "solo": solo},
         columns={"reasoning": REASONING} if trace else {},
     )
+
+
+def configured_task(name: str, task_id: str, solo: bool) -> Task:
+    """As `make_task`, for the environment of the configuration, so that its `env.args` hold for the task."""
+    return replace(make_task(name, task_id, solo), env=None)
 
 
 @functools.cache

@@ -126,14 +126,20 @@ class ScriptedUser:
         return UserTurn(details(self._role.task) if len(spoken) == 2 else "Yes, please go ahead.")
 
     def _asked(self, text: str) -> list[ToolCall]:
-        """The tools that a text names: open reference actions first, then others that take no arguments."""
+        """The tools that a text names: open reference actions first, then others that need no arguments."""
         words = text.lower().replace("_", " ")
-        calls = [call for call in self._pending if _names(words, call)]
-        self._pending = [call for call in self._pending if not any(call is asked for asked in calls)]
-        known = {call.name for call in calls}
-        for name, parameters in self._tools.items():
-            if name.replace("_", " ") in words and name not in known and not parameters.get("required"):
-                calls.append(ToolCall(name, {}))
+        calls: list[ToolCall] = []
+        for call in list(self._pending):
+            if _names(words, call) and call not in calls:
+                calls.append(call)
+                self._pending.remove(call)
+        asked = {call.name for call in calls}
+        for name in sorted(self._tools, key=len, reverse=True):  # `toggle_data_saver_mode` before `toggle_data`
+            phrase = rf"\b{name.replace('_', ' ')}\b"
+            if re.search(phrase, words):
+                words = re.sub(phrase, " ", words)
+                if name not in asked and not self._tools[name].get("required"):
+                    calls.append(ToolCall(name, {}))
         return calls
 
     def _report(self, messages: Sequence[Message]) -> str:
