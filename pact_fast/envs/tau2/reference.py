@@ -10,6 +10,7 @@ from pact_fast.envs.tau2 import upstream
 from pact_fast.envs.tau2.domains import Side, domain
 from pact_fast.envs.tau2.episode import Episode
 from pact_fast.errors import PactError
+from pact_fast.text import short
 
 
 @functools.cache
@@ -20,10 +21,16 @@ def tasks_by_id(name: str) -> dict[str, dict[str, Any]]:
 
 
 def task_by_id(name: str, task_id: str) -> dict[str, Any]:
-    """A task of a domain. PactError if there is none with this id."""
+    """A task of a domain. PactError if there is none with this id, or it starts in the middle of a dialogue."""
     found = tasks_by_id(name).get(task_id)
     if found is None:
-        raise PactError(f"tau2 has no {name} task {task_id!r} in {upstream.PACKAGE} {upstream.version()}")
+        raise PactError(f"{upstream.PACKAGE} {upstream.version()} has no {name} task {short(task_id)}")
+    initial = found.get("initial_state") or {}
+    if initial.get("initialization_data") or initial.get("message_history"):
+        raise PactError(
+            f"tau2 task {short(task_id)} starts with data or messages of its own, which version {upstream.TESTED} has in no "
+            "task; install that version"
+        )
     return found
 
 
