@@ -138,7 +138,7 @@ def test_a_parameter_is_its_text_but_for_one_line_break_at_each_end(text):
         (Harmony(), " to=functions.f<|channel|>commentary json", "the call of f has no <|message|>"),
         (Harmony(), " to=functions.f<|channel|>commentary json<|message|>{s: 1}", "not valid JSON"),
         (Harmony(), " to=functions.f<|channel|>commentary json<|message|>[1]", "must be a JSON object"),
-        (Harmony(), " to=browser.open<|channel|>commentary json<|message|>{}", "there is no tool 'browser.open'"),
+        (Harmony(), " to=browser.open<|channel|>commentary json<|message|>{}", "unknown tool 'browser.open'"),
     ],
 )  # fmt: skip
 def test_malformed_calls_say_why(fmt: ToolFormat, text: str, reason: str):
