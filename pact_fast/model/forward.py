@@ -1,12 +1,14 @@
 """Forward passes of Hugging Face decoders on packed trees.
 
-Attention is replaced through transformers' registry, so no model code is copied.
+Attention is replaced through transformers' registry, recurrences in the namespace of the model's code
+(`recurrence/dispatch.py`), so no model code is copied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -15,15 +17,35 @@ from transformers.masking_utils import AttentionMaskInterface
 from pact_fast.batch.packing import PackedBatch
 from pact_fast.errors import PactError
 from pact_fast.model.attention.prefix_cache import PathCache
+from pact_fast.model.attention.scores import SlidingWindow
 from pact_fast.model.attention.tree import TreeLayout, tree_attention
 from pact_fast.model.attention.ulysses import RowShards
 from pact_fast.model.patch import fused_kernels
+from pact_fast.model.recurrence.dispatch import follows_tree, inside_tree, install, recurrent_layers
 from pact_fast.model.rematerialize import Rematerialize, is_compiled
 
 ATTENTION_NAME = "pact_tree"  # in transformers' registry
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree_layout=None, **_):
+# kinds of decoder layers as transformers names them
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid"}  # hybrid: attention and a recurrence side by side
+POINTWISE_LAYERS = {"mlp", "moe"}
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: SlidingWindow | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    tree_layout: TreeLayout | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
     """An attention function as transformers calls it. query, key, value: [1, H, T, D]; returns [1, T, H, D]."""
     if tree_layout is None:
         raise RuntimeError(
@@ -31,6 +53,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
             "layers must pass on"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = attention_mask.size if isinstance(attention_mask, SlidingWindow) else None
     if tree_layout.cache is not None:
         key, value = tree_layout.cache.extend(module.layer_idx, key, value)
     if tree_layout.keep is not None:
@@ -38,29 +61,52 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     row_shards = tree_layout.row_shards
     if row_shards is not None:
         query, key, value = row_shards.scatter_heads(query, key, value)
-    out = tree_attention(query, key, value, tree_layout, scale=scale)
+        if s_aux is not None:
+            s_aux = s_aux.chunk(row_shards.size)[row_shards.rank]
+    out = tree_attention(
+        query, key, value, tree_layout, scale=scale, window=window, softcap=softcap or None, sinks=s_aux
+    )
     if row_shards is not None:
         out = row_shards.gather_heads(out)
     return out.transpose(1, 2).contiguous(), None
 
 
+def _mask(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__: Any) -> SlidingWindow | None:
+    """A mask as transformers asks for it: only the window of the layers it is for, since the TreeLayout has the tree."""
+    if use_vmap:
+        raise RuntimeError("the model's code changes the causal mask by a function of its own")
+    return None if local_size is None else SlidingWindow(local_size)
+
+
 AttentionInterface.register(ATTENTION_NAME, _attention)
-AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)  # the mask is in the TreeLayout
+AttentionMaskInterface.register(ATTENTION_NAME, _mask)
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kind of every decoder layer, as transformers names them; [] where all are alike."""
+    return list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [])
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
-    """The reason why tree attention cannot compute the model's attention; None if it can."""
+    """The reason why `tree_forward` cannot compute the model; None if it can."""
     config = model.config.get_text_config()
-    if not model._supports_attention_backend:
-        return f"{config.model_type}: its transformers code does not take an attention function"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds - {"full_attention"}:
-        return f"{config.model_type}: needs full attention in every layer, found {', '.join(sorted(kinds))}"
-    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
-        return f"{config.model_type}: attends to a window of {config.sliding_window} tokens"
-    if getattr(config, "attn_logit_softcapping", None):
-        return f"{config.model_type}: soft-caps its attention scores"
-    return None
+    kinds = layer_kinds(config)
+    unknown = set(kinds) - ATTENTION_LAYERS - RECURRENT_LAYERS - POINTWISE_LAYERS
+    if unknown:
+        return f"{config.model_type}: has layers of kinds that cannot share prefixes: {', '.join(sorted(unknown))}"
+    recurrent = [i for i, kind in enumerate(kinds) if kind in RECURRENT_LAYERS]
+    if not recurrent and model._is_stateful:
+        return f"{config.model_type}: its recurrent layers are of a kind that cannot share prefixes"
+    if recurrent:
+        layers = list(getattr(decoder_of(model), "layers", []))
+        if len(layers) != len(kinds) or not all(follows_tree(layers[i], kinds[i]) for i in recurrent):
+            return f"{config.model_type}: its {kinds[recurrent[0]]} layers are of a kind that cannot share prefixes"
+        return None if type(causal_lm_of(model))._can_set_attn_implementation() else _no_attention_function(config)
+    return None if model._supports_attention_backend else _no_attention_function(config)
+
+
+def _no_attention_function(config: Any) -> str:
+    return f"{config.model_type}: its transformers code does not take an attention function"
 
 
 def tree_forward(
@@ -79,19 +125,29 @@ def tree_forward(
         [T, D] in the model's dtype.
 
     Raises:
-        PactError: Tree attention cannot compute the model's attention; `paths_forward` can.
+        PactError: Trees cannot be computed for this model, `paths_forward` can; or `keep` or `row_shards` for a model
+            with recurrent layers.
     """
-    if model.config._attn_implementation != ATTENTION_NAME:
-        reason = unsupported(model)
-        if reason is not None:
-            raise PactError(f"tree attention: {reason}; pack with share=False and use paths_forward")
-        model.set_attn_implementation(ATTENTION_NAME)
+    _use_trees(model)
+    if (keep is not None or row_shards is not None) and recurrent_layers(model):
+        what = "a cached path holds no recurrent states" if keep else "sequence parallelism divides attention heads only"
+        raise PactError(f"{model.config.model_type} has recurrent layers, and {what}")
     layout = TreeLayout(batch, next(model.parameters()).device)
     layout.keep, layout.row_shards = keep, row_shards
     hidden = _decoder_forward(model, batch, layout)
     if keep is not None:
         keep.last_hidden = hidden[keep.rows[-1]].detach()
     return hidden
+
+
+def _use_trees(model: PreTrainedModel) -> None:
+    if model.config._attn_implementation == ATTENTION_NAME:
+        return
+    reason = unsupported(model)
+    if reason is not None:
+        raise PactError(f"token trees: {reason}; pack with share=False and use paths_forward")
+    install(model)
+    model.set_attn_implementation(ATTENTION_NAME)
 
 
 @torch.no_grad()
@@ -111,7 +167,7 @@ def _decoder_forward(model: PreTrainedModel, batch: PackedBatch, layout: TreeLay
     device = next(model.parameters()).device
     decoder = decoder_of(model)
     local_rows = slice(layout.row_shards.start, layout.row_shards.end) if layout.row_shards else slice(None)
-    with _pointwise_optimizations(decoder):
+    with _pointwise_optimizations(decoder), inside_tree():
         output = decoder(
             input_ids=torch.as_tensor(batch.input_ids[local_rows], device=device)[None],
             position_ids=torch.as_tensor(batch.position_ids[local_rows], device=device)[None],

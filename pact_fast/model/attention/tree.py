@@ -7,6 +7,8 @@ further level of ancestors. Partial results of a row are merged by their log-sum
 Autograd through that merge would be silently wrong, because flash kernels drop the gradient of the log-sum-exp.
 Instead, each kernel's raw backward is given the merged output and the merged log-sum-exp: its softmax is then the
 softmax over all keys of the row, and the calls' contributions to dQ, dK and dV add up.
+
+Windows, soft-caps and attention sinks (`ScoreRule`) that none of these kernels computes take blocks.py.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+import numpy as np
 import torch
 
 from pact_fast.batch.packing import Call, PackedBatch, Span
 from pact_fast.model.attention import cpu
+from pact_fast.model.attention.blocks import Block, BlockAttention, mask_blocks
 from pact_fast.model.attention.flash import FlashKernel, select_flash_kernel
 from pact_fast.model.attention.prefix_cache import PathCache
+from pact_fast.model.attention.scores import ScoreRule
 from pact_fast.model.attention.ulysses import RowShards
+from pact_fast.model.recurrence.plan import RecurrencePlan
 
 
 class TreeLayout:
@@ -34,6 +40,8 @@ class TreeLayout:
     keep        where to store keys and values, see `tree_forward`
     cache       the cached path, see `branches_forward`
     row_shards  the rows of this rank, see `tree_forward`
+    recurrence  the pack as recurrent layers compute it
+    longest     tokens of the longest path
     """
 
     def __init__(self, batch: PackedBatch, device: torch.device | str = "cpu", prefix_length: int = 0):
@@ -44,7 +52,11 @@ class TreeLayout:
         self.keep: PathCache | None = None
         self.cache: PathCache | None = None
         self.row_shards: RowShards | None = None
+        self.recurrence = RecurrencePlan(batch.subtree_end, device)
+        self.longest = int(batch.position_ids.max(initial=-1)) + 1
         self._prefix_length = prefix_length
+        self._batch, self._device = batch, device
+        self._blocks: dict[int | None, list[Block]] = {}  # by window
         self._subtree_end = torch.as_tensor(batch.subtree_end, device=device)
         self.end = torch.nn.functional.pad(
             self._subtree_end + prefix_length, (prefix_length, 0), value=prefix_length + len(batch)
@@ -57,6 +69,15 @@ class TreeLayout:
         if self._kernel is None or self._kernel[0] != q.dtype:
             self._kernel = q.dtype, select_flash_kernel(q)
         return self._kernel[1]
+
+    def blocks(self, window: int | None) -> list[Block]:
+        """The mask of layers with this window, for blocks.py."""
+        if window not in self._blocks:
+            prefix, batch = self._prefix_length, self._batch
+            end = np.concatenate([np.full(prefix, prefix + len(batch)), batch.subtree_end + prefix])
+            position = np.concatenate([np.arange(prefix), batch.position_ids])
+            self._blocks[window] = mask_blocks(end, position, len(batch), window, self._device)
+        return self._blocks[window]
 
     def mask(self) -> torch.Tensor:
         """bool [T, S + T]: True where row q sees key k."""
@@ -77,9 +98,17 @@ def tree_mask(subtree_end: torch.Tensor) -> torch.Tensor:
 
 @torch.compiler.disable  # raw kernels and their raw backwards: there is nothing for a compiler to fuse
 def tree_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TreeLayout, *, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TreeLayout,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scale · q kᵀ + tree mask) v.
+    """softmax(scale · q kᵀ + tree mask) v, with the rules of a layer for its scores.
 
     On CPU in fp32 and bf16 with heads of a multiple of 16 elements, up to 256, this is the kernel of cpu.py. Other
     tensors on CPU, and bf16 and fp16 on CUDA, use torch's flash kernels; everything else a dense mask.
@@ -90,6 +119,9 @@ def tree_attention(
         v: [1, Hkv, S + T, D].
         layout: The mask.
         scale: Factor of the scores, usually D^-0.5.
+        window: A row sees keys at most window − 1 positions before its own, along its path.
+        softcap: Scores s become softcap · tanh(s / softcap).
+        sinks: [Hq] attention sinks: one further score per head, in the softmax, without a value.
 
     Returns:
         [1, Hq, T, D] in the dtype of q, under autocast in its dtype.
@@ -97,6 +129,13 @@ def tree_attention(
     if torch.is_autocast_enabled(q.device.type):  # the models' norms return fp32 under autocast
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if window is not None and window >= layout.longest:
+        window = None
+    if window is not None or softcap is not None or sinks is not None:
+        return BlockAttention.apply(q, k, v, sinks, ScoreRule(scale, window, softcap), layout.blocks(window))
+    if (narrow := v.shape[-1] - q.shape[-1]) < 0:  # heads of values may be narrower (latent attention); kernels take one width
+        padded = torch.nn.functional.pad(v, (0, -narrow))
+        return tree_attention(q, k, padded, layout, scale=scale)[..., :narrow]
     if cpu.serves(q, v, scale):
         return cpu.TreeAttentionCpu.apply(q, k, v, layout.end, scale)
     kernel = layout.flash_kernel(q)
