@@ -100,8 +100,8 @@ def test_a_window_as_long_as_the_longest_path_is_none(monkeypatch):
     assert torch.equal(tree_attention(*tensors, layout, scale=0.3, window=longest), expected)
 
 
-@pytest.mark.parametrize("width", [4, 16])
-def test_heads_of_values_may_be_narrower(width):
+@pytest.mark.parametrize("width", [4, 24])
+def test_heads_of_values_may_have_another_width(width):
     torch.manual_seed(0)
     batch = random_pack(2)
     q, k, _ = inputs_of(len(batch), len(batch), sinks=False)

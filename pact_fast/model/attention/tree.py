@@ -37,6 +37,7 @@ class TreeLayout:
 
     calls       dense attention calls, see `PackedBatch.calls`
     end         int64 [S + T]: row i sees key k if k ≤ S + i < end[k]
+    position    int64 [S + T] of each key, on its path
     keep        where to store keys and values, see `tree_forward`
     cache       the cached path, see `branches_forward`
     row_shards  the rows of this rank, see `tree_forward`
@@ -61,6 +62,8 @@ class TreeLayout:
         self.end = torch.nn.functional.pad(
             self._subtree_end + prefix_length, (prefix_length, 0), value=prefix_length + len(batch)
         )
+        own_position = torch.as_tensor(batch.position_ids, device=device)
+        self.position = torch.cat([torch.arange(prefix_length, device=device), own_position])
         self._mask: torch.Tensor | None = None
         self._kernel: tuple[torch.dtype, FlashKernel | None] | None = None
 
@@ -131,13 +134,15 @@ def tree_attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if window is not None and window >= layout.longest:
         window = None
-    if window is not None or softcap is not None or sinks is not None:
-        return BlockAttention.apply(q, k, v, sinks, ScoreRule(scale, window, softcap), layout.blocks(window))
-    if (narrow := v.shape[-1] - q.shape[-1]) < 0:  # heads of values may be narrower (latent attention); kernels take one width
-        padded = torch.nn.functional.pad(v, (0, -narrow))
-        return tree_attention(q, k, padded, layout, scale=scale)[..., :narrow]
+    rule = ScoreRule(scale, window, softcap)
     if cpu.serves(q, v, scale):
-        return cpu.TreeAttentionCpu.apply(q, k, v, layout.end, scale)
+        return cpu.TreeAttentionCpu.apply(q, k, v, sinks, layout.end, layout.position if window else None, rule)
+    if window is not None or softcap is not None or sinks is not None:
+        return BlockAttention.apply(q, k, v, sinks, rule, layout.blocks(window))
+    if (more := q.shape[-1] - v.shape[-1]) != 0:  # latent attention; the kernels below take heads of one width
+        pad = torch.nn.functional.pad
+        q, k, wide = (pad(q, (0, -more)), pad(k, (0, -more)), v) if more < 0 else (q, k, pad(v, (0, more)))
+        return tree_attention(q, k, wide, layout, scale=scale)[..., : v.shape[-1]]
     kernel = layout.flash_kernel(q)
     if kernel is not None:
         return _TreeAttention.apply(q, k, v, layout.calls, scale, kernel)
