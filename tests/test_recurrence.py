@@ -90,25 +90,37 @@ def convolve(function, *args):
 
 def cases(plan: RecurrencePlan, rows: int):
     """(on the tree, on one sequence, inputs [1, T, …])"""
-    yield "delta", (
-        delta(rules.delta_rule, recurrences.delta_rule, plan),
-        delta(recurrences.delta_rule),
-        delta_inputs(rows, channels=False),
+    yield (
+        "delta",
+        (
+            delta(rules.delta_rule, recurrences.delta_rule, plan),
+            delta(recurrences.delta_rule),
+            delta_inputs(rows, channels=False),
+        ),
     )
-    yield "kimi", (
-        delta(rules.delta_rule, recurrences.delta_rule, plan),
-        delta(recurrences.delta_rule),
-        delta_inputs(rows, channels=True),
+    yield (
+        "kimi",
+        (
+            delta(rules.delta_rule, recurrences.delta_rule, plan),
+            delta(recurrences.delta_rule),
+            delta_inputs(rows, channels=True),
+        ),
     )
-    yield "scan", (
-        scan(rules.state_space_scan, recurrences.state_space_scan, plan),
-        scan(recurrences.state_space_scan),
-        scan_inputs(rows),
+    yield (
+        "scan",
+        (
+            scan(rules.state_space_scan, recurrences.state_space_scan, plan),
+            scan(recurrences.state_space_scan),
+            scan_inputs(rows),
+        ),
     )
-    yield "convolution", (
-        convolve(rules.convolution, recurrences.convolution, plan),
-        convolve(recurrences.convolution),
-        [normal(rows, 6)],
+    yield (
+        "convolution",
+        (
+            convolve(rules.convolution, recurrences.convolution, plan),
+            convolve(recurrences.convolution),
+            [normal(rows, 6)],
+        ),
     )
 
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import inspect
-import random
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from pact_fast.errors import PactError
-from pact_fast.estimate.update_trace import UpdateTrace
 from pact_fast.model.build import enable_gradient_checkpointing
-from pact_fast.model.forward import layer_kinds, unsupported
+from pact_fast.model.forward import unsupported
 from pact_fast.model.recurrence.dispatch import _called, recurrent_layers
-from pact_fast.tree import PathCache, TokenTree, pack, tree_forward
+from pact_fast.tree import pack, tree_forward
 from tests.support import recurrences
 from tests.support.models import DECODERS, make
 from tests.support.trees import alone, as_tree, gradients, path_ids, trees
 
 QUICK = ["gpt_oss", "gemma2", "qwen3_5_text", "nemotron_h", "lfm2"]
-RECURRENT = [kind for kind in DECODERS if kind not in {"gemma2", "gemma3_text", "gpt_oss", "mistral", "olmo3", "exaone4"}]
+RECURRENT = [
+    kind for kind in DECODERS if kind not in {"gemma2", "gemma3_text", "gpt_oss", "mistral", "olmo3", "exaone4"}
+]
 ORACLES = {
     "torch_chunk_gated_delta_rule": recurrences.delta_rule,
     "chunk_kimi_delta_attention": recurrences.delta_rule,

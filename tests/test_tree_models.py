@@ -76,7 +76,7 @@ def test_lora_adapters_get_the_gradients_of_every_path_alone():
     assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
 
 
-@pytest.mark.parametrize("kind, reason", [("recurrent_gemma", "linear_attention layers"), ("bloom", "attention function")])
+@pytest.mark.parametrize("kind, reason", [("mamba", "linear_attention layers"), ("bloom", "attention function")])
 def test_what_is_no_tree_is_refused_with_the_reason_and_computed_path_by_path(kind, reason):
     model, forest = make(kind), trees()
     assert unsupported(model)

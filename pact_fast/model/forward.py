@@ -130,7 +130,9 @@ def tree_forward(
     """
     _use_trees(model)
     if (keep is not None or row_shards is not None) and recurrent_layers(model):
-        what = "a cached path holds no recurrent states" if keep else "sequence parallelism divides attention heads only"
+        what = (
+            "a cached path holds no recurrent states" if keep else "sequence parallelism divides attention heads only"
+        )
         raise PactError(f"{model.config.model_type} has recurrent layers, and {what}")
     layout = TreeLayout(batch, next(model.parameters()).device)
     layout.keep, layout.row_shards = keep, row_shards

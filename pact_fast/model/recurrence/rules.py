@@ -24,7 +24,12 @@ Function = Callable[..., Any]
 
 
 def convolution(
-    function: Function, plan: RecurrencePlan, hidden_states: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any
+    function: Function,
+    plan: RecurrencePlan,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """A causal depthwise convolution: hidden_states [1, C, T], weight [C, K]; returns [1, C, T]."""
     inputs = plan.convolution(weight.shape[-1])

@@ -5,6 +5,7 @@ A segment is a stretch of rows without a branch: it begins in the state that its
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +62,7 @@ def segments_of(subtree_end: np.ndarray) -> list[Segment]:
     starts = [0, *(np.flatnonzero(np.diff(subtree_end)) + 1), rows] if rows else [0]
     segments: list[Segment] = []
     open_segments: list[int] = []  # those that contain the current row in their subtree, outermost first
-    for first, last in zip(starts, starts[1:], strict=False):
+    for first, last in itertools.pairwise(starts):
         while open_segments and subtree_end[segments[open_segments[-1]].first] <= first:
             open_segments.pop()
         segments.append(Segment(int(first), int(last), open_segments[-1] if open_segments else None))
