@@ -90,7 +90,7 @@ def test_errors_are_at_most_twice_those_of_torchs_flash_kernel(dtype, width, hea
     assert_as_good(
         inputs, upstream, layout.end, scale,
         lambda q, k, v: tree_attention(q, k, v, layout, scale=scale),
-        lambda q, k, v: _TreeAttention.apply(q, k, v, layout.calls, scale, CpuFlash()),
+        lambda q, k, v: _TreeAttention.apply(q, k, v, None, layout.calls, scale, CpuFlash()),
     )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_large_scores_of_late_keys_and_scores_that_vanish_beside_them(dtype):
     assert_as_good(
         inputs, rows(2, len(batch), 32).to(dtype), layout.end, 1.0,
         lambda q, k, v: tree_attention(q, k, v, layout, scale=1.0),
-        lambda q, k, v: _TreeAttention.apply(q, k, v, layout.calls, 1.0, CpuFlash()),
+        lambda q, k, v: _TreeAttention.apply(q, k, v, None, layout.calls, 1.0, CpuFlash()),
     )  # fmt: skip
 
 

@@ -111,3 +111,66 @@ def test_heads_of_values_may_have_another_width(width):
     theirs = with_gradients(lambda *t: dense(*t, batch, scale=0.3), [q, k, v], upstream)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def sequences(plan):
+    """(queries, keys) of each sequence of a variable-length call."""
+    q, k = plan.cu_q.tolist(), plan.cu_k.tolist()
+    for i in range(len(q) - 1):
+        assert q[i + 1] - q[i] <= plan.max_q and k[i + 1] - k[i] <= plan.max_k
+        yield slice(q[i], q[i + 1]), slice(k[i], k[i + 1])
+
+
+def windowed(q, k, scale, window) -> torch.Tensor:
+    """Scores [H, n, m] of one sequence whose last query stands at its last key."""
+    behind = torch.arange(len(k)) - (torch.arange(len(q)) + len(k) - len(q))[:, None]
+    scores = scale * torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+    return scores.masked_fill((behind > 0) | (behind <= -window), -torch.inf)
+
+
+def varlen_forward(q, k, v, plan, causal, scale, window):
+    outs, lses = [], []
+    for a, b in sequences(plan):
+        scores = windowed(q[a], k[b], scale, window)
+        lses.append(scores.logsumexp(-1))
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[b].repeat_interleave(2, 1)))
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+def varlen_backward(grad, q, k, v, out, lse, plan, causal, scale, window):
+    grads = [torch.zeros_like(t) for t in (q, k, v)]
+    for a, b in sequences(plan):
+        keys, values = (t[b].repeat_interleave(2, 1) for t in (k, v))
+        p = (windowed(q[a], k[b], scale, window) - lse[:, a, None]).exp()
+        ds = p * (torch.einsum("qhd,khd->hqk", grad[a], values) - (grad[a] * out[a]).sum(-1).T[..., None]) * scale
+        grads[0][a] += torch.einsum("hqk,khd->qhd", ds, keys)
+        grads[1][b] += torch.einsum("hqk,qhd->khd", ds, q[a]).unflatten(1, (-1, 2)).sum(2)
+        grads[2][b] += torch.einsum("hqk,qhd->khd", p, grad[a]).unflatten(1, (-1, 2)).sum(2)
+    return grads
+
+
+@pytest.mark.parametrize("window, sinks", [(1, False), (3, False), (6, True)])
+@pytest.mark.parametrize("seed", range(3))
+def test_one_variable_length_call_per_layer_on_cuda(seed, window, sinks, monkeypatch):
+    """Everything about the CUDA path but the kernel: keys before a run, their order, and the sums of their gradients."""
+    from pact_fast.model.attention import flash_cuda
+
+    monkeypatch.setattr(flash_cuda, "varlen_forward", varlen_forward)
+    monkeypatch.setattr(flash_cuda, "varlen_backward", varlen_backward)
+    torch.manual_seed(seed)
+    batch = random_pack(seed)
+    tensors = inputs_of(len(batch), len(batch), sinks)
+    upstream = torch.randn(1, 4, len(batch), 16, dtype=torch.float64)
+    layout = TreeLayout(batch)
+    monkeypatch.setattr(layout, "flash_kernel", lambda q: flash_cuda.CudaFlash(torch.device("cpu")))
+
+    def run(function, where):
+        return with_gradients(
+            lambda q, k, v, *s: function(q, k, v, where, scale=0.4, window=window, sinks=s[0] if s else None),
+            tensors,
+            upstream,
+        )
+
+    monkeypatch.setattr("pact_fast.model.attention.tree.BlockAttention", None)
+    for ours, theirs in zip(run(tree_attention, layout), run(dense, batch), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

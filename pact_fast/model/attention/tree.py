@@ -24,8 +24,9 @@ from pact_fast.model.attention import cpu
 from pact_fast.model.attention.blocks import Block, BlockAttention, mask_blocks
 from pact_fast.model.attention.flash import FlashKernel, select_flash_kernel
 from pact_fast.model.attention.prefix_cache import PathCache
-from pact_fast.model.attention.scores import ScoreRule
+from pact_fast.model.attention.scores import ScoreRule, add_sinks, sink_gradient
 from pact_fast.model.attention.ulysses import RowShards
+from pact_fast.model.attention.window_cuda import WindowAttention, WindowPlan, window_plan
 from pact_fast.model.recurrence.plan import RecurrencePlan
 
 
@@ -58,6 +59,7 @@ class TreeLayout:
         self._prefix_length = prefix_length
         self._batch, self._device = batch, device
         self._blocks: dict[int | None, list[Block]] = {}  # by window
+        self._window_plans: dict[int, WindowPlan] = {}
         self._subtree_end = torch.as_tensor(batch.subtree_end, device=device)
         self.end = torch.nn.functional.pad(
             self._subtree_end + prefix_length, (prefix_length, 0), value=prefix_length + len(batch)
@@ -76,11 +78,20 @@ class TreeLayout:
     def blocks(self, window: int | None) -> list[Block]:
         """The mask of layers with this window, for blocks.py."""
         if window not in self._blocks:
-            prefix, batch = self._prefix_length, self._batch
-            end = np.concatenate([np.full(prefix, prefix + len(batch)), batch.subtree_end + prefix])
-            position = np.concatenate([np.arange(prefix), batch.position_ids])
-            self._blocks[window] = mask_blocks(end, position, len(batch), window, self._device)
+            position = np.concatenate([np.arange(self._prefix_length), self._batch.position_ids])
+            self._blocks[window] = mask_blocks(self._host_end(), position, len(self._batch), window, self._device)
         return self._blocks[window]
+
+    def window_plan(self, window: int) -> WindowPlan:
+        """The keys of layers with this window, for window_cuda.py."""
+        if window not in self._window_plans:
+            runs = self._batch.calls[0].spans
+            self._window_plans[window] = window_plan(runs, self._host_end(), len(self._batch), window, self._device)
+        return self._window_plans[window]
+
+    def _host_end(self) -> np.ndarray:
+        prefix, rows = self._prefix_length, len(self._batch)
+        return np.concatenate([np.full(prefix, prefix + rows), self._batch.subtree_end + prefix])
 
     def mask(self) -> torch.Tensor:
         """bool [T, S + T]: True where row q sees key k."""
@@ -137,15 +148,17 @@ def tree_attention(
     rule = ScoreRule(scale, window, softcap)
     if cpu.serves(q, v, scale):
         return cpu.TreeAttentionCpu.apply(q, k, v, sinks, layout.end, layout.position if window else None, rule)
+    kernel = layout.flash_kernel(q) if softcap is None and q.shape[-1] == v.shape[-1] else None
+    if kernel is not None and window is None:
+        return _TreeAttention.apply(q, k, v, sinks, layout.calls, scale, kernel)
+    if kernel is not None and window is not None and kernel.windows:
+        return WindowAttention.apply(q, k, v, sinks, layout.window_plan(window), scale)
     if window is not None or softcap is not None or sinks is not None:
         return BlockAttention.apply(q, k, v, sinks, rule, layout.blocks(window))
-    if (more := q.shape[-1] - v.shape[-1]) != 0:  # latent attention; the kernels below take heads of one width
+    if (more := q.shape[-1] - v.shape[-1]) != 0:  # latent attention; the kernels above take heads of one width
         pad = torch.nn.functional.pad
         q, k, wide = (pad(q, (0, -more)), pad(k, (0, -more)), v) if more < 0 else (q, k, pad(v, (0, more)))
         return tree_attention(q, k, wide, layout, scale=scale)[..., : v.shape[-1]]
-    kernel = layout.flash_kernel(q)
-    if kernel is not None:
-        return _TreeAttention.apply(q, k, v, layout.calls, scale, kernel)
     mask = layout.mask()
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -161,6 +174,7 @@ class _TreeAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        sinks: torch.Tensor | None,
         calls: list[Call],
         scale: float,
         kernel: FlashKernel,
@@ -173,19 +187,23 @@ class _TreeAttention(torch.autograd.Function):
             for call in levels:
                 rows = kernel.rows(call)
                 _merge(total, lse, rows, *kernel.forward(q, k, v, call, scale))
-            out = total.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
+            out = total
+        if sinks is not None:
+            out, lse = add_sinks(out, lse, sinks)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.calls, ctx.scale, ctx.kernel = calls, scale, kernel
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         sums = [torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (q, k, v)]
         for call in ctx.calls:
             ctx.kernel.backward(grad, q, k, v, out, lse, call, ctx.scale, *sums)
-        return *(d.to(q.dtype) for d in sums), None, None, None
+        dsinks = None if sinks is None else sink_gradient(grad, out, lse, sinks)
+        return *(d.to(q.dtype) for d in sums), dsinks, None, None, None
 
 
 def _merge(
