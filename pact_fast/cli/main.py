@@ -55,6 +55,7 @@ EVAL_EXAMPLES = """\
   pact-fast eval runs/quickstart
   pact-fast eval runs/quickstart trainer.eval_tasks=50 --out result.json
   pact-fast eval ftrl data.eval=ftrl/test.parquet --model runs/mine
+  pact-fast eval bfcl --model runs/mine --category multi_turn
   pact-fast eval toolhop data.eval=ToolHop.json --model Qwen/Qwen3-1.7B --engine vllm --samples 4 --temperature 0.7
 """
 ROLLOUT = """\
@@ -63,6 +64,14 @@ Sample one trajectory for each of a few tasks, and print them coloured by compon
 ROLLOUT_EXAMPLES = """\
   pact-fast rollout runs/quickstart --tasks 2
   pact-fast rollout quickstart seed=1 --split train --out rollouts.jsonl
+"""
+DATA = """\
+Work with data files. `convert` writes the tasks of a benchmark as JSON Lines in our own columns, with expert traces where
+the benchmark has a ground truth, for data.train and data.eval.
+"""
+DATA_EXAMPLES = """\
+  pact-fast data convert bfcl -o bfcl-train.jsonl --split train --category multi_turn
+  pact-fast data convert ftrl data.eval=ftrl/test.parquet -o ftrl.jsonl
 """
 DOCTOR = """\
 Check versions, data, tokenizer, chat template, token labels, environment, prompt lengths, model, memory and kernels before a
@@ -222,6 +231,14 @@ def make_parser() -> argparse.ArgumentParser:
     rollout.add_argument("--split", choices=["train", "eval"], default="eval", help="which tasks (default: eval)")
     rollout.add_argument("--out", type=Path, help="JSON Lines file to write (default: print the trajectories)")
 
+    data = _command(commands, "data", _data, "write a benchmark's tasks as data rows", DATA, DATA_EXAMPLES)
+    data.add_argument("action", choices=["convert"], help="what to do")
+    _recipe(data, "BENCH", "name of a benchmark (`pact-fast eval`), or file.py:Class")
+    data.add_argument("-o", "--out", type=Path, required=True, help="JSON Lines file to write")
+    data.add_argument("--split", choices=["train", "test", "all"], default="all", help="which tasks (default: all)")
+    data.add_argument("--category", action="append", metavar="NAME", help="only this category or group")
+    data.add_argument("--limit", type=int, help="at most so many rows per category")
+
     doctor = _command(commands, "doctor", _doctor, "check a run before it starts", DOCTOR, DOCTOR_EXAMPLES)
     _recipe(doctor)
     doctor.add_argument(
@@ -337,6 +354,14 @@ def _rollout(arguments) -> int:
     from pact_fast.cli.session import rollout_command
 
     return rollout_command(arguments.source, arguments.settings, arguments.tasks, arguments.split, arguments.out)
+
+
+def _data(arguments) -> int:
+    from pact_fast.cli.data_convert import convert_command
+
+    return convert_command(
+        arguments.source, arguments.settings, arguments.out, arguments.category, arguments.split, arguments.limit
+    )
 
 
 def _doctor(arguments) -> int:
