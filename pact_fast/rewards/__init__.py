@@ -3,6 +3,7 @@
 score       the reward of a rollout, decided in one function
 matching    similarity of tool calls, and their assignment to reference calls
 answers     token F1 of the final answer
+qa          exact match and F1 by the rules of HotpotQA, 2WikiMultiHopQA, MuSiQue and Bamboogle
 functions   the user's reward functions
 advantages  group, turn and token advantages
 feedback    what tools said, apart from echoes of the policy and errors

@@ -19,7 +19,14 @@ class Ftrl(Benchmark):
 
     categories = KINDS
     settings = ("env.name=python_tools", "data.format=ftrl", "rollout.max_prompt_length=16384")
-    metrics = {"solve_p": "solve-P", "solve_r": "solve-R", "solve_f1": "solve-F1"}  # noqa: RUF012
+    metrics = {  # noqa: RUF012
+        "solve_p": "solve-P",
+        "solve_r": "solve-R",
+        "solve_f1": "solve-F1",
+        "official_solve_p": "official P",
+        "official_solve_r": "official R",
+        "official_solve_f1": "official F1",
+    }
     groups = (Group("overall", KINDS, by="task"),)
 
     def tasks(self, category: str) -> list[Task]:
