@@ -134,7 +134,8 @@ def test_late_functions_are_offered_and_shown_in_their_turn():
     (at,) = found.late
     env = episode(found.id)
     names = [tool["function"]["name"] for tool in env.tools]
-    assert "sort" not in names and env.tools == make_task(found).tools
+    assert "sort" not in names and env.tools == [tool_schema(function) for function in found.functions]
+    assert make_task(found).tools == [], "a row's tools hold for the whole trace"
     for _ in range(at - 1):
         assert "I have updated" not in (env.respond("Done.") or "")
     message = env.respond("Done.")
@@ -406,13 +407,13 @@ NAMES = [
     "__class__", "__import__", "_load_scenario", "_navigate_to_directory", "root", "ls.__globals__", "ls.__func__", "os.system",
     "eval", "exec", "print", "getattr", "copy", "json.loads", "GorillaFileSystem", "GorillaFileSystem.ls", "self.ls", "mean.x",
     "ｌｓ", "ls\x00", "ls ", " ls", "LS", "lѕ", "", ".", "..", "ls()", "ls.", "instances", "_session", "run", "popen",
-    "a" * 100000,
+    "a" * 1000,
 ]  # fmt: skip
 VALUES = [
     "../../../etc/passwd", "/etc/passwd", "~/.ssh/id_rsa", "C:\\x", "`id`", "$(id)", "; rm -rf /",
     "__import__('os').system('id')",
-    "{0.__class__}", "%s%n", "\x00", "\ud800", "‮", "𝒶" * 50, "x" * 200000, 10**5000, -1, 1e308, float("nan"), None, True, [],
-    {}, [[[[[]]]]], {"__class__": {"__init__": 1}}, ["a"] * 20000, {"a": {"b": float("inf")}},
+    "{0.__class__}", "%s%n", "\x00", "\ud800", "‮", "𝒶" * 50, "x" * 100001, 10**5000, -1, 1e308, float("nan"), None, True, [],
+    {}, [[[[[]]]]], {"__class__": {"__init__": 1}}, ["a"] * 10001, {"a": {"b": float("inf")}},
 ]  # fmt: skip
 TEXTS = [
     "{}", "[{}]", "[ls(a={})]", "[cat(file_name={})]", "ls(); {}", "[echo(content='a', file_name={})]", "[f({}=1)]",
@@ -422,7 +423,7 @@ TEXTS = [
 CODE = [
     "__import__('os').system('id')", "open('/etc/passwd').read()", "().__class__.__base__.__subclasses__()", "exec('x=1')",
     "eval('1+1')", "9**9**9**9", "'a'*10**10", "range(10**12)", "[0]*10**10", "ls.__globals__['os']", "breakpoint()", "quit()",
-    "globals()", "getattr(ls, '__self__')", "x:=1", "(" * 100 + ")" * 100, "{" * 100, "'" * 99, "-" * 3000 + "1", "\\u0000",
+    "globals()", "getattr(ls, '__self__')", "x:=1", "(" * 100 + ")" * 100, "{" * 100, "'" * 99, "-" * 300 + "1", "\\u0000",
 ]  # fmt: skip
 
 
@@ -494,11 +495,13 @@ def test_every_schema_and_prompt_is_accepted_as_a_data_row(tmp_path, capsys):
 
     out = tmp_path / "rows.jsonl"
     assert main(["data", "convert", "bfcl", "-o", str(out), "--split", "test", "--limit", "6"]) == 0
-    assert capsys.readouterr().out.startswith(f"{6 * len(CATEGORIES)} rows written")
-    for task in read_tasks(out):
+    tasks = read_tasks(out)
+    assert capsys.readouterr().out.startswith(f"{len(tasks)} rows written")
+    assert {task.id.rpartition("_")[0] for task in tasks} == set(CATEGORIES)
+    for task in tasks:
         source = entry(task.id)
         assert task.env == "bfcl" and is_held_out(task.id)
-        assert task.tools == [tool_schema(function) for function in source.functions]
+        assert task.tools == ([] if source.late else [tool_schema(function) for function in source.functions])
         if source.category not in UNANSWERED:
             assert task.expert is not None and task.reference_calls == task.expert.calls
 

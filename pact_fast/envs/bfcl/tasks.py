@@ -80,10 +80,12 @@ def is_held_out(task_id: str) -> bool:
 def make_task(entry: Entry, format: str = "json", *, expert: bool = False) -> Task:
     """The Task of an entry. `expert`: with the expert trace and the reference calls (format `json` only)."""
     trace = expert_trace(entry) if expert and format == "json" else None
+    # a row's tools hold for its whole trace: where functions come late, the environment says what is on offer
+    listed = format == "json" and not entry.late
     return Task(
         id=entry.id,
         prompt=first_messages(entry, format),
-        tools=[tool_schema(function) for function in entry.functions] if format == "json" else [],
+        tools=[tool_schema(function) for function in entry.functions] if listed else [],
         expert=trace,
         reference_calls=trace.calls if trace else None,
         env="bfcl",
