@@ -28,13 +28,15 @@ ACCEPTED = {
     **{name + end: "Hermes" for name in HERMES for end in ("", "_training")},
     **{name + end: "Qwen3Coder" for name in QWEN3_CODER for end in ("", "_training")},
     "llama3_1": "Llama3Json",
+    "llama3_2": "Llama3Json",
     "glm4moe": "Glm4Moe",
     "glm4moe_training": "Glm4Moe",
     **dict.fromkeys(GEMMA4, "Gemma4"),
     **dict.fromkeys(LFM2, "Lfm2"),
 }
+VARIABLES = {"llama3_2": {"strftime_now": "2025-06-30"}}
 REFUSED = {
-    "llama3_2": "writes today's date",
+    "llama3_2": "writes today's date",  # accepted with the date as a variable
     "deepseekv3": "can only concatenate str",  # its template takes arguments as a string alone
     "deepseekv3_training": UNKNOWN,
     "lfm2": UNKNOWN,  # its template drops the calls
@@ -77,8 +79,12 @@ CALLS = [
 ]
 
 
+def renderer_for(name: str) -> ChatRenderer:
+    return ChatRenderer(tokenizer_for(name), variables=VARIABLES.get(name))
+
+
 def test_every_template_is_in_the_table():
-    assert set(tool_calling()) == {*ACCEPTED, *REFUSED} and not set(ACCEPTED) & set(REFUSED)
+    assert set(tool_calling()) == {*ACCEPTED, *REFUSED} and set(ACCEPTED) & set(REFUSED) == set(VARIABLES)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -89,7 +95,7 @@ def test_refused(name):
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted(name):
-    renderer = ChatRenderer(tokenizer_for(name))
+    renderer = renderer_for(name)
     assert type(renderer.format).__name__ == ACCEPTED[name]
     check_template(renderer)
     several = [CALLS[:3]] if ACCEPTED[name] != "Llama3Json" else []  # Llama 3.1's template takes one call per turn
@@ -112,7 +118,7 @@ def test_accepted(name):
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_reasoning_stands_where_the_template_writes_it(name):
     """A turn with reasoning, text and a call, whose template shows reasoning, is the template's own."""
-    renderer = ChatRenderer(tokenizer_for(name))
+    renderer = renderer_for(name)
     for content in ("", "I ask."):
         turn, components = renderer.assistant_turn("Look\nit up.", content, CALLS[:1], end=False)
         parsed = renderer.parse(turn, TOOLS)
@@ -137,7 +143,7 @@ def test_reasoning_stands_where_the_template_writes_it(name):
 
 @pytest.mark.parametrize("name", ["gemma4", "gemma4_v5"])
 def test_results_of_several_tools_are_named_after_their_calls(name):
-    renderer = ChatRenderer(tokenizer_for(name))
+    renderer = renderer_for(name)
     results = [{"role": "tool", "name": tool, "content": f"of {tool}"} for tool in ("f", "g", "f")]
     text = renderer.token_bytes.join(renderer.bridge_ids(results)).decode()
     named = [f'response:{tool}{{value:<|"|>of {tool}<|"|>}}<tool_response|>' for tool in ("f", "g", "f")]
@@ -155,7 +161,7 @@ def test_no_turn_holds_the_token_that_ends_calls_special_or_not():
 
 
 def test_a_turn_ends_as_the_template_ends_it():
-    gemma, glm, qwen = (ChatRenderer(tokenizer_for(name)) for name in ("gemma4", "glm4moe", "qwen3_6"))
+    gemma, glm, qwen = (renderer_for(name) for name in ("gemma4", "glm4moe", "qwen3_6"))
     assert gemma.ends == ("<turn|>", "<|tool_response>")
     assert glm.ends == ("<|user|>", "<|observation|>")
     assert qwen.ends == ("<|im_end|>", "<|im_end|>")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pact_fast.data.types import ExpertTrace, ToolCall, Trajectory, TurnRecord
 from pact_fast.rewards.feedback import Feedback, is_error, stated
-from pact_fast.rewards.ftrl import contains_parts, expected_parts
+from pact_fast.rewards.ftrl import contains_parts, expected_parts, official_solve_score
 from pact_fast.rewards.ftrl import solve_score as solve_score_of_feedback
 from pact_fast.rewards.toolhop import is_correct
 
@@ -113,6 +113,28 @@ def test_scores_agree_with_the_oracle(feedback, expected):
     assert json.dumps(expected) == before
 
 
+@given(
+    st.lists(st.tuples(names, st.text("abB1,. ", max_size=12), st.text("ab1", max_size=2)), max_size=8),
+    st.dictionaries(names, st.lists(st.text("aB1,. ", max_size=6), max_size=3), min_size=1).filter(
+        lambda d: any(d.values())
+    ),
+)
+def test_the_official_score_agrees_with_the_oracle_whatever_the_arguments(calls, expected):
+    """Errors, echoes and empty expected texts included."""
+    feedback = [Feedback(name, observation, {"x": argument}) for name, observation, argument in calls]
+    score = official_solve_score(feedback, expected)
+    given = [(name, observation) for name, observation, _ in calls]
+    assert (score.precision, score.recall, score.f1) == pytest.approx(oracle(given, expected))
+
+
+def test_errors_and_echoes_count_in_the_official_score_alone():
+    expected = {"f": ["1987"]}
+    for observation in ("error: 1987", "no data for 1987"):
+        feedback = [Feedback("f", observation, {"year": "1987"})]
+        assert official_solve_score(feedback, expected).f1 == 1.0
+        assert solve_score_of_feedback(feedback, expected).f1 == 0.0
+
+
 def test_toolhop_wants_all_parts_in_the_answer_or_in_the_observation_before_it():
     gold = "John Smith, 1,950"
     assert is_correct(gold, trajectory(answered("<answer>JOHN SMITH in 1950</answer>")))
@@ -175,7 +197,7 @@ def test_expert_traces_solve_their_tasks_with_the_real_tools():
                 turns_with_several_calls += len(turn.calls) > 1
             records.append(TurnRecord("", "", str(trace.answer)))
             rewards = env.reward(task, trajectory(records))
-            assert rewards == {"solve_p": 1.0, "solve_r": 1.0, "solve_f1": 1.0, "success": 1.0}, expert["id"]
+            assert set(rewards.values()) == {1.0} and len(rewards) == 7, expert["id"]
             assert trace.answer == row["answer"]
             kinds.append(row["data_source"])
     assert len(set(kinds)) == 4 and turns_with_several_calls >= 4

@@ -125,7 +125,7 @@ CASES = {
     "spread logits": Case(64, 1024, 4099, spread=10.0),
     "wide": Case(24, 4096, 5003),
     "Qwen's vocabulary": Case(5, 256, 151_936),
-    "70,001 tokens": Case(70_001, 16, 1003, per_token=True),
+    "70,001 tokens": Case(70_001, 16, 257, per_token=True),
 }
 LARGE = ("wide", "Qwen's vocabulary", "70,001 tokens")
 SMALL = ("one token", "odd sizes", "a vocabulary of five", "certain and impossible targets")

@@ -80,14 +80,21 @@ def test_environments_share_the_pool_from_several_threads(pool):
         assert list(threads.map(run, range(20))) == [str(2 * n) for n in range(20)]
 
 
+def ours(rewards):
+    """Without the official scores, which are the same here: no call repeats its argument."""
+    mine = {name: value for name, value in rewards.items() if not name.startswith("official_")}
+    assert all(rewards[f"official_{name}"] == mine[name] for name in ("solve_p", "solve_r", "solve_f1"))
+    return mine
+
+
 def test_ftrl_rewards_count_every_call_malformed_ones_too(env):
     task = ftrl_task()
     find, count = (ToolCall("find", {}), "3776 m"), (ToolCall("count", {}), "1")
     full = env.reward(task, trajectory(turn(find, count), turn(content="3776")))
-    assert full == {"solve_p": 1.0, "solve_r": 1.0, "solve_f1": 1.0, "success": 1.0}
+    assert ours(full) == {"solve_p": 1.0, "solve_r": 1.0, "solve_f1": 1.0, "success": 1.0}
 
     partly = env.reward(task, trajectory(turn(find), turn(("not JSON", "error: not JSON")), stop_reason="max_turns"))
-    assert partly == {"solve_p": 0.5, "solve_r": 0.5, "solve_f1": 0.5, "success": 0.0}
+    assert ours(partly) == {"solve_p": 0.5, "solve_r": 0.5, "solve_f1": 0.5, "success": 0.0}
 
     # calls of a last turn that was cut off were never answered
     cut = env.reward(
@@ -96,7 +103,7 @@ def test_ftrl_rewards_count_every_call_malformed_ones_too(env):
     assert cut["solve_p"] == 1.0
 
     silent = env.reward(task, trajectory(turn(content="3776")))
-    assert silent == {"solve_p": 1.0, "solve_r": 0.0, "solve_f1": 0.0, "success": 0.0}
+    assert ours(silent) == {"solve_p": 1.0, "solve_r": 0.0, "solve_f1": 0.0, "success": 0.0}
 
 
 def test_toolhop_reward_reads_the_answer(env):

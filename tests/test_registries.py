@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pact_fast.chat.chat_template import ChatTemplate
 from pact_fast.chat.formats.base import ToolFormat
 from pact_fast.chat.formats.registry import detect_format, get_format, tool_format
 from pact_fast.chat.rendering import ChatRenderer
@@ -221,9 +222,9 @@ def test_a_registered_tool_format_is_detected_from_the_template(brackets, tokeni
     bracketed = copy.deepcopy(tokenizer)
     bracketed.chat_template = TEMPLATE
     with pytest.raises(PactError, match="none of the known formats"):
-        detect_format(bracketed)
+        detect_format(ChatTemplate(bracketed))
     get_format(f"{brackets}:Brackets")
-    assert type(detect_format(bracketed)).__name__ == "Brackets"
+    assert type(detect_format(ChatTemplate(bracketed))).__name__ == "Brackets"
     renderer = ChatRenderer(bracketed)
     ids, components = renderer.assistant_turn("", "", [ToolCall("add", {"a": 1})])
     assert renderer.parse(ids, [{"type": "function", "function": {"name": "add"}}]).calls

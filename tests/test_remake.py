@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -54,6 +56,17 @@ def test_autocast_and_checkpointing_give_the_same_bits(keep_all):
     keep_all()
     for a, b in zip(ours, both(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_pass_without_a_backward_pass_leaves_nothing(kind):
+    model = make(kind).float()
+    weights = [weakref.ref(p.untyped_storage()) for p in model.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        as_tree(model, trees())
+    del model
+    gc.collect()
+    assert not any(weight() for weight in weights)
 
 
 @pytest.fixture

@@ -49,8 +49,10 @@ def kill_at(run: Path, lines: int, delay: float) -> None:
 
 
 @pytest.mark.timing
-def test_killed_at_five_random_moments_it_ends_with_the_same_metrics(undisturbed, tmp_path):
-    rng = random.Random(os.environ.get("PACT_KILL_SEED", "7"))
+@pytest.mark.parametrize("seed", os.environ.get("PACT_KILL_SEEDS", "7").split(","))
+def test_killed_at_five_random_moments_it_ends_bit_for_bit_the_same(seed, undisturbed, tmp_path):
+    """With PACT_KILL_SEEDS=0,1,2,3,4 at twenty-five moments."""
+    rng = random.Random(seed)
     target = tmp_path / "run"
     for lines in sorted(rng.sample(range(10), 5)):  # of the run's 11 lines, so that every life ends by a kill
         kill_at(target, lines, rng.uniform(0.0, 0.15))
@@ -59,8 +61,9 @@ def test_killed_at_five_random_moments_it_ends_with_the_same_metrics(undisturbed
     same = ("base_success", "success", "base_greedy", "greedy", "steps", "seed")
     ours, theirs = (json.loads((r / "summary.json").read_text()) for r in (target, undisturbed))
     assert {k: ours[k] for k in same} == {k: theirs[k] for k in same}
-    weights = [next((r / "checkpoints/step_8/model").glob("*.safetensors")).read_bytes() for r in (target, undisturbed)]
-    assert weights[0] == weights[1]
+    for pattern in ("model/*.safetensors", "rng.safetensors"):
+        one, two = (next((r / "checkpoints/step_8").glob(pattern)).read_bytes() for r in (target, undisturbed))
+        assert one == two, pattern
 
 
 def die(*_: object) -> None:

@@ -139,10 +139,30 @@ def test_any_exit_status_and_signal_is_an_ordinary_observation(pool, ending):
     assert echo(pool, "next") == "next" and pool.worker_pids == before
 
 
+def test_a_fork_bomb_has_sixteen_processes_at_most(pool):
+    """The tool itself is one of them, and in namespaces two more processes of its user wait for it."""
+    body = """
+        import os, time
+        made = []
+        try:
+            while len(made) < 40:
+                made.append(os.fork())
+                if made[-1] == 0:
+                    time.sleep(30)
+        except OSError:
+            pass
+        return len(made)
+    """
+    made = int(pool.call(tool(body), "f", {}))
+    assert (10 <= made <= 15) if "count" in pool.protections else made == 40
+    assert echo(pool, "next") == "next"
+
+
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_protections_are_those_of_the_situation(context):
     expected = {"ipc", "keys", "sockets"}
     expected |= {"network", "files", "devices", "processes"} if context in WITH_NAMESPACES else set()
+    expected |= {"count"} if context != "user-plain" else set()
     expected |= {"identity"} if context.startswith("root") else set()
     with pool_in(context, require=sorted(expected)) as pool:
         assert pool.protections == expected
@@ -158,7 +178,7 @@ def test_bubblewrap_serves_the_same_calls(context):
         pytest.skip("bubblewrap is not installed")
     try:
         with pool_in(context, sandbox="bubblewrap") as pool:
-            assert {"network", "files", "devices", "processes", "ipc"} <= pool.protections
+            assert {"network", "files", "devices", "processes", "ipc", "count"} <= pool.protections
             assert ("identity" in pool.protections) == (context == "root")
             assert echo(pool, "a") == "a"
             assert (

@@ -44,11 +44,10 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 @pytest.mark.slow
-def test_compiled_layers_change_nothing():
+def test_a_compiled_layer_changes_nothing():
     model, forest = make("qwen3"), trees()
     plain = gradients(model, as_tree(model, forest))
-    for layer in model.base_model.layers:
-        layer.compile(dynamic=True)
+    model.base_model.layers[0].compile(dynamic=True)  # one, since each costs a compilation of its own
     compiled = gradients(model, as_tree(model, forest))
     assert (compiled - plain).norm() <= 2e-6 * plain.norm()
 

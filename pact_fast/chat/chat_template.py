@@ -6,11 +6,12 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pact_fast.chat.call_ids import with_call_ids
 from pact_fast.chat.named_templates import NamedTemplates
+from pact_fast.chat.template_variables import CLOCK, fix_date, template_variables
 from pact_fast.data.types import Message, ToolCall, ToolSchema, text_of
 from pact_fast.errors import PASSED_ON, PactError, error_line
 from pact_fast.limits import time_limit
@@ -43,12 +44,20 @@ Ends = tuple[str, str]  # end-of-turn token of an answer, and of a turn with cal
 class ChatTemplate:
     """Renders messages to text with the tokenizer's template, or with the one of several that fits (NamedTemplates).
 
-    PactError if there is none or it fails.
+    Args:
+        tokenizer: With the template.
+        variables: `model.chat_template_kwargs`, passed to the template at every rendering.
+
+    Raises:
+        PactError: There is no template, it fails, or it has no such variable.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, variables: Mapping[str, Any] | None = None):
         self._tokenizer = tokenizer
         self._named = NamedTemplates(tokenizer)
+        self._variables = template_variables(variables or {}, self._named.sources)
+        self._date = (variables or {}).get(CLOCK)
+        self._source = functools.cache(self._find_source)
         self.skeleton = functools.lru_cache(maxsize=4096)(self._skeleton)
         self._transform_of = functools.cache(self._find_transform)
 
@@ -69,11 +78,11 @@ class ChatTemplate:
             with time_limit(SECONDS, "the chat template (a loop without end? set model.chat_template to another one)"):
                 return self._tokenizer.apply_chat_template(
                     [{**m, "content": text_of(m.get("content"))} for m in messages],
-                    chat_template=self._named.choose(tools),
+                    chat_template=self._source(bool(tools)),
                     tools=list(tools) or None,
                     tokenize=False,
                     add_generation_prompt=generate,
-                    **variables,
+                    **{**self._variables, **variables},
                 )
         except PASSED_ON:
             raise
@@ -84,6 +93,10 @@ class ChatTemplate:
                 f"the chat template cannot render a conversation of {roles}: {reason}; set "
                 "model.chat_template to one that can"
             ) from None
+
+    def _find_source(self, tools: bool) -> str:
+        source = self._named.choose([PROBE_TOOL] if tools else [])
+        return source if self._date is None else fix_date(source, self._date)
 
     def render_call(self, call: ToolCall) -> str:
         """The text of a conversation with one tool call."""

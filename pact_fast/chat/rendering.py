@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -52,13 +52,18 @@ class ChatRenderer:
     control_ids            ids of end-of-turn tokens and of the tool format's markers
     format                 the tool format
 
+    Args:
+        tokenizer: With a chat template.
+        tool_format: How calls are written; None: as the template writes them.
+        variables: `model.chat_template_kwargs`.
+
     Raises PactError if the tokenizer or its template cannot be used. `template_check.check_template` checks more.
     """
 
-    def __init__(self, tokenizer, tool_format: ToolFormat | None = None):
+    def __init__(self, tokenizer, tool_format: ToolFormat | None = None, variables: Mapping[str, Any] | None = None):
         self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer)
-        self.format = (tool_format or detect_format(tokenizer)).fit(self.template)
+        self.template = ChatTemplate(tokenizer, variables)
+        self.format = (tool_format or detect_format(self.template)).fit(self.template)
         self.token_bytes = TokenBytes(tokenizer)
         after_calls = self.template.after_calls(PROBE_CALL, self.format.write_calls([PROBE_CALL])).lstrip()
         structure = structure_tokens(tokenizer, self.template, self.format.markers, after_calls)
@@ -333,4 +338,4 @@ def _replace_surrogates(text: str) -> str:
 def make_renderer(model: ModelConfig, tokenizer) -> ChatRenderer:
     """The renderer of a tokenizer, with the tool format of the configuration."""
     with memory_limit(2**30, "the chat template"):
-        return ChatRenderer(tokenizer, get_format(model.tool_format, tokenizer))
+        return ChatRenderer(tokenizer, get_format(model.tool_format), model.chat_template_kwargs)

@@ -41,8 +41,8 @@ def _check_clock(renderer: ChatRenderer) -> None:
         renderer.template.render(_PROMPT, [PROBE_TOOL], strftime_now="")
     except PactError:
         raise PactError(
-            "the chat template writes today's date into the prompt, so the same task is another prompt tomorrow; set "
-            "model.chat_template to a copy with a fixed date"
+            "the chat template writes today's date into the prompt, so the same task is another prompt tomorrow; fix the "
+            "date: model.chat_template_kwargs={strftime_now: 2025-06-30}"
         ) from None
 
 

@@ -48,11 +48,14 @@ TRAIN_EXAMPLES = """\
 EVAL = """\
 Measure the success rate on held-out tasks, sampled (with rollout.temperature, top_p, top_k and min_p) and greedy, with
 95 % intervals. The model is a run's newest checkpoint, or the one that a recipe starts from. Prints JSON, which states how
-it sampled.
+it sampled. With the name of a benchmark and --model, runs the benchmark instead: pass@1, pass^k and their intervals by
+category, as a table and as JSON. An interrupted benchmark continues when the same command is given again.
 """
 EVAL_EXAMPLES = """\
   pact-fast eval runs/quickstart
   pact-fast eval runs/quickstart trainer.eval_tasks=50 --out result.json
+  pact-fast eval ftrl data.eval=ftrl/test.parquet --model runs/mine
+  pact-fast eval toolhop data.eval=ToolHop.json --model Qwen/Qwen3-1.7B --engine vllm --samples 4 --temperature 0.7
 """
 ROLLOUT = """\
 Sample one trajectory for each of a few tasks, and print them coloured by component, or write them as JSON Lines.
@@ -195,8 +198,23 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     evaluate = _command(commands, "eval", _eval, "success rate of a model on held-out tasks", EVAL, EVAL_EXAMPLES)
-    _recipe(evaluate, "RUN|RECIPE|FILE", "run directory (its newest model), recipe name or YAML file")
-    evaluate.add_argument("--out", type=Path, help="also write the result as JSON to this file")
+    _recipe(
+        evaluate, "RUN|RECIPE|FILE|BENCH", "run directory (its newest model), recipe, YAML file, or name of a benchmark"
+    )
+    evaluate.add_argument(
+        "--out", type=Path, help="also write the result as JSON to this file; BENCH: folder of the results"
+    )
+    bench_options = evaluate.add_argument_group("with BENCH")
+    bench_options.add_argument("--model", help="run directory, model folder or hub name, recipe or YAML file")
+    bench_options.add_argument("--engine", help="rollout engine (default: that of the settings)")
+    bench_options.add_argument(
+        "--category", action="append", metavar="NAME", help="only this category or group; may be given several times"
+    )
+    bench_options.add_argument("--samples", type=int, default=1, help="samples per task, for pass^k (default: 1)")
+    bench_options.add_argument(
+        "--temperature", type=float, default=0.0, help="of sampling (default: 0, which is greedy)"
+    )
+    bench_options.add_argument("--limit", type=int, help="at most so many tasks per category")
 
     rollout = _command(commands, "rollout", _rollout, "sample trajectories", ROLLOUT, ROLLOUT_EXAMPLES)
     _recipe(rollout, "RUN|RECIPE|FILE", "run directory (its newest model), recipe name or YAML file")
@@ -285,6 +303,31 @@ def _train(arguments) -> int:
 
 
 def _eval(arguments) -> int:
+    if arguments.model is not None:
+        from pact_fast.cli.eval_benchmark import Request, benchmark_command
+
+        return benchmark_command(
+            Request(
+                name=arguments.source,
+                model=arguments.model,
+                settings=arguments.settings,
+                engine=arguments.engine,
+                categories=arguments.category,
+                samples=arguments.samples,
+                temperature=arguments.temperature,
+                limit=arguments.limit,
+                out=arguments.out,
+            )
+        )
+    from pact_fast.evaluation.benchmark import benchmark
+
+    if arguments.source in benchmark.names() and not Path(arguments.source).exists():
+        raise PactError(
+            f"{arguments.source} is a benchmark: add --model, a run directory, a model folder or a hub name"
+        )
+    for option in ("engine", "category", "limit"):
+        if getattr(arguments, option) is not None:
+            raise PactError(f"--{option} belongs to a benchmark; give its name and --model")
     from pact_fast.cli.session import evaluate_command
 
     return evaluate_command(arguments.source, arguments.settings, arguments.out)

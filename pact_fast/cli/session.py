@@ -74,26 +74,36 @@ def open_session(source: str, settings: Sequence[str]) -> Session:
     Raises:
         PactError: `source` is none of these, or the run has no model yet.
     """
-    run = Path(source)
+    run = Path(source) if Path(source).is_dir() else None
+    if run and not (run / "config.yaml").exists():
+        raise PactError(f"{run} is not a run directory: it has no config.yaml")
+    config = load_config(str(run / "config.yaml") if run else source, list(settings))
+    return make_session(config, make_tasks(config), run)
+
+
+def make_session(config: Config, tasks: TaskSource, run: Path | None = None) -> Session:
+    """Load the model of a configuration and start its engine.
+
+    Args:
+        config: The configuration.
+        tasks: Source of the session's tasks.
+        run: The run directory whose newest model and tokenizer are taken; None: those that the configuration names.
+
+    Raises:
+        PactError: The run has no model yet, or a part of the configuration cannot be had.
+    """
     base: Path | None = None
     weights: Path | None = None
-    tokenizer_dir: Path | None = None
-    if run.is_dir():
-        if not (run / "config.yaml").exists():
-            raise PactError(f"{run} is not a run directory: it has no config.yaml")
-        config = load_config(str(run / "config.yaml"), list(settings))
-        (base, weights), tokenizer_dir = run_weights(run), run / "tokenizer"
+    if run:
+        base, weights = run_weights(run)
         if not base and not weights:
             raise PactError(
                 f"{run} has no complete checkpoint yet; wait for the first one (trainer.save_steps) or train it"
             )
-    else:
-        config = load_config(source, list(settings))
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config)
-    tasks = make_tasks(config)
-    tokenizer = make_tokenizer(config.model, tasks, tokenizer_dir)
+    tokenizer = make_tokenizer(config.model, tasks, run / "tokenizer" if run else None)
     renderer = make_renderer(config.model, tokenizer)
     check_template(renderer)
     model = make_policy(config, tokenizer, base=base, checkpoint=weights, device=device).eval()

@@ -32,10 +32,23 @@ def load_config(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
     data = _read(path) or {}
     if not isinstance(data, dict):
         raise PactError(f"{path}: the file must hold a mapping of settings, found {type(data).__name__}")
+    config = config_from(data, overrides, str(path))
+    return config.model_copy(update={"output_dir": config.output_dir.replace("{recipe}", path.stem)})
+
+
+def read_settings(source: str) -> dict[str, Any]:
+    """The settings of a recipe or a YAML file as they stand there, not validated. PactError as `load_config`."""
+    data = _read(_find(source)) or {}
+    if not isinstance(data, dict):
+        raise PactError(f"{source}: the file must hold a mapping of settings, found {type(data).__name__}")
+    return data
+
+
+def config_from(data: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), name: str = "config") -> Config:
+    """Validate a mapping, which `key=value` settings override in place. `name`: its source, for messages."""
     for override in overrides:
         _apply(data, override)
-    config = parse_config(data, str(path))
-    return config.model_copy(update={"output_dir": config.output_dir.replace("{recipe}", path.stem)})
+    return parse_config(data, name)
 
 
 def parse_config(data: dict[str, Any], name: str = "config") -> Config:

@@ -48,6 +48,11 @@ class ModelConfig(Section):
         description="A Jinja file that replaces the tokenizer's chat template, or `chatml_hermes`: ChatML with Hermes "
         "tool calls, for models whose own template has no tools.",
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Variables for the chat template, such as {enable_thinking: false} or {reasoning_effort: low}. "
+        "{strftime_now: 2025-06-30} fixes the date that a template writes. Whoever serves the trained model passes the same.",
+    )
     tool_format: str = Field(
         "auto",
         description="Format of tool calls: `hermes`, `llama3_json`, `qwen3_coder`, `gemma4`, `lfm2`, `glm4_moe`, or your "

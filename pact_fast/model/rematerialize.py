@@ -49,7 +49,9 @@ class Rematerialize(TorchFunctionMode):
         """Autograd passes a detached tensor, perhaps in another shape; its storage shows which input it is."""
         size, node = self._inputs.get(_storage_key(tensor), (0, None))
         if node is None or size != tensor.numel() or not tensor.is_contiguous():
-            return tensor, tensor._version
+            # A node that keeps its own result keeps itself: without a backward pass, nothing would free the graph.
+            # Leaves stay as they are, since ZeRO-3 replaces their data.
+            return tensor if tensor.grad_fn is None else tensor.detach(), tensor._version
         return node, tensor.shape
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pact_fast.rewards.feedback import Feedback, normalise, stated
@@ -61,10 +61,27 @@ def solve_score(feedback: Sequence[Feedback], expected: Mapping[str, Sequence[st
     """
     parts = {name: [found for text in texts if (found := expected_parts(text))] for name, texts in expected.items()}
     statements = {part: stated(feedback, part) for texts in parts.values() for text in texts for part in text}
+    return _score(feedback, parts, lambda call, text: all(statements[part][call] for part in text))
+
+
+def official_solve_score(feedback: Sequence[Feedback], expected: Mapping[str, Sequence[str]]) -> SolveScore:
+    """`solve_score` as FTRL's authors compute it: every observation is searched, errors and echoes included.
+
+    For comparison with published numbers; a policy that is trained on it learns to put guesses into arguments.
+    """
+    parts = {name: [list(map(normalise, text.split(", "))) for text in texts] for name, texts in expected.items()}
+    texts = [normalise(call.observation) for call in feedback]
+    return _score(feedback, parts, lambda call, text: all(part in texts[call] for part in text))
+
+
+def _score(
+    feedback: Sequence[Feedback], parts: dict[str, list[list[str]]], answers: Callable[[int, list[str]], bool]
+) -> SolveScore:
+    """`answers(i, text)`: whether the i-th call answers a sub-question, given by the parts of its expected text."""
     questions, solved = sum(map(len, parts.values())), 0
     for i, call in enumerate(feedback):
         open_questions = parts.get(call.tool, [])
-        hit = next((text for text in open_questions if all(statements[part][i] for part in text)), None)
+        hit = next((text for text in open_questions if answers(i, text)), None)
         if hit is not None:
             open_questions.remove(hit)
             solved += 1

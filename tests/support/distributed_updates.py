@@ -1,4 +1,4 @@
-"""Six updates on uneven packs, in this process or in several ranks (test_distributed.py)."""
+"""Four updates on uneven packs, in this process or in several ranks (test_distributed.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pact_fast.distributed.world import World, init_world
 from pact_fast.train.learner import Learner
 from tests.support.groups import lookup_chain_renderer, make_groups, step_context_of
 
-STEPS = 6
+STEPS = 4
 OFFLOAD = {"offload_optimizer": "cpu"}
 BACKENDS: dict[str, dict[str, Any]] = {
     "replicated": {},

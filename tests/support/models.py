@@ -32,7 +32,7 @@ TINY = {
 }  # fmt: skip
 # deep enough that activations decide a step's memory, and small enough to run one
 DEEP = {
-    "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 5, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": True,
 }  # fmt: skip
 

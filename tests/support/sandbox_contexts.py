@@ -1,10 +1,11 @@
-"""The five situations in which tool workers run, and a Python that starts in each of them.
+"""The six situations in which tool workers run, and a Python that starts in each of them.
 
 root              with all rights
 root-container    without CAP_SYS_ADMIN, as in a default container
 root-old-kernel   before Linux 5.12: no mount_setattr
 user              another user, who may make user namespaces
 user-plain        another user, who may not
+user-cgroup       the same in a cgroup that belongs to the user
 
 `interpreter` writes a script that stands in for sys.executable; it runs this file, which enters the situation.
 """
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-CONTEXTS = ("root", "root-container", "root-old-kernel", "user", "user-plain")
+CONTEXTS = ("root", "root-container", "root-old-kernel", "user", "user-plain", "user-cgroup")
 WITH_NAMESPACES = ("root", "user")
 USER = 1_700_000_001  # nobody has it
 # what Docker leaves to root by default
@@ -37,6 +38,8 @@ def missing(context: str) -> str | None:
         return f"{context} is entered as root"
     if os.uname().machine not in UNSHARE:
         return "numbers of system calls are known for x86-64 and ARM64 only"
+    if context == "user-cgroup" and not os.access(delegated("x").parent / "tasks", os.W_OK):
+        return "user-cgroup is entered where there are cgroups of version 1 with the controller pids"
     child = os.fork()
     if child == 0:
         os._exit(libc.unshare(0x00020000) != 0)
@@ -58,6 +61,13 @@ def public_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="sandbox-context-", dir="/tmp"))
     folder.chmod(0o755)
     return folder
+
+
+def delegated(name: str) -> Path:
+    """The cgroup of this name with the controller `pids`, version 1, below that of this process."""
+    lines = (line.rstrip("\n").split(":", 2) for line in open("/proc/self/cgroup"))  # noqa: SIM115
+    path = next((path for _, controllers, path in lines if controllers == "pids"), "/")
+    return Path("/sys/fs/cgroup/pids") / path.lstrip("/") / name
 
 
 def call(name: str, *arguments: object) -> None:
@@ -89,7 +99,12 @@ def enter(context: str, folder: Path, command: list[str]) -> list[str]:
             (folder / name).mkdir(exist_ok=True)
             call("mount", source.encode(), str(folder / name).encode(), None, ctypes.c_ulong(1 << 12 | 1 << 14), None)
     python = os.path.realpath(sys.executable).replace(sys.base_prefix, str(folder / "prefix"), 1)
-    if context == "user-plain":
+    if context == "user-cgroup":
+        group = delegated(folder.name)
+        group.mkdir(exist_ok=True)  # every worker of a pool enters
+        (group / "cgroup.procs").write_text("0")
+        os.chown(group, USER, USER)
+    if context in ("user-plain", "user-cgroup"):
         refuse(UNSHARE[os.uname().machine], EPERM)
     os.setgroups([])
     os.setresgid(USER, USER, USER)

@@ -67,6 +67,11 @@ def pool_in(context: str, *, restarts: bool = True, **options) -> Iterator[Sandb
         assert wait_for(lambda: not any(map(alive, below))), "processes of the worker are left"
     finally:
         shutil.rmtree(folder)
+        group = sandbox_contexts.delegated(folder.name)
+        assert wait_for(lambda: not list(group.glob("pact-tool-*"))), "a cgroup of the worker is left"
+        if group.exists():
+            assert wait_for(lambda: not (group / "cgroup.procs").read_text()), "processes of the pool are left"
+            group.rmdir()
 
 
 def descendants(pid: int) -> list[int]:

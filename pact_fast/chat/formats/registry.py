@@ -13,18 +13,15 @@ tool_format: Registry[type[ToolFormat]] = Registry(
 )
 
 
-def get_format(name: str, tokenizer=None) -> ToolFormat:
-    """The format that `model.tool_format` names; `auto` detects it from the chat template of `tokenizer`.
-
-    Raises PactError if the name is unknown, or the template writes calls in no known format.
-    """
-    return detect_format(tokenizer) if name == "auto" else tool_format.get(name)()
+def get_format(name: str) -> ToolFormat | None:
+    """The format that `model.tool_format` names; None for `auto`. PactError if the name is unknown."""
+    return None if name == "auto" else tool_format.get(name)()
 
 
-def detect_format(tokenizer) -> ToolFormat:
-    """The registered format in which the tokenizer's chat template writes a tool call. PactError if there is none."""
+def detect_format(template: ChatTemplate) -> ToolFormat:
+    """The registered format in which the chat template writes a tool call. PactError if there is none."""
     call = ToolCall("look_up", {"name": "a", "n": 1})
-    text = ChatTemplate(tokenizer).render_call(call)
+    text = template.render_call(call)
     for name in tool_format.names():
         candidate = tool_format.get(name)()
         if candidate.write_calls([call]) in text:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pact_fast.envs.python_tools.worker.cgroup import remove_group
 from pact_fast.envs.python_tools.worker.frames import LENGTH, frame
 from pact_fast.envs.python_tools.worker.leftovers import remove_tree
 from pact_fast.errors import PactError
@@ -37,6 +38,7 @@ class Worker:
         self.disconnected = False
         self._ids = itertools.count()
         self._folder: str | None = None
+        self._group: str | None = None
         self._socket, theirs = socket.socketpair()
         # -P -s -S: only the standard library can be imported. PYTHONHASHSEED makes strings hash the same in every worker,
         # so that a tool that iterates over a set gives the same answer each time; -I would ignore it.
@@ -63,7 +65,8 @@ class Worker:
         """Wait for the worker to start. PactError if it does not."""
         try:
             hello = self._receive(time.monotonic() + START_SECONDS)
-            self.protections, self._folder = frozenset(hello["protections"]), hello["folder"]
+            self.protections = frozenset(hello["protections"])
+            self._folder, self._group = hello["folder"], hello["group"]
             answer = self.call({"source": "", "function": "len", "arguments": "{}"}, START_SECONDS, START_SECONDS)
         except OSError:
             self.disconnect()
@@ -117,6 +120,7 @@ class Worker:
         self._process.stderr.close()
         self._socket.close()
         if self._folder is not None:  # both of its processes may have been killed
+            remove_group(self._group)
             remove_tree(self._folder)
 
     def _receive(self, deadline: float) -> dict[str, Any]:

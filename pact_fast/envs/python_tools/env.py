@@ -14,7 +14,7 @@ from pact_fast.envs.python_tools.task_check import check_task
 from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
 from pact_fast.rewards.feedback import trajectory_feedback
-from pact_fast.rewards.ftrl import solve_score
+from pact_fast.rewards.ftrl import official_solve_score, solve_score
 from pact_fast.rewards.toolhop import is_correct
 
 
@@ -95,15 +95,21 @@ class PythonTools:
         return self._pool.call(source, name, arguments, self._timeout)
 
     def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
-        """FTRL: solve_p, solve_r, solve_f1, and success when all sub-questions are solved. ToolHop: success."""
+        """FTRL: solve_p, solve_r, solve_f1, success when all sub-questions are solved, and the first three by the
+        authors' scoring. ToolHop: success.
+        """
         scoring = task.env_args.get("scoring")
         if scoring == "ftrl":
-            score = solve_score(trajectory_feedback(trajectory), task.env_args["unsolved_set"])
+            feedback, expected = trajectory_feedback(trajectory), task.env_args["unsolved_set"]
+            score, official = solve_score(feedback, expected), official_solve_score(feedback, expected)
             return {
                 "solve_p": score.precision,
                 "solve_r": score.recall,
                 "solve_f1": score.f1,
                 "success": float(score.solved == score.questions),
+                "official_solve_p": official.precision,
+                "official_solve_r": official.recall,
+                "official_solve_f1": official.f1,
             }
         if scoring == "toolhop":
             return {"success": float(is_correct(str(task.answer), trajectory))}

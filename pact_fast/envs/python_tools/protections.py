@@ -12,6 +12,7 @@ PROTECTIONS = {
     "ipc": "no System V memory, semaphores or queues and no POSIX queues of others, and none outlives the call",
     "keys": "no kernel keyrings",
     "sockets": "no sockets but local ones and those of IPv4 and IPv6: no vsock, AF_ALG, AF_PACKET, netlink",
+    "count": "at most 16 processes and threads of a call at a time",
     "identity": "an unused user id",
 }
 

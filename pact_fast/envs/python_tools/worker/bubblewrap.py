@@ -38,9 +38,10 @@ class Bubblewrap:
         if trial.returncode:
             reason = trial.stderr.decode("utf-8", "replace").strip().splitlines()
             raise SystemExit(f"env.args.sandbox=bubblewrap: {reason[-1] if reason else 'bwrap failed without a word'}")
+        self.group: str | None = None
         filtered = ["keys", "sockets"] if usable_filter() else []
         identity = ["identity"] if settings.uid is not None else []
-        self.protections = ["network", "files", "devices", "processes", "ipc", *filtered, *identity]
+        self.protections = ["network", "files", "devices", "processes", "ipc", *filtered, "count", *identity]
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Call:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from typing import Any
 
+from .cgroup import remove_group
 from .frames import LENGTH, frame
 from .leftovers import end_descendants, remove_files_of, remove_tree
 from .linux import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, libc_call
@@ -32,12 +33,13 @@ class Gone(Exception):
 class Supervisor:
     """Serves the trainer's calls one after the other. Messages in: `id`, `source`, `function`, `arguments`, `timeout`.
 
-    The first message out has `protections`, and the `folder` to remove if the worker is killed; all others answer a
+    The first message out has `protections`, and `folder` and `group` to remove if the worker is killed; all others answer a
     request: its `id`, and the observation `text`.
     """
 
     def __init__(self, settings: Settings):
         self.settings = settings
+        self.group: str | None = None
         self.trainer = socket.socket(fileno=0)
         self.trainer_process = os.pidfd_open(os.getppid())
         libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1)  # what the zygote leaves behind if it is killed
@@ -51,7 +53,9 @@ class Supervisor:
             hello = self.control.recv(1 << 12)
             if not hello:
                 raise Gone
-            self.trainer.sendall(frame({"protections": json.loads(hello), "folder": self.settings.folder}))
+            first = json.loads(hello) | {"folder": self.settings.folder}
+            self.group = first["group"]
+            self.trainer.sendall(frame(first))
             while True:
                 self._serve_call()
 
@@ -61,6 +65,7 @@ class Supervisor:
         if not select.select([self.zygote], [], [], ZYGOTE_SECONDS)[0]:
             signal.pidfd_send_signal(self.zygote, signal.SIGKILL)
         end_descendants(self.settings.own_uid)
+        remove_group(self.group)
         remove_tree(self.settings.folder)
         if self.settings.own_uid is not None:
             remove_files_of(self.settings.own_uid)

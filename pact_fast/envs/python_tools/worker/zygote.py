@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from . import namespaces, seccomp, tool
+from .cgroup import join_group, make_group, remove_group
 from .leftovers import end_descendants, remove_files_of, remove_tree
 from .linux import (
     MNT_DETACH,
@@ -26,7 +27,7 @@ from .linux import (
     set_pdeathsig,
     works,
 )
-from .settings import WORK_BYTES, Settings
+from .settings import PROCESSES, WORK_BYTES, Settings
 
 END, CAUSE = b"end", b"cause"  # what the supervisor says
 CALL = b"call"  # what the zygote says, with a call's descriptors
@@ -50,9 +51,11 @@ class Launcher(Protocol):
     """Starts and ends the processes of calls.
 
     protections  names in force
+    group        folder of the cgroup of calls, if they have one
     """
 
     protections: list[str]
+    group: str | None
 
     def start(self) -> Call: ...
 
@@ -76,10 +79,13 @@ class Forks:
             namespaces.redirect_imports(os.path.dirname(os.__file__), namespaces.LIBRARY)
         libc_call("prctl", PR_SET_DUMPABLE, 0)  # a tool of the same user must not read this process's memory
         self.code = usable_filter()
+        self.own_user = self.isolated or settings.uid is not None  # which has no processes but the call's
+        self.group = None if self.own_user else make_group(os.path.basename(settings.folder), PROCESSES)
         self.protections = [
             *(["network", "files", "devices", "processes"] if self.isolated else []),
             *(["ipc"] if self.isolated or self.code else []),
             *(["keys", "sockets"] if self.code else []),
+            *(["count"] if self.own_user or self.group else []),
             *(["identity"] if settings.uid is not None else []),
         ]
         tool.preload()
@@ -140,8 +146,9 @@ class Forks:
                 if child := os.fork():
                     forward_exit(child, 127)
             os.chdir(work)
-            count = self.isolated or self.settings.uid is not None
-            tool.give_up_rights(self.settings, self.code, count_processes=count)
+            if self.group:
+                join_group(self.group)
+            tool.give_up_rights(self.settings, self.code, count_processes=self.own_user)
             if not self.isolated:
                 set_pdeathsig(self.process)  # setresuid has cleared the first one
             tool.arrange_descriptors(self.null, request, output)
@@ -186,27 +193,31 @@ def forward_exit(child: int, highest: int = 255) -> NoReturn:
 def start_zygote(settings: Settings) -> tuple[int, socket.socket]:
     """Fork the zygote. Returns its pid, and the socket to it.
 
-    Its first message there is the JSON list of protections. Then it sends the descriptors of a call (CALL), and again
-    after each END. It exits when the socket closes.
+    Its first message there is the JSON of the launcher's protections and group. Then it sends the descriptors of a call
+    (CALL), and again after each END. It exits when the socket closes.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid:
         theirs.close()
         return pid, ours
+    launcher: Launcher | None = None
     try:
         ours.close()
         libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1)  # orphans of a call become children, which `end` finds
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)  # the trainer's socket
         os.close(null)
-        _serve(theirs, _launcher(settings))
+        launcher = _launcher(settings)
+        _serve(theirs, launcher)
     except SystemExit as error:
         print(error, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stderr.flush()
+        if launcher:
+            remove_group(launcher.group)
         remove_tree(settings.folder)
         os._exit(0)
 
@@ -222,7 +233,7 @@ def _launcher(settings: Settings) -> Launcher:
 def _serve(supervisor: socket.socket, launcher: Launcher) -> None:
     """Start and end calls until the supervisor is gone."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone
-        supervisor.send(json.dumps(launcher.protections).encode())
+        supervisor.send(json.dumps({"protections": launcher.protections, "group": launcher.group}).encode())
         said = END
         while said == END:
             call = launcher.start()
