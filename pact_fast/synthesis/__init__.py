@@ -1,0 +1,1 @@
+"""Programs that make tasks and expert traces."""
