@@ -104,7 +104,7 @@ class Engine:
             log = CandidateLog(self.out / "candidates.jsonl")
             try:
                 for number in range(len(self.rounds) + 1, self.settings.rounds + 1):
-                    version = self._round(number, version, log, phase or _silent)
+                    version = self._round(number, version, log, phase or silent)
                 return log.candidates
             finally:
                 log.close()
@@ -246,7 +246,8 @@ class Engine:
 
 
 @contextmanager
-def _silent(name: str, total: int) -> Iterator[Advance]:
+def silent(name: str, total: int) -> Iterator[Advance]:
+    """Progress that nobody sees."""
     yield lambda info: None
 
 
