@@ -152,11 +152,17 @@ class RolloutConfig(Section):
         "all.",
     )
     max_turns: int = Field(10, ge=1, description="Assistant turns per trajectory.")
+    max_user_turns: int | None = Field(
+        None,
+        ge=1,
+        description="Messages of the user per trajectory, the prompt's not counted, where the environment has a user "
+        "(docs/conversations.md); null: `max_turns` alone limits the dialogue.",
+    )
     max_turn_tokens: int = Field(1024, ge=1, description="Sampled tokens per assistant turn.")
     max_completion_length: int = Field(
         4096,
         ge=1,
-        description="Response tokens per trajectory, observations included.",
+        description="Response tokens per trajectory, observations and user messages included.",
     )
     max_prompt_length: int = Field(
         4096, ge=1, description="Longest prompt in tokens. A longer one is an error that names the task."

@@ -18,7 +18,7 @@ from pact_fast.errors import PactError, error_line
 from pact_fast.kernels.head.tokens import LossTokens
 from pact_fast.model.device import precision
 from pact_fast.model.forward import causal_lm_of, decoder_of
-from pact_fast.model.head import head_of
+from pact_fast.model.head import head_layer
 from pact_fast.model.modes import update_mode
 from pact_fast.model.policy import Policy
 
@@ -151,7 +151,7 @@ def _probe_tokens(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
 
     They are spread over the vocabulary, and not random: drawing them would change what the run draws next.
     """
-    head, n = head_of(model).weight, PREFIX + BRANCH
+    head, n = head_layer(model).weight, PREFIX + BRANCH
     vocab = min(len(head), _embedding_rows(model))
     ids = (torch.arange(2 * n, device=head.device).view(2, n) * 7919 + 11) % vocab
     ids[1, :PREFIX] = ids[0, :PREFIX]
@@ -214,7 +214,7 @@ def _trainer_logprobs(
 @torch.no_grad()
 def _position(model: PreTrainedModel, position: int) -> None:
     """Run one token at a position. Not on CUDA, where an index beyond a table ends the process."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=head_of(model).weight.device)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=head_layer(model).weight.device)
     if not ids.is_cuda:
         decoder_of(model)(input_ids=ids, position_ids=ids + position, use_cache=False)
 

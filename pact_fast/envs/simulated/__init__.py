@@ -1,0 +1,18 @@
+"""Simulated tools over the facts of a question-answering row: the ToolActor of MTR (docs/mtr.md).
+
+env        the environment `simulated`: calls and rewards
+actor      ToolActor: input schema, cache, back-end, output check, repairs, typed errors
+world      what a row states: tools with output schemas, facts, passages
+backend    ToolBackend, the protocol of whatever answers calls
+facts      the back-end that looks up the row's own facts and searches its passages; no model
+utilities  calculator, date difference, compare: always computed in code
+recorded   the store of observations, and the back-end that only replays it
+faults     timeouts, rate limits, empty and noisy results, drawn from a seed
+leaks      whether an observation says more than the facts behind its call
+schemas    JSON Schema checks (package jsonschema)
+bm25       ranking of a row's passages
+"""
+
+from pact_fast.envs.simulated.env import Simulated
+
+__all__ = ["Simulated"]

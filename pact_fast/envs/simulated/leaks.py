@@ -1,0 +1,47 @@
+"""Whether an observation says more than the facts behind its call: a simulator must not let hop 1 reveal hop n."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from pact_fast.envs.simulated.facts import look_up, search
+from pact_fast.envs.simulated.world import LOOKUP, SEARCH, ToolSpec, World
+from pact_fast.rewards.qa import normalize_answer
+
+TRIVIAL = frozenset(("yes", "no", "noanswer", ""))  # answers that any text may hold
+
+
+def mentions(text: str, answer: str) -> bool:
+    """Whether a text holds an answer as whole words, both in the normal form of QA metrics."""
+    sought = normalize_answer(answer)
+    return sought not in TRIVIAL and f" {sought} " in f" {normalize_answer(text)} "
+
+
+def leaked(output: Any, tool: ToolSpec, arguments: dict[str, Any], world: World, answers: Iterable[str]) -> bool:
+    """Whether an output holds a gold answer that neither the facts behind the call nor its arguments hold."""
+    text = plain_text(output)
+    found = [answer for answer in answers if mentions(text, answer)]
+    if not found:
+        return False
+    known = "\n".join([plain_text(arguments), *facts_behind(tool, arguments, world)])
+    return any(not mentions(known, answer) for answer in found)
+
+
+def facts_behind(tool: ToolSpec, arguments: dict[str, Any], world: World) -> list[str]:
+    """What the row states about a call: the values that a look-up asks for, or the passages that a search finds."""
+    if tool.kind == LOOKUP:
+        return look_up(world, tool.relation, arguments)
+    if tool.kind == SEARCH:
+        return [f"{p.title}. {p.text}" for p in search(world, str(arguments.get("query", "")))]
+    return []
+
+
+def plain_text(value: Any) -> str:
+    """The strings, numbers and keys of JSON data, one a line."""
+    if isinstance(value, dict):
+        return "\n".join(f"{key}\n{plain_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "\n".join(map(plain_text, value))
+    return value if isinstance(value, str) else json.dumps(value)
