@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from pact_fast.config import load_config
+from pact_fast.config import RolloutConfig, load_config
 from pact_fast.data.types import StopReason, Task, Trajectory, TurnRecord
 from pact_fast.envs.base import Environment
 from pact_fast.envs.domain import Checker, Database, Domain, DomainEnvironment, Instance, Step, ToolError, User
@@ -21,8 +21,11 @@ from pact_fast.envs.helpdesk import HelpdeskEnvironment
 from pact_fast.envs.python_tools.pool import SandboxPool
 from pact_fast.envs.registry import EnvironmentFactory
 from pact_fast.errors import DataError, PactError
+from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.synthesis.eigendata.rollout import gold_acts, play
 from tests.support import eigendata as support
+from tests.support.groups import lookup_chain_renderer
+from tests.support.scripted_engine import Script
 
 BASE = {"jars": {"a": {"n": 1, "tags": ["x"]}, "b": {"n": 2, "tags": []}}, "log": {}}
 
@@ -153,6 +156,27 @@ def test_rows_play_in_the_environment_that_they_name(instance, tmp_path):
         DomainEnvironment.check_task(Task("t", [], env_args={"gold": []}))
     with pytest.raises(PactError, match="name a domain"):
         DomainEnvironment()
+
+
+@pytest.mark.parametrize("weak", [False, True])
+def test_the_agent_loop_plays_a_dialogue_and_gets_the_verdict(instance, weak):
+    """Turns of the gold dialogue as a model would write them; without its repairs, the dialogue is the same and fails."""
+    domain, renderer = support.helpdesk(), lookup_chain_renderer()
+    dialogue = play(domain, instance, gold_acts(domain, instance)).messages
+    task = instance_task(domain, instance, "helpdesk", dialogue)
+    expert = [(turn.content, turn.calls) for turn in task.expert.turns] + [(task.expert.answer, ())]
+    repairs = {"unlock_sim", "refund_order"} if weak else set()
+    kept = [(text, calls) for text, calls in expert if not repairs & {call.name for call in calls}]
+    turns = [list(renderer.assistant_turn("", text, calls)[0]) for text, calls in kept]
+    limits = RolloutConfig(max_turns=60, max_completion_length=20_000, max_prompt_length=20_000)
+    loop = AgentLoop(Script(renderer, {0: turns}), renderer, lambda task: HelpdeskEnvironment(), limits)
+    (trajectory,) = loop.run([Job(task, (0,))])
+    assert trajectory.stop_reason is StopReason.ENVIRONMENT
+    assert trajectory.env_rewards["success"] == float(not weak) and trajectory.env_rewards["said"] == 1.0
+    if not weak:
+        assert [turn.user for turn in trajectory.turns if turn.user] == [
+            message["content"] for message in dialogue[2:] if message["role"] == "user"
+        ]
 
 
 SHOP = '''

@@ -39,6 +39,7 @@ def test_rows_are_read_again_and_their_tasks_are_sound(folder):
         instance = Instance.from_json(task.env_args)
         assert instance.id == task.id and task.env == "helpdesk" and not support.failing_controls(DOMAIN, instance)
         assert instance.user.opening == task.prompt[-1]["content"]
+        assert task.expert and any(turn.user for turn in task.expert.turns)
         assert set(task.columns["pass_rates"]) == {"careful", "average", "weak"}
     subjects = [{task.env_args["subject"] for task in tasks} for tasks in (train, held_out)]
     assert not subjects[0] & subjects[1]

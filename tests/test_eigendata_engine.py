@@ -165,3 +165,13 @@ def test_settings_are_saved_as_json(tmp_path):
     engine = Engine(support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=1, plans=4, count=4))
     engine.run()
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["plans"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timing
+def test_rules_make_500_accepted_tasks_in_under_three_minutes(tmp_path):
+    engine = Engine(support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=1, count=510))
+    started = time.process_time()
+    accepted = [candidate for candidate in engine.run() if candidate.accepted]
+    assert len(accepted) >= 500 and time.process_time() - started < 180
+    assert len({candidate.instance.digest for candidate in accepted}) == len(accepted)

@@ -7,7 +7,7 @@ A folder holds everything, and a command that was killed continues from it:
     plans/0001.jsonl   the plans of a version
     candidates.jsonl   all attempts, with findings and dialogues
     rounds.jsonl       one line per finished round, with the proposals that were measured
-    train.jsonl, held_out.jsonl, dialogues.jsonl, summary.json, report.html
+    train.jsonl, held_out.jsonl, summary.json, report.html
 """
 
 from __future__ import annotations
