@@ -34,13 +34,18 @@ def install(trainer: Any, tree: bool, served: dict[str, str], reasons: dict[str,
     if tree and no_tree:
         reasons["tree"] = no_tree
     step = OnePass(trainer, tree and no_tree is None)
-    host, trainer._compute_loss = trainer._compute_loss, step
-    undo.append(lambda: setattr(trainer, "_compute_loss", host))
+    _override(trainer, "_compute_loss", step, undo)
     served["loss"] = "one pass"
     if step.tree:
-        prepare, trainer._prepare_inputs = trainer._prepare_inputs, group_shuffle(trainer._prepare_inputs)
-        undo.append(lambda: setattr(trainer, "_prepare_inputs", prepare))
+        _override(trainer, "_prepare_inputs", group_shuffle(trainer._prepare_inputs), undo)
         served["tree"] = "prompts are computed once for the completions of a micro-batch"
+
+
+def _override(trainer: Any, name: str, method: Any, undo: list[Any]) -> None:
+    """Put a method in front of that of the trainer's class, or of an earlier override."""
+    before = vars(trainer).get(name)
+    setattr(trainer, name, method)
+    undo.append((lambda: delattr(trainer, name)) if before is None else (lambda: setattr(trainer, name, before)))
 
 
 class OnePass:
