@@ -221,6 +221,16 @@ def test_a_broken_kernel_is_an_error_on_the_first_batch(make, mode, breaks, what
     assert trainer.state.global_step == 0 and "\n" not in str(caught.value)
 
 
+def test_dropout_is_the_same_for_both_and_trees_are_left_out(tmp_path):
+    trainer = grpo_trainer(tmp_path, lora(lora_dropout=0.3), disable_dropout=False)
+    installed = install(trainer, "tree")
+    assert installed.served.keys() == {"head", "loss"} and "has dropout" in installed.reasons["tree"]
+    assert max(compare_steps(trainer)) < 1e-5
+    trainer = sft_trainer(tmp_path, lora(lora_dropout=0.3))
+    install(trainer)
+    assert max(compare_steps(trainer)) < 1e-5
+
+
 def test_what_cannot_be_served_is_an_error_when_it_is_installed(tmp_path):
     trainer = sft_trainer(tmp_path)
     with pytest.raises(PactError, match="mode='fast' is unknown"):
