@@ -17,6 +17,7 @@ from benchmarks.harness import Case, failure
 from benchmarks.update_methods import METHODS, UpdateMethod
 from benchmarks.update_problem import PromptProblem, Shape, make_problem
 from pact_fast.config import TrainerConfig
+from pact_fast.model.attention.registered import registered_name
 from pact_fast.train.backends.replicated import make_optimizer
 
 QWEN3 = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40_960}
@@ -147,8 +148,8 @@ def timed(attention: Callable[..., Any]) -> Callable[..., Any]:
 
 def time_attention() -> None:
     """Make every attention function that a method uses report to `Clock.now`."""
-    functions = AttentionInterface()
-    for name in ("sdpa", "pact_tree", "bench_flex", "bench_grouped"):
+    functions, peers = AttentionInterface(), ("sdpa", "bench_flex", "bench_grouped")
+    for name in (*peers, *map(registered_name, peers)):  # a tree may follow any of them
         if not hasattr(functions[name], "__wrapped__"):
             AttentionInterface.register(name, timed(functions[name]))
 

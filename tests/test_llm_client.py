@@ -357,7 +357,8 @@ def test_no_call_begins_that_could_exceed_the_budget(client_of, server):
         client.map(ask(50))
     assert caught.value.reason == "budget"
     report = client.report()
-    assert report["tokens_charged"] == 100 * len(server.bodies) and 800 <= report["tokens_charged"] <= 1000
+    assert 800 <= report["tokens_charged"] <= 1000
+    assert report["tokens_charged"] <= 100 * len(server.bodies) <= 1000  # one under way is cancelled, and not charged
 
 
 def test_a_call_waits_while_others_may_leave_it_enough(client_of, server):

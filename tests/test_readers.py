@@ -329,7 +329,7 @@ BAD_ROWS = {
     "messages with two questions": (
         {"messages": [*QUESTION, *TRACE, *QUESTION], "tools": [WEATHER]},
         "messages",
-        "message 3",
+        "message 4: the user has the last word",
     ),
     "messages text is not JSON": ({"messages": "hello"}, "messages", "not valid JSON"),
     "half a surrogate pair": ({"prompt": "a", "tools": r'[{"name": "\ud83d"}]'}, "tools", "surrogate"),

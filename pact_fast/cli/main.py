@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pact_fast import __version__
+from pact_fast.cli.eigendata import add_eigendata
 from pact_fast.distributed.exit import skip_teardown_exit
 from pact_fast.errors import EngineError, PactError, ShutdownRequested
 from pact_fast.plugins import no_exit
@@ -100,6 +101,12 @@ List the shipped recipes. Each is a YAML file whose first lines say how to start
 """
 RECIPES_EXAMPLES = """\
   pact-fast recipes
+"""
+DATA = """\
+Make data to train on.
+"""
+DATA_EXAMPLES = """\
+  pact-fast data eigendata helpdesk -o data/helpdesk
 """
 BENCH = """\
 List the repository's benchmarks, or run one. Works in a checkout only: benchmarks are not part of the installed package.
@@ -259,6 +266,8 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", type=Path, help="folder to create")
 
     _command(commands, "recipes", _recipes, "list the shipped recipes", RECIPES, RECIPES_EXAMPLES)
+    data = _command(commands, "data", _data, "make data to train on", DATA, DATA_EXAMPLES)
+    add_eigendata(data.add_subparsers(title="what to make", metavar="KIND", required=True), _command)
     bench = _command(commands, "bench", _bench, "list the repository's benchmarks, or run one", BENCH, BENCH_EXAMPLES)
     bench.add_argument("name", metavar="NAME", nargs="?", help="benchmark to run (default: list all)")
     bench.add_argument(
@@ -392,6 +401,10 @@ def _recipes(arguments) -> int:
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         print(f"{name:14} {first}")
     return 0
+
+
+def _data(arguments) -> int:
+    raise AssertionError("the kind of data is required")
 
 
 def _bench(arguments) -> int:

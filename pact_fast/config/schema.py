@@ -55,8 +55,8 @@ class ModelConfig(Section):
     )
     tool_format: str = Field(
         "auto",
-        description="Format of tool calls: `hermes`, `llama3_json`, `qwen3_coder`, `gemma4`, `lfm2`, `glm4_moe`, or your "
-        "own as `file.py:Class`; `auto`: detected from the chat template.",
+        description="Format of tool calls: `hermes`, `llama3_json`, `qwen3_coder`, `gemma4`, `lfm2`, `glm4_moe`, `harmony`, "
+        "or your own as `file.py:Class`; `auto`: detected from the chat template.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -152,11 +152,17 @@ class RolloutConfig(Section):
         "all.",
     )
     max_turns: int = Field(10, ge=1, description="Assistant turns per trajectory.")
+    max_user_turns: int | None = Field(
+        None,
+        ge=1,
+        description="Messages of the user per trajectory, the prompt's not counted, where the environment has a user "
+        "(docs/conversations.md); null: `max_turns` alone limits the dialogue.",
+    )
     max_turn_tokens: int = Field(1024, ge=1, description="Sampled tokens per assistant turn.")
     max_completion_length: int = Field(
         4096,
         ge=1,
-        description="Response tokens per trajectory, observations included.",
+        description="Response tokens per trajectory, observations and user messages included.",
     )
     max_prompt_length: int = Field(
         4096, ge=1, description="Longest prompt in tokens. A longer one is an error that names the task."
@@ -312,6 +318,24 @@ class RewardConfig(Section):
     )
 
 
+class FilterGroupsConfig(Section):
+    """Dynamic sampling (DAPO; keys as in verl): groups without signal are replaced by groups of further prompts."""
+
+    enable: bool = Field(
+        False,
+        description="Drop groups whose rewards are all equal, and sample further prompts in their place. Metrics: `filter/…`.",
+    )
+    max_num_gen_batches: int = Field(
+        4,
+        ge=1,
+        description="Most batches of prompts_per_step prompts that a step samples, the first one included. When they are "
+        "used up, dropped groups fill the step.",
+    )
+    max_mean_reward: float | None = Field(
+        None, description="Also drop groups whose mean reward is at least this (solved almost always); null: do not."
+    )
+
+
 class AlgorithmConfig(Section):
     """The algorithm and its loss (docs/method.md)."""
 
@@ -337,11 +361,13 @@ class AlgorithmConfig(Section):
         description="Policy loss: `ppo` (clipped surrogate), `cispo` (clipped importance weight), or one of your own as "
         "`file.py:Class`. `gspo` is in the kernels only, not in the trainer.",
     )
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = Field(
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "prompt_mean"] = Field(
         "grpo",
         description="Aggregation over tokens: mean per rollout, then over rollouts (grpo); mean over all tokens of the "
-        "batch (dapo); sum divided by max_completion_length (dr_grpo).",
+        "batch (dapo); sum divided by max_completion_length (dr_grpo); mean over all tokens of a prompt's rollouts, then "
+        "over prompts (prompt_mean, as in EigenData).",
     )
+    filter_groups: FilterGroupsConfig = Field(default_factory=FilterGroupsConfig)
     scale_rewards: bool = Field(True, description="Divide advantages by the standard deviation of the group.")
     vllm_importance_sampling_correction: bool = Field(
         True,

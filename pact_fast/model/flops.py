@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from transformers import PreTrainedModel
 
 from pact_fast.batch.flops import Work
+from pact_fast.kernels.head.logit_transform import full_shape
 
 
 def decoder_flops(model: PreTrainedModel, work: Work) -> float:
@@ -34,8 +34,3 @@ def flops_per_token_and_pair(model: PreTrainedModel) -> tuple[float, float]:
         if len(full_shape(p)) >= 2 and "embed" not in name and "lm_head" not in name
     )
     return per_token, 12.0 * config.num_hidden_layers * config.num_attention_heads * head_dim
-
-
-def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """The full shape, also where ZeRO-3 has partitioned the parameter."""
-    return getattr(parameter, "ds_shape", parameter.shape)

@@ -24,7 +24,7 @@ from pact_fast.kernels.head.tokens import LossTokens
 from pact_fast.model.attention.ulysses import RowShards
 from pact_fast.model.filters import log_kept_mass
 from pact_fast.model.forward import paths_forward, tree_forward, unsupported
-from pact_fast.model.head import head_of, logit_transform
+from pact_fast.model.head import head_layer, logit_transform
 
 FILTERED_LOGITS = 1 << 24  # logits that the filters are applied to at a time
 
@@ -101,7 +101,7 @@ class FusedHead(torch.nn.Module):
     def __init__(self, model: PreTrainedModel, filters: SamplingFilters = UNFILTERED):
         super().__init__()
         self.filters = filters
-        head = head_of(model)
+        head = head_layer(model)
         self.weight = head.weight
         self.register_parameter("bias", getattr(head, "bias", None))
         self.transform = logit_transform(model)

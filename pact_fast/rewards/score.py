@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from pact_fast.config import RewardConfig
 from pact_fast.data.absent import is_absent
-from pact_fast.data.types import StopReason, Task, ToolCall, Trajectory
+from pact_fast.data.types import Task, ToolCall, Trajectory
 from pact_fast.errors import PactError
 from pact_fast.rewards.answers import extract_answer, token_f1
 from pact_fast.rewards.matching import match
@@ -18,7 +18,7 @@ def turn_rewards(trajectory: Trajectory, task: Task, penalty: float) -> list[flo
 
     The calls of the whole trajectory are matched with `task.reference_calls`, or with the expert's calls if those are
     None. A turn earns the mean score of its calls, 0 if it has none; a malformed call scores −penalty, like an
-    unmatched one. Without reference calls, calls score 0. If the trajectory ended with an answer and the task has one,
+    unmatched one. Without reference calls, calls score 0. If no limit ended the trajectory and the task has an answer,
     the last turn earns their token F1 instead.
     """
     reference = task.reference_calls
@@ -32,7 +32,7 @@ def turn_rewards(trajectory: Trajectory, task: Task, penalty: float) -> list[flo
         for turn in trajectory.turns:
             earned = [next(scores) if isinstance(a, ToolCall) else 0.0 - penalty for a in turn.attempts]
             rewards.append(sum(earned) / len(earned) if earned else 0.0)
-    if not is_absent(task.answer) and trajectory.stop_reason is StopReason.ANSWER:
+    if not is_absent(task.answer) and not trajectory.stop_reason.is_truncated:
         rewards[-1] = token_f1(extract_answer(trajectory.answer), str(task.answer))
     return rewards
 
