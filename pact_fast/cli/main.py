@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from pact_fast import __version__
 from pact_fast.cli.eigendata import add_eigendata
+from pact_fast.cli.mtr import add_mtr
 from pact_fast.distributed.exit import skip_teardown_exit
 from pact_fast.errors import EngineError, PactError, ShutdownRequested
 from pact_fast.plugins import no_exit
@@ -107,6 +108,7 @@ Make data to train on.
 """
 DATA_EXAMPLES = """\
   pact-fast data eigendata helpdesk -o data/helpdesk
+  pact-fast data mtr musique_train.jsonl -o data/mtr
 """
 BENCH = """\
 List the repository's benchmarks, or run one. Works in a checkout only: benchmarks are not part of the installed package.
@@ -267,7 +269,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     _command(commands, "recipes", _recipes, "list the shipped recipes", RECIPES, RECIPES_EXAMPLES)
     data = _command(commands, "data", _data, "make data to train on", DATA, DATA_EXAMPLES)
-    add_eigendata(data.add_subparsers(title="what to make", metavar="KIND", required=True), _command)
+    kinds = data.add_subparsers(title="what to make", metavar="KIND", required=True)
+    add_eigendata(kinds, _command)
+    add_mtr(kinds, _command)
     bench = _command(commands, "bench", _bench, "list the repository's benchmarks, or run one", BENCH, BENCH_EXAMPLES)
     bench.add_argument("name", metavar="NAME", nargs="?", help="benchmark to run (default: list all)")
     bench.add_argument(

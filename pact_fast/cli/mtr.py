@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-SUMMARY = "tools and verified traces from QA rows, by rules (MTR)"
 DESCRIPTION = """\
 Make tasks with simulated tools and verified expert traces from rows of HotpotQA, MuSiQue, 2WikiMultiHopQA, Bamboogle or
 FlashRAG, by rules and without a model. Rows with decompositions or triples give traces; `pact-fast train` reads train.jsonl.
@@ -13,12 +14,13 @@ Killed and started again, it continues and gives the same files. docs/mtr.md
 """
 EXAMPLES = """\
   pact-fast data mtr musique_train.jsonl -o mtr-data
-  pact-fast train mtr-paper data.train=mtr-data/train.jsonl algorithm.name=pact algorithm.reward.outcome=success
+  pact-fast data mtr dev.json -o mtr-data --max-rows 1000 --fault timeout=0.05
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command."""
+def add_mtr(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the command to those of `pact-fast data`."""
+    parser = command(commands, "mtr", _run, "tools and verified traces from QA rows", DESCRIPTION, EXAMPLES)
     parser.add_argument("file", metavar="FILE", type=Path, help="QA rows: JSONL, a JSON array, parquet or CSV")
     parser.add_argument("-o", "--out", metavar="DIR", type=Path, required=True, help="folder to write")
     parser.add_argument("--max-rows", type=int, help="read only this many rows (default: all)")
@@ -29,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Make the folder, with a progress bar, and print what was kept."""
-    from rich.progress import Progress
+def _run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from pact_fast.errors import PactError
     from pact_fast.synthesis.mtr.pipeline import Settings, make_dataset
@@ -48,14 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise PactError(f"--{name.replace('_', '-')} must be at least 1")
     settings = Settings(arguments.max_rows, arguments.max_turns or MAX_TURNS, faults or None)
-    with Progress(transient=True) as bars:
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("rows", total=arguments.max_rows)
-        manifest = make_dataset(
-            arguments.file,
-            arguments.out,
-            settings,
-            lambda done, kept: bars.update(bar, completed=done, description=f"{kept} traces of {done} rows"),
-        )
+
+        def show(done: int, kept: int) -> None:
+            bars.update(bar, completed=done, description=f"{kept} traces of {done} rows")
+
+        manifest = make_dataset(arguments.file, arguments.out, settings, show)
     print(f"{manifest['kept']} of {manifest['rows']} rows have a verified trace: {arguments.out / 'train.jsonl'}")
     for reason, count in manifest["reasons"].items():
         print(f"  {count:6} {reason}")

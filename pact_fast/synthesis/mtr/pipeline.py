@@ -95,7 +95,9 @@ def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         return None
     manifest = _json(path.read_text(encoding="utf-8", errors="replace"))
     if not isinstance(manifest, dict) or manifest.get("made_from") != identity:
-        raise PactError(f"{path}: made from another file or with other settings; name another folder, or remove this one")
+        raise PactError(
+            f"{path}: made from another file or with other settings; name another folder, or remove this one"
+        )
     return manifest
 
 
@@ -152,13 +154,23 @@ def _rows(source: Path, limit: int | None) -> Iterator[Any]:
 
 
 def _unreadable(error: DataError) -> dict[str, Any]:
-    return {"id": None, "reasons": [UNREADABLE], "error": str(error), "class": "", "tools": [], "made": 0, "rejected": []}
+    return {
+        "id": None,
+        "reasons": [UNREADABLE],
+        "error": str(error),
+        "class": "",
+        "tools": [],
+        "made": 0,
+        "rejected": [],
+    }
 
 
 def _record(made: MadeTask) -> dict[str, Any]:
     """What the files need of a row, as JSON."""
     task, tools = made.task, made.tools
-    schemas = [[tool.name, tool.kind, sorted(tool.parameters.get("properties", {}))] for tool in tools.world.tools.values()]
+    schemas = [
+        [tool.name, tool.kind, sorted(tool.parameters.get("properties", {}))] for tool in tools.world.tools.values()
+    ]
     record: dict[str, Any] = {
         "id": task.id,
         "reasons": list(made.reasons),
