@@ -12,13 +12,13 @@ import pytest
 
 from pact_fast.config import Config, EnvConfig
 from pact_fast.data.types import StopReason, Task, ToolCall, Trajectory, TurnRecord
-from pact_fast.envs.base import Environment
+from pact_fast.envs.base import Environment, has_user
 from pact_fast.envs.registry import EnvironmentFactory, make_tasks
 from pact_fast.envs.tau2 import upstream
 from pact_fast.envs.tau2.arithmetic import calculate
 from pact_fast.envs.tau2.dialogue import Dialogue
 from pact_fast.envs.tau2.domains import domain
-from pact_fast.envs.tau2.env import Tau2
+from pact_fast.envs.tau2.env import Tau2, Tau2Solo
 from pact_fast.envs.tau2.episode import CLOSED, MAX_ERRORS
 from pact_fast.envs.tau2.reference import reference_actions, split_ids, task_by_id
 from pact_fast.envs.tau2.tasks import held_out_ids, make_task, training_ids
@@ -38,8 +38,8 @@ def trajectory(*turns: list[ToolCall | str], texts: tuple[str, ...] = ()) -> Tra
     return Trajectory("t", none, none, none, none, none, none, none, records, StopReason.ANSWER)
 
 
-def serve(task: Task) -> Tau2:
-    env = Tau2()
+def serve(task: Task):
+    env = Tau2() if task.env == "tau2" else Tau2Solo()
     assert env.reset(task) is None and isinstance(env, Environment)
     return env
 
@@ -65,7 +65,7 @@ def test_without_done_a_ticket_pays_nothing():
     env = serve(task)
     for call in task.expert.calls[:-1]:
         env.call(call.name, call.arguments)
-    assert env.respond("It is solved.") is None
+    assert has_user(Tau2) and not has_user(Tau2Solo)  # so that a message to nobody ends the episode
     assert env.reward(task, trajectory(texts=("It is solved.",))) == {
         "success": 0.0,
         "env_assertion": 1.0,
@@ -231,21 +231,26 @@ def test_tasks_are_a_function_of_seed_and_step_and_epochs_differ():
     assert sorted(first) == sorted(second) and first != second
 
 
-def test_expert_traces_of_all_benchmark_tasks_are_rewarded():
-    for name, solo in [("telecom", True), ("airline", False), ("retail", False)]:
-        for task_id in split_ids(name, "base"):
-            task = make_task(name, task_id, solo)
-            episode = start(name, task_id, solo)
-            seen = json.dumps(task.prompt[-1])
-            for turn in task.expert.turns:
-                (call,) = turn.calls
-                if name == "telecom":  # ids come from the ticket or from what a tool said
+@pytest.mark.parametrize(
+    ("name", "solo"), [("telecom", True), ("telecom", False), ("airline", False), ("retail", False)]
+)
+def test_expert_traces_of_all_benchmark_tasks_are_rewarded(name, solo):
+    for task_id in split_ids(name, "base"):
+        task = make_task(name, task_id, solo)
+        env, seen, said = serve(task), json.dumps(task.prompt[-1]), []
+        for turn in task.expert.turns:
+            for call, observation in zip(turn.calls, turn.observations, strict=True):
+                if name == "telecom":  # ids come from the prompt or from what a tool said
                     assert all(str(v) in seen for k, v in call.arguments.items() if k.endswith("_id")), task_id
-                assert episode.call("assistant", call.name, call.arguments) == turn.observations[0]
-                assert not turn.observations[0].startswith("Error:")
-                seen += turn.observations[0]
-            assert finish(episode, [task.expert.answer]) == 1.0, task_id
-            assert task.reference_calls == task.expert.calls and task.columns == {"reasoning": "template"}
+                assert env.call(call.name, call.arguments) == observation and not observation.startswith("Error:")
+                seen += observation
+            if turn.user is not None:
+                said.append(turn.content)
+                assert env.respond(turn.content) == turn.user
+        said.append(task.expert.answer)
+        assert finish(env.episode, said) == 1.0, task_id
+        assert task.reference_calls == task.expert.calls and task.columns == {"reasoning": "template"}
+    assert name != "telecom" or solo or any(turn.user for turn in task.expert.turns)
 
 
 def test_benchmarks_hold_all_tasks_with_their_splits():
@@ -257,7 +262,7 @@ def test_benchmarks_hold_all_tasks_with_their_splits():
         assert (len(made.tasks("test")), len(made.tasks("train"))) == sizes
         assert [task.id for task in made.rows("test", "all")] == [task.id for task in made.tasks("test")]
         assert made.rows("test", "train") == []
-        assert {task.env for task in made.tasks("test")} == {None}  # so that env.args.user holds
+        assert {task.env for task in made.tasks("test")} == {"tau2_solo" if solo else None}  # None: env.args.user holds
 
 
 def test_rows_and_arguments_that_do_not_fit_are_named():
@@ -272,12 +277,13 @@ def test_rows_and_arguments_that_do_not_fit_are_named():
             EnvironmentFactory(config)
     for env_args, message in [
         ({}, "env_args needs 'domain'"),
-        ({"domain": "retail", "task": "-1"}, "has no retail task"),
-        ({"domain": "bank", "task": "0"}, "no domain 'bank'"),
-        ({"domain": "retail", "task": "0", "solo": True}, "only telecom has solo"),
+        ({"domain": "telecom", "task": "-1"}, "has no telecom task"),
+        ({"domain": "retail", "task": "0"}, "retail has no solo tasks"),
     ]:
         with pytest.raises(DataError, match=message):
-            Tau2.check_task(Task("t", [{"role": "user", "content": "x"}], env_args=env_args))
+            Tau2Solo.check_task(Task("t", [{"role": "user", "content": "x"}], env_args=env_args))
+    with pytest.raises(DataError, match="no domain 'bank'"):
+        Tau2.check_task(Task("t", [{"role": "user", "content": "x"}], env_args={"domain": "bank", "task": "0"}))
 
 
 def test_a_row_names_the_environment_and_its_task():

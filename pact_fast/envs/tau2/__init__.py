@@ -12,11 +12,11 @@ dialogue    an episode with a user
 traces      expert traces from the reference actions
 tasks       tasks, splits and prompts
 prompts     prompts with the package's texts
-env         the environment
+env         the environments `tau2` and `tau2_solo`
 
 How each number is computed, and where it differs from the official runner: docs/tau2.md.
 """
 
-from pact_fast.envs.tau2.env import Tau2
+from pact_fast.envs.tau2.env import Tau2, Tau2Solo
 
-__all__ = ["Tau2"]
+__all__ = ["Tau2", "Tau2Solo"]

@@ -1,10 +1,11 @@
-"""The environment `tau2`: one task of τ²-bench, alone on a ticket or with a user."""
+"""The environments `tau2` and `tau2_solo`: one task of τ²-bench, with a user or alone on a ticket."""
 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -53,47 +54,38 @@ class Tau2Args(BaseModel):
             raise PactError(f"{key}: {first['msg']} (docs/tau2.md)") from None
 
 
-@environment("tau2")
-class Tau2:
-    """Serves one task at a time. What differs between tasks is in their `env_args`: domain, task, solo.
+class _Played(ABC):
+    """What both environments share. Serves one task at a time, which its `env_args` name: domain and task."""
 
-    Args:
-        make_user: Makes the user of a dialogue. The scripted one is fast; others may take long, so the calls of `respond`
-            then run in threads.
-    """
+    blocking = False
+    solo: ClassVar[bool]
 
-    def __init__(self, make_user: Callable[[Role], User] = ScriptedUser) -> None:
-        self.blocking = make_user is not ScriptedUser
-        self._make_user = make_user
+    def __init__(self) -> None:
         self._episode: Episode | None = None
-        self._dialogue: Dialogue | None = None
-
-    @classmethod
-    def factory(cls, args: dict[str, Any], tool_timeout: float) -> Callable[[], Tau2]:
-        return functools.partial(cls, user_factory(Tau2Args.read(args).user))
 
     @classmethod
     def tasks(cls, args: dict[str, Any], seed: int) -> PackageTasks:
         read = Tau2Args.read(args)
-        make = functools.partial(configured_task, read.domain, solo=read.solo)
+        make = functools.partial(configured_task, read.domain, solo=cls.solo or read.solo)
         return PackageTasks(read.domain, read.task_set, seed, make)
 
     @classmethod
     def check_task(cls, task: Task) -> None:
         """DataError if `env_args` names no task of the package."""
         try:
-            reward_basis(task_by_id(*_task_of(task)[:2]))
+            reward_basis(task_by_id(*cls._task(task)))
         except DataError:
             raise
         except PactError as error:
             raise DataError(f"task {task.id}: {error}", field="env_args") from None
 
     def reset(self, task: Task) -> str | None:
-        name, task_id, solo = _task_of(task)
-        shipped = task_by_id(name, task_id)
-        self._dialogue = None if solo else Dialogue(name, shipped, self._make_user)
-        self._episode = self._dialogue.episode if self._dialogue else Episode(domain(name), shipped, solo=True)
+        self._episode = self._start(*self._task(task))
         return None
+
+    @abstractmethod
+    def _start(self, name: str, task_id: str) -> Episode:
+        """The episode of a task, begun."""
 
     @property
     def episode(self) -> Episode:
@@ -103,24 +95,80 @@ class Tau2:
 
     @property
     def tools(self) -> list[ToolSchema]:
-        return tools_of(self.episode.domain.name, self.episode.solo)
+        return tools_of(self.episode.domain.name, self.solo)
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         return self.episode.call("assistant", name, arguments)
 
-    def respond(self, text: str) -> str | None:
-        """The user's answer; None when the dialogue is over. Alone on a ticket, a message to nobody ends the episode."""
-        return self._dialogue.respond(text) if self._dialogue else None
-
     def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
         """`success`, its components by name in lower case, and `nothing`: what the task pays for doing nothing."""
         episode = self.episode
-        if episode.solo and episode.ending == "agent_stop":
+        if self.solo and episode.ending == "agent_stop":
             beside = _calls_beside_done(trajectory)
             episode = episode.without_last(beside) if beside else episode
         verdict = judge(episode, [turn.content for turn in trajectory.turns])
         parts = {name.lower(): value for name, value in verdict.components.items()}
         return {"success": verdict.reward, **parts, "nothing": nothing_done(episode.domain.name, episode.task["id"])}
+
+    @classmethod
+    def _task(cls, task: Task) -> tuple[str, str]:
+        """(domain, id) in the `env_args` of a task. DataError if they are not there."""
+        name, task_id = task.env_args.get("domain"), task.env_args.get("task")
+        if not isinstance(task_id, str) or not isinstance(name, str):
+            raise DataError(
+                f"task {task.id}: env_args needs 'domain' (airline, retail, telecom) and 'task', an id of τ²-bench; set "
+                "env.name for your data",
+                field="env_args",
+            )
+        if cls.solo and name != "telecom":
+            raise DataError(f"task {task.id}: {name} has no solo tasks; name the environment tau2", field="env_args")
+        return name, task_id
+
+
+@environment("tau2_solo")
+class Tau2Solo(_Played):
+    """Telecom, the agent alone on a ticket. There is nobody to talk to: a message without a call ends the episode."""
+
+    solo = True
+
+    @classmethod
+    def factory(cls, args: dict[str, Any], tool_timeout: float) -> Callable[[], Tau2Solo]:
+        Tau2Args.read(args)
+        return cls
+
+    def _start(self, name: str, task_id: str) -> Episode:
+        return Episode(domain(name), task_by_id(name, task_id), solo=True)
+
+
+@environment("tau2")
+class Tau2(_Played):
+    """A domain with a user.
+
+    Args:
+        make_user: Makes the user of a dialogue. The scripted one is fast; others may take long, so that `respond` then runs
+            in a thread.
+    """
+
+    solo = False
+
+    def __init__(self, make_user: Callable[[Role], User] = ScriptedUser) -> None:
+        super().__init__()
+        self.blocking = make_user is not ScriptedUser
+        self._make_user = make_user
+        self._dialogue: Dialogue | None = None
+
+    @classmethod
+    def factory(cls, args: dict[str, Any], tool_timeout: float) -> Callable[[], Tau2]:
+        return functools.partial(cls, user_factory(Tau2Args.read(args).user))
+
+    def _start(self, name: str, task_id: str) -> Episode:
+        self._dialogue = Dialogue(name, task_by_id(name, task_id), self._make_user)
+        return self._dialogue.episode
+
+    def respond(self, text: str) -> str | None:
+        """The user's answer; None when the dialogue is over."""
+        assert self._dialogue is not None, "reset comes first"
+        return self._dialogue.respond(text)
 
 
 def _calls_beside_done(trajectory: Trajectory) -> int:
@@ -138,18 +186,3 @@ def nothing_done(name: str, task_id: str) -> float:
     episode = Episode(domain(name), task_by_id(name, task_id))
     episode.ending = "user_stop"
     return judge(episode, []).reward
-
-
-def _task_of(task: Task) -> tuple[str, str, bool]:
-    """(domain, id, solo) in the `env_args` of a task. DataError if they are not there."""
-    args = task.env_args
-    if not isinstance(args.get("task"), str) or not isinstance(args.get("domain"), str):
-        raise DataError(
-            f"task {task.id}: env_args needs 'domain' (airline, retail, telecom) and 'task', an id of τ²-bench; set env.name "
-            "for your data",
-            field="env_args",
-        )
-    solo = args.get("solo") is True
-    if solo and args["domain"] != "telecom":
-        raise DataError(f"task {task.id}: only telecom has solo tasks", field="env_args")
-    return args["domain"], args["task"], solo

@@ -13,11 +13,11 @@ from pact_fast.data.types import Task
 from pact_fast.envs.tau2.domains import domain, solo_schemas
 from pact_fast.envs.tau2.prompts import dialogue_prompt, solo_prompt
 from pact_fast.envs.tau2.reference import split_ids, task_by_id
-from pact_fast.envs.tau2.traces import REASONING, agent_trace, solo_trace
+from pact_fast.envs.tau2.traces import REASONING, dialogue_trace, solo_trace
 from pact_fast.envs.tau2.users import opening
 from pact_fast.envs.tau2.verdict import reward_basis
 
-NAME = "tau2"
+NAME, SOLO = "tau2", "tau2_solo"  # of the environments
 
 
 def make_task(name: str, task_id: str, solo: bool) -> Task:
@@ -33,22 +33,23 @@ def make_task(name: str, task_id: str, solo: bool) -> Task:
     """
     task = task_by_id(name, task_id)
     reward_basis(task)
-    trace = solo_trace(task) if solo else agent_trace(name, task)
+    trace = solo_trace(task) if solo else dialogue_trace(name, task)
     return Task(
         id=f"{name}{'-solo' if solo else ''}/{task_id}",
         prompt=solo_prompt(name, task) if solo else dialogue_prompt(name, opening(task)),
         tools=tools_of(name, solo),
         expert=trace,
-        reference_calls=trace.calls if trace else None,
-        env=NAME,
-        env_args={"domain": name, "task": task_id, "solo": solo},
-        columns={"reasoning": REASONING} if trace else {},
+        reference_calls=trace.calls,
+        env=SOLO if solo else NAME,
+        env_args={"domain": name, "task": task_id},
+        columns={"reasoning": REASONING},
     )
 
 
 def configured_task(name: str, task_id: str, solo: bool) -> Task:
-    """As `make_task`, for the environment of the configuration, so that its `env.args` hold for the task."""
-    return replace(make_task(name, task_id, solo), env=None)
+    """As `make_task`; a dialogue is for the environment of the configuration, so that its user is that of `env.args`."""
+    task = make_task(name, task_id, solo)
+    return task if solo else replace(task, env=None)
 
 
 @functools.cache
