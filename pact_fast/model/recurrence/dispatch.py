@@ -24,20 +24,25 @@ _inside_tree = False  # in the forward pass of a tree
 
 def recurrent_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules that call a function of RULES."""
-    return [module for module in model.modules() if _called(type(module))]
+    return [module for module in model.modules() if _called_by(module)]
 
 
 def follows_tree(layer: torch.nn.Module, kind: str) -> bool:
     """Whether a decoder layer of `kind` (an entry of config.layer_types) has only recurrences of RULES."""
-    called = [names for module in layer.modules() if (names := _called(type(module)))]
+    called = [names for module in layer.modules() if (names := _called_by(module))]
     if kind == "conv":
         return bool(called)
     return any(not STATES.isdisjoint(names) for names in called)
 
 
+def _called_by(module: Any) -> frozenset[str]:
+    """The names of RULES that the module's forward calls."""
+    cls: Any = type(module)
+    return _called(cls)
+
+
 @functools.cache
-def _called(cls: type) -> frozenset[str]:
-    """The names of RULES that the class's forward calls."""
+def _called(cls: Any) -> frozenset[str]:
     code = getattr(_forward(cls), "__code__", None)
     return frozenset(code.co_names if code else ()) & frozenset(RULES)
 
@@ -51,7 +56,7 @@ def install(model: torch.nn.Module) -> None:
     """Put the dispatchers into the modules of the model's code."""
     for layer in recurrent_layers(model):
         namespace = _forward(type(layer)).__globals__
-        for name in _called(type(layer)):
+        for name in _called_by(layer):
             if not hasattr(namespace[name], "tree_rule"):
                 namespace[name] = _dispatcher(namespace[name], RULES[name])
 
