@@ -75,6 +75,21 @@ def test_each_planted_fault_alone_makes_tasks_fail(fault, tmp_path):
     assert result.acceptance < 0.98, result
 
 
+def test_reflection_moves_verification_before_the_dialogues(tmp_path):
+    """With a fault, dialogues about tasks that are rejected anyway are played for nothing."""
+    late = {"stages": ["synthesis", "rollout", "assessment", "verification"]}
+    start = planted(tmp_path / "start", {"workflow.yaml": late, "synthesis.yaml": {"normalise": "nothing"}})
+    engine = Engine(
+        support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=2, plans=16, count=24), start=start
+    )
+    engine.run()
+    first = engine.trials[0]
+    assert first.adopted and first.revision.reason == "tasks are played before they are verified"
+    last = Version.load(tmp_path / "out" / "versions", engine.rounds[-1]["version"])
+    assert last.settings("workflow.yaml")["stages"] == ["synthesis", "verification", "rollout", "assessment"]
+    assert last.settings("synthesis.yaml")["normalise"] == "bookkeeping"
+
+
 class Meddling:
     """A reflector with one bad idea."""
 
@@ -165,3 +180,13 @@ def test_settings_are_saved_as_json(tmp_path):
     engine = Engine(support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=1, plans=4, count=4))
     engine.run()
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["plans"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timing
+def test_rules_make_500_accepted_tasks_in_under_three_minutes(tmp_path):
+    engine = Engine(support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=1, count=510))
+    started = time.process_time()
+    accepted = [candidate for candidate in engine.run() if candidate.accepted]
+    assert len(accepted) >= 500 and time.process_time() - started < 180
+    assert len({candidate.instance.digest for candidate in accepted}) == len(accepted)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 pytest.importorskip("trl", reason="install trl for the tests of its adapter")
 
@@ -91,14 +90,10 @@ def test_bf16_steps_differ_by_the_roundings_of_trls_own_head(tmp_path):
         check_steps(trainer, mode, "head loss" + " tree" * (mode == "tree"), bound=0.1)
 
 
-def test_lora_on_the_head_trains_where_trl_would_ignore_it(tmp_path):
-    trainer = grpo_trainer(tmp_path, lora("lm_head"))
-    weight = trainer.model.base_model.model.lm_head.lora_B["default"].weight
-    before = weight.detach().clone()
-    with pytest.raises(PactError, match="log-probs of the kernels and of the host's own code differ"):
-        install(trainer)
-        trainer.train()
-    torch.testing.assert_close(weight, before)
+def test_a_head_that_peft_trains_as_a_whole_gets_trls_gradients(tmp_path):
+    """LoRA on the head is refused by TRL itself."""
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head"])
+    check_steps(grpo_trainer(tmp_path, adapter), "loss", "head loss")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +143,7 @@ def test_generation_evaluation_and_saving_are_the_hosts_own_between_steps(tmp_pa
         installed.remove()
         assert "_compute_loss" not in vars(trainer) and not hasattr(trainer.model.forward, "own")
         trainer.evaluate()
-    trainer = sft_trainer(tmp_path / "sft", **settings | {"num_generations": None})
+    trainer = sft_trainer(tmp_path / "sft", **{k: v for k, v in settings.items() if k != "num_generations"})
     install(trainer)
     trainer.train()
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 3
@@ -224,6 +219,16 @@ def test_a_broken_kernel_is_an_error_on_the_first_batch(make, mode, breaks, what
     with pytest.raises(PactError, match=f"{what} of the kernels and of the host's own code differ") as caught:
         trainer.train()
     assert trainer.state.global_step == 0 and "\n" not in str(caught.value)
+
+
+def test_dropout_is_the_same_for_both_and_trees_are_left_out(tmp_path):
+    trainer = grpo_trainer(tmp_path, lora(lora_dropout=0.3), disable_dropout=False)
+    installed = install(trainer, "tree")
+    assert installed.served.keys() == {"head", "loss"} and "has dropout" in installed.reasons["tree"]
+    assert max(compare_steps(trainer)) < 1e-5
+    trainer = sft_trainer(tmp_path, lora(lora_dropout=0.3))
+    install(trainer)
+    assert max(compare_steps(trainer)) < 1e-5
 
 
 def test_what_cannot_be_served_is_an_error_when_it_is_installed(tmp_path):

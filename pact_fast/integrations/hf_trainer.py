@@ -15,8 +15,9 @@ import torch
 
 from pact_fast.errors import PactError
 from pact_fast.integrations.fused_forward import replace_forward
-from pact_fast.integrations.self_check import agree, check_head, z_dtype
+from pact_fast.integrations.self_check import RandomState, agree, check_head, due, z_dtype
 from pact_fast.kernels import head_of, linear_cross_entropy
+from pact_fast.kernels.head.logit_transform import head_layer
 
 HOST = "Trainer"
 
@@ -50,6 +51,7 @@ def _without_logits(causal_lm: Any, before: Callable[..., Any]) -> Callable[...,
         if labels is None or not causal_lm.training or special or _has_router(causal_lm):
             return before(*args, **options | ({} if labels is None else {"labels": labels}))
         count = options.pop("num_items_in_batch", None)
+        random = None if checked else RandomState(causal_lm.device)
         hidden = causal_lm.base_model(*args, **options | {"use_cache": False}).last_hidden_state
         head = head_of(causal_lm)
         total = linear_cross_entropy(
@@ -57,14 +59,14 @@ def _without_logits(causal_lm: Any, before: Callable[..., Any]) -> Callable[...,
         )
         kept = labels[:, 1:] != -100
         divisor = kept.sum() if count is None else torch.as_tensor(count, device=total.device)
-        if not checked and bool(kept.any()):
+        if random is not None and due(checked, int(kept.sum())):
             checked = True
-            with torch.no_grad():
+            with random.replayed(), torch.no_grad():
                 theirs = before(*args, labels=labels, **options | {"num_items_in_batch": count}).loss
             dtype = z_dtype(hidden, head)
             agree("the loss", total / divisor, theirs, dtype, HOST)
             rows = torch.nn.functional.pad(kept, (0, 1)).flatten().nonzero().squeeze(1)
-            check_head(causal_lm, head, hidden.flatten(0, 1), rows, labels[:, 1:][kept], 1.0, HOST)
+            check_head(head_layer(causal_lm), head, hidden.flatten(0, 1), rows, labels[:, 1:][kept], 1.0, HOST)
         return CausalLMOutputWithPast(loss=total / divisor)
 
     return forward

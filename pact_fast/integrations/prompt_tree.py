@@ -17,11 +17,12 @@ from pact_fast.tree import TokenTree, pack, tree_forward
 def unsupported_tree(causal_lm: Any) -> str | None:
     """Why trees cannot stand for the model's own batches; None if they can."""
     dropout = float(getattr(causal_lm.config.get_text_config(), "attention_dropout", 0.0) or 0.0)
-    return (
-        f"attention_dropout={dropout}: tree attention has no dropout; set it to 0"
-        if dropout
-        else unsupported(causal_lm)
-    )
+    if dropout:
+        return f"attention_dropout={dropout}: tree attention has no dropout; set it to 0"
+    dropping = [name for name, m in causal_lm.named_modules() if isinstance(m, torch.nn.Dropout) and m.p]
+    if dropping:  # completions would share the dropout of their prompt, and nothing could be compared
+        return f"{dropping[0]} has dropout; set it to 0"
+    return unsupported(causal_lm)
 
 
 class PromptTrees:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pact_fast.errors import PactError
 from pact_fast.kernels import Head, linear_logprob
-from pact_fast.kernels.head.logit_transform import head_layer
 
 ROWS = 16  # of the first batch, for which full logits are made
 # largest difference relative to the largest value; 16-bit hosts round their logits, which costs up to 0.1 nats
@@ -34,7 +36,7 @@ def agree(
 
 
 def check_head(
-    causal_lm: Any,
+    layer: Callable[[torch.Tensor], torch.Tensor],
     head: Head,
     hidden: torch.Tensor,
     row: torch.Tensor,
@@ -42,33 +44,71 @@ def check_head(
     temperature: float,
     host: str,
 ) -> None:
-    """Log-probs, and gradients of hidden states and head, against the model's own head with full logits.
+    """Log-probs, and gradients of hidden states and head, against full logits of the model's own `layer`, for a few tokens.
 
-    hidden [T, D]; row, targets [N]. A few tokens are enough to notice a wrong kernel. Raises PactError.
+    hidden [T, D]; row, targets [N]. Raises PactError.
     """
     at = torch.linspace(0, len(targets) - 1, min(ROWS, len(targets)), device=targets.device).long().unique()
-    rows, target = hidden.detach()[row[at]].requires_grad_(), targets[at]
     if not len(at):
         return
+    rows, target = hidden.detach()[row[at]].requires_grad_(), targets[at]
     upstream = torch.linspace(0.5, 1.5, len(at), device=hidden.device)
-    with torch.enable_grad():
-        x = rows if head.input_scale == 1.0 else rows * head.input_scale
-        z = head_layer(causal_lm)(x)
+
+    def logprob(z: torch.Tensor) -> torch.Tensor:
         z = z.double() * head.logit_scale
         z = head.softcap * torch.tanh(z / head.softcap) if head.softcap else z
-        theirs = (z / temperature).log_softmax(-1).gather(-1, target[:, None])[:, 0]
-        plain = torch.nn.functional.linear(head.input(rows), head.weight, head.bias).double() * head.logit_scale
-        plain = head.softcap * torch.tanh(plain / head.softcap) if head.softcap else plain
-        weight_path = (plain / temperature).log_softmax(-1).gather(-1, target[:, None])[:, 0]
-        ours = linear_logprob(head.input(rows), head.weight, target, temperature=temperature, **head.options).logprob
-        # 16-bit logits decide how well the slow path knows them
-        dtype = z_dtype(hidden, head)
+        return (z / temperature).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+
+    dtype = z_dtype(hidden, head)  # 16-bit logits decide how well the slow path knows them
+    with (
+        _without_dropout(layer),
+        torch.no_grad(),
+    ):  # a call of the host's module, which may have hooks for a backward pass that does not come
+        theirs = logprob(layer(rows if head.input_scale == 1.0 else rows * head.input_scale))
+    with _without_dropout(layer), torch.enable_grad():
+        x = head.input(rows)
+        plain = logprob(torch.nn.functional.linear(x, head.weight, head.bias))
+        ours = linear_logprob(x, head.weight, target, temperature=temperature, **head.options).logprob
         agree("log-probs", ours, theirs, dtype, host, scale=1.0)
-        (a,), (b,) = (torch.autograd.grad((z * upstream).sum(), rows, retain_graph=True) for z in (ours, theirs))
-        agree("gradients of hidden states", a, b, dtype, host)
-        if head.weight.requires_grad:
-            (a,), (b,) = (torch.autograd.grad((z * upstream).sum(), head.weight) for z in (ours, weight_path))
-            agree("gradients of the head", a, b, dtype, host)
+        for name, tensor in (("hidden states", rows), ("the head", head.weight)):
+            if tensor.requires_grad:
+                a, b = (torch.autograd.grad((z * upstream).sum(), tensor, retain_graph=True)[0] for z in (ours, plain))
+                agree(f"gradients of {name}", a, b, dtype, host)
+
+
+class RandomState:
+    """The random numbers that come next; `replayed` runs the host's code on the same ones, so that dropout is the same."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device if device.type == "cuda" else None
+        self._states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if self._cuda else None
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        with torch.random.fork_rng([self._cuda] if self._cuda else []):
+            torch.set_rng_state(self._states[0])
+            if self._cuda and self._states[1] is not None:
+                torch.cuda.set_rng_state(self._states[1], self._cuda)
+            yield
+
+
+@contextmanager
+def _without_dropout(layer: Any) -> Iterator[None]:
+    """Evaluation mode for a module that perhaps has an adapter with dropout."""
+    modules = [m for m in layer.modules() if m.training] if isinstance(layer, torch.nn.Module) else []
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+def due(checked: bool, tokens: int) -> bool:
+    """Whether this batch is to be checked: the first one that has tokens; with several ranks the first, on all of them."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not checked and (tokens > 0 or several)
 
 
 def z_dtype(hidden: torch.Tensor, head: Head) -> torch.dtype:

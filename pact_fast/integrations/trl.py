@@ -17,8 +17,9 @@ import torch
 
 from pact_fast.errors import PactError
 from pact_fast.integrations.fused_forward import replace_forward, separate_logprobs, summed_logprobs
-from pact_fast.integrations.self_check import agree, check_head, z_dtype
+from pact_fast.integrations.self_check import RandomState, agree, check_head, due, z_dtype
 from pact_fast.kernels import head_of
+from pact_fast.kernels.head.logit_transform import head_layer
 
 HOST = "TRL"
 # fields of TRL's output → statistics of ours
@@ -101,6 +102,7 @@ def _fused(causal_lm: Any, before: Any, summed: bool) -> Callable[..., Any]:
         if not fused_lm_head or options.get("output_router_logits"):  # MoE losses need more than hidden states
             return before(*args, fused_lm_head=fused_lm_head, **given, **options)
         count = options.pop("num_items_in_batch", None)
+        random = None if checked else RandomState(causal_lm.device)
         hidden = causal_lm.base_model(*args, **options | {"use_cache": False}).last_hidden_state
         if shift_labels is None:
             hidden, labels = hidden[:, :-1], labels[:, 1:]
@@ -115,14 +117,13 @@ def _fused(causal_lm: Any, before: Any, summed: bool) -> Callable[..., Any]:
             form = summed_logprobs if summed and torch.is_grad_enabled() else separate_logprobs
             wanted = {"temperature": temperature, "statistics": [STATISTICS[n] for n in names]}
             logprob, entropy, statistics = form(rows, head, target, **wanted)
-            if not checked and len(target):
+            if random is not None and due(checked, len(target)):
                 checked, dtype = True, z_dtype(rows, head)
-                with torch.no_grad():
+                with random.replayed(), torch.no_grad():
                     theirs = before(*args, fused_lm_head=True, **given, **options)
                 agree("log-probs", logprob, theirs.log_probs[mask], dtype, HOST, scale=1.0)
-                check_head(
-                    causal_lm, head, rows, torch.arange(len(rows), device=rows.device), target, temperature, HOST
-                )
+                every = torch.arange(len(rows), device=rows.device)
+                check_head(head_layer(causal_lm), head, rows, every, target, temperature, HOST)
         fields = {"log_probs": logprob} | {n: statistics[STATISTICS[n]] for n in names}
         if "entropy" in settings["outputs"]:
             fields["entropy"] = entropy

@@ -12,9 +12,9 @@ import torch
 
 from pact_fast.integrations import trl_loss
 from pact_fast.integrations.prompt_tree import PromptTrees, group_shuffle, unsupported_tree
-from pact_fast.integrations.self_check import agree, check_head, z_dtype
+from pact_fast.integrations.self_check import RandomState, agree, check_head, due, z_dtype
 from pact_fast.kernels import head_of, pact_loss
-from pact_fast.kernels.head.logit_transform import causal_lm_of
+from pact_fast.kernels.head.logit_transform import causal_lm_of, head_layer
 from pact_fast.model.forward import inside_forward
 
 HOST = "TRL's GRPO"
@@ -34,13 +34,18 @@ def install(trainer: Any, tree: bool, served: dict[str, str], reasons: dict[str,
     if tree and no_tree:
         reasons["tree"] = no_tree
     step = OnePass(trainer, tree and no_tree is None)
-    host, trainer._compute_loss = trainer._compute_loss, step
-    undo.append(lambda: setattr(trainer, "_compute_loss", host))
+    _override(trainer, "_compute_loss", step, undo)
     served["loss"] = "one pass"
     if step.tree:
-        prepare, trainer._prepare_inputs = trainer._prepare_inputs, group_shuffle(trainer._prepare_inputs)
-        undo.append(lambda: setattr(trainer, "_prepare_inputs", prepare))
+        _override(trainer, "_prepare_inputs", group_shuffle(trainer._prepare_inputs), undo)
         served["tree"] = "prompts are computed once for the completions of a micro-batch"
+
+
+def _override(trainer: Any, name: str, method: Any, undo: list[Any]) -> None:
+    """Put a method in front of that of the trainer's class, or of an earlier override."""
+    before = vars(trainer).get(name)
+    setattr(trainer, name, method)
+    undo.append((lambda: delattr(trainer, name)) if before is None else (lambda: setattr(trainer, name, before)))
 
 
 class OnePass:
@@ -75,8 +80,10 @@ class OnePass:
                 if trainer.args.cast_lm_head_to_fp32:
                     hidden = hidden.float()
                 with torch.autocast(hidden.device.type, enabled=self._autocast(hidden)):
-                    if not self._checked:
-                        check_head(causal_lm, head, hidden, tokens.row, tokens.target, trainer.temperature, HOST)
+                    if due(self._checked, len(tokens)):
+                        check_head(
+                            head_layer(causal_lm), head, hidden, tokens.row, tokens.target, trainer.temperature, HOST
+                        )
                     out = pact_loss(
                         head.input(hidden), head.weight, tokens, policy_loss=loss, temperature=trainer.temperature,
                         entropy_coef=trl_loss.entropy_coef(trainer), **head.options,
@@ -84,9 +91,10 @@ class OnePass:
                     self._dtype = z_dtype(hidden, head)
                     return out.loss, out.logprob, out.entropy
 
+        random = RandomState(causal_lm.device)
         total, logprob, entropy = inside_forward(model, run)
-        if not self._checked:
-            self._check(model, inputs, ids, attention, at, (total, logprob, entropy), (tokens, loss))
+        if due(self._checked, len(tokens)):
+            self._check(model, inputs, ids, attention, at, (total, logprob, entropy), (tokens, loss), random)
         with torch.no_grad():
             self._by_host(model, inputs, at, logprob, entropy)  # metrics
         return total
@@ -106,10 +114,10 @@ class OnePass:
         finally:
             del trainer._get_per_token_logps_and_entropies
 
-    def _check(self, model, inputs, ids, attention, at, results, ours) -> None:
+    def _check(self, model, inputs, ids, attention, at, results, ours, random) -> None:
         trainer, (total, logprob, entropy), (tokens, loss) = self._trainer, results, ours
         self._checked = True
-        with torch.no_grad():
+        with random.replayed(), torch.no_grad():
             length = inputs["completion_ids"].shape[1]
             theirs = trainer._get_per_token_logps_and_entropies(model, ids, attention, length, compute_entropy=True)
         agree("log-probs", logprob, theirs[0][at], self._dtype, HOST)
@@ -119,11 +127,10 @@ class OnePass:
         }
         metrics, trainer._metrics = trainer._metrics, {"train": _Ignore(), "eval": _Ignore()}
         try:
-            x, y = logprob.clone().requires_grad_(), entropy.clone().requires_grad_()
+            x, y = (t.clone().requires_grad_() for t in (logprob, entropy))
             expected = self._by_host(model, inputs, at, x, y)
             by_host = torch.autograd.grad(expected, (x, y), allow_unused=True)
-            index = torch.arange(len(x), device=x.device)
-            mine = tokens.rl_weight * loss(x, y, index)
+            mine = tokens.rl_weight * loss(x, y, torch.arange(len(x), device=x.device))
         finally:
             trainer._metrics = metrics
             for name, value in state.items():
@@ -131,9 +138,9 @@ class OnePass:
         mine = mine - trl_loss.entropy_coef(trainer) * tokens.entropy_weight * y
         agree("the loss", total, expected, torch.float32, HOST, scale=float(mine.detach().abs().sum()))
         derivatives = torch.autograd.grad(mine.sum(), (x, y), allow_unused=True)
-        for name, a, b in zip(("log-probs", "entropies"), derivatives, by_host, strict=True):
-            zero = torch.zeros_like(x)
-            agree(f"derivatives by {name}", zero if a is None else a, zero if b is None else b, torch.float32, HOST)
+        for name, *pair in zip(("log-probs", "entropies"), derivatives, by_host, strict=True):
+            a, b = (torch.zeros_like(x) if t is None else t for t in pair)
+            agree(f"derivatives by {name}", a, b, torch.float32, HOST)
 
 
 class _Ignore(dict):

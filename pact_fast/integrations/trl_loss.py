@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from pact_fast.integrations.grpo_loss import GrpoSettings, grpo_loss
 from pact_fast.kernels import LossTokens
+from pact_fast.kernels.token_losses import TokenLoss
 
 At = tuple[torch.Tensor, torch.Tensor]  # (row, column) [N] of the tokens with a loss, in [B, C]
 ONE_PASS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")  # losses of a token
@@ -46,11 +47,9 @@ def table(trainer: Any, inputs: dict[str, Any], mask: torch.Tensor, at: At, row:
     return LossTokens(row, target, advantage=1.0, rl_weight=weight, entropy_weight=ones / (total * accumulation))
 
 
-def loss_of_token(trainer: Any, inputs: dict[str, Any], at: At) -> Callable[..., torch.Tensor]:
+def loss_of_token(trainer: Any, inputs: dict[str, Any], at: At) -> TokenLoss:
     """TRL's loss of a token for `pact_loss`, without its normaliser and without the entropy bonus."""
-    args, kind, beta = trainer.args, trainer.loss_type, trainer.beta
-    low, high = trainer.epsilon_low, trainer.epsilon_high
-    shape = inputs["completion_ids"].shape
+    args, shape = trainer.args, inputs["completion_ids"].shape
 
     def column(name: str) -> Any:
         """[N] of [B], [B, 1] or [B, C]; None if TRL has not computed it."""
@@ -59,25 +58,11 @@ def loss_of_token(trainer: Any, inputs: dict[str, Any], at: At) -> Callable[...,
             return None
         return (values[:, None] if values.dim() == 1 else values).expand(shape)[at]
 
-    advantage, old, ref = column("advantages"), column("old_per_token_logps"), column("ref_per_token_logps")
-    importance = column("importance_sampling_ratio")
-
-    def loss(logprob: torch.Tensor, entropy: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        a = advantage[index]
-        ratio = (logprob - (logprob.detach() if old is None else old[index])).exp()
-        if kind == "cispo":
-            value = -ratio.clamp(max=high).detach() * a * logprob
-        elif kind == "sapo":
-            tau = torch.where(a > 0, args.sapo_temperature_pos, args.sapo_temperature_neg)
-            value = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * a
-        else:
-            bounded = ratio if args.delta is None else ratio.clamp(max=args.delta)
-            value = -torch.minimum(bounded * a, ratio.clamp(1 - low, 1 + high) * a)
-        if importance is not None:
-            value = value * importance[index]
-        if beta:
-            d = ref[index] - logprob
-            value = value + beta * (torch.expm1(d) - d) * (ratio if args.use_bias_correction_kl else 1.0)
-        return value
-
-    return loss
+    return grpo_loss(
+        GrpoSettings(
+            trainer.loss_type, trainer.epsilon_low, trainer.epsilon_high, trainer.beta, args.delta,
+            args.use_bias_correction_kl, args.sapo_temperature_pos, args.sapo_temperature_neg,
+        ),
+        column("advantages"), column("old_per_token_logps"), column("ref_per_token_logps"),
+        column("importance_sampling_ratio"),
+    )  # fmt: skip

@@ -7,7 +7,7 @@ import re
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pact_fast.config.schema import Section
 from pact_fast.config.secrets import check_secrets
@@ -67,6 +67,18 @@ class LLMConfig(Section):
     price: Price | None = Field(None, description="For the cost in the report.")
     cache_dir: str | None = Field(None, description="Folder of the answer cache; null: answers are not kept.")
     replay: bool = Field(False, description="Answer from the cache only; what is not there is an error.")
+
+    @classmethod
+    def read(cls, values: dict[str, Any], name: str = "llm") -> LLMConfig:
+        """Settings from plain data. PactError, one line without any value, that lists the first three problems."""
+        try:
+            check_secrets(values)
+            return cls.model_validate(values)
+        except PactError as error:
+            raise PactError(f"{name}: {error}") from None
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, item['loc'])) or name}: {item['msg']}" for item in error.errors()[:3]]
+        raise PactError(f"{name}: " + "; ".join(problems))
 
     @field_validator("base_url")
     @classmethod

@@ -87,17 +87,6 @@ class Connection:
             future.cancel()
             raise
 
-    def wait_ready(self, timeout: float) -> bool:
-        """Whether the endpoint lists its models within `timeout` seconds. One try."""
-
-        async def models() -> bool:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(self._client.models.with_raw_response.list(), timeout)
-                return True
-            return False
-
-        return self._run(models()).result()
-
     def close(self) -> None:
         """Cancel requests under way, close all connections, and end the thread."""
         with contextlib.suppress(Exception):

@@ -1,6 +1,7 @@
 """Forward passes of Hugging Face decoders on packed trees.
 
-Attention is replaced through transformers' registry, so no model code is copied.
+Attention is replaced through transformers' registry, recurrences in the namespace of the model's code
+(`recurrence/dispatch.py`), so no model code is copied.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pact_fast.model.attention.registered import tree_attention_in
 from pact_fast.model.attention.tree import TreeLayout
 from pact_fast.model.attention.ulysses import RowShards
 from pact_fast.model.patch import fused_kernels
+from pact_fast.model.recurrence.dispatch import follows_tree, inside_tree, install, recurrent_layers
 from pact_fast.model.rematerialize import Rematerialize, is_compiled
 
 __all__ = [
@@ -35,20 +37,37 @@ __all__ = [
 
 T = TypeVar("T")
 
+# kinds of decoder layers as transformers names them
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid"}  # hybrid: attention and a recurrence side by side
+POINTWISE_LAYERS = {"mlp", "moe"}
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kind of every decoder layer, as transformers names them; [] where all are alike."""
+    return list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [])
+
 
 def unsupported(model: PreTrainedModel) -> str | None:
-    """The reason why tree attention cannot compute the model's attention; None if it can."""
+    """The reason why `tree_forward` cannot compute the model; None if it can."""
     config = model.config.get_text_config()
-    if not model._supports_attention_backend:
-        return f"{config.model_type}: its transformers code does not take an attention function"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds - {"full_attention"}:
-        return f"{config.model_type}: needs full attention in every layer, found {', '.join(sorted(kinds))}"
-    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
-        return f"{config.model_type}: attends to a window of {config.sliding_window} tokens"
-    if getattr(config, "attn_logit_softcapping", None):
-        return f"{config.model_type}: soft-caps its attention scores"
-    return None
+    kinds = layer_kinds(config)
+    unknown = set(kinds) - ATTENTION_LAYERS - RECURRENT_LAYERS - POINTWISE_LAYERS
+    if unknown:
+        return f"{config.model_type}: has layers of kinds that cannot share prefixes: {', '.join(sorted(unknown))}"
+    recurrent = [i for i, kind in enumerate(kinds) if kind in RECURRENT_LAYERS]
+    if not recurrent and model._is_stateful:
+        return f"{config.model_type}: its recurrent layers are of a kind that cannot share prefixes"
+    if recurrent:
+        layers = list(getattr(decoder_of(model), "layers", []))
+        if len(layers) != len(kinds) or not all(follows_tree(layers[i], kinds[i]) for i in recurrent):
+            return f"{config.model_type}: its {kinds[recurrent[0]]} layers are of a kind that cannot share prefixes"
+        return None if type(causal_lm_of(model))._can_set_attn_implementation() else _no_attention_function(config)
+    return None if model._supports_attention_backend else _no_attention_function(config)
+
+
+def _no_attention_function(config: Any) -> str:
+    return f"{config.model_type}: its transformers code does not take an attention function"
 
 
 def tree_forward(
@@ -70,12 +89,19 @@ def tree_forward(
         [T, D] in the model's dtype.
 
     Raises:
-        PactError: Tree attention cannot compute the model's attention; `paths_forward` can.
+        PactError: Trees cannot be computed for this model, `paths_forward` can; or `keep` or `row_shards` for a model
+            with recurrent layers.
     """
     model = causal_lm_of(model)
     reason = unsupported(model)
     if reason is not None:
-        raise PactError(f"tree attention: {reason}; pack with share=False and use paths_forward")
+        raise PactError(f"token trees: {reason}; pack with share=False and use paths_forward")
+    install(model)
+    if (keep is not None or row_shards is not None) and recurrent_layers(model):
+        what = (
+            "a cached path holds no recurrent states" if keep else "sequence parallelism divides attention heads only"
+        )
+        raise PactError(f"{model.config.model_type} has recurrent layers, and {what}")
     layout = TreeLayout(batch, next(model.parameters()).device)
     layout.keep, layout.row_shards = keep, row_shards
     hidden = _decoder_forward(model, batch, layout)
@@ -101,7 +127,7 @@ def _decoder_forward(model: PreTrainedModel, batch: PackedBatch, layout: TreeLay
     device = next(model.parameters()).device
     decoder = decoder_of(model)
     local_rows = slice(layout.row_shards.start, layout.row_shards.end) if layout.row_shards else slice(None)
-    with _pointwise_optimizations(decoder), tree_attention_in(causal_lm_of(model)):
+    with _pointwise_optimizations(decoder), inside_tree(), tree_attention_in(causal_lm_of(model)):
         output = decoder(
             input_ids=torch.as_tensor(batch.input_ids[local_rows], device=device)[None],
             position_ids=torch.as_tensor(batch.position_ids[local_rows], device=device)[None],

@@ -232,9 +232,10 @@ def _run(family: str, what: str, program: Callable[[], Result]) -> Result:
 
 def _compare(family: str, name: str, difference: float, bound: float) -> None:
     if not difference <= bound:  # NaN, too
+        cure = "rollout.engine=vllm or another model" if "engine" in name else "another model"
         raise PactError(
             f"{family}: log-probs of {name} differ from model(ids).logits by {difference:.2g} nats (at most {bound:.1g}); "
-            "its code computes something that pact_fast does not; use another model"
+            f"its code computes something that pact_fast does not; use {cure}"
         )
 
 

@@ -56,7 +56,7 @@ def grpo_trainer(
 
 
 def prompts() -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"prompt": PROMPTS})
+    return datasets.Dataset.from_dict({"prompt": PROMPTS * 2})
 
 
 def rloo_trainer(folder: Path) -> Any:
@@ -128,7 +128,10 @@ def compare_steps(trainer: Any) -> list[float]:
         trainer._prepare_inputs = original
         scale = max(float(b.norm()) for b in theirs)
         differences.append(
-            max(float((a - b).norm()) / max(float(b.norm()), 1e-3 * scale) for a, b in zip(ours, theirs, strict=True))
+            max(
+                float((a - b).norm()) / max(float(b.norm()), 1e-3 * scale, 1e-30)
+                for a, b in zip(ours, theirs, strict=True)
+            )
         )
         return loss
 

@@ -16,7 +16,9 @@ from multiprocessing.context import BaseContext
 from typing import IO
 from unittest import mock
 
+from pact_fast.llm import server
 from pact_fast.rollout.vllm import process
+from pact_fast.vllm_process import terminate_with_parent
 from tests.support.processes import WARM
 
 COLD_LAUNCH = process.launch
@@ -46,15 +48,15 @@ class Server:
 
 @contextlib.contextmanager
 def forked_servers() -> Iterator[None]:
-    """Inside, the trainer's servers are forked."""
-    with mock.patch.object(process, "launch", Server):
+    """Inside, servers of rollouts and of language models are forked."""
+    with mock.patch.object(process, "launch", Server), mock.patch.object(server, "launch", Server):
         yield
 
 
 def _serve(command: list[str], environment: dict[str, str], log: str) -> None:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have children
     os.setsid()
-    process.terminate_with_parent()
+    terminate_with_parent()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

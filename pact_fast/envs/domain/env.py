@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pact_fast.data.types import ExpertTrace, ExpertTurn, Message, Task, ToolCall, ToolSchema, Trajectory
+from pact_fast.data.types import ExpertTrace, Message, Task, ToolCall, ToolSchema, Trajectory
 from pact_fast.envs.domain.base import Domain, make_domain
-from pact_fast.envs.domain.checker import Sandbox, Verdict, begin, judge, replay
+from pact_fast.envs.domain.checker import Sandbox, Verdict, begin, judge
 from pact_fast.envs.domain.database import Database
 from pact_fast.envs.domain.instance import Instance
 from pact_fast.envs.domain.tools import call_tool
@@ -125,34 +125,30 @@ class DomainEnvironment:
             close()
 
 
-def instance_task(domain: Domain, instance: Instance, env: str | None = None) -> Task:
+def instance_task(
+    domain: Domain, instance: Instance, env: str = "domain", dialogue: Sequence[Message] | None = None
+) -> Task:
     """The task of an instance: policy and opening message as the prompt, gold calls of the agent as reference calls.
 
-    Where the user does nothing, the gold calls are an expert trace, too.
+    Args:
+        domain: The domain of the instance.
+        instance: The task.
+        env: Name of the environment that plays it.
+        dialogue: A dialogue that solves it, prompt included: the expert trace, in which the user speaks, too.
     """
     prompt: list[Message] = [
         {"role": "system", "content": domain.policy},
         {"role": "user", "content": instance.user.opening},
     ]
-    calls = [ToolCall(step.name, dict(step.arguments)) for step in instance.gold if step.by == "agent"]
     return Task(
         id=instance.id,
         prompt=prompt,
         tools=domain.schemas,
-        expert=None if any(step.by == "user" for step in instance.gold) else _expert(domain, instance),
-        reference_calls=calls,
-        env=env or "domain",
+        expert=ExpertTrace.from_messages(dialogue[len(prompt) :]) if dialogue else None,
+        reference_calls=[ToolCall(step.name, dict(step.arguments)) for step in instance.gold if step.by == "agent"],
+        env=env,
         env_args=instance.to_json(),
     )
-
-
-def _expert(domain: Domain, instance: Instance) -> ExpertTrace:
-    observations = replay(domain, instance, instance.gold).observations
-    turns = tuple(
-        ExpertTurn("", (ToolCall(step.name, dict(step.arguments)),), (text,))
-        for step, text in zip(instance.gold, observations, strict=True)
-    )
-    return ExpertTrace(turns, closing_text(instance))
 
 
 def closing_text(instance: Instance) -> str:

@@ -12,6 +12,7 @@ from pact_fast.envs.simulated.actor import MAX_OUTPUT, Episode, ToolActor
 from pact_fast.envs.simulated.backend import ToolBackend
 from pact_fast.envs.simulated.facts import FactsBackend
 from pact_fast.envs.simulated.faults import Faults
+from pact_fast.envs.simulated.model import ModelBackend
 from pact_fast.envs.simulated.recorded import ObservationStore, ReplayBackend
 from pact_fast.envs.simulated.schemas import schema_error
 from pact_fast.envs.simulated.world import World
@@ -105,7 +106,10 @@ def gold_answers(task: Task) -> list[str]:
     return list(dict.fromkeys(str(answer) for answer in found if answer is not None and str(answer).strip()))
 
 
-BACKENDS: dict[str, Callable[[dict[str, Any]], ToolBackend]] = {"facts": lambda args: FactsBackend()}
+BACKENDS: dict[str, Callable[[dict[str, Any]], ToolBackend]] = {
+    "facts": lambda args: FactsBackend(),
+    "model": ModelBackend.from_args,
+}
 
 
 def make_actor(args: Mapping[str, Any]) -> ToolActor:

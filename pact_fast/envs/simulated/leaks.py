@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pact_fast.envs.simulated.facts import look_up, search
-from pact_fast.envs.simulated.world import LOOKUP, SEARCH, ToolSpec, World
+from pact_fast.envs.simulated.world import LOOKUP, MODEL, SEARCH, ToolSpec, World, same_text
 from pact_fast.rewards.qa import normalize_answer
 
 TRIVIAL = frozenset(("yes", "no", "noanswer", ""))  # answers that any text may hold
@@ -30,12 +30,33 @@ def leaked(output: Any, tool: ToolSpec, arguments: dict[str, Any], world: World,
 
 
 def facts_behind(tool: ToolSpec, arguments: dict[str, Any], world: World) -> list[str]:
-    """What the row states about a call: the values that a look-up asks for, or the passages that a search finds."""
+    """What the row states about a call: the values that a look-up asks for, or the passages that a search finds.
+
+    Of a tool that a model has written: the facts whose arguments the call names, and the passages that a search for its
+    arguments finds.
+    """
     if tool.kind == LOOKUP:
         return look_up(world, tool.relation, arguments)
     if tool.kind == SEARCH:
-        return [f"{p.title}. {p.text}" for p in search(world, str(arguments.get("query", "")))]
+        return _found(world, str(arguments.get("query", "")))
+    if tool.kind == MODEL:
+        named = [value for value in arguments.values() if isinstance(value, str)]
+        return [*_facts_about(world, named), *(_found(world, " ".join(named)) if named else [])]
     return []
+
+
+def _found(world: World, query: str) -> list[str]:
+    return [f"{p.title}. {p.text}" for p in search(world, query)]
+
+
+def _facts_about(world: World, named: list[str]) -> list[str]:
+    """The facts whose arguments are all among some texts, a line each: "director, Free Guy: Shawn Levy"."""
+    about = [
+        fact
+        for fact in world.facts
+        if fact.arguments and all(any(same_text(value, text) for text in named) for value in fact.arguments.values())
+    ]
+    return [f"{', '.join([fact.relation, *fact.arguments.values()])}: {', '.join(fact.values)}" for fact in about]
 
 
 def plain_text(value: Any) -> str:

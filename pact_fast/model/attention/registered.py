@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pact_fast.model.attention.scores import SlidingWindow
 from pact_fast.model.attention.tree import tree_attention
 
 PREFIX = "pact_tree_"
@@ -73,7 +74,13 @@ def _attention_over(before: str) -> Any:
     def attention(module, query, key, value, attention_mask, *args, tree_layout=None, **options):
         """As transformers calls it. query, key, value: [1, H, T, D]; returns [1, T, H, D]."""
         if tree_layout is not None:
-            return _tree(module, query, key, value, tree_layout, options.get("scaling"))
+            window = attention_mask.size if isinstance(attention_mask, SlidingWindow) else None
+            return _tree(module, query, key, value, tree_layout, window, **options)
+        if _in_tree.get():
+            raise RuntimeError(
+                "attention got no tree_layout: the model's layers must pass their keyword arguments on, or all branches "
+                "would be one sequence"
+            )
         # the eager function is the one default that is not in the registry, but beside the layer
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(before, eager)
@@ -84,13 +91,19 @@ def _attention_over(before: str) -> Any:
 
 def _mask_over(before: str) -> Any:
     def mask(*args, **options):
-        # a tree's mask is in its layout
-        return None if _in_tree.get() else ALL_MASK_ATTENTION_FUNCTIONS[before](*args, **options)
+        return _tree_mask(**options) if _in_tree.get() else ALL_MASK_ATTENTION_FUNCTIONS[before](*args, **options)
 
     return mask
 
 
-def _tree(module, query, key, value, layout, scaling):
+def _tree_mask(local_size: int | None = None, use_vmap: bool = False, **_: Any) -> SlidingWindow | None:
+    """Only the window of the layers that a mask is for: a tree is in its layout."""
+    if use_vmap:
+        raise RuntimeError("the model's code changes the causal mask by a function of its own")
+    return None if local_size is None else SlidingWindow(local_size)
+
+
+def _tree(module, query, key, value, layout, window, scaling=None, softcap=None, s_aux=None, **_):
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout.cache is not None:
         key, value = layout.cache.extend(module.layer_idx, key, value)
@@ -99,7 +112,9 @@ def _tree(module, query, key, value, layout, scaling):
     shards = layout.row_shards
     if shards is not None:
         query, key, value = shards.scatter_heads(query, key, value)
-    out = tree_attention(query, key, value, layout, scale=scale)
+        if s_aux is not None:
+            s_aux = s_aux.chunk(shards.size)[shards.rank]
+    out = tree_attention(query, key, value, layout, scale=scale, window=window, softcap=softcap or None, sinks=s_aux)
     if shards is not None:
         out = shards.gather_heads(out)
     return out.transpose(1, 2).contiguous(), None

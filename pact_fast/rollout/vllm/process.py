@@ -6,35 +6,17 @@ every user of the machine.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pact_fast.errors import EngineDied
 from pact_fast.rollout.vllm.client import VllmServerTransport
 from pact_fast.rollout.vllm.colocated import WORKER_EXTENSION, engine_args, import_vllm
 from pact_fast.rollout.vllm.weight_transfer import FILES, NCCL
-
-# Loaded before any fork: between fork and exec, a process that has had threads must not import or load anything.
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-PR_SET_PDEATHSIG = 1
-# Variables that torchrun or SLURM set for the trainer; the server must not take them for its own.
-LAUNCHER_VARIABLES = {
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME",
-    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_ENABLE_V1_MULTIPROCESSING",
-}  # fmt: skip
-LOG_TAIL = 4000  # characters of a dead server's log that go into the error
-SOCKET_PATH = 107  # bytes, of Unix
-ROOM = 40  # of them for the names of vLLM's own sockets
+from pact_fast.vllm_process import command_line, kill, launch, log_tail, server_environment, socket_folder
 
 
 class VllmServerProcess(VllmServerTransport):
@@ -124,69 +106,20 @@ class VllmServerProcess(VllmServerTransport):
         ]  # fmt: skip
 
     def _environment(self) -> dict[str, str]:
-        environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        environment["VLLM_RPC_BASE_PATH"] = str(self._socket.parent)
+        environment = server_environment(self._socket.parent, self._devices) | {"VLLM_SERVER_DEV_MODE": "1"}
         if self._args.get("enable_lora"):
             environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-        for name in [n for n in environment if n in LAUNCHER_VARIABLES or n.startswith("TORCHELASTIC_")]:
-            del environment[name]
-        if self._devices is not None:
-            visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] if visible else str(i) for i in self._devices)
         return environment
 
     def _check_alive(self) -> None:
         if self._process is not None and self._process.poll() is not None:
             raise EngineDied(
                 self.name,
-                f"it ended with status {self._process.returncode}; its log {self._log} ends:\n{self._log_tail()}",
+                f"it ended with status {self._process.returncode}; its log {self._log} ends:\n{log_tail(self._log)}",
             )
-
-    def _log_tail(self) -> str:
-        with contextlib.suppress(OSError):
-            return self._log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip()
-        return ""
 
     def _kill(self) -> None:
         """Kill the server and its workers, which are one process group."""
-        if self._process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        if self._process is not None:
+            kill(self._process)
         self._process = None
-
-
-def socket_folder() -> Path:
-    """A private folder whose path leaves room for the names of sockets: $TMPDIR may be too long."""
-    folder = Path(tempfile.mkdtemp(prefix="pact-fast-vllm-"))
-    if len(os.fsencode(folder)) <= SOCKET_PATH - ROOM:
-        return folder
-    folder.rmdir()
-    return Path(tempfile.mkdtemp(prefix="pact-fast-vllm-", dir="/tmp"))
-
-
-def launch(command: list[str], environment: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen:
-    """Starts a server as the leader of a process group of its own; its output goes to `log`."""
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
-        preexec_fn=terminate_with_parent,
-    )  # fmt: skip
-
-
-def command_line(args: dict[str, Any]) -> list[str]:
-    """{max_model_len: 640, enable_lora: True, x: False} → --max-model-len 640 --enable-lora --no-x"""
-    flags: list[str] = []
-    for key, value in args.items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            flags += [f"--{name}", json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
-    return flags
-
-
-def terminate_with_parent() -> None:
-    """A trainer that is killed leaves no server behind (Linux)."""
-    if _LIBC is not None:
-        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

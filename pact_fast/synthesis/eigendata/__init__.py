@@ -7,6 +7,7 @@ compose    rules: tasks composed of a domain's issues
 rollout    the scripted agent, perfect or noisy, in dialogue with the user
 assess     rules: scores rollouts and says who is to blame
 reflect    rules: rewrites prompts and workflow from the failures
+models     with a language model: the user's words, and reflection
 engine     plan → synthesis → verification → rollout → assessment → reflection, resumable
 quality    duplicates, diversity, difficulty, coverage, leakage
 report     the HTML report

@@ -11,7 +11,7 @@ from pact_fast.envs.domain import Checker, Database, Domain, Instance, IssueDraf
 from pact_fast.envs.domain.checker import Sandbox
 from pact_fast.envs.domain.controls import Finding, check_instance
 from pact_fast.synthesis.eigendata.roles import Plan
-from pact_fast.synthesis.eigendata.versions import Version
+from pact_fast.synthesis.eigendata.versions import CHOICES, Version
 
 OPENINGS = {
     "plain": ("Hello.", ""),
@@ -58,7 +58,7 @@ class RulesSynthesizer:
                 say=tuple(say),
                 normalise=tuple(domain.bookkeeping) if settings["normalise"] == "bookkeeping" else (),
             ),
-            versions={name: version.label(name) for name in version.files},
+            versions={name: version.label(name) for name in CHOICES},
         )
         return with_id(instance)
 

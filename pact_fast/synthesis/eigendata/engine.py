@@ -7,7 +7,7 @@ A folder holds everything, and a command that was killed continues from it:
     plans/0001.jsonl   the plans of a version
     candidates.jsonl   all attempts, with findings and dialogues
     rounds.jsonl       one line per finished round, with the proposals that were measured
-    train.jsonl, held_out.jsonl, dialogues.jsonl, summary.json, report.html
+    train.jsonl, held_out.jsonl, summary.json, report.html
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Engine:
             log = CandidateLog(self.out / "candidates.jsonl")
             try:
                 for number in range(len(self.rounds) + 1, self.settings.rounds + 1):
-                    version = self._round(number, version, log, phase or _silent)
+                    version = self._round(number, version, log, phase or silent)
                 return log.candidates
             finally:
                 log.close()
@@ -246,7 +246,8 @@ class Engine:
 
 
 @contextmanager
-def _silent(name: str, total: int) -> Iterator[Advance]:
+def silent(name: str, total: int) -> Iterator[Advance]:
+    """Progress that nobody sees."""
     yield lambda info: None
 
 

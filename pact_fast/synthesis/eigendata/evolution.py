@@ -86,6 +86,12 @@ def probe(pipeline: Pipeline, version: Version, plans: int, count: int = PROBES)
     return Probe(accepted, count, controls, rollouts)
 
 
+def weaker(proposed: Version, version: Version) -> bool:
+    """Whether a version accepts tasks that are worse: a lower score, or closer to others."""
+    new, old = proposed.settings("workflow.yaml"), version.settings("workflow.yaml")
+    return new["min_score"] < old["min_score"] or new["max_similarity"] > old["max_similarity"]
+
+
 def evolve(
     pipeline: Pipeline,
     version: Version,
@@ -117,6 +123,9 @@ def evolve(
             proposed = version.changed(next_number, revision.changes)
         except PactError:
             rejected.append(revision)  # a setting or a value that does not exist
+            continue
+        if weaker(proposed, version):
+            rejected.append(revision)
             continue
         save(proposed)
         next_number += 1

@@ -1,4 +1,4 @@
-"""Writes what the engine made as training data: tasks, held-out tasks, dialogues, and numbers about them."""
+"""Writes what the engine made as training data: tasks, with dialogues as expert traces, and numbers about them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DataSet:
 
 
 def export(engine: Engine, candidates: list[Candidate], phase: Callable[[str, int], Any]) -> DataSet:
-    """Write train.jsonl, held_out.jsonl, dialogues.jsonl and summary.json of a finished engine."""
+    """Write train.jsonl, held_out.jsonl and summary.json of a finished engine."""
     domain, accepted = engine.domain, [candidate for candidate in candidates if candidate.accepted]
     version = Version.load(engine.out / "versions", engine.rounds[-1]["version"])
     rates: dict[str, dict[str, float]] = {}
@@ -51,12 +51,6 @@ def export(engine: Engine, candidates: list[Candidate], phase: Callable[[str, in
     leaked = leakage(domain, *([_instance(c) for c in halves[half]] for half in ("train", "held_out")))
     for half, members in halves.items():
         write_tasks(engine.out / f"{half}.jsonl", [_task(engine, c, rates) for c in members])
-    dialogues = [
-        json.dumps({"id": _instance(c).id, "messages": c.rollout.messages, "tools": domain.schemas}, ensure_ascii=False)
-        for c in halves["train"]
-        if c.rollout and c.rollout.passed
-    ]
-    write_text(engine.out / "dialogues.jsonl", "".join(f"{line}\n" for line in dialogues), CURE)
     summary = summarise(engine, candidates, accepted, halves, leaked, rates)
     write_text(engine.out / "summary.json", json.dumps(summary, indent=2) + "\n", CURE)
     return DataSet(candidates, accepted, rates, summary)
@@ -92,7 +86,8 @@ def summarise(
 def _task(engine: Engine, candidate: Candidate, rates: dict[str, dict[str, float]]) -> Task:
     instance = _instance(candidate)
     own = engine.domain.name in environment.names()  # an environment of its own plays it without arguments
-    task = instance_task(engine.domain, instance, engine.domain.name if own else "domain")
+    dialogue = candidate.rollout.messages if candidate.rollout and candidate.rollout.passed else None
+    task = instance_task(engine.domain, instance, engine.domain.name if own else "domain", dialogue)
     return replace(task, columns={"pass_rates": rates[instance.id], "issues": list(instance.issues)})
 
 

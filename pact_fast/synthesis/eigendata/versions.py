@@ -1,6 +1,6 @@
 """Prompts and workflow as versioned files: `versions/0003/workflow.yaml`. A version is never changed once written.
 
-The rules back-end reads settings (`*.yaml`); a back-end with a model may keep texts (`*.md`) in the same folder.
+The rules back-end reads settings (`*.yaml`); back-ends with a model read prompts (`*.md`) in the same folder.
 """
 
 from __future__ import annotations
@@ -77,9 +77,14 @@ class Version:
         return f"{file}@{self.number}:{hashlib.sha256(self.files[file].encode()).hexdigest()[:8]}"
 
     def changed(self, number: int, changes: Mapping[str, Mapping[str, Any]]) -> Version:
-        """A new version with some keys changed. PactError if a key or value is unknown."""
+        """A new version with some keys changed, or the `text` of a prompt. PactError if a key or value is unknown."""
         files = dict(self.files)
         for file, values in changes.items():
+            if file in files and file.endswith(".md") and isinstance(values.get("text"), str):
+                files[file] = values["text"]
+                continue
+            if file not in CHOICES:
+                raise PactError(f"there is no file {file} to change; the files are {', '.join(files)}")
             files[file] = yaml.safe_dump({**self.settings(file), **values}, sort_keys=False)
             check(file, files[file])
         return Version(number, self.number, files)

@@ -15,6 +15,7 @@ from typing import Any
 from pact_fast.chat.formats.hermes import Hermes
 from pact_fast.data.rows import read_tools
 from pact_fast.data.types import ToolCall
+from pact_fast.envs.simulated.actor import MARKUP
 from pact_fast.envs.simulated.leaks import mentions
 from pact_fast.envs.simulated.schemas import schema_error, unsupported
 from pact_fast.envs.simulated.utilities import CALCULATOR, COMPARE, DATE_DIFFERENCE, SEARCH_TOOL
@@ -31,6 +32,7 @@ REASONS = {
     "bad_name": "the name is not ^[a-zA-Z0-9_-]{1,64}$, or a Python keyword",
     "duplicate_name": "another tool of the task has the name, with other parameters",
     "no_description": "the description is empty",
+    "markup": "name, description or parameters hold role or tool markup of a chat template",
     "leaks_answer": "name or description hold the answer, or an answer on the way to it",
     "bad_parameters": "parameters are no object schema, or use types and keywords that cannot be checked",
     "open_parameters": "additionalProperties is not false",
@@ -150,6 +152,7 @@ def check_tool(tool: ToolSpec, example: dict[str, Any], hidden: Sequence[str], t
     reasons += ["duplicate_name"] if name in taken else []
     reasons += [] if isinstance(description, str) and description.strip() else ["no_description"]
     said = f"{name} {str(name).replace('_', ' ')} {description} {json.dumps(tool.parameters, ensure_ascii=False)}"
+    reasons += ["markup"] if MARKUP.search(said) else []
     reasons += ["leaks_answer"] if any(mentions(said, text) for text in hidden) else []
     parameters = _parameter_reasons(tool.parameters)
     reasons += parameters
