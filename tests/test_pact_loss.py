@@ -270,7 +270,7 @@ def check(policy_loss, with_bias=False, **options):
         assert close(mine, theirs)
     assert {name for name, *_ in sums} <= set(out.stats)
     for name, values in out.stats.items():
-        expected = torch.tensor([[sums[name, s, c] for c in range(5)] for s in range(3)], dtype=torch.float64)
+        expected = torch.tensor([[sums[name, s, c] for c in Component] for s in range(3)], dtype=torch.float64)
         assert torch.allclose(values, expected, rtol=1e-10, atol=1e-12), name
 
 
@@ -404,7 +404,7 @@ def test_types():
     out.loss.backward()
     assert out.loss.dtype == out.logprob.dtype == out.entropy.dtype == torch.float32
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
-    assert all(v.dtype == torch.float64 and v.shape == (3, 5) for v in out.stats.values())
+    assert all(v.dtype == torch.float64 and v.shape == (3, len(Component)) for v in out.stats.values())
 
 
 def test_a_second_backward_gives_the_same_gradient_and_upstream_scales_it():
