@@ -18,6 +18,8 @@ from pact_fast.synthesis.eigendata.engine import silent as engine_silent
 from pact_fast.synthesis.eigendata.export import export
 from pact_fast.synthesis.eigendata.report import write_report
 from tests.support import eigendata as support
+from tests.support.models import TINY
+from tests.support.runs import RunProcess, metrics
 
 DOMAIN = support.helpdesk()
 
@@ -43,6 +45,16 @@ def test_rows_are_read_again_and_their_tasks_are_sound(folder):
         assert set(task.columns["pass_rates"]) == {"careful", "average", "weak"}
     subjects = [{task.env_args["subject"] for task in tasks} for tasks in (train, held_out)]
     assert not subjects[0] & subjects[1]
+
+
+def test_an_independent_replay_confirms_a_whole_folder_and_finds_a_wrong_task(tmp_path, folder, capsys):
+    for name in ("train.jsonl", "held_out.jsonl"):
+        rows = [json.loads(line) for line in (folder / name).read_text().splitlines()[:8]]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert support.confirm(tmp_path) == 0
+    rows[0]["env_args"]["checker"] |= {"compare": False, "assertions": [], "say": []}
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert support.confirm(tmp_path) == 1 and "nothing passes" in capsys.readouterr().out
 
 
 def test_accepted_tasks_name_versions_that_exist(folder):
@@ -80,6 +92,38 @@ def test_the_command_given_again_changes_nothing(folder):
         == 0
     )
     assert {path: path.read_bytes() for path in folder.glob("*.json*")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_a_run_trains_on_the_rows_and_talks_to_the_user(folder, tmp_path, algorithm):
+    """From random weights: what the policy says is nonsense, to which the user answers, until it gives up."""
+    run = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    rollout = {
+        "num_generations": 2,
+        "max_turn_tokens": 6,
+        "max_completion_length": 400,
+        "max_prompt_length": 3000,
+        "max_turns": 6,
+    }
+    grpo = {"filter_groups": {"enable": True, "max_num_gen_batches": 2}} if algorithm == "grpo" else {}
+    settings = {
+        "model": {"random_init": {**TINY, "max_position_embeddings": 8192}}, "threads": 1, "env": {"name": "helpdesk"},
+        "data": {half: str(tmp_path / half) for half in ("train", "eval")}, "rollout": rollout,
+        "algorithm": {"name": algorithm, **grpo},
+        "trainer": {"max_steps": 2, "prompts_per_step": 2, "eval_tasks": 1, "max_tokens_per_pack": 12_000},
+    }  # fmt: skip
+    recipe.write_text(json.dumps(settings))
+    for half, name in (("train", "train.jsonl"), ("eval", "held_out.jsonl")):
+        (tmp_path / half).write_text("\n".join((folder / name).read_text().splitlines()[:5]) + "\n")
+    RunProcess(run, recipe=[str(recipe)]).succeed()
+    records = [record for record in metrics(run) if "loss" in record]
+    assert len(records) == 2
+    if algorithm == "sft":
+        assert all(record["tokens/supervised"] > 50 for record in records)
+    else:
+        assert all(record["filter/groups_sampled"] == 4 and record["turns/mean"] > 0 for record in records)
 
 
 def test_leakage_is_found():

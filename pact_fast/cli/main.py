@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from pact_fast import __version__
 from pact_fast.cli.eigendata import add_eigendata
+from pact_fast.cli.mtr import add_mtr
 from pact_fast.distributed.exit import skip_teardown_exit
 from pact_fast.errors import EngineError, PactError, ShutdownRequested
 from pact_fast.plugins import no_exit
@@ -116,6 +117,7 @@ Make data to train on.
 """
 DATA_EXAMPLES = """\
   pact-fast data eigendata helpdesk -o data/helpdesk
+  pact-fast data mtr musique_train.jsonl -o data/mtr
   pact-fast data convert bfcl -o bfcl-train.jsonl --split train --category multi_turn
 """
 BENCH = """\
@@ -279,6 +281,7 @@ def make_parser() -> argparse.ArgumentParser:
     data = _command(commands, "data", _data, "make data to train on", DATA, DATA_EXAMPLES)
     kinds = data.add_subparsers(title="what to make", metavar="KIND", required=True)
     add_eigendata(kinds, _command)
+    add_mtr(kinds, _command)
     convert = _command(kinds, "convert", _convert, "a benchmark's tasks as data rows", CONVERT, CONVERT_EXAMPLES)
     _recipe(convert, "BENCH", "name of a benchmark (`pact-fast eval`), or file.py:Class")
     convert.add_argument("-o", "--out", type=Path, required=True, help="JSON Lines file to write")

@@ -110,8 +110,8 @@ class EnvConfig(Section):
     name: str = Field(
         "auto",
         description="`lookup_chain`: built-in multi-hop look-ups; `python_tools`: tools given as Python source (FTRL, "
-        "ToolHop), run in sandboxed processes; your own as `file.py:Class`; `auto`: python_tools with data files, "
-        "else lookup_chain. A row's column `env` takes precedence.",
+        "ToolHop), run in sandboxed processes; `simulated`: tools answered from a row's facts (docs/mtr.md); your own as "
+        "`file.py:Class`; `auto`: python_tools with data files, else lookup_chain. A row's column `env` takes precedence.",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of the environment (docs/environments.md)."
@@ -157,6 +157,19 @@ class RolloutConfig(Section):
         ge=1,
         description="Messages of the user per trajectory, the prompt's not counted, where the environment has a user "
         "(docs/conversations.md); null: `max_turns` alone limits the dialogue.",
+    )
+    user: Literal["environment", "policy"] = Field(
+        "environment",
+        description="Who answers turns without tool calls: `environment`: its method `respond`, if it has one; `policy`: the "
+        "policy itself, with the environment's `user_prompt` (self-play, docs/conversations.md).",
+    )
+    user_stop: str = Field(
+        "###STOP###",
+        min_length=1,
+        description="Ends the dialogue, at the end of a message of a policy that plays the user.",
+    )
+    train_as: Literal["agent", "user"] = Field(
+        "agent", description="Whose side of the dialogue is trained; `user` needs `user=policy`."
     )
     max_turn_tokens: int = Field(1024, ge=1, description="Sampled tokens per assistant turn.")
     max_completion_length: int = Field(
@@ -227,6 +240,14 @@ class RolloutConfig(Section):
         default_factory=dict, description="Additional vLLM engine arguments, for example {enforce_eager: true}."
     )
 
+    @model_validator(mode="after")
+    def _two_sides(self) -> RolloutConfig:
+        if self.train_as == "user" and self.user != "policy":
+            raise ValueError("train_as=user trains the policy that plays the user; set user=policy, too")
+        if self.user == "policy" and self.max_batch_size < 2:
+            raise ValueError("user=policy samples two sides of a dialogue at a time; set max_batch_size to 2 or more")
+        return self
+
     @property
     def filters(self) -> SamplingFilters:
         """`top_p`, `top_k` and `min_p`."""
@@ -274,6 +295,11 @@ class SFTConfig(Section):
     horizon: int | None = Field(
         None, ge=1, description="Annealing horizon S in training steps; default: trainer.max_steps."
     )
+    final_answer: bool = Field(
+        False,
+        description="`algorithm.name=sft`: also train the final answer and the reasoning before it (complete traces). Never "
+        "for `pact`, whose trace must not leak the answer.",
+    )
     reasoning_level_start: int = Field(
         4, ge=0, le=4, description="Reasoning prefix level at step 0 (4 = longest safe prefix, 0 = none)."
     )
@@ -293,9 +319,15 @@ class RewardConfig(Section):
     advantage_combine: Literal["sum", "mean"] = Field(
         "sum", description="Token advantage: sum or mean of the group advantage and the turn advantage."
     )
+    outcome: str = Field(
+        "success",
+        description="The environment's reward that `grpo` uses and `env_weight` counts: `success`, or another one that it "
+        "returns, such as `trace_reward` of `simulated` (docs/mtr.md). Evaluations always report `success`.",
+    )
     env_weight: float = Field(
         0.0,
-        description="Weight of the environment's `success` in the trajectory reward. Not for `grpo`, which uses it alone.",
+        description="Weight of the environment's `success` (`outcome`) in the trajectory reward. Not for `grpo`, which uses "
+        "it alone.",
     )
     match_weight: float = Field(
         1.0, ge=0, description="Weight of the sum of turn rewards (matching) in the trajectory reward. Not for `grpo`."
@@ -499,9 +531,10 @@ class TrainerConfig(Section):
 
 
 class PretrainConfig(Section):
-    """SFT on noisy traces of the environment before RL, which makes the base model of the quickstart.
+    """SFT before RL: on noisy traces of lookup_chain, which makes the base model of the quickstart, or on complete traces.
 
-    With noise, the base model learns syntax and copying but not the strategy, which RL can then improve.
+    With noise, the base model learns syntax and copying but not the strategy, which RL can then improve. Tasks of other
+    environments are trained on their own expert traces as they are, the final answer included.
     """
 
     steps: int = Field(800, ge=1, description="Optimizer steps.")
@@ -509,10 +542,10 @@ class PretrainConfig(Section):
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate; it decays linearly.")
     final_lr_ratio: float = Field(0.03, ge=0, le=1, description="Learning rate at the end, relative to its peak.")
     early_stop: float = Field(
-        0.35, ge=0, lt=1, description="Probability per turn that the trace stops before its goal."
+        0.35, ge=0, lt=1, description="lookup_chain: probability per turn that the trace stops before its goal."
     )
     wrong_relation: float = Field(
-        0.15, ge=0, lt=1, description="Probability per hop that the trace follows a wrong relation."
+        0.15, ge=0, lt=1, description="lookup_chain: probability per hop that the trace follows a wrong relation."
     )
 
 

@@ -47,8 +47,10 @@ def score(
 ) -> None:
     """Set `turn_rewards`, `reward_parts` and `reward` of a training rollout.
 
-        reward = match_weight · Σ_t r_t + env_weight · success + Σ user functions
-        reward = success + Σ user functions      if outcome_only and the environment returns `success`
+        reward = match_weight · Σ_t r_t + env_weight · outcome + Σ user functions
+        reward = outcome + Σ user functions      if outcome_only and the environment returns the outcome
+
+    The outcome is the environment's `success`, or the reward that `config.outcome` names.
 
     `reward_parts` holds the unweighted parts: `match` (Σ_t r_t), those of the environment and of the functions.
     `turn_rewards` are unweighted, too.
@@ -61,8 +63,8 @@ def score(
         outcome_only: The algorithm uses no turn-level rewards.
 
     Raises:
-        PactError: A part is not finite, two parts have the same name, or `env_weight` is set and the environment
-            returns no `success`.
+        PactError: A part is not finite, two parts have the same name, or `env_weight` or `outcome` is set and the
+            environment returns no such reward.
     """
     env_rewards, functions = trajectory.env_rewards, function_rewards or {}
     trajectory.turn_rewards = turn_rewards(trajectory, task, config.unmatched_penalty)
@@ -73,15 +75,21 @@ def score(
     for name, value in parts.items():
         if not math.isfinite(value):
             raise PactError(f"task {task.id}: reward '{name}' is {value}; rewards must be finite numbers")
-    if config.env_weight and "success" not in env_rewards:
+    outcome = config.outcome
+    if outcome != "success" and outcome not in env_rewards:
+        known = ", ".join(env_rewards) or "none"
+        raise PactError(
+            f"task {task.id}: its environment gives no '{outcome}' (algorithm.reward.outcome), but: {known}"
+        )
+    if config.env_weight and outcome not in env_rewards:
         raise PactError(f"task {task.id}: its environment gives no 'success'; set algorithm.reward.env_weight=0")
     trajectory.reward_parts = parts
-    if outcome_only and "success" in env_rewards:
-        trajectory.reward = env_rewards["success"] + sum(functions.values())
+    if outcome_only and outcome in env_rewards:
+        trajectory.reward = env_rewards[outcome] + sum(functions.values())
         return
     trajectory.reward = (
         config.match_weight * parts["match"]
-        + config.env_weight * env_rewards.get("success", 0.0)
+        + config.env_weight * env_rewards.get(outcome, 0.0)
         + sum(functions.values())
     )
 

@@ -1,4 +1,7 @@
-"""Deliberately broken generators of tasks, and an independent replay of controls that shares no code with the package."""
+"""Deliberately broken generators of tasks, and an independent replay of controls that shares no code with the package.
+
+`python -m tests.support.eigendata FOLDER` replays every task that `pact-fast data eigendata helpdesk -o FOLDER` wrote.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import copy
 import json
 import random
 import re
+import sys
 import uuid
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pact_fast.envs.domain import Checker, Domain, Instance, Step
@@ -240,3 +245,23 @@ def failing_controls(domain: Domain, instance: Instance) -> list[str]:
         if hidden and re.search(rf"\b{re.escape(hidden)}\b", words):
             problems.append(f"leaks {hidden}")
     return problems
+
+
+def confirm(folder: Path) -> int:
+    """Replay all tasks of a folder; prints what does not hold. Returns the number of tasks with problems."""
+    domain, wrong, count = helpdesk(), 0, 0
+    for file in ("train.jsonl", "held_out.jsonl"):
+        for line in (folder / file).read_text(encoding="utf-8").splitlines():
+            instance = Instance.from_json(json.loads(line)["env_args"])
+            problems = failing_controls(domain, instance)
+            wrong, count = wrong + bool(problems), count + 1
+            for problem in problems:
+                print(f"{instance.id}: {problem}", flush=True)
+            if count % 100 == 0:
+                print(f"{count} replayed, {wrong} with problems", flush=True)
+    print(f"{count} replayed, {wrong} with problems")
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(confirm(Path(sys.argv[1])) > 0)
