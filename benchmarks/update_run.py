@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.harness import Case, failure
 from benchmarks.update_methods import METHODS, UpdateMethod
 from benchmarks.update_problem import PromptProblem, Shape, make_problem
 from pact_fast.config import TrainerConfig
+from pact_fast.model.attention.registered import registered_name
 from pact_fast.train.backends.replicated import make_optimizer
 
 QWEN3 = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40_960}
@@ -32,6 +33,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "30m": {
         "vocab_size": 8192, "head_dim": 64, "num_key_value_heads": 4, "hidden_size": 512, "intermediate_size": 1536,
         "num_hidden_layers": 8, "num_attention_heads": 8, "tie_word_embeddings": True,
+    },
+    "qwen3_5": {  # 30 M, 6 layers of Gated DeltaNet and 2 of attention
+        "model_type": "qwen3_5_text", "vocab_size": 8192, "head_dim": 64, "num_key_value_heads": 4, "hidden_size": 512,
+        "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8, "tie_word_embeddings": True,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+        "max_position_embeddings": 32_768,
+    },
+    "gemma3": {  # 30 M, 7 layers with a window of 256 tokens and 1 of full attention
+        "model_type": "gemma3_text", "vocab_size": 8192, "head_dim": 64, "num_key_value_heads": 4, "hidden_size": 512,
+        "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8, "tie_word_embeddings": True,
+        "sliding_window": 256, "query_pre_attn_scalar": 64, "max_position_embeddings": 32_768,
+        "layer_types": [*["sliding_attention"] * 5, "full_attention", *["sliding_attention"] * 2],
     },
     "qwen3-0.6b": QWEN3 | {
         "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
@@ -85,9 +98,12 @@ class UpdateCase(Case):
 def build(case: UpdateCase, device: torch.device) -> PreTrainedModel:
     """The model with random weights (seed 0)."""
     torch.manual_seed(0)
-    config = Qwen3Config(**MODELS[case.model] | {"num_hidden_layers": case.layers, "use_cache": False})
+    settings = {"model_type": "qwen3"} | MODELS[case.model] | {"num_hidden_layers": case.layers, "use_cache": False}
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][: case.layers]
+    config = AutoConfig.for_model(**settings)
     with device:
-        return Qwen3ForCausalLM(config).to(getattr(torch, case.dtype)).train()
+        return AutoModelForCausalLM.from_config(config).to(getattr(torch, case.dtype)).train()
 
 
 class Clock:
@@ -147,8 +163,8 @@ def timed(attention: Callable[..., Any]) -> Callable[..., Any]:
 
 def time_attention() -> None:
     """Make every attention function that a method uses report to `Clock.now`."""
-    functions = AttentionInterface()
-    for name in ("sdpa", "pact_tree", "bench_flex", "bench_grouped"):
+    functions, peers = AttentionInterface(), ("sdpa", "bench_flex", "bench_grouped")
+    for name in (*peers, *map(registered_name, peers)):  # a tree may follow any of them
         if not hasattr(functions[name], "__wrapped__"):
             AttentionInterface.register(name, timed(functions[name]))
 

@@ -45,11 +45,16 @@ struct BackwardWorkspace {
   }
 };
 
-// Pᵀ and dSᵀ of a tile as A, dSᵀ as B as well. In fp32 both layouts are the same, and ds_b is ds.
-template <bool masked, typename T>
-void softmax_backward_tile(const float* scores, const float* dp, const uint64_t* row_bits, float c, const float* shift,
-                           const float* log_sum, const float* delta, T* p, T* ds, T* ds_b) {
-  const __m512 factor = _mm512_set1_ps(c);
+// Pᵀ and dSᵀ of a tile as A, dSᵀ as B as well. In fp32 both layouts are the same, and ds_b is ds. If `capped`, scores
+// are those of cap_scores, and inner = scale / softcap gives the tanh in them, whose derivative is 1 − tanh².
+template <bool masked, bool capped, typename T>
+void softmax_backward_tile(const float* scores, const float* dp, const uint64_t* row_bits, float c, float inner,
+                           const float* shift, const float* log_sum, const float* delta, T* p, T* ds, T* ds_b) {
+  const __m512 factor = _mm512_set1_ps(c), one = _mm512_set1_ps(1.0f);
+  const auto capped_slope = [&](int64_t at) {
+    const __m512 tanh = _mm512_mul_ps(loadu(scores + at), _mm512_set1_ps(inner));
+    return _mm512_fnmadd_ps(tanh, tanh, one);
+  };
   for (int64_t r = 0; r < kTile; r += 16) {
     const __m512 shifts = loadu(shift + r), log_sums = loadu(log_sum + r), deltas = loadu(delta + r);
     const auto probability = [&](int64_t at) {
@@ -60,6 +65,10 @@ void softmax_backward_tile(const float* scores, const float* dp, const uint64_t*
       __m512 p_x = probability(at), p_y = probability(next);
       __m512 ds_x = _mm512_mul_ps(p_x, _mm512_sub_ps(loadu(dp + at), deltas));
       __m512 ds_y = _mm512_mul_ps(p_y, _mm512_sub_ps(loadu(dp + next), deltas));
+      if constexpr (capped) {
+        ds_x = _mm512_mul_ps(ds_x, capped_slope(at));
+        ds_y = _mm512_mul_ps(ds_y, capped_slope(next));
+      }
       if constexpr (masked) {
         const auto mask_x = static_cast<__mmask16>(row_bits[k] >> r);
         const auto mask_y = static_cast<__mmask16>(row_bits[k + 1] >> r);
@@ -81,7 +90,7 @@ struct Backward {
 
   const AttentionShape& shape = in.shape;
   const int64_t head_dim = shape.head_dim, tiles = unit_tiles(head_dim);
-  const TreeMask mask{in.end, shape};
+  const TreeMask mask{in.end, shape, in.rule};
   const int64_t row_tiles = mask.row_tiles(), key_blocks = ceil_div(mask.key_tiles(), tiles);
   const int64_t heads_per_kv_head = shape.heads / shape.kv_heads;
   // Many units add to the dQ of a tile of rows, in the order of their blocks of keys, so that sums do not depend on
@@ -222,14 +231,20 @@ struct Backward {
     }
     brgemm(kTile, kTile, head_dim, s.k + at, head_dim, s.q_transposed, kTile, s.scores, kTile, false);
     brgemm(kTile, kTile, head_dim, s.v + at, head_dim, s.do_transposed, kTile, s.dp, kTile, false);
-    const float c = shape.scale * kLog2E;
+    const float c = shape.scale * kLog2E, softcap = in.rule.softcap, inner = softcap > 0 ? shape.scale / softcap : 0;
+    if (softcap > 0) cap_scores(s.scores, shape.scale, softcap);
     const float *shift = work.shift + row, *log_sum = work.log_sum + row, *delta = work.delta + row;
-    if (mask.all_visible(k, t)) {
-      softmax_backward_tile<false>(s.scores, s.dp, nullptr, c, shift, log_sum, delta, s.p, ds, ds_b);
+    uint64_t row_bits[kTile];
+    const bool masked = !mask.all_visible(k, t);
+    if (masked) mask.row_bits(k, t, row_bits);
+    const auto backward = [&]<bool is_masked, bool is_capped>() {
+      softmax_backward_tile<is_masked, is_capped>(s.scores, s.dp, row_bits, c, inner, shift, log_sum, delta, s.p, ds,
+                                                  ds_b);
+    };
+    if (softcap > 0) {
+      masked ? backward.template operator()<true, true>() : backward.template operator()<false, true>();
     } else {
-      uint64_t row_bits[kTile];
-      mask.row_bits(k, t, row_bits);
-      softmax_backward_tile<true>(s.scores, s.dp, row_bits, c, shift, log_sum, delta, s.p, ds, ds_b);
+      masked ? backward.template operator()<true, false>() : backward.template operator()<false, false>();
     }
     brgemm(kTile, head_dim, kTile, s.p, kTile, s.d_out, head_dim, s.dv + at, head_dim, true);
     brgemm(kTile, head_dim, kTile, ds, kTile, s.q, head_dim, s.dk + at, head_dim, true);

@@ -75,7 +75,7 @@ struct Forward {
   const AttentionShape& shape = in.shape;
   const int64_t head_dim = shape.head_dim, tiles = unit_tiles(head_dim);
   const float c = shape.scale * kLog2E;
-  const TreeMask mask{in.end, shape};
+  const TreeMask mask{in.end, shape, in.rule};
 
   struct RowTile {
     T* q;        // B, Qᵀ [head_dim, kTile]
@@ -137,7 +137,16 @@ struct Forward {
     std::fill_n(rows.running->max, kTile, kMaskedScore);
     std::fill_n(rows.running->shift, kTile, kMaskedScore * c);
     std::fill_n(rows.running->sum, kTile, 0.0f);
+    if (in.rule.sinks != nullptr) init_sink(*rows.running, in.rule.sinks[head]);
     pack_b_transposed(in.q.at(head, t * kTile), in.q.row_stride, row_count(t), head_dim, rows.q);
+  }
+
+  // The sink is a score that the row has seen already, of a key without a value.
+  void init_sink(RunningSoftmax& running, float sink) const {
+    const float max = sink / shape.scale, shift = max * c;
+    std::fill_n(running.max, kTile, max);
+    std::fill_n(running.shift, kTile, shift);
+    std::fill_n(running.sum, kTile, std::exp2(sink * kLog2E - shift));
   }
 
   void pack_keys(const Scratch& s, int64_t kv_head, int64_t k) const {
@@ -151,6 +160,7 @@ struct Forward {
   void tile(const Scratch& s, const RowTile& rows, int64_t k, int64_t t) const {
     float rescale[kTile];
     brgemm(kTile, kTile, head_dim, s.k, head_dim, rows.q, kTile, s.scores, kTile, false);
+    if (in.rule.softcap > 0) cap_scores(s.scores, shape.scale, in.rule.softcap);
     if (mask.all_visible(k, t)) {
       softmax_tile<false>(s.scores, nullptr, c, *rows.running, rescale, s.p);
     } else {

@@ -11,6 +11,7 @@
 #include "attention_mask.h"
 #include "common/bf16.h"
 #include "common/brgemm.h"
+#include "common/exp.h"
 #include "common/isa.h"
 #include "common/transpose.h"
 
@@ -143,6 +144,14 @@ inline void prefetch_rows(const T* rows, int64_t ld, int64_t count, int64_t widt
     for (int64_t d = 0; d < width; d += 64 / sizeof(T)) {
       _mm_prefetch(reinterpret_cast<const char*>(rows + i * ld + d), _MM_HINT_T1);
     }
+  }
+}
+
+// Scores q·k of a tile as soft-capped scores divided by the scale, (softcap / scale)·tanh(scale·score / softcap).
+inline void cap_scores(float* scores, float scale, float softcap) {
+  const __m512 inner = _mm512_set1_ps(scale / softcap), outer = _mm512_set1_ps(softcap / scale);
+  for (int64_t i = 0; i < kScores; i += 16) {
+    storeu(scores + i, _mm512_mul_ps(outer, tanh(_mm512_mul_ps(inner, loadu(scores + i)))));
   }
 }
 

@@ -3,7 +3,7 @@
 // Rows lie in depth-first order: key k is visible to query positions k ≤ q < end[k], where end[k] is the position
 // after the subtree of k. That is the whole mask. Scores are computed in tiles of 64 keys × 64 rows; a tile that no
 // row sees is skipped, and one that is not visible as a whole is masked. Nothing is merged, whatever the depth of
-// the tree.
+// the tree. A layer may have a window by position along the path, soft-capped scores and attention sinks (ScoreRule).
 //
 //     forward     Sᵀ = K·Qᵀ,    Pᵀ = exp(scale·Sᵀ − lse),     Oᵀ += Vᵀ·Pᵀ        (online softmax)
 //     backward    dPᵀ = V·dOᵀ,  dSᵀ = Pᵀ∘(dPᵀ − Σ dO∘O),    dV += Pᵀ·dO,  dK += dSᵀ·Q,  dQᵀ += Kᵀ·dSᵀ
@@ -19,6 +19,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "attention_mask.h"
 #include "common/tensor.h"
@@ -55,8 +56,8 @@ void dispatch(ScalarType type, const Run& run) {
 
 template <typename T>
 AttentionInputs<T> inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end,
-                          const AttentionShape& shape) {
-  return {head_view<const T>(q), head_view<const T>(k), head_view<const T>(v), data_ptr<int64_t>(end), shape};
+                          const AttentionShape& shape, const ScoreRule& rule) {
+  return {head_view<const T>(q), head_view<const T>(k), head_view<const T>(v), data_ptr<int64_t>(end), shape, rule};
 }
 
 #else  // callers ask tree_attention_ready first
@@ -100,18 +101,30 @@ void check_lse(const Tensor& lse, const AttentionShape& shape) {
                   "tree attention: lse must be contiguous fp32 [2, ", shape.heads, ", ", shape.rows, "]");
 }
 
+ScoreRule check_rule(const std::optional<Tensor>& position, int64_t window, double softcap,
+                     const std::optional<Tensor>& sinks, const AttentionShape& shape) {
+  STD_TORCH_CHECK(window >= 0 && softcap >= 0, "tree attention: window and softcap must not be negative");
+  STD_TORCH_CHECK(window == 0 || position.has_value(), "tree attention: a window needs the positions of the keys");
+  check_vector(position, ScalarType::Long, shape.keys, "position");
+  check_vector(sinks, ScalarType::Float, shape.heads, "sinks");
+  return {data_ptr<int64_t>(position), window, static_cast<float>(softcap), data_ptr<float>(sinks)};
+}
+
 bool tree_attention_ready(ScalarType type) { return ready(type); }
 
 // out [1, Hq, T, D] and lse [2, Hq, T] (log-sum-exp in base 2, in two terms) ← attention of q [1, Hq, T, D] to k and v
-// [1, Hkv, S + T, D], the last T of which are those of the rows themselves. Row i sees key k if k ≤ S + i < end[k].
+// [1, Hkv, S + T, D], the last T of which are those of the rows themselves. Row i sees key k if k ≤ S + i < end[k], and if
+// position[S + i] − position[k] < window. softcap, sinks [Hq]: see ScoreRule.
 void tree_attention_forward(const Tensor q, const Tensor k, const Tensor v, const Tensor end, double scale, Tensor out,
-                            Tensor lse) {
+                            Tensor lse, std::optional<Tensor> position, int64_t window, double softcap,
+                            std::optional<Tensor> sinks) {
   const AttentionShape shape = check_shape(q, k, v, end, scale);
+  const ScoreRule rule = check_rule(position, window, softcap, sinks, shape);
   check_heads(out, q.scalar_type(), shape.heads, shape.rows, shape.head_dim, "out");
   check_lse(lse, shape);
 #ifdef __AVX512F__
   dispatch(q.scalar_type(), [&]<typename T>(T) {
-    Forward<T>{inputs<T>(q, k, v, end, shape), head_view<T>(out), data_ptr<float>(lse)}.run();
+    Forward<T>{inputs<T>(q, k, v, end, shape, rule), head_view<T>(out), data_ptr<float>(lse)}.run();
   });
 #endif
 }
@@ -120,8 +133,10 @@ void tree_attention_forward(const Tensor q, const Tensor k, const Tensor v, cons
 // up to tiles of 64, D + 3], overwritten; see BackwardWorkspace.
 void tree_attention_backward(const Tensor d_out, const Tensor q, const Tensor k, const Tensor v, const Tensor end,
                              double scale, const Tensor out, const Tensor lse, Tensor work, Tensor dq, Tensor dk,
-                             Tensor dv) {
+                             Tensor dv, std::optional<Tensor> position, int64_t window, double softcap) {
   const AttentionShape shape = check_shape(q, k, v, end, scale);
+  // the log-sum-exp has the sinks already
+  const ScoreRule rule = check_rule(position, window, softcap, std::nullopt, shape);
   const ScalarType type = q.scalar_type();
   check_heads(d_out, type, shape.heads, shape.rows, shape.head_dim, "d_out");
   check_heads(out, type, shape.heads, shape.rows, shape.head_dim, "out");
@@ -138,7 +153,7 @@ void tree_attention_backward(const Tensor d_out, const Tensor q, const Tensor k,
   ScratchArena arena(work.data_ptr(), capacity);
   const auto workspace = BackwardWorkspace::layout(arena, shape);
   dispatch(type, [&]<typename T>(T) {
-    Backward<T>{inputs<T>(q, k, v, end, shape),
+    Backward<T>{inputs<T>(q, k, v, end, shape, rule),
                 {head_view<const T>(out), head_view<const T>(d_out), data_ptr<float>(lse), head_view<T>(dq),
                  head_view<T>(dk), head_view<T>(dv)},
                 workspace}
@@ -153,11 +168,12 @@ void tree_attention_backward(const Tensor d_out, const Tensor q, const Tensor k,
 STABLE_TORCH_LIBRARY_FRAGMENT(pact_fast, m) {
   m.def("tree_attention_ready(ScalarType dtype) -> bool");
   m.def(
-      "tree_attention_forward(Tensor q, Tensor k, Tensor v, Tensor end, float scale, Tensor(a!) out, Tensor(b!) lse) "
-      "-> ()");
+      "tree_attention_forward(Tensor q, Tensor k, Tensor v, Tensor end, float scale, Tensor(a!) out, Tensor(b!) lse, "
+      "Tensor? position=None, int window=0, float softcap=0.0, Tensor? sinks=None) -> ()");
   m.def(
       "tree_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor end, float scale, Tensor out, "
-      "Tensor lse, Tensor(a!) work, Tensor(b!) dq, Tensor(c!) dk, Tensor(d!) dv) -> ()");
+      "Tensor lse, Tensor(a!) work, Tensor(b!) dq, Tensor(c!) dk, Tensor(d!) dv, Tensor? position=None, int window=0, "
+      "float softcap=0.0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pact_fast, CompositeExplicitAutograd, m) {

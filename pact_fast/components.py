@@ -12,7 +12,8 @@ class Component(enum.IntEnum):
     REASONING = 1
     TOOL_CALL = 2
     ANSWER = 3
-    OBSERVATION = 4
+    OBSERVATION = 4  # what tools said
+    USER = 5  # what the user said after the prompt; never trained on
 
 
 class LossContext(enum.IntEnum):

@@ -14,6 +14,7 @@ _LAZY = {
     "tree_attention": "pact_fast.model.attention.tree",
     "PathCache": "pact_fast.model.attention.prefix_cache",
     "branches_forward": "pact_fast.model.forward",
+    "inside_forward": "pact_fast.model.forward",
     "paths_forward": "pact_fast.model.forward",
     "tree_forward": "pact_fast.model.forward",
 }

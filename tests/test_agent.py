@@ -11,47 +11,13 @@ from pact_fast.data.types import Task
 from pact_fast.envs.lookup_chain import LookupChain, LookupChainTasks
 from pact_fast.errors import PactError
 from pact_fast.rollout.agent import AgentLoop, Job
-from pact_fast.rollout.engine import Completion
 from tests.support.groups import lookup_chain_renderer
+from tests.support.scripted_engine import Script, turn
 
 
 @pytest.fixture(scope="module")
 def renderer():
     return lookup_chain_renderer()
-
-
-class Script:
-    """An engine that says what it is told, turn by turn; one turn per session and step."""
-
-    version = 3
-    synchronous = True
-
-    def __init__(self, renderer, turns):
-        self.renderer, self.turns = renderer, turns
-        self.contexts, self.limits, self.closed, self.ready = {}, [], [], []
-
-    def submit(self, request):
-        self.contexts.setdefault(request.session, []).append(request.ids)
-        self.limits.append(request.max_new_tokens)
-        self.ready.append(request)
-
-    def step(self, timeout=None):
-        done, self.ready = self.ready, []
-        out = []
-        for request in done:
-            ids = np.array(self.turns[request.session].pop(0), np.int64)
-            ended = len(ids) <= request.max_new_tokens
-            ids = ids[: request.max_new_tokens]
-            self.contexts[request.session].append(ids)
-            out.append(Completion(request.session, ids, np.full(len(ids), -0.5, np.float32), ended, self.version))
-        return out
-
-    def close(self, session):
-        self.closed.append(session)
-
-
-def turn(renderer, text):
-    return [*renderer.tokenizer.encode(text, add_special_tokens=False), renderer.eot_id]
 
 
 def expert_turns(renderer, task):

@@ -205,15 +205,19 @@ def fill_old(batches, scored, rows, weight):
             ].numpy()
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "prompt_mean"])
 def test_weights_hold_the_normaliser_of_the_loss_type(renderer, loss_type):
     config = AlgorithmConfig(name="matchtir", loss_type=loss_type)
     groups = make_groups(renderer, config, prompts=3, rollouts=4)
     update = step_context_of(renderer, config, groups)
     scored = [s for group in groups for s in make_algorithm(config).prompt_batch(group, update).scored]
     tokens = sum(len(s.index) for s in scored)
+    of_prompt = [sum(len(s.index) for s in scored if s.prompt == prompt) for prompt in range(3)]
     for s in scored:
-        expected = {"grpo": 1 / (12 * len(s.index)), "dapo": 1 / tokens, "dr_grpo": 1 / (12 * 512)}[loss_type]
+        expected = {
+            "grpo": 1 / (12 * len(s.index)), "dapo": 1 / tokens, "dr_grpo": 1 / (12 * 512),
+            "prompt_mean": 1 / (3 * of_prompt[s.prompt]),
+        }[loss_type]  # fmt: skip
         np.testing.assert_allclose(s.rl_weight, expected, rtol=1e-12)
 
 

@@ -10,8 +10,10 @@ import torch
 
 from pact_fast.batch.packing import PackedBatch
 from pact_fast.kernels.runtime import build
+from pact_fast.model.attention.blocks import BlockAttention
 from pact_fast.model.attention.cpu import TreeAttentionCpu, serves
 from pact_fast.model.attention.flash import CpuFlash
+from pact_fast.model.attention.scores import ScoreRule
 from pact_fast.model.attention.tree import TreeLayout, _TreeAttention
 from pact_fast.tree import TokenTree, pack, tree_attention
 
@@ -88,7 +90,7 @@ def test_errors_are_at_most_twice_those_of_torchs_flash_kernel(dtype, width, hea
     assert_as_good(
         inputs, upstream, layout.end, scale,
         lambda q, k, v: tree_attention(q, k, v, layout, scale=scale),
-        lambda q, k, v: _TreeAttention.apply(q, k, v, layout.calls, scale, CpuFlash()),
+        lambda q, k, v: _TreeAttention.apply(q, k, v, None, layout.calls, scale, CpuFlash()),
     )  # fmt: skip
 
 
@@ -120,7 +122,7 @@ def test_large_scores_of_late_keys_and_scores_that_vanish_beside_them(dtype):
     assert_as_good(
         inputs, rows(2, len(batch), 32).to(dtype), layout.end, 1.0,
         lambda q, k, v: tree_attention(q, k, v, layout, scale=1.0),
-        lambda q, k, v: _TreeAttention.apply(q, k, v, layout.calls, 1.0, CpuFlash()),
+        lambda q, k, v: _TreeAttention.apply(q, k, v, None, layout.calls, 1.0, CpuFlash()),
     )  # fmt: skip
 
 
@@ -205,7 +207,7 @@ def test_tensors_that_do_not_fit_together_are_refused_by_name():
         ((rows(3, 5, 16), k, v, end), "divide"),
     ]:
         with pytest.raises(RuntimeError, match=named):
-            TreeAttentionCpu.apply(*args, 0.25)
+            TreeAttentionCpu.apply(*args[:3], None, args[3], None, ScoreRule(0.25))
 
 
 def test_outputs_that_do_not_fit_are_refused():
@@ -231,3 +233,46 @@ def test_outputs_that_do_not_fit_are_refused():
         with pytest.raises(RuntimeError, match=named):
             outputs = {**given, name: wrong}.values()
             ops.tree_attention_backward(torch.ones_like(out), q, k, v, end, 0.25, out, lse, *outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "window, softcap, sinks, after",
+    [(70, None, False, 0), (3, 1.0, True, 0), (None, 0.7, False, 0), (None, None, True, 0), (130, 2.0, True, 100)],
+)
+def test_windows_soft_caps_and_sinks_are_as_good_as_in_torch(dtype, window, softcap, sinks, after):
+    """Against the same in fp64; the window leaves out whole tiles, cuts others, and some rows see little but the sink."""
+    needs(dtype)
+    torch.manual_seed(0)
+    batch = batch_of(5, nodes=8)
+    layout = TreeLayout(batch, prefix_length=after)
+    tensors = [rows(4, len(batch), 32), *(rows(2, after + len(batch), 32) for _ in range(2))]
+    inputs = [*(t.to(dtype) for t in tensors), *([torch.tensor([-9.0, 0.0, 2.0, 9.0])] if sinks else [])]
+    upstream, rule = rows(4, len(batch), 32).to(dtype), ScoreRule(0.3, window, softcap)
+
+    def kernel(q, k, v, *s):
+        assert serves(q, v, 0.3)
+        return tree_attention(q, k, v, layout, scale=0.3, window=window, softcap=softcap, sinks=s[0] if s else None)
+
+    def in_torch(q, k, v, *s):
+        return BlockAttention.apply(q, k, v, s[0] if s else None, rule, layout.blocks(window))
+
+    exact = results(in_torch, [t.double() for t in inputs], upstream.double())
+    pairs = zip(results(kernel, inputs, upstream), results(in_torch, inputs, upstream), exact, strict=True)
+    for mine, other, truth in pairs:
+        unit = torch.finfo(dtype).eps / 2 * truth.norm()
+        assert (mine.double() - truth).norm() <= 2 * (other.double() - truth).norm() + unit
+
+
+def test_rules_that_do_not_fit_are_refused_by_name():
+    needs(torch.float32)
+    ops, end = torch.ops.pact_fast, torch.full((5,), 5)
+    q, k, v, out = (rows(2, 5, 16) for _ in range(4))
+    for rule, named in [
+        ((None, 3, 0.0, None), "a window needs the positions"),
+        ((torch.arange(4), 3, 0.0, None), "position must be contiguous int64"),
+        ((None, 0, 0.0, torch.zeros(3)), "sinks must be contiguous fp32"),
+        ((None, -1, 0.0, None), "must not be negative"),
+    ]:
+        with pytest.raises(RuntimeError, match=named):
+            ops.tree_attention_forward(q, k, v, end, 0.25, out, torch.empty(2, 2, 5), *rule)

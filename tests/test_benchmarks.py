@@ -24,6 +24,7 @@ from benchmarks import (
     head,
     head_methods,
     head_problem,
+    hosts,
     measure,
     quickstart,
     weights_fingerprint,
@@ -330,3 +331,24 @@ def test_decoding_compares_the_engine_with_generate_on_the_same_work(tmp_path, c
         assert case["rows"]["engine"]["time_to_engine"] == 1.0
     assert [found["cache"] for found in report["prefill"]] == [2 * 50 * 2 * 2 * 16 * 2 * size for size in (4, 2)]
     assert "time/engine" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_hosts_compares_the_step_of_trl_with_every_mode_and_finds_a_wrong_gradient(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="install trl for this benchmark")
+    small = ["--vocab", "97", "--width", "128", "--prompt-tokens", "9", "--completion-tokens", "5", "--layers", "1"]
+    command = [*small, "--rounds", "1", "--no-memory", "--out", str(tmp_path / "hosts.json")]
+    assert hosts.main(command) == 0
+    [case] = json.loads((tmp_path / "hosts.json").read_text())["cases"]
+    assert case["methods"].keys() == set(hosts.METHODS)
+    assert max(method["gradient"] for method in case["methods"].values()) < hosts.LIMIT
+    assert case["methods"]["head"]["logprob_error"] < 1e-5
+    monkeypatch.setattr(
+        hosts.Step, "gradients", lambda step: [p.grad + 0.1 * len(step.method) for p in parameters(step)]
+    )
+    assert hosts.main(command) == 1
+
+
+def parameters(step):
+    return list(step.trainer.model.parameters())

@@ -12,6 +12,7 @@ import pytest
 
 from pact_fast.cli.main import main
 from pact_fast.registry import Registry
+from tests.support.chat_tokenizers import chatml_like
 from tests.support.models import TINY
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +100,22 @@ def test_own_classes_train_by_the_command_in_their_text(example, seen, tmp_path)
         settings.append("pretrain=null")
     step = train("quickstart", settings, tmp_path / "run")[1]
     assert step["step"] == 1 and seen in step, sorted(step)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_trl_trains_on_these_kernels(tmp_path, capsys):
+    """`trl_grpo.py` with a tiny model in place of one of the hub."""
+    pytest.importorskip("trl", reason="install trl for this example")
+    from tests.support.trl_trainers import settings, tiny_model
+
+    tiny_model().save_pretrained(tmp_path / "model")
+    chatml_like().save_pretrained(tmp_path / "model")
+    example = runpy.run_path(str(EXAMPLES / "trl_grpo.py"))
+    options = settings(tmp_path / "run", max_steps=2, per_device_train_batch_size=8, max_completion_length=4)
+    options.pop("output_dir")
+    trainer = example["main"](str(tmp_path / "model"), **options)
+    assert trainer.state.global_step == 2 and "'tree'" in capsys.readouterr().out
 
 
 def test_own_tool_format_reads_back_what_it_writes_and_the_doctor_names_the_mismatch(capsys):

@@ -11,6 +11,7 @@ import pytest
 from pact_fast.chat.formats.base import ToolFormat
 from pact_fast.chat.formats.gemma4 import Gemma4
 from pact_fast.chat.formats.glm4_moe import Glm4Moe
+from pact_fast.chat.formats.harmony import Harmony
 from pact_fast.chat.formats.hermes import Hermes
 from pact_fast.chat.formats.json_calls import MAX_ERROR, error_observation
 from pact_fast.chat.formats.lfm2 import Lfm2
@@ -22,7 +23,9 @@ from pact_fast.data.types import ToolCall
 from tests.support.chat_tokenizers import chatml_like, llama3_like
 
 FORMATS = pytest.mark.parametrize(
-    "fmt", [Hermes(), Llama3Json(), Qwen3Coder(), Gemma4(), Lfm2(), Glm4Moe()], ids=lambda f: type(f).__name__
+    "fmt",
+    [Hermes(), Llama3Json(), Qwen3Coder(), Gemma4(), Lfm2(), Glm4Moe(), Harmony()],
+    ids=lambda f: type(f).__name__,
 )
 SEEDS = [
     ("Think about it.", "", [ToolCall("f", {"x": 1})]),
@@ -125,6 +128,7 @@ LONG_TAGS = [  # of the formats with tags
     b"<arg_key>", b"<arg_key>x</arg_key><arg_value>", b"</arg_value> ",
     b"<parameter=x>", b"<function=f>", b"\n</parameter>\n", b"<parameter=x></parameter>", b"<tool_call><function=f>",
     b"<|tool_call>", b"<|tool_call>call:f{", b"{x:", b'<|"|>', b"call:f{x:[", b'<|"|>,', b"<|channel>", b"x:11111111,", b"[1,",
+    b"<|message|>", b"<|end|>", b"<|start|>assistant", b"to=", b"to=f<|message|>{}<|call|>", b"<|end|><|start|>assistant",
     b"<|tool_call_start|>", b"<|tool_call_start|>[f(", b"f(x='", b"f(x=1), ", b"'", b"' ", b"x='a', ", b"\\'", b"[[",
 ]  # fmt: skip
 
@@ -138,6 +142,7 @@ FRAMES = {
     ],
     Glm4Moe: [(b"<tool_call>f", b"</tool_call>"), (b"<tool_call>f<arg_key>x</arg_key><arg_value>", b"</tool_call>")],
     Gemma4: [(b"<|tool_call>call:f{", b"}<tool_call|>"), (b"<|tool_call>call:f{x:[", b"]}<tool_call|>")],
+    Harmony: [(b" to=functions.f<|message|>", b"<|call|>"), (b"<|channel|>analysis<|message|>", b"<|end|>")],
     Lfm2: [
         (b"<|tool_call_start|>[", b"]<|tool_call_end|>"),
         (b"<|tool_call_start|>[f(", b")]<|tool_call_end|>"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pact_fast.chat.formats.base import ToolFormat
 from pact_fast.chat.formats.gemma4 import Gemma4
 from pact_fast.chat.formats.glm4_moe import Glm4Moe
+from pact_fast.chat.formats.harmony import Harmony
 from pact_fast.chat.formats.lfm2 import Lfm2
 from pact_fast.chat.formats.python_calls import read_calls
 from pact_fast.chat.formats.qwen3_coder import Qwen3Coder
@@ -20,7 +21,7 @@ PYTHON_WORDS, RAW_STRINGS, NONE = Qwen3Coder(), Lfm2(), Gemma4()
 PYTHON_WORDS._python_words, RAW_STRINGS._escaped, NONE._null = True, False, "None"
 FORMATS = {
     "qwen3_coder": Qwen3Coder(), "qwen3_coder, Python's words": PYTHON_WORDS, "gemma4": Gemma4(), "gemma4, None": NONE,
-    "glm4_moe": Glm4Moe(), "lfm2": Lfm2(), "lfm2, raw strings": RAW_STRINGS,
+    "glm4_moe": Glm4Moe(), "lfm2": Lfm2(), "lfm2, raw strings": RAW_STRINGS, "harmony": Harmony(),
 }  # fmt: skip
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 TYPES = {"s": "string", "i": "integer", "n": "number", "b": "boolean", "o": "object", "a": "array"}
@@ -134,12 +135,44 @@ def test_a_parameter_is_its_text_but_for_one_line_break_at_each_end(text):
         (Lfm2(), "<|tool_call_start|>[f(a=" + "[" * 99 + "]" * 99 + ")]<|tool_call_end|>", "nested deeper than 64"),
         (Lfm2(), "<|tool_call_start|>[f(s='\\ud800')]<|tool_call_end|>", "half of a surrogate pair"),
         (Lfm2(), "<|tool_call_start|>[f(i=1)]", "<|tool_call_start|> is not closed"),
+        (Harmony(), " to=functions.f<|channel|>commentary json", "the call of f has no <|message|>"),
+        (Harmony(), " to=functions.f<|channel|>commentary json<|message|>{s: 1}", "not valid JSON"),
+        (Harmony(), " to=functions.f<|channel|>commentary json<|message|>[1]", "must be a JSON object"),
+        (Harmony(), " to=browser.open<|channel|>commentary json<|message|>{}", "unknown tool 'browser.open'"),
     ],
 )  # fmt: skip
 def test_malformed_calls_say_why(fmt: ToolFormat, text: str, reason: str):
     turn = fmt.parse(text.encode(), TOOLS)
     assert len(turn.errors) == 1 and reason in turn.errors[0] and not turn.calls
     assert turn.spans == [(0, len(text.encode()), Component.TOOL_CALL)]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        " to=functions.f<|channel|>commentary json<|message|>",
+        "<|channel|>commentary to=functions.f <|constrain|>json<|message|>",
+        "<|channel|>commentary to=functions.f<|message|>",
+        "<|channel|>analysis to=functions.f<|message|>",
+    ],
+)
+def test_gpt_oss_writes_the_recipient_in_several_places(header: str):
+    following = "<|end|><|start|>assistant"
+    before = f"<|channel|>analysis<|message|>Why.{following}<|channel|>commentary<|message|>So.{following}"
+    turn = Harmony().parse(f'{before}{header}{{"i": 1}}'.encode(), TOOLS)
+    assert (turn.reasoning, turn.content, turn.attempts) == ("Why.", "So.", [ToolCall("f", {"i": 1})])
+    assert [component for _, _, component in turn.spans] == [Component.REASONING, Component.ANSWER, Component.TOOL_CALL]
+
+
+def test_text_of_gpt_oss_without_a_header_is_an_answer():
+    for text in (
+        "Paris.",
+        "<|message|>Paris.",
+        "<|channel|>final<|message|>Paris.",
+        "<|channel|>odd<|message|>Paris.<|end|>",
+    ):
+        turn = Harmony().parse(text.encode(), TOOLS)
+        assert (turn.reasoning, turn.content, turn.attempts) == ("", "Paris.", [])
 
 
 def test_calls_before_a_malformed_one_are_read():

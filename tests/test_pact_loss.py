@@ -513,7 +513,7 @@ def test_runs_are_bit_identical():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"policy_loss": "dapo"}, "unknown policy loss 'dapo'; registered: cispo, gspo, ppo"),
+        ({"policy_loss": "dapo"}, "unknown policy loss 'dapo'; registered: cispo, gspo, gspo_sequence, ppo"),
         ({"delta": 1.1}, "delta=1.1"),
         ({"delta": 3.0, "policy_loss": "cispo"}, "delta"),
         ({"kl_coef": 0.1}, "ref_logprob"),

@@ -1,6 +1,7 @@
 """Task files become tasks, and a row that cannot says where and why."""
 
 import enum
+import gc
 import gzip
 import json
 import os
@@ -329,7 +330,7 @@ BAD_ROWS = {
     "messages with two questions": (
         {"messages": [*QUESTION, *TRACE, *QUESTION], "tools": [WEATHER]},
         "messages",
-        "message 3",
+        "message 4: the user has the last word",
     ),
     "messages text is not JSON": ({"messages": "hello"}, "messages", "not valid JSON"),
     "half a surrogate pair": ({"prompt": "a", "tools": r'[{"name": "\ud83d"}]'}, "tools", "surrogate"),
@@ -652,3 +653,17 @@ def test_functions_that_make_no_schema():
         with pytest.raises(PactError, match=f"tool '{function.__name__}'") as caught:
             tool_schema(function)
         assert "\n" not in str(caught.value)
+
+
+def test_garbage_collection_is_as_before_when_rows_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            assert len(read_tasks(tmp_path / "a.jsonl")) == 1
+            with pytest.raises(DataError):
+                read_tasks(tmp_path / "bad.jsonl")
+            assert gc.isenabled() == enabled
+        finally:
+            gc.enable()

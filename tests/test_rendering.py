@@ -116,7 +116,12 @@ def test_bridge_is_what_the_template_writes_after_a_turn(name):
         after = whole.index(r.eot, whole.index("MARK")) + len(r.eot)
         ids, components = r.bridge_tokens(following)
         assert ids.tolist() == r.tokenizer.encode(whole[after:], add_special_tokens=False)
-        assert len(components) == len(ids) and set(components) <= {Component.TEMPLATE, Component.OBSERVATION}
+        assert len(components) == len(ids) and set(components) <= {
+            Component.TEMPLATE,
+            Component.OBSERVATION,
+            Component.USER,
+        }
+        assert (Component.USER in components) == (following[-1]["role"] == "user")
 
 
 def test_observation_tokens_are_the_tool_text_and_nothing_else():

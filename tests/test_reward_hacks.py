@@ -17,6 +17,7 @@ from pact_fast.rewards.feedback import Feedback, is_error, stated, trajectory_fe
 from pact_fast.rewards.ftrl import contains_parts
 from pact_fast.rewards.score import turn_rewards
 from pact_fast.rewards.toolhop import is_correct
+from pact_fast.rewards.trace import trace_reward
 
 GOLD = "1987"
 GUESSES = [str(year) for year in range(1900, 2060)]
@@ -68,6 +69,15 @@ def answer_f1(trajectory, expected=GOLD):
     return sum(turn_rewards(trajectory, task(reference_calls=[], answer=expected), penalty=0.0))
 
 
+def trace(trajectory, expected=GOLD):
+    """What the trace reward pays beyond w, which a wrong answer can never earn; 1 for all of it."""
+    answered, w = trajectory.stop_reason is StopReason.ANSWER, 0.2
+    fits = lambda call: call.name in ("lookup", "find")  # noqa: E731
+    evidence = [expected]
+    r = trace_reward(trajectory.turns, QUESTION, [expected], answered=answered, fits=fits, evidence=evidence, weight=w)
+    return max(0.0, r.reward - w) / (1 - w)
+
+
 REWARDS = {
     "ftrl solve_r": ftrl("solve_r"),
     "ftrl solve_f1": ftrl("solve_f1"),
@@ -75,6 +85,7 @@ REWARDS = {
     "toolhop": toolhop,
     "matching": matching,
     "answer F1": answer_f1,
+    "trace": trace,
 }
 
 
@@ -200,7 +211,7 @@ def test_the_honest_way_pays(name):
     ]
     assert REWARDS[name](rollout(*honest)) == pytest.approx(2 / 3 if name == "ftrl solve_f1" else 1.0)
     passed_on = [honest[0], lookup("born in 1987", "1987"), said("see above")]
-    if name not in ("matching", "answer F1"):
+    if name not in ("matching", "answer F1", "trace"):
         assert REWARDS[name](rollout(*passed_on)) == pytest.approx(2 / 3 if name == "ftrl solve_f1" else 1.0)
 
 

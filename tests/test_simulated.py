@@ -4,6 +4,7 @@ import json
 import math
 import random
 import threading
+from dataclasses import replace
 
 import jsonschema
 import pytest
@@ -21,7 +22,7 @@ from pact_fast.envs.simulated.schemas import schema_error, unsupported
 from pact_fast.envs.simulated.utilities import evaluate, parse_date
 from pact_fast.envs.simulated.world import World
 from pact_fast.errors import PactError
-from tests.support.simulated import GOLD, Says, actor, task, world
+from tests.support.simulated import GOLD, Says, actor, look_up, task, world
 
 NAMES = list(world().tools)
 
@@ -144,6 +145,21 @@ def test_1000_hostile_outputs_become_a_typed_error_and_never_an_observation():
     # the check can fail: a good output passes
     good = actor({"values": ["Shawn Levy"]}).episode("t", world(), [GOLD]).call("get_director", {"entity": "Free Guy"})
     assert check_observation(good, "get_director") is None
+
+
+@pytest.mark.parametrize("output", ['{"n": NaN}', '{"n": 1e999}', {"n": math.nan}, {"n": -math.inf}, {"n": 10**5000}])
+def test_numbers_that_are_not_finite_never_pass(output):
+    number = {
+        "type": "object",
+        "properties": {"n": {"type": "number"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    tool = replace(look_up("get_number", "number"), output=number)
+    call = ("get_number", {"entity": "x"})
+    text = actor(output).episode("t", World({"get_number": tool})).call(*call)
+    assert error_kind(text) == "invalid_output"
+    assert actor({"n": 0.5}).episode("t", World({"get_number": tool})).call(*call) == '{"n": 0.5}'
 
 
 def test_a_bad_output_is_repaired_twice_at_most_and_the_backend_is_told_why():

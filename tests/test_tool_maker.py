@@ -4,26 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from pact_fast.envs.simulated.world import Passage
 from pact_fast.synthesis.mtr.mentions import capitalised, mention, shared_span
 from pact_fast.synthesis.mtr.names import tool_name
 from pact_fast.synthesis.mtr.plan import classify, make_plan
 from pact_fast.synthesis.mtr.qa import QARow, SubQuestion
 from pact_fast.synthesis.mtr.tool_maker import REASONS, check_tool, make_tools
+from tests.support.qa_data import MUSIQUE, WIKI
 from tests.support.simulated import look_up
 
-PASSAGES = (Passage("Free Guy", "A film by Shawn Levy."),)
-WIKI = QARow(
-    "w", "Which film whose director is younger, Forbidden Ground or Free Guy?", ("Free Guy",), PASSAGES,
-    type="bridge_comparison",
-    triples=(("Forbidden Ground", "director", "Pál Gábor"), ("Free Guy", "director", "Shawn Levy"),
-             ("Pál Gábor", "date of birth", "2 November 1932"), ("Shawn Levy", "date of birth", "July 23, 1968")),
-)  # fmt: skip
-MUSIQUE = QARow(
-    "m", "How many stores are in the state where Hello Love's performer lived?", ("35",), PASSAGES,
-    decomposition=(SubQuestion("Hello Love >> performer", "Hank Snow"), SubQuestion("What state did #1 live in?", "Tennessee"),
-                   SubQuestion("how many stores are in #2", "35")),
-)  # fmt: skip
 TOOL = look_up("get_director", "director")
 OPEN = {key: value for key, value in TOOL.parameters.items() if key != "additionalProperties"}
 MANY = {**TOOL.parameters, "properties": {f"p{i}": {"type": "string"} for i in range(6)}, "required": []}

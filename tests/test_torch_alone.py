@@ -26,7 +26,7 @@ class Hiding(PathFinder):
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
 
 import torch
-from pact_fast.kernels import LossTokens, linear_cross_entropy, linear_logprob, pact_loss
+from pact_fast.kernels import LossTokens, head_of, linear_cross_entropy, linear_logprob, pact_loss
 
 torch.manual_seed(0)
 hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
@@ -43,6 +43,22 @@ for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), expected):
     torch.testing.assert_close(ours, theirs)
 torch.testing.assert_close(linear_logprob(hidden, weight, target, backend="torch").logprob, log_p)
 torch.testing.assert_close(linear_cross_entropy(hidden, weight, target, backend="torch"), -log_p.mean())
+
+class CausalLM(torch.nn.Module):  # the methods of a transformers model that head_of calls
+    config = type("Config", (), {"model_type": "own"})
+
+    def __init__(self):
+        super().__init__()
+        self.base_model, self.lm_head = torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11)
+
+    def get_decoder(self): return self.base_model
+    def get_output_embeddings(self): return self.lm_head
+
+    def forward(self, input_ids, use_cache=None):
+        return type("Output", (), {"logits": 0.5 * self.lm_head(self.base_model(input_ids).last_hidden_state)})
+
+head = head_of(CausalLM())
+assert head.weight.shape == (11, 8) and head.options["logit_scale"] == 0.5
 print(*sorted(name for name in sys.modules if name.startswith("pact_fast.") and "kernels" not in name))
 """
 

@@ -278,6 +278,8 @@ def score_expert(
 
 def _token_weight(group: Group, tokens: int, step: StepContext) -> float:
     """Weight of each token of a rollout with `tokens` sampled tokens, by `loss_type`."""
+    if step.config.loss_type == "prompt_mean":
+        return 1.0 / (step.prompts * max(sum(int(t.sampled.sum()) for t in group.trajectories), 1))
     rollouts = step.prompts * len(group.trajectories)
     if step.config.loss_type == "dapo":
         return 1.0 / max(step.sampled_tokens, 1)

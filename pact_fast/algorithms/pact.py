@@ -35,6 +35,8 @@ from pact_fast.components import Component, LossContext
 class Pact(Algorithm):
     """Privileged trace co-training: trace-conditioned policy loss and SFT on the trace, anchored by prompt-only rollouts."""
 
+    unused_settings = {"sft": ("final_answer",)}  # noqa: RUF012
+
     def schedule(self, step: StepContext) -> dict[str, float]:
         """SFT weight λ of tool-call tokens, and the level of the reasoning prefix."""
         sft, horizon = self.config.sft, sft_horizon(step)

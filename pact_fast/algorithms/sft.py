@@ -1,4 +1,7 @@
-"""SFT: mean negative log-likelihood of the tokens that the expert generated (reasoning, calls, visible text)."""
+"""SFT: mean negative log-likelihood of the tokens that the expert generated (reasoning, calls, visible text).
+
+With `sft.final_answer`, the final answer and the reasoning before it, too.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ from pact_fast.algorithms.base import (
     score_expert,
 )
 from pact_fast.algorithms.registry import algorithm
+from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component, LossContext
+from pact_fast.data.types import ExpertTrace, Task
 from pact_fast.errors import PactError
 
 
@@ -34,11 +39,27 @@ class SFT(Algorithm):
                 f"task {task.id}: algorithm.name=sft needs an expert trace in every row; drop the row or add one"
             )
         tree, x = prompt_tree(group)
-        context = step.renderer.trace_context(task, task.expert, "turns")
-        h = tree.add(context.ids, x)
-        generated = np.isin(context.components, [Component.REASONING, Component.TOOL_CALL, Component.ANSWER])
-        scored = score_expert(group, h, context.components, generated.astype(np.float64), 1.0, step)
-        return PromptBatch(group, "expert", [tree], [scored] if scored else [], (h, context.components))
+        ids, components = expert_tokens(step.renderer, task, task.expert, step.config.sft.final_answer)
+        h = tree.add(ids, x)
+        weights = generated(components).astype(np.float64)
+        scored = score_expert(group, h, components, weights, 1.0, step)
+        return PromptBatch(group, "expert", [tree], [scored] if scored else [], (h, components))
 
     def routes(self, with_trace: bool) -> list[Route]:
         return [Route(1.0, frozenset({LossContext.EXPERT} if with_trace else ()))]
+
+
+def expert_tokens(
+    renderer: ChatRenderer, task: Task, trace: ExpertTrace, final_answer: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int64 [n], components uint8 [n]) of a trace after its prompt. `final_answer`: with its answer, if it has one."""
+    body = renderer.trace_context(task, trace, "turns")
+    if not final_answer or trace.answer is None:
+        return body.ids, body.components
+    ids, components = renderer.assistant_turn(trace.answer_reasoning, trace.answer, [])
+    return np.concatenate([body.ids, ids]), np.concatenate([body.components, components])
+
+
+def generated(components: np.ndarray) -> np.ndarray:
+    """Which tokens the expert generated, bool [n]: reasoning, calls and visible text, and never an observation."""
+    return np.isin(components, [Component.REASONING, Component.TOOL_CALL, Component.ANSWER])

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pact_fast.batch.bins import balance, first_fit
 from pact_fast.batch.merge import merge_prefixes
 from pact_fast.batch.tree import Node, TokenTree
 
@@ -89,7 +90,9 @@ def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True, mer
         merge: Whether siblings that begin with the same tokens share these, too (`batch/merge.py`). Rows, ownership and
             results are still those of the caller's nodes.
     """
-    return _build_packs(_first_fit(_split_trees(_merge_trees(trees, share and merge), max_tokens, share), max_tokens))
+    parts = _split_trees(_merge_trees(trees, share and merge), max_tokens, share)
+    bins = first_fit([_num_tokens(part) for part in parts], max_tokens)
+    return _build_packs([[parts[i] for i in sorted(members)] for members in bins])
 
 
 def distribute_packs(
@@ -126,14 +129,14 @@ def distribute_packs(
         budget //= 2
         parts = _split_trees(trees, budget, share)
     costs = [cost(*_tokens_and_pairs(part)) for part in parts]
-    steps = -(-len(_first_fit(parts, max_tokens)) // ranks)
-    while (bins := _balance_by_cost(parts, costs, steps * ranks, max_tokens)) is None:
-        steps += 1
+    sizes = [_num_tokens(part) for part in parts]
+    fewest = -(-len(first_fit(sizes, max_tokens)) // ranks)
+    bins = balance(sizes, costs, ranks, fewest, max_tokens)
     bins.sort(key=lambda members: -sum(costs[i] for i in members))  # a step takes as long as its slowest rank
     batches = _build_packs([[parts[i] for i in sorted(members)] for members in bins])
     load = [0.0] * ranks
     table = []
-    for step in range(steps):
+    for step in range(len(bins) // ranks):
         row: list[PackedBatch] = [batches[0]] * ranks
         by_load = sorted(range(ranks), key=load.__getitem__)
         for index, rank in zip(range(step * ranks, (step + 1) * ranks), by_load, strict=True):
@@ -151,43 +154,13 @@ def _merge_trees(trees: Sequence[TokenTree], merge: bool) -> Sequence[TokenTree]
 
 
 def _split_trees(trees: Sequence[TokenTree], max_tokens: int, share: bool) -> list[TreePart]:
-    return [part for tree in trees for part in _split(tree, max_tokens if share else 0)]
+    if not share:
+        return [leaf.path() for tree in trees if tree.nodes for leaf in _leaves(tree, tree.subtree_sizes())]
+    return [part for tree in trees for part in _split(tree, max_tokens)]
 
 
-def _balance_by_cost(parts: list[TreePart], costs: list[float], count: int, max_tokens: int) -> list[list[int]] | None:
-    """Greedy balancing: the most expensive part first, each into the cheapest of `count` bins that can hold it.
-
-    Returns the indices of the parts in each bin, or None if some part does not fit into any bin.
-    """
-    bins: list[list[int]] = [[] for _ in range(count)]
-    load, tokens = [0.0] * count, [0] * count
-    for index in sorted(range(len(parts)), key=lambda i: -costs[i]):
-        size = _num_tokens(parts[index])
-        candidates = [b for b in range(count) if not bins[b] or tokens[b] + size <= max_tokens]
-        if not candidates:
-            return None
-        target = min(candidates, key=load.__getitem__)
-        bins[target].append(index)
-        load[target] += costs[index]
-        tokens[target] += size
-    return bins
-
-
-def _first_fit(parts: list[TreePart], max_tokens: int) -> list[list[TreePart]]:
-    """First-fit decreasing bin packing; a part over the budget gets a bin of its own."""
-    order = sorted(range(len(parts)), key=lambda i: -_num_tokens(parts[i]))
-    bins: list[list[int]] = []
-    free: list[int] = []
-    for index in order:
-        size = _num_tokens(parts[index])
-        target = next((b for b, available in enumerate(free) if size <= available), None)
-        if target is None:
-            bins.append([])
-            free.append(max(max_tokens, size))
-            target = len(bins) - 1
-        bins[target].append(index)
-        free[target] -= size
-    return [[parts[i] for i in sorted(members)] for members in bins]
+def _leaves(tree: TokenTree, sizes: dict[int, int]) -> list[Node]:
+    return [node for node in _depth_first(tree.nodes[0], None, sizes) if not node.children]
 
 
 def _num_tokens(part: TreePart) -> int:
@@ -204,36 +177,36 @@ def _split(tree: TokenTree, budget: int) -> list[TreePart]:
     """Split a tree by its leaves, in depth-first order, into parts of at most `budget` tokens and at least one leaf."""
     if not tree.nodes:
         return []
+    root, subtree_sizes = tree.nodes[0], tree.subtree_sizes()
     if len(tree) <= budget:
-        return [_depth_first(tree.nodes[0], None)]
+        return [_depth_first(root, None, subtree_sizes)]
     parts: list[TreePart] = []
     selected: set[int] = set()
     size = 0
-    for leaf in (node for node in _depth_first(tree.nodes[0], None) if not node.children):
+    for leaf in _leaves(tree, subtree_sizes):
         new = [node for node in leaf.path() if id(node) not in selected]
         extra = sum(len(node.ids) for node in new)
         if selected and size + extra > budget:
-            parts.append(_depth_first(tree.nodes[0], selected))
+            parts.append(_depth_first(root, selected, subtree_sizes))
             selected, size, new = set(), 0, leaf.path()
             extra = sum(len(node.ids) for node in new)
         selected |= {id(node) for node in new}
         size += extra
-    return [*parts, _depth_first(tree.nodes[0], selected)]
+    return [*parts, _depth_first(root, selected, subtree_sizes)]
 
 
-def _depth_first(root: Node, selected: set[int] | None) -> TreePart:
+def _depth_first(root: Node, selected: set[int] | None, subtree_sizes: dict[int, int]) -> TreePart:
     """The selected nodes (all if None) in depth-first order.
 
     The child with the largest subtree comes first, because the first child extends its parent's causal run.
     """
     order: TreePart = []
     stack = [root]
-    sizes = root.tree.subtree_sizes()
     while stack:
         node = stack.pop()
         order.append(node)
         children = [c for c in node.children if selected is None or id(c) in selected]
-        stack.extend(sorted(children, key=lambda c: sizes[id(c)]))
+        stack.extend(sorted(children, key=lambda c: subtree_sizes[id(c)]))
     return order
 
 

@@ -110,15 +110,16 @@ class ChatTemplate:
 
     @functools.cached_property
     def several_calls(self) -> bool:
-        """Whether the template renders turns with more than one call (Llama 3.1's does not)."""
-        return self._renders(with_call_ids(_probe_calls(2)) if self._needs_ids else _probe_calls(2))
+        """Whether the template renders turns with more than one call (Llama 3.1's and gpt-oss's do not)."""
+        return self._renders(with_call_ids(_probe_calls(2)) if self._needs_ids else _probe_calls(2), calls=2)
 
-    def _renders(self, messages: Sequence[Message]) -> bool:
+    def _renders(self, messages: Sequence[Message], calls: int = 1) -> bool:
+        """Whether the template takes the messages, and writes that many calls of them."""
         try:
-            self._render(messages, [PROBE_TOOL], generate=True)
+            text = self._render(messages, [PROBE_TOOL], generate=True)
         except PactError:
             return False
-        return True
+        return all(f"{_MARKER}{n}k" in text for n in range(calls))
 
     @functools.cached_property
     def written(self) -> str:
@@ -188,16 +189,27 @@ class ChatTemplate:
 
     def _find_transform(self, role: str, ends: Ends) -> Callable[[str], str]:
         """How the template transforms the content of a message of this role."""
-        pattern = ((role, "f" if role == "tool" else ""),)
-        shown = self._after(pattern, [_MARKER + "0x"], ends)
+        pattern: Pattern = ((role, "f" if role == "tool" else ""),)
+        if role != "tool" and not self._keeps_end(ends):  # gpt-oss ends an earlier answer by another token
+            pattern = (("tool", "f"), *pattern)
+
+        def shown(content: str) -> str:
+            return self._after(pattern, ["7"] * (len(pattern) - 1) + [content], ends)
+
+        marked = shown(_MARKER + "0x")
         for transform in _TRANSFORMS:
-            pieces = _split(shown, [transform(_MARKER + "0x")])
-            if pieces and all(_join(pieces, [transform(p)]) == self._after(pattern, [p], ends) for p in _PROBES):
+            pieces = _split(marked, [transform(_MARKER + "0x")])
+            if pieces and all(_join(pieces, [transform(p)]) == shown(p) for p in _PROBES):
                 return transform
         raise PactError(
             f"the chat template does not show the content of a '{role}' message as it is; set model.chat_template to "
             "one that does"
         )
+
+    def _keeps_end(self, ends: Ends) -> bool:
+        """Whether an answer that a message follows ends as the last one does."""
+        conversation: list[Message] = [QUESTION, {"role": "assistant", "content": _TURN}, QUESTION]
+        return ends[0] in self.render(conversation, [PROBE_TOOL]).rpartition(_TURN)[2]
 
     def _after(self, pattern: Pattern, contents: Sequence[str], ends: Ends) -> str:
         """The template's text from the end of an assistant turn, followed by these messages, to the generation prompt."""
@@ -230,7 +242,7 @@ def call_message(*calls: ToolCall) -> Message:
 
 def _probe_calls(count: int) -> list[Message]:
     """A question, a turn with calls, and their results."""
-    calls = [ToolCall(PROBE_NAME, {"key": f"k{n}"}) for n in range(count)]
+    calls = [ToolCall(PROBE_NAME, {"key": f"{_MARKER}{n}k"}) for n in range(count)]
     results = [{"role": "tool", "name": PROBE_NAME, "content": "7"} for _ in calls]
     return [QUESTION, call_message(*calls), *results]
 

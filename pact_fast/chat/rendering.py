@@ -106,7 +106,8 @@ class ChatRenderer:
         """(ids [n] int64, components [n] uint8) from an end-of-turn token (excluded) through the generation prompt.
 
         `messages` are the tool and user messages between two assistant turns. Contents are plain text: a string such as
-        "<|im_end|>" in a tool result does not become a control token. Tool contents are OBSERVATION, the rest TEMPLATE.
+        "<|im_end|>" in them does not become a control token. Contents of tools are OBSERVATION, of users USER, the rest is
+        TEMPLATE.
         """
         texts, contents = self.template.bridge_tokens(
             [{**m, "content": _replace_surrogates(text_of(m.get("content")))} for m in messages], self.ends
@@ -115,7 +116,7 @@ class ChatRenderer:
         owners = [Component.TEMPLATE]
         for message, content, text in zip(messages, contents, texts[1:], strict=True):
             parts += [Part(content), Part(text, self.encoder.all_controls)]
-            owners += [Component.OBSERVATION if message["role"] == "tool" else Component.TEMPLATE, Component.TEMPLATE]
+            owners += [Component.OBSERVATION if message["role"] == "tool" else Component.USER, Component.TEMPLATE]
         encoded = self.encoder.encode(parts)
         return encoded.ids, _components(encoded, [p.text for p in parts], owners)
 
@@ -196,7 +197,7 @@ class ChatRenderer:
         columns: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         for index, turn in enumerate(trace.turns):
             ids, components, level = self._expert_turn(turn, reasoning_level)
-            following = tool_messages(turn)
+            following = turn.following()
             if rendering == "demonstration" and index == len(trace.turns) - 1:
                 following.append({"role": "user", "content": question_of(task)})
             bridge_ids, bridge_components = self.bridge_tokens(following)
@@ -219,6 +220,9 @@ class ChatRenderer:
                 arguments = json.dumps(call.arguments, ensure_ascii=False)
                 lines.append(_escape(f"Call: {call.name}({arguments})", self._structure))
                 lines.append(_escape(f"Result: {observation}", self.encoder.all_controls))
+            if turn.user is not None:
+                lines += [_escape(f"Reply: {turn.content}", self._structure)] if turn.content else []
+                lines.append(_escape(f"User: {turn.user}", self.encoder.all_controls))
         messages = [dict(m) for m in task.prompt]
         last = _last_user(messages)
         messages[last]["content"] = text_of(messages[last].get("content")) + _replace_surrogates("\n".join(lines))
@@ -284,14 +288,6 @@ class ChatRenderer:
             level[:-1][inside] = levels[inside]
         ids, components = self._append_eot(encoded.ids, components)
         return ids, components, level
-
-
-def tool_messages(turn: ExpertTurn) -> list[Message]:
-    """The observations of an expert's turn as messages."""
-    return [
-        {"role": "tool", "name": call.name, "content": text}
-        for call, text in zip(turn.calls, turn.observations, strict=True)
-    ]
 
 
 def question_of(task: Task) -> str:

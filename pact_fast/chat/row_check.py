@@ -209,17 +209,19 @@ class RowCheck:
     def _trace_texts(self, task: Task, trace: ExpertTrace) -> Iterator[str]:
         """Texts that together are at least as long as the trace's rendering."""
         yield question_of(task)
-        yield self._bridge(1, question=True)
+        yield self._bridge(1, user=True)
         for turn in trace.turns:
             yield from (text for text, _ in self._renderer.format.pieces(turn.reasoning, turn.content, turn.calls))
             # results may be written as JSON strings, which are longer, and names may stand beside them
             yield from (json.dumps(text, ensure_ascii=False) for text in turn.observations)
             yield from (f"{call.name} {call.name}" for call in turn.calls)
-            yield self._bridge(len(turn.calls)) + _EXTRA
+            if turn.user is not None:
+                yield json.dumps(turn.user, ensure_ascii=False)
+            yield self._bridge(len(turn.calls), user=turn.user is not None) + _EXTRA
 
-    def _bridge(self, calls: int, question: bool = False) -> str:
-        """The template's text around the results of `calls` calls, and around the question."""
-        pattern: Pattern = (("tool", "f"),) * calls + ((("user", ""),) if question else ())
+    def _bridge(self, calls: int, user: bool = False) -> str:
+        """The template's text around the results of `calls` calls, and around a message of the user."""
+        pattern: Pattern = (("tool", "f"),) * calls + ((("user", ""),) if user else ())
         return "".join(self._renderer.template.skeleton(pattern, self._renderer.ends))
 
     def _count(self, text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,6 +19,9 @@ MEMORY = 2**30  # it takes none to speak of
 _PROMPT: list[Message] = [{"role": "system", "content": "Use the tools."}, {"role": "user", "content": "Who is it?"}]
 _RESULTS: list[list[str]] = [["first result"], ['{"second": "result"}', "and another"], ["third."]]  # of every turn
 _AGAIN: Message = {"role": "user", "content": "Again: who is it?"}  # after the last turn
+_REASONING = "Zq0Zwhy"  # a word that no template contains or changes
+
+Turn = tuple[str, list[ToolCall], list[Message]]  # text and calls of a turn, and the messages after it
 
 
 def check_template(renderer: ChatRenderer) -> list[str]:
@@ -30,8 +34,41 @@ def check_template(renderer: ChatRenderer) -> list[str]:
         _check_tools(renderer)
         _check_plain(renderer)
         _check_round_trip(renderer)
-        _check_ids(renderer)
-        return _check_texts(renderer)
+        turns = _tool_turns(renderer)
+        _check_ids(renderer, turns)
+        return _check_texts(renderer, turns)
+
+
+def check_user_turns(renderer: ChatRenderer) -> list[str]:
+    """PactError with reason and cure if a user cannot speak between turns: see docs/conversations.md.
+
+    Returns notes, as `check_template` does, which checks the rest.
+    """
+    with memory_limit(MEMORY, "the chat template (set model.chat_template to another one)"):
+        _check_reasoning_kept(renderer)
+        turns = _user_turns(renderer)
+        _check_ids(renderer, turns)
+        return _check_texts(renderer, turns)
+
+
+def _check_reasoning_kept(renderer: ChatRenderer) -> None:
+    """What a template writes of a turn's reasoning must still stand there once the user has spoken again.
+
+    Many templates drop it then (Qwen3's: `loop.index0 > ns.last_query_index`). The tokens of a trajectory are appended and
+    stay, so that the model would be trained in a context that the template never writes.
+    """
+    (_, calls, results), *_ = _tool_turns(renderer)
+    first = [*_PROMPT, {**call_message(*calls), "reasoning_content": _REASONING}, *results]
+    answer: Message = {"role": "assistant", "content": "It is him.", "reasoning_content": "Sure."}
+    for shown in (first, [*_PROMPT, {**answer, "reasoning_content": _REASONING}]):
+        rest = [answer, _AGAIN] if shown is first else [_AGAIN]
+        before, after = (_rendered(renderer, m, generate=m is not shown) for m in (shown, [*shown, *rest]))
+        if _REASONING in before and _REASONING not in after:
+            raise PactError(
+                "the chat template drops the reasoning of earlier turns once the user speaks again, so a dialogue with a "
+                "user cannot be appended; set model.chat_template to a copy that keeps it, for instance one of TRL's "
+                "*_training.jinja (docs/conversations.md)"
+            )
 
 
 def _check_clock(renderer: ChatRenderer) -> None:
@@ -80,7 +117,7 @@ def _check_round_trip(renderer: ChatRenderer) -> None:
             )
 
 
-def _check_texts(renderer: ChatRenderer) -> list[str]:
+def _check_texts(renderer: ChatRenderer, turns: Sequence[Turn]) -> list[str]:
     """After every turn, prompt, turns and bridge tokens must decode to the template's rendering of the conversation.
 
     Templates keep, strip or blank the reasoning of earlier turns. So the turns compared have no reasoning, and empty
@@ -89,11 +126,10 @@ def _check_texts(renderer: ChatRenderer) -> list[str]:
     """
     notes: list[str] = []
     messages = list(_PROMPT)
-    for number, (calls, following) in enumerate(_turns(renderer), start=1):
-        messages += [call_message(*calls), *following]
-        ours = _comparable(renderer, _text(renderer, _appended(renderer, "", number)))
-        # with ids, as the text between turns was found
-        theirs = _comparable(renderer, renderer.template.render(with_call_ids(messages), [PROBE_TOOL], generate=True))
+    for number, (text, calls, following) in enumerate(turns, start=1):
+        messages += [call_message(*calls) if calls else {"role": "assistant", "content": text}, *following]
+        ours = _comparable(renderer, _text(renderer, _appended(renderer, "", turns[:number])))
+        theirs = _comparable(renderer, _rendered(renderer, messages))
         if ours == theirs:
             continue
         at = next(
@@ -112,9 +148,9 @@ def _check_texts(renderer: ChatRenderer) -> list[str]:
     return notes
 
 
-def _check_ids(renderer: ChatRenderer) -> None:
+def _check_ids(renderer: ChatRenderer, turns: Sequence[Turn]) -> None:
     """The appended ids must be those that the tokenizer gives the whole text, seams between the parts included."""
-    ids = _appended(renderer, "Look.", len(_RESULTS))
+    ids = _appended(renderer, "Look.", turns)
     if renderer.tokenizer.encode(_text(renderer, ids), add_special_tokens=False) != ids.tolist():
         raise PactError(
             "appended turns do not have the token ids that the tokenizer gives the whole conversation (it may strip "
@@ -122,22 +158,37 @@ def _check_ids(renderer: ChatRenderer) -> None:
         )
 
 
-def _turns(renderer: ChatRenderer) -> list[tuple[list[ToolCall], list[Message]]]:
-    """(calls of a turn, messages after it) of the trial conversation."""
-    turns: list[tuple[list[ToolCall], list[Message]]] = []
+def _tool_turns(renderer: ChatRenderer) -> list[Turn]:
+    """A trial conversation of calls and results."""
+    turns: list[Turn] = []
     for number, texts in enumerate(_RESULTS):
         results = texts if renderer.template.several_calls else texts[:1]
         calls = [ToolCall(PROBE_NAME, {"key": f"k{number}{n}"}) for n, _ in enumerate(results)]
-        turns.append((calls, [{"role": "tool", "name": PROBE_NAME, "content": text} for text in results]))
-    turns[-1][1].append(_AGAIN)
+        turns.append(("", calls, [{"role": "tool", "name": PROBE_NAME, "content": text} for text in results]))
+    turns[-1][2].append(_AGAIN)
     return turns
 
 
-def _appended(renderer: ChatRenderer, reasoning: str, turns: int) -> np.ndarray:
+def _user_turns(renderer: ChatRenderer) -> list[Turn]:
+    """A trial conversation in which the user speaks after answers, before and after calls."""
+    called, *_ = _tool_turns(renderer)
+    answers: list[Turn] = [
+        ("It is him.", [], [_AGAIN]),
+        ('Sure:\n{"it": "is"}', [], [{**_AGAIN, "content": "And she?"}]),
+    ]
+    return [answers[0], called, answers[1], called, answers[0]]
+
+
+def _appended(renderer: ChatRenderer, reasoning: str, turns: Sequence[Turn]) -> np.ndarray:
     ids = [renderer.prompt_ids(_PROMPT, [PROBE_TOOL])]
-    for calls, following in _turns(renderer)[:turns]:
-        ids += [renderer.assistant_turn(reasoning, "", calls)[0], renderer.bridge_ids(following)]
+    for text, calls, following in turns:
+        ids += [renderer.assistant_turn(reasoning, text, calls)[0], renderer.bridge_ids(following)]
     return np.concatenate(ids)
+
+
+def _rendered(renderer: ChatRenderer, messages: Sequence[Message], generate: bool = True) -> str:
+    """The template's own text; with ids, as the text between turns was found."""
+    return renderer.template.render(with_call_ids(messages), [PROBE_TOOL], generate=generate)
 
 
 def _text(renderer: ChatRenderer, ids: np.ndarray) -> str:

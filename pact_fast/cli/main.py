@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from pact_fast import __version__
+from pact_fast.cli.eigendata import add_eigendata
+from pact_fast.cli.mtr import add_mtr
 from pact_fast.distributed.exit import skip_teardown_exit
 from pact_fast.errors import EngineError, PactError, ShutdownRequested
 from pact_fast.plugins import no_exit
@@ -55,6 +57,7 @@ EVAL_EXAMPLES = """\
   pact-fast eval runs/quickstart
   pact-fast eval runs/quickstart trainer.eval_tasks=50 --out result.json
   pact-fast eval ftrl data.eval=ftrl/test.parquet --model runs/mine
+  pact-fast eval bfcl --model runs/mine --category multi_turn
   pact-fast eval toolhop data.eval=ToolHop.json --model Qwen/Qwen3-1.7B --engine vllm --samples 4 --temperature 0.7
 """
 ROLLOUT = """\
@@ -100,6 +103,22 @@ List the shipped recipes. Each is a YAML file whose first lines say how to start
 """
 RECIPES_EXAMPLES = """\
   pact-fast recipes
+"""
+CONVERT = """\
+Write the tasks of a benchmark as JSON Lines in our own columns, with expert traces where the benchmark has a ground truth,
+for data.train and data.eval.
+"""
+CONVERT_EXAMPLES = """\
+  pact-fast data convert bfcl -o bfcl-train.jsonl --split train --category multi_turn
+  pact-fast data convert ftrl data.eval=ftrl/test.parquet -o ftrl.jsonl
+"""
+DATA = """\
+Make data to train on.
+"""
+DATA_EXAMPLES = """\
+  pact-fast data eigendata helpdesk -o data/helpdesk
+  pact-fast data mtr musique_train.jsonl -o data/mtr
+  pact-fast data convert bfcl -o bfcl-train.jsonl --split train --category multi_turn
 """
 BENCH = """\
 List the repository's benchmarks, or run one. Works in a checkout only: benchmarks are not part of the installed package.
@@ -259,6 +278,16 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", type=Path, help="folder to create")
 
     _command(commands, "recipes", _recipes, "list the shipped recipes", RECIPES, RECIPES_EXAMPLES)
+    data = _command(commands, "data", _data, "make data to train on", DATA, DATA_EXAMPLES)
+    kinds = data.add_subparsers(title="what to make", metavar="KIND", required=True)
+    add_eigendata(kinds, _command)
+    add_mtr(kinds, _command)
+    convert = _command(kinds, "convert", _convert, "a benchmark's tasks as data rows", CONVERT, CONVERT_EXAMPLES)
+    _recipe(convert, "BENCH", "name of a benchmark (`pact-fast eval`), or file.py:Class")
+    convert.add_argument("-o", "--out", type=Path, required=True, help="JSON Lines file to write")
+    convert.add_argument("--split", choices=["train", "test", "all"], default="all", help="which tasks (default: all)")
+    convert.add_argument("--category", action="append", metavar="NAME", help="only this category or group")
+    convert.add_argument("--limit", type=int, help="at most so many rows per category")
     bench = _command(commands, "bench", _bench, "list the repository's benchmarks, or run one", BENCH, BENCH_EXAMPLES)
     bench.add_argument("name", metavar="NAME", nargs="?", help="benchmark to run (default: list all)")
     bench.add_argument(
@@ -392,6 +421,18 @@ def _recipes(arguments) -> int:
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         print(f"{name:14} {first}")
     return 0
+
+
+def _convert(arguments) -> int:
+    from pact_fast.cli.data_convert import convert_command
+
+    return convert_command(
+        arguments.source, arguments.settings, arguments.out, arguments.category, arguments.split, arguments.limit
+    )
+
+
+def _data(arguments) -> int:
+    raise AssertionError("the kind of data is required")
 
 
 def _bench(arguments) -> int:

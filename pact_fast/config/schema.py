@@ -55,8 +55,8 @@ class ModelConfig(Section):
     )
     tool_format: str = Field(
         "auto",
-        description="Format of tool calls: `hermes`, `llama3_json`, `qwen3_coder`, `gemma4`, `lfm2`, `glm4_moe`, or your "
-        "own as `file.py:Class`; `auto`: detected from the chat template.",
+        description="Format of tool calls: `hermes`, `llama3_json`, `qwen3_coder`, `gemma4`, `lfm2`, `glm4_moe`, `harmony`, "
+        "or your own as `file.py:Class`; `auto`: detected from the chat template.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -110,8 +110,8 @@ class EnvConfig(Section):
     name: str = Field(
         "auto",
         description="`lookup_chain`: built-in multi-hop look-ups; `python_tools`: tools given as Python source (FTRL, "
-        "ToolHop), run in sandboxed processes; your own as `file.py:Class`; `auto`: python_tools with data files, "
-        "else lookup_chain. A row's column `env` takes precedence.",
+        "ToolHop), run in sandboxed processes; `simulated`: tools answered from a row's facts (docs/mtr.md); your own as "
+        "`file.py:Class`; `auto`: python_tools with data files, else lookup_chain. A row's column `env` takes precedence.",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of the environment (docs/environments.md)."
@@ -152,11 +152,17 @@ class RolloutConfig(Section):
         "all.",
     )
     max_turns: int = Field(10, ge=1, description="Assistant turns per trajectory.")
+    max_user_turns: int | None = Field(
+        None,
+        ge=1,
+        description="Messages of the user per trajectory, the prompt's not counted, where the environment has a user "
+        "(docs/conversations.md); null: `max_turns` alone limits the dialogue.",
+    )
     max_turn_tokens: int = Field(1024, ge=1, description="Sampled tokens per assistant turn.")
     max_completion_length: int = Field(
         4096,
         ge=1,
-        description="Response tokens per trajectory, observations included.",
+        description="Response tokens per trajectory, observations and user messages included.",
     )
     max_prompt_length: int = Field(
         4096, ge=1, description="Longest prompt in tokens. A longer one is an error that names the task."
@@ -268,6 +274,11 @@ class SFTConfig(Section):
     horizon: int | None = Field(
         None, ge=1, description="Annealing horizon S in training steps; default: trainer.max_steps."
     )
+    final_answer: bool = Field(
+        False,
+        description="`algorithm.name=sft`: also train the final answer and the reasoning before it (complete traces). Never "
+        "for `pact`, whose trace must not leak the answer.",
+    )
     reasoning_level_start: int = Field(
         4, ge=0, le=4, description="Reasoning prefix level at step 0 (4 = longest safe prefix, 0 = none)."
     )
@@ -287,9 +298,15 @@ class RewardConfig(Section):
     advantage_combine: Literal["sum", "mean"] = Field(
         "sum", description="Token advantage: sum or mean of the group advantage and the turn advantage."
     )
+    outcome: str = Field(
+        "success",
+        description="The environment's reward that `grpo` uses and `env_weight` counts: `success`, or another one that it "
+        "returns, such as `trace_reward` of `simulated` (docs/mtr.md). Evaluations always report `success`.",
+    )
     env_weight: float = Field(
         0.0,
-        description="Weight of the environment's `success` in the trajectory reward. Not for `grpo`, which uses it alone.",
+        description="Weight of the environment's `success` (`outcome`) in the trajectory reward. Not for `grpo`, which uses "
+        "it alone.",
     )
     match_weight: float = Field(
         1.0, ge=0, description="Weight of the sum of turn rewards (matching) in the trajectory reward. Not for `grpo`."
@@ -298,6 +315,24 @@ class RewardConfig(Section):
         default_factory=list,
         description="Your reward functions, `file.py:name` or `module:name`, with TRL's keyword signature "
         "(docs/rewards.md).",
+    )
+
+
+class FilterGroupsConfig(Section):
+    """Dynamic sampling (DAPO; keys as in verl): groups without signal are replaced by groups of further prompts."""
+
+    enable: bool = Field(
+        False,
+        description="Drop groups whose rewards are all equal, and sample further prompts in their place. Metrics: `filter/…`.",
+    )
+    max_num_gen_batches: int = Field(
+        4,
+        ge=1,
+        description="Most batches of prompts_per_step prompts that a step samples, the first one included. When they are "
+        "used up, dropped groups fill the step.",
+    )
+    max_mean_reward: float | None = Field(
+        None, description="Also drop groups whose mean reward is at least this (solved almost always); null: do not."
     )
 
 
@@ -326,11 +361,13 @@ class AlgorithmConfig(Section):
         description="Policy loss: `ppo` (clipped surrogate), `cispo` (clipped importance weight), or one of your own as "
         "`file.py:Class`. `gspo` is in the kernels only, not in the trainer.",
     )
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = Field(
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "prompt_mean"] = Field(
         "grpo",
         description="Aggregation over tokens: mean per rollout, then over rollouts (grpo); mean over all tokens of the "
-        "batch (dapo); sum divided by max_completion_length (dr_grpo).",
+        "batch (dapo); sum divided by max_completion_length (dr_grpo); mean over all tokens of a prompt's rollouts, then "
+        "over prompts (prompt_mean, as in EigenData).",
     )
+    filter_groups: FilterGroupsConfig = Field(default_factory=FilterGroupsConfig)
     scale_rewards: bool = Field(True, description="Divide advantages by the standard deviation of the group.")
     vllm_importance_sampling_correction: bool = Field(
         True,
@@ -473,9 +510,10 @@ class TrainerConfig(Section):
 
 
 class PretrainConfig(Section):
-    """SFT on noisy traces of the environment before RL, which makes the base model of the quickstart.
+    """SFT before RL: on noisy traces of lookup_chain, which makes the base model of the quickstart, or on complete traces.
 
-    With noise, the base model learns syntax and copying but not the strategy, which RL can then improve.
+    With noise, the base model learns syntax and copying but not the strategy, which RL can then improve. Tasks of other
+    environments are trained on their own expert traces as they are, the final answer included.
     """
 
     steps: int = Field(800, ge=1, description="Optimizer steps.")
@@ -483,10 +521,10 @@ class PretrainConfig(Section):
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate; it decays linearly.")
     final_lr_ratio: float = Field(0.03, ge=0, le=1, description="Learning rate at the end, relative to its peak.")
     early_stop: float = Field(
-        0.35, ge=0, lt=1, description="Probability per turn that the trace stops before its goal."
+        0.35, ge=0, lt=1, description="lookup_chain: probability per turn that the trace stops before its goal."
     )
     wrong_relation: float = Field(
-        0.15, ge=0, lt=1, description="Probability per hop that the trace follows a wrong relation."
+        0.15, ge=0, lt=1, description="lookup_chain: probability per hop that the trace follows a wrong relation."
     )
 
 

@@ -36,11 +36,17 @@ class KeyTable:
         own |= {_fold(other): name for other, name in self.others.items()}
         return own | {_fold(name): "" for name in self.ignored}
 
+    @cached_property
+    def _plain(self) -> frozenset[str]:
+        return frozenset(self.names)
+
     def read(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """The object under our names, without null entries and ignored keys.
 
         Raises ValueError if a key is unknown, or if two names of one key hold different values.
         """
+        if value.keys() <= self._plain and None not in value.values():
+            return dict(value)
         found: dict[str, Any] = {}
         for key, item in value.items():
             if item is None:

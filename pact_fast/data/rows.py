@@ -192,7 +192,10 @@ def read_trace(value: Any, field: str, offset: int = 0, tools: Sequence[ToolSche
         return ExpertTrace.from_messages(messages)
     except ValueError as error:
         problem = re.sub(r"^message (\d+)", lambda m: f"message {int(m[1]) + offset}", error_line(error))
-        cure = "a trace is assistant turns, each with one tool message per call, then at most one final answer"
+        cure = (
+            "a trace is assistant turns, each with one tool message per call or a user message after it, then at most one "
+            "final answer"
+        )
         raise DataError(f"{problem}; {cure}", field=field) from None
 
 

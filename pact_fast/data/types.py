@@ -70,18 +70,28 @@ def call_keys(call: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ExpertTurn:
-    """One turn of an expert.
+    """One turn of an expert. It has calls, or the user says something after it, or both.
 
     reasoning     text before the calls, hidden
     calls         the tool calls
     observations  their results, one per call
-    content       visible text before the calls, usually empty
+    content       visible text before the calls; usually empty where there are calls
+    user          what the user said after the turn; None: nothing
     """
 
     reasoning: str
     calls: tuple[ToolCall, ...]
     observations: tuple[str, ...]
     content: str = ""
+    user: str | None = None
+
+    def following(self) -> list[Message]:
+        """The messages after the turn: one per observation, and the user's."""
+        messages: list[Message] = [
+            {"role": "tool", "name": call.name, "content": text}
+            for call, text in zip(self.calls, self.observations, strict=True)
+        ]
+        return messages if self.user is None else [*messages, {"role": "user", "content": self.user}]
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ class ExpertTrace:
 
     @classmethod
     def from_messages(cls, messages: Sequence[Message]) -> ExpertTrace:
-        """From the assistant and tool messages after the prompt.
+        """From the assistant, tool and user messages after the prompt.
 
         A last assistant message without tool calls is the final answer. Tool messages are paired with calls by id where
         both have ids, else by position. Reasoning: see `split_reasoning`. Raises ValueError that names the message that
@@ -119,20 +129,25 @@ class ExpertTrace:
             while index < len(messages) and isinstance(messages[index], dict) and messages[index].get("role") == "tool":
                 index += 1
             observations = messages[first:index]
-            if not calls:
-                if observations or index < len(messages):
+            if len(observations) != len(calls):
+                raise ValueError(
+                    f"message {first - 1}: {len(calls)} tool calls but {len(observations)} tool messages after them"
+                )
+            user = _user_text(messages, index)
+            index += user is not None
+            if user is not None and index >= len(messages):
+                raise ValueError(f"message {index - 1}: the user has the last word, and nobody answers it")
+            if not calls and user is None:
+                if index < len(messages):
                     raise ValueError(
-                        f"message {index - 1}: an assistant turn without tool calls must be the last message"
+                        f"message {first - 1}: an assistant turn without tool calls must be the last message, or the user "
+                        "must speak after it"
                     )
                 answer, answer_reasoning = content, reasoning
                 break
-            if len(observations) != len(calls):
-                raise ValueError(
-                    f"message {index - 1}: {len(calls)} tool calls but {len(observations)} tool messages after them"
-                )
-            paired = _pair_observations(message["tool_calls"], calls, observations, first)
+            paired = _pair_observations(message["tool_calls"], calls, observations, first) if calls else []
             texts = tuple(text_of(observation.get("content")) for observation in paired)
-            turns.append(ExpertTurn(reasoning, calls, texts, content))
+            turns.append(ExpertTurn(reasoning, calls, texts, content, user))
         return cls(tuple(turns), answer, answer_reasoning)
 
     def to_messages(self) -> list[Message]:
@@ -142,18 +157,22 @@ class ExpertTrace:
             message: Message = {"role": "assistant", "content": turn.content}
             if turn.reasoning:
                 message["reasoning_content"] = turn.reasoning
-            message["tool_calls"] = [{"type": "function", "function": call.to_json()} for call in turn.calls]
+            if turn.calls:
+                message["tool_calls"] = [{"type": "function", "function": call.to_json()} for call in turn.calls]
             messages.append(message)
-            messages += [
-                {"role": "tool", "name": call.name, "content": text}
-                for call, text in zip(turn.calls, turn.observations, strict=True)
-            ]
+            messages += turn.following()
         if self.answer is not None:
             last: Message = {"role": "assistant", "content": self.answer}
             if self.answer_reasoning:
                 last["reasoning_content"] = self.answer_reasoning
             messages.append(last)
         return messages
+
+
+def _user_text(messages: Sequence[Message], index: int) -> str | None:
+    """The text of a message, if it is the user's."""
+    message = messages[index] if index < len(messages) else None
+    return text_of(message.get("content")) if isinstance(message, dict) and message.get("role") == "user" else None
 
 
 def text_of(content: Any) -> str:
@@ -289,6 +308,7 @@ class TurnRecord:
     content       visible text
     attempts      the calls in order; a malformed one is the text of its error
     observations  results of the attempts, in their order
+    user          what the user said after the turn; None: nothing, or there is no user
     """
 
     text: str
@@ -296,6 +316,7 @@ class TurnRecord:
     content: str
     attempts: list[ToolCall | str] = field(default_factory=list)
     observations: list[str] = field(default_factory=list)
+    user: str | None = None
 
     @property
     def calls(self) -> list[ToolCall]:
@@ -309,16 +330,18 @@ class TurnRecord:
 class StopReason(StrEnum):
     """Why a trajectory ended."""
 
-    ANSWER = "answer"  # a turn without calls
+    ANSWER = "answer"  # a turn without calls, where there is no user
+    ENVIRONMENT = "environment"  # the user had no more to say
     MAX_TURNS = "max_turns"
+    MAX_USER_TURNS = "max_user_turns"
     MAX_COMPLETION_LENGTH = "max_completion_length"
     MAX_TURN_TOKENS = "max_turn_tokens"
     TIMEOUT = "timeout"
 
     @property
     def is_truncated(self) -> bool:
-        """Whether a limit ended the trajectory, not the policy."""
-        return self is not StopReason.ANSWER
+        """Whether a limit ended the trajectory, not the policy or the user."""
+        return self not in (StopReason.ANSWER, StopReason.ENVIRONMENT)
 
 
 @dataclass
@@ -329,7 +352,7 @@ class Trajectory:
     prompt_ids    int64, the prompt x
     ids           [n] int64
     components    [n] uint8, see Component
-    turn_ids      [n] int16: index of the assistant turn; an observation has the index of the turn before it
+    turn_ids      [n] int16: index of the assistant turn; observations and user text have that of the turn before them
     sampled       [n] bool: the policy generated this token (M_k of the method)
     logprobs      [n] float32: log-prob of the sampler, after temperature and filters; NaN where not sampled
     versions      [n] int32: version of the weights that sampled the token; -1 where not sampled
@@ -367,7 +390,7 @@ class Trajectory:
         return [call for turn in self.turns for call in turn.calls]
 
     def to_messages(self) -> list[Message]:
-        """The assistant and tool messages of the response. A malformed call has only a tool message, its error.
+        """The messages after the prompt: of assistant, tools and user. A malformed call has only a tool message, its error.
 
         Tool messages have the `name` of their tool, as in TRL; that of a malformed call is "unknown".
         """
@@ -383,9 +406,11 @@ class Trajectory:
             for attempt, text in zip(turn.attempts, turn.observations, strict=False):
                 name = attempt.name if isinstance(attempt, ToolCall) else "unknown"
                 messages.append({"role": "tool", "name": name, "content": text})
+            if turn.user is not None:
+                messages.append({"role": "user", "content": turn.user})
         return messages
 
     @property
     def answer(self) -> str:
-        """The visible text of the last turn if the trajectory ended with an answer; else empty."""
-        return self.turns[-1].content if self.turns and self.stop_reason is StopReason.ANSWER else ""
+        """The visible text of the last turn, unless a limit ended the trajectory: then empty."""
+        return self.turns[-1].content if self.turns and not self.stop_reason.is_truncated else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from pact_fast.data.types import Task, ToolSchema, Trajectory
 
@@ -29,3 +29,25 @@ class Environment(Protocol):
 
     def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
         """Outcome rewards of the finished trajectory by name; `success` in [0, 1] if the environment can decide it."""
+
+
+class ConversationalEnvironment(Environment, Protocol):
+    """An environment with somebody to talk to: the episode goes on after a turn without tool calls, until it says so.
+
+    `tools` may change between turns. The loop reads it after every reply; calls of later turns are checked against the
+    new list. How the policy learns of it is up to the environment: the prompt stands, so the reply has to say it.
+    """
+
+    def respond(self, text: str) -> str | None:
+        """The next message of the user, or None when the episode is over. Must not raise.
+
+        Asked after every turn that the policy ended without a tool call. In a thread, if the environment is `blocking`.
+
+        Args:
+            text: The visible text of the turn, without reasoning; may be empty.
+        """
+
+
+def has_user(env: object) -> TypeGuard[ConversationalEnvironment]:
+    """Whether an environment, or a class of environments, has somebody to talk to."""
+    return callable(getattr(env, "respond", None))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from transformers import PreTrainedModel
 
 from pact_fast.batch.flops import Work
+from pact_fast.kernels.head.logit_transform import full_shape
 
 
 def decoder_flops(model: PreTrainedModel, work: Work) -> float:
@@ -22,7 +22,7 @@ def flops_per_token_and_pair(model: PreTrainedModel) -> tuple[float, float]:
     A weight costs 6 FLOPs per token (2 forward, 2 for the gradient of its input, 2 for its own gradient) or, if it is
     frozen, 4. A pair costs 12·head_dim in each layer and head: QKᵀ and PV with 4·head_dim forward, twice that backward;
     recomputation in flash attention is not counted. In mixtures of experts only the experts that a token is routed to
-    count.
+    count. Layers without attention have no pairs; windows are not counted, and neither are recurrent states.
     """
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -33,9 +33,6 @@ def flops_per_token_and_pair(model: PreTrainedModel) -> tuple[float, float]:
         for name, p in model.named_parameters()
         if len(full_shape(p)) >= 2 and "embed" not in name and "lm_head" not in name
     )
-    return per_token, 12.0 * config.num_hidden_layers * config.num_attention_heads * head_dim
-
-
-def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """The full shape, also where ZeRO-3 has partitioned the parameter."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    attending = sum((kind.endswith("attention") and kind != "linear_attention") or kind == "hybrid" for kind in kinds)
+    return per_token, 12.0 * attending * config.num_attention_heads * head_dim

@@ -1,66 +1,73 @@
 """Forward passes of Hugging Face decoders on packed trees.
 
-Attention is replaced through transformers' registry, so no model code is copied.
+Attention is replaced through transformers' registry, recurrences in the namespace of the model's code
+(`recurrence/dispatch.py`), so no model code is copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
 from pact_fast.batch.packing import PackedBatch
 from pact_fast.errors import PactError
+from pact_fast.kernels.head.logit_transform import causal_lm_of, decoder_of
 from pact_fast.model.attention.prefix_cache import PathCache
-from pact_fast.model.attention.tree import TreeLayout, tree_attention
+from pact_fast.model.attention.registered import tree_attention_in
+from pact_fast.model.attention.tree import TreeLayout
 from pact_fast.model.attention.ulysses import RowShards
 from pact_fast.model.patch import fused_kernels
+from pact_fast.model.recurrence.dispatch import follows_tree, inside_tree, install, recurrent_layers
 from pact_fast.model.rematerialize import Rematerialize, is_compiled
 
-ATTENTION_NAME = "pact_tree"  # in transformers' registry
+__all__ = [
+    "branches_forward",
+    "causal_lm_of",
+    "decoder_of",
+    "inside_forward",
+    "paths_forward",
+    "tree_forward",
+    "unsupported",
+]
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree_layout=None, **_):
-    """An attention function as transformers calls it. query, key, value: [1, H, T, D]; returns [1, T, H, D]."""
-    if tree_layout is None:
-        raise RuntimeError(
-            "attention 'pact_tree' got no tree_layout: call the model through tree_forward, whose keyword arguments its "
-            "layers must pass on"
-        )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if tree_layout.cache is not None:
-        key, value = tree_layout.cache.extend(module.layer_idx, key, value)
-    if tree_layout.keep is not None:
-        tree_layout.keep.store(module.layer_idx, key, value)
-    row_shards = tree_layout.row_shards
-    if row_shards is not None:
-        query, key, value = row_shards.scatter_heads(query, key, value)
-    out = tree_attention(query, key, value, tree_layout, scale=scale)
-    if row_shards is not None:
-        out = row_shards.gather_heads(out)
-    return out.transpose(1, 2).contiguous(), None
+T = TypeVar("T")
+
+# kinds of decoder layers as transformers names them
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid"}  # hybrid: attention and a recurrence side by side
+POINTWISE_LAYERS = {"mlp", "moe"}
 
 
-AttentionInterface.register(ATTENTION_NAME, _attention)
-AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)  # the mask is in the TreeLayout
+def layer_kinds(config: Any) -> list[str]:
+    """The kind of every decoder layer, as transformers names them; [] where all are alike."""
+    return list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [])
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
-    """The reason why tree attention cannot compute the model's attention; None if it can."""
+    """The reason why `tree_forward` cannot compute the model; None if it can."""
     config = model.config.get_text_config()
-    if not model._supports_attention_backend:
-        return f"{config.model_type}: its transformers code does not take an attention function"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds - {"full_attention"}:
-        return f"{config.model_type}: needs full attention in every layer, found {', '.join(sorted(kinds))}"
-    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
-        return f"{config.model_type}: attends to a window of {config.sliding_window} tokens"
-    if getattr(config, "attn_logit_softcapping", None):
-        return f"{config.model_type}: soft-caps its attention scores"
-    return None
+    kinds = layer_kinds(config)
+    unknown = set(kinds) - ATTENTION_LAYERS - RECURRENT_LAYERS - POINTWISE_LAYERS
+    if unknown:
+        return f"{config.model_type}: has layers of kinds that cannot share prefixes: {', '.join(sorted(unknown))}"
+    recurrent = [i for i, kind in enumerate(kinds) if kind in RECURRENT_LAYERS]
+    if not recurrent and model._is_stateful:
+        return f"{config.model_type}: its recurrent layers are of a kind that cannot share prefixes"
+    if recurrent:
+        layers = list(getattr(decoder_of(model), "layers", []))
+        if len(layers) != len(kinds) or not all(follows_tree(layers[i], kinds[i]) for i in recurrent):
+            return f"{config.model_type}: its {kinds[recurrent[0]]} layers are of a kind that cannot share prefixes"
+        return None if type(causal_lm_of(model))._can_set_attn_implementation() else _no_attention_function(config)
+    return None if model._supports_attention_backend else _no_attention_function(config)
+
+
+def _no_attention_function(config: Any) -> str:
+    return f"{config.model_type}: its transformers code does not take an attention function"
 
 
 def tree_forward(
@@ -68,8 +75,11 @@ def tree_forward(
 ) -> torch.Tensor:
     """Hidden states after the final norm, equal to those of every root-to-leaf path run by itself. Differentiable.
 
+    The model remains its owner's: it can be called, generated from, checkpointed and compiled before, between and after.
+    Under DDP, FSDP2 or ZeRO-3, call this inside the forward of the wrapped model, see `inside_forward`.
+
     Args:
-        model: A causal LM of transformers, also one wrapped by peft.
+        model: A causal LM of transformers, also one wrapped by peft, DDP or DeepSpeed.
         batch: A pack of T tokens.
         keep: Where to store the detached keys and values of one path, for `branches_forward`.
         row_shards: Sequence parallelism. Only rows [row_shards.start, row_shards.end) are computed and returned; all
@@ -79,13 +89,19 @@ def tree_forward(
         [T, D] in the model's dtype.
 
     Raises:
-        PactError: Tree attention cannot compute the model's attention; `paths_forward` can.
+        PactError: Trees cannot be computed for this model, `paths_forward` can; or `keep` or `row_shards` for a model
+            with recurrent layers.
     """
-    if model.config._attn_implementation != ATTENTION_NAME:
-        reason = unsupported(model)
-        if reason is not None:
-            raise PactError(f"tree attention: {reason}; pack with share=False and use paths_forward")
-        model.set_attn_implementation(ATTENTION_NAME)
+    model = causal_lm_of(model)
+    reason = unsupported(model)
+    if reason is not None:
+        raise PactError(f"token trees: {reason}; pack with share=False and use paths_forward")
+    install(model)
+    if (keep is not None or row_shards is not None) and recurrent_layers(model):
+        what = (
+            "a cached path holds no recurrent states" if keep else "sequence parallelism divides attention heads only"
+        )
+        raise PactError(f"{model.config.model_type} has recurrent layers, and {what}")
     layout = TreeLayout(batch, next(model.parameters()).device)
     layout.keep, layout.row_shards = keep, row_shards
     hidden = _decoder_forward(model, batch, layout)
@@ -111,7 +127,7 @@ def _decoder_forward(model: PreTrainedModel, batch: PackedBatch, layout: TreeLay
     device = next(model.parameters()).device
     decoder = decoder_of(model)
     local_rows = slice(layout.row_shards.start, layout.row_shards.end) if layout.row_shards else slice(None)
-    with _pointwise_optimizations(decoder):
+    with _pointwise_optimizations(decoder), inside_tree(), tree_attention_in(causal_lm_of(model)):
         output = decoder(
             input_ids=torch.as_tensor(batch.input_ids[local_rows], device=device)[None],
             position_ids=torch.as_tensor(batch.position_ids[local_rows], device=device)[None],
@@ -119,6 +135,34 @@ def _decoder_forward(model: PreTrainedModel, batch: PackedBatch, layout: TreeLay
             use_cache=False,
         )
     return output.last_hidden_state[0]
+
+
+def inside_forward(model: torch.nn.Module, function: Callable[[], T]) -> T:
+    """The result of `function()`, called inside the forward of `model`.
+
+    Wrappers such as DDP, FSDP2 and DeepSpeed prepare parameters and gradients before the forward of the model that they
+    wrap, and expect every use of them inside it. The model is called without arguments, and the causal LM's own forward is
+    replaced by the function meanwhile. Tensors that need a gradient must be in what the function returns.
+
+    Args:
+        model: A causal LM of transformers, perhaps wrapped.
+        function: Uses the causal LM's parameters, for example by `tree_forward` and `head_of`.
+    """
+    causal_lm = causal_lm_of(model)
+    before = vars(causal_lm).get("forward")
+
+    def forward(*args: Any, **options: Any) -> T:
+        return function()
+
+    forward.own = causal_lm.forward  # type: ignore[attr-defined]  # for head_of
+    causal_lm.forward = forward
+    try:
+        return model()
+    finally:
+        if before is None:
+            del causal_lm.forward
+        else:
+            causal_lm.forward = before
 
 
 @contextmanager
@@ -146,17 +190,3 @@ def paths_forward(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     padded = torch.zeros(mask.shape, dtype=ids.dtype, device=device).masked_scatter(mask, ids)
     output = decoder_of(model)(input_ids=padded, attention_mask=mask.long(), use_cache=False)
     return output.last_hidden_state[mask]
-
-
-def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
-    """The decoder below the language-model head: embedding, layers, final norm. Also of a model wrapped by peft."""
-    causal_lm = causal_lm_of(model)
-    base = causal_lm.base_model
-    # the model itself where its class names no attribute of its own as the base model (Llama 4)
-    return causal_lm.get_decoder() if base is causal_lm else base
-
-
-def causal_lm_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The transformers model itself, also of a model wrapped by peft."""
-    get_base_model = getattr(model, "get_base_model", None)  # peft
-    return get_base_model() if get_base_model else model

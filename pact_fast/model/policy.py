@@ -24,7 +24,8 @@ from pact_fast.kernels.head.tokens import LossTokens
 from pact_fast.model.attention.ulysses import RowShards
 from pact_fast.model.filters import log_kept_mass
 from pact_fast.model.forward import paths_forward, tree_forward, unsupported
-from pact_fast.model.head import head_of, logit_transform
+from pact_fast.model.head import head_layer, logit_transform
+from pact_fast.model.recurrence.dispatch import recurrent_layers
 
 FILTERED_LOGITS = 1 << 24  # logits that the filters are applied to at a time
 
@@ -50,8 +51,9 @@ class Policy(torch.nn.Module):
         self.unshared = unsupported(model)
         self._group = world and world.sequence_group
         self._autocast = autocast or nullcontext()
-        if self.unshared and self._group:
-            raise PactError(f"trainer.sequence_parallel_size needs tree attention: {self.unshared}")
+        if self._group and (self.unshared or recurrent_layers(model)):
+            reason = self.unshared or f"{model.config.model_type}: has recurrent layers"
+            raise PactError(f"trainer.sequence_parallel_size needs attention in every layer: {reason}; set it to 1")
 
     def forward(
         self,
@@ -101,7 +103,7 @@ class FusedHead(torch.nn.Module):
     def __init__(self, model: PreTrainedModel, filters: SamplingFilters = UNFILTERED):
         super().__init__()
         self.filters = filters
-        head = head_of(model)
+        head = head_layer(model)
         self.weight = head.weight
         self.register_parameter("bias", getattr(head, "bias", None))
         self.transform = logit_transform(model)

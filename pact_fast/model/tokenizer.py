@@ -92,6 +92,8 @@ def _training_texts(tasks: Iterable[Task]) -> Iterator[str]:
             # markers are tokens by themselves, so merges are learnt on the text between them
             yield from re.split("|".join(MARKERS), hermes.render(turn.reasoning, turn.content, turn.calls))
             yield from (f"\n{text}\n" for text in turn.observations)
+            if turn.user is not None:
+                yield f"user\n{turn.user}"
         if task.expert and task.expert.answer:
             yield task.expert.answer
 

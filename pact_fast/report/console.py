@@ -25,6 +25,7 @@ STYLES = {
     Component.TOOL_CALL: "yellow underline",
     Component.ANSWER: "bold green",
     Component.OBSERVATION: "italic magenta",
+    Component.USER: "blue",
 }
 
 

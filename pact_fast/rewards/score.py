@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from pact_fast.config import RewardConfig
 from pact_fast.data.absent import is_absent
-from pact_fast.data.types import StopReason, Task, ToolCall, Trajectory
+from pact_fast.data.types import Task, ToolCall, Trajectory
 from pact_fast.errors import PactError
 from pact_fast.rewards.answers import extract_answer, token_f1
 from pact_fast.rewards.matching import match
@@ -18,7 +18,7 @@ def turn_rewards(trajectory: Trajectory, task: Task, penalty: float) -> list[flo
 
     The calls of the whole trajectory are matched with `task.reference_calls`, or with the expert's calls if those are
     None. A turn earns the mean score of its calls, 0 if it has none; a malformed call scores −penalty, like an
-    unmatched one. Without reference calls, calls score 0. If the trajectory ended with an answer and the task has one,
+    unmatched one. Without reference calls, calls score 0. If no limit ended the trajectory and the task has an answer,
     the last turn earns their token F1 instead.
     """
     reference = task.reference_calls
@@ -32,7 +32,7 @@ def turn_rewards(trajectory: Trajectory, task: Task, penalty: float) -> list[flo
         for turn in trajectory.turns:
             earned = [next(scores) if isinstance(a, ToolCall) else 0.0 - penalty for a in turn.attempts]
             rewards.append(sum(earned) / len(earned) if earned else 0.0)
-    if not is_absent(task.answer) and trajectory.stop_reason is StopReason.ANSWER:
+    if not is_absent(task.answer) and not trajectory.stop_reason.is_truncated:
         rewards[-1] = token_f1(extract_answer(trajectory.answer), str(task.answer))
     return rewards
 
@@ -47,8 +47,10 @@ def score(
 ) -> None:
     """Set `turn_rewards`, `reward_parts` and `reward` of a training rollout.
 
-        reward = match_weight · Σ_t r_t + env_weight · success + Σ user functions
-        reward = success + Σ user functions      if outcome_only and the environment returns `success`
+        reward = match_weight · Σ_t r_t + env_weight · outcome + Σ user functions
+        reward = outcome + Σ user functions      if outcome_only and the environment returns the outcome
+
+    The outcome is the environment's `success`, or the reward that `config.outcome` names.
 
     `reward_parts` holds the unweighted parts: `match` (Σ_t r_t), those of the environment and of the functions.
     `turn_rewards` are unweighted, too.
@@ -61,8 +63,8 @@ def score(
         outcome_only: The algorithm uses no turn-level rewards.
 
     Raises:
-        PactError: A part is not finite, two parts have the same name, or `env_weight` is set and the environment
-            returns no `success`.
+        PactError: A part is not finite, two parts have the same name, or `env_weight` or `outcome` is set and the
+            environment returns no such reward.
     """
     env_rewards, functions = trajectory.env_rewards, function_rewards or {}
     trajectory.turn_rewards = turn_rewards(trajectory, task, config.unmatched_penalty)
@@ -73,15 +75,21 @@ def score(
     for name, value in parts.items():
         if not math.isfinite(value):
             raise PactError(f"task {task.id}: reward '{name}' is {value}; rewards must be finite numbers")
-    if config.env_weight and "success" not in env_rewards:
+    outcome = config.outcome
+    if outcome != "success" and outcome not in env_rewards:
+        known = ", ".join(env_rewards) or "none"
+        raise PactError(
+            f"task {task.id}: its environment gives no '{outcome}' (algorithm.reward.outcome), but: {known}"
+        )
+    if config.env_weight and outcome not in env_rewards:
         raise PactError(f"task {task.id}: its environment gives no 'success'; set algorithm.reward.env_weight=0")
     trajectory.reward_parts = parts
-    if outcome_only and "success" in env_rewards:
-        trajectory.reward = env_rewards["success"] + sum(functions.values())
+    if outcome_only and outcome in env_rewards:
+        trajectory.reward = env_rewards[outcome] + sum(functions.values())
         return
     trajectory.reward = (
         config.match_weight * parts["match"]
-        + config.env_weight * env_rewards.get("success", 0.0)
+        + config.env_weight * env_rewards.get(outcome, 0.0)
         + sum(functions.values())
     )
 

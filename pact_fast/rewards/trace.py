@@ -76,8 +76,7 @@ def trace_reward(
         metric: `em` or `f1` (HotpotQA's), for A.
     """
     said = extract_answer(turns[-1].content).strip() if turns and answered else ""
-    right = qa_f1(said, answers, "hotpotqa") if metric == "f1" else float(qa_exact_match(said, answers))
-    a = right if said else 0.0
+    a = qa_f1(said, answers, "hotpotqa") if metric == "f1" else float(is_right(said, answers))
     g = float(_grammatical(turns, answered))
     if not tools:
         return TraceScore((1 - weight) * a + weight * g, a, g, g, 1.0, 1.0, 1.0)
@@ -88,6 +87,11 @@ def trace_reward(
     n = sum(new) / len(new) if new else 0.0
     c = g * (s + e + n) / 3
     return TraceScore((1 - weight) * a + weight * c, a, c, g, s, e, n)
+
+
+def is_right(said: str, answers: Sequence[str]) -> bool:
+    """Exact match. An answer without a normal form, such as punctuation, must be equal as it is."""
+    return qa_exact_match(said, answers) if normalize_answer(said) else bool(said) and said in answers
 
 
 def _grammatical(turns: Sequence[TurnRecord], answered: bool) -> bool:

@@ -1,8 +1,9 @@
 """The agent loop: samples many multi-turn trajectories at once.
 
 Each advances on its own: render the prompt, ask the engine for a turn, parse it, run its tool calls, append the
-observations, and so on until an answer or a limit. There is no barrier between turns, so a slow tool holds up its own
-trajectory only.
+observations, and so on until an answer or a limit. Where the environment has a user (`respond`), an answer is followed by
+what the user says, and the environment decides when the episode is over. There is no barrier between turns, so a slow tool
+holds up its own trajectory only.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,70 +20,23 @@ import numpy as np
 
 from pact_fast.chat.formats.json_calls import error_observation
 from pact_fast.chat.rendering import ChatRenderer
+from pact_fast.chat.template_check import check_user_turns
+from pact_fast.components import Component
 from pact_fast.config import RolloutConfig
 from pact_fast.config.filters import UNFILTERED, SamplingFilters
-from pact_fast.data.types import Message, StopReason, Task, ToolCall, Trajectory, TurnRecord, text_of
-from pact_fast.envs.base import Environment
+from pact_fast.data.types import Message, StopReason, Task, ToolCall, ToolSchema, Trajectory, TurnRecord, text_of
+from pact_fast.envs.base import Environment, has_user
 from pact_fast.envs.registry import is_built_in
 from pact_fast.errors import PactError
 from pact_fast.plugins import no_exit
 from pact_fast.rollout.engine import Completion, Engine, Request
-
-# Synchronous engines: a tool's result is picked up exactly this many engine steps after the call, and waited for if it
-# is late. Batches then never depend on how fast a tool happened to be, so a run repeats bit for bit.
-TOOL_STEPS = 4
+from pact_fast.rollout.pending import Pending, PendingToolCalls
 
 
 def _for_environment(env: Environment, value: Any) -> Any:
     """A copy for an environment of the user's, which may change what it gets. Built-in ones change nothing, and a copy
     of a task takes longer than its reset."""
     return value if is_built_in(type(env)) else copy.deepcopy(value)
-
-
-class PendingToolCalls:
-    """Tool calls under way, by trajectory.
-
-    With a synchronous engine, results are due a fixed number of steps after their call, and are waited for; otherwise
-    they are picked up as soon as they arrive.
-    """
-
-    def __init__(self, synchronous: bool):
-        self._synchronous, self._clock = synchronous, 0
-        self._calls: list[tuple[int, int, list[Future | str]]] = []  # (due at step, trajectory, observations)
-
-    def __len__(self) -> int:
-        return len(self._calls)
-
-    def add(self, index: int, observations: list[Future | str], blocking: bool) -> None:
-        """The calls of one turn of trajectory `index`; `blocking`: they run in threads and may take long."""
-        self._calls.append((self._clock + (TOOL_STEPS if blocking else 0), index, observations))
-
-    def drop(self, index: int) -> bool:
-        """Stop waiting for the calls of trajectory `index`, which end by their own timeout; True if there were any."""
-        before = len(self._calls)
-        self._calls = [call for call in self._calls if call[1] != index]
-        return len(self._calls) < before
-
-    def tick(self, *, idle: bool) -> None:
-        """Advance the clock after an engine step. `idle`: the engine has nothing to do, so wait for a tool instead."""
-        if not idle or not self._calls:
-            self._clock += 1
-        elif self._synchronous:
-            self._clock = max(self._clock, self._calls[0][0])
-        else:
-            wait([o for call in self._calls for o in call[2] if not isinstance(o, str)], 0.1, FIRST_COMPLETED)
-
-    def due(self) -> list[tuple[int, list[Future | str]]]:
-        """Remove and return (trajectory, observations) of the calls to be picked up now."""
-        ready = [self._ready(call) for call in self._calls]
-        due = [call[1:] for call, now in zip(self._calls, ready, strict=True) if now]
-        self._calls = [call for call, now in zip(self._calls, ready, strict=True) if not now]
-        return due
-
-    def _ready(self, call: tuple[int, int, list[Future | str]]) -> bool:
-        if self._synchronous:
-            return call[0] <= self._clock
-        return all(isinstance(o, str) or o.done() for o in call[2])
 
 
 @dataclass(frozen=True)
@@ -105,11 +59,17 @@ class Job:
 
 @dataclass
 class _ActiveTrajectory:
-    """A trajectory that is being sampled; `length` in tokens after the prompt, `started` in seconds."""
+    """A trajectory that is being sampled; `length` in tokens after the prompt, `started` in seconds.
+
+    tools    on offer now
+    offered  a copy of what the environment offered when it was last asked; used where it has a user
+    """
 
     job: Job
     env: Environment
     prompt_ids: np.ndarray
+    tools: list[ToolSchema]
+    offered: list[ToolSchema] | None = None
     ids: list[np.ndarray] = field(default_factory=list)
     components: list[np.ndarray] = field(default_factory=list)
     turn_ids: list[np.ndarray] = field(default_factory=list)
@@ -166,6 +126,7 @@ class AgentLoop:
     ):
         self.engine, self.renderer, self.make_env, self.config = engine, renderer, make_env, config
         self._pool: ThreadPoolExecutor | None = None
+        self._checked_user_turns = False
         if config.filters and not getattr(engine, "applies_filters", False):
             raise PactError(
                 f"{getattr(engine, 'name', 'the engine')} does not apply rollout.top_p, top_k and min_p ({config.filters}); "
@@ -217,15 +178,15 @@ class AgentLoop:
                     if completion.session not in running:
                         continue  # cancelled by another completion of the same step
                     state = running[completion.session]
-                    stop, observations = self._take_turn(state, completion)
+                    stop, pending = self._take_turn(state, completion)
                     if stop is None:
-                        calls.add(completion.session, observations, state.env.blocking)
+                        calls.add(completion.session, pending, state.env.blocking)
                     else:
                         end(completion.session, stop)
-                for index, observations in calls.due():
+                for index, pending in calls.due():
                     if index not in running:
                         continue
-                    stop = self._observe(index, running[index], observations)
+                    stop = self._go_on(index, running[index], pending)
                     if stop is not None:
                         end(index, stop)
                 for index in self._overdue(running):
@@ -271,6 +232,9 @@ class AgentLoop:
         none. Resolving a resolved task changes nothing.
         """
         env = self.make_env(task)
+        if has_user(env) and not self._checked_user_turns:
+            check_user_turns(self.renderer)
+            self._checked_user_turns = True
         with _no_exit(env):
             extra = env.reset(_for_environment(env, task))
         question = text_of(task.prompt[-1].get("content"))
@@ -284,7 +248,7 @@ class AgentLoop:
         ids = self.prompt_ids(task)
         limit = min(self.config.max_turn_tokens, self.config.max_completion_length)
         self.engine.submit(Request(index, ids, limit, job.rng_key, job.temperature, job.filters))
-        return _ActiveTrajectory(job, env, ids)
+        return _ActiveTrajectory(job, env, ids, task.tools, copy.deepcopy(env.tools) if has_user(env) else None)
 
     def _end(self, running, index: int, stop: StopReason, on_finish) -> Trajectory:
         self.engine.close(index)
@@ -298,11 +262,12 @@ class AgentLoop:
             on_finish(index, trajectory)
         return trajectory
 
-    def _take_turn(
-        self, state: _ActiveTrajectory, completion: Completion
-    ) -> tuple[StopReason | None, list[Future | str]]:
-        """Record a sampled turn and start its tool calls; returns the stop reason, if any, and the pending results."""
-        parsed = self.renderer.parse(completion.ids, state.job.task.tools)
+    def _take_turn(self, state: _ActiveTrajectory, completion: Completion) -> tuple[StopReason | None, list[Pending]]:
+        """Record a sampled turn and start what follows it, tool calls or the user's reply.
+
+        Returns the stop reason, if any, and the pending results.
+        """
+        parsed = self.renderer.parse(completion.ids, state.tools)
         record = TurnRecord(parsed.text, parsed.reasoning, parsed.content, list(parsed.attempts))
         state.turns.append(record)
         state.append(completion.ids, parsed.components, completion.logprobs, completion.version)
@@ -310,37 +275,77 @@ class AgentLoop:
             record.attempts = []  # calls of a truncated turn are not run, and must not be rewarded
             cut = state.length >= self.config.max_completion_length
             return StopReason.MAX_COMPLETION_LENGTH if cut else StopReason.MAX_TURN_TOKENS, []
-        if not parsed.attempts:
-            return StopReason.ANSWER, []
-        return None, [self._call(state, attempt) for attempt in parsed.attempts]
+        if parsed.attempts:
+            return None, [self._call(state, attempt) for attempt in parsed.attempts]
+        if has_user(state.env):
+            return None, [self._run(state.env, state.env.respond, record.content)]
+        return StopReason.ANSWER, []
 
-    def _call(self, state: _ActiveTrajectory, attempt: ToolCall | str) -> Future | str:
+    def _call(self, state: _ActiveTrajectory, attempt: ToolCall | str) -> Pending:
         if isinstance(attempt, str):
             return error_observation(attempt)
         arguments = _for_environment(state.env, attempt.arguments)
-        if not state.env.blocking:
-            with _no_exit(state.env):
-                return state.env.call(attempt.name, arguments)
+        return self._run(state.env, state.env.call, attempt.name, arguments)
+
+    def _run(self, env: Environment, method: Callable[..., str | None], *arguments: Any) -> Pending:
+        """Call a method of an environment, in a thread if it is blocking."""
+        if not env.blocking:
+            with _no_exit(env):
+                return method(*arguments)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="tool")
-        return self._pool.submit(state.env.call, attempt.name, arguments)
+        return self._pool.submit(method, *arguments)
 
-    def _observe(self, index: int, state: _ActiveTrajectory, pending: list[Future | str]) -> StopReason | None:
-        """Append the observations and submit the next turn; returns a stop reason if a limit is reached first."""
-        record = state.turns[-1]
+    def _go_on(self, index: int, state: _ActiveTrajectory, pending: list[Pending]) -> StopReason | None:
+        """Append what a turn waited for and submit the next turn; returns a stop reason if the trajectory ends."""
         with _no_exit(state.env):
-            results = [_result(o) for o in pending]
+            results = [result.result() if isinstance(result, Future) else result for result in pending]
+        # a turn with an attempt at a call, malformed or not, never waits for the user: an error is no reply
+        return self._observe(index, state, results) if state.turns[-1].attempts else self._hear(index, state, *results)
+
+    def _observe(self, index: int, state: _ActiveTrajectory, results: list[Any]) -> StopReason | None:
+        """Go on with the observations of the last turn's calls."""
+        record = state.turns[-1]
         if len(state.turns) >= self.config.max_turns:
             record.observations = results
             return StopReason.MAX_TURNS
-        texts = [self._truncate(text) for text in results]
-        record.observations = texts
-        ids, components = self.renderer.bridge_tokens(
-            [_tool_message(a, t) for a, t in zip(record.attempts, texts, strict=True)]
-        )
+        record.observations = [self._truncate(text) for text in results]
+        messages = [_tool_message(a, t) for a, t in zip(record.attempts, record.observations, strict=True)]
+        return self._append(index, state, messages, self.renderer.call_eot_id)
+
+    def _hear(self, index: int, state: _ActiveTrajectory, reply: str | None) -> StopReason | None:
+        """Go on with what the user said after the last turn."""
+        if reply is None:
+            return StopReason.ENVIRONMENT
+        if not isinstance(reply, str):
+            raise PactError(
+                f"respond of the environment {type(state.env).__name__} returned {type(reply).__name__}; return the "
+                "user's next message as text, or None to end the episode"
+            )
+        state.turns[-1].user = reply
+        limit = self.config.max_user_turns
+        if limit is not None and sum(turn.user is not None for turn in state.turns) > limit:
+            return StopReason.MAX_USER_TURNS
+        if len(state.turns) >= self.config.max_turns:
+            return StopReason.MAX_TURNS
+        self._update_tools(state)
+        return self._append(index, state, [{"role": "user", "content": reply}], self.renderer.eot_id)
+
+    def _update_tools(self, state: _ActiveTrajectory) -> None:
+        """The tools on offer, if the environment has changed them: until then, a task's own tools hold."""
+        with _no_exit(state.env):
+            tools = state.env.tools
+        if tools != state.offered:
+            state.tools = state.offered = copy.deepcopy(tools)
+
+    def _append(
+        self, index: int, state: _ActiveTrajectory, messages: list[Message], end_of_turn: int
+    ) -> StopReason | None:
+        """Append messages and submit the next turn; returns a stop reason if there is no room for it."""
+        ids, components = self.renderer.bridge_tokens(messages)
         if int(state.ids[-1][-1]) not in self.renderer.eot_ids:
             # rollout.stop_at_tool_call: the engine stopped after the call, so the end-of-turn token is missing
-            ids, components = np.append(self.renderer.call_eot_id, ids), np.append(components[:1], components)
+            ids, components = np.append(end_of_turn, ids), np.append(np.uint8(Component.TEMPLATE), components)
         remaining = self.config.max_completion_length - state.length - len(ids)
         if remaining < 1:
             return StopReason.MAX_COMPLETION_LENGTH
@@ -363,10 +368,6 @@ def _no_exit(env: Environment) -> AbstractContextManager[None]:
 
 def _tool_message(attempt: ToolCall | str, text: str) -> Message:
     return {"role": "tool", "name": attempt.name if isinstance(attempt, ToolCall) else "error", "content": text}
-
-
-def _result(observation: Future | str) -> str:
-    return observation if isinstance(observation, str) else observation.result()
 
 
 def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:

@@ -19,7 +19,7 @@ from pact_fast.data.types import Task, ToolCall, Trajectory
 from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
 from pact_fast.kernels import linear_logprob
-from pact_fast.model.head import LogitTransform, head_of, logit_transform
+from pact_fast.model.head import LogitTransform, head_layer, logit_transform
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.engine import Engine, Request
 from pact_fast.rollout.filter_bounds import log_kept_mass_bounds
@@ -181,7 +181,7 @@ class EngineSmokeTest:
         With filters, the model's is normalised over what they keep. Tokens so close to a limit that the engine may have
         put them on its other side give it a range, and the difference is the distance from that range.
         """
-        head, start = head_of(self.model), len(trajectory.prompt_ids)
+        head, start = head_layer(self.model), len(trajectory.prompt_ids)
         transform = logit_transform(self.model)
         ids = torch.from_numpy(np.concatenate([trajectory.prompt_ids, trajectory.ids])).to(head.weight.device)
         with self._autocast:
@@ -206,7 +206,7 @@ class EngineSmokeTest:
         self, transform: LogitTransform, hidden: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Bounds of what the filters keep before each token, fp64 [n] on the CPU, from its hidden state [n, D]."""
-        rollout, head = self.config.rollout, head_of(self.model)
+        rollout, head = self.config.rollout, head_layer(self.model)
         slack = 10 * MAX_LOGPROB_DIFF if self.config.model.dtype == "float32" else MEAN_LOGPROB_DIFF
         parts = []
         for states, targets in zip(hidden.split(CHECKED_TOKENS), tokens.split(CHECKED_TOKENS), strict=True):

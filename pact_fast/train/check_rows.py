@@ -12,10 +12,12 @@ from pathlib import Path
 from pact_fast.algorithms.base import Algorithm
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.chat.row_check import RowCheck, RowLimits, with_place
+from pact_fast.chat.template_check import check_user_turns
 from pact_fast.components import LossContext
 from pact_fast.config import Config
 from pact_fast.data.sources import FileTasks, TaskSource
 from pact_fast.data.types import Task
+from pact_fast.envs.base import has_user
 from pact_fast.envs.registry import environment, environment_name, is_built_in
 from pact_fast.errors import DataError, PactError
 from pact_fast.files import io_errors, write_text
@@ -61,18 +63,23 @@ def check_rows(
     Raises:
         DataError: A row cannot be trained on, unless data.on_bad_row=skip.
     """
-    check = RowCheck(renderer, row_limits(config, algorithm))
+    limits = row_limits(config, algorithm)
+    check = RowCheck(renderer, limits)
     default = environment_name(config.env, config.data)
     class_of = functools.cache(environment.get)
     from_files = isinstance(tasks, FileTasks)
     errors: dict[int, DataError] = {}
+    check_dialogue = functools.cache(lambda: check_user_turns(renderer))  # an error of the template, not of a row
     rows = 0
     chosen: Iterable[Task] = tasks if isinstance(tasks, FileTasks) else tasks.train(0, config.trainer.prompts_per_step)
     for position, task in enumerate(chosen):
         rows += 1
         try:
-            check_environment(task, class_of(task.env or default))
+            env = class_of(task.env or default)
+            check_environment(task, env)
             check.check(task)
+            if has_user(env) or (limits.trace and has_user_turns(task)):
+                check_dialogue()
         except DataError as error:
             if config.data.on_bad_row == "error" or not from_files:
                 raise
@@ -81,6 +88,12 @@ def check_rows(
     prompt = check.tokens(check.longest[1])[0] if check.longest else 0
     trace = sum(check.tokens(check.longest_trace[1])) if check.longest_trace else 0
     return CheckedRows(rows, errors, check.traces, prompt, trace)
+
+
+def has_user_turns(task: Task) -> bool:
+    """Whether a user speaks in the task's expert trace, which reasons."""
+    turns = task.expert.turns if task.expert else ()
+    return any(turn.user is not None for turn in turns) and any(turn.reasoning for turn in turns)
 
 
 def check_environment(task: Task, env: type) -> None:

@@ -17,6 +17,7 @@ from pact_fast.rewards.advantages import token_advantages
 from pact_fast.rewards.functions import RewardFunction, call_reward_functions
 from pact_fast.rewards.score import score
 from pact_fast.rollout.agent import AgentLoop, Job
+from pact_fast.train.filter_groups import FURTHER_BATCHES, FilterCounts, FurtherTasks, filter_groups
 from pact_fast.train.prefetch import RolloutPrefetcher
 from pact_fast.train.progress import Progress
 
@@ -35,7 +36,12 @@ class RolloutCollector:
         samplers: Ranks that have an engine.
         world: All ranks.
         progress: Progress display for the rollouts of this rank.
+
+    Attributes:
+        filtered: What dynamic sampling did in the last step; None: it is off.
     """
+
+    filtered: FilterCounts | None = None
 
     def __init__(
         self,
@@ -69,7 +75,33 @@ class RolloutCollector:
             for index, group in zip(stale, resampled, strict=True):
                 group.prompt_index = index
                 groups[index] = group
+        if self._config.algorithm.filter_groups.enable:
+            groups = self._filter(step, groups)
         return groups, len(stale)
+
+    def _filter(self, step: int, groups: list[Group]) -> list[Group]:
+        """Replace groups without signal (algorithm.filter_groups). Every rank has the same groups, and decides the same.
+
+        Further groups are sampled after the prefetches that were started, with the newest weights.
+        """
+        config, trainer = self._config.algorithm.filter_groups, self._config.trainer
+        further = FurtherTasks(
+            self._tasks,
+            FURTHER_BATCHES + step * config.max_num_gen_batches,
+            trainer.prompts_per_step,
+            {group.task.id for group in groups},
+        )
+
+        def sample(tasks: list[Task], first: int) -> list[Group]:
+            return self._all_gather(self._prefetcher.run(lambda: self._sample(step, tasks, first)))
+
+        chosen, self.filtered = filter_groups(groups, sample, further, config, self._algorithm.turn_advantages)
+        if self.filtered.without_signal == len(chosen):
+            self._progress.note(
+                f"step {step + 1}: none of {self.filtered.sampled} groups has a signal (mean reward "
+                f"{self.filtered.reward_mean:.2f}); there is nothing to learn in this step, and the run goes on"
+            )
+        return chosen
 
     def run_jobs(self, jobs: list[Job], name: str) -> list[Trajectory]:
         """Distribute `jobs` over all ranks; returns their trajectories in order. Prefetched rollouts finish first."""
@@ -86,8 +118,11 @@ class RolloutCollector:
         """Start no further rollouts; running ones finish in the background."""
         self._prefetcher.close()
 
-    def _sample(self, step: int, tasks: list[Task] | None = None) -> LocalRollouts:
-        """Groups of the step's prompts (or of `tasks`), and this rank's rollouts of them, scored."""
+    def _sample(self, step: int, tasks: list[Task] | None = None, first: int = 0) -> LocalRollouts:
+        """Groups of the step's prompts (or of `tasks`), and this rank's rollouts of them, scored.
+
+        `first`: position of the first prompt among all of the step, which the random numbers depend on.
+        """
         rollout = self._config.rollout
         if tasks is None:
             tasks = self._tasks.train(step, self._config.trainer.prompts_per_step)
@@ -100,7 +135,7 @@ class RolloutCollector:
         jobs = [
             Job(
                 group.task,
-                (self._config.seed, step, group.prompt_index, k),
+                (self._config.seed, step, first + group.prompt_index, k),
                 rollout.temperature,
                 group.prompt_index,
                 rollout.filters,

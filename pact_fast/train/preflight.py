@@ -31,6 +31,11 @@ def check_settings(config: Config, algorithm: Algorithm) -> None:
             f"rollout.top_k=1 with algorithm.name={name}: all rollouts of a prompt are the greedy one, so their advantages "
             "are 0 and nothing is learnt; set rollout.top_k to 2 or more, or to 0 for all tokens"
         )
+    if config.algorithm.filter_groups.enable and not algorithm.needs_rollouts:
+        raise PactError(
+            f"algorithm.filter_groups has no effect with algorithm.name={name}, which samples no rollouts; remove it, or use "
+            "another algorithm"
+        )
     if not algorithm.turn_advantages or not algorithm.needs_rollouts:
         _refuse_weights(name, reward, algorithm)
     if not data.train and (data.eval or data.expert):

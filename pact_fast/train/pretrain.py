@@ -1,7 +1,8 @@
-"""Pretraining of a base model: SFT on noisy lookup_chain traces, from random weights or those of `model.path`.
+"""SFT before RL, from random weights or those of `model.path`: noisy traces of lookup_chain, or complete expert traces.
 
-With noise in the traces (wrong relations, early stops), the base model learns syntax and copying but not the strategy, so
-sampled rollouts mostly fail. Reinforcement learning can close that gap in minutes.
+Tasks of lookup_chain get noise in their traces (wrong relations, early stops), so that the base model learns syntax and
+copying but not the strategy, and sampled rollouts mostly fail. Reinforcement learning can close that gap in minutes. Other
+tasks have expert traces of their own, which are trained as they are, with their final answers: stage 1 of MTR (docs/mtr.md).
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from pact_fast.algorithms.base import Group, PromptBatch
-from pact_fast.algorithms.sft import SFT
+from pact_fast.algorithms.sft import SFT, expert_tokens, generated
 from pact_fast.batch.loss_table import ScoredTokens
 from pact_fast.batch.tree import TokenTree
 from pact_fast.chat.rendering import ChatRenderer
-from pact_fast.components import Component
 from pact_fast.config import AlgorithmConfig, Config, TrainerConfig
-from pact_fast.data.sources import TaskSource
-from pact_fast.data.types import Task
+from pact_fast.data.sources import FileTasks, TaskSource
+from pact_fast.data.types import ExpertTrace, Task
 from pact_fast.envs.lookup_chain import TraceNoise, noisy_trace
+from pact_fast.errors import PactError
 from pact_fast.model.device import precision
 from pact_fast.train.learner import Learner
 
@@ -40,7 +41,7 @@ def pretrain(
         config: The run's configuration; its `pretrain` section must be set.
         model: The model to train.
         renderer: Renders the traces.
-        tasks: Source of lookup_chain tasks.
+        tasks: Source of tasks, of lookup_chain or with expert traces.
         on_step: Called with (step, loss) after every step.
     """
     assert config.pretrain is not None
@@ -54,10 +55,12 @@ def pretrain(
     )
     noise = TraceNoise(settings.early_stop, settings.wrong_relation)
     for step in range(settings.steps):
-        # negative step numbers: none of these tasks appears again in RL
-        tasks_of_step = tasks.train(-1 - step, settings.batch_size)
+        # negative step numbers: of generated tasks, none appears again in RL
+        place = step if isinstance(tasks, FileTasks) else -1 - step
+        tasks_of_step = tasks.train(place, settings.batch_size)
         rng = random.Random(f"pretrain/{config.seed}/{step}")
-        batches = [_noisy_batch(task, place, noise, rng, renderer) for place, task in enumerate(tasks_of_step)]
+        traces = [_trace(task, noise, rng) for task in tasks_of_step]
+        batches = [_batch(*pair, place, renderer) for place, pair in enumerate(zip(tasks_of_step, traces, strict=True))]
         total = sum(len(s.index) for batch in batches for s in batch.scored)
         for batch in batches:
             for s in batch.scored:
@@ -79,16 +82,24 @@ def _trainer(config: Config) -> TrainerConfig:
     )
 
 
-def _noisy_batch(task: Task, place: int, noise: TraceNoise, rng: random.Random, renderer: ChatRenderer) -> PromptBatch:
-    """A noisy trace of a task, answer included, with weight 1 on every generated token."""
-    trace = noisy_trace(task, noise, rng)
+def _trace(task: Task, noise: TraceNoise, rng: random.Random) -> ExpertTrace:
+    """A noisy trace of a lookup_chain task, or the expert trace of another one. PactError if it has none."""
+    if {"starts", "relations", "facts"} <= task.env_args.keys():
+        return noisy_trace(task, noise, rng)
+    if task.expert is None or not task.expert.turns:
+        raise PactError(
+            f"task {task.id}: the section pretrain needs an expert trace in every row; drop the row or add one"
+        )
+    return task.expert
+
+
+def _batch(task: Task, trace: ExpertTrace, place: int, renderer: ChatRenderer) -> PromptBatch:
+    """A trace of a task, answer included, with weight 1 on every generated token."""
     prompt = renderer.prompt_ids(task.prompt, task.tools)
-    body = renderer.trace_context(task, trace, "turns")
-    answer_ids, answer_components = renderer.assistant_turn(trace.answer_reasoning, trace.answer or "", [])
-    components = np.concatenate([body.components, answer_components])
+    ids, components = expert_tokens(renderer, task, trace, final_answer=True)
     tree = TokenTree()
-    node = tree.add(np.concatenate([body.ids, answer_ids]), tree.add(prompt))
-    index = np.flatnonzero(np.isin(components, [Component.REASONING, Component.TOOL_CALL, Component.ANSWER]))
+    node = tree.add(ids, tree.add(prompt))
+    index = np.flatnonzero(generated(components))
     scored = ScoredTokens.of_expert(
         node, prompt=place, index=index, component=components[index], weight=np.ones(len(index))
     )

@@ -73,6 +73,7 @@ class Stepper:
             **self._metrics(groups, batches, results),
             **self._algorithm.schedule(contexts[-1]),
             **_timing(clock, groups, results),
+            **(self._collector.filtered.metrics() if self._collector.filtered else {}),
             "async/stale_groups": float(stale),
             "async/staleness": _staleness(groups, version, learner.updates_per_batch),
         }

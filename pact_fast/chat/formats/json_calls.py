@@ -30,16 +30,9 @@ def error_observation(error: str) -> str:
 
 def read_call(body: bytes, tools: Sequence[ToolSchema], key: str) -> ToolCall | str:
     """Parse one call; the reason if it is not valid. `key` is the format's name for the arguments."""
-    try:
-        value = parse_json(body.decode("utf-8"))
-    except UnicodeEncodeError:
-        return HALF_A_PAIR
-    except UnicodeDecodeError:
-        return NOT_UTF8
-    except RecursionError:
-        return TOO_DEEP
-    except ValueError as error:
-        return f"the call is not valid JSON: {str(error)[:200]}"
+    value, error = _read_json(body)
+    if error:
+        return error
     if not isinstance(value, dict):
         return f'the call must be a JSON object {{"name": …, "{key}": …}}'
     other = "parameters" if key == "arguments" else "arguments"
@@ -47,12 +40,34 @@ def read_call(body: bytes, tools: Sequence[ToolSchema], key: str) -> ToolCall | 
     name, arguments = body_value.get("name"), body_value.get(key, body_value.get(other))
     if not isinstance(name, str) or not name:
         return 'the call has no string "name"'
-    if arguments is None:
-        arguments = {}
+    return _checked(name, {} if arguments is None else arguments, tools, f'"{key}"')
+
+
+def read_arguments(name: str, body: bytes, tools: Sequence[ToolSchema]) -> ToolCall | str:
+    """A call of `name` whose arguments are the JSON `body`; the reason if it is not valid."""
+    value, error = _read_json(body)
+    return error or _checked(name, value, tools, "the arguments of a call")
+
+
+def _checked(name: str, arguments: Any, tools: Sequence[ToolSchema], what: str) -> ToolCall | str:
     if not isinstance(arguments, dict):
-        return f'"{key}" must be a JSON object'
+        return f"{what} must be a JSON object"
     call = ToolCall(name, arguments)
     return call_error(call, tools) or call
+
+
+def _read_json(body: bytes) -> tuple[Any, str]:
+    """(value, "") or (None, the reason)."""
+    try:
+        return parse_json(body.decode("utf-8")), ""
+    except UnicodeEncodeError:
+        return None, HALF_A_PAIR
+    except UnicodeDecodeError:
+        return None, NOT_UTF8
+    except RecursionError:
+        return None, TOO_DEEP
+    except ValueError as error:
+        return None, f"the call is not valid JSON: {str(error)[:200]}"
 
 
 def parse_json(text: str) -> Any:

@@ -18,8 +18,7 @@ from pact_fast.envs.simulated.schemas import schema_error
 from pact_fast.envs.simulated.world import World
 from pact_fast.errors import PactError
 from pact_fast.rewards.answers import extract_answer
-from pact_fast.rewards.qa import qa_exact_match
-from pact_fast.rewards.trace import trace_reward
+from pact_fast.rewards.trace import is_right, trace_reward
 from pact_fast.text import short
 
 ARGUMENTS = ("backend", "cache", "faults", "max_output", "consistency_weight", "answer_metric", "backend_args")
@@ -92,7 +91,7 @@ class Simulated:
             metric=self._metric,
         )
         said = extract_answer(trajectory.answer).strip()
-        return {"success": float(bool(said) and qa_exact_match(said, answers)), **score.to_rewards()}
+        return {"success": float(is_right(said, answers)), **score.to_rewards()}
 
     def _fits(self, call: ToolCall) -> bool:
         tool = self._world.tools.get(call.name)

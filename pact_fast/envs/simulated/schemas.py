@@ -21,8 +21,21 @@ TYPES = frozenset(("string", "integer", "number", "boolean", "array", "object", 
 MAX_DEPTH = 16
 
 
-def unsupported(schema: Any, depth: int = 0) -> str | None:
+def unsupported(schema: Any) -> str | None:
     """The reason why a schema is not one that can be checked, or None: only KEYWORDS, no unknown type, bounded depth."""
+    problem = not_json(schema)
+    if problem is not None:
+        return f"is no JSON schema: {problem}"
+    return _unsupported(json.dumps(schema, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=4096)
+def _unsupported(text: str) -> str | None:
+    schema = json.loads(text)
+    return _problem(schema, 0) or _malformed(schema)
+
+
+def _problem(schema: Any, depth: int) -> str | None:
     if depth > MAX_DEPTH:
         return f"is nested deeper than {MAX_DEPTH} levels"
     if not isinstance(schema, dict):
@@ -43,8 +56,7 @@ def unsupported(schema: Any, depth: int = 0) -> str | None:
         *([schema["items"]] if "items" in schema else []),
         *([] if isinstance(extra, bool) else [extra]),
     ]
-    found = next((p for p in (unsupported(one, depth + 1) for one in nested) if p), None)
-    return found or _malformed(schema)
+    return next((p for p in (_problem(one, depth + 1) for one in nested) if p), None)
 
 
 def _malformed(schema: dict[str, Any]) -> str | None:

@@ -65,7 +65,7 @@ def check_table(tokens: LossTokens, hidden: torch.Tensor, weight: torch.Tensor) 
     check_targets(tokens.target, len(weight))
     _check_ids("row", tokens.row, len(hidden), f"is outside the {len(hidden)} rows of hidden")
     _check_ids("context", tokens.context, len(LossContext), "is no LossContext, an id below 3")
-    _check_ids("component", tokens.component, len(Component), "is no Component, an id below 5")
+    _check_ids("component", tokens.component, len(Component), f"is no Component, an id below {len(Component)}")
 
 
 def per_token(temperature: float | torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ as `Logits`, or as `Bf16SoftmaxChunk` where that is sufficient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -55,6 +55,7 @@ class ChunkedHead:
         grads: Whether (hidden, weight, bias) need a gradient.
         paired: Rows will be paired, see `Pairing`.
         entropy_grad: `backward` will be given dL/dentropy.
+        statistics: Names of `row_statistics`, to be computed beside `RowStats`.
 
     Raises:
         PactError: The backend does not support these tensors.
@@ -71,13 +72,14 @@ class ChunkedHead:
         grads: tuple[bool, bool, bool] = (False, False, False),
         paired: bool = False,
         entropy_grad: bool = False,
+        statistics: Sequence[str] = (),
     ):
         dtype, vocab = accumulation_dtype(hidden, weight), weight.shape[0]
         backend = resolve(backend, hidden.device, torch.promote_types(hidden.dtype, weight.dtype))
         gemms = make_gemms(backend, hidden, weight, grads[1])
         self._operand_dtype, self._dtype, self._total = gemms.operand_dtype, dtype, total
         self._chunk: Logits | softmax_bf16.Bf16SoftmaxChunk
-        if isinstance(gemms, CpuBf16Gemms) and bias is None and not (softcap or paired or entropy_grad):
+        if isinstance(gemms, CpuBf16Gemms) and bias is None and not (softcap or paired or entropy_grad or statistics):
             max_rows = softmax_bf16.ROWS if any(grads) else softmax_bf16.ROWS_FORWARD
             self._rows = balanced_chunk_rows(total, max_rows)
             self._chunk = softmax_bf16.Bf16SoftmaxChunk(gemms, self._rows, grads)
@@ -86,7 +88,7 @@ class ChunkedHead:
         counted = buffers + (4 if backend == "torch" else 0)  # plain torch allocates intermediate results as well
         self._rows = balanced_chunk_rows(total, max_chunk_rows(vocab, counted * vocab * dtype.itemsize, hidden.device))
         bias = None if bias is None else bias.detach().to(dtype).contiguous()
-        self._chunk = Logits(backend, gemms, bias, softcap, self._rows, dtype, buffers, grads)
+        self._chunk = Logits(backend, gemms, bias, softcap, self._rows, dtype, buffers, grads, statistics)
 
     def chunks(self) -> Iterator[slice]:
         """The chunks in order; one empty chunk when there are no rows."""
@@ -98,6 +100,11 @@ class ChunkedHead:
         # the kernels need contiguous [n] tensors; a temperature may be an expanded scalar
         temperature = temperature.to(self._dtype).contiguous()
         return self._chunk.forward(x.to(self._operand_dtype), target.contiguous(), temperature)
+
+    def row_statistics(self) -> torch.Tensor:
+        """[len(statistics), n] of the chunk that `forward` computed last."""
+        assert isinstance(self._chunk, Logits)
+        return self._chunk.row_statistics
 
     def divergence(self, partner: torch.Tensor, kind: str) -> torch.Tensor:
         """[n] divergence of each row from its partner (int64; −1: none, gives 0); between `forward` and `backward`."""

@@ -13,7 +13,8 @@ from pact_fast.errors import PactError
 from pact_fast.kernels.head.checks import check_head, check_targets, check_temperature, per_token
 from pact_fast.kernels.head.gemm import accumulation_dtype, autocast_dtype
 from pact_fast.kernels.head.logprob import fake_weight_grads, fold_logit_scale, gradient_dtype, linear_logprob_op
-from pact_fast.kernels.head.loss import evaluate, save_gradients, scaled_gradients
+from pact_fast.kernels.head.loss import save_gradients, scaled_gradients
+from pact_fast.kernels.head.loss_pass import evaluate
 from pact_fast.kernels.head.objective import LossSettings, make_policy_loss
 from pact_fast.kernels.head.tokens import LossTokens
 
@@ -73,7 +74,7 @@ def linear_cross_entropy(
     folded, cap = fold_logit_scale(logit_scale, temperatures.reshape(-1), softcap)
     flat, dtype = labels.reshape(-1), autocast_dtype(hidden, weight)
     if reduction == "none":
-        logprob, _ = linear_logprob_op(x, weight, bias, flat, folded, cap, backend, ignore_index, dtype)
+        logprob, *_ = linear_logprob_op(x, weight, bias, flat, folded, cap, backend, ignore_index, dtype)
         losses = -logprob.view(shape)
         return losses[..., :-1] if shift else losses
     grads = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, weight, bias)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from pact_fast.kernels.head.gemm import HeadGemms
+from pact_fast.kernels.head.row_statistics import row_statistics
 from pact_fast.kernels.head.softmax_torch import Pairing, RowStats
 from pact_fast.kernels.runtime.backends import softmax_module
 from pact_fast.kernels.runtime.scratch import Scratch, padded_nbytes
@@ -24,6 +27,7 @@ class Logits:
         dtype: The accumulation dtype.
         buffers: 2 if rows are paired, else 1: dz then overwrites the logits.
         grads: Whether (hidden, weight, bias) need a gradient.
+        statistics: Names of `row_statistics` that every forward computes.
     """
 
     def __init__(
@@ -36,8 +40,10 @@ class Logits:
         dtype: torch.dtype,
         buffers: int,
         grads: tuple[bool, bool, bool],
+        statistics: Sequence[str] = (),
     ):
         weight = gemms.weight
+        self._statistics, self.row_statistics = statistics, gemms.weight.new_zeros(0, dtype=dtype)
         self._softmax, self._gemms = softmax_module(backend), gemms
         self._bias, self._softcap = bias, softcap
         self._x_grad = grads[0]
@@ -55,6 +61,8 @@ class Logits:
         z = self._buffers[0][: len(x)]
         self._gemms.logits(x, z)
         self._stats = self._softmax.forward(z, target, self._bias, temperature, self._softcap)
+        if self._statistics:
+            self.row_statistics = row_statistics(self._statistics, z, target, self._stats)
         return self._stats
 
     def divergence(self, partner: torch.Tensor, kind: str) -> torch.Tensor:

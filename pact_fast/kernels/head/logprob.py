@@ -12,17 +12,30 @@ from pact_fast.errors import PactError
 from pact_fast.kernels.head.checks import check_head, check_present, check_targets, check_temperature, per_token
 from pact_fast.kernels.head.chunked import ChunkedHead
 from pact_fast.kernels.head.gemm import accumulation_dtype, autocast_dtype
+from pact_fast.kernels.head.row_statistics import by_name, check_statistics, split_names
 
 
-class LogProbs(NamedTuple):
-    """Result of `linear_logprob`; fp32 (fp64 for fp64 input), in nats.
-
-    logprob  [N]  log-prob of the target
-    entropy  [N]  entropy of the distribution; None if not asked for
-    """
-
+class _LogProbs(NamedTuple):
     logprob: torch.Tensor
     entropy: torch.Tensor | None
+
+
+class LogProbs(_LogProbs):
+    """Result of `linear_logprob`; fp32 (fp64 for fp64 input), in nats. A pair: `logprob, entropy = linear_logprob(…)`.
+
+    logprob     [N]  log-prob of the target
+    entropy     [N]  entropy of the distribution; None if not asked for
+    statistics  {name: [N]}  what was asked for, detached; not a part of the pair
+    """
+
+    statistics: dict[str, torch.Tensor]
+
+    def __new__(
+        cls, logprob: torch.Tensor, entropy: torch.Tensor | None, statistics: dict[str, torch.Tensor] | None = None
+    ) -> LogProbs:
+        pair = super().__new__(cls, logprob, entropy)
+        pair.statistics = statistics or {}
+        return pair
 
 
 def linear_logprob(
@@ -35,6 +48,7 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
+    statistics: Sequence[str] = (),
     backend: str = "auto",
 ) -> LogProbs:
     """log softmax(z)[target] and the entropy of softmax(z); z = softcap·tanh(logit_scale·(hWᵀ + b)/softcap)/temperature.
@@ -52,6 +66,8 @@ def linear_logprob(
         softcap: Soft-cap of the logits; None: no cap.
         logit_scale: Positive factor of hWᵀ + b, before the soft-cap.
         entropy: Whether to return the entropy.
+        statistics: What else to return, without gradient: "is_top1" (the target is the most likely token, bool),
+            "mean_logit", "min_logit", "max_logit" (of z over the vocabulary), "log_sum_sq_probs" (log Σp²).
         backend: "auto", or one of `backends()`.
 
     Raises:
@@ -64,10 +80,11 @@ def linear_logprob(
             f"linear_logprob: targets {list(targets.shape)} must be one token id per row of hidden {list(hidden.shape)}"
         )
     temperatures, cap = fold_logit_scale(logit_scale, per_token(temperature, targets), softcap)
-    logprob, entropies = linear_logprob_op(
-        hidden, weight, bias, targets, temperatures, cap, backend, None, autocast_dtype(hidden, weight)
+    names = check_statistics(statistics)
+    logprob, entropies, values = linear_logprob_op(
+        hidden, weight, bias, targets, temperatures, cap, backend, None, autocast_dtype(hidden, weight), names
     )  # fmt: skip
-    return LogProbs(logprob, entropies if entropy else None)
+    return LogProbs(logprob, entropies if entropy else None, by_name(names, values))
 
 
 def fold_logit_scale(
@@ -109,22 +126,29 @@ def linear_logprob_op(
     backend: str,
     ignore_index: int | None = None,
     operand_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logprob [N], entropy [N]); 0 where the target is `ignore_index`. operand_dtype: of the GEMMs, see `as_operands`."""
+    statistics: str = "",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprob [N], entropy [N], statistics [K, N]); 0 where the target is `ignore_index`.
+
+    operand_dtype: of the GEMMs, see `as_operands`. statistics: names, see `check_statistics`.
+    """
     check_targets(targets, len(weight), ignore_index)
     check_temperature(temperature)
     kept = None if ignore_index is None else (targets != ignore_index).nonzero().squeeze(1)
     total = len(hidden) if kept is None else len(kept)
     logprob = torch.zeros(len(hidden), dtype=accumulation_dtype(hidden, weight), device=hidden.device)
-    entropy = torch.zeros_like(logprob)
+    entropy, names = torch.zeros_like(logprob), split_names(statistics)
+    values = logprob.new_zeros(len(names), len(logprob))
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, weight = as_operands(operand_dtype, hidden, weight)
-        head = ChunkedHead(backend, hidden, weight, bias, softcap, total)
+        head = ChunkedHead(backend, hidden, weight, bias, softcap, total, statistics=names)
         for chunk in head.chunks():
             at = chunk if kept is None else kept[chunk]
             stats = head.forward(hidden[at], targets[at], temperature[at])
             logprob[at], entropy[at] = stats.logprob, stats.entropy
-    return logprob, entropy
+            if names:
+                values[:, at] = head.row_statistics()
+    return logprob, entropy, values
 
 
 def as_operands(
@@ -182,9 +206,11 @@ def cast_gradient(gradient: torch.Tensor | None, parameter: torch.Tensor) -> tor
 
 
 @linear_logprob_op.register_fake
-def _(hidden, weight, bias, targets, temperature, softcap, backend, ignore_index=None, operand_dtype=None):
+def _(
+    hidden, weight, bias, targets, temperature, softcap, backend, ignore_index=None, operand_dtype=None, statistics=""
+):
     logprob = hidden.new_empty(len(hidden), dtype=accumulation_dtype(hidden, weight))
-    return logprob, torch.empty_like(logprob)
+    return logprob, torch.empty_like(logprob), logprob.new_empty(len(split_names(statistics)), len(hidden))
 
 
 @linear_logprob_backward_op.register_fake
@@ -203,12 +229,14 @@ def fake_weight_grads(weight: torch.Tensor, bias: torch.Tensor | None, grads: Se
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, bias, targets, temperature, *ctx.settings = inputs
+    hidden, weight, bias, targets, temperature, *ctx.settings, _ = inputs
     ctx.save_for_backward(hidden, weight, bias, targets, temperature)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, g: torch.Tensor | None, h: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _backward(
+    ctx: Any, g: torch.Tensor | None, h: torch.Tensor | None, _: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     refuse_second_derivatives()
     hidden, weight, bias, targets, temperature = _saved(ctx)
     if g is None:
@@ -219,7 +247,7 @@ def _backward(ctx: Any, g: torch.Tensor | None, h: torch.Tensor | None) -> tuple
     )  # fmt: skip
     parameters = (hidden, weight, bias)
     input_grads = [d.to(p.dtype) if need else None for d, p, need in zip(gradients, parameters, needs, strict=True)]
-    return *input_grads, None, None, None, None, None, None
+    return *input_grads, None, None, None, None, None, None, None
 
 
 def _saved(ctx: Any) -> tuple[torch.Tensor, ...]:

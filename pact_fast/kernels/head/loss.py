@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,30 +12,24 @@ import torch
 from pact_fast.components import LossContext
 from pact_fast.errors import PactError
 from pact_fast.kernels.head.checks import check_devices, check_head, check_table, check_temperature, per_token
-from pact_fast.kernels.head.chunked import ChunkedHead
-from pact_fast.kernels.head.divergence import DIVERGENCES, TokenPairs, make_pairing, pair_divergences
+from pact_fast.kernels.head.divergence import DIVERGENCES, TokenPairs
 from pact_fast.kernels.head.gemm import accumulation_dtype, autocast_dtype
-from pact_fast.kernels.head.hidden_grad import HiddenGradient
 from pact_fast.kernels.head.logprob import (
-    as_operands,
-    cast_gradient,
     fake_weight_grads,
     fold_logit_scale,
     gradient_dtype,
-    linear_logprob_op,
     refuse_second_derivatives,
 )
+from pact_fast.kernels.head.loss_pass import evaluate
 from pact_fast.kernels.head.objective import (
     Clip,
     LossSettings,
-    TokenTerms,
+    TokenLoss,
     bounds,
     make_policy_loss,
-    old_logprob_of,
-    sequence_mean,
-    token_terms,
 )
-from pact_fast.kernels.head.stats import SUMS, token_stats
+from pact_fast.kernels.head.row_statistics import by_name, check_statistics, split_names
+from pact_fast.kernels.head.stats import SUMS
 from pact_fast.kernels.head.tokens import COMPONENTS, LossTokens
 
 
@@ -48,6 +42,7 @@ class LossOutput:
     entropy     [N]  entropy of each token's distribution in nats, same dtype, detached
     stats       {name: fp64 [contexts, components]}  sums, which add up over micro-batches; see `summarise`
     divergence  [M]  of each pair, unweighted and detached; None without pairs
+    row_statistics  {name: [N]}  the `statistics` asked for, detached
     """
 
     loss: torch.Tensor
@@ -55,6 +50,7 @@ class LossOutput:
     entropy: torch.Tensor
     stats: dict[str, torch.Tensor]
     divergence: torch.Tensor | None = None
+    row_statistics: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def pact_loss(
@@ -62,7 +58,7 @@ def pact_loss(
     weight: torch.Tensor,
     tokens: LossTokens,
     *,
-    policy_loss: str = "ppo",
+    policy_loss: str | TokenLoss = "ppo",
     clip: Clip = (0.2, 0.2),
     delta: float | None = None,
     kl_coef: float = 0.0,
@@ -73,6 +69,7 @@ def pact_loss(
     logit_scale: float = 1.0,
     bias: torch.Tensor | None = None,
     pairs: TokenPairs | None = None,
+    statistics: Sequence[str] = (),
     backend: str = "auto",
 ) -> LossOutput:
     """Loss and gradients of N tokens under a linear head, without the [N, V] logits.
@@ -86,8 +83,10 @@ def pact_loss(
         hidden: [T, D] hidden states; fp64, fp32, bf16 or fp16.
         weight: [V, D] weight of the head, `lm_head.weight`.
         tokens: The loss table, N rows on the device of `hidden`.
-        policy_loss: "ppo", "cispo", "gspo", a name registered with `@policy_loss`, or `file.py:Class`. gspo takes one
-            ratio per (sequence, context): all policy tokens of a sequence must be in the same call.
+        policy_loss: "ppo", "cispo", "gspo", "gspo_sequence", a name registered with `@policy_loss`, `file.py:Class`, or a
+            function. gspo and gspo_sequence take one ratio per (sequence, context): all policy tokens of a sequence must
+            be in the same call. A function (logprob [n], entropy [n], index [n]) → loss [n] is called for every chunk, with
+            the places of its tokens in the table, and differentiated by autograd; it sees neither advantage nor clip.
         clip: (low, high). The ratio's bounds are 1 − low and 1 + high; None leaves a side open.
         delta: Bound of the ratio where the advantage is negative (dual clip), more than 1 + high. ppo and gspo only.
         kl_coef: Coefficient of k3, the KL to the reference; needs `tokens.ref_logprob`.
@@ -99,6 +98,7 @@ def pact_loss(
         logit_scale: Positive factor of hWᵀ + b, before the soft-cap.
         bias: [V] bias of the head.
         pairs: Experimental: adds Σ pair weight·divergence of pairs of tokens, see `TokenPairs`.
+        statistics: Names of what to return per token beside log-prob and entropy, see `linear_logprob`.
         backend: "auto", or one of `backends()`.
 
     Raises:
@@ -111,18 +111,26 @@ def pact_loss(
     if pairs is not None:
         pairs.check()
     temperatures, cap = fold_logit_scale(logit_scale, per_token(temperature, tokens.target), softcap)
-    loss, logprob, entropy, divergence, stats, *_ = pact_loss_op(
-        hidden, weight, bias, *tokens.columns(), temperatures,
-        *((None, None) if pairs is None else (pairs.index, pairs.weight)),
+    names = check_statistics(statistics)
+    settings: dict[str, Any] = dict(
         policy_loss=policy_loss, clip_low=clip[0], clip_high=clip[1], delta=delta, kl_coef=kl_coef,
         entropy_coef=entropy_coef, is_cap=caps, softcap=cap,
         divergence=DIVERGENCES[0] if pairs is None else pairs.divergence,
         second_grad=pairs is not None and pairs.second_grad,
         backend=backend, operand_dtype=autocast_dtype(hidden, weight),
         grads=[t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)],
+        statistics=names,
     )  # fmt: skip
-    sums = dict(zip(SUMS, stats.detach().unbind(), strict=True))
-    return LossOutput(loss, logprob.detach(), entropy.detach(), sums, None if pairs is None else divergence.detach())
+    columns = *tokens.columns(), temperatures, *((None, None) if pairs is None else (pairs.index, pairs.weight))
+    if isinstance(policy_loss, str):
+        outputs = pact_loss_op(hidden, weight, bias, *columns, **settings)
+    else:  # an operator cannot take a function
+        outputs = _LossOfFunction.apply(hidden, weight, bias, columns, settings)
+    loss, logprob, entropy, divergence, sums, values = outputs[:6]
+    return LossOutput(
+        loss, logprob.detach(), entropy.detach(), dict(zip(SUMS, sums.detach().unbind(), strict=True)),
+        None if pairs is None else divergence.detach(), by_name(names, values),
+    )  # fmt: skip
 
 
 def _caps_by_context(is_cap: float | Mapping[LossContext, float]) -> list[float]:
@@ -132,8 +140,7 @@ def _caps_by_context(is_cap: float | Mapping[LossContext, float]) -> list[float]
     return [float(is_cap)] * len(LossContext)
 
 
-@torch.library.custom_op("pact_fast::pact_loss", mutates_args=())
-def pact_loss_op(
+def run_pact_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -148,6 +155,8 @@ def pact_loss_op(
     sft_weight: torch.Tensor,
     ref_logprob: torch.Tensor | None,
     sampler_logprob: torch.Tensor | None,
+    kl_weight: torch.Tensor | None,
+    entropy_weight: torch.Tensor | None,
     temperature: torch.Tensor,
     pair_index: torch.Tensor | None,
     pair_weight: torch.Tensor | None,
@@ -165,22 +174,26 @@ def pact_loss_op(
     backend: str,
     operand_dtype: torch.dtype | None,
     grads: Sequence[bool],
+    statistics: str = "",
 ) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]:
-    """(loss, logprob [N], entropy [N], divergence [M], stats, d_hidden, d_weight, d_bias), in one pass over the logits.
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor,
+]:  # fmt: skip
+    """(loss, logprob [N], entropy [N], divergence [M], stats, row statistics [K, N], d_hidden, d_weight, d_bias), in one
+    pass over the logits.
 
     The last three are the gradients of the loss, empty where `grads` (hidden, weight, bias) is False. Everything that
     depends on values is checked here rather than in `pact_loss`, so that compiled graphs check it too.
     """
     tokens = LossTokens(
-        row, target, context, component, sequence, advantage, old_logprob, rl_weight, sft_weight, ref_logprob, sampler_logprob
+        row, target, context, component, sequence, advantage, old_logprob, rl_weight, sft_weight, ref_logprob,
+        sampler_logprob, kl_weight, entropy_weight,
     )  # fmt: skip
     check_table(tokens, hidden, weight)
     check_temperature(temperature)
     rule = make_policy_loss(policy_loss)
     settings = LossSettings(rule, (clip_low, clip_high), delta, kl_coef, entropy_coef, is_cap, softcap)
-    _check_settings(settings, policy_loss, tokens)
+    _check_settings(settings, policy_loss if isinstance(policy_loss, str) else "a function", tokens)
     pairs = None
     if pair_index is not None and pair_weight is not None:
         pairs = TokenPairs(pair_index, pair_weight, divergence, second_grad)  # type: ignore[arg-type]
@@ -188,8 +201,26 @@ def pact_loss_op(
     with torch.autocast(hidden.device.type, enabled=False):
         return evaluate(
             hidden, weight, bias, tokens, temperature, settings, pairs, backend, operand_dtype,
-            (grads[0], grads[1], grads[2]),
+            (grads[0], grads[1], grads[2]), split_names(statistics),
         )  # fmt: skip
+
+
+pact_loss_op = torch.library.custom_op("pact_fast::pact_loss", run_pact_loss, mutates_args=())
+
+
+class _LossOfFunction(torch.autograd.Function):
+    """`pact_loss_op` with a function as its policy loss."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, bias, columns, settings):
+        output = run_pact_loss(hidden, weight, bias, *columns, **settings)
+        ctx.mark_non_differentiable(*output[1:])
+        save_gradients(ctx, (hidden, weight, bias, columns, settings), settings, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, upstream, *_):
+        return scaled_gradients(ctx, upstream)
 
 
 def _check_settings(settings: LossSettings, policy_loss: str, tokens: LossTokens) -> None:
@@ -209,101 +240,6 @@ def _check_settings(settings: LossSettings, policy_loss: str, tokens: LossTokens
         )
 
 
-def evaluate(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    tokens: LossTokens,
-    temperature: torch.Tensor,
-    settings: LossSettings,
-    pairs: TokenPairs | None,
-    backend: str,
-    operand_dtype: torch.dtype | None,
-    grads: tuple[bool, bool, bool],
-) -> Any:
-    """The results of `pact_loss_op`: chunk by chunk, forward, loss terms, backward."""
-    dtype, total = accumulation_dtype(hidden, weight), len(tokens)
-    d_hidden = HiddenGradient(hidden.shape, tokens.row, dtype, gradient_dtype(hidden)) if grads[0] else None
-    parameters = (hidden, weight, weight if bias is None else bias)
-    hidden, weight = as_operands(operand_dtype, hidden, weight)
-    sequence_ratio = None
-    if settings.rule.sequence_ratio:
-        sequence_ratio = _sequence_log_ratio(hidden, weight, bias, tokens, temperature, settings, backend)
-    order = _processing_order(tokens, settings, pairs)
-    head = ChunkedHead(
-        backend, hidden, weight, bias, settings.softcap, total, grads, pairs is not None, bool(settings.entropy_coef)
-    )  # fmt: skip
-    chunk_values: list[tuple[torch.Tensor, ...]] = []
-    chunk_terms: list[TokenTerms] = []
-    for chunk in head.chunks():
-        index = order[chunk]
-        part = tokens.select(index)
-        stats = head.forward(hidden.index_select(0, part.row), part.target, temperature[index])
-        pairing = None if pairs is None else make_pairing(pairs, chunk, head)
-        log_ratio = None if sequence_ratio is None else sequence_ratio[index]
-        terms = token_terms(part, stats.logprob, stats.entropy, settings, log_ratio)
-        chunk_values.append((stats.logprob, stats.entropy, pair_divergences(pairing, pairs, terms.g)))
-        chunk_terms.append(terms)
-        if any(grads):
-            source, dx = head.backward(terms.g, terms.h if settings.entropy_coef else None, pairing)
-            if d_hidden is not None and dx is not None:
-                d_hidden.add(index[source], dx)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(total, device=order.device)
-    logprob, entropy, divergence = (torch.cat(column)[inverse] for column in zip(*chunk_values, strict=True))
-    terms = TokenTerms(*(torch.cat(column)[inverse] for column in zip(*chunk_terms, strict=True)))
-    # summed in fp64: tens of thousands of terms of both signs
-    loss = terms.rl.double().sum() + terms.sft.double().sum()
-    by_pair = logprob.new_zeros(0)
-    if pairs is not None:
-        by_pair = divergence[pairs.index[:, 0]]
-        loss = loss + (pairs.weight.double() * by_pair.double()).sum()
-    d_weight, d_bias = head.weight_grads()
-    return (
-        loss.to(dtype), logprob, entropy, by_pair, token_stats(tokens, logprob, entropy, terms, divergence),
-        cast_gradient(None if d_hidden is None else d_hidden.result(), parameters[0]),
-        cast_gradient(d_weight, parameters[1]), cast_gradient(d_bias, parameters[2]),
-    )  # fmt: skip
-
-
-def _processing_order(tokens: LossTokens, settings: LossSettings, pairs: TokenPairs | None) -> torch.Tensor:
-    """[N] permutation in which tokens are processed: pairs first, side by side; tokens without a gradient last.
-
-    Active rows then fill whole chunks, so that their GEMMs are large and efficient.
-    """
-    inactive = (tokens.rl_weight == 0) & (tokens.sft_weight == 0)
-    if not settings.kl_coef and not settings.entropy_coef:
-        inactive |= (tokens.advantage == 0) & (tokens.sft_weight == 0)
-    if pairs is None:
-        return torch.argsort(inactive, stable=True)
-    order = pairs.order(len(tokens))
-    paired = pairs.index.numel()
-    unpaired = order[paired:]
-    return torch.cat([order[:paired], unpaired[torch.argsort(inactive[unpaired], stable=True)]])
-
-
-def _sequence_log_ratio(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    tokens: LossTokens,
-    temperature: torch.Tensor,
-    settings: LossSettings,
-    backend: str,
-) -> torch.Tensor:
-    """[N] mean log-ratio over the policy tokens of each (sequence, context), from a separate forward pass; else 0."""
-    policy = tokens.rl_weight != 0  # the other tokens enter no ratio
-    logprob, _ = linear_logprob_op(
-        hidden[tokens.row[policy]], weight, bias, tokens.target[policy], temperature[policy], settings.softcap, backend
-    )  # fmt: skip
-    log_ratio = logprob - old_logprob_of(tokens.select(policy), logprob)
-    assert tokens.sequence is not None
-    group = tokens.sequence * len(LossContext) + tokens.context
-    mean = logprob.new_zeros(len(tokens))
-    mean[policy] = sequence_mean(log_ratio, group[policy])
-    return mean
-
-
 @pact_loss_op.register_fake
 def _(hidden, weight, bias, row, *columns, grads, **settings):
     total, pair_index = len(row), columns[-2]
@@ -313,6 +249,7 @@ def _(hidden, weight, bias, row, *columns, grads, **settings):
         logprob.new_empty(()), logprob, torch.empty_like(logprob),
         logprob.new_empty(0 if pair_index is None else len(pair_index)),
         logprob.new_empty((len(SUMS), len(LossContext), COMPONENTS), dtype=torch.float64),
+        logprob.new_empty(len(split_names(settings.get("statistics", ""))), total),
         d_hidden, *fake_weight_grads(weight, bias, grads),
     )  # fmt: skip
 

@@ -7,11 +7,12 @@ computes the logits. log_ratio is log π − log π_old. Formulas: docs/loss.md 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from pact_fast.components import LossContext
 from pact_fast.errors import PactError
 from pact_fast.kernels.head.tokens import LossTokens
 from pact_fast.registry import Registry
@@ -26,12 +27,14 @@ class PolicyTerm(NamedTuple):
     slope         [n]       d value / d logprob
     clipped_low   bool [n]  tokens that count as clipped at the lower bound; None: none. Statistics only.
     clipped_high  bool [n]  tokens that count as clipped at the upper bound; None: none. Statistics only.
+    entropy_slope [n]       d value / d entropy; None: 0
     """
 
     value: torch.Tensor
     slope: torch.Tensor
     clipped_low: torch.Tensor | None = None
     clipped_high: torch.Tensor | None = None
+    entropy_slope: torch.Tensor | None = None
 
 
 class PolicyLoss(ABC):
@@ -40,11 +43,14 @@ class PolicyLoss(ABC):
     Register a subclass with `@policy_loss("name")`, or leave it unregistered and name it `file.py:Class`. It is
     constructed without arguments, once per call.
 
-    sequence_ratio  True: log_ratio is the mean over the policy tokens of the token's (sequence, context)
-    takes_delta     True: `pact_loss(delta=…)` is allowed and passed to `term`
+    sequence_ratio     True: log_ratio is the mean over the policy tokens of the token's (sequence, context)
+    sequence_gradient  True: the mean is differentiated, so that all of them get the gradient of every token's term;
+                       False: only the token itself does
+    takes_delta        True: `pact_loss(delta=…)` is allowed and passed to `term`
     """
 
     sequence_ratio: ClassVar[bool] = False
+    sequence_gradient: ClassVar[bool] = False
     takes_delta: ClassVar[bool] = False
 
     @abstractmethod
@@ -66,12 +72,14 @@ class PolicyLoss(ABC):
 policy_loss: Registry[type[PolicyLoss]] = Registry("policy loss", "policy_loss")
 
 
-def make_policy_loss(name: str) -> PolicyLoss:
-    """The rule that a registered name, `file.py:Class` or `module:Class` stands for.
+def make_policy_loss(name: str | TokenLoss) -> PolicyLoss:
+    """The rule that a registered name, `file.py:Class` or `module:Class` stands for, or that a function is.
 
     Raises:
         PactError: There is no such name, file or class, or it is no subclass of PolicyLoss.
     """
+    if not isinstance(name, str):
+        return CallableLoss(name)
     cls: Any = policy_loss.get(name)
     if not (isinstance(cls, type) and issubclass(cls, PolicyLoss)):
         raise PactError(f"policy_loss '{name}': derive the class from pact_fast.kernels.PolicyLoss")
@@ -113,6 +121,16 @@ class Gspo(Ppo):
     sequence_ratio = True
 
 
+@policy_loss("gspo_sequence")
+class GspoSequence(Gspo):
+    """GSPO's own form (arXiv 2507.18071, equation 5): the sequence's ratio itself is differentiated.
+
+    Equal to "gspo" if the tokens of a sequence have the same advantage and weight.
+    """
+
+    sequence_gradient = True
+
+
 @policy_loss("cispo")
 class Cispo(PolicyLoss):
     """−sg(clip(r, 1 − low, 1 + high))·A·log π (arXiv 2506.13585): bounds cap a token's weight, not its gradient.
@@ -127,6 +145,43 @@ class Cispo(PolicyLoss):
         ratio = log_ratio.exp()
         slope = -ratio.clamp(low, high) * advantage
         return PolicyTerm(slope * logprob, slope, ratio < low, ratio > high)
+
+
+TokenLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class CallableLoss(PolicyLoss):
+    """A function (logprob [n], entropy [n], index [n]) → loss [n] as a rule; autograd gives its slopes."""
+
+    def __init__(self, function: TokenLoss):
+        self._function = function
+
+    def needs_entropy(self, like: torch.Tensor) -> bool:
+        """Whether the loss is differentiated by the entropy, found with no token at all."""
+        empty = like.new_zeros(0)
+        slope = self.evaluate(empty, empty.clone(), torch.zeros(0, dtype=torch.int64, device=like.device)).entropy_slope
+        return slope is not None
+
+    def evaluate(self, logprob: torch.Tensor, entropy: torch.Tensor, index: torch.Tensor) -> PolicyTerm:
+        """The term of the tokens at `index`. Raises PactError if the function does not return one loss per token."""
+        with torch.enable_grad():
+            x, y = logprob.detach().requires_grad_(), entropy.detach().requires_grad_()
+            loss = self._function(x, y, index)
+            if not isinstance(loss, torch.Tensor) or loss.shape != logprob.shape:
+                got = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+                raise PactError(
+                    f"policy_loss: the function returned {got}; it must return one loss per token {list(x.shape)}"
+                )
+            slopes: tuple[torch.Tensor | None, ...] = (None, None)
+            if loss.requires_grad:
+                slopes = torch.autograd.grad(loss.sum(), (x, y), allow_unused=True)
+        slope = torch.zeros_like(logprob) if slopes[0] is None else slopes[0]
+        return PolicyTerm(loss.detach().to(logprob.dtype), slope, entropy_slope=slopes[1])
+
+    def term(
+        self, log_ratio: torch.Tensor, advantage: torch.Tensor, logprob: torch.Tensor, clip: Clip, delta: float | None
+    ) -> PolicyTerm:
+        raise NotImplementedError("callable losses are evaluated by `evaluate`")
 
 
 def bounds(clip: Clip) -> tuple[float, float]:
@@ -170,6 +225,18 @@ class LossSettings(NamedTuple):
     softcap: float | None
 
 
+class SequenceTerms(NamedTuple):
+    """What the terms of n tokens take from their sequences, [n] each.
+
+    log_ratio  mean log-ratio of the token's (sequence, context)
+    slope      derivative of the policy loss of the whole sequence by the token's log-prob, weights included; None: that of
+               the token's own term
+    """
+
+    log_ratio: torch.Tensor
+    slope: torch.Tensor | None = None
+
+
 class TokenTerms(NamedTuple):
     """Loss terms of n tokens; all [n].
 
@@ -201,7 +268,8 @@ def token_terms(
     logprob: torch.Tensor,
     entropy: torch.Tensor,
     settings: LossSettings,
-    sequence_log_ratio: torch.Tensor | None,
+    sequence: SequenceTerms | None = None,
+    index: torch.Tensor | None = None,
 ) -> TokenTerms:
     """The loss of every token and its derivatives.
 
@@ -210,32 +278,52 @@ def token_terms(
         logprob: [n] log π, fp32 or fp64; everything is computed in this dtype.
         entropy: [n], in nats.
         settings: Of the call.
-        sequence_log_ratio: [n] the sequence's mean log-ratio, for rules with `sequence_ratio`; else None.
+        sequence: For rules with `sequence_ratio`; else None.
+        index: int64 [n], the tokens' places in the whole table, for callable losses.
     """
     dtype = logprob.dtype
     rl_weight, sft_weight, advantage = (t.to(dtype) for t in (tokens.rl_weight, tokens.sft_weight, tokens.advantage))
     old = old_logprob_of(tokens, logprob)
     log_ratio = logprob - old
-    rule_log_ratio = log_ratio if sequence_log_ratio is None else sequence_log_ratio
-    # an advantage of 0 makes the term 0 even where the ratio overflows
-    safe_log_ratio = torch.where(advantage == 0, 0.0, rule_log_ratio)
-    term = settings.rule.term(safe_log_ratio, advantage, logprob, settings.clip, settings.delta)
-    unclipped = torch.zeros_like(logprob, dtype=torch.bool)
+    rule_log_ratio = log_ratio if sequence is None else sequence.log_ratio
+    if isinstance(settings.rule, CallableLoss):
+        assert index is not None
+        term = settings.rule.evaluate(logprob, entropy, index)
+    else:
+        # an advantage of 0 makes the term 0 even where the ratio overflows
+        safe_log_ratio = torch.where(advantage == 0, 0.0, rule_log_ratio)
+        term = settings.rule.term(safe_log_ratio, advantage, logprob, settings.clip, settings.delta)
     weight = torch.ones_like(logprob)
     if settings.is_cap is not None and tokens.sampler_logprob is not None:
         caps = torch.tensor(settings.is_cap, dtype=dtype, device=old.device)[tokens.context]
         weight = importance_weight(old, tokens.sampler_logprob.to(dtype), caps)
     reference = torch.full_like(logprob, torch.nan) if tokens.ref_logprob is None else tokens.ref_logprob.to(dtype)
     kl, kl_slope = k3(reference, logprob)
-    value = weight * term.value + settings.kl_coef * kl - settings.entropy_coef * entropy
-    slope = weight * term.slope + settings.kl_coef * kl_slope
-    # where, not a product: 0 · inf is NaN
-    policy = rl_weight != 0
+    # the term, KL and entropy bonus; with the same weight they are added first
+    spread = None if sequence is None else sequence.slope
+    own_slope = weight * term.slope if spread is None else torch.zeros_like(logprob)
+    policy = [(rl_weight, weight * term.value, own_slope)]
+    for own, value, slope in (
+        (tokens.kl_weight, settings.kl_coef * kl, settings.kl_coef * kl_slope),
+        (tokens.entropy_weight, -settings.entropy_coef * entropy, None),
+    ):
+        if own is None:
+            _, total, total_slope = policy[0]
+            policy[0] = (rl_weight, total + value, total_slope if slope is None else total_slope + slope)
+        else:
+            policy.append((own.to(dtype), value, torch.zeros_like(value) if slope is None else slope))
+    g = sum((_weighted(w, slope) for w, _, slope in policy[1:]), _weighted(*policy[0][::2]))
+    g = g if spread is None else g + spread
+    entropy_weight = rl_weight if tokens.entropy_weight is None else tokens.entropy_weight.to(dtype)
+    h = -settings.entropy_coef * entropy_weight
+    if term.entropy_slope is not None:
+        h = h + _weighted(rl_weight, weight * term.entropy_slope)
+    unclipped = torch.zeros_like(logprob, dtype=torch.bool)
     return TokenTerms(
-        rl=torch.where(policy, rl_weight * value, 0.0),
+        rl=sum((_weighted(w, value) for w, value, _ in policy[1:]), _weighted(*policy[0][:2])),
         sft=torch.where(sft_weight != 0, -sft_weight * logprob, 0.0),
-        g=torch.where(policy, rl_weight * slope, 0.0) - sft_weight,
-        h=-settings.entropy_coef * rl_weight,
+        g=g - sft_weight,
+        h=h,
         k3=kl,
         log_ratio=log_ratio,
         rule_log_ratio=rule_log_ratio,
@@ -244,6 +332,34 @@ def token_terms(
         clipped_low=unclipped if term.clipped_low is None else term.clipped_low,
         clipped_high=unclipped if term.clipped_high is None else term.clipped_high,
     )
+
+
+def _weighted(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """weight·value, exactly 0 where the weight is 0: as a product, 0·inf would be NaN."""
+    return torch.where(weight != 0, weight * value, 0.0)
+
+
+def spread_over_sequences(
+    tokens: LossTokens, logprob: torch.Tensor, settings: LossSettings, sequence: SequenceTerms
+) -> SequenceTerms:
+    """`sequence` with the slopes of a rule that differentiates the mean log-ratio.
+
+    Every token's term depends on the log-probs of all n policy tokens of its sequence, on each with 1/n of its slope.
+    """
+    plain = settings._replace(kl_coef=0.0, entropy_coef=0.0)
+    slope = token_terms(tokens, logprob, torch.zeros_like(logprob), plain, sequence).g + tokens.sft_weight.to(
+        logprob.dtype
+    )
+    policy = tokens.rl_weight != 0
+    mean = torch.zeros_like(slope)
+    mean[policy] = sequence_mean(slope[policy], sequence_group(tokens)[policy])
+    return sequence._replace(slope=mean)
+
+
+def sequence_group(tokens: LossTokens) -> torch.Tensor:
+    """[n] an id for each (sequence, context)."""
+    assert tokens.sequence is not None
+    return tokens.sequence * len(LossContext) + tokens.context
 
 
 def old_logprob_of(tokens: LossTokens, logprob: torch.Tensor) -> torch.Tensor:

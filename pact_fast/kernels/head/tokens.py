@@ -32,6 +32,8 @@ class LossTokens:
     sft_weight       float    weight of −log π, every normaliser included (float32 or float64)
     ref_logprob      float32  log π_ref, for the k3 KL term; None: no term
     sampler_logprob  float32  log-prob with which the token was sampled, for `is_cap`; NaN: importance weight 1
+    kl_weight        float    weight of the KL term, every normaliser included; None: rl_weight
+    entropy_weight   float    weight of the entropy bonus, every normaliser included; None: rl_weight
 
     Only row and target must be given, and what the loss needs: advantage and rl_weight for a policy loss, sft_weight for
     SFT. A table without weights only measures. A number stands for [N] times that number.
@@ -48,6 +50,8 @@ class LossTokens:
     sft_weight: torch.Tensor
     ref_logprob: torch.Tensor | None
     sampler_logprob: torch.Tensor | None
+    kl_weight: torch.Tensor | None
+    entropy_weight: torch.Tensor | None
 
     def __init__(
         self,
@@ -62,6 +66,8 @@ class LossTokens:
         sft_weight: Column = 0.0,
         ref_logprob: Column | None = None,
         sampler_logprob: Column | None = None,
+        kl_weight: Column | None = None,
+        entropy_weight: Column | None = None,
     ):
         """Integer ids become int64, integer and boolean weights float32; weights given as numbers are float64.
 
@@ -86,6 +92,10 @@ class LossTokens:
         self.sft_weight = _reals("sft_weight", sft_weight, row, torch.float64)
         self.ref_logprob = None if ref_logprob is None else _reals("ref_logprob", ref_logprob, row)
         self.sampler_logprob = None if sampler_logprob is None else _reals("sampler_logprob", sampler_logprob, row)
+        self.kl_weight = None if kl_weight is None else _reals("kl_weight", kl_weight, row, torch.float64)
+        self.entropy_weight = (
+            None if entropy_weight is None else _reals("entropy_weight", entropy_weight, row, torch.float64)
+        )
 
     @staticmethod
     def from_batch(

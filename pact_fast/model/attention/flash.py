@@ -14,7 +14,12 @@ from pact_fast.batch.packing import Call
 
 
 class FlashKernel(Protocol):
-    """Computes calls of one packed batch. q [1, Hq, T, D]; k, v [1, Hkv, S, D]."""
+    """Computes calls of one packed batch. q [1, Hq, T, D]; k, v [1, Hkv, S, D].
+
+    windows  whether the kernel knows sliding windows, see window_cuda.py
+    """
+
+    windows: bool
 
     def rows(self, call: Call) -> slice | torch.Tensor:
         """The n query rows of the call, in the order of its spans; int64 [n] if they are not contiguous."""
@@ -65,6 +70,8 @@ def select_flash_kernel(q: torch.Tensor) -> FlashKernel | None:
 
 class CpuFlash:
     """torch's flash attention for CPU, once per span, on slices of q, k and v without copies."""
+
+    windows = False
 
     def rows(self, call: Call) -> slice | torch.Tensor:
         whole = call.contiguous_rows()

@@ -27,25 +27,43 @@ class _VarlenPlan(NamedTuple):
 
 
 def varlen_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: _VarlenPlan, causal: bool, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: _VarlenPlan,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [Tq, Hq, D], log-sum-exp [Hq, Tq]) of q [Tq, Hq, D] and k, v [Tk, Hkv, D]."""
+    """(out [Tq, Hq, D], log-sum-exp [Hq, Tq]) of q [Tq, Hq, D] and k, v [Tk, Hkv, D].
+
+    Of sequences with more keys than queries, the last query stands at the last key.
+    """
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, 0.0, causal, False, scale=scale
+        q, k, v, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, 0.0, causal, False, scale=scale, **_window(window)
     )  # fmt: skip
     return out, lse
 
 
-def varlen_backward(grad, q, k, v, out, lse, plan: _VarlenPlan, causal: bool, scale: float) -> tuple[torch.Tensor, ...]:
+def varlen_backward(
+    grad, q, k, v, out, lse, plan: _VarlenPlan, causal: bool, scale: float, window: int | None = None
+) -> tuple[torch.Tensor, ...]:
     """(dq, dk, dv) by the kernel's raw backward, which takes out and log-sum-exp as arguments."""
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # state of the random generator for dropout
     return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, 0.0, causal, unused, unused, scale=scale
+        grad, q, k, v, out, lse, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, 0.0, causal, unused, unused, scale=scale,
+        **_window(window),
     )  # fmt: skip
+
+
+def _window(window: int | None) -> dict[str, int]:
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 
 class CudaFlash:
     """FlashKernel for one packed batch on one device. Key ranges of a call are copied unless they are contiguous."""
+
+    windows = True
 
     def __init__(self, device: torch.device):
         self._device = device

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from pact_fast.config.filters import SamplingFilters
 from pact_fast.model.adapter import ADAPTER_NAME, adapted_layers
 from pact_fast.model.filters import filtered
-from pact_fast.model.head import head_of, logit_transform
+from pact_fast.model.head import head_layer, logit_transform
 from pact_fast.model.inference import linear
 from pact_fast.model.patch import is_plain_linear
 from pact_fast.model.weights import base_parameters, gathered
@@ -242,7 +242,7 @@ def _filter(logp: torch.Tensor, filters: list[SamplingFilters | None]) -> torch.
 
 def logits_of(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function from hidden states [..., D] to the model's logits, fp32 [..., V]."""
-    head, transform = head_of(model), logit_transform(model)
+    head, transform = head_layer(model), logit_transform(model)
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         x = transform.hidden(hidden)

@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from pact_fast.kernels.runtime import build
 from pact_fast.model.attention import cpu
+from pact_fast.model.attention.scores import ScoreRule
 from pact_fast.model.forward import decoder_of
 from pact_fast.model.inference import InferenceKernels
 
@@ -179,7 +180,7 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     """
     n, m = q.shape[2], k.shape[2]
     if cpu.serves(q, v, scale):
-        return cpu.TreeAttentionCpu.apply(q, k, v, torch.full((m,), m), scale)
+        return cpu.TreeAttentionCpu.apply(q, k, v, None, torch.full((m,), m), None, ScoreRule(scale))
     out = q.new_empty(*q.shape[:3], v.shape[3])
     for start in range(0, n, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, n)

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from pact_fast.errors import EngineDied, EngineError
+from pact_fast.rollout.vllm.descriptors import open_request_limit
 
 CONNECT_TIMEOUT = 10.0  # seconds
 MAX_TURN_BYTES = 32 << 20  # of the answer to a turn: over 200 bytes for each of 131,072 tokens
@@ -30,7 +31,8 @@ class HttpClient:
         base_url: URL of the server; over a Unix socket only its scheme matters.
         uds: Path of a Unix socket; None: TCP.
 
-    VLLM_API_KEY in the environment is sent as bearer token. Answers are not compressed, and bounded in size: whatever
+    Turns beyond what the process may open wait for their turn here, so that a limit of this process is not taken for a dead
+    server. VLLM_API_KEY in the environment is sent as bearer token. Answers are not compressed, and bounded in size: whatever
     sends more is an EngineError before the rest is read.
     """
 
@@ -39,6 +41,7 @@ class HttpClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-http", daemon=True)
         self._thread.start()
+        self._open_turns = asyncio.Semaphore(open_request_limit())
         self._client: httpx.AsyncClient = self.start(_make_client(base_url, uds)).result()
 
     def start(self, coroutine: Coroutine[Any, Any, Any]) -> Future:
@@ -63,7 +66,8 @@ class HttpClient:
 
     async def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         """Send the JSON of a turn; for coroutines. Errors: see `request`."""
-        return await self._send("POST", path, MAX_TURN_BYTES, json=body)
+        async with self._open_turns:
+            return await self._send("POST", path, MAX_TURN_BYTES, json=body)
 
     async def _send(self, method: str, path: str, limit: int, **kwargs: Any) -> httpx.Response:
         async with self._client.stream(method, path, **kwargs) as response:

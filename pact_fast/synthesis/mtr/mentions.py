@@ -12,6 +12,8 @@ _TOKEN = re.compile(r"['’][sS]\b|\w+(?:(?:[-–.]|['’](?![sS]\b))\w+)*")  # 
 
 def mention(question: str, name: str) -> str | None:
     """The words of the question that name an entity: the name up to case, or the longest run of its words; None: none."""
+    if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", question):
+        return name
     spans = list(_TOKEN.finditer(question))
     wanted = [normalize_answer(word) for word in _TOKEN.findall(name)]
     found = [normalize_answer(match.group()) for match in spans]

@@ -11,8 +11,7 @@ from pact_fast.envs.simulated.env import gold_answers
 from pact_fast.envs.simulated.schemas import schema_error
 from pact_fast.envs.simulated.world import World
 from pact_fast.rewards.answers import CLOSE, OPEN, extract_answer
-from pact_fast.rewards.qa import qa_exact_match
-from pact_fast.rewards.trace import OBSERVATION_MARKUP, has_evidence, novel_calls
+from pact_fast.rewards.trace import OBSERVATION_MARKUP, has_evidence, is_right, novel_calls
 
 MAX_TURNS = 8
 REASONS = {
@@ -48,7 +47,7 @@ def _reasons(task: Task, trace: ExpertTrace, actor: ToolActor, max_turns: int) -
         yield "imitated_observation"
     if len(turns) > max_turns:
         yield "too_many_turns"
-    if not qa_exact_match(extract_answer(answer), gold_answers(task)):
+    if not is_right(extract_answer(answer).strip(), gold_answers(task)):
         yield "wrong_answer"
     yield from _call_reasons(task, trace, actor)
     if not all(novel_calls(turns, question)):

@@ -1,0 +1,54 @@
+"""`pact-fast data eigendata`: tasks of a domain, with executable checkers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Make tasks of a domain, with checkers that are executed, and training dialogues (docs/eigendata.md). Every round plans, writes,
+verifies and plays tasks; then prompts and workflow are revised from the failures. A command that was stopped continues where
+it was when it is given again.
+"""
+EXAMPLES = """\
+  pact-fast data eigendata helpdesk -o data/helpdesk
+  pact-fast data eigendata shop/domain.py:Shop -o data/shop --rounds 5 --count 2000
+"""
+
+
+def add_eigendata(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the command to those of `pact-fast data`."""
+    parser = command(commands, "eigendata", _run, "tasks of a domain, with checkers", DESCRIPTION, EXAMPLES)
+    parser.add_argument("domain", metavar="DOMAIN", help="name of a domain, or file.py:Class")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write, or to continue")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of synthesis (default: 3)")
+    parser.add_argument("--plans", type=int, default=64, help="pairs of synthesis and evaluation plan (default: 64)")
+    parser.add_argument("--count", type=int, default=600, help="tasks to make in all rounds (default: 600)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    parser.add_argument("--workflow", type=Path, help="folder of prompts and workflow to begin with (default: shipped)")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pact_fast.envs.domain.base import make_domain
+    from pact_fast.synthesis.eigendata.engine import Engine, Settings
+    from pact_fast.synthesis.eigendata.export import export
+    from pact_fast.synthesis.eigendata.report import write_report
+    from pact_fast.train.progress import Progress
+
+    settings = Settings(arguments.domain, arguments.seed, arguments.rounds, arguments.plans, arguments.count)
+    engine = Engine(make_domain(arguments.domain), arguments.out, settings, start=arguments.workflow)
+    progress = Progress()
+    try:
+        candidates = engine.run(progress.phase)
+        data = export(engine, candidates, progress.phase)
+    finally:
+        progress.close()
+    summary = data.summary
+    progress.note(
+        f"{summary['accepted']} of {summary['attempts']} attempts accepted: {summary['train']} training tasks, "
+        f"{summary['held_out']} held out"
+    )
+    print(write_report(engine, data))
+    return 0

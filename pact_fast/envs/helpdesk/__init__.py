@@ -1,0 +1,13 @@
+"""A small world: the helpdesk of a mobile phone company, with accounts, phones and orders.
+
+world   the customers and their data, made from a seed
+desk    the tools of the agent
+phone   the tools of the customer, on the phone itself
+faults  what can be wrong on a line, and how it is mended
+orders  what customers want of their orders
+domain  all of it as a domain, and the environment
+"""
+
+from pact_fast.envs.helpdesk.domain import Helpdesk, HelpdeskEnvironment
+
+__all__ = ["Helpdesk", "HelpdeskEnvironment"]

@@ -1,0 +1,66 @@
+"""A model's forward that makes log-probs or a loss of hidden states, in front of the one that makes logits."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pact_fast.errors import PactError
+from pact_fast.kernels import LossTokens, head_of, linear_logprob, pact_loss
+from pact_fast.kernels.head.logit_transform import causal_lm_of
+
+Forward = Callable[..., Any]
+
+
+def replace_forward(model: Any, make: Callable[[Any, Forward], Forward]) -> Callable[[], None]:
+    """Put `make(causal_lm, its forward)` in front of the causal LM's forward; returns the function that removes it.
+
+    The signature stays, because trainers and `generate` read it. Raises PactError if the model's head is not supported.
+    """
+    causal_lm = causal_lm_of(model)
+    head_of(causal_lm)  # the reason why not, now; what it finds is kept for forward passes
+    before = causal_lm.forward
+    forward = functools.wraps(getattr(before, "__func__", before))(make(causal_lm, before))
+    forward.own = before  # type: ignore[attr-defined]
+    had_own = "forward" in vars(causal_lm)
+    causal_lm.forward = types.MethodType(lambda self, *args, **options: forward(*args, **options), causal_lm)
+    functools.update_wrapper(causal_lm.forward.__func__, forward)
+
+    def remove() -> None:
+        if had_own:
+            causal_lm.forward = before
+        else:
+            del causal_lm.forward
+
+    return remove
+
+
+class SumOfLogProbs(torch.autograd.Function):
+    """Log-probs [N] whose gradients have been formed with those of their sum: an upstream gradient must be one number."""
+
+    @staticmethod
+    def forward(ctx: Any, total: torch.Tensor, logprob: torch.Tensor) -> torch.Tensor:
+        return logprob.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if len(g) and not bool((g == g[0]).all()):
+            raise PactError('the loss weighs tokens differently; install the adapter with mode="head"')
+        return (g[0] if len(g) else g.sum()), None
+
+
+def summed_logprobs(hidden: torch.Tensor, head: Any, target: torch.Tensor, **options: Any) -> tuple[Any, Any, Any]:
+    """(log-probs, entropies, statistics) [N] for a loss that is a multiple of Σ log-prob: 6NDV FLOPs instead of 8NDV."""
+    tokens = LossTokens(torch.arange(len(target), device=target.device), target, sft_weight=1.0)
+    out = pact_loss(head.input(hidden), head.weight, tokens, **head.options, **options)
+    return SumOfLogProbs.apply(-out.loss, out.logprob), out.entropy, out.row_statistics
+
+
+def separate_logprobs(hidden: torch.Tensor, head: Any, target: torch.Tensor, **options: Any) -> tuple[Any, Any, Any]:
+    """(log-probs, entropies, statistics) [N] for any loss."""
+    out = linear_logprob(head.input(hidden), head.weight, target, entropy=True, **head.options, **options)
+    return out.logprob, out.entropy, out.statistics

@@ -1,0 +1,1 @@
+"""Recurrent layers on a packed tree: children of a node start from its final state."""

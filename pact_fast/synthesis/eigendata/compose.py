@@ -1,0 +1,107 @@
+"""Rules: composes a task of a domain's issues, and verifies it by its controls."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pact_fast.envs.domain import Checker, Database, Domain, Instance, IssueDraft, Step, User
+from pact_fast.envs.domain.checker import Sandbox
+from pact_fast.envs.domain.controls import Finding, check_instance
+from pact_fast.synthesis.eigendata.roles import Plan
+from pact_fast.synthesis.eigendata.versions import CHOICES, Version
+
+OPENINGS = {
+    "plain": ("Hello.", ""),
+    "polite": ("Good day, I hope that you can help me.", "Thank you very much."),
+    "hurried": ("Hi, I have little time.", "Please be quick."),
+    "worried": ("Hello, I am really worried.", "I hope that it can be mended."),
+}
+
+
+class RulesSynthesizer:
+    """A task is the sum of its issues' drafts: what breaks, what mends, what must hold, what the user says."""
+
+    def synthesize(
+        self, domain: Domain, plan: Plan, subject: str, version: Version, rng: random.Random
+    ) -> Instance | None:
+        settings, db = version.settings("synthesis.yaml"), Database(domain.base)
+        drafts = [issue.draw(db, subject, rng) for issue in domain.issues if issue.name in plan.issues]
+        if any(draft is None for draft in drafts):
+            return None
+        found = [draft for draft in drafts if draft is not None]
+        rng.shuffle(found)
+        begin = domain.introduction(db, subject)
+        secrets = dict.fromkeys([*begin.secrets, *(secret for draft in found for secret in draft.secrets)])
+        assertions = [item for draft in found for item in draft.assertions] if settings["assertions"] else []
+        say = dict.fromkeys(text for draft in found for text in draft.say) if settings["must_say"] else {}
+        instance = Instance(
+            id="",
+            domain=domain.name,
+            subject=subject,
+            issues=tuple(plan.issues),
+            init=tuple(edit for draft in found for edit in draft.init),
+            user=User(
+                opening=_opening(found, plan, version, rng, tuple(secrets)),
+                knows={**begin.knows, **{k: v for draft in found for k, v in draft.knows.items()}},
+                goal=" ".join(draft.complaint for draft in found),
+                device=begin.device,
+                patience=version.settings("user.yaml")["patience"],
+                secrets=tuple(secrets),
+            ),
+            gold=(*begin.first, *_gold(found, settings["last_steps"])),
+            checker=Checker(
+                compare=settings["compare_state"],
+                assertions=tuple(assertions),
+                say=tuple(say),
+                normalise=tuple(domain.bookkeeping) if settings["normalise"] == "bookkeeping" else (),
+            ),
+            versions={name: version.label(name) for name in CHOICES},
+        )
+        return with_id(instance)
+
+
+class RulesTaskVerifier:
+    """The controls that the plan names; no opinion beyond them."""
+
+    def __init__(self, sandbox: Sandbox | None = None):
+        self._sandbox = sandbox
+
+    def verify(self, domain: Domain, plan: Plan, instance: Instance, version: Version) -> list[Finding]:
+        return check_instance(domain, instance, plan.controls or None, self._sandbox)
+
+
+def with_id(instance: Instance) -> Instance:
+    """The instance with an id made of its content."""
+    return replace(instance, id=f"{instance.domain}-{instance.digest[:16]}")
+
+
+def _gold(drafts: Sequence[IssueDraft], last_steps: str) -> list[Step]:
+    """The fixes in order, then what follows all of them: equal steps once."""
+    steps: list[Step] = []
+    for draft in drafts:
+        steps += draft.fix
+        steps += draft.last if last_steps == "each" else ()
+    if last_steps == "once":
+        for step in (step for draft in drafts for step in draft.last):
+            if step not in steps:
+                steps.append(step)
+    return steps
+
+
+def _opening(
+    drafts: Sequence[IssueDraft], plan: Plan, version: Version, rng: random.Random, secrets: Sequence[str]
+) -> str:
+    hello, end = OPENINGS[plan.style] if version.settings("user.yaml")["greeting"] == "short" else ("", "")
+    joins = rng.choice((" Also: ", " And another thing: ", " Besides, ", " "))
+    wishes = joins.join(draft.complaint for draft in drafts)
+    tells = version.settings("synthesis.yaml")["user_tells"] == "everything" and secrets
+    told = f"For your files: {', '.join(secrets)}." if tells else ""
+    return " ".join(part for part in (hello, wishes, told, end) if part)
+
+
+def seed_of(*parts: object) -> int:
+    """A seed made of anything with a text, the same in every process."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big")

@@ -1,0 +1,260 @@
+"""A file of QA rows to a folder of tasks with verified traces. Killed at any moment and started again, it gives the same files.
+
+    train.jsonl     tasks with a trace; `pact-fast train` reads them
+    rejected.jsonl  {id, reasons} of every other row
+    tools.json      every tool with its frequency, and what was merged and rejected
+    report.html     acceptance by reason, tools, a trace to read
+    manifest.json   settings, digest of the input, counts; written last
+
+What a row gives depends on the row and the settings alone. While it works, the results of finished rows stand in
+`journal.jsonl`, in the order of the input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pact_fast.data.readers import write_tasks
+from pact_fast.envs.simulated.env import make_actor
+from pact_fast.errors import DataError, PactError
+from pact_fast.files import ANOTHER, io_errors, remove, write_text
+from pact_fast.synthesis.mtr.make_task import MadeTask, make_task
+from pact_fast.synthesis.mtr.page import write_page
+from pact_fast.synthesis.mtr.readers import read_rows
+from pact_fast.synthesis.mtr.verify import MAX_TURNS
+from pact_fast.text import short
+
+VERSION = 1  # of what a row gives
+JOURNAL, MANIFEST = "journal.jsonl", "manifest.json"
+UNREADABLE = "unreadable"  # the reason of a row that no reader accepts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result, beside the rows.
+
+    max_rows   read only this many rows; None: all
+    max_turns  longest trace that is kept, in assistant turns
+    faults     of the tools (`env.args.faults`)
+    """
+
+    max_rows: int | None = None
+    max_turns: int = MAX_TURNS
+    faults: dict[str, float] | None = None
+
+
+def make_dataset(
+    source: Path, out: Path, settings: Settings, progress: Callable[[int, int], None] = lambda done, kept: None
+) -> dict[str, Any]:
+    """Make the files of `out` from a file of QA rows. Returns the manifest.
+
+    Args:
+        source: The file.
+        out: The folder; what an interrupted call has left there is continued.
+        settings: What else decides the result.
+        progress: Called after every row with (rows done, traces kept).
+
+    Raises:
+        DataError: The file cannot be read, or holds no rows.
+        PactError: The folder holds the work of another file or other settings, or cannot be written.
+    """
+    identity = {"version": VERSION, "settings": asdict(settings), "sha256": _digest(source)}
+    with io_errors(out, ANOTHER):
+        out.mkdir(parents=True, exist_ok=True)
+    done = _finished(out, identity)
+    if done is not None:
+        return done
+    records = _journal(source, out, settings, identity, progress)
+    manifest = _write(out, identity, records)
+    with io_errors(out, ANOTHER):
+        remove(out / JOURNAL)
+    return manifest
+
+
+def _digest(source: Path) -> str:
+    if not source.is_file():
+        raise DataError("no such file; name a file of QA rows", file=str(source))
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a folder that is complete. PactError if it is that of other rows or settings."""
+    path = out / MANIFEST
+    if not path.exists():
+        return None
+    manifest = _json(path.read_text(encoding="utf-8", errors="replace"))
+    if not isinstance(manifest, dict) or manifest.get("made_from") != identity:
+        raise PactError(
+            f"{path}: made from another file or with other settings; name another folder, or remove this one"
+        )
+    return manifest
+
+
+def _journal(
+    source: Path, out: Path, settings: Settings, identity: dict[str, Any], progress: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    """One record for every row, those of an interrupted call from the journal."""
+    path = out / JOURNAL
+    records = _recorded(path, identity)
+    actor = make_actor({"faults": settings.faults or {}})
+    with io_errors(path, ANOTHER), path.open("ab") as file:
+        if not file.tell():
+            file.write(json.dumps(identity).encode() + b"\n")
+        for row in islice(_rows(source, settings.max_rows), len(records), None):
+            record = row if isinstance(row, dict) else _record(make_task(row, actor, settings.max_turns))
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            records.append(record)
+            progress(len(records), sum(not r["reasons"] for r in records))
+    if not records:
+        raise DataError("holds no rows; give a file with at least one", file=str(source))
+    return records
+
+
+def _recorded(path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """The whole records of a journal, which is cut after them. PactError if it is that of other rows or settings."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    head, *lines = whole.splitlines() or [b""]
+    if whole and _json(head) != identity:
+        raise PactError(f"{path}: the work of another file or other settings; name another folder, or remove the file")
+    with path.open("r+b") as file:
+        file.truncate(len(whole))
+    return [json.loads(line) for line in lines]
+
+
+def _rows(source: Path, limit: int | None) -> Iterator[Any]:
+    """Rows; a row that cannot be read is its record."""
+    errors: list[DataError] = []
+    count = 0
+    for row in read_rows(source, errors.append):
+        for error in errors:
+            if limit is None or count < limit:
+                count += 1
+                yield _unreadable(error)
+        errors.clear()
+        if limit is not None and count >= limit:
+            return
+        count += 1
+        yield row
+    yield from (_unreadable(error) for error in errors[: None if limit is None else limit - count])
+
+
+def _unreadable(error: DataError) -> dict[str, Any]:
+    return {
+        "id": None,
+        "reasons": [UNREADABLE],
+        "error": str(error),
+        "class": "",
+        "tools": [],
+        "made": 0,
+        "rejected": [],
+    }
+
+
+def _record(made: MadeTask) -> dict[str, Any]:
+    """What the files need of a row, as JSON."""
+    task, tools = made.task, made.tools
+    schemas = [
+        [tool.name, tool.kind, sorted(tool.parameters.get("properties", {}))] for tool in tools.world.tools.values()
+    ]
+    record: dict[str, Any] = {
+        "id": task.id,
+        "reasons": list(made.reasons),
+        "class": made.task_class,
+        "tools": schemas,
+        "made": tools.made,
+        "rejected": [[tool.name, list(tool.reasons)] for tool in tools.rejected],
+        "question": task.prompt[-1]["content"],
+    }
+    if not made.reasons:
+        record["task"] = task_json(task)
+    return record
+
+
+def task_json(task: Any) -> dict[str, Any]:
+    """A task as JSON, from which `_task` makes an equal one."""
+    assert task.expert is not None
+    columns = ("id", "prompt", "tools", "answer", "env", "env_args", "columns")
+    return {name: getattr(task, name) for name in columns} | {"expert": task.expert.to_messages()}
+
+
+def _task(data: dict[str, Any]) -> Any:
+    from pact_fast.data.types import ExpertTrace, Task
+
+    expert = ExpertTrace.from_messages(data["expert"])
+    return Task(**{k: v for k, v in data.items() if k != "expert"}, expert=expert, reference_calls=expert.calls)
+
+
+def _write(out: Path, identity: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    kept = [record for record in records if not record["reasons"]]
+    _write_tasks(out / "train.jsonl", [_task(record["task"]) for record in kept])
+    rejected = [{k: r[k] for k in ("id", "reasons", "error") if k in r} for r in records if r["reasons"]]
+    write_text(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), ANOTHER)
+    tools = tool_table(records)
+    write_text(out / "tools.json", json.dumps(tools, indent=1, ensure_ascii=False) + "\n", ANOTHER)
+    manifest = {
+        "made_from": identity,
+        "rows": len(records),
+        "kept": len(kept),
+        "reasons": dict(Counter(reason for r in records for reason in r["reasons"]).most_common()),
+        "classes": dict(Counter(r["class"] for r in kept).most_common()),
+        "tools": len(tools["tools"]),
+    }
+    write_page(out / "report.html", manifest, tools, kept[0]["task"] if kept else None)
+    write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n", ANOTHER)
+    return manifest
+
+
+def _write_tasks(path: Path, tasks: Sequence[Any]) -> None:
+    """`write_tasks`, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_tasks(temporary, tasks)
+    with io_errors(path, ANOTHER):
+        temporary.replace(path)
+
+
+def tool_table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Tools by frequency, and what was made, merged and rejected."""
+    counts = Counter((name, kind, tuple(parameters)) for r in records for name, kind, parameters in r["tools"])
+    rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    task_tools = sum(kind == "lookup" for r in records for _, kind, _ in r["tools"])
+    rejected = Counter(reason for r in records for _, reasons in r["rejected"] for reason in reasons)
+    made = sum(r["made"] for r in records)
+    return {
+        "tools": [{"name": n, "kind": k, "parameters": list(p), "tasks": c} for (n, k, p), c in rows],
+        "interfaces_written": made,
+        "merged": made - task_tools - sum(len(r["rejected"]) for r in records),
+        "rejected": dict(rejected.most_common()),
+        "power_law_r2": power_law_r2([c for (_, kind, _), c in rows if kind == "lookup"]),
+    }
+
+
+def power_law_r2(frequencies: Sequence[int]) -> float | None:
+    """R² of log frequency against log rank, as a straight line; None for fewer than three frequencies, or equal ones."""
+    if len(frequencies) < 3 or len(set(frequencies)) < 2:
+        return None
+    ordered = sorted(frequencies, reverse=True)
+    x, y = np.log(np.arange(1, len(ordered) + 1)), np.log(np.array(ordered, float))
+    r = float(np.corrcoef(x, y)[0, 1])
+    return None if math.isnan(r) else round(r * r, 4)
+
+
+def _json(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return short(text)

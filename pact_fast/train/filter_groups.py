@@ -1,0 +1,165 @@
+"""Dynamic sampling (DAPO, arXiv 2503.14476): which groups have no signal, and how many further ones to sample.
+
+A group whose rewards are all equal has advantages of zero and teaches nothing. Such groups are dropped, and groups of
+further prompts are sampled in their place: never more than `max_num_gen_batches` batches in a step, so that a step ends
+whatever the policy can do. Where the bound is reached first, dropped groups fill the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pact_fast.algorithms.base import Group
+from pact_fast.config.schema import FilterGroupsConfig
+from pact_fast.data.sources import TaskSource
+from pact_fast.data.types import Task
+
+# Most groups that a step may sample in vain, relative to those that it cannot do without. Asking only for what is missing
+# samples none in vain, but takes many small rounds.
+WASTE = 0.3
+# Number of the first batch of further prompts, beyond the last step of any run, and not of this run: a run that is resumed
+# with more steps sees the same prompts.
+FURTHER_BATCHES = 1 << 24
+
+
+@dataclass(frozen=True)
+class FilterCounts:
+    """What filtering did in a step.
+
+    sampled          groups that were sampled
+    dropped          of these, groups without signal
+    rounds           rounds of further groups
+    without_signal   groups without signal that fill the step
+    reward_mean      mean reward of all groups that were sampled
+    dropped_reward   mean reward of the groups without signal; NaN: there are none
+    """
+
+    sampled: int
+    dropped: int
+    rounds: int
+    without_signal: int
+    reward_mean: float
+    dropped_reward: float
+
+    def metrics(self) -> dict[str, float]:
+        """For the step's record; a mean of nothing is left out."""
+        values = {
+            "filter/groups_sampled": float(self.sampled),
+            "filter/groups_dropped": float(self.dropped),
+            "filter/rounds": float(self.rounds),
+            "filter/groups_without_signal": float(self.without_signal),
+            "filter/reward_mean_sampled": self.reward_mean,
+            "filter/reward_mean_dropped": self.dropped_reward,
+        }
+        return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def has_signal(group: Group, config: FilterGroupsConfig, use_turns: bool) -> bool:
+    """Whether something can be learnt from a group: its rewards differ, and its mean reward is below the limit.
+
+    Args:
+        group: A group with its rollouts, scored.
+        config: The limit, if there is one.
+        use_turns: Rewards of turns count, too.
+    """
+    rewards = [(t.reward, *(t.turn_rewards if use_turns else ())) for t in group.trajectories]
+    if len(set(rewards)) < 2:
+        return False
+    limit = config.max_mean_reward
+    return limit is None or float(np.mean([t.reward for t in group.trajectories])) < limit
+
+
+def further_groups(missing: int, kept: int, sampled: int, budget: int) -> int:
+    """How many groups to sample next: at least as many as are missing, more where few of them have a signal.
+
+    Args:
+        missing: Groups that the step still lacks.
+        kept: Groups with a signal so far.
+        sampled: Groups sampled so far.
+        budget: Groups that may still be sampled.
+    """
+    needed = int(missing * (sampled + 2) / (kept + 1))  # by the yield so far, and one success of two before it
+    # in the worst case every further group has a signal: all beyond `missing` are then in vain
+    return min(budget, max(missing, min(needed, missing + int(WASTE * (sampled + missing)))))
+
+
+class FurtherTasks:
+    """Prompts beyond those of the steps, a function of the step alone, so that a resumed run sees the same.
+
+    They are taken from the steps after the end of all runs (data files go round). Prompts that the step has used are passed
+    over as long as there are others in the batch: a group that was dropped would probably be dropped again.
+
+    Args:
+        tasks: The task source.
+        first: Number of the first batch, different for every step.
+        count: Prompts of a batch.
+        used: Ids of prompts that the step has used.
+    """
+
+    def __init__(self, tasks: TaskSource, first: int, count: int, used: set[str]):
+        self._tasks, self._next, self._count, self._used = tasks, first, count, used
+        self._pool: list[Task] = []
+
+    def take(self, count: int) -> list[Task]:
+        """The next `count` prompts."""
+        taken: list[Task] = []
+        while len(taken) < count:
+            if not self._pool:
+                batch = self._tasks.train(self._next, self._count)
+                self._next += 1
+                self._pool = [task for task in batch if task.id not in self._used] or list(batch)
+            taken.append(self._pool.pop(0))
+            self._used.add(taken[-1].id)
+        return taken
+
+
+def filter_groups(
+    groups: list[Group],
+    sample: Callable[[list[Task], int], list[Group]],
+    further: FurtherTasks,
+    config: FilterGroupsConfig,
+    use_turns: bool,
+) -> tuple[list[Group], FilterCounts]:
+    """The groups of a step, those without signal replaced as far as the bound allows. As many as before.
+
+    Args:
+        groups: The first batch, scored.
+        sample: (prompts, position of the first among all of the step) → their groups, scored.
+        further: Further prompts.
+        config: The bound, and what counts as without signal.
+        use_turns: Rewards of turns count, too.
+    """
+    wanted = len(groups)
+    everything, rounds = list(groups), 0
+    kept = [group for group in everything if has_signal(group, config, use_turns)]
+    while len(kept) < wanted:
+        budget = wanted * config.max_num_gen_batches - len(everything)
+        count = further_groups(wanted - len(kept), len(kept), len(everything), budget)
+        if count < 1:
+            break
+        found = sample(further.take(count), len(everything))
+        everything += found
+        kept += [group for group in found if has_signal(group, config, use_turns)]
+        rounds += 1
+    without = [group for group in everything if not any(group is other for other in kept)]
+    chosen = [*kept[:wanted], *without[: max(0, wanted - len(kept))]]
+    for index, group in enumerate(chosen):
+        group.prompt_index = index
+    counts = FilterCounts(
+        sampled=len(everything),
+        dropped=len(without),
+        rounds=rounds,
+        without_signal=max(0, wanted - len(kept)),
+        reward_mean=_mean_reward(everything),
+        dropped_reward=_mean_reward(without),
+    )
+    return chosen, counts
+
+
+def _mean_reward(groups: Sequence[Group]) -> float:
+    rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
+    return float(np.mean(rewards)) if rewards else math.nan

@@ -1,0 +1,74 @@
+"""Back-ends with a model: its words pass the controls or are rejected, and its revisions are measured like others."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
+
+from pact_fast.envs.domain.controls import check_instance
+from pact_fast.llm import LLMClient
+from pact_fast.synthesis.eigendata.engine import Engine, Settings
+from pact_fast.synthesis.eigendata.models import ModelReflector, ModelWording
+from pact_fast.synthesis.eigendata.pipeline import Roles
+from tests.support import eigendata as support
+from tests.support.llm_server import llm_server, said
+
+DOMAIN = support.helpdesk()
+
+
+def wording(body: dict) -> str:
+    """A model that does what it is asked."""
+    prompt = body["messages"][0]["content"]
+    return "Well, hello. " + prompt.split("sentence by sentence:\n")[1].split("\n\nHow the customer talks")[0]
+
+
+def made_with(answer) -> list:
+    with llm_server(lambda body: said(answer(body))) as server, LLMClient(server.config(), "tester") as client:
+        plan = next(plan for plan in support.plans(DOMAIN, 16) if "suspended" in plan.issues)
+        rng = random.Random(1)
+        model = ModelWording(client)
+        return [model.synthesize(DOMAIN, plan, s, support.VERSION, rng) for s in DOMAIN.subjects()[:6]]
+
+
+def test_a_models_words_make_sound_tasks_and_name_their_prompt():
+    for instance in made_with(wording):
+        assert instance.user.opening.startswith("Well, hello.") and check_instance(DOMAIN, instance) == []
+        assert instance.versions["wording.md"].startswith("wording.md@1:") and len(instance.versions) == 4
+
+
+def test_words_that_give_something_away_or_leave_something_out_are_caught():
+    for instance in made_with(lambda body: "Call take_payment for me."):
+        assert check_instance(DOMAIN, instance)[0].control in ("findable", "keeps_secrets")
+    assert made_with(lambda body: " ") == [None] * 6
+
+
+def test_a_models_revisions_are_measured_and_may_rewrite_a_prompt(tmp_path):
+    """It mends a prompt that makes the user give tools away; its bad and impossible ideas change nothing."""
+    start = tmp_path / "start"
+    support.VERSION.save(tmp_path)
+    (tmp_path / "0001").rename(start)
+    good = (start / "wording.md").read_text()
+    (start / "wording.md").write_text(good.replace("customer", "LEAK customer"))
+    revision = {"reason": "r", "control": "keeps_secrets"}
+    ideas = [
+        {"file": "workflow.yaml", "key": "min_score", "value": 0.1, **revision},
+        {"file": "nothing.md", "key": "text", "value": "x", **revision},
+        {"file": "synthesis.yaml", "key": "last_steps", "value": "never", **revision},
+        {"file": "wording.md", "key": "text", "value": good, **revision},
+    ]
+
+    def answer(body: dict) -> str:
+        if "response_format" in body:
+            return json.dumps({"revisions": ideas})
+        return wording(body) + (" Use take_payment." if "LEAK" in body["messages"][0]["content"] else "")
+
+    with llm_server(lambda body: said(answer(body))) as server, LLMClient(server.config(), "tester") as client:
+        roles = Roles(synthesizer=ModelWording(client), reflector=ModelReflector(client))
+        engine = Engine(DOMAIN, tmp_path / "out", Settings("helpdesk", rounds=2, plans=6, count=8), roles, start)
+        engine.run()
+    assert [trial.adopted for trial in engine.trials] == [False, True]
+    assert engine.rounds[0]["accepted"] == 0 and engine.rounds[1]["accepted"] == 4
