@@ -231,7 +231,7 @@ def gradients(
 
 def check(case: UpdateCase, device: torch.device, names: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """(errors of every method against REFERENCE in fp64 at a small shape, failures)."""
-    small = replace(case, layers=min(case.layers, 8 if case.model == "30m" else 2))
+    small = replace(case, layers=min(case.layers, 8 if MODELS[case.model]["num_hidden_layers"] == 8 else 2))
     model = build(small, device)
     problems = [make_problem(CHECKED, model.config.vocab_size, seed=0)]
 

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import yaml
 
 from pact_fast.data.types import StopReason, Task, ToolCall, Trajectory, TurnRecord
 from pact_fast.envs.bfcl import Bfcl
@@ -23,6 +24,7 @@ from pact_fast.envs.bfcl.tasks import BfclTasks, is_held_out, make_task
 from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
 from pact_fast.evaluation.benchmark import benchmark
+from tests.support.models import TINY
 
 pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval")
 from benchmarks import bfcl_verdicts
@@ -427,6 +429,7 @@ CODE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.hostile
 def test_five_thousand_hostile_outputs_execute_nothing_but_allowed_tools():
     global _events
@@ -489,19 +492,21 @@ def test_the_split_is_fixed_and_keeps_the_variants_of_a_question_together():
 HELD_OUT, HELD_OUT_COUNT = [4, 6, 10, 12, 19, 25], 50
 
 
+@pytest.mark.slow
 def test_every_schema_and_prompt_is_accepted_as_a_data_row(tmp_path, capsys):
     from pact_fast.cli.main import main
     from pact_fast.data.readers import read_tasks
 
     out = tmp_path / "rows.jsonl"
-    assert main(["data", "convert", "bfcl", "-o", str(out), "--split", "test", "--limit", "6"]) == 0
+    assert main(["data", "convert", "bfcl", "-o", str(out), "--split", "test", "--limit", "2"]) == 0
     tasks = read_tasks(out)
     assert capsys.readouterr().out.startswith(f"{len(tasks)} rows written")
     assert {task.id.rpartition("_")[0] for task in tasks} == set(CATEGORIES)
     for task in tasks:
         source = entry(task.id)
         assert task.env == "bfcl" and is_held_out(task.id)
-        assert task.tools == ([] if source.late else [tool_schema(function) for function in source.functions])
+        names = [tool["function"]["name"] for tool in task.tools]
+        assert names == ([] if source.late else [function["name"] for function in source.functions])
         if source.category not in UNANSWERED:
             assert task.expert is not None and task.reference_calls == task.expert.calls
 
@@ -578,3 +583,51 @@ def test_accepted_values_are_compared_as_documented():
 def test_rows_are_small():
     """A row names its task; the package holds the rest."""
     assert len(json.dumps(make_task(entry("multi_turn_long_context_0")).env_args)) < 60
+
+
+@pytest.mark.slow
+def test_two_pact_steps_on_rows_with_expert_traces(tmp_path):
+    from pact_fast.cli.main import main
+    from pact_fast.data.readers import write_tasks
+
+    shortest = min(entries("multi_turn_base").values(), key=lambda found: len(str(found.functions)))
+    rows = tmp_path / "rows.jsonl"
+    write_tasks(rows, [make_task(found, expert=True) for found in (shortest, entry("simple_python_0"))])
+    recipe = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"random_init": {**TINY, "vocab_size": 1024, "max_position_embeddings": 32768}},
+        "data": {"train": str(rows), "shuffle": False},
+        "rollout": {
+            "num_generations": 2, "max_turns": 3, "max_turn_tokens": 8, "max_completion_length": 4096,
+            "max_prompt_length": 16384,
+        },
+        "trainer": {
+            "max_steps": 2, "prompts_per_step": 2, "max_tokens_per_pack": 65536, "learning_rate": 1e-3,
+            "report_to": "none",
+        },
+        "algorithm": {"name": "pact", "anchor": {"mode": "blend"}},
+        "threads": 1,
+    }  # fmt: skip
+    (tmp_path / "bfcl.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", str(tmp_path / "bfcl.yaml")]) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2]
+    assert all(np.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in steps)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_with_a_tiny_model(tmp_path, capsys):
+    from pact_fast.cli.main import main
+
+    recipe = {
+        "model": {"random_init": {**TINY, "vocab_size": 600, "max_position_embeddings": 32768}},
+        "rollout": {"max_turn_tokens": 4},
+        "threads": 1,
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["eval", "bfcl", "--model", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out"), "--limit", "1"]
+    arguments += [option for name in ("simple_python", "irrelevance") for option in ("--category", name)]
+    assert main(arguments) == 0
+    categories = json.loads(capsys.readouterr().out)["categories"]
+    assert {name: row["pass@1"]["mean"] for name, row in categories.items()} == {"simple_python": 0, "irrelevance": 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,6 +204,14 @@ def test_templates_that_keep_what_they_wrote_are_accepted(name):
     check_user_turns(ChatRenderer(tokenizer_for(name)))
 
 
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [("qwen3_6", {"preserve_thinking": True}), ("nemotron_3_nano", {"truncate_history_thinking": False})],
+)
+def test_a_variable_of_the_template_may_cure_it(name, variables):
+    check_user_turns(ChatRenderer(tokenizer_for(name), None, variables))
+
+
 def test_an_agent_loop_checks_the_template_before_the_first_token_of_a_dialogue():
     renderer = ChatRenderer(tokenizer_for("qwen3"))
     with pytest.raises(PactError, match="drops the reasoning"):
@@ -302,3 +311,18 @@ def test_no_loss_touches_what_the_user_said(renderer, name):
         node, components = batch.expert
         assert (components == Component.USER).sum() > 5  # the user's words are in the context
         assert "Norway's." in renderer.token_bytes.join(node.ids).decode()
+
+
+# ---- the page
+
+
+def test_the_example_of_the_page_is_an_episode(renderer):
+    source = Path("docs/conversations.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(compile(source, "docs/conversations.md", "exec"), names)
+    env = names["WeatherDesk"]()
+    look_up = call("look_up").replace
+    texts = [look_up("Rome", "Oslo"), "Seven.", look_up("Rome", "Rome"), "21", "The sum is 28."]
+    trajectory, _, _ = run(renderer, texts, env)
+    assert trajectory.stop_reason is StopReason.ENVIRONMENT and trajectory.env_rewards == {"success": 1.0}
+    assert [t.user for t in trajectory.turns if t.user] == ["And in Rome?", "What is the sum of both?"]

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from benchmarks import tau2_verdicts
 from benchmarks.tau2_reference import Event, package_verdict
 from benchmarks.tau2_verdicts import chosen
 from pact_fast.envs.tau2.env import nothing_done
 from pact_fast.envs.tau2.reference import reference_actions, split_ids, task_by_id, tasks_by_id
-from pact_fast.envs.tau2.verdict import judge, reward_basis
+from pact_fast.envs.tau2.verdict import Verdict, judge, reward_basis
 from pact_fast.errors import PactError
 from tests.support.tau2 import ROAMING, SERVICE, TRANSFER, finish, needs_tau2, play_reference, start
 
@@ -131,3 +132,13 @@ def test_a_damaged_phone_fails_its_assertions():
     episode = start("telecom", ROAMING)
     assert episode.call("user", "set_apn_settings", {"apn_settings": "x"}).startswith("Error:")
     assert finish(episode) == 0.0
+
+
+@pytest.mark.slow
+def test_the_comparison_reports_a_verdict_that_differs(monkeypatch, capsys):
+    monkeypatch.setattr(tau2_verdicts, "full_set", lambda failures: {})
+    options = ["--domains", "telecom alone", "--most", "1"]
+    assert tau2_verdicts.main(options) == 0
+    monkeypatch.setattr(tau2_verdicts, "judge", lambda episode, texts: Verdict(1.0, {"ENV_ASSERTION": 1.0}))
+    assert tau2_verdicts.main(options) == 1
+    assert "DIFFERS: ['telecom', True" in capsys.readouterr().out

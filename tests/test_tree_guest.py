@@ -82,3 +82,13 @@ def test_inside_forward_returns_what_the_function_does_and_leaves_nothing_behind
     with pytest.raises(ZeroDivisionError):
         inside_forward(wrapped, lambda: 1 / 0)
     assert "forward" not in vars(model)
+
+
+def test_layers_that_drop_the_layout_are_an_error_rather_than_another_attention():
+    model = make("llama")
+    for layer in model.model.layers:
+        own = layer.self_attn.forward
+        layer.self_attn.forward = lambda *args, own=own, tree_layout=None, **options: own(*args, **options)
+    with pytest.raises(RuntimeError, match="got no tree_layout"):
+        as_tree(model, trees()[:1])
+    assert model(IDS).logits.isfinite().all()

@@ -66,8 +66,8 @@ def _check_reasoning_kept(renderer: ChatRenderer) -> None:
         if _REASONING in before and _REASONING not in after:
             raise PactError(
                 "the chat template drops the reasoning of earlier turns once the user speaks again, so a dialogue with a "
-                "user cannot be appended; set model.chat_template to a copy that keeps it, for instance one of TRL's "
-                "*_training.jinja (docs/conversations.md)"
+                "user cannot be appended; set model.chat_template to a copy that keeps it (TRL's *_training.jinja), or "
+                "the template's own switch in model.chat_template_kwargs (docs/conversations.md)"
             )
 
 

@@ -158,6 +158,19 @@ class RolloutConfig(Section):
         description="Messages of the user per trajectory, the prompt's not counted, where the environment has a user "
         "(docs/conversations.md); null: `max_turns` alone limits the dialogue.",
     )
+    user: Literal["environment", "policy"] = Field(
+        "environment",
+        description="Who answers turns without tool calls: `environment`: its method `respond`, if it has one; `policy`: the "
+        "policy itself, with the environment's `user_prompt` (self-play, docs/conversations.md).",
+    )
+    user_stop: str = Field(
+        "###STOP###",
+        min_length=1,
+        description="Ends the dialogue, at the end of a message of a policy that plays the user.",
+    )
+    train_as: Literal["agent", "user"] = Field(
+        "agent", description="Whose side of the dialogue is trained; `user` needs `user=policy`."
+    )
     max_turn_tokens: int = Field(1024, ge=1, description="Sampled tokens per assistant turn.")
     max_completion_length: int = Field(
         4096,
@@ -226,6 +239,14 @@ class RolloutConfig(Section):
     vllm_args: dict[str, Any] = Field(
         default_factory=dict, description="Additional vLLM engine arguments, for example {enforce_eager: true}."
     )
+
+    @model_validator(mode="after")
+    def _two_sides(self) -> RolloutConfig:
+        if self.train_as == "user" and self.user != "policy":
+            raise ValueError("train_as=user trains the policy that plays the user; set user=policy, too")
+        if self.user == "policy" and self.max_batch_size < 2:
+            raise ValueError("user=policy samples two sides of a dialogue at a time; set max_batch_size to 2 or more")
+        return self
 
     @property
     def filters(self) -> SamplingFilters:

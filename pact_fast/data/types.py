@@ -331,9 +331,11 @@ class StopReason(StrEnum):
     """Why a trajectory ended."""
 
     ANSWER = "answer"  # a turn without calls, where there is no user
-    ENVIRONMENT = "environment"  # the user had no more to say
+    ENVIRONMENT = "environment"  # it has ended the dialogue
+    USER = "user"  # a policy that plays the user has ended the dialogue
     MAX_TURNS = "max_turns"
     MAX_USER_TURNS = "max_user_turns"
+    MAX_USER_TOKENS = "max_user_tokens"  # of a policy that plays the user
     MAX_COMPLETION_LENGTH = "max_completion_length"
     MAX_TURN_TOKENS = "max_turn_tokens"
     TIMEOUT = "timeout"
@@ -341,7 +343,7 @@ class StopReason(StrEnum):
     @property
     def is_truncated(self) -> bool:
         """Whether a limit ended the trajectory, not the policy or the user."""
-        return self not in (StopReason.ANSWER, StopReason.ENVIRONMENT)
+        return self not in (StopReason.ANSWER, StopReason.ENVIRONMENT, StopReason.USER)
 
 
 @dataclass
@@ -358,6 +360,7 @@ class Trajectory:
     versions      [n] int32: version of the weights that sampled the token; -1 where not sampled
     turns         the assistant turns, parsed
     stop_reason   why the trajectory ended
+    opening       what the other side said before the first turn, where a policy plays the user; else None
     env_rewards   returned by the environment
     turn_rewards, reward_parts, reward
                   set by rewards/score.py
@@ -375,6 +378,7 @@ class Trajectory:
     versions: np.ndarray
     turns: list[TurnRecord]
     stop_reason: StopReason
+    opening: str | None = None
     turn_rewards: list[float] = field(default_factory=list)
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
@@ -394,7 +398,7 @@ class Trajectory:
 
         Tool messages have the `name` of their tool, as in TRL; that of a malformed call is "unknown".
         """
-        messages: list[Message] = []
+        messages: list[Message] = [] if self.opening is None else [{"role": "user", "content": self.opening}]
         for turn in self.turns:
             message: Message = {"role": "assistant", "content": turn.content}
             if turn.reasoning:

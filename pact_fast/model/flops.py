@@ -34,5 +34,5 @@ def flops_per_token_and_pair(model: PreTrainedModel) -> tuple[float, float]:
         if len(full_shape(p)) >= 2 and "embed" not in name and "lm_head" not in name
     )
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    attending = sum((kind.endswith("attention") and kind != "linear_attention") or kind == "hybrid" for kind in kinds)
+    attending = sum(kind not in ("linear_attention", "conv", "mlp", "moe") for kind in kinds)
     return per_token, 12.0 * attending * config.num_attention_heads * head_dim

@@ -1,19 +1,20 @@
 """The agent loop: samples many multi-turn trajectories at once.
 
 Each advances on its own: render the prompt, ask the engine for a turn, parse it, run its tool calls, append the
-observations, and so on until an answer or a limit. Where the environment has a user (`respond`), an answer is followed by
-what the user says, and the environment decides when the episode is over. There is no barrier between turns, so a slow tool
-holds up its own trajectory only.
+observations, and so on until an answer or a limit. Where there is a user (the environment's `respond`, or a second
+policy), an answer is followed by what the user says, who decides when the episode is over. There is no barrier between
+turns, so a slow tool holds up its own trajectory only.
 """
 
 from __future__ import annotations
 
 import copy
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,86 +24,22 @@ from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.chat.template_check import check_user_turns
 from pact_fast.components import Component
 from pact_fast.config import RolloutConfig
-from pact_fast.config.filters import UNFILTERED, SamplingFilters
-from pact_fast.data.types import Message, StopReason, Task, ToolCall, ToolSchema, Trajectory, TurnRecord, text_of
+from pact_fast.data.types import Message, StopReason, Task, ToolCall, Trajectory, TurnRecord, text_of
 from pact_fast.envs.base import Environment, has_user
 from pact_fast.envs.registry import is_built_in
 from pact_fast.errors import PactError
 from pact_fast.plugins import no_exit
 from pact_fast.rollout.engine import Completion, Engine, Request
+from pact_fast.rollout.episode import Episode, Job, Side
 from pact_fast.rollout.pending import Pending, PendingToolCalls
+from pact_fast.rollout.self_play import user_call, user_prompt_ids, user_view
+from pact_fast.users.stop import read_stop
 
 
 def _for_environment(env: Environment, value: Any) -> Any:
     """A copy for an environment of the user's, which may change what it gets. Built-in ones change nothing, and a copy
     of a task takes longer than its reset."""
     return value if is_built_in(type(env)) else copy.deepcopy(value)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One trajectory to sample.
-
-    task         its prompt and environment arguments
-    rng_key      seeds its sampling
-    temperature  0 is greedy
-    group        number of its group: the trajectories of one prompt, whose rewards are compared
-    filters      which tokens may be sampled; no effect where greedy
-    """
-
-    task: Task
-    rng_key: tuple[int, ...]
-    temperature: float = 1.0
-    group: int = 0
-    filters: SamplingFilters = UNFILTERED
-
-
-@dataclass
-class _ActiveTrajectory:
-    """A trajectory that is being sampled; `length` in tokens after the prompt, `started` in seconds.
-
-    tools    on offer now
-    offered  a copy of what the environment offered when it was last asked; used where it has a user
-    """
-
-    job: Job
-    env: Environment
-    prompt_ids: np.ndarray
-    tools: list[ToolSchema]
-    offered: list[ToolSchema] | None = None
-    ids: list[np.ndarray] = field(default_factory=list)
-    components: list[np.ndarray] = field(default_factory=list)
-    turn_ids: list[np.ndarray] = field(default_factory=list)
-    logprobs: list[np.ndarray] = field(default_factory=list)
-    versions: list[np.ndarray] = field(default_factory=list)
-    turns: list[TurnRecord] = field(default_factory=list)
-    length: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    def append(self, ids: np.ndarray, components: np.ndarray, logprobs: np.ndarray | None, version: int) -> None:
-        """Tokens of the current turn; text that was not sampled has no logprobs and version -1."""
-        n = len(ids)
-        self.ids.append(ids)
-        self.components.append(components)
-        self.turn_ids.append(np.full(n, len(self.turns) - 1, np.int16))
-        self.logprobs.append(np.full(n, np.nan, np.float32) if logprobs is None else logprobs)
-        self.versions.append(np.full(n, version, np.int32))
-        self.length += n
-
-    def finish(self, stop_reason: StopReason) -> Trajectory:
-        versions = _concatenate(self.versions, np.int32)
-        return Trajectory(
-            task_id=self.job.task.id,
-            prompt_ids=self.prompt_ids,
-            ids=_concatenate(self.ids, np.int64),
-            components=_concatenate(self.components, np.uint8),
-            turn_ids=_concatenate(self.turn_ids, np.int16),
-            sampled=versions >= 0,
-            logprobs=_concatenate(self.logprobs, np.float32),
-            versions=versions,
-            turns=self.turns,
-            stop_reason=stop_reason,
-        )
 
 
 class AgentLoop:
@@ -135,7 +72,9 @@ class AgentLoop:
 
     def prompt_ids(self, task: Task) -> np.ndarray:
         """int64 [n], token ids of the prompt; PactError if it is longer than rollout.max_prompt_length."""
-        ids = self.renderer.prompt_ids(task.prompt, task.tools)
+        return self._check_length(task, self.renderer.prompt_ids(task.prompt, task.tools))
+
+    def _check_length(self, task: Task, ids: np.ndarray) -> np.ndarray:
         if len(ids) > self.config.max_prompt_length:
             raise PactError(
                 f"task {task.id}: the prompt has {len(ids)} tokens, more than rollout.max_prompt_length="
@@ -157,50 +96,61 @@ class AgentLoop:
             Finished trajectories in the order of their jobs, without the cancelled ones.
         """
         results: dict[int, Trajectory] = {}
-        running = {index: self._start(index, job) for index, job in enumerate(jobs)}
+        waiting, running = deque(range(len(jobs))), dict[int, Episode]()
         calls = PendingToolCalls(self.engine.synchronous)
+        # a side keeps its place in the engine while the other speaks: all sides of what runs must have one
+        most = self.config.max_batch_size // 2 if self.config.user == "policy" else len(jobs)
+
+        def start() -> None:
+            while waiting and len(running) < most:
+                index = waiting.popleft()
+                running[index] = self._start(index, jobs)
 
         def end(index: int, stop: StopReason) -> None:
             results[index] = self._end(running, index, stop, on_finish)
             group = jobs[index].group
             if keep is not None and sum(jobs[done].group == group for done in results) >= keep:
                 for other in [other for other in running if jobs[other].group == group]:
-                    del running[other]
                     calls.drop(other)
-                    self.engine.close(other)
+                    self._close(running.pop(other))
+                for other in [other for other in waiting if jobs[other].group == group]:
+                    waiting.remove(other)
+            start()
 
         try:
+            start()
             while running:
                 generating = len(running) - len(calls)
                 completions = self.engine.step(self._poll_timeout(calls)) if generating else []
                 calls.tick(idle=not generating)
                 for completion in completions:
-                    if completion.session not in running:
+                    index = completion.session % len(jobs)
+                    if index not in running:
                         continue  # cancelled by another completion of the same step
-                    state = running[completion.session]
-                    stop, pending = self._take_turn(state, completion)
-                    if stop is None:
-                        calls.add(completion.session, pending, state.env.blocking)
-                    else:
-                        end(completion.session, stop)
+                    episode = running[index]
+                    stop, pending = self._take_turn(episode, completion)
+                    if stop is not None:
+                        end(index, stop)
+                    elif pending:
+                        calls.add(index, pending, episode.env.blocking)
                 for index, pending in calls.due():
                     if index not in running:
                         continue
-                    stop = self._go_on(index, running[index], pending)
+                    stop = self._go_on(running[index], pending)
                     if stop is not None:
                         end(index, stop)
                 for index in self._overdue(running):
                     if index not in running:
                         continue
                     if calls.drop(index):
-                        record = running[index].turns[-1]
+                        record = running[index].speaker.turns[-1]
                         record.observations = [error_observation("the trajectory ran out of time")] * len(
                             record.attempts
                         )
                     end(index, StopReason.TIMEOUT)
         finally:
-            for index in running:  # after an error: cancel what is still being sampled
-                self.engine.close(index)
+            for episode in running.values():  # after an error: cancel what is still being sampled
+                self._close(episode)
         return [results[index] for index in sorted(results)]
 
     def _poll_timeout(self, calls: PendingToolCalls) -> float | None:
@@ -209,13 +159,13 @@ class AgentLoop:
             return 0.005
         return None if self.config.trajectory_timeout is None else 0.1
 
-    def _overdue(self, running: dict[int, _ActiveTrajectory]) -> list[int]:
+    def _overdue(self, running: dict[int, Episode]) -> list[int]:
         """Trajectories that have exceeded rollout.trajectory_timeout."""
         limit = self.config.trajectory_timeout
         if limit is None:
             return []
         now = time.monotonic()
-        return [index for index, state in running.items() if now - state.started > limit]
+        return [index for index, episode in running.items() if now - episode.started > limit]
 
     def close(self) -> None:
         """Stop the threads that run tools, without waiting for them, and end the calls under way."""
@@ -232,7 +182,7 @@ class AgentLoop:
         none. Resolving a resolved task changes nothing.
         """
         env = self.make_env(task)
-        if has_user(env) and not self._checked_user_turns:
+        if (has_user(env) or self.config.user == "policy") and not self._checked_user_turns:
             check_user_turns(self.renderer)
             self._checked_user_turns = True
         with _no_exit(env):
@@ -242,50 +192,86 @@ class AgentLoop:
             task = replace(task, prompt=[*task.prompt[:-1], {**task.prompt[-1], "content": f"{question}\n\n{extra}"}])
         return replace(task, tools=task.tools or env.tools), env
 
-    def _start(self, index: int, job: Job) -> _ActiveTrajectory:
-        task, env = self.resolve_task(job.task)
-        job = replace(job, task=task)
-        ids = self.prompt_ids(task)
+    def trained_view(self, task: Task) -> tuple[Task, np.ndarray]:
+        """(task, prompt [n] int64) of a resolved task, as the side that is trained sees it (rollout.train_as)."""
+        if self.config.train_as == "agent":
+            return task, self.prompt_ids(task)
+        view = self._user_view(*self.resolve_task(task))
+        return view, self._user_prompt_ids(view)
+
+    def _user_view(self, task: Task, env: Environment) -> Task:
+        with _no_exit(env):
+            return user_view(task, env)
+
+    def _user_prompt_ids(self, view: Task) -> np.ndarray:
+        return self._check_length(view, user_prompt_ids(self.renderer, view))
+
+    def _start(self, index: int, jobs: list[Job]) -> Episode:
+        task, env = self.resolve_task(jobs[index].task)
+        job = replace(jobs[index], task=task)
+        agent, user = Side(index, self.prompt_ids(task), task.tools), None
+        if self.config.user == "policy":
+            view = self._user_view(task, env)
+            ids = self._user_prompt_ids(view)
+            user = Side(index + len(jobs), ids, view.tools, unsent=ids)
+        episode = Episode(job, env, agent, user, copy.deepcopy(env.tools) if has_user(env) else None)
         limit = min(self.config.max_turn_tokens, self.config.max_completion_length)
-        self.engine.submit(Request(index, ids, limit, job.rng_key, job.temperature, job.filters))
-        return _ActiveTrajectory(job, env, ids, task.tools, copy.deepcopy(env.tools) if has_user(env) else None)
+        self._submit(episode, agent.prompt_ids, limit, job.rng_key)
+        return episode
+
+    def _submit(self, episode: Episode, ids: np.ndarray, limit: int, rng_key: tuple[int, ...] = ()) -> None:
+        """Ask the engine for a turn of the speaker."""
+        job = episode.job
+        self.engine.submit(Request(episode.speaker.session, ids, limit, rng_key, job.temperature, job.filters))
+
+    def _close(self, episode: Episode) -> None:
+        for side in episode.sides:
+            self.engine.close(side.session)
 
     def _end(self, running, index: int, stop: StopReason, on_finish) -> Trajectory:
-        self.engine.close(index)
-        state = running.pop(index)
-        trajectory = state.finish(stop)
+        episode = running.pop(index)
+        self._close(episode)
+        task = episode.job.task
+        trajectory = episode.agent.finish(task.id, stop)
         # ask the instance that served the calls: an environment may judge its own final state
-        with _no_exit(state.env):
-            given = _for_environment(state.env, (state.job.task, trajectory))
-            trajectory.env_rewards = dict(state.env.reward(*given))
+        with _no_exit(episode.env):
+            given = _for_environment(episode.env, (task, trajectory))
+            rewards = dict(episode.env.reward(*given))
+        if episode.user is not None and self.config.train_as == "user":
+            trajectory = episode.user.finish(task.id, stop)
+        trajectory.env_rewards = rewards
         if on_finish:
             on_finish(index, trajectory)
         return trajectory
 
-    def _take_turn(self, state: _ActiveTrajectory, completion: Completion) -> tuple[StopReason | None, list[Pending]]:
-        """Record a sampled turn and start what follows it, tool calls or the user's reply.
+    def _take_turn(self, episode: Episode, completion: Completion) -> tuple[StopReason | None, list[Pending]]:
+        """Record a sampled turn and start what follows it: tool calls, the user's reply, or the other side's turn.
 
-        Returns the stop reason, if any, and the pending results.
+        Returns the stop reason, if any, and what has to be waited for, if anything.
         """
-        parsed = self.renderer.parse(completion.ids, state.tools)
+        side = episode.speaker
+        parsed = self.renderer.parse(completion.ids, side.tools)
         record = TurnRecord(parsed.text, parsed.reasoning, parsed.content, list(parsed.attempts))
-        state.turns.append(record)
-        state.append(completion.ids, parsed.components, completion.logprobs, completion.version)
+        side.turns.append(record)
+        side.append(completion.ids, parsed.components, completion.logprobs, completion.version)
         if not completion.ended:
             record.attempts = []  # calls of a truncated turn are not run, and must not be rewarded
-            cut = state.length >= self.config.max_completion_length
-            return StopReason.MAX_COMPLETION_LENGTH if cut else StopReason.MAX_TURN_TOKENS, []
+            cut = side.length >= self.config.max_completion_length
+            return _out_of_tokens(episode, StopReason.MAX_COMPLETION_LENGTH if cut else StopReason.MAX_TURN_TOKENS), []
         if parsed.attempts:
-            return None, [self._call(state, attempt) for attempt in parsed.attempts]
-        if has_user(state.env):
-            return None, [self._run(state.env, state.env.respond, record.content)]
+            return None, [self._call(episode, attempt) for attempt in parsed.attempts]
+        if episode.user is not None:
+            return self._hand_over(episode, record.content), []
+        if has_user(episode.env):
+            return None, [self._run(episode.env, episode.env.respond, record.content)]
         return StopReason.ANSWER, []
 
-    def _call(self, state: _ActiveTrajectory, attempt: ToolCall | str) -> Pending:
+    def _call(self, episode: Episode, attempt: ToolCall | str) -> Pending:
         if isinstance(attempt, str):
             return error_observation(attempt)
-        arguments = _for_environment(state.env, attempt.arguments)
-        return self._run(state.env, state.env.call, attempt.name, arguments)
+        env = episode.env
+        call = user_call(env) if episode.speaker is episode.user else env.call
+        return self._run(env, call, attempt.name, _for_environment(env, attempt.arguments))
 
     def _run(self, env: Environment, method: Callable[..., str | None], *arguments: Any) -> Pending:
         """Call a method of an environment, in a thread if it is blocking."""
@@ -296,62 +282,87 @@ class AgentLoop:
             self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="tool")
         return self._pool.submit(method, *arguments)
 
-    def _go_on(self, index: int, state: _ActiveTrajectory, pending: list[Pending]) -> StopReason | None:
+    def _go_on(self, episode: Episode, pending: list[Pending]) -> StopReason | None:
         """Append what a turn waited for and submit the next turn; returns a stop reason if the trajectory ends."""
-        with _no_exit(state.env):
+        with _no_exit(episode.env):
             results = [result.result() if isinstance(result, Future) else result for result in pending]
         # a turn with an attempt at a call, malformed or not, never waits for the user: an error is no reply
-        return self._observe(index, state, results) if state.turns[-1].attempts else self._hear(index, state, *results)
+        if episode.speaker.turns[-1].attempts:
+            return self._observe(episode, results)
+        return self._hear(episode, *results)
 
-    def _observe(self, index: int, state: _ActiveTrajectory, results: list[Any]) -> StopReason | None:
+    def _observe(self, episode: Episode, results: list[Any]) -> StopReason | None:
         """Go on with the observations of the last turn's calls."""
-        record = state.turns[-1]
-        if len(state.turns) >= self.config.max_turns:
+        side = episode.speaker
+        record = side.turns[-1]
+        if len(side.turns) >= self.config.max_turns:
             record.observations = results
-            return StopReason.MAX_TURNS
+            return StopReason.MAX_TURNS if side is episode.agent else StopReason.MAX_USER_TURNS
         record.observations = [self._truncate(text) for text in results]
         messages = [_tool_message(a, t) for a, t in zip(record.attempts, record.observations, strict=True)]
-        return self._append(index, state, messages, self.renderer.call_eot_id)
+        return self._append(episode, messages, self.renderer.call_eot_id)
 
-    def _hear(self, index: int, state: _ActiveTrajectory, reply: str | None) -> StopReason | None:
-        """Go on with what the user said after the last turn."""
+    def _hear(self, episode: Episode, reply: str | None) -> StopReason | None:
+        """Go on with what the environment's user said after the last turn."""
         if reply is None:
             return StopReason.ENVIRONMENT
         if not isinstance(reply, str):
             raise PactError(
-                f"respond of the environment {type(state.env).__name__} returned {type(reply).__name__}; return the "
+                f"respond of the environment {type(episode.env).__name__} returned {type(reply).__name__}; return the "
                 "user's next message as text, or None to end the episode"
             )
-        state.turns[-1].user = reply
-        limit = self.config.max_user_turns
-        if limit is not None and sum(turn.user is not None for turn in state.turns) > limit:
-            return StopReason.MAX_USER_TURNS
-        if len(state.turns) >= self.config.max_turns:
-            return StopReason.MAX_TURNS
-        self._update_tools(state)
-        return self._append(index, state, [{"role": "user", "content": reply}], self.renderer.eot_id)
+        return self._tell(episode, reply)
 
-    def _update_tools(self, state: _ActiveTrajectory) -> None:
+    def _hand_over(self, episode: Episode, text: str) -> StopReason | None:
+        """Let the other side answer the visible text of a turn."""
+        if episode.speaker is episode.user:
+            text, ended = read_stop(text, self.config.user_stop)
+            if ended:
+                return StopReason.USER
+            episode.speaker = episode.agent
+        elif episode.user is not None:
+            episode.speaker = episode.user
+        return self._tell(episode, text)
+
+    def _tell(self, episode: Episode, text: str) -> StopReason | None:
+        """Go on with what was said to the speaker."""
+        side = episode.speaker
+        side.hear(text)
+        if side is episode.user:
+            if len(side.turns) >= self.config.max_turns:
+                return StopReason.MAX_USER_TURNS
+        else:
+            limit = self.config.max_user_turns
+            if limit is not None and sum(turn.user is not None for turn in side.turns) > limit:
+                return StopReason.MAX_USER_TURNS
+            if len(side.turns) >= self.config.max_turns:
+                return StopReason.MAX_TURNS
+            self._update_tools(episode)
+        return self._append(episode, [{"role": "user", "content": text}], self.renderer.eot_id)
+
+    def _update_tools(self, episode: Episode) -> None:
         """The tools on offer, if the environment has changed them: until then, a task's own tools hold."""
-        with _no_exit(state.env):
-            tools = state.env.tools
-        if tools != state.offered:
-            state.tools = state.offered = copy.deepcopy(tools)
+        if episode.offered is None:
+            return
+        with _no_exit(episode.env):
+            tools = episode.env.tools
+        if tools != episode.offered:
+            episode.agent.tools = episode.offered = copy.deepcopy(tools)
 
-    def _append(
-        self, index: int, state: _ActiveTrajectory, messages: list[Message], end_of_turn: int
-    ) -> StopReason | None:
-        """Append messages and submit the next turn; returns a stop reason if there is no room for it."""
+    def _append(self, episode: Episode, messages: list[Message], end_of_turn: int) -> StopReason | None:
+        """Append messages to the speaker's side and submit its turn; returns a stop reason if there is no room for it."""
+        side, job = episode.speaker, episode.job
         ids, components = self.renderer.bridge_tokens(messages)
-        if int(state.ids[-1][-1]) not in self.renderer.eot_ids:
+        if side.ids and int(side.ids[-1][-1]) not in self.renderer.eot_ids:
             # rollout.stop_at_tool_call: the engine stopped after the call, so the end-of-turn token is missing
             ids, components = np.append(end_of_turn, ids), np.append(np.uint8(Component.TEMPLATE), components)
-        remaining = self.config.max_completion_length - state.length - len(ids)
+        remaining = self.config.max_completion_length - side.length - len(ids)
         if remaining < 1:
-            return StopReason.MAX_COMPLETION_LENGTH
-        state.append(ids, components, None, -1)
-        limit, job = min(self.config.max_turn_tokens, remaining), state.job
-        self.engine.submit(Request(index, ids, limit, temperature=job.temperature, filters=job.filters))
+            return _out_of_tokens(episode, StopReason.MAX_COMPLETION_LENGTH)
+        side.append(ids, components, None, -1)
+        first, side.unsent = side.unsent, side.unsent[:0]
+        ids = np.concatenate([first, ids]) if len(first) else ids
+        self._submit(episode, ids, min(self.config.max_turn_tokens, remaining), (*job.rng_key, 1) if len(first) else ())
         return None
 
     def _truncate(self, text: str) -> str:
@@ -370,5 +381,6 @@ def _tool_message(attempt: ToolCall | str, text: str) -> Message:
     return {"role": "tool", "name": attempt.name if isinstance(attempt, ToolCall) else "error", "content": text}
 
 
-def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+def _out_of_tokens(episode: Episode, reason: StopReason) -> StopReason:
+    """The limit of tokens that the speaker has reached: `reason` for the agent."""
+    return StopReason.MAX_USER_TOKENS if episode.speaker is episode.user else reason

@@ -78,7 +78,7 @@ def check_rows(
             env = class_of(task.env or default)
             check_environment(task, env)
             check.check(task)
-            if has_user(env) or (limits.trace and has_user_turns(task)):
+            if has_user(env) or config.rollout.user == "policy" or (limits.trace and has_user_turns(task)):
                 check_dialogue()
         except DataError as error:
             if config.data.on_bad_row == "error" or not from_files:

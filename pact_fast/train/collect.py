@@ -70,7 +70,8 @@ class RolloutCollector:
         groups = self._all_gather(self._prefetcher.get(step))
         stale = [i for i, group in enumerate(groups) if _oldest(group, oldest_version) < oldest_version]
         if stale:
-            tasks = [groups[index].task for index in stale]
+            drawn = self._tasks.train(step, self._config.trainer.prompts_per_step)
+            tasks = [drawn[index] for index in stale]
             resampled = self._all_gather(self._prefetcher.run(lambda: self._sample(step, tasks)))
             for index, group in zip(stale, resampled, strict=True):
                 group.prompt_index = index
@@ -127,14 +128,15 @@ class RolloutCollector:
         if tasks is None:
             tasks = self._tasks.train(step, self._config.trainer.prompts_per_step)
         tasks = [self._loop.resolve_task(task)[0] for task in tasks]
-        groups = [Group(task, index, self._loop.prompt_ids(task)) for index, task in enumerate(tasks)]
+        views = [self._loop.trained_view(task) for task in tasks]
+        groups = [Group(view, index, ids) for index, (view, ids) in enumerate(views)]
         if not self._algorithm.needs_rollouts:
             return groups, []
         kept = rollout.num_generations
         started = math.ceil(kept * rollout.oversampling_factor)
         jobs = [
             Job(
-                group.task,
+                tasks[group.prompt_index],
                 (self._config.seed, step, first + group.prompt_index, k),
                 rollout.temperature,
                 group.prompt_index,
@@ -145,7 +147,7 @@ class RolloutCollector:
         ]
         # with oversampling, the rank that cancels a group's slowest rollouts must run the whole group
         local = self._local_jobs(len(jobs), started if started > kept else 1)
-        kept_tasks = [jobs[position].task for position in local if position % started < kept]
+        kept_tasks = [groups[jobs[position].group].task for position in local if position % started < kept]
         with self._progress.rollouts(len(kept_tasks), "rollouts") as advance:
             trajectories = self._loop.run([jobs[position] for position in local], lambda *_: advance(), kept)
         self._score(kept_tasks, trajectories, step)

@@ -116,7 +116,7 @@ def _type_fits(value: Any, accepted: Sequence[Any], kind: type, nested: type | N
     return first is not None and type(value) is first
 
 
-def _items_fit(value: Sequence[Any], possible: Any, nested: type) -> bool:
+def _items_fit(value: Any, possible: Any, nested: type) -> bool:
     return type(possible) is not list or all(_type_fits(item, possible, nested, None) for item in value)
 
 

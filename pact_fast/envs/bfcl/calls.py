@@ -81,7 +81,7 @@ def _call(node: ast.expr) -> PythonCall:
 
 def _name(node: ast.expr) -> str:
     """`a.b.c`. Something else at its root, such as a call, contributes nothing, as in the benchmark's decoder."""
-    parts = []
+    parts: list[str] = []
     while isinstance(node, ast.Attribute) and len(parts) < MAX_NESTING:
         parts.append(node.attr)
         node = node.value

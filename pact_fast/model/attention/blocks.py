@@ -35,7 +35,7 @@ def mask_blocks(
         mask = (key <= row[:, None]) & (row[:, None] < end)
         if window is not None:
             mask &= position > position[row, None] - window
-        (seen,) = np.nonzero(mask.any(0))
+        seen = np.flatnonzero(mask.any(0))
         keys = slice(int(seen[0]), int(seen[-1]) + 1)
         blocks.append(Block(slice(first, first + len(row)), keys, torch.as_tensor(mask[:, keys].copy(), device=device)))
     return blocks

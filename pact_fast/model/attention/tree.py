@@ -125,7 +125,8 @@ def tree_attention(
     """softmax(scale · q kᵀ + tree mask) v, with the rules of a layer for its scores.
 
     On CPU in fp32 and bf16 with heads of a multiple of 16 elements, up to 256, this is the kernel of cpu.py. Other
-    tensors on CPU, and bf16 and fp16 on CUDA, use torch's flash kernels; everything else a dense mask.
+    tensors on CPU, and bf16 and fp16 on CUDA, use torch's flash kernels; windows and soft-caps that these do not compute
+    take blocks.py, everything else a dense mask.
 
     Args:
         q: [1, Hq, T, D].

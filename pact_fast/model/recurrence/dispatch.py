@@ -35,14 +35,14 @@ def follows_tree(layer: torch.nn.Module, kind: str) -> bool:
     return any(not STATES.isdisjoint(names) for names in called)
 
 
-def _called_by(module: torch.nn.Module) -> frozenset[str]:
+def _called_by(module: Any) -> frozenset[str]:
+    """The names of RULES that the module's forward calls."""
     cls: Any = type(module)
     return _called(cls)
 
 
 @functools.cache
 def _called(cls: Any) -> frozenset[str]:
-    """The names of RULES that the class's forward calls."""
     code = getattr(_forward(cls), "__code__", None)
     return frozenset(code.co_names if code else ()) & frozenset(RULES)
 

@@ -34,7 +34,7 @@ def over_levels(step: Step, inputs: Sequence[torch.Tensor], levels: Levels) -> t
     for level in levels.levels:
         kept: list[torch.Tensor] = []
         for group in level:
-            own = [x if group.boundaries is not None else _batch(x, group.size) for x in next(pieces)]
+            own = [x if group.boundaries is not None else _batch(x, group.segments) for x in next(pieces)]
             initial = None if states is None or group.parents is None else states.index_select(0, group.parents)
             out, final = step(own, initial, group)
             outputs.append(out.reshape(1, group.rows, *out.shape[2:]))

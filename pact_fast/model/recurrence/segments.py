@@ -28,7 +28,7 @@ class Group(NamedTuple):
 
     parents     int64 [B] numbers, among the states that the level above keeps, of those that the segments begin in;
                 None at the beginning of sequences
-    size        B
+    segments    B
     rows        rows of the group, padding included
     padding     bool [B, L]: True behind the end of a segment; None if nothing is padded
     boundaries  int32 [B + 1] first rows of segments that lie one after the other; None if they are padded
@@ -36,7 +36,7 @@ class Group(NamedTuple):
     """
 
     parents: torch.Tensor | None
-    size: int
+    segments: int
     rows: int
     padding: torch.Tensor | None
     boundaries: torch.Tensor | None
@@ -138,7 +138,7 @@ def _group(
     boundaries = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
     return Group(
         parents=torch.as_tensor(parents, device=device) if parents else None,
-        size=len(part),
+        segments=len(part),
         rows=padding.size if padded else int(boundaries[-1]),
         padding=torch.as_tensor(padding, device=device) if padded and padding.any() else None,
         boundaries=None if padded else torch.as_tensor(boundaries, device=device),

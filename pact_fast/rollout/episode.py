@@ -1,0 +1,120 @@
+"""What is being sampled: an episode, and the side of each policy that takes part in it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pact_fast.config.filters import UNFILTERED, SamplingFilters
+from pact_fast.data.types import StopReason, Task, ToolSchema, Trajectory, TurnRecord
+from pact_fast.envs.base import Environment
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trajectory to sample.
+
+    task         its prompt and environment arguments
+    rng_key      seeds its sampling
+    temperature  0 is greedy
+    group        number of its group: the trajectories of one prompt, whose rewards are compared
+    filters      which tokens may be sampled; no effect where greedy
+    """
+
+    task: Task
+    rng_key: tuple[int, ...]
+    temperature: float = 1.0
+    group: int = 0
+    filters: SamplingFilters = UNFILTERED
+
+
+@dataclass
+class Side:
+    """One policy's view of an episode: what it was shown, and what it said.
+
+    session     of the engine
+    prompt_ids  [n] int64
+    tools       on offer now
+    unsent      tokens that the engine has not been given yet; its next request begins with them
+    opening     what the other side said before the first turn; None: the prompt holds it
+    length      tokens after the prompt
+    """
+
+    session: int
+    prompt_ids: np.ndarray
+    tools: list[ToolSchema]
+    unsent: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    opening: str | None = None
+    ids: list[np.ndarray] = field(default_factory=list)
+    components: list[np.ndarray] = field(default_factory=list)
+    turn_ids: list[np.ndarray] = field(default_factory=list)
+    logprobs: list[np.ndarray] = field(default_factory=list)
+    versions: list[np.ndarray] = field(default_factory=list)
+    turns: list[TurnRecord] = field(default_factory=list)
+    length: int = 0
+
+    def append(self, ids: np.ndarray, components: np.ndarray, logprobs: np.ndarray | None, version: int) -> None:
+        """Tokens of the current turn; text that was not sampled has no logprobs and version -1."""
+        n = len(ids)
+        self.ids.append(ids)
+        self.components.append(components)
+        self.turn_ids.append(np.full(n, len(self.turns) - 1, np.int16))
+        self.logprobs.append(np.full(n, np.nan, np.float32) if logprobs is None else logprobs)
+        self.versions.append(np.full(n, version, np.int32))
+        self.length += n
+
+    def hear(self, text: str) -> None:
+        """Record what the other side said after the last turn."""
+        if self.turns:
+            self.turns[-1].user = text
+        else:
+            self.opening = text
+
+    def finish(self, task_id: str, stop_reason: StopReason) -> Trajectory:
+        """The trajectory of this side."""
+        versions = _concatenate(self.versions, np.int32)
+        return Trajectory(
+            task_id=task_id,
+            prompt_ids=self.prompt_ids,
+            ids=_concatenate(self.ids, np.int64),
+            components=_concatenate(self.components, np.uint8),
+            turn_ids=_concatenate(self.turn_ids, np.int16),
+            sampled=versions >= 0,
+            logprobs=_concatenate(self.logprobs, np.float32),
+            versions=versions,
+            turns=self.turns,
+            stop_reason=stop_reason,
+            opening=self.opening,
+        )
+
+
+@dataclass
+class Episode:
+    """A job under way.
+
+    agent    side of the policy that has the task
+    user     side of the policy that plays the user; None: the environment does, or nobody
+    speaker  whose turn it is, or was last
+    offered  a copy of what the environment offered when it was last asked; used where it has a user
+    started  seconds
+    """
+
+    job: Job
+    env: Environment
+    agent: Side
+    user: Side | None = None
+    offered: list[ToolSchema] | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.speaker = self.agent
+
+    @property
+    def sides(self) -> list[Side]:
+        return [self.agent] if self.user is None else [self.agent, self.user]
+
+
+def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)

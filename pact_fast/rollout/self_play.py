@@ -1,0 +1,76 @@
+"""A second policy of the same engine plays the user: its prompt, and the task as it is trained on from its side.
+
+The environment says who the user is, by optional methods:
+
+    user_prompt() -> str                            its system prompt; valid after `reset`
+    user_tools -> list of schemas                   tools of its own, if it has any
+    call_as_user(name, arguments) -> str            runs one of them, in the way of `call`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from pact_fast.chat.rendering import ChatRenderer
+from pact_fast.data.types import Message, Task, ToolSchema, split_reasoning, text_of
+from pact_fast.envs.base import Environment
+from pact_fast.errors import PactError
+from pact_fast.users.model import GREETING
+
+
+class EnvironmentWithUserPrompt(Environment, Protocol):
+    """An environment whose user a policy can play."""
+
+    def user_prompt(self) -> str:
+        """The system prompt of whoever plays the user: who he is, what he wants, and how he ends the dialogue."""
+
+
+def user_tools(env: Environment) -> list[ToolSchema]:
+    """Schemas of the tools that only the user has."""
+    return list(getattr(env, "user_tools", ()))
+
+
+def user_call(env: Environment) -> Callable[[str, dict[str, Any]], str]:
+    """Runs a tool of the user's."""
+    call: Callable[[str, dict[str, Any]], str] = env.call_as_user  # type: ignore[attr-defined]
+    return call
+
+
+def user_view(task: Task, env: Environment) -> Task:
+    """The task from the user's side: the roles of its dialogue are exchanged.
+
+    What the environment tells the agent alone (system prompt, tools, expert trace, reference calls, answer) is left out.
+    Raises PactError if the environment does not say who the user is.
+    """
+    if not callable(getattr(env, "user_prompt", None)):
+        raise PactError(
+            f"rollout.user=policy: the environment {type(env).__name__} has no method user_prompt, which says who the user "
+            "is (docs/conversations.md); add it, or set rollout.user=environment"
+        )
+    messages: list[Message] = []
+    for message in task.prompt:
+        content = split_reasoning(message)[1] if message["role"] == "assistant" else text_of(message.get("content"))
+        role = {"user": "assistant", "assistant": "user"}.get(message["role"])
+        if role and content:
+            messages.append({"role": role, "content": content})
+    if messages[0]["role"] == "assistant":
+        messages = [{"role": "user", "content": GREETING}, *messages]
+    system: Message = {"role": "system", "content": env.user_prompt()}  # type: ignore[attr-defined]
+    return replace(
+        task, prompt=[system, *messages], tools=user_tools(env), expert=None, reference_calls=None, answer=None
+    )
+
+
+def user_prompt_ids(renderer: ChatRenderer, view: Task) -> np.ndarray:
+    """[n] int64: the prompt of the user's side. It ends with the task's question, as a turn that the user has ended.
+
+    Args:
+        renderer: Renders it.
+        view: See `user_view`; its last message is the question.
+    """
+    before = renderer.prompt_ids(view.prompt[:-1], view.tools)
+    return np.concatenate([before, renderer.assistant_turn("", text_of(view.prompt[-1]["content"]), [])[0]])

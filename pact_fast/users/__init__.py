@@ -1,0 +1,12 @@
+"""Who may play the user of an episode: a script, or a model behind an endpoint. A policy of the engine: `rollout/self_play.py`.
+
+stop    the word by which a user ends the dialogue, and nobody else
+script  ScriptedUser: a list of messages
+model   ModelUser: a language model with a prompt, and tools, of its own
+"""
+
+from pact_fast.users.model import ModelUser
+from pact_fast.users.script import ScriptedUser
+from pact_fast.users.stop import STOP, read_stop
+
+__all__ = ["STOP", "ModelUser", "ScriptedUser", "read_stop"]

@@ -1,0 +1,15 @@
+"""The word by which a user ends the dialogue.
+
+It counts only in what the user itself says, and only at the end of the message. In anybody else's text it is text: an agent
+that writes it ends nothing, nor does a user who quotes it in the middle of a sentence.
+"""
+
+from __future__ import annotations
+
+STOP = "###STOP###"  # as in tau-bench
+
+
+def read_stop(message: str, stop: str = STOP) -> tuple[str, bool]:
+    """(the message without the stop word, whether the user ends the dialogue) of a message of the user."""
+    text = message.strip()
+    return (text[: -len(stop)].rstrip(), True) if text.endswith(stop) else (text, False)
