@@ -1,7 +1,6 @@
 """The cache of answers: first writer wins, kills leave no half answer, processes share it, replay asks nobody."""
 
 import json
-import multiprocessing
 import os
 import signal
 import threading
@@ -16,7 +15,7 @@ from pact_fast.errors import PactError
 from pact_fast.llm import Answer, BudgetExceeded, InvalidAnswer, LLMClient, ReplayMiss, Request
 from pact_fast.llm.cache import AnswerCache
 from pact_fast.llm.config import LLMConfig
-from tests.support.llm_server import in_turn, llm_server, said
+from tests.support.llm_server import forks_of, in_turn, llm_server, running, said, wait_for
 
 HI = [{"role": "user", "content": "hi"}]
 KEY = "ab" + "0" * 62
@@ -206,51 +205,10 @@ def _ask_all(url, folder, count, out):
     Path(out).write_text(json.dumps(texts))
 
 
-def _fork_workers(pipe):
-    """Fork a worker for each arguments that come, and answer its process id: openai takes seconds to import."""
-    import openai
-    import openai.resources.chat  # noqa: F401
-
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    pipe.send("ready")
-    for arguments in iter(pipe.recv, None):
-        pid = os.fork()
-        if pid == 0:
-            _ask_all(*arguments)
-            os._exit(0)
-        pipe.send(pid)
-
-
 @pytest.fixture(scope="module")
 def fork():
-    spawn = multiprocessing.get_context("spawn")  # imports little but openai
-    pipe, theirs = spawn.Pipe()
-    process = spawn.Process(target=_fork_workers, args=(theirs,), daemon=True)
-    process.start()
-    assert pipe.recv() == "ready"
-
-    def make(*arguments):
-        pipe.send(arguments)
-        return pipe.recv()
-
-    yield make
-    pipe.send(None)
-    process.join()
-
-
-def running(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
+    with forks_of(_ask_all) as make:
+        yield make
 
 
 @pytest.mark.slow

@@ -48,13 +48,12 @@ def test_a_server_of_its_own_answers_by_schema_and_a_second_run_starts_none(mode
     with forked_servers(), mock.patch.dict(os.environ, {"VLLM_CPU_KVCACHE_SPACE": "1"}):
         with LLMClient(LLMConfig(**settings), "tester") as client:
             first = client.map(asked)
-            pid = client._shared._server._process.pid
+            process = client._shared._server._process
             with pytest.raises(InvalidAnswer) as caught:  # a model with random weights does not end by itself
                 client.complete([{"role": "user", "content": "hi"}], max_tokens=4)
             assert caught.value.reason == "truncated"
             report = client.report()["usage"][0]
-        with pytest.raises(ProcessLookupError):
-            os.killpg(pid, 0)
+        assert process.poll() is not None
     assert all(set(one.value) == {"color", "small", "tag"} for one in first)
     assert len({one.text for one in first}) > 1  # seeds differ
     assert report["requests"] == 9 and report["completion_tokens"] > 0

@@ -10,7 +10,9 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 from pact_fast.errors import PactError
@@ -41,8 +43,7 @@ class VllmServer:
             config.model, "--uds", str(socket), "--generation-config", "vllm",
             *command_line({"seed": config.seed, **config.vllm_args}),
         ]  # fmt: skip
-        with self._log.open("ab") as log:
-            self._process: subprocess.Popen = launch(command, server_environment(self._folder), log)
+        self._process, self._stop_waiting = self._launch(command)
         self._connection: Connection | None = None
         try:
             self._wait_for_socket(socket, config.server_timeout)
@@ -59,7 +60,27 @@ class VllmServer:
     def close(self) -> None:
         """Kill the server and its workers."""
         kill(self._process)
+        self._stop_waiting.set()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _launch(self, command: list[str]) -> tuple[subprocess.Popen, threading.Event]:
+        """Start the server from a thread that lives as long as it: Linux ends it with the thread that started it, and
+        the first question may come from a thread of a pool."""
+        started: Future[subprocess.Popen] = Future()
+        stop = threading.Event()
+
+        def own() -> None:
+            try:
+                with self._log.open("ab") as log:
+                    process = launch(command, server_environment(self._folder), log)
+            except BaseException as error:
+                started.set_exception(error)
+                return
+            started.set_result(process)
+            stop.wait()
+
+        threading.Thread(target=own, name="llm-vllm-server", daemon=True).start()
+        return started.result(), stop
 
     def _wait_for_socket(self, socket: Path, timeout: float) -> None:
         """Wait until the server serves: vLLM binds its socket early, and answers when the model is loaded."""

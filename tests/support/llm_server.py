@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
+import os
 import platform
+import signal
 import socket
 import struct
 import threading
@@ -127,3 +130,54 @@ def in_turn(*replies: Reply) -> Callable[[Body], Reply]:
             return left.pop(0) if len(left) > 1 else left[0]
 
     return answer
+
+
+@contextlib.contextmanager
+def forks_of(function: Callable[..., object]) -> Iterator[Callable[..., int]]:
+    """A function that forks a process which calls `function` with its arguments, and returns the process id.
+
+    The processes are forked from one that has imported openai, which takes seconds. They write nothing to the terminal.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    pipe, theirs = spawn.Pipe()
+    process = spawn.Process(target=_fork, args=(theirs, function), daemon=True)
+    process.start()
+    assert pipe.recv() == "ready"
+
+    def fork(*arguments: Any) -> int:
+        pipe.send(arguments)
+        return pipe.recv()
+
+    try:
+        yield fork
+    finally:
+        pipe.send(None)
+        process.join()
+
+
+def _fork(pipe: Any, function: Callable[..., object]) -> None:
+    import openai.resources.chat  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    pipe.send("ready")
+    for arguments in iter(pipe.recv, None):
+        pid = os.fork()
+        if pid == 0:
+            function(*arguments)
+            os._exit(0)
+        pipe.send(pid)
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
