@@ -22,6 +22,9 @@ from pact_fast.vllm_process import command_line, kill, launch, log_tail, server_
 
 READY_POLL = 0.2  # seconds between tries while it starts
 
+# JSON may hold any number of blanks: small models fill an answer with them until their tokens end
+COMPACT = {"backend": "xgrammar", "disable_any_whitespace": True}
+
 
 class VllmServer:
     """A running server of `config.model`, under that name.
@@ -41,7 +44,7 @@ class VllmServer:
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", config.model, "--served-model-name",
             config.model, "--uds", str(socket), "--generation-config", "vllm",
-            *command_line({"seed": config.seed, **config.vllm_args}),
+            *command_line({"seed": config.seed, "structured_outputs_config": COMPACT, **config.vllm_args}),
         ]  # fmt: skip
         self._process, self._stop_waiting = self._launch(command)
         self._connection: Connection | None = None
