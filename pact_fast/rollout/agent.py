@@ -9,8 +9,7 @@ turns, so a slow tool holds up its own trajectory only.
 from __future__ import annotations
 
 import copy
-import time
-from collections import deque
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -24,7 +23,7 @@ from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.chat.template_check import check_user_turns
 from pact_fast.components import Component
 from pact_fast.config import RolloutConfig
-from pact_fast.data.types import Message, StopReason, Task, ToolCall, Trajectory, TurnRecord, text_of
+from pact_fast.data.types import Message, StopReason, Task, ToolCall, ToolSchema, Trajectory, TurnRecord, text_of
 from pact_fast.envs.base import Environment, has_user
 from pact_fast.envs.registry import is_built_in
 from pact_fast.errors import PactError
@@ -32,6 +31,7 @@ from pact_fast.plugins import no_exit
 from pact_fast.rollout.engine import Completion, Engine, Request
 from pact_fast.rollout.episode import Episode, Job, Side
 from pact_fast.rollout.pending import Pending, PendingToolCalls
+from pact_fast.rollout.schedule import Schedule
 from pact_fast.rollout.self_play import user_call, user_prompt_ids, user_view
 from pact_fast.users.stop import read_stop
 
@@ -63,6 +63,7 @@ class AgentLoop:
     ):
         self.engine, self.renderer, self.make_env, self.config = engine, renderer, make_env, config
         self._pool: ThreadPoolExecutor | None = None
+        self._prompts: dict[bytes, np.ndarray] | None = None  # of the call of `run` under way
         self._checked_user_turns = False
         if config.filters and not getattr(engine, "applies_filters", False):
             raise PactError(
@@ -72,7 +73,19 @@ class AgentLoop:
 
     def prompt_ids(self, task: Task) -> np.ndarray:
         """int64 [n], token ids of the prompt; PactError if it is longer than rollout.max_prompt_length."""
-        return self._check_length(task, self.renderer.prompt_ids(task.prompt, task.tools))
+        return self._check_length(task, self._render(task.prompt, task.tools))
+
+    def _render(self, messages: list[Message], tools: list[ToolSchema]) -> np.ndarray:
+        """Token ids [n] int64 of a prompt. During `run`, the rollouts of a prompt share them: to render and tokenize a
+        prompt takes longer than anything else at the start of a rollout."""
+        prompts = self._prompts
+        if prompts is None:
+            return self.renderer.prompt_ids(messages, tools)
+        # repr, not ==: 1 and True are equal, and rendered differently
+        key = hashlib.sha256(repr((messages, tools)).encode("utf-8", "surrogatepass")).digest()
+        if key not in prompts:
+            prompts[key] = self.renderer.prompt_ids(messages, tools)
+        return prompts[key]
 
     def _check_length(self, task: Task, ids: np.ndarray) -> np.ndarray:
         if len(ids) > self.config.max_prompt_length:
@@ -96,27 +109,24 @@ class AgentLoop:
             Finished trajectories in the order of their jobs, without the cancelled ones.
         """
         results: dict[int, Trajectory] = {}
-        waiting, running = deque(range(len(jobs))), dict[int, Episode]()
         calls = PendingToolCalls(self.engine.synchronous)
         # a side keeps its place in the engine while the other speaks: all sides of what runs must have one
         most = self.config.max_batch_size // 2 if self.config.user == "policy" else len(jobs)
+        schedule = Schedule(jobs, most, keep, self.config.trajectory_timeout)
+        running = schedule.running
 
         def start() -> None:
-            while waiting and len(running) < most:
-                index = waiting.popleft()
-                running[index] = self._start(index, jobs)
+            while (index := schedule.startable()) is not None:
+                schedule.start(index, self._start(index, jobs))
 
         def end(index: int, stop: StopReason) -> None:
             results[index] = self._end(running, index, stop, on_finish)
-            group = jobs[index].group
-            if keep is not None and sum(jobs[done].group == group for done in results) >= keep:
-                for other in [other for other in running if jobs[other].group == group]:
-                    calls.drop(other)
-                    self._close(running.pop(other))
-                for other in [other for other in waiting if jobs[other].group == group]:
-                    waiting.remove(other)
+            for other in schedule.end(index):
+                calls.drop(other)
+                self._close(running.pop(other))
             start()
 
+        self._prompts = {}
         try:
             start()
             while running:
@@ -139,7 +149,7 @@ class AgentLoop:
                     stop = self._go_on(running[index], pending)
                     if stop is not None:
                         end(index, stop)
-                for index in self._overdue(running):
+                for index in schedule.overdue():
                     if index not in running:
                         continue
                     if calls.drop(index):
@@ -149,6 +159,7 @@ class AgentLoop:
                         )
                     end(index, StopReason.TIMEOUT)
         finally:
+            self._prompts = None
             for episode in running.values():  # after an error: cancel what is still being sampled
                 self._close(episode)
         return [results[index] for index in sorted(results)]
@@ -158,14 +169,6 @@ class AgentLoop:
         if len(calls):
             return 0.005
         return None if self.config.trajectory_timeout is None else 0.1
-
-    def _overdue(self, running: dict[int, Episode]) -> list[int]:
-        """Trajectories that have exceeded rollout.trajectory_timeout."""
-        limit = self.config.trajectory_timeout
-        if limit is None:
-            return []
-        now = time.monotonic()
-        return [index for index, episode in running.items() if now - episode.started > limit]
 
     def close(self) -> None:
         """Stop the threads that run tools, without waiting for them, and end the calls under way."""
@@ -204,7 +207,7 @@ class AgentLoop:
             return user_view(task, env)
 
     def _user_prompt_ids(self, view: Task) -> np.ndarray:
-        return self._check_length(view, user_prompt_ids(self.renderer, view))
+        return self._check_length(view, user_prompt_ids(self.renderer, view, self._render))
 
     def _start(self, index: int, jobs: list[Job]) -> Episode:
         task, env = self.resolve_task(jobs[index].task)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+import heapq
+import itertools
+import queue
+from concurrent.futures import Future
 
 Pending = Future | str | None  # under way, or the result: an observation, or a reply (None: the episode is over)
 
@@ -12,7 +15,7 @@ TOOL_STEPS = 4
 
 
 class PendingToolCalls:
-    """Tool calls and replies of users under way, by trajectory.
+    """Tool calls and replies of users under way, by trajectory; a step looks only at those that are due.
 
     With a synchronous engine, results are due a fixed number of steps after their call, and are waited for; otherwise
     they are picked up as soon as they arrive.
@@ -20,38 +23,70 @@ class PendingToolCalls:
 
     def __init__(self, synchronous: bool):
         self._synchronous, self._clock = synchronous, 0
-        self._calls: list[tuple[int, int, list[Pending]]] = []  # (due at step, trajectory, results)
+        self._calls: dict[int, list[Pending]] = {}  # by trajectory
+        self._due: list[tuple[int, int, int]] = []  # heap of (due at step, order of calls, trajectory), if synchronous
+        self._order = itertools.count()
+        # otherwise: trajectories, once for each result that has arrived, and how many are missing
+        self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._missing: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._calls)
 
     def add(self, index: int, results: list[Pending], blocking: bool) -> None:
         """What one turn of trajectory `index` waits for; `blocking`: it runs in threads and may take long."""
-        self._calls.append((self._clock + (TOOL_STEPS if blocking else 0), index, results))
+        self._calls[index] = results
+        if self._synchronous:
+            heapq.heappush(self._due, (self._clock + (TOOL_STEPS if blocking else 0), next(self._order), index))
+            return
+        self._missing[index] = len(results)
+        for result in results:
+            if isinstance(result, Future):
+                result.add_done_callback(lambda _: self._arrived.put(index))  # in the thread of the tool
+            else:
+                self._arrived.put(index)
 
     def drop(self, index: int) -> bool:
-        """Stop waiting for the calls of trajectory `index`, which end by their own timeout; True if there were any."""
-        before = len(self._calls)
-        self._calls = [call for call in self._calls if call[1] != index]
-        return len(self._calls) < before
+        """Stop waiting for the calls of trajectory `index`, which end by their own timeout; True if there were any.
+
+        The trajectory must be over: it may not be added again.
+        """
+        self._missing.pop(index, None)
+        return self._calls.pop(index, None) is not None
 
     def tick(self, *, idle: bool) -> None:
         """Advance the clock after an engine step. `idle`: the engine has nothing to do, so wait for a tool instead."""
         if not idle or not self._calls:
             self._clock += 1
         elif self._synchronous:
-            self._clock = max(self._clock, self._calls[0][0])
+            while self._due[0][2] not in self._calls:  # dropped
+                heapq.heappop(self._due)
+            self._clock = max(self._clock, self._due[0][0])
         else:
-            wait([o for call in self._calls for o in call[2] if isinstance(o, Future)], 0.1, FIRST_COMPLETED)
+            try:
+                self._arrived.put(self._arrived.get(timeout=0.1))
+            except queue.Empty:
+                return
 
     def due(self) -> list[tuple[int, list[Pending]]]:
         """Remove and return (trajectory, results) of what is to be picked up now."""
-        ready = [self._ready(call) for call in self._calls]
-        due = [call[1:] for call, now in zip(self._calls, ready, strict=True) if now]
-        self._calls = [call for call, now in zip(self._calls, ready, strict=True) if not now]
-        return due
+        indices = self._due_by_clock() if self._synchronous else self._complete()
+        return [(index, self._calls.pop(index)) for index in indices if index in self._calls]
 
-    def _ready(self, call: tuple[int, int, list[Pending]]) -> bool:
-        if self._synchronous:
-            return call[0] <= self._clock
-        return all(not isinstance(o, Future) or o.done() for o in call[2])
+    def _due_by_clock(self) -> list[int]:
+        indices = []
+        while self._due and self._due[0][0] <= self._clock:
+            indices.append(heapq.heappop(self._due)[2])
+        return indices
+
+    def _complete(self) -> list[int]:
+        """Trajectories whose last missing result has arrived."""
+        complete = []
+        for _ in range(self._arrived.qsize()):
+            index = self._arrived.get()
+            if index in self._missing:
+                self._missing[index] -= 1
+                if not self._missing[index]:
+                    del self._missing[index]
+                    complete.append(index)
+        return complete

@@ -65,12 +65,15 @@ def user_view(task: Task, env: Environment) -> Task:
     )
 
 
-def user_prompt_ids(renderer: ChatRenderer, view: Task) -> np.ndarray:
+def user_prompt_ids(
+    renderer: ChatRenderer, view: Task, render: Callable[[list[Message], list[ToolSchema]], np.ndarray]
+) -> np.ndarray:
     """[n] int64: the prompt of the user's side. It ends with the task's question, as a turn that the user has ended.
 
     Args:
-        renderer: Renders it.
+        renderer: Renders that turn.
         view: See `user_view`; its last message is the question.
+        render: `renderer.prompt_ids`, or a cache of it, for what comes before.
     """
-    before = renderer.prompt_ids(view.prompt[:-1], view.tools)
+    before = render(view.prompt[:-1], view.tools)
     return np.concatenate([before, renderer.assistant_turn("", text_of(view.prompt[-1]["content"]), [])[0]])
