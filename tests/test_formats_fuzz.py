@@ -16,6 +16,8 @@ from pact_fast.chat.formats.hermes import Hermes
 from pact_fast.chat.formats.json_calls import MAX_ERROR, error_observation
 from pact_fast.chat.formats.lfm2 import Lfm2
 from pact_fast.chat.formats.llama3_json import Llama3Json
+from pact_fast.chat.formats.mistral import Mistral
+from pact_fast.chat.formats.mistral_json import MistralJson
 from pact_fast.chat.formats.qwen3_coder import Qwen3Coder
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
@@ -24,7 +26,7 @@ from tests.support.chat_tokenizers import chatml_like, llama3_like
 
 FORMATS = pytest.mark.parametrize(
     "fmt",
-    [Hermes(), Llama3Json(), Qwen3Coder(), Gemma4(), Lfm2(), Glm4Moe(), Harmony()],
+    [Hermes(), Llama3Json(), Qwen3Coder(), Gemma4(), Lfm2(), Glm4Moe(), Harmony(), Mistral(), MistralJson()],
     ids=lambda f: type(f).__name__,
 )
 SEEDS = [
@@ -39,6 +41,7 @@ SPLICES = [
     b"<arg_key>x</arg_key>", b"<arg_value>", b"</arg_value>",
     b"<function=", b"</function>", b"<parameter=x>", b"</parameter>", b"<|tool_call>", b"<tool_call|>", b'<|"|>', b"call:f{",
     b"<|channel>thought", b"<channel|>", b"<|tool_call_start|>[", b"]<|tool_call_end|>", b"f(x=", b")", b"'", b"True",
+    b"[TOOL_CALLS]", b"[ARGS]", b"[CALL_ID]", b"[THINK]", b"[TOOL_CALLS] [{",
     b"\\ud800", b"\xff", b"\xc3", b"\x00", b"null", b"\n", b"9" * 5000, b"[" * 3000, b'{"name":' * 500,
 ]  # fmt: skip
 TOOLS = [
@@ -130,6 +133,8 @@ LONG_TAGS = [  # of the formats with tags
     b"<|tool_call>", b"<|tool_call>call:f{", b"{x:", b'<|"|>', b"call:f{x:[", b'<|"|>,', b"<|channel>", b"x:11111111,", b"[1,",
     b"<|message|>", b"<|end|>", b"<|start|>assistant", b"to=", b"to=f<|message|>{}<|call|>", b"<|end|><|start|>assistant",
     b"<|tool_call_start|>", b"<|tool_call_start|>[f(", b"f(x='", b"f(x=1), ", b"'", b"' ", b"x='a', ", b"\\'", b"[[",
+    b"[TOOL_CALLS]", b"[TOOL_CALLS]f[ARGS]{", b"[TOOL_CALLS]f[ARGS]{} ", b"[TOOL_CALLS]f", b"[ARGS]", b"[CALL_ID]",
+    b"[TOOL_CALLS][", b'[TOOL_CALLS] [{"name":"f","arguments":{}}', b'{"name":"f","arguments":{}},', b"{},",
 ]  # fmt: skip
 
 
@@ -143,6 +148,8 @@ FRAMES = {
     Glm4Moe: [(b"<tool_call>f", b"</tool_call>"), (b"<tool_call>f<arg_key>x</arg_key><arg_value>", b"</tool_call>")],
     Gemma4: [(b"<|tool_call>call:f{", b"}<tool_call|>"), (b"<|tool_call>call:f{x:[", b"]}<tool_call|>")],
     Harmony: [(b" to=functions.f<|message|>", b"<|call|>"), (b"<|channel|>analysis<|message|>", b"<|end|>")],
+    Mistral: [(b'[TOOL_CALLS]f[ARGS]{"x":', b"}"), (b"[TOOL_CALLS]", b"[ARGS]{}"), (b"[TOOL_CALLS]f[CALL_ID]", b"")],
+    MistralJson: [(b"[TOOL_CALLS] [", b"]"), (b'[TOOL_CALLS] [{"name": "f", "arguments": {"x": ', b"}}]")],
     Lfm2: [
         (b"<|tool_call_start|>[", b"]<|tool_call_end|>"),
         (b"<|tool_call_start|>[f(", b")]<|tool_call_end|>"),

@@ -9,8 +9,8 @@ from pact_fast.chat.chat_template import QUESTION
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.chat.template_check import check_template
 from pact_fast.components import Component
-from pact_fast.data.types import ToolCall
 from pact_fast.errors import PactError
+from tests.support.call_samples import CALLS, TOOLS
 from tests.support.chat_tokenizers import build, template
 from tests.support.trl_templates import comparable, tokenizer_for, tool_calling
 
@@ -50,35 +50,6 @@ REFUSED = {
     "muse_glimmer": UNKNOWN,
     "muse_glimmer_training": UNKNOWN,
 }
-PROPERTIES = {
-    "text": {"type": "string", "description": "t"},
-    "count": {"type": "integer", "description": "c"},
-    "share": {"type": "number", "description": "s"},
-    "flag": {"type": "boolean", "description": "f"},
-    "maybe": {"type": "string", "nullable": True, "description": "m"},
-    "nested": {"type": "object", "description": "n"},
-    "items": {"type": "array", "description": "i", "items": {"type": "string"}},
-}
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "f",
-            "description": "d",
-            "parameters": {"type": "object", "properties": PROPERTIES, "required": []},
-        },
-    }
-]
-CALLS = [
-    ToolCall("f", {"text": 'a "b" é 中 🙂'}),
-    ToolCall("f", {"text": "7", "count": 7}),
-    ToolCall("f", {"text": "true", "flag": True}),
-    ToolCall("f", {"flag": False, "maybe": None, "share": -0.25}),
-    ToolCall("f", {"text": "<b>1 & 2</b> {[\\n]} | ' \\ , ;"}),
-    ToolCall("f", {"text": "two\nlines", "nested": {"a": {"b": [1, "x", None, True]}, "é": 1.5}}),
-    ToolCall("f", {"items": ["a", "7", ""]}),
-    ToolCall("f", {}),
-]
 
 
 def renderer_for(name: str) -> ChatRenderer:

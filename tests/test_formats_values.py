@@ -11,6 +11,8 @@ from pact_fast.chat.formats.gemma4 import Gemma4
 from pact_fast.chat.formats.glm4_moe import Glm4Moe
 from pact_fast.chat.formats.harmony import Harmony
 from pact_fast.chat.formats.lfm2 import Lfm2
+from pact_fast.chat.formats.mistral import Mistral
+from pact_fast.chat.formats.mistral_json import MistralJson
 from pact_fast.chat.formats.python_calls import read_calls
 from pact_fast.chat.formats.qwen3_coder import Qwen3Coder
 from pact_fast.chat.formats.typed_values import read_value
@@ -22,6 +24,7 @@ PYTHON_WORDS._python_words, RAW_STRINGS._escaped, NONE._null = True, False, "Non
 FORMATS = {
     "qwen3_coder": Qwen3Coder(), "qwen3_coder, Python's words": PYTHON_WORDS, "gemma4": Gemma4(), "gemma4, None": NONE,
     "glm4_moe": Glm4Moe(), "lfm2": Lfm2(), "lfm2, raw strings": RAW_STRINGS, "harmony": Harmony(),
+    "mistral": Mistral(), "mistral_json": MistralJson(),
 }  # fmt: skip
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 TYPES = {"s": "string", "i": "integer", "n": "number", "b": "boolean", "o": "object", "a": "array"}
@@ -139,6 +142,17 @@ def test_a_parameter_is_its_text_but_for_one_line_break_at_each_end(text):
         (Harmony(), " to=functions.f<|channel|>commentary json<|message|>{s: 1}", "not valid JSON"),
         (Harmony(), " to=functions.f<|channel|>commentary json<|message|>[1]", "must be a JSON object"),
         (Harmony(), " to=browser.open<|channel|>commentary json<|message|>{}", "unknown tool 'browser.open'"),
+        (Mistral(), "[TOOL_CALLS][ARGS]{}", "the form [TOOL_CALLS]NAME[ARGS]{…}"),
+        (Mistral(), "[TOOL_CALLS]f[ARGS]i=1", "not valid JSON"),
+        (Mistral(), '[TOOL_CALLS]f[ARGS]{"i": 1', "not valid JSON"),
+        (Mistral(), '[TOOL_CALLS]f[ARGS]{"i": "x"}', "f: argument 'i' must be integer, not string"),
+        (Mistral(), "[TOOL_CALLS]g[ARGS]{}", "unknown tool 'g'; tools: f"),
+        (MistralJson(), "[TOOL_CALLS] f(i=1)", "must be a JSON list"),
+        (MistralJson(), "[TOOL_CALLS] []", "the list of calls is empty"),
+        (MistralJson(), '[TOOL_CALLS] [{"name": "f"', "not valid JSON"),
+        (MistralJson(), '[TOOL_CALLS] [{"name": "f"} {"name": "f"}]', "the list of calls is not closed"),
+        (MistralJson(), '[TOOL_CALLS] [{"name": "g", "arguments": {}}]', "unknown tool 'g'; tools: f"),
+        (MistralJson(), f'[TOOL_CALLS] [{{"name": "f", "arguments": {{"a": {"[" * 99}{"]" * 99}}}}}]', "nested deeper than 64"),
     ],
 )  # fmt: skip
 def test_malformed_calls_say_why(fmt: ToolFormat, text: str, reason: str):
@@ -179,3 +193,20 @@ def test_calls_before_a_malformed_one_are_read():
     found = read_calls("[f(i=1), f(s='it's \"a\" \\u00e9\\n'), f(i=]", TOOLS, 64)
     assert [attempt for _, attempt in found[:2]] == [ToolCall("f", {"i": 1}), ToolCall("f", {"s": 'it\'s "a" é\n'})]
     assert isinstance(found[2][1], str) and len(found) == 3
+
+
+def test_calls_of_a_list_before_a_malformed_one_are_read_and_text_behind_a_list_is_an_answer():
+    call = '{"name": "f", "arguments": {"i": 1}}'
+    turn = MistralJson().parse(f"[TOOL_CALLS] [{call}, {{]".encode(), TOOLS)
+    assert (
+        turn.attempts[0] == ToolCall("f", {"i": 1}) and "not valid JSON" in turn.errors[0] and len(turn.attempts) == 2
+    )
+    for fmt, text in ((MistralJson(), f"[TOOL_CALLS] [{call}]"), (Mistral(), '[TOOL_CALLS]f[ARGS]{"i": 1}')):
+        turn = fmt.parse(f"{text} Wait.".encode(), TOOLS)
+        assert (turn.attempts, turn.content) == ([ToolCall("f", {"i": 1})], "Wait.")
+        assert turn.spans == [(0, len(text), Component.TOOL_CALL), (len(text), len(text) + 6, Component.ANSWER)]
+
+
+@pytest.mark.parametrize("between", ["[ARGS]", " [ARGS] ", "[CALL_ID]abc123def[ARGS]", ""])
+def test_mistral_calls_with_ids_and_without_markers_are_read(between: str):
+    assert Mistral().parse(f'[TOOL_CALLS]f{between}{{"i": 1}}'.encode(), TOOLS).attempts == [ToolCall("f", {"i": 1})]

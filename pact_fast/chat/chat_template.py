@@ -155,9 +155,10 @@ class ChatTemplate:
 
     @functools.cached_property
     def generation_prompt(self) -> str:
-        """The text that the template writes for `add_generation_prompt`."""
+        """The text that the template writes for `add_generation_prompt`; empty if a turn follows a question at once."""
         shown, asked = (self.render([QUESTION], [PROBE_TOOL], generate=generate) for generate in (False, True))
-        if not asked.startswith(shown) or asked == shown:
+        answered = self.render([QUESTION, {"role": "assistant", "content": _MARKER}], [PROBE_TOOL])
+        if not asked.startswith(shown) or (asked == shown and not answered.startswith(shown + _MARKER)):
             raise PactError(
                 "the chat template has no generation prompt (add_generation_prompt changes nothing); set "
                 "model.chat_template to one that has"

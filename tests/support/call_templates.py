@@ -1,0 +1,44 @@
+"""Small chat templates that write tool calls as well-known models do, each with a tokenizer that has its tokens."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+from transformers import PreTrainedTokenizerFast
+
+from tests.support.chat_tokenizers import build
+
+_TOKEN = re.compile(r"<[|｜][^<>{}\s]+[|｜]>|\[/?[A-Z_]+\]|</?s>")
+
+_MISTRAL = """<s>{% for m in messages %}
+{%- if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]{% endif %}
+{%- if loop.first and tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
+{%- if m.role == 'user' %}[INST]{{ m.content }}[/INST]
+{%- elif m.role == 'assistant' %}{{ m.content }}{% if m.tool_calls %}CALLS{% endif %}</s>
+{%- elif m.role == 'tool' %}RESULT{% endif %}
+{%- endfor %}"""
+_NINE = "{% if m.tool_call_id | length != 9 %}{{ raise_exception('an id has nine characters') }}{% endif %}"
+_LIST = """{% for c in m.tool_calls %}{% set call = c.function | tojson %}{{ call[:-1] }}, "id": "{{ c.id }}"}
+{%- if not loop.last %}, {% endif %}{% endfor %}]"""
+TEMPLATES = {
+    "mistral": _MISTRAL.replace(
+        "CALLS",
+        "{% for c in m.tool_calls %}[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}{% endfor %}",
+    ).replace("RESULT", "[TOOL_RESULTS]{{ m.content }}[/TOOL_RESULTS]"),
+    "mistral_json": _MISTRAL.replace("CALLS", "[TOOL_CALLS] [" + _LIST).replace(
+        "RESULT",
+        _NINE + '[TOOL_RESULTS] {"content": {{ m.content }}, "call_id": "{{ m.tool_call_id }}"}[/TOOL_RESULTS]',
+    ),
+    "mistral_json, no blank": _MISTRAL.replace("CALLS", "[TOOL_CALLS][" + _LIST).replace(
+        "RESULT", _NINE + '[TOOL_RESULTS]{"content": {{ m.content }}, "call_id": "{{ m.tool_call_id }}"}[/TOOL_RESULTS]'
+    ),
+}
+
+
+@functools.cache
+def tokenizer_for(name: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with this template, and its markers as special tokens."""
+    source = TEMPLATES[name]
+    special = tuple(dict.fromkeys(("<|endoftext|>", *_TOKEN.findall(source))))
+    return build(source, special, (), "</s>" if "</s>" in special else "<|endoftext|>")
