@@ -14,6 +14,9 @@ from tests.support.call_samples import CALLS, TOOLS
 from tests.support.call_templates import TEMPLATES, tokenizer_for
 
 FORMATS = {
+    "deepseek_v3": "DeepseekV3",
+    "deepseek_v3, any arguments": "DeepseekV3",
+    "deepseek_v31": "DeepseekV31",
     "mistral": "Mistral",
     "mistral_json": "MistralJson",
     "mistral_json, no blank": "MistralJson",

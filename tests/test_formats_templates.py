@@ -16,6 +16,7 @@ from tests.support.trl_templates import comparable, tokenizer_for, tool_calling
 
 pytest.importorskip("trl")  # for its chat templates
 UNKNOWN = "none of the known formats"
+NO_TOOLS = "does not show the tools"
 DIFFERS = "renders the conversation differently than before"
 HERMES = ("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl")
 QWEN3_CODER = (
@@ -39,8 +40,8 @@ ACCEPTED = {
 VARIABLES = {name: {"strftime_now": "2025-06-30"} for name in ("llama3_2", "gptoss", "gptoss_training")}
 REFUSED = {
     "llama3_2": "writes today's date",  # accepted with the date as a variable
-    "deepseekv3": "can only concatenate str",  # its template takes arguments as a string alone
-    "deepseekv3_training": UNKNOWN,
+    "deepseekv3": NO_TOOLS,
+    "deepseekv3_training": NO_TOOLS,
     "lfm2": UNKNOWN,  # its template drops the calls
     "lfm2_training": UNKNOWN,
     "diffusion_gemma": DIFFERS,  # after a result, it opens the model's turn again once the conversation goes on

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pact_fast.chat.formats.base import ToolFormat
+from pact_fast.chat.formats.deepseek_v3 import DeepseekV3
+from pact_fast.chat.formats.deepseek_v31 import CALL, SECTION, SEPARATOR, DeepseekV31
 from pact_fast.chat.formats.gemma4 import Gemma4
 from pact_fast.chat.formats.glm4_moe import Glm4Moe
 from pact_fast.chat.formats.harmony import Harmony
@@ -24,7 +26,7 @@ PYTHON_WORDS._python_words, RAW_STRINGS._escaped, NONE._null = True, False, "Non
 FORMATS = {
     "qwen3_coder": Qwen3Coder(), "qwen3_coder, Python's words": PYTHON_WORDS, "gemma4": Gemma4(), "gemma4, None": NONE,
     "glm4_moe": Glm4Moe(), "lfm2": Lfm2(), "lfm2, raw strings": RAW_STRINGS, "harmony": Harmony(),
-    "mistral": Mistral(), "mistral_json": MistralJson(),
+    "mistral": Mistral(), "mistral_json": MistralJson(), "deepseek_v3": DeepseekV3(), "deepseek_v31": DeepseekV31(),
 }  # fmt: skip
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 TYPES = {"s": "string", "i": "integer", "n": "number", "b": "boolean", "o": "object", "a": "array"}
@@ -142,6 +144,17 @@ def test_a_parameter_is_its_text_but_for_one_line_break_at_each_end(text):
         (Harmony(), " to=functions.f<|channel|>commentary json<|message|>{s: 1}", "not valid JSON"),
         (Harmony(), " to=functions.f<|channel|>commentary json<|message|>[1]", "must be a JSON object"),
         (Harmony(), " to=browser.open<|channel|>commentary json<|message|>{}", "unknown tool 'browser.open'"),
+        (DeepseekV31(), f"{CALL[0]}f{CALL[1]}", "must have the form NAME<｜tool▁sep｜>{…}"),
+        (DeepseekV31(), f"{CALL[0]}f{SEPARATOR}i=1{CALL[1]}", "not valid JSON"),
+        (DeepseekV31(), f"{CALL[0]}f{SEPARATOR}[1]{CALL[1]}", "must be a JSON object"),
+        (DeepseekV31(), f"{CALL[0]}g{SEPARATOR}{{}}{CALL[1]}", "unknown tool 'g'; tools: f"),
+        (DeepseekV31(), f"{SECTION[0]}{CALL[0]}f{SEPARATOR}{{}}", "<｜tool▁call▁begin｜> is not closed"),
+        (DeepseekV31(), f"{SECTION[0]}{CALL[0]}f{SEPARATOR}{{}}{SECTION[1]}", "<｜tool▁call▁begin｜> is not closed"),
+        (DeepseekV31(), SECTION[0], "<｜tool▁calls▁begin｜> without <｜tool▁call▁begin｜>"),
+        (DeepseekV3(), f"{CALL[0]}function{SEPARATOR}f {{}}{CALL[1]}", "a block ```json with the arguments"),
+        (DeepseekV3(), f"{CALL[0]}f\n```json\n{{}}\n```{CALL[1]}", "a block ```json with the arguments"),
+        (DeepseekV3(), f"{CALL[0]}function{SEPARATOR}f\n```json\n{{}}{CALL[1]}", "the block of the arguments is not closed"),
+        (DeepseekV3(), f"{CALL[0]}function{SEPARATOR}f\n```json\n{{i: 1}}\n```{CALL[1]}", "not valid JSON"),
         (Mistral(), "[TOOL_CALLS][ARGS]{}", "the form [TOOL_CALLS]NAME[ARGS]{…}"),
         (Mistral(), "[TOOL_CALLS]f[ARGS]i=1", "not valid JSON"),
         (Mistral(), '[TOOL_CALLS]f[ARGS]{"i": 1', "not valid JSON"),
@@ -210,3 +223,14 @@ def test_calls_of_a_list_before_a_malformed_one_are_read_and_text_behind_a_list_
 @pytest.mark.parametrize("between", ["[ARGS]", " [ARGS] ", "[CALL_ID]abc123def[ARGS]", ""])
 def test_mistral_calls_with_ids_and_without_markers_are_read(between: str):
     assert Mistral().parse(f'[TOOL_CALLS]f{between}{{"i": 1}}'.encode(), TOOLS).attempts == [ToolCall("f", {"i": 1})]
+
+
+@pytest.mark.parametrize("fmt", [DeepseekV3(), DeepseekV31()])
+def test_the_tags_of_a_section_belong_to_its_first_and_last_call(fmt: ToolFormat):
+    calls = [ToolCall("f", {"i": n, "s": "a ``` b"}) for n in range(3)]
+    written = fmt.write_calls(calls)
+    ends = [n + len(CALL[1]) for n in range(len(written)) if written.startswith(CALL[1], n)][:2]
+    turn = fmt.parse(f"So. {written}".encode(), TOOLS)
+    assert turn.attempts == calls and turn.content == "So."
+    texts = [f"So. {written}".encode()[a:b].decode() for a, b, _ in turn.spans]
+    assert texts == ["So.", " " + written[: ends[0]], written[ends[0] : ends[1]], written[ends[1] :]]

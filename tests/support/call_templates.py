@@ -21,7 +21,28 @@ _MISTRAL = """<s>{% for m in messages %}
 _NINE = "{% if m.tool_call_id | length != 9 %}{{ raise_exception('an id has nine characters') }}{% endif %}"
 _LIST = """{% for c in m.tool_calls %}{% set call = c.function | tojson %}{{ call[:-1] }}, "id": "{{ c.id }}"}
 {%- if not loop.last %}, {% endif %}{% endfor %}]"""
+_DEEPSEEK = """<s>{% for m in messages %}
+{%- if m.role == 'system' %}{{ m.content }}{% endif %}
+{%- if loop.first and tools %}{{ tools | tojson }}{% endif %}
+{%- if m.role == 'user' %}<｜User｜>{{ m.content }}<｜Assistant｜>
+{%- elif m.role == 'assistant' %}{{ m.content }}
+{%- if m.tool_calls %}<｜tool▁calls▁begin｜>{% for c in m.tool_calls %}CALL{% endfor %}<｜tool▁calls▁end｜>{% endif -%}
+<｜end▁of▁sentence｜>
+{%- elif m.role == 'tool' %}<｜tool▁output▁begin｜>{{ m.content }}<｜tool▁output▁end｜>{% endif %}
+{%- endfor %}"""
+_FENCED = """{% if not loop.first %}{{ '\\n' }}{% endif %}<｜tool▁call▁begin｜>{{ c.type }}<｜tool▁sep｜>{{ c.function.name }}
+```json
+{{ ARGUMENTS }}
+```<｜tool▁call▁end｜>"""
 TEMPLATES = {
+    "deepseek_v3": _DEEPSEEK.replace("CALL", _FENCED.replace("ARGUMENTS", "'' + c.function.arguments")),
+    "deepseek_v3, any arguments": _DEEPSEEK.replace(
+        "CALL", _FENCED.replace("ARGUMENTS", "c.function.arguments | tojson")
+    ),
+    "deepseek_v31": _DEEPSEEK.replace(
+        "CALL",
+        "{{ '<｜tool▁call▁begin｜>' + c.function.name + '<｜tool▁sep｜>' + c.function.arguments + '<｜tool▁call▁end｜>' }}",
+    ),
     "mistral": _MISTRAL.replace(
         "CALLS",
         "{% for c in m.tool_calls %}[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}{% endfor %}",

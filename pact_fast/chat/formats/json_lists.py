@@ -63,8 +63,8 @@ def _read_list(
             return [*found, (begin, _closed(data, offset + at + 1, closing), attempt)]
         if not text.startswith(",", at):
             return [*found, (begin, len(data), "the list of calls is not closed; end it with ]")]
-        found.append((begin, offset + at + 1, attempt))
-        begin, at = offset + at + 1, _skip(text, at + 1)
+        found.append((begin, offset + end, attempt))
+        begin, at = offset + end, _skip(text, at + 1)  # the comma belongs to the call after it
 
 
 def _closed(data: bytes, end: int, closing: bytes) -> int:
