@@ -11,8 +11,10 @@ from pact_fast.chat.formats.deepseek_v3 import DeepseekV3
 from pact_fast.chat.formats.deepseek_v31 import CALL, SECTION, SEPARATOR, DeepseekV31
 from pact_fast.chat.formats.gemma4 import Gemma4
 from pact_fast.chat.formats.glm4_moe import Glm4Moe
+from pact_fast.chat.formats.granite import Granite
 from pact_fast.chat.formats.harmony import Harmony
 from pact_fast.chat.formats.lfm2 import Lfm2
+from pact_fast.chat.formats.minimax_m2 import MinimaxM2
 from pact_fast.chat.formats.mistral import Mistral
 from pact_fast.chat.formats.mistral_json import MistralJson
 from pact_fast.chat.formats.python_calls import read_calls
@@ -27,6 +29,7 @@ FORMATS = {
     "qwen3_coder": Qwen3Coder(), "qwen3_coder, Python's words": PYTHON_WORDS, "gemma4": Gemma4(), "gemma4, None": NONE,
     "glm4_moe": Glm4Moe(), "lfm2": Lfm2(), "lfm2, raw strings": RAW_STRINGS, "harmony": Harmony(),
     "mistral": Mistral(), "mistral_json": MistralJson(), "deepseek_v3": DeepseekV3(), "deepseek_v31": DeepseekV31(),
+    "granite": Granite(), "minimax_m2": MinimaxM2(),
 }  # fmt: skip
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 TYPES = {"s": "string", "i": "integer", "n": "number", "b": "boolean", "o": "object", "a": "array"}
@@ -155,6 +158,15 @@ def test_a_parameter_is_its_text_but_for_one_line_break_at_each_end(text):
         (DeepseekV3(), f"{CALL[0]}f\n```json\n{{}}\n```{CALL[1]}", "a block ```json with the arguments"),
         (DeepseekV3(), f"{CALL[0]}function{SEPARATOR}f\n```json\n{{}}{CALL[1]}", "the block of the arguments is not closed"),
         (DeepseekV3(), f"{CALL[0]}function{SEPARATOR}f\n```json\n{{i: 1}}\n```{CALL[1]}", "not valid JSON"),
+        (Granite(), "<|tool_call|>f(i=1)", "must be a JSON list"),
+        (Granite(), "<|tool_call|>[]<|/tool_call|>", "the list of calls is empty"),
+        (Granite(), '<|tool_call|>[{"name": "g", "arguments": {}}]<|/tool_call|>', "unknown tool 'g'; tools: f"),
+        (MinimaxM2(), "<minimax:tool_call>\n</minimax:tool_call>", "<minimax:tool_call> without <invoke"),
+        (MinimaxM2(), "<invoke>\n</invoke>", 'must begin with <invoke name="NAME">'),
+        (MinimaxM2(), '<minimax:tool_call><invoke name="f"></minimax:tool_call>', "<invoke is not closed"),
+        (MinimaxM2(), '<invoke name="f"><parameter name="s">x</invoke>', "the value of 's' is not closed"),
+        (MinimaxM2(), '<invoke name="f">s=x</invoke>', 'expected <parameter name="KEY">'),
+        (MinimaxM2(), '<invoke name="f"><parameter name="i">x</parameter></invoke>', "'i' must be integer, not string"),
         (Mistral(), "[TOOL_CALLS][ARGS]{}", "the form [TOOL_CALLS]NAME[ARGS]{…}"),
         (Mistral(), "[TOOL_CALLS]f[ARGS]i=1", "not valid JSON"),
         (Mistral(), '[TOOL_CALLS]f[ARGS]{"i": 1', "not valid JSON"),

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.support.chat_tokenizers import build
 
-_TOKEN = re.compile(r"<[|｜][^<>{}\s]+[|｜]>|\[/?[A-Z_]+\]|</?s>")
+_TOKEN = re.compile(r"<[|｜][^<>{}\s]+[|｜]>|</?minimax:tool_call>|\[/?[A-Z_]+\]|</?s>")
 
 _MISTRAL = """<s>{% for m in messages %}
 {%- if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]{% endif %}
@@ -34,7 +34,23 @@ _FENCED = """{% if not loop.first %}{{ '\\n' }}{% endif %}<｜tool▁call▁begi
 ```json
 {{ ARGUMENTS }}
 ```<｜tool▁call▁end｜>"""
+_ROLES = """{% macro begin(role) %}{{ '<|start_of_role|>' + role + '<|end_of_role|>' }}{% endmacro %}
+{%- if tools %}{{ begin('tools') }}{{ tools | tojson }}<|end_of_text|>
+{% endif %}
+{%- for m in messages %}{{ begin(m.role) }}{{ m.content }}{% if m.tool_calls %}CALLS{% endif %}<|end_of_text|>
+{% endfor %}
+{%- if add_generation_prompt %}{{ begin('assistant') }}{% endif %}"""
+_ARRAY = "[{% for c in m.tool_calls %}{{ c.function | tojson }}{% if not loop.last %}, {% endif %}{% endfor %}]"
+_INVOKE = """{{ '\\n' if m.content }}<minimax:tool_call>
+{% for c in m.tool_calls %}<invoke name="{{ c.function.name }}">
+{% for k, v in c.function.arguments.items() %}<parameter name="{{ k }}">
+{%- if v is string %}{{ v }}{% else %}{{ v | tojson }}{% endif %}</parameter>
+{% endfor %}</invoke>
+{% endfor %}</minimax:tool_call>"""
 TEMPLATES = {
+    "granite": _ROLES.replace("CALLS", "<|tool_call|>" + _ARRAY),
+    "granite, closed": _ROLES.replace("CALLS", "<|tool_call|>" + _ARRAY + "<|/tool_call|>"),
+    "minimax_m2": _ROLES.replace("CALLS", _INVOKE),
     "deepseek_v3": _DEEPSEEK.replace("CALL", _FENCED.replace("ARGUMENTS", "'' + c.function.arguments")),
     "deepseek_v3, any arguments": _DEEPSEEK.replace(
         "CALL", _FENCED.replace("ARGUMENTS", "c.function.arguments | tojson")

@@ -51,7 +51,7 @@ def find_tagged(
             )
             opened = None
         else:
-            what = closing if tag.group().startswith(last) else tag.group().decode()
+            what = next(text for text in (closing, *(section or ())) if tag.group().startswith(text.encode()))
             found.append(Tagged(tag.start(), tag.end(), error=f"{what} without {opening}"))
     if opened:
         error = f"{opening} is not closed; end every call with {closing}"
@@ -60,12 +60,12 @@ def find_tagged(
 
 
 def _tags(opening: bytes, closing: bytes, section: tuple[str, str] | None) -> re.Pattern[bytes]:
-    """A pattern of either tag, with the tag of the section beside it; or of a tag of the section alone."""
+    """A pattern of either tag, with the tag of the section beside it; or of the section without a call."""
     first, last = map(re.escape, (opening, closing))
     if section is None:
         return re.compile(first + b"|" + last)
     begin, end = (re.escape(tag.encode()) for tag in section)
-    return re.compile(rb"(?:%b\s*)?%b|%b(?:\s*%b)?|%b|%b" % (begin, first, last, end, begin, end))
+    return re.compile(rb"(?:%b\s*)?%b|%b(?:\s*%b)?|%b(?:\s*%b)?|%b" % (begin, first, last, end, begin, end, end))
 
 
 def read_pairs(
