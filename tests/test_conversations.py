@@ -206,7 +206,12 @@ def test_templates_that_keep_what_they_wrote_are_accepted(name):
 
 @pytest.mark.parametrize(
     ("name", "variables"),
-    [("qwen3_6", {"preserve_thinking": True}), ("nemotron_3_nano", {"truncate_history_thinking": False})],
+    [
+        ("qwen3_6", {"preserve_thinking": True}),
+        ("nemotron_3_nano", {"truncate_history_thinking": False}),
+        ("qwen3", {"enable_thinking": False}),  # no reasoning that could be dropped
+        ("qwen3_5_think", {"enable_thinking": False}),
+    ],
 )
 def test_a_variable_of_the_template_may_cure_it(name, variables):
     check_user_turns(ChatRenderer(tokenizer_for(name), None, variables))

@@ -185,7 +185,7 @@ WRONG = [
     ("row", -1, "row -1 of token 3"),
     ("target", VOCAB, f"target {VOCAB} of token 3 is outside the vocabulary of {VOCAB}"),
     ("context", 3, "context 3 of token 3 is no LossContext"),
-    ("component", 5, "component 5 of token 3 is no Component"),
+    ("component", 6, "component 6 of token 3 is no Component"),
     ("component", -1, "component -1 of token 3"),
     ("temperature", 0.0, "temperature 0.0 of token 3 must be positive"),
     ("temperature", -0.5, "temperature -0.5 of token 3"),

@@ -55,8 +55,11 @@ def _check_reasoning_kept(renderer: ChatRenderer) -> None:
     """What a template writes of a turn's reasoning must still stand there once the user has spoken again.
 
     Many templates drop it then (Qwen3's: `loop.index0 > ns.last_query_index`). The tokens of a trajectory are appended and
-    stay, so that the model would be trained in a context that the template never writes.
+    stay, so that the model would be trained in a context that the template never writes. Where the generation prompt closes
+    the reasoning (`enable_thinking: false`), turns have none to drop.
     """
+    if renderer.template.generation_prompt.rstrip().endswith(renderer.format.think[1]):
+        return
     (_, calls, results), *_ = _tool_turns(renderer)
     first = [*_PROMPT, {**call_message(*calls), "reasoning_content": _REASONING}, *results]
     answer: Message = {"role": "assistant", "content": "It is him.", "reasoning_content": "Sure."}
@@ -66,8 +69,9 @@ def _check_reasoning_kept(renderer: ChatRenderer) -> None:
         if _REASONING in before and _REASONING not in after:
             raise PactError(
                 "the chat template drops the reasoning of earlier turns once the user speaks again, so a dialogue with a "
-                "user cannot be appended; set model.chat_template to a copy that keeps it (TRL's *_training.jinja), or "
-                "the template's own switch in model.chat_template_kwargs (docs/conversations.md)"
+                "user cannot be appended; set model.chat_template to a copy that keeps it (TRL's *_training.jinja), or, in "
+                "model.chat_template_kwargs, the template's own switch for it or {enable_thinking: false} "
+                "(docs/conversations.md)"
             )
 
 

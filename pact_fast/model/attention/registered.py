@@ -63,7 +63,7 @@ def registered_name(before: str | None) -> str:
     if before in _before:
         return before
     name = PREFIX + before.replace("/", "_").replace(":", "_").replace("|", "_")
-    if name not in _before:
+    if name not in ALL_ATTENTION_FUNCTIONS:
         _before[name] = before
         AttentionInterface.register(name, _attention_over(before))
         AttentionMaskInterface.register(name, _mask_over(before))
