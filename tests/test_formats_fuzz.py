@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 
 from pact_fast.chat.formats.base import ToolFormat
+from pact_fast.chat.formats.deepseek_v3 import DeepseekV3
+from pact_fast.chat.formats.deepseek_v31 import DeepseekV31
 from pact_fast.chat.formats.gemma4 import Gemma4
 from pact_fast.chat.formats.glm4_moe import Glm4Moe
+from pact_fast.chat.formats.granite import Granite
 from pact_fast.chat.formats.harmony import Harmony
 from pact_fast.chat.formats.hermes import Hermes
 from pact_fast.chat.formats.json_calls import MAX_ERROR, error_observation
 from pact_fast.chat.formats.lfm2 import Lfm2
 from pact_fast.chat.formats.llama3_json import Llama3Json
+from pact_fast.chat.formats.minimax_m2 import MinimaxM2
+from pact_fast.chat.formats.mistral import Mistral
+from pact_fast.chat.formats.mistral_json import MistralJson
 from pact_fast.chat.formats.qwen3_coder import Qwen3Coder
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
@@ -24,7 +30,21 @@ from tests.support.chat_tokenizers import chatml_like, llama3_like
 
 FORMATS = pytest.mark.parametrize(
     "fmt",
-    [Hermes(), Llama3Json(), Qwen3Coder(), Gemma4(), Lfm2(), Glm4Moe(), Harmony()],
+    [
+        Hermes(),
+        Llama3Json(),
+        Qwen3Coder(),
+        Gemma4(),
+        Lfm2(),
+        Glm4Moe(),
+        Harmony(),
+        Mistral(),
+        MistralJson(),
+        DeepseekV3(),
+        DeepseekV31(),
+        Granite(),
+        MinimaxM2(),
+    ],
     ids=lambda f: type(f).__name__,
 )
 SEEDS = [
@@ -39,6 +59,10 @@ SPLICES = [
     b"<arg_key>x</arg_key>", b"<arg_value>", b"</arg_value>",
     b"<function=", b"</function>", b"<parameter=x>", b"</parameter>", b"<|tool_call>", b"<tool_call|>", b'<|"|>', b"call:f{",
     b"<|channel>thought", b"<channel|>", b"<|tool_call_start|>[", b"]<|tool_call_end|>", b"f(x=", b")", b"'", b"True",
+    "<｜tool▁call▁begin｜>".encode(), "<｜tool▁call▁end｜>".encode(), "<｜tool▁sep｜>".encode(), b"```", b"\n```json\n",
+    "<｜tool▁calls▁begin｜>".encode(), "<｜tool▁calls▁end｜>".encode(),
+    b"<|tool_call|>", b"<|/tool_call|>", b"<minimax:tool_call>", b"</minimax:tool_call>", b'<invoke name="f">', b"</invoke>",
+    b'<parameter name="x">', b"[TOOL_CALLS]", b"[ARGS]", b"[CALL_ID]", b"[THINK]", b"[TOOL_CALLS] [{",
     b"\\ud800", b"\xff", b"\xc3", b"\x00", b"null", b"\n", b"9" * 5000, b"[" * 3000, b'{"name":' * 500,
 ]  # fmt: skip
 TOOLS = [
@@ -130,6 +154,14 @@ LONG_TAGS = [  # of the formats with tags
     b"<|tool_call>", b"<|tool_call>call:f{", b"{x:", b'<|"|>', b"call:f{x:[", b'<|"|>,', b"<|channel>", b"x:11111111,", b"[1,",
     b"<|message|>", b"<|end|>", b"<|start|>assistant", b"to=", b"to=f<|message|>{}<|call|>", b"<|end|><|start|>assistant",
     b"<|tool_call_start|>", b"<|tool_call_start|>[f(", b"f(x='", b"f(x=1), ", b"'", b"' ", b"x='a', ", b"\\'", b"[[",
+    b"[TOOL_CALLS]", b"[TOOL_CALLS]f[ARGS]{", b"[TOOL_CALLS]f[ARGS]{} ", b"[TOOL_CALLS]f", b"[ARGS]", b"[CALL_ID]",
+    b"[TOOL_CALLS][", b'[TOOL_CALLS] [{"name":"f","arguments":{}}', b'{"name":"f","arguments":{}},', b"{},",
+    "<｜tool▁calls▁begin｜>".encode(), "<｜tool▁calls▁begin｜> ".encode(), "<｜tool▁call▁begin｜>".encode(), b"``` ",
+    "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>".encode(), "<｜tool▁call▁end｜> ".encode(), b"```json",
+    "<｜tool▁calls▁end｜>".encode(), "<｜tool▁sep｜>".encode(),
+    b"<|tool_call|>[", b'<|tool_call|>[{"name":"f","arguments":{}}', b"<|/tool_call|>", b"]<|/tool_call|>",
+    b"<minimax:tool_call>", b"<minimax:tool_call> ", b"<invoke", b'<invoke name="f">', b"</invoke> ", b'<parameter name="x">',
+    b"</parameter> ", b'<parameter name="x"></parameter>',
 ]  # fmt: skip
 
 
@@ -143,6 +175,18 @@ FRAMES = {
     Glm4Moe: [(b"<tool_call>f", b"</tool_call>"), (b"<tool_call>f<arg_key>x</arg_key><arg_value>", b"</tool_call>")],
     Gemma4: [(b"<|tool_call>call:f{", b"}<tool_call|>"), (b"<|tool_call>call:f{x:[", b"]}<tool_call|>")],
     Harmony: [(b" to=functions.f<|message|>", b"<|call|>"), (b"<|channel|>analysis<|message|>", b"<|end|>")],
+    DeepseekV3: [
+        ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n".encode(), "\n```<｜tool▁call▁end｜>".encode())
+    ],
+    DeepseekV31: [("<｜tool▁call▁begin｜>f<｜tool▁sep｜>".encode(), "<｜tool▁call▁end｜>".encode())],
+    Granite: [(b"<|tool_call|>[", b"]"), (b'<|tool_call|>[{"name": "f", "arguments": {"x": ', b"}}]<|/tool_call|>")],
+    MinimaxM2: [
+        (b"<minimax:tool_call>", b"</minimax:tool_call>"),
+        (b'<invoke name="f">', b"</invoke>"),
+        (b'<invoke name="f"><parameter name="x">', b"</parameter></invoke>"),
+    ],
+    Mistral: [(b'[TOOL_CALLS]f[ARGS]{"x":', b"}"), (b"[TOOL_CALLS]", b"[ARGS]{}"), (b"[TOOL_CALLS]f[CALL_ID]", b"")],
+    MistralJson: [(b"[TOOL_CALLS] [", b"]"), (b'[TOOL_CALLS] [{"name": "f", "arguments": {"x": ', b"}}]")],
     Lfm2: [
         (b"<|tool_call_start|>[", b"]<|tool_call_end|>"),
         (b"<|tool_call_start|>[f(", b")]<|tool_call_end|>"),

@@ -9,13 +9,14 @@ from pact_fast.chat.chat_template import QUESTION
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.chat.template_check import check_template
 from pact_fast.components import Component
-from pact_fast.data.types import ToolCall
 from pact_fast.errors import PactError
+from tests.support.call_samples import CALLS, TOOLS
 from tests.support.chat_tokenizers import build, template
 from tests.support.trl_templates import comparable, tokenizer_for, tool_calling
 
 pytest.importorskip("trl")  # for its chat templates
 UNKNOWN = "none of the known formats"
+NO_TOOLS = "does not show the tools"
 DIFFERS = "renders the conversation differently than before"
 HERMES = ("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl")
 QWEN3_CODER = (
@@ -39,8 +40,8 @@ ACCEPTED = {
 VARIABLES = {name: {"strftime_now": "2025-06-30"} for name in ("llama3_2", "gptoss", "gptoss_training")}
 REFUSED = {
     "llama3_2": "writes today's date",  # accepted with the date as a variable
-    "deepseekv3": "can only concatenate str",  # its template takes arguments as a string alone
-    "deepseekv3_training": UNKNOWN,
+    "deepseekv3": NO_TOOLS,
+    "deepseekv3_training": NO_TOOLS,
     "lfm2": UNKNOWN,  # its template drops the calls
     "lfm2_training": UNKNOWN,
     "diffusion_gemma": DIFFERS,  # after a result, it opens the model's turn again once the conversation goes on
@@ -50,35 +51,6 @@ REFUSED = {
     "muse_glimmer": UNKNOWN,
     "muse_glimmer_training": UNKNOWN,
 }
-PROPERTIES = {
-    "text": {"type": "string", "description": "t"},
-    "count": {"type": "integer", "description": "c"},
-    "share": {"type": "number", "description": "s"},
-    "flag": {"type": "boolean", "description": "f"},
-    "maybe": {"type": "string", "nullable": True, "description": "m"},
-    "nested": {"type": "object", "description": "n"},
-    "items": {"type": "array", "description": "i", "items": {"type": "string"}},
-}
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "f",
-            "description": "d",
-            "parameters": {"type": "object", "properties": PROPERTIES, "required": []},
-        },
-    }
-]
-CALLS = [
-    ToolCall("f", {"text": 'a "b" é 中 🙂'}),
-    ToolCall("f", {"text": "7", "count": 7}),
-    ToolCall("f", {"text": "true", "flag": True}),
-    ToolCall("f", {"flag": False, "maybe": None, "share": -0.25}),
-    ToolCall("f", {"text": "<b>1 & 2</b> {[\\n]} | ' \\ , ;"}),
-    ToolCall("f", {"text": "two\nlines", "nested": {"a": {"b": [1, "x", None, True]}, "é": 1.5}}),
-    ToolCall("f", {"items": ["a", "7", ""]}),
-    ToolCall("f", {}),
-]
 
 
 def renderer_for(name: str) -> ChatRenderer:

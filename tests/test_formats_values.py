@@ -7,10 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pact_fast.chat.formats.base import ToolFormat
+from pact_fast.chat.formats.deepseek_v3 import DeepseekV3
+from pact_fast.chat.formats.deepseek_v31 import CALL, SECTION, SEPARATOR, DeepseekV31
 from pact_fast.chat.formats.gemma4 import Gemma4
 from pact_fast.chat.formats.glm4_moe import Glm4Moe
+from pact_fast.chat.formats.granite import Granite
 from pact_fast.chat.formats.harmony import Harmony
 from pact_fast.chat.formats.lfm2 import Lfm2
+from pact_fast.chat.formats.minimax_m2 import MinimaxM2
+from pact_fast.chat.formats.mistral import Mistral
+from pact_fast.chat.formats.mistral_json import MistralJson
 from pact_fast.chat.formats.python_calls import read_calls
 from pact_fast.chat.formats.qwen3_coder import Qwen3Coder
 from pact_fast.chat.formats.typed_values import read_value
@@ -22,6 +28,8 @@ PYTHON_WORDS._python_words, RAW_STRINGS._escaped, NONE._null = True, False, "Non
 FORMATS = {
     "qwen3_coder": Qwen3Coder(), "qwen3_coder, Python's words": PYTHON_WORDS, "gemma4": Gemma4(), "gemma4, None": NONE,
     "glm4_moe": Glm4Moe(), "lfm2": Lfm2(), "lfm2, raw strings": RAW_STRINGS, "harmony": Harmony(),
+    "mistral": Mistral(), "mistral_json": MistralJson(), "deepseek_v3": DeepseekV3(), "deepseek_v31": DeepseekV31(),
+    "granite": Granite(), "minimax_m2": MinimaxM2(),
 }  # fmt: skip
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 TYPES = {"s": "string", "i": "integer", "n": "number", "b": "boolean", "o": "object", "a": "array"}
@@ -139,6 +147,37 @@ def test_a_parameter_is_its_text_but_for_one_line_break_at_each_end(text):
         (Harmony(), " to=functions.f<|channel|>commentary json<|message|>{s: 1}", "not valid JSON"),
         (Harmony(), " to=functions.f<|channel|>commentary json<|message|>[1]", "must be a JSON object"),
         (Harmony(), " to=browser.open<|channel|>commentary json<|message|>{}", "unknown tool 'browser.open'"),
+        (DeepseekV31(), f"{CALL[0]}f{CALL[1]}", "must have the form NAME<｜tool▁sep｜>{…}"),
+        (DeepseekV31(), f"{CALL[0]}f{SEPARATOR}i=1{CALL[1]}", "not valid JSON"),
+        (DeepseekV31(), f"{CALL[0]}f{SEPARATOR}[1]{CALL[1]}", "must be a JSON object"),
+        (DeepseekV31(), f"{CALL[0]}g{SEPARATOR}{{}}{CALL[1]}", "unknown tool 'g'; tools: f"),
+        (DeepseekV31(), f"{SECTION[0]}{CALL[0]}f{SEPARATOR}{{}}", "<｜tool▁call▁begin｜> is not closed"),
+        (DeepseekV31(), f"{SECTION[0]}{CALL[0]}f{SEPARATOR}{{}}{SECTION[1]}", "<｜tool▁call▁begin｜> is not closed"),
+        (DeepseekV31(), SECTION[0], "<｜tool▁calls▁begin｜> without <｜tool▁call▁begin｜>"),
+        (DeepseekV3(), f"{CALL[0]}function{SEPARATOR}f {{}}{CALL[1]}", "a block ```json with the arguments"),
+        (DeepseekV3(), f"{CALL[0]}f\n```json\n{{}}\n```{CALL[1]}", "a block ```json with the arguments"),
+        (DeepseekV3(), f"{CALL[0]}function{SEPARATOR}f\n```json\n{{}}{CALL[1]}", "the block of the arguments is not closed"),
+        (DeepseekV3(), f"{CALL[0]}function{SEPARATOR}f\n```json\n{{i: 1}}\n```{CALL[1]}", "not valid JSON"),
+        (Granite(), "<|tool_call|>f(i=1)", "must be a JSON list"),
+        (Granite(), "<|tool_call|>[]<|/tool_call|>", "the list of calls is empty"),
+        (Granite(), '<|tool_call|>[{"name": "g", "arguments": {}}]<|/tool_call|>', "unknown tool 'g'; tools: f"),
+        (MinimaxM2(), "<minimax:tool_call>\n</minimax:tool_call>", "<minimax:tool_call> without <invoke"),
+        (MinimaxM2(), "<invoke>\n</invoke>", 'must begin with <invoke name="NAME">'),
+        (MinimaxM2(), '<minimax:tool_call><invoke name="f"></minimax:tool_call>', "<invoke is not closed"),
+        (MinimaxM2(), '<invoke name="f"><parameter name="s">x</invoke>', "the value of 's' is not closed"),
+        (MinimaxM2(), '<invoke name="f">s=x</invoke>', 'expected <parameter name="KEY">'),
+        (MinimaxM2(), '<invoke name="f"><parameter name="i">x</parameter></invoke>', "'i' must be integer, not string"),
+        (Mistral(), "[TOOL_CALLS][ARGS]{}", "the form [TOOL_CALLS]NAME[ARGS]{…}"),
+        (Mistral(), "[TOOL_CALLS]f[ARGS]i=1", "not valid JSON"),
+        (Mistral(), '[TOOL_CALLS]f[ARGS]{"i": 1', "not valid JSON"),
+        (Mistral(), '[TOOL_CALLS]f[ARGS]{"i": "x"}', "f: argument 'i' must be integer, not string"),
+        (Mistral(), "[TOOL_CALLS]g[ARGS]{}", "unknown tool 'g'; tools: f"),
+        (MistralJson(), "[TOOL_CALLS] f(i=1)", "must be a JSON list"),
+        (MistralJson(), "[TOOL_CALLS] []", "the list of calls is empty"),
+        (MistralJson(), '[TOOL_CALLS] [{"name": "f"', "not valid JSON"),
+        (MistralJson(), '[TOOL_CALLS] [{"name": "f"} {"name": "f"}]', "the list of calls is not closed"),
+        (MistralJson(), '[TOOL_CALLS] [{"name": "g", "arguments": {}}]', "unknown tool 'g'; tools: f"),
+        (MistralJson(), f'[TOOL_CALLS] [{{"name": "f", "arguments": {{"a": {"[" * 99}{"]" * 99}}}}}]', "nested deeper than 64"),
     ],
 )  # fmt: skip
 def test_malformed_calls_say_why(fmt: ToolFormat, text: str, reason: str):
@@ -179,3 +218,31 @@ def test_calls_before_a_malformed_one_are_read():
     found = read_calls("[f(i=1), f(s='it's \"a\" \\u00e9\\n'), f(i=]", TOOLS, 64)
     assert [attempt for _, attempt in found[:2]] == [ToolCall("f", {"i": 1}), ToolCall("f", {"s": 'it\'s "a" é\n'})]
     assert isinstance(found[2][1], str) and len(found) == 3
+
+
+def test_calls_of_a_list_before_a_malformed_one_are_read_and_text_behind_a_list_is_an_answer():
+    call = '{"name": "f", "arguments": {"i": 1}}'
+    turn = MistralJson().parse(f"[TOOL_CALLS] [{call}, {{]".encode(), TOOLS)
+    assert (
+        turn.attempts[0] == ToolCall("f", {"i": 1}) and "not valid JSON" in turn.errors[0] and len(turn.attempts) == 2
+    )
+    for fmt, text in ((MistralJson(), f"[TOOL_CALLS] [{call}]"), (Mistral(), '[TOOL_CALLS]f[ARGS]{"i": 1}')):
+        turn = fmt.parse(f"{text} Wait.".encode(), TOOLS)
+        assert (turn.attempts, turn.content) == ([ToolCall("f", {"i": 1})], "Wait.")
+        assert turn.spans == [(0, len(text), Component.TOOL_CALL), (len(text), len(text) + 6, Component.ANSWER)]
+
+
+@pytest.mark.parametrize("between", ["[ARGS]", " [ARGS] ", "[CALL_ID]abc123def[ARGS]", ""])
+def test_mistral_calls_with_ids_and_without_markers_are_read(between: str):
+    assert Mistral().parse(f'[TOOL_CALLS]f{between}{{"i": 1}}'.encode(), TOOLS).attempts == [ToolCall("f", {"i": 1})]
+
+
+@pytest.mark.parametrize("fmt", [DeepseekV3(), DeepseekV31()])
+def test_the_tags_of_a_section_belong_to_its_first_and_last_call(fmt: ToolFormat):
+    calls = [ToolCall("f", {"i": n, "s": "a ``` b"}) for n in range(3)]
+    written = fmt.write_calls(calls)
+    ends = [n + len(CALL[1]) for n in range(len(written)) if written.startswith(CALL[1], n)][:2]
+    turn = fmt.parse(f"So. {written}".encode(), TOOLS)
+    assert turn.attempts == calls and turn.content == "So."
+    texts = [f"So. {written}".encode()[a:b].decode() for a, b, _ in turn.spans]
+    assert texts == ["So.", " " + written[: ends[0]], written[ends[0] : ends[1]], written[ends[1] :]]

@@ -68,7 +68,7 @@ class ChatTemplate:
 
         Calls and results have the ids of their row, unless the template needs ids: then they have those of `call_ids`.
         """
-        messages = with_call_ids(messages) if self._needs_ids else messages
+        messages = self._fitting(with_call_ids(messages) if self._needs_ids else messages)
         return self._render(messages, tools, generate, **variables)
 
     def _render(
@@ -105,13 +105,23 @@ class ChatTemplate:
     @functools.cached_property
     def _needs_ids(self) -> bool:
         """Whether the template renders calls and their results only with call ids (Mistral's do)."""
-        conversation = _probe_calls(1)
+        conversation = self._fitting(_probe_calls(1))
         return not self._renders(conversation) and self._renders(with_call_ids(conversation))
+
+    @functools.cached_property
+    def _needs_text(self) -> bool:
+        """Whether the template takes the arguments of a call as JSON text alone (DeepSeek's add them to a string)."""
+        conversation = with_call_ids(_probe_calls(1))
+        return not self._renders(conversation) and self._renders(_with_text_arguments(conversation))
+
+    def _fitting(self, messages: Sequence[Message]) -> Sequence[Message]:
+        return _with_text_arguments(messages) if self._needs_text else messages
 
     @functools.cached_property
     def several_calls(self) -> bool:
         """Whether the template renders turns with more than one call (Llama 3.1's and gpt-oss's do not)."""
-        return self._renders(with_call_ids(_probe_calls(2)) if self._needs_ids else _probe_calls(2), calls=2)
+        conversation = self._fitting(_probe_calls(2))
+        return self._renders(with_call_ids(conversation) if self._needs_ids else conversation, calls=2)
 
     def _renders(self, messages: Sequence[Message], calls: int = 1) -> bool:
         """Whether the template takes the messages, and writes that many calls of them."""
@@ -155,9 +165,10 @@ class ChatTemplate:
 
     @functools.cached_property
     def generation_prompt(self) -> str:
-        """The text that the template writes for `add_generation_prompt`."""
+        """The text that the template writes for `add_generation_prompt`; empty if a turn follows a question at once."""
         shown, asked = (self.render([QUESTION], [PROBE_TOOL], generate=generate) for generate in (False, True))
-        if not asked.startswith(shown) or asked == shown:
+        answered = self.render([QUESTION, {"role": "assistant", "content": _MARKER}], [PROBE_TOOL])
+        if not asked.startswith(shown) or (asked == shown and not answered.startswith(shown + _MARKER)):
             raise PactError(
                 "the chat template has no generation prompt (add_generation_prompt changes nothing); set "
                 "model.chat_template to one that has"
@@ -238,6 +249,22 @@ def call_message(*calls: ToolCall) -> Message:
     """An assistant message with these tool calls."""
     entries = [{"type": "function", "function": call.to_json()} for call in calls]
     return {"role": "assistant", "content": "", "tool_calls": entries}
+
+
+def _with_text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The messages, with the arguments of every call as JSON text."""
+    return [
+        {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = call["function"].get("arguments")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": text}}
 
 
 def _probe_calls(count: int) -> list[Message]:

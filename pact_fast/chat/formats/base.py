@@ -69,9 +69,14 @@ class ToolFormat:
 
     def fit(self, template: ChatTemplate) -> ToolFormat:
         """This format, as the template writes it."""
-        fitted = copy.copy(self)
-        fitted.layout = measured_layout(template, self.write_calls([PROBE_CALL]), self.think, self.layout)
+        text = template.render_call(PROBE_CALL)
+        fitted = copy.copy(next((one for one in self.variants() if one.write_calls([PROBE_CALL]) in text), self))
+        fitted.layout = measured_layout(template, fitted.write_calls([PROBE_CALL]), self.think, self.layout)
         return fitted
+
+    def variants(self) -> Sequence[ToolFormat]:
+        """The ways in which templates write this format, where one call shows which; `fit` chooses."""
+        return [self]
 
     def pieces(self, reasoning: str, content: str, calls: Sequence[ToolCall]) -> list[tuple[str, Component]]:
         """(text, component) pieces of an assistant turn, without its end-of-turn token. Whitespace leads the next piece."""

@@ -11,6 +11,7 @@ from typing import Any
 from pact_fast.chat.tool_schema import call_error
 from pact_fast.data.types import ToolCall, ToolSchema
 
+_DECODER = json.JSONDecoder()
 MAX_DEPTH = 64  # nesting of arguments
 _SMALL = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
 MAX_ERROR = 400  # characters of an error observation
@@ -88,11 +89,22 @@ def parse_scalar(text: str) -> Any:
 
 
 def call_json(value: Any, markers: Sequence[str]) -> str:
-    """JSON without markers: their angle brackets are written as \\u003c."""
+    """JSON without markers: their angle brackets are written as \\u003c, square ones as \\u005b."""
     text = json.dumps(value, ensure_ascii=False)
     for marker in markers:
-        text = text.replace(marker, marker.replace("<", "\\u003c"))
+        text = text.replace(marker, marker.replace("<", "\\u003c").replace("[", "\\u005b"))
     return text
+
+
+def json_end(text: str, start: int) -> int | None:
+    """Where the JSON value that begins at `start` ends; None if it is malformed or nested too deep for the parser.
+
+    Bytes may be read as Latin-1: JSON's structure is ASCII, and each byte is one character.
+    """
+    try:
+        return _DECODER.raw_decode(text, start)[1]
+    except (ValueError, RecursionError):
+        return None
 
 
 def _no_constant(name: str) -> float:

@@ -24,7 +24,7 @@ def detect_format(template: ChatTemplate) -> ToolFormat:
     text = template.render_call(call)
     for name in tool_format.names():
         candidate = tool_format.get(name)()
-        if candidate.write_calls([call]) in text:
+        if any(variant.write_calls([call]) in text for variant in candidate.variants()):
             return candidate
     raise PactError(
         f"the chat template writes tool calls in none of the known formats ({', '.join(tool_format.names())}); set "

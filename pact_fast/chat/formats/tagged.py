@@ -18,29 +18,54 @@ class Tagged(NamedTuple):
     error: str = ""
 
 
-def find_tagged(data: bytes, start: int, opening: str, closing: str) -> list[Tagged]:
-    """Everything between the tags from byte `start` on, at most MAX_CALLS and one error; in order, in linear time."""
+def find_tagged(
+    data: bytes, start: int, opening: str, closing: str, section: tuple[str, str] | None = None
+) -> list[Tagged]:
+    """Everything between the tags from byte `start` on, at most MAX_CALLS and one error; in order, in linear time.
+
+    Args:
+        data: UTF-8 text of a turn.
+        start: Where the first tag may stand.
+        opening: The tag before a call.
+        closing: The tag behind it.
+        section: The tags around all calls of a turn; they belong to the first call and the last one.
+    """
     found: list[Tagged] = []
     opened: re.Match[bytes] | None = None
-    first = opening.encode()
-    for tag in re.compile(re.escape(first) + b"|" + re.escape(closing.encode())).finditer(data, start):
+    first, last = opening.encode(), closing.encode()
+    for tag in _tags(first, last, section).finditer(data, start):
         if len(found) >= MAX_CALLS:
             found.append(Tagged((opened or tag).start(), len(data), error=TOO_MANY_CALLS))
             return found
-        if tag.group() == first:
+        if tag.group().endswith(first):
             if opened:
                 error = f"{opening} is not closed before the next {opening}"
                 found.append(Tagged(opened.start(), tag.start(), error=error))
             opened = tag
-        elif opened:
+        elif opened and tag.group().startswith(last):
             found.append(Tagged(opened.start(), tag.end(), data[opened.end() : tag.start()], opened.end()))
             opened = None
+        elif opened:  # the end of the section
+            found.append(
+                Tagged(opened.start(), tag.end(), error=f"{opening} is not closed; end every call with {closing}")
+            )
+            opened = None
         else:
-            found.append(Tagged(tag.start(), tag.end(), error=f"{closing} without {opening}"))
+            what = next(text for text in (closing, *(section or ())) if tag.group().startswith(text.encode()))
+            found.append(Tagged(tag.start(), tag.end(), error=f"{what} without {opening}"))
     if opened:
         error = f"{opening} is not closed; end every call with {closing}"
         found.append(Tagged(opened.start(), len(data), error=error))
     return found
+
+
+def _tags(opening: bytes, closing: bytes, section: tuple[str, str] | None) -> re.Pattern[bytes]:
+    """A pattern of either tag, with the tag of the section beside it; or of the section without a call."""
+    first, last = map(re.escape, (opening, closing))
+    if section is None:
+        return re.compile(first + b"|" + last)
+    begin, end = (re.escape(tag.encode()) for tag in section)
+    return re.compile(rb"(?:%b\s*)?%b|%b(?:\s*%b)?|%b(?:\s*%b)?|%b" % (begin, first, last, end, begin, end, end))
 
 
 def read_pairs(
