@@ -1,7 +1,6 @@
 """Every algorithm's loss and gradients against an independent fp64 recomputation from the formulas of the method.
 
-The oracle works on whole sequences, one at a time, in plain autograd; it knows nothing of trees, rows, packs or LossTokens. A
-hidden state is a random vector that belongs to a prefix of tokens, so both sides see the same hidden states by construction.
+The oracle works on whole sequences, one at a time, in plain autograd; it knows nothing of trees, rows, packs or LossTokens.
 """
 
 import numpy as np
@@ -13,37 +12,13 @@ from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.components import Component
 from pact_fast.config import AlgorithmConfig
 from pact_fast.data.types import StopReason
-from pact_fast.kernels import LossContext, pact_loss
-from pact_fast.train.importance import set_importance_weights
-from pact_fast.train.learner import loss_tokens
-from pact_fast.tree import pack
 from tests.support.groups import GENERATED, lookup_chain_renderer, make_groups, step_context_of
-
-D, V = 12, 512
+from tests.support.loss_formulas import VOCAB, Hiddens, assert_computes, head_weight, log_pi
 
 
 @pytest.fixture(scope="module")
 def renderer():
-    return lookup_chain_renderer(V)
-
-
-class Hiddens:
-    """prefix of token ids → a leaf vector [D]."""
-
-    def __init__(self):
-        self.leaves: dict[tuple, torch.Tensor] = {}
-
-    def __call__(self, prefix) -> torch.Tensor:
-        key = tuple(int(i) for i in prefix)
-        if key not in self.leaves:
-            generator = torch.Generator().manual_seed(hash(key) % (1 << 62))
-            self.leaves[key] = torch.randn(D, dtype=torch.float64, generator=generator).requires_grad_()
-        return self.leaves[key]
-
-
-def log_pi(hiddens, weight, context, ids, n) -> torch.Tensor:
-    logits = hiddens(np.concatenate([context, ids[:n]])) @ weight.T
-    return torch.log_softmax(logits, -1)[int(ids[n])]
+    return lookup_chain_renderer(VOCAB)
 
 
 def policy_loss(hiddens, weight, group, config, context, trace: bool) -> torch.Tensor:
@@ -149,60 +124,11 @@ def test_loss_and_gradients_equal_the_formulas(renderer, case, share, merge):
     algorithm = make_algorithm(config)
     groups = make_groups(renderer, config, prompts=4, rollouts=3, use_turns=algorithm.turn_advantages)
     update = step_context_of(renderer, config, groups)
-    torch.manual_seed(0)
-    weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
-    hiddens = Hiddens()
+    weight, hiddens = head_weight(), Hiddens()
     expected = oracle(hiddens, weight, groups, config, update, renderer)
-    expected_weight, *expected_leaves = torch.autograd.grad(expected, [weight, *hiddens.leaves.values()])
-    by_prefix = dict(zip(hiddens.leaves, expected_leaves, strict=True))
-
-    plans = [algorithm.prompt_batch(group, update) for group in groups]
-    batches = pack([tree for plan in plans for tree in plan.trees], max_tokens=700, share=share, merge=merge)
-    scored = [s for plan in plans for s in plan.scored]
-    prefixes = [
-        [tuple(batch.input_ids[: q + 1][batch.subtree_end[: q + 1] > q]) for q in range(len(batch))]
-        for batch in batches
-    ]
-    rows = [torch.stack([hiddens(p).detach() for p in pack_prefixes]) for pack_prefixes in prefixes]
     needs = algorithm.requirements(sampler_differs=False)
     assert needs.old_logprob == (config.name == "pact" and config.trace.context_importance_weight == "sequence")
-    if needs.old_logprob:
-        fill_old(batches, scored, rows, weight)
-        set_importance_weights(scored, LossContext.TRACE, needs.importance[LossContext.TRACE])
-    loss, weight_grad, leaf_grads = 0.0, torch.zeros_like(weight), {}
-    for batch, hidden, pack_prefixes in zip(batches, rows, prefixes, strict=True):
-        tokens, _ = loss_tokens(batch, scored)
-        hidden.requires_grad_()
-        out = pact_loss(
-            hidden,
-            weight,
-            tokens,
-            clip=(config.epsilon, config.epsilon_high or config.epsilon),
-            is_cap=needs.is_cap,
-            backend="torch",
-        )
-        d_hidden, d_weight = torch.autograd.grad(out.loss, [hidden, weight])
-        loss += float(out.loss.detach())
-        weight_grad += d_weight
-        for prefix, gradient in zip(pack_prefixes, d_hidden, strict=True):
-            leaf_grads[prefix] = leaf_grads.get(prefix, 0) + gradient
-
-    assert expected_weight.norm() > 1e-3  # the case exercises something (at ratio 1 a policy loss itself is near zero)
-    assert loss == pytest.approx(float(expected.detach()), rel=1e-10, abs=1e-12)
-    assert (weight_grad - expected_weight).norm() <= 1e-10 * expected_weight.norm()
-    zero = torch.zeros(D, dtype=torch.float64)
-    prefixes_seen = list(set(leaf_grads) | set(by_prefix))
-    ours, theirs = (torch.stack([g.get(p, zero) for p in prefixes_seen]) for g in (leaf_grads, by_prefix))
-    assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
-
-
-def fill_old(batches, scored, rows, weight):
-    for batch, hidden in zip(batches, rows, strict=True):
-        for s in (s for s in scored if s.context != 2 and any(s.node is node for node in batch.owned)):
-            logits = hidden[batch.rows(s.node)[s.index]] @ weight.detach().T
-            s.old_logprob = torch.log_softmax(logits, -1)[
-                torch.arange(len(s.index)), torch.as_tensor(s.node.ids[s.index])
-            ].numpy()
+    assert_computes(algorithm, groups, update, expected, hiddens, weight, share, merge)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "prompt_mean"])

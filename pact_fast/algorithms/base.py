@@ -146,22 +146,25 @@ TRACE_SETTINGS: Mapping[str, Collection[str] | None] = {
     "trace": None,
     "anchor": None,
     "sft": None,
-}  # read by PACT alone
+}  # read by PACT, and `sft` in part by SFT
 TURN_SETTINGS = ("gamma", "advantage_combine")  # of the section `reward`
+OWN_SECTIONS = ("sft_then_rl",)  # each read by the algorithm of that name alone
 
 
 class Algorithm:
     """Base class. Subclasses implement `prompt_batch` and register with `@algorithm("name")`.
 
-    needs_rollouts   False: no rollouts are sampled, groups have no trajectories
+    needs_rollouts   False: no rollouts are sampled in any step, groups have no trajectories
     turn_advantages  True: turn-level matching rewards and advantages; False: outcome reward and group advantage only
     unused_settings  sections of AlgorithmConfig that are not read, with names of keys (None: the whole section); for a
                      note at the start of a run
+    own_section      the one of OWN_SECTIONS that is read; None: none
     """
 
     needs_rollouts = True
     turn_advantages = True
     unused_settings: ClassVar[Mapping[str, Collection[str] | None]] = {}
+    own_section: ClassVar[str | None] = None
 
     def __init__(self, config: AlgorithmConfig):
         self.config = config
@@ -169,6 +172,10 @@ class Algorithm:
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
         """Trees and weighted tokens of one prompt. Random choices may depend on (step.seed, step.step, group) only."""
         raise NotImplementedError
+
+    def samples(self, step: int) -> bool:
+        """Whether rollouts are sampled in training step `step` (from 0). A step without them needs expert traces."""
+        return self.needs_rollouts
 
     def schedule(self, step: StepContext) -> dict[str, float]:
         """Current values of annealed quantities, for the metrics. Keys begin with "schedule/"."""

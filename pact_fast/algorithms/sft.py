@@ -33,20 +33,31 @@ class SFT(Algorithm):
 
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
         """x → h* with all generated tokens supervised. PactError if the task has no expert trace."""
-        task = group.task
-        if task.expert is None or not task.expert.turns:
-            raise PactError(
-                f"task {task.id}: algorithm.name=sft needs an expert trace in every row; drop the row or add one"
-            )
-        tree, x = prompt_tree(group)
-        ids, components = expert_tokens(step.renderer, task, task.expert, step.config.sft.final_answer)
-        h = tree.add(ids, x)
-        weights = generated(components).astype(np.float64)
-        scored = score_expert(group, h, components, weights, 1.0, step)
-        return PromptBatch(group, "expert", [tree], [scored] if scored else [], (h, components))
+        return sft_batch(group, step, step.config.sft.final_answer)
 
     def routes(self, with_trace: bool) -> list[Route]:
         return [Route(1.0, frozenset({LossContext.EXPERT} if with_trace else ()))]
+
+
+def sft_batch(group: Group, step: StepContext, final_answer: bool) -> PromptBatch:
+    """x → h* with all generated tokens supervised. PactError if the task has no expert trace.
+
+    Args:
+        group: The prompt.
+        step: Normalisers of the optimizer step.
+        final_answer: Complete traces, with their final answers.
+    """
+    task = group.task
+    if task.expert is None or not task.expert.turns:
+        raise PactError(
+            f"task {task.id}: algorithm.name={step.config.name} needs an expert trace in every row; drop the row or add one"
+        )
+    tree, x = prompt_tree(group)
+    ids, components = expert_tokens(step.renderer, task, task.expert, final_answer)
+    h = tree.add(ids, x)
+    weights = generated(components).astype(np.float64)
+    scored = score_expert(group, h, components, weights, 1.0, step)
+    return PromptBatch(group, "expert", [tree], [scored] if scored else [], (h, components))
 
 
 def expert_tokens(

@@ -147,7 +147,7 @@ class RowCheck:
         if trace is None or not trace.turns:
             if limits.required:
                 raise DataError(
-                    "algorithm.name=sft needs an expert trace in every row; drop the row or add one",
+                    "SFT needs an expert trace in every row; drop the row or add one",
                     field="expert_trace",
                 )
             return

@@ -358,13 +358,20 @@ class FilterGroupsConfig(Section):
     )
 
 
+class SFTThenRLConfig(Section):
+    """`algorithm.name=sft_then_rl` (method, section 5)."""
+
+    steps: int | None = Field(None, ge=1, description="Training steps of SFT on complete traces, before RL.")
+    rl: Literal["grpo", "matchtir"] = Field("grpo", description="Algorithm of the steps after them.")
+
+
 class AlgorithmConfig(Section):
     """The algorithm and its loss (docs/method.md)."""
 
     name: str = Field(
         "pact",
-        description="`pact`, `grpo`, `matchtir` or `sft` (one file each in pact_fast/algorithms), or your own as "
-        "`file.py:Class`.",
+        description="`pact`, `grpo`, `matchtir`, `sft` or `sft_then_rl` (one file each in pact_fast/algorithms), or your own "
+        "as `file.py:Class`.",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of your own algorithm, which reads them as `self.config.args`."
@@ -410,6 +417,7 @@ class AlgorithmConfig(Section):
     anchor: AnchorConfig = Field(default_factory=AnchorConfig)
     trace: TraceConfig = Field(default_factory=TraceConfig)
     sft: SFTConfig = Field(default_factory=SFTConfig)
+    sft_then_rl: SFTThenRLConfig = Field(default_factory=SFTThenRLConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
 
 

@@ -76,7 +76,8 @@ class RolloutCollector:
             for index, group in zip(stale, resampled, strict=True):
                 group.prompt_index = index
                 groups[index] = group
-        if self._config.algorithm.filter_groups.enable:
+        self.filtered = None
+        if self._config.algorithm.filter_groups.enable and self._algorithm.samples(step):
             groups = self._filter(step, groups)
         return groups, len(stale)
 
@@ -130,7 +131,7 @@ class RolloutCollector:
         tasks = [self._loop.resolve_task(task)[0] for task in tasks]
         views = [self._loop.trained_view(task) for task in tasks]
         groups = [Group(view, index, ids) for index, (view, ids) in enumerate(views)]
-        if not self._algorithm.needs_rollouts:
+        if not self._algorithm.samples(step):
             return groups, []
         kept = rollout.num_generations
         started = math.ceil(kept * rollout.oversampling_factor)

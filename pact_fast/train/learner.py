@@ -149,6 +149,8 @@ class Learner:
         when there is a KL term.
         """
         scored = [s for batch in batches for s in batch.scored if s.context != LossContext.EXPERT]
+        if not scored:  # SFT; the same on all ranks
+            return
         if self.updates_per_batch > 1 or self.requirements.old_logprob:
             self._compute_logprobs(batches, scored, self.backend.forward, "old_logprob")
         for context, rule in self.requirements.importance.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from pact_fast.algorithms.base import Algorithm
+from pact_fast.algorithms.base import OWN_SECTIONS, Algorithm
 from pact_fast.config import Config, RewardConfig
 from pact_fast.data.absent import is_absent
 from pact_fast.data.sources import FileTasks, TaskSource
@@ -59,7 +59,9 @@ def _refuse_weights(name: str, reward: RewardConfig, algorithm: Algorithm) -> No
 
 def ignored_settings(config: Config, algorithm: Algorithm) -> list[str]:
     """Keys with a value that is not their default, and that the algorithm says it does not read."""
-    return [key for section, names in algorithm.unused_settings.items() for key in _changed(config, section, names)]
+    others = {section: None for section in OWN_SECTIONS if section != algorithm.own_section}
+    unused = {**others, **algorithm.unused_settings}
+    return [key for section, names in unused.items() for key in _changed(config, section, names)]
 
 
 def check_tasks(config: Config, algorithm: Algorithm, tasks: TaskSource, notes: list[str]) -> None:
