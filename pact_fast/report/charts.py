@@ -99,7 +99,6 @@ SPECS = (
     Spec("Speed", "Throughput", {"tokens_per_second": "tokens/s"}),
     Spec("Schedule", "Learning rate", {"learning_rate": "rate"}, exact=True),
     Spec("Schedule", "SFT weight λ of calls", {"schedule/sft_lambda": "λ"}, exact=True),
-    Spec("Schedule", "SFT stage", {"schedule/sft_weight": "weight of SFT"}, exact=True),
     Spec("Schedule", "Reasoning level", {"schedule/reasoning_level": "level"}, exact=True),
 )
 
