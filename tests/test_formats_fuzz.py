@@ -142,7 +142,7 @@ def test_random_and_mutated_ids(make):
         assert set(turn.components) <= {Component.REASONING, Component.TOOL_CALL, Component.ANSWER}
 
 
-MEGABYTE = 1_000_000
+LENGTH = 250_000  # quadratic time would be minutes
 LONG = [
     b"<tool_call>", b"</tool_call>", b"<tool_call>{", b"<think>", b"{", b'{"name":', b'{"name":[', b'{"name":"',
     b'{"name": "f", "parameters": {"x": ', b'{"name":"f","parameters":{}};', b'{"name":"a"}x', b'{"type":1,',
@@ -198,10 +198,10 @@ FRAMES = {
 @pytest.mark.timing
 @FORMATS
 @pytest.mark.slow
-def test_a_megabyte_of_anything_takes_linear_time(fmt: ToolFormat):
+def test_a_long_text_of_anything_takes_linear_time(fmt: ToolFormat):
     for unit in LONG if isinstance(fmt, Llama3Json) else [*LONG, *LONG_TAGS]:
         for head, tail in ((b"", b""), (b"text ", b"}"), *FRAMES[type(fmt)]):
-            data = head + unit * (MEGABYTE // len(unit)) + tail
+            data = head + unit * (LENGTH // len(unit)) + tail
             begin = time.process_time()
             check(fmt.parse(data, TOOLS), len(data))
-            assert time.process_time() - begin < 1.0, unit
+            assert time.process_time() - begin < 0.5, unit
