@@ -157,7 +157,7 @@ def collector(ahead: int, loop: Loop, notes: list[str], algorithm: str = "grpo",
 
     world = SimpleNamespace(rank=0, all_gather=lambda value, name: [value])
     progress = SimpleNamespace(rollouts=lambda total, name: nullcontext(lambda: None), note=notes.append)
-    kind = SimpleNamespace(needs_rollouts=True, turn_advantages=False)
+    kind = SimpleNamespace(needs_rollouts=True, samples=lambda step: True, turn_advantages=False)
     made = RolloutCollector(config, Prompts(), loop, kind, {}, [0], world, progress)  # type: ignore[arg-type]
     made._prefetcher = RolloutPrefetcher(made._sample, 9, ahead)
     return made

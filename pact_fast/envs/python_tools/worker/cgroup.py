@@ -23,7 +23,7 @@ def make_group(name: str, processes: int) -> str | None:
         folder = f"{parent}/{name}"
         with contextlib.suppress(OSError):
             os.mkdir(folder)
-            if _limited(folder, processes) and works(functools.partial(join_group, folder)):
+            if limit_group(folder, processes) and works(functools.partial(join_group, folder)):
                 return folder
         _remove(folder)
     return None
@@ -35,20 +35,21 @@ def join_group(folder: str) -> None:
         file.write("0")  # the process that writes
 
 
-def remove_group(folder: str | None, seconds: float = 1.0) -> None:
-    """Remove what `make_group` has made. The processes in it must be gone, or about to be."""
-    end = time.monotonic() + seconds
-    while folder and not _remove(folder) and time.monotonic() < end:
-        time.sleep(0.001)
-
-
-def _limited(folder: str, processes: int) -> bool:
+def limit_group(folder: str, processes: int) -> bool:
+    """Let at most so many processes be in the cgroup: none can start another one once there are. Whether that is possible."""
     try:
         with open(f"{folder}/pids.max", "r+") as file:  # never creates it
             file.write(str(processes))
     except OSError:
         return False
     return True
+
+
+def remove_group(folder: str | None, seconds: float = 1.0) -> None:
+    """Remove what `make_group` has made. The processes in it must be gone, or about to be."""
+    end = time.monotonic() + seconds
+    while folder and not _remove(folder) and time.monotonic() < end:
+        time.sleep(0.001)
 
 
 def _remove(folder: str) -> bool:

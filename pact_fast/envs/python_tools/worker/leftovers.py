@@ -10,6 +10,7 @@ import time
 
 from .linux import drop_capabilities
 
+ROUNDS = 4  # of looking for descendants before those that were found are killed
 SHARED_FOLDERS = ("/dev/shm", "/tmp", "/var/tmp")  # where any user may write
 
 
@@ -107,16 +108,20 @@ def _kill_all_of(own_uid: int) -> None:
         time.sleep(0.0005)
 
 
-def _stop_descendants() -> list[int]:
-    """Stop all descendants of this process and return them. Killing them one by one would let a fork bomb refill."""
-    stopped: list[int] = []
-    queue = _child_pids(os.getpid())
-    while queue:
-        for pid in queue:
+def _stop_descendants() -> set[int]:
+    """Stop the descendants of this process and return them. Killing them one by one would let a fork bomb refill.
+
+    Chains of processes that fork and exit are never all found. The rounds are few, so that the dead are reaped meanwhile:
+    tens of thousands of them would make every look at the children slower than the chains.
+    """
+    stopped: set[int] = set()
+    for _ in range(ROUNDS):
+        found = {pid for parent in (os.getpid(), *stopped) for pid in _child_pids(parent)} - stopped
+        if not found:
+            break
+        for pid in found:
             _kill(pid, signal.SIGSTOP)
-        stopped += queue
-        found = [pid for parent in [os.getpid(), *stopped] for pid in _child_pids(parent)]
-        queue = [pid for pid in found if pid not in stopped]
+        stopped |= found
     return stopped
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from . import namespaces, seccomp, tool
-from .cgroup import join_group, make_group, remove_group
+from .cgroup import join_group, limit_group, make_group, remove_group
 from .leftovers import end_descendants, remove_files_of, remove_tree
 from .linux import (
     MNT_DETACH,
@@ -124,7 +124,11 @@ class Forks:
             return
         with contextlib.suppress(ChildProcessError):
             os.waitpid(call.child, 0)
+        if self.group:
+            limit_group(self.group, 0)  # processes that hand on by forking cannot outrun the end
         end_descendants(self.settings.own_uid)
+        if self.group:
+            limit_group(self.group, PROCESSES)
         remove_tree(call.work)
         if self.settings.own_uid is not None:
             remove_files_of(self.settings.own_uid)
