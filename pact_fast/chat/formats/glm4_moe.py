@@ -5,18 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from pact_fast.chat.formats.argument_tags import ArgumentTags
 from pact_fast.chat.formats.base import Found, ToolFormat
-from pact_fast.chat.formats.json_calls import NOT_UTF8
 from pact_fast.chat.formats.layout import Layout
 from pact_fast.chat.formats.registry import tool_format
-from pact_fast.chat.formats.tagged import find_tagged, read_pairs
-from pact_fast.chat.formats.typed_values import typed_call, write_value
+from pact_fast.chat.formats.tagged import find_tagged
+from pact_fast.chat.formats.typed_values import write_value
 from pact_fast.data.types import ToolCall, ToolSchema
 
-_NAME = re.compile(r"\s*([^\s<]+)\s*")
-_KEY = re.compile(r"<arg_key>([^<]*)</arg_key>\s*<arg_value>")
-# A value may hold the closing tag as text: it ends where the next argument or the end of the call follows.
-_END = re.compile(r"</arg_value>\s*(?=<arg_key>|\Z)")
+_TAGS = ArgumentTags(
+    name=re.compile(r"\s*([^\s<]+)\s*"),
+    opening=re.compile(r"<arg_key>([^<]*)</arg_key>\s*<arg_value>"),
+    # A value may hold the closing tag as text: it ends where the next argument or the end of the call follows.
+    closing=re.compile(r"</arg_value>\s*(?=<arg_key>|\Z)"),
+    rest=re.compile(r"\Z"),
+    no_name="the call must begin with the name of the tool",
+    unclosed="the value of '{}' is not closed; end every value with </arg_value>",
+    expected="<arg_key>KEY</arg_key> and <arg_value>",
+)
 
 
 @tool_format("glm4_moe")
@@ -43,23 +49,4 @@ class Glm4Moe(ToolFormat):
 
     def find_calls(self, data: bytes, start: int, tools: Sequence[ToolSchema]) -> list[Found]:
         found = find_tagged(data, start, "<tool_call>", "</tool_call>")
-        return [(one.start, one.end, one.error or _read(one.body, tools)) for one in found]
-
-
-def _read(body: bytes, tools: Sequence[ToolSchema]) -> ToolCall | str:
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError:
-        return NOT_UTF8
-    name = _NAME.match(text)
-    if not name:
-        return "the call must begin with the name of the tool"
-    found = read_pairs(
-        text, name.end(), _KEY, _END, "the value of '{}' is not closed; end every value with </arg_value>"
-    )
-    if isinstance(found, str):
-        return found
-    arguments, position = found
-    if position < len(text):
-        return f"expected <arg_key>KEY</arg_key> and <arg_value> at {text[position : position + 40]!r}"
-    return typed_call(name[1], arguments, tools)
+        return [(one.start, one.end, one.error or _TAGS.read(one.body, tools)) for one in found]

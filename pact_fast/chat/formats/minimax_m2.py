@@ -5,19 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from pact_fast.chat.formats.argument_tags import ArgumentTags
 from pact_fast.chat.formats.base import Found, ToolFormat
-from pact_fast.chat.formats.json_calls import NOT_UTF8
 from pact_fast.chat.formats.layout import Layout
 from pact_fast.chat.formats.registry import tool_format
-from pact_fast.chat.formats.tagged import find_tagged, read_pairs
-from pact_fast.chat.formats.typed_values import typed_call, write_value
+from pact_fast.chat.formats.tagged import find_tagged
+from pact_fast.chat.formats.typed_values import write_value
 from pact_fast.data.types import ToolCall, ToolSchema
 
 _SECTION = ("<minimax:tool_call>", "</minimax:tool_call>")
-_NAME = re.compile(r'\s*name="([^"<>\n]+)"\s*>\s*')
-_KEY = re.compile(r'<parameter name="([^"<>\n]*)">')
-# A value may hold the closing tag as text: it ends where the next argument or the end of the call follows.
-_END = re.compile(r"</parameter>\s*(?=<parameter name=|\Z)")
+_TAGS = ArgumentTags(
+    name=re.compile(r'\s*name="([^"<>\n]+)"\s*>\s*'),
+    opening=re.compile(r'<parameter name="([^"<>\n]*)">'),
+    # A value may hold the closing tag as text: it ends where the next argument or the end of the call follows.
+    closing=re.compile(r"</parameter>\s*(?=<parameter name=|\Z)"),
+    rest=re.compile(r"\Z"),
+    no_name='the call must begin with <invoke name="NAME">',
+    unclosed="the value of '{}' is not closed; end every value with </parameter>",
+    expected='<parameter name="KEY">',
+)
 
 
 @tool_format("minimax_m2")
@@ -43,23 +49,4 @@ class MinimaxM2(ToolFormat):
 
     def find_calls(self, data: bytes, start: int, tools: Sequence[ToolSchema]) -> list[Found]:
         found = find_tagged(data, start, "<invoke", "</invoke>", _SECTION)
-        return [(one.start, one.end, one.error or _read(one.body, tools)) for one in found]
-
-
-def _read(body: bytes, tools: Sequence[ToolSchema]) -> ToolCall | str:
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError:
-        return NOT_UTF8
-    name = _NAME.match(text)
-    if not name:
-        return 'the call must begin with <invoke name="NAME">'
-    found = read_pairs(
-        text, name.end(), _KEY, _END, "the value of '{}' is not closed; end every value with </parameter>"
-    )
-    if isinstance(found, str):
-        return found
-    arguments, position = found
-    if position < len(text):
-        return f'expected <parameter name="KEY"> at {text[position : position + 40]!r}'
-    return typed_call(name[1], arguments, tools)
+        return [(one.start, one.end, one.error or _TAGS.read(one.body, tools)) for one in found]

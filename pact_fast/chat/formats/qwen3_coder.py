@@ -6,18 +6,23 @@ import re
 from collections.abc import Sequence
 
 from pact_fast.chat.chat_template import PROBE_NAME, ChatTemplate
+from pact_fast.chat.formats.argument_tags import ArgumentTags
 from pact_fast.chat.formats.base import Found, ToolFormat
-from pact_fast.chat.formats.json_calls import NOT_UTF8
 from pact_fast.chat.formats.registry import tool_format
-from pact_fast.chat.formats.tagged import find_tagged, read_pairs
-from pact_fast.chat.formats.typed_values import typed_call, write_value
+from pact_fast.chat.formats.tagged import find_tagged
+from pact_fast.chat.formats.typed_values import write_value
 from pact_fast.data.types import ToolCall, ToolSchema
 
-_FUNCTION = re.compile(r"\s*<function=([^<>\n]*)>\s*")
-_PARAMETER = re.compile(r"<parameter=([^<>\n]*)>\n?")
-# A value may hold the closing tag as text: it ends where structure follows.
-_END = re.compile(r"\n?</parameter>\s*(?=<parameter=|</function>)")
-_CLOSED = re.compile(r"</function>\s*\Z")
+_TAGS = ArgumentTags(
+    name=re.compile(r"\s*<function=([^<>\n]*)>\s*"),
+    opening=re.compile(r"<parameter=([^<>\n]*)>\n?"),
+    # A value may hold the closing tag as text: it ends where structure follows.
+    closing=re.compile(r"\n?</parameter>\s*(?=<parameter=|</function>)"),
+    rest=re.compile(r"</function>\s*\Z"),
+    no_name="the call must begin with <function=NAME>",
+    unclosed="<parameter={}> is not closed; end every argument with </parameter>",
+    expected="<parameter=…> or </function>",
+)
 
 
 @tool_format("qwen3_coder")
@@ -51,22 +56,4 @@ class Qwen3Coder(ToolFormat):
 
     def find_calls(self, data: bytes, start: int, tools: Sequence[ToolSchema]) -> list[Found]:
         found = find_tagged(data, start, "<tool_call>", "</tool_call>")
-        return [(one.start, one.end, one.error or _read(one.body, tools)) for one in found]
-
-
-def _read(body: bytes, tools: Sequence[ToolSchema]) -> ToolCall | str:
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError:
-        return NOT_UTF8
-    function = _FUNCTION.match(text)
-    if not function:
-        return "the call must begin with <function=NAME>"
-    unclosed = "<parameter={}> is not closed; end every argument with </parameter>"
-    found = read_pairs(text, function.end(), _PARAMETER, _END, unclosed)
-    if isinstance(found, str):
-        return found
-    arguments, position = found
-    if not _CLOSED.match(text, position):
-        return f"expected <parameter=…> or </function> at {text[position : position + 40]!r}"
-    return typed_call(function[1].strip(), arguments, tools)
+        return [(one.start, one.end, one.error or _TAGS.read(one.body, tools)) for one in found]
