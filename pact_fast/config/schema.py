@@ -563,8 +563,8 @@ class PretrainConfig(Section):
     user_steps: int = Field(
         0,
         ge=0,
-        description="Optimizer steps of the model that plays the user (`rollout.user=model` without `rollout.user_model`): SFT of "
-        "the base model on the user's side of the expert dialogues; 0: the base model itself plays the user.",
+        description="Optimizer steps of the model that plays the user (`rollout.user=model` without `rollout.user_model`): "
+        "SFT of the base model on the user's side of the expert dialogues; 0: the base model itself plays the user.",
     )
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate; it decays linearly.")
     final_lr_ratio: float = Field(0.03, ge=0, le=1, description="Learning rate at the end, relative to its peak.")

@@ -91,7 +91,8 @@ def with_user_model(
         config: The run's configuration.
         tokenizer: The policy's, which the user's model must have, too.
         renderer: For stop tokens.
-        run: The run directory, which holds the user's model if the run has trained it; None: there is none.
+        run: The run directory, which holds the user's model if the run has trained it; None: the run has not begun, and the
+            user has the weights that its training would start from.
         device: Where to put the model.
         autocast: Precision context of the forward pass.
 
@@ -102,16 +103,16 @@ def with_user_model(
         return engine
     own = run / USER_FOLDER if run else None
     source = config.rollout.user_model or (str(own) if own and (own / "config.json").exists() else None)
-    if source is None:
+    if source is None and config.pretrain is None:
         raise PactError(
             "rollout.user=model: there is no model to play the user; set rollout.user_model, or train one in the section "
             "pretrain (user_steps)"
         )
     if config.rollout.user_model:
-        other = from_pretrained(AutoTokenizer, source, "tokenizer")
+        other = from_pretrained(AutoTokenizer, config.rollout.user_model, "tokenizer")
         if other.get_vocab() != tokenizer.get_vocab():
             raise PactError(
-                f"rollout.user_model: the tokenizer of {source} differs from the policy's; choose a model with the same "
+                f"rollout.user_model: the tokenizer of {config.rollout.user_model} differs from the policy's; choose a model with the same "
                 "one, or set model.tokenizer to it where the policy starts from random weights"
             )
     model = make_model(config, tokenizer, path=source, device=device).eval().requires_grad_(False)
