@@ -75,7 +75,8 @@ def signal(run: Path) -> dict[str, float]:
 
 def evaluate(model: Path, seed: int, user: str, tuned: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Scores on the held-out tasks, as `pact-fast eval` gives them. `model`: a run, or its base model's folder."""
-    out = args.folder / "evals" / f"{model.parent.name if model.name == 'base' else model.name}_{model.name}_{user}"
+    agent = f"{model.parent.name}_base" if model.name == "base" else model.name
+    out = args.folder / "evals" / f"{agent}_{user}"
     own = [f"seed={seed}", f"threads={args.threads}"]
     own += (
         ["rollout.user=environment", "rollout.user_model=null"]

@@ -18,7 +18,6 @@ from pact_fast.rollout.self_play import user_example
 from pact_fast.rollout.user_engine import WithUserModel
 from pact_fast.synthesis.eigendata.generated import DOMAIN, GeneratedHelpdesk, RulesTasks
 from pact_fast.train.user_model import BothSides, UserSide
-from tests.support.eigendata import OwnWorld
 from tests.support.scripted_engine import Script
 
 LIMITS = {"max_turns": 40, "max_turn_tokens": 400, "max_completion_length": 4000, "max_prompt_length": 4000}
@@ -125,13 +124,14 @@ def test_premature_stops_are_those_that_the_scripted_user_would_not_make(rendere
 def test_a_turn_that_no_user_can_take_is_a_protocol_break(renderer, tasks, said):
     task = tasks.train(0, 1)[0]
     turns = [[*renderer.tokenizer.encode(said, add_special_tokens=False), renderer.eot_id]]
-    trajectory = dialogue(renderer, task, user=[*turns, *turns_of(renderer, example(task).expert), *turns * 40])
+    agent = [*turns_of(renderer, task.expert), list(renderer.assistant_turn("", "All done.", [])[0])]  # one more answer
+    trajectory = dialogue(renderer, task, agent, [*turns, *turns_of(renderer, example(task).expert)])
     assert trajectory.env_rewards["user_protocol_break"] == 1.0
 
 
 def test_too_many_tokens_of_the_user_are_a_protocol_break(renderer, tasks):
     task = tasks.train(0, 1)[0]
-    trajectory = dialogue(renderer, task, user=[[renderer.eot_id - 1] * 500])
+    trajectory = dialogue(renderer, task, user=[renderer.tokenizer.encode("a" * 4, add_special_tokens=False) * 500])
     assert trajectory.stop_reason is StopReason.MAX_USER_TOKENS
     assert trajectory.env_rewards["user_protocol_break"] == 1.0
 
@@ -161,9 +161,6 @@ def test_tools_of_the_user_hide_its_device_and_act_on_it(tasks):
     assert env.call_as_user("set_airplane_mode", {"on": False, "device": "another"}) == "Airplane mode is off now."
     assert env.verdict().passed
     assert env.call_as_user("take_payment", {}).startswith("error: there is no tool")
-    world = OwnWorld(env._domain, env._instance)  # the second implementation agrees
-    world.act(env._instance.gold[-1])
-    assert world.dump()
 
 
 def test_an_expert_dialogue_is_needed(tasks):

@@ -112,8 +112,8 @@ def with_user_model(
         other = from_pretrained(AutoTokenizer, config.rollout.user_model, "tokenizer")
         if other.get_vocab() != tokenizer.get_vocab():
             raise PactError(
-                f"rollout.user_model: the tokenizer of {config.rollout.user_model} differs from the policy's; choose a model with the same "
-                "one, or set model.tokenizer to it where the policy starts from random weights"
+                f"rollout.user_model: the tokenizer of {config.rollout.user_model} differs from the policy's; choose a model "
+                "with the same one, or set model.tokenizer to it where the policy starts from random weights"
             )
     model = make_model(config, tokenizer, path=source, device=device).eval().requires_grad_(False)
     return WithUserModel(engine, make_engine(config, model, renderer, autocast=autocast))

@@ -16,7 +16,7 @@ class HelpdeskSmall(Benchmark):
     categories = ("held_out",)
     settings = (
         "env.name=pact_fast.synthesis.eigendata.generated:GeneratedHelpdesk",
-        "env.args={count: 800, max_issues: 2}",
+        "env.args={count: 600, max_issues: 2}",
     )
     metrics = {  # noqa: RUF012
         "user_protocol_break": "protocol breaks",
