@@ -1,7 +1,7 @@
 """The helpdesk in small: 800 customers with word-like ids, six tools of the agent, four of the customer.
 
-Made for models that are trained in minutes. Ids such as @AdaElm are a few tokens that are the same wherever they stand, so
-that they can be copied; amounts are round; the policy and every tool take a line.
+Made for models that are trained in minutes. Ids such as @Ada-Elm are words that are the same tokens wherever they stand, each
+after a sign of its own, so that copying them is soon learnt; amounts are round; the policy and every tool take a line.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def base() -> Tables:
 
 def _ids(rng: random.Random, first: str, second: str) -> list[str]:
     """Different ids of two words."""
-    return rng.sample([f"@{a}{b}" for a in first.split() for b in second.split()], CUSTOMERS)
+    return rng.sample([f"@{a}-{b}" for a in first.split() for b in second.split()], CUSTOMERS)
 
 
 def find_account(db: Database, handle: str) -> str:
