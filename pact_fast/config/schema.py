@@ -159,10 +159,16 @@ class RolloutConfig(Section):
         description="Messages of the user per trajectory, the prompt's not counted, where the environment has a user "
         "(docs/conversations.md); null: `max_turns` alone limits the dialogue.",
     )
-    user: Literal["environment", "policy"] = Field(
+    user: Literal["environment", "policy", "model"] = Field(
         "environment",
         description="Who answers turns without tool calls: `environment`: its method `respond`, if it has one; `policy`: the "
-        "policy itself, with the environment's `user_prompt` (self-play, docs/conversations.md).",
+        "policy itself, with the environment's `user_prompt` (self-play, docs/conversations.md); `model`: a frozen model of "
+        "its own, with the same prompt.",
+    )
+    user_model: str | None = Field(
+        None,
+        description="`user=model`: folder or name of the model that plays the user, which has the policy's tokenizer; null: "
+        "the one that `pretrain.user_steps` trains.",
     )
     user_stop: str = Field(
         "###STOP###",
@@ -245,6 +251,12 @@ class RolloutConfig(Section):
     def _two_sides(self) -> RolloutConfig:
         if self.train_as == "user" and self.user != "policy":
             raise ValueError("train_as=user trains the policy that plays the user; set user=policy, too")
+        if self.user_model is not None and self.user != "model":
+            raise ValueError("user_model plays the user only with user=model; set that, too, or remove user_model")
+        if self.user == "model" and self.engine != "transformers":
+            raise ValueError(
+                "user=model runs beside the embedded engine; set engine=transformers, or let the environment ask an endpoint"
+            )
         if self.user == "policy" and self.max_batch_size < 2:
             raise ValueError("user=policy samples two sides of a dialogue at a time; set max_batch_size to 2 or more")
         return self
@@ -548,6 +560,12 @@ class PretrainConfig(Section):
 
     steps: int = Field(800, ge=1, description="Optimizer steps.")
     batch_size: int = Field(16, ge=1, description="Traces per step.")
+    user_steps: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps of the model that plays the user (`rollout.user=model` without `rollout.user_model`): "
+        "SFT of the base model on the user's side of the expert dialogues; 0: the base model itself plays the user.",
+    )
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate; it decays linearly.")
     final_lr_ratio: float = Field(0.03, ge=0, le=1, description="Learning rate at the end, relative to its peak.")
     early_stop: float = Field(

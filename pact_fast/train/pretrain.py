@@ -34,6 +34,8 @@ def pretrain(
     renderer: ChatRenderer,
     tasks: TaskSource,
     on_step: Callable[[int, float], None],
+    *,
+    steps: int | None = None,
 ) -> None:
     """Train `model` in place. The result depends on the seed alone.
 
@@ -43,20 +45,22 @@ def pretrain(
         renderer: Renders the traces.
         tasks: Source of tasks, of lookup_chain or with expert traces.
         on_step: Called with (step, loss) after every step.
+        steps: Optimizer steps; None: `pretrain.steps`.
     """
     assert config.pretrain is not None
     settings = config.pretrain
+    steps = settings.steps if steps is None else steps
     learner = Learner(
         model,
-        _trainer(config),
+        _trainer(config, steps),
         SFT(AlgorithmConfig()),
-        total_updates=settings.steps,
+        total_updates=steps,
         autocast=precision(config, model.device),
     )
     noise = TraceNoise(settings.early_stop, settings.wrong_relation)
-    for step in range(settings.steps):
+    for step in range(steps):
         # negative step numbers: of generated tasks, none appears again in RL
-        place = step if isinstance(tasks, FileTasks) else -1 - step
+        place = step if getattr(tasks, "from_files", isinstance(tasks, FileTasks)) else -1 - step
         tasks_of_step = tasks.train(place, settings.batch_size)
         rng = random.Random(f"pretrain/{config.seed}/{step}")
         traces = [_trace(task, noise, rng) for task in tasks_of_step]
@@ -66,16 +70,16 @@ def pretrain(
             for s in batch.scored:
                 s.sft_weight = np.full(len(s.index), 1.0 / total)
         # linear decay from the peak to final_lr_ratio of it
-        decay = 1 - (1 - settings.final_lr_ratio) * step / max(settings.steps - 1, 1)
+        decay = 1 - (1 - settings.final_lr_ratio) * step / max(steps - 1, 1)
         on_step(step, learner.update(batches, lr_scale=decay).loss)
 
 
-def _trainer(config: Config) -> TrainerConfig:
+def _trainer(config: Config, steps: int) -> TrainerConfig:
     """Optimizer settings of the pretraining stage; its packs are as large as those of the run."""
     assert config.pretrain is not None
     return TrainerConfig(
         learning_rate=config.pretrain.learning_rate,
-        warmup_steps=min(20, ceil(config.pretrain.steps / 10)),  # a short stage reaches its peak, too
+        warmup_steps=min(20, ceil(steps / 10)),  # a short stage reaches its peak, too
         weight_decay=0.01,
         adam_beta2=0.98,
         max_tokens_per_pack=config.trainer.max_tokens_per_pack,
