@@ -16,8 +16,9 @@ class Environment(Protocol):
 
     Optional attributes:
 
-    ordered     true where the calls of one turn depend on each other: they then run one after another, also in threads
-    finished()  asked after the calls of a turn of the policy: whether they have ended the episode
+    ordered      true where the calls of one turn depend on each other: they then run one after another, also in threads
+    needs_tools  false where tasks without tools are as they should be (`pact-fast doctor`)
+    finished()   asked after the calls of a turn of the policy: whether they have ended the episode
     """
 
     blocking: bool

@@ -58,6 +58,7 @@ class Verifiers:
 
     blocking = True
     ordered = True
+    needs_tools = False
 
     @classmethod
     def factory(cls, args: dict[str, Any], tool_timeout: float) -> Callable[[], Verifiers]:
@@ -79,7 +80,7 @@ class Verifiers:
         self._types = need("verifiers.types", INSTALL)
         self._state: Any = None
         self._messages: list[Any] = []  # of the dialogue so far, in the package's classes
-        self._in_turn = False  # a call of the turn under way has run
+        self._in_turn = self._over = False  # whether a call of the turn under way has run; whether the episode has ended
 
     def reset(self, task: Task) -> str | None:
         # the package wants a client; environments that ask the model themselves are refused before
@@ -89,7 +90,7 @@ class Verifiers:
         except Exception as error:
             raise PactError(f"task {task.id}: setup of {self._name} failed: {describe_error(error)}") from error
         self._messages = list(self._state["prompt"])
-        self._in_turn = False
+        self._in_turn = self._over = False
         return None
 
     @property
@@ -111,20 +112,26 @@ class Verifiers:
             completion = self._state["trajectory"][-1]["completion"][0]
             completion.tool_calls = [*completion.tool_calls, call]
         else:
-            self._add_step(said)
-        self._in_turn = True
+            self._add_step(said.model_copy())
         self._messages.append(said)
         try:
-            answered = run(self._respond())
+            answered = run(self._step())
         except Exception as error:
             self._state["error"] = error
             return failure(error)
+        if answered is None:
+            self._over = True
+            return "error: the episode is over"
         return cut("\n".join(str(message["content"]) for message in answered if message["role"] == "tool"))
 
     def finished(self) -> bool:
-        """Whether a stop condition of the environment holds after the calls of a turn."""
+        """Whether the environment has ended the episode in the turn under way.
+
+        As in the package, its stop conditions are asked before it answers a turn: what its answer changes counts after the
+        policy's next turn, unless it is marked as the final one.
+        """
         self._in_turn = False
-        return bool(run(self._env.is_completed(self._state)))
+        return self._over
 
     def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
         """`success`: the rubric's weighted reward; and each of its functions by name."""
@@ -144,6 +151,15 @@ class Verifiers:
     async def _start(self, row: dict[str, Any], client: Any) -> Any:
         state = await self._env.init_state(row, client, "policy", {})
         return await self._env.setup_state(state) or state
+
+    async def _step(self) -> list[dict[str, Any]] | None:
+        """The answer to a call; None if a stop condition held when its turn ended."""
+        if self._over or (not self._in_turn and await self._env.is_completed(self._state)):
+            return None
+        self._in_turn = True
+        answered = await self._respond()
+        self._over = self._state.get("final_env_response") is not None
+        return answered
 
     async def _respond(self) -> list[dict[str, Any]]:
         """The environment's messages after the dialogue so far, which they are appended to."""
@@ -229,7 +245,7 @@ class VerifiersDialogue(Verifiers):
         if await self._env.is_completed(self._state):
             return None
         answered = await self._respond()
-        if self._state.get("final_env_response") is not None or await self._env.is_completed(self._state):
+        if self._state.get("final_env_response") is not None:
             return None
         if any(message["role"] != "user" for message in answered):
             raise PactError(
