@@ -19,7 +19,7 @@ def turn_rewards(trajectory: Trajectory, task: Task, penalty: float) -> list[flo
     The calls of the whole trajectory are matched with `task.reference_calls`, or with the expert's calls if those are
     None. A turn earns the mean score of its calls, 0 if it has none; a malformed call scores −penalty, like an
     unmatched one. Without reference calls, calls score 0. If no limit ended the trajectory and the task has an answer,
-    the last turn earns their token F1 instead.
+    the last turn earns their token F1 instead, unless it has calls: then the environment ended the trajectory.
     """
     reference = task.reference_calls
     if reference is None and task.expert is not None:
@@ -32,7 +32,7 @@ def turn_rewards(trajectory: Trajectory, task: Task, penalty: float) -> list[flo
         for turn in trajectory.turns:
             earned = [next(scores) if isinstance(a, ToolCall) else 0.0 - penalty for a in turn.attempts]
             rewards.append(sum(earned) / len(earned) if earned else 0.0)
-    if not is_absent(task.answer) and not trajectory.stop_reason.is_truncated:
+    if not is_absent(task.answer) and not trajectory.stop_reason.is_truncated and not trajectory.turns[-1].attempts:
         rewards[-1] = token_f1(extract_answer(trajectory.answer), str(task.answer))
     return rewards
 

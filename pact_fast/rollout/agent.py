@@ -9,9 +9,10 @@ turns, so a slow tool holds up its own trajectory only.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from pact_fast.chat.template_check import check_user_turns
 from pact_fast.components import Component
 from pact_fast.config import RolloutConfig
 from pact_fast.data.types import Message, StopReason, Task, ToolCall, ToolSchema, Trajectory, TurnRecord, text_of
-from pact_fast.envs.base import Environment, has_user
+from pact_fast.envs.base import Environment, has_user, is_finished
 from pact_fast.envs.registry import is_built_in
 from pact_fast.errors import PactError
 from pact_fast.plugins import no_exit
@@ -274,19 +275,30 @@ class AgentLoop:
             cut = side.length >= self.config.max_completion_length
             return _out_of_tokens(episode, StopReason.MAX_COMPLETION_LENGTH if cut else StopReason.MAX_TURN_TOKENS), []
         if parsed.attempts:
-            return None, [self._call(episode, attempt) for attempt in parsed.attempts]
+            return None, self._calls(episode, parsed.attempts)
         if episode.user is not None:
             return self._hand_over(episode, record.content), []
         if has_user(episode.env):
             return None, [self._run(episode.env, episode.env.respond, record.content)]
         return StopReason.ANSWER, []
 
-    def _call(self, episode: Episode, attempt: ToolCall | str) -> Pending:
-        if isinstance(attempt, str):
-            return error_observation(attempt)
+    def _calls(self, episode: Episode, attempts: Sequence[ToolCall | str]) -> list[Pending]:
+        """Start the calls of a turn. In threads, those of an `ordered` environment wait for the one before."""
         env = episode.env
         call = user_call(env) if episode.speaker is episode.user else env.call
-        return self._run(env, call, attempt.name, _for_environment(env, attempt.arguments))
+        started: list[Pending] = []
+        before: Future | None = None
+        for attempt in attempts:
+            if isinstance(attempt, str):
+                started.append(error_observation(attempt))
+                continue
+            arguments = _for_environment(env, attempt.arguments)
+            # a call that is waited for was submitted earlier, so that it has a thread already
+            method = functools.partial(_after, before, call) if before else call
+            started.append(self._run(env, method, attempt.name, arguments))
+            if getattr(env, "ordered", False) and isinstance(started[-1], Future):
+                before = started[-1]
+        return started
 
     def _run(self, env: Environment, method: Callable[..., str | None], *arguments: Any) -> Pending:
         """Call a method of an environment, in a thread if it is blocking."""
@@ -310,6 +322,11 @@ class AgentLoop:
         """Go on with the observations of the last turn's calls."""
         side = episode.speaker
         record = side.turns[-1]
+        with _no_exit(episode.env):
+            finished = side is episode.agent and is_finished(episode.env)
+        if finished:
+            record.observations = results
+            return StopReason.ENVIRONMENT
         if len(side.turns) >= self.config.max_turns:
             record.observations = results
             return StopReason.MAX_TURNS if side is episode.agent else StopReason.MAX_USER_TURNS
@@ -386,6 +403,11 @@ class AgentLoop:
         if len(text.encode("utf-8", "replace")) <= limit:  # a token covers at least one byte
             return text
         return self.renderer.truncate(text, limit)
+
+
+def _after(before: Future, call: Callable[..., str], *arguments: Any) -> str:
+    wait([before])
+    return call(*arguments)
 
 
 def _no_exit(env: Environment) -> AbstractContextManager[None]:
