@@ -98,7 +98,7 @@ def test_variants_start_from_the_recipe_s_models_and_the_table_has_a_line_for_ea
             (tmp_path / out / "metrics.jsonl").write_text("")
         score = {"mean": 0.5, "low": 0.4, "high": 0.6}
         row = {"pass@1": score, "pass^2": score, "tasks": 3}
-        return type("Done", (), {"stdout": json.dumps({"categories": {"held_out": row}})})
+        return type("Done", (), {"returncode": 0, "stdout": json.dumps({"categories": {"held_out": row}})})
 
     monkeypatch.setattr(eigendata.subprocess, "run", run)
     folder = tmp_path / "runs"

@@ -68,7 +68,7 @@ def test_rewards_of_rl_on_telecom_are_those_of_the_package_s_evaluator(tmp_path,
     tasks = short_rows(rows, False, count)
     monkeypatch.setenv(tau2_run.ROWS, str(rows))
     monkeypatch.setenv(tau2_run.EPISODES, str(episodes))
-    limits = {"max_turns": 40, "max_turn_tokens": 400, "max_completion_length": 12000, "max_prompt_length": 8000}
+    limits = {"max_turns": 40, "max_turn_tokens": 200, "max_completion_length": 12000, "max_prompt_length": 8000}
     settings = {
         "model": {"random_init": TINY | {"max_position_embeddings": 32768}},
         "data": {"train": str(rows)},

@@ -1,7 +1,8 @@
-"""The helpdesk in small: 800 customers with word-like ids, six tools of the agent, four of the customer.
+"""The helpdesk in small: 120 customers with word-like ids, six tools of the agent, four of the customer.
 
-Made for models that are trained in minutes. Ids such as @Ada-Elm are words that are the same tokens wherever they stand, each
-after a sign of its own, so that copying them is soon learnt; amounts are round; the policy and every tool take a line.
+Made for models that are trained in minutes. An id such as @Elm is one word after a sign of its own, and every word is the
+handle of one customer and the account of another, so that copying ids is soon learnt; amounts are round; the policy and every
+tool take a line.
 """
 
 from __future__ import annotations
@@ -20,22 +21,21 @@ from pact_fast.envs.helpdesk.domain import Helpdesk, HelpdeskEnvironment, accoun
 from pact_fast.envs.helpdesk.world import Tables
 from pact_fast.envs.registry import environment
 
-CUSTOMERS = 800
-_FIRST = """Ada Ben Cleo Dora Emil Finn Greta Hugo Iris Jonas Kira Liam Mona Nils Olga Paul Rita Sven Tess Ugo Vera Wim Yara
-    Zoe Anna Bruno Clara David Elena Felix"""
-_LAST = """Alder Ash Beech Birch Cedar Elder Elm Fern Fir Hazel Holly Ivy Larch Lime Maple Moss Oak Palm Pine Reed Rose Rowan
-    Rush Sage Sedge Sorrel Spruce Thyme Vine Willow"""
-_STONES = """Agate Amber Basalt Chalk Clay Coral Flint Garnet Gneiss Granite Gypsum Jade Jasper Jet Lava Marble Marl Mica Onyx
-    Opal Pearl Pumice Quartz Ruby Sand Schist Slate Spinel Talc Topaz"""
-_METALS = """Alum Barium Boron Brass Bronze Carbon Cerium Chrome Cobalt Copper Gold Helium Iodine Iron Lead Lithium Neon Nickel
-    Osmium Oxygen Radium Radon Rhenium Silver Sodium Steel Tin Xenon Zinc Zircon"""
+_WORDS = """Ada Ben Cleo Dora Emil Finn Greta Hugo Iris Jonas Kira Liam Mona Nils Olga Paul Rita Sven Tess Ugo Vera Wim Yara
+    Zoe Anna Bruno Clara David Elena Felix Alder Ash Beech Birch Cedar Elder Elm Fern Fir Hazel Holly Ivy Larch Lime Maple
+    Moss Oak Palm Pine Reed Rose Rowan Rush Sage Sedge Sorrel Spruce Thyme Vine Willow Agate Amber Basalt Chalk Clay Coral
+    Flint Garnet Gneiss Granite Gypsum Jade Jasper Jet Lava Marble Marl Mica Onyx Opal Pearl Pumice Quartz Ruby Sand Schist
+    Slate Spinel Talc Topaz Alum Barium Boron Brass Bronze Carbon Cerium Chrome Cobalt Copper Gold Helium Iodine Iron Lead
+    Lithium Neon Nickel Osmium Oxygen Radium Radon Rhenium Silver Sodium Steel Tin Xenon Zinc Zircon"""
 
 
 @functools.cache
 def base() -> Tables:
     """Accounts and handsets, and a journal: healthy, and the same in every process."""
     rng = random.Random("helpdesk_small/1")
-    handles, accounts = _ids(rng, _FIRST, _LAST), _ids(rng, _STONES, _METALS)
+    words = [f"@{word}" for word in _WORDS.split()]
+    rng.shuffle(words)
+    handles, accounts = words, [*words[1:], words[0]]  # nobody's account is called as he is
     tables: Tables = {"accounts": {}, "handsets": {}, "journal": {}}
     for handle, account in zip(handles, accounts, strict=True):
         tables["accounts"][account] = {
@@ -54,11 +54,6 @@ def base() -> Tables:
             "abroad": False,
         }
     return tables
-
-
-def _ids(rng: random.Random, first: str, second: str) -> list[str]:
-    """Different ids of two words."""
-    return rng.sample([f"@{a}-{b}" for a in first.split() for b in second.split()], CUSTOMERS)
 
 
 def find_account(db: Database, handle: str) -> str:
@@ -105,7 +100,7 @@ def suspended(db: Database, subject: str, rng: random.Random) -> IssueDraft:
 
 @domain("helpdesk_small")
 class SmallHelpdesk(Helpdesk):
-    """Accounts and phones of 800 customers; 6 tools of the agent, 4 of the customer, 6 kinds of issues."""
+    """Accounts and phones of 120 customers; 6 tools of the agent, 4 of the customer, 6 kinds of issues."""
 
     name = "helpdesk_small"
     policy = (
