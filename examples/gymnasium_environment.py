@@ -2,8 +2,8 @@
 
     pact-fast train quickstart env.name=gymnasium "env.args={id: examples/gymnasium_environment.py:Guess, kwargs: {largest: 9}}" algorithm.name=grpo pretrain=null
 
-An environment that is registered is named by its id: `env.args.id=my_package:Guess-v0`. With `env.args.action=tool`, the
-policy calls `act(action)` instead.
+An environment that is registered is named by its id: `id: my_package:Guess-v0`. With `action: tool`, the policy
+calls `act(action)` instead.
 """  # noqa: E501
 
 import gymnasium

@@ -1,8 +1,8 @@
 """An environment of the package verifiers: sums with a tool, scored by a rubric.
 
-    pact-fast train quickstart env.name=verifiers env.args.id=examples/verifiers_environment.py:load_environment env.args.args.largest=9 algorithm.name=grpo pretrain=null
+    pact-fast train quickstart env.name=verifiers "env.args={id: examples/verifiers_environment.py:load_environment, args: {largest: 9}}" algorithm.name=grpo pretrain=null
 
-An installed environment is named by its id: `env.args.id=wordle`.
+An installed environment is named by its id: `env.args={id: wordle}`.
 """  # noqa: E501
 
 import random

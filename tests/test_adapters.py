@@ -173,7 +173,7 @@ def test_trl_itself_finds_the_same_tools(tmp_path):
     from transformers.utils import get_json_schema
 
     from examples.trl_environment import Guess
-    from tests.support.chat_tokenizers import chatml_like
+    from tests.support.chat_tokenizers import qwen3_like
     from tests.support.trl_trainers import settings, tiny_model
 
     options = settings(tmp_path, max_steps=1, per_device_train_batch_size=8, max_completion_length=4)
@@ -183,7 +183,7 @@ def test_trl_itself_finds_the_same_tools(tmp_path):
         model=tiny_model(),
         args=trl_package.GRPOConfig(**options),
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=chatml_like(),
+        processing_class=qwen3_like(),
         environment_factory=Guess,
     )
     theirs = [get_json_schema(tool) for tool in trainer._env_tools[None]]
@@ -473,7 +473,7 @@ def test_every_example_passes_the_doctor_and_trains_by_the_command_in_its_text(
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [step["step"] for step in steps if "loss" in step] == [1, 2], steps
     graded = EXAMPLES[example] in ("trl", "gymnasium", "verifiers")
-    assert graded == ("reward/success" in steps[-1])
+    assert graded == any("reward/success" in step for step in steps)
 
 
 @pytest.mark.slow
@@ -490,4 +490,5 @@ def test_a_run_repeats_bit_for_bit(tmp_path, in_the_checkout):
     kept = [
         {k: v for k, v in step.items() if k.startswith(("loss", "reward", "grad", "stop", "turns"))} for step in runs[0]
     ]
-    assert kept == [{k: step[k] for k in one} for one, step in zip(kept, runs[1], strict=True)] and kept[-1]
+    assert kept == [{k: step[k] for k in one} for one, step in zip(kept, runs[1], strict=True)]
+    assert sum("loss" in step for step in kept) == 2

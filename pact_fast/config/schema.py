@@ -111,7 +111,8 @@ class EnvConfig(Section):
     name: str = Field(
         "auto",
         description="`lookup_chain`: built-in multi-hop look-ups; `python_tools`: tools given as Python source (FTRL, "
-        "ToolHop), run in sandboxed processes; `simulated`: tools answered from a row's facts (docs/mtr.md); your own as "
+        "ToolHop), run in sandboxed processes; `simulated`: tools answered from a row's facts (docs/mtr.md); `functions`, "
+        "`trl`, `verifiers`, `mcp`, `gymnasium`: what you have already (docs/adapters.md); your own as "
         "`file.py:Class`; `auto`: python_tools with data files, else lookup_chain. A row's column `env` takes precedence.",
     )
     args: dict[str, Any] = Field(
