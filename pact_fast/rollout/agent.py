@@ -65,7 +65,7 @@ class AgentLoop:
         self.engine, self.renderer, self.make_env, self.config = engine, renderer, make_env, config
         self._pool: ThreadPoolExecutor | None = None
         self._prompts: dict[bytes, np.ndarray] | None = None  # of the call of `run` under way
-        self._checked_user_turns = False
+        self._checked_user_turns = not isinstance(renderer, ChatRenderer)  # what stands in its place has no template
         if config.filters and not getattr(engine, "applies_filters", False):
             raise PactError(
                 f"{getattr(engine, 'name', 'the engine')} does not apply rollout.top_p, top_k and min_p ({config.filters}); "
