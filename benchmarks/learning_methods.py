@@ -50,6 +50,14 @@ METHODS = {
         REINFORCED,
         outcome=("algorithm.sft_then_rl.rl=grpo",),
     ),
+    "chord": Method(
+        ("algorithm.name=chord", "algorithm.chord={rl: matchtir}"), REINFORCED, outcome=("algorithm.chord.rl=grpo",)
+    ),
+    "luffy": Method(("algorithm.name=luffy",), REINFORCED),
+    "hpt": Method(
+        ("algorithm.name=hpt", "algorithm.hpt={rl: matchtir}"), REINFORCED, outcome=("algorithm.hpt.rl=grpo",)
+    ),
+    "sdft": Method(("algorithm.name=sdft",), REINFORCED),
 }
 ABLATIONS = {
     "pact-defaults": pact(sft=PAPER_SFT),
