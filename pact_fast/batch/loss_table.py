@@ -34,6 +34,7 @@ class ScoredTokens:
     old_logprob      float32 [m] log-prob before the first optimizer step on the batch; NaN: current policy (ratio 1)
     ref_logprob      float32 [m] log-prob of the reference policy; NaN: no KL term
     importance       float64 [m] importance weight, a factor of rl_weight without gradient; set by the learner
+    offset                       index of node.ids[0] among the tokens of the rollout; not 0 after a branching
     """
 
     node: Node
@@ -49,6 +50,7 @@ class ScoredTokens:
     old_logprob: np.ndarray
     ref_logprob: np.ndarray
     importance: np.ndarray
+    offset: int = 0
 
     @classmethod
     def of_rollout(
@@ -63,6 +65,7 @@ class ScoredTokens:
         advantage: np.ndarray,
         weight: float,
         sampler_logprob: np.ndarray,
+        offset: int = 0,
     ) -> ScoredTokens:
         """Tokens of a rollout, for the policy loss.
 
@@ -76,11 +79,12 @@ class ScoredTokens:
             advantage: float32 [m].
             weight: The rl_weight of all tokens.
             sampler_logprob: float32 [m], NaN where unknown.
+            offset: Index of the node's first token among those of the rollout.
         """
         m = len(index)
         return cls(
             node, context, prompt, rollout, index, component, advantage, np.full(m, weight, np.float64),
-            np.zeros(m, np.float64), sampler_logprob, _all_nan(m), _all_nan(m), np.ones(m),
+            np.zeros(m, np.float64), sampler_logprob, _all_nan(m), _all_nan(m), np.ones(m), offset,
         )  # fmt: skip
 
     @classmethod
