@@ -7,18 +7,23 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pact_fast.algorithms.branches import add_branches, add_context, rewound
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.batch.tree import TokenTree
+from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component, LossContext
-from pact_fast.config import AlgorithmConfig
-from pact_fast.data.types import Trajectory, TurnRecord
+from pact_fast.config import AlgorithmConfig, RolloutConfig
+from pact_fast.data.types import Task, Trajectory, TurnRecord
 from pact_fast.distributed.serialization import decode, encode
 from pact_fast.rewards.advantages import token_advantages
+from pact_fast.rollout.agent import AgentLoop, Job
+from pact_fast.rollout.embedded.engine import TransformersEngine
 from pact_fast.train.records import rollout_record
 from tests.support.groups import lookup_chain_renderer, make_groups, step_context_of
 from tests.support.loss_formulas import VOCAB, Hiddens, assert_computes, head_weight
+from tests.support.trl_templates import tokenizer_for
 
 LOST = 3  # most tokens of the generation prompt that a branch leaves out
 
@@ -45,7 +50,7 @@ class Dialogue:
 
     def speak(self):
         for _ in range(self.rng.randint(2, 5)):
-            token, logprob = self.rng.randrange(VOCAB), -6 - 3 * self.rng.random()  # as the head below
+            token, logprob = self.rng.randrange(VOCAB), -10 - 3 * self.rng.random()  # about those of the head below
             self.seen.append((self.lost, list(self.after), token, logprob, len(self.ids)))
             self.store(token, True, logprob)
         self.turn += 1
@@ -213,3 +218,65 @@ def test_rollouts_with_branches_after_an_undivided_context_are_an_error():
     tree = TokenTree()
     with pytest.raises(ValueError, match="add_context"):
         add_branches(tree, tree.add(np.arange(9)), dialogue.trajectory(0.0), 2)
+
+
+class Asking:
+    """A user who asks three more times."""
+
+    blocking = False
+    tools = (
+        {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}},
+    )
+
+    def reset(self, task):
+        self.asked = 0
+
+    def call(self, name, arguments):
+        return "7"
+
+    def respond(self, text):
+        self.asked += 1
+        return "And Rome?" if self.asked < 4 else None
+
+    def reward(self, task, trajectory):
+        return {"success": 1.0}
+
+
+def sampled_dialogues(renderer, keys, slots):
+    """Dialogues of a tiny model with random weights, of which a quarter of all tokens end a turn."""
+    engine = TransformersEngine(tiny_model(), range(0, VOCAB_OF_TRL, 4), slots=slots)
+    loop = AgentLoop(engine, renderer, lambda task: Asking(), RolloutConfig(max_turn_tokens=40, max_turns=9))
+    task = Task("t", [{"role": "user", "content": "How warm is Oslo?"}])
+    return loop.run([Job(task, (7, key)) for key in keys])
+
+
+VOCAB_OF_TRL = 640  # at least as many as the tokenizers of tests/support/trl_templates.py have
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB_OF_TRL, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+def test_the_embedded_engine_samples_every_branch_from_its_own_context_bit_for_bit_again():
+    """The template opens the reasoning, so that every turn is reasoning, and the next user message makes a branch."""
+    renderer = ChatRenderer(tokenizer_for("qwen3_5_think"))
+    trajectories = sampled_dialogues(renderer, range(3), slots=3)
+    again, (alone,) = sampled_dialogues(renderer, range(3), slots=3), sampled_dialogues(renderer, [0], slots=1)
+    np.testing.assert_array_equal(trajectories[0].ids, alone.ids)
+    model = tiny_model()
+    for trajectory, other in zip(trajectories, again, strict=True):
+        assert len(trajectory.branches) == 3 and trajectory.rewound > 0
+        for column in ("ids", "logprobs", "branches", "sampled", "turn_ids"):
+            np.testing.assert_array_equal(getattr(trajectory, column), getattr(other, column))
+        for ids, own in trajectory.sequences():
+            with torch.no_grad():
+                expected = torch.log_softmax(model(torch.as_tensor(ids)[None]).logits[0], -1)
+            sampled = own[trajectory.sampled[own]]
+            at = torch.as_tensor(sampled + len(ids) - own[-1] - 1)
+            found = expected[at - 1, torch.as_tensor(trajectory.ids[sampled])].numpy()
+            np.testing.assert_allclose(trajectory.logprobs[sampled], found, atol=1e-5)
