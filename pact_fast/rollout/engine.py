@@ -25,6 +25,7 @@ class Request:
                     and this key alone, not on what else runs in the batch
     temperature     0 is greedy
     filters         which tokens may be sampled; no effect where greedy
+    user            the session is of the side that plays the user, which may have a model of its own
     keep            tokens of the session's context that stay before `ids`: the rest of it is forgotten; None: all stay
     """
 
@@ -34,6 +35,7 @@ class Request:
     rng_key: tuple[int, ...] = ()
     temperature: float = 1.0
     filters: SamplingFilters = UNFILTERED
+    user: bool = False
     keep: int | None = None
 
 
