@@ -106,8 +106,10 @@ def policy_loss(hiddens, weight, config, context, dialogue, advantage, trace):
     for logp, gap, a in logs:
         importance = config.trace.context_importance_weight if trace else "none"
         factor = {"none": 1.0, "token": np.exp(gap), "sequence": np.exp(mean)}[importance]
+        # this weight needs the log-probs before the update, which the table holds in fp32
+        old = float(np.float32(float(logp.detach()))) if importance == "sequence" else logp.detach()
         total = total - min(factor, config.trace.context_importance_weight_clip if trace else 1.0) * a * torch.exp(
-            logp - logp.detach()
+            logp - old
         )
     return total / len(dialogue.seen)
 
