@@ -65,6 +65,7 @@ from pact_fast.train.shutdown import GracefulShutdown
 from pact_fast.train.step import Stepper, StepResult
 from pact_fast.train.trackers.group import open_trackers
 from pact_fast.train.user_model import USER_FOLDER, UserSide, tokenizer_tasks, trains_user, with_user_model
+from pact_fast.train.warning_signs import WarningSigns
 
 
 @dataclass
@@ -104,6 +105,7 @@ class Trainer:
     records: RolloutWriter
     evaluator: Evaluator
     metrics: MetricsWriter | None = None
+    signs: WarningSigns  # rank 0 has them
     _lock: RunLock | None = None  # rank 0 has it
 
     def __init__(self, config: Config):
@@ -381,6 +383,7 @@ class Trainer:
             checkpoint.rewind_metrics(self.run / "metrics.jsonl", size)
             trackers = open_trackers(self.config, self.run, step, self.progress.note)
             self.metrics = MetricsWriter(self.run, trackers)
+            self.signs = WarningSigns.resumed(self.run / "metrics.jsonl")
         self.evaluator = Evaluator(
             self.config, self.tasks, self.collector, self.metrics, self.records, self.progress, self.world
         )
@@ -405,7 +408,10 @@ class Trainer:
         """Write metrics and rollouts of step `step` (from 1). PactError after too many skipped updates."""
         if self.metrics:
             self._check_lock()
-            self.metrics.write(step, result.metrics)
+            warnings, texts = self.signs.see(result.metrics)
+            self.metrics.write(step, result.metrics | warnings)
+            for text in texts:
+                self.progress.note(f"step {step}: {text}")
             self.records.write_step(step, result.batches)
         self.progress.step(step, self.config.trainer.max_steps, result.metrics)
         self._check_skipped(step, result)
