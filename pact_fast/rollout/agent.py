@@ -9,9 +9,10 @@ turns, so a slow tool holds up its own trajectory only.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from pact_fast.chat.template_check import check_user_turns
 from pact_fast.components import Component
 from pact_fast.config import RolloutConfig
 from pact_fast.data.types import Message, StopReason, Task, ToolCall, ToolSchema, Trajectory, TurnRecord, text_of
-from pact_fast.envs.base import Environment, has_user
+from pact_fast.envs.base import Environment, has_user, is_finished
 from pact_fast.envs.registry import is_built_in
 from pact_fast.errors import PactError
 from pact_fast.plugins import no_exit
@@ -185,7 +186,7 @@ class AgentLoop:
         none. Resolving a resolved task changes nothing.
         """
         env = self.make_env(task)
-        if (has_user(env) or self.config.user == "policy") and not self._checked_user_turns:
+        if (has_user(env) or self.config.user != "environment") and not self._checked_user_turns:
             check_user_turns(self.renderer)
             self._checked_user_turns = True
         with _no_exit(env):
@@ -213,7 +214,7 @@ class AgentLoop:
         task, env = self.resolve_task(jobs[index].task)
         job = replace(jobs[index], task=task)
         agent, user = Side(index, self.prompt_ids(task), task.tools), None
-        if self.config.user == "policy":
+        if self.config.user != "environment":
             view = self._user_view(task, env)
             ids = self._user_prompt_ids(view)
             user = Side(index + len(jobs), ids, view.tools, unsent=ids)
@@ -224,8 +225,10 @@ class AgentLoop:
 
     def _submit(self, episode: Episode, ids: np.ndarray, limit: int, rng_key: tuple[int, ...] = ()) -> None:
         """Ask the engine for a turn of the speaker."""
-        job = episode.job
-        self.engine.submit(Request(episode.speaker.session, ids, limit, rng_key, job.temperature, job.filters))
+        job, is_user = episode.job, episode.speaker is episode.user
+        # a user with a model of its own is a part of the environment: it says the likeliest words
+        temperature = 0.0 if is_user and self.config.user == "model" else job.temperature
+        self.engine.submit(Request(episode.speaker.session, ids, limit, rng_key, temperature, job.filters, is_user))
 
     def _close(self, episode: Episode) -> None:
         for side in episode.sides:
@@ -240,12 +243,22 @@ class AgentLoop:
         with _no_exit(episode.env):
             given = _for_environment(episode.env, (task, trajectory))
             rewards = dict(episode.env.reward(*given))
-        if episode.user is not None and self.config.train_as == "user":
-            trajectory = episode.user.finish(task.id, stop)
+        if episode.user is not None:
+            of_user = episode.user.finish(task.id, stop)
+            rewards |= self._judge_user(episode, of_user)
+            trajectory = of_user if self.config.train_as == "user" else trajectory
         trajectory.env_rewards = rewards
         if on_finish:
             on_finish(index, trajectory)
         return trajectory
+
+    def _judge_user(self, episode: Episode, trajectory: Trajectory) -> dict[str, float]:
+        """What the environment finds wrong with the side of the user, if it looks at it."""
+        judge = getattr(episode.env, "judge_user", None)
+        if not callable(judge):
+            return {}
+        with _no_exit(episode.env):
+            return dict(judge(*_for_environment(episode.env, (episode.job.task, trajectory))))
 
     def _take_turn(self, episode: Episode, completion: Completion) -> tuple[StopReason | None, list[Pending]]:
         """Record a sampled turn and start what follows it: tool calls, the user's reply, or the other side's turn.
@@ -262,19 +275,30 @@ class AgentLoop:
             cut = side.length >= self.config.max_completion_length
             return _out_of_tokens(episode, StopReason.MAX_COMPLETION_LENGTH if cut else StopReason.MAX_TURN_TOKENS), []
         if parsed.attempts:
-            return None, [self._call(episode, attempt) for attempt in parsed.attempts]
+            return None, self._calls(episode, parsed.attempts)
         if episode.user is not None:
             return self._hand_over(episode, record.content), []
         if has_user(episode.env):
             return None, [self._run(episode.env, episode.env.respond, record.content)]
         return StopReason.ANSWER, []
 
-    def _call(self, episode: Episode, attempt: ToolCall | str) -> Pending:
-        if isinstance(attempt, str):
-            return error_observation(attempt)
+    def _calls(self, episode: Episode, attempts: Sequence[ToolCall | str]) -> list[Pending]:
+        """Start the calls of a turn. In threads, those of an `ordered` environment wait for the one before."""
         env = episode.env
         call = user_call(env) if episode.speaker is episode.user else env.call
-        return self._run(env, call, attempt.name, _for_environment(env, attempt.arguments))
+        started: list[Pending] = []
+        before: Future | None = None
+        for attempt in attempts:
+            if isinstance(attempt, str):
+                started.append(error_observation(attempt))
+                continue
+            arguments = _for_environment(env, attempt.arguments)
+            # a call that is waited for was submitted earlier, so that it has a thread already
+            method = functools.partial(_after, before, call) if before else call
+            started.append(self._run(env, method, attempt.name, arguments))
+            if getattr(env, "ordered", False) and isinstance(started[-1], Future):
+                before = started[-1]
+        return started
 
     def _run(self, env: Environment, method: Callable[..., str | None], *arguments: Any) -> Pending:
         """Call a method of an environment, in a thread if it is blocking."""
@@ -298,6 +322,11 @@ class AgentLoop:
         """Go on with the observations of the last turn's calls."""
         side = episode.speaker
         record = side.turns[-1]
+        with _no_exit(episode.env):
+            finished = side is episode.agent and is_finished(episode.env)
+        if finished:
+            record.observations = results
+            return StopReason.ENVIRONMENT
         if len(side.turns) >= self.config.max_turns:
             record.observations = results
             return StopReason.MAX_TURNS if side is episode.agent else StopReason.MAX_USER_TURNS
@@ -374,6 +403,11 @@ class AgentLoop:
         if len(text.encode("utf-8", "replace")) <= limit:  # a token covers at least one byte
             return text
         return self.renderer.truncate(text, limit)
+
+
+def _after(before: Future, call: Callable[..., str], *arguments: Any) -> str:
+    wait([before])
+    return call(*arguments)
 
 
 def _no_exit(env: Environment) -> AbstractContextManager[None]:
