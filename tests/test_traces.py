@@ -123,8 +123,11 @@ def test_reference_calls_are_executed_and_kept_with_a_success_that_repeats(tmp_p
         assert turn.reasoning and prefix_ends(turn.reasoning, turn.calls)[-1] == len(turn.reasoning)
 
 
+LONG = {"long": {"reference_calls": [*GOOD, *calls(("author", "Emma"))] * 5, "answer": "Steventon"}}
+
+
 def test_reference_calls_are_played_to_their_end_whatever_the_limit_of_turns(tmp_path, library):
-    rows = write_rows(tmp_path / "rows.jsonl", {"long": {"reference_calls": [*GOOD, *calls(("author", "Emma"))] * 5}})
+    rows = write_rows(tmp_path / "rows.jsonl", LONG)
     assert main(["traces", rows, "-o", str(tmp_path / "out"), library, "rollout.max_turns=2"]) == 0
     (task,) = read_tasks(tmp_path / "out" / "train.jsonl")
     assert len(task.expert.turns) == 15
@@ -210,7 +213,7 @@ TAUGHT = {
     "solved": "", "guess": "Guess!", "loop": "Loop!", "lazy": "Lazy!", "splice": "Splice!",
 }  # fmt: skip
 TAUGHT_REASONS = {
-    "solved": [], "guess": ["answer_leak"], "loop": ["limit"], "lazy": ["no_calls", "unsolved", "no_reasoning"],
+    "solved": [], "guess": ["answer_leak"], "loop": ["limit"], "lazy": ["no_turns", "unsolved", "no_reasoning"],
     "splice": ["invalid_answer"],
 }  # fmt: skip
 

@@ -177,7 +177,7 @@ class _Maker:
         return results
 
     def _play(
-        self, played: list[tuple[Key, Task]], plans: dict[int, Planned], tick: Callable[[], object] = lambda: None
+        self, played: Sequence[tuple[Key, Task]], plans: dict[int, Planned], tick: Callable[[], object] = lambda: None
     ) -> tuple[list[Trajectory], dict[Key, CannotAct]]:
         """Play plans to their ends: rollout.max_turns is a limit of those who look for a solution."""
         longest = max((len(planned.turns) for planned in plans.values()), default=0)
