@@ -15,6 +15,7 @@ import torch
 
 from pact_fast.algorithms.base import Group
 from pact_fast.algorithms.registry import make_algorithm
+from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
 from pact_fast.config import AlgorithmConfig, RolloutConfig, load_config
 from pact_fast.data.types import StopReason, Task, ToolCall
@@ -29,6 +30,7 @@ from tests.support.hostile_outputs import hostile_text
 from tests.support.loss_formulas import Hiddens, assert_computes, head_weight, log_pi
 from tests.support.runs import QUICKSTART, RunProcess, metrics
 from tests.support.scripted_engine import Script, turn
+from tests.support.trl_templates import tokenizer_for
 
 TASK = Task(
     "t", [{"role": "system", "content": "Policy of the desk."}, {"role": "user", "content": "How warm is Oslo?"}]
@@ -123,6 +125,28 @@ def test_each_side_sees_what_was_said_to_it_and_nothing_else(renderer):
     for trajectory, others in ((agent, said[2:-1:2]), (user, said[1:-1:2])):
         heard = trajectory.components == Component.USER
         assert text(renderer, trajectory.ids[heard]) == "".join(others) and not trajectory.sampled[heard].any()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think"])
+def test_sides_of_a_template_that_drops_reasoning_branch_by_themselves(name):
+    renderer = ChatRenderer(tokenizer_for(name))
+    called = [ToolCall("weather", {"city": "Oslo"})]
+    turns = {
+        0: [("Agent thinks.", "", called), ("So.", "Seven.", []), ("Hm.", "Dry.", []), ("Oh.", "Bye.", [])],
+        1: [("User thinks.", "Is it dry?", []), ("Why.", "Thanks.", []), ("End.", "Bye. ###STOP###", [])],
+    }
+    for session, side in enumerate(("agent", "user")):
+        ids = {player: [renderer.assistant_turn(*one)[0] for one in made] for player, made in turns.items()}
+        last = ids[session][-1]
+        engine = Script(renderer, ids)
+        config = RolloutConfig(user="policy", train_as=side)
+        (trajectory,) = AgentLoop(engine, renderer, lambda task: Desk(), config).run([Job(TASK, (0, 0))])
+        assert len(trajectory.branches) == 2
+        sequences = [sequence for sequence, _ in trajectory.sequences()]
+        np.testing.assert_array_equal(sequences[-1], np.concatenate([engine.seen[session][-1], last]))
+        shown = text(renderer, engine.seen[session][-1])
+        assert not any(thought in shown for thought, *_ in turns[session])  # all of it is past
+    assert text(renderer, engine.seen[1][0]).count("assistant\nHow warm is Oslo?<|im_end|>") == 1  # no empty block
 
 
 def test_the_environment_judges_the_agents_side(renderer):

@@ -56,8 +56,8 @@ class ModelConfig(Section):
     tool_format: str = Field(
         "auto",
         description="Format of tool calls: `hermes`, `llama3_json`, `qwen3_coder`, `gemma4`, `lfm2`, `glm4_moe`, `harmony`, "
-        "`mistral`, `mistral_json`, `deepseek_v3`, `deepseek_v31`, `granite`, `minimax_m2`, or your own as "
-        "`file.py:Class`; `auto`: detected from the chat template.",
+        "`mistral`, `mistral_json`, `deepseek_v3`, `deepseek_v31`, `granite`, `minimax_m2`, `kimi_k2`, `pythonic`, "
+        "`functools`, `atem`, or your own as `file.py:Class`; `auto`: detected from the chat template.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
