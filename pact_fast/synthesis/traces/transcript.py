@@ -105,18 +105,11 @@ def play(
         loop.close()
 
 
-class _Kept:
-    """Earlier turns stay as they are: no template rewrites them."""
-
-    drops_reasoning = False
-
-
 class MessageTable:
     """Has what the agent loop asks of a ChatRenderer, for messages in the place of tokens."""
 
     eot_id = call_eot_id = END
     eot_ids = frozenset((END,))
-    history = _Kept
 
     def __init__(self) -> None:
         self._entries: list[Any] = [None]  # of END
