@@ -82,6 +82,11 @@ class DataConfig(Section):
     format: Literal["auto", "pact", "verl", "ftrl", "toolhop"] = Field(
         "auto", description="Row format; `auto`: detected from the columns."
     )
+    prompt_format: Literal["row", "matchtir"] = Field(
+        "row",
+        description="`row`: prompts as the rows have them; `matchtir`: asks for reasoning before every call, and for the "
+        "answer between <answer> and </answer> (docs/data.md).",
+    )
     expert: str | list[str] | None = Field(
         None,
         description="Expert traces ({id, expert_trace}), joined to the training tasks by id; named as the files of `train`.",
