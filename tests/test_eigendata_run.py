@@ -13,7 +13,8 @@ from tests.support.runs import RunProcess, assert_same, cut_back, metrics
 
 RECIPE = ["eigendata-quickstart"]
 SETTINGS = [
-    "threads=1", "env.args={count: 24, max_issues: 1, early_stop: 0.1}", "pretrain.steps=3", "pretrain.user_steps=2", "pretrain.batch_size=2",
+    "threads=1", "env.args={count: 24, max_issues: 1, early_stop: 0.1}",
+    "pretrain.steps=3", "pretrain.user_steps=2", "pretrain.batch_size=2",
     "trainer.max_steps=2", "trainer.prompts_per_step=2", "trainer.eval_tasks=3", "trainer.save_steps=1",
     "rollout.num_generations=2", "rollout.max_turn_tokens=12", "rollout.max_completion_length=60",
     "rollout.max_prompt_length=600", "trainer.save_total_limit=9", "trainer.log_completions=0",
