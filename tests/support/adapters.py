@@ -120,6 +120,10 @@ class Trl(Log):
         await asyncio.sleep(0)
         return "later"
 
+    def blocks(self) -> list:
+        """Content blocks."""
+        return [{"type": "text", "text": "a cat: "}, {"type": "image", "image": object()}]
+
     def fail(self) -> str:
         """Fail."""
         raise RuntimeError("it failed")
