@@ -85,14 +85,14 @@ def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True, mer
     Args:
         trees: The trees. They are not changed.
         max_tokens: Budget of a pack. A larger tree is split by its leaves into parts that repeat the shared path. A
-            single path over the budget gets a pack of its own; nothing is ever truncated.
+            single path (or pair of leaves) over the budget gets a pack of its own; nothing is ever truncated.
         share: False gives every root-to-leaf path its own copy of all tokens: the same results without prefix sharing.
         merge: Whether siblings that begin with the same tokens share these, too (`batch/merge.py`). Rows, ownership and
-            results are still those of the caller's nodes.
+            results are still those of the caller's nodes. Trees with pairs are left as they are.
     """
-    parts = _split_trees(_merge_trees(trees, share and merge), max_tokens, share)
-    bins = first_fit([_num_tokens(part) for part in parts], max_tokens)
-    return _build_packs([[parts[i] for i in sorted(members)] for members in bins])
+    units = _split_trees(_merge_trees(trees, share and merge), max_tokens, share)
+    bins = first_fit([_num_tokens(unit) for unit in units], max_tokens)
+    return _build_packs([[part for i in sorted(members) for part in units[i]] for members in bins])
 
 
 def distribute_packs(
@@ -123,17 +123,17 @@ def distribute_packs(
     if ranks == 1:
         return [[batch] for batch in pack(trees, max_tokens=max_tokens, share=share, merge=merge)]
     trees = _merge_trees(trees, share and merge)
-    parts = _split_trees(trees, max_tokens, share)
+    units = _split_trees(trees, max_tokens, share)
     budget = max_tokens
-    while share and len(parts) < ranks and budget > 1:
+    while share and len(units) < ranks and budget > 1:
         budget //= 2
-        parts = _split_trees(trees, budget, share)
-    costs = [cost(*_tokens_and_pairs(part)) for part in parts]
-    sizes = [_num_tokens(part) for part in parts]
+        units = _split_trees(trees, budget, share)
+    costs = [cost(*_tokens_and_pairs(unit)) for unit in units]
+    sizes = [_num_tokens(unit) for unit in units]
     fewest = -(-len(first_fit(sizes, max_tokens)) // ranks)
     bins = balance(sizes, costs, ranks, fewest, max_tokens)
     bins.sort(key=lambda members: -sum(costs[i] for i in members))  # a step takes as long as its slowest rank
-    batches = _build_packs([[parts[i] for i in sorted(members)] for members in bins])
+    batches = _build_packs([[part for i in sorted(members) for part in units[i]] for members in bins])
     load = [0.0] * ranks
     table = []
     for step in range(len(bins) // ranks):
@@ -147,34 +147,56 @@ def distribute_packs(
 
 
 TreePart = list[Node]  # nodes of one tree in depth-first order; with a node, its parent is in the part, too
+Unit = list[TreePart]  # parts that go into the same pack
 
 
 def _merge_trees(trees: Sequence[TokenTree], merge: bool) -> Sequence[TokenTree]:
-    return [merge_prefixes(tree) for tree in trees] if merge else trees
+    return [tree if tree.pairs else merge_prefixes(tree) for tree in trees] if merge else trees
 
 
-def _split_trees(trees: Sequence[TokenTree], max_tokens: int, share: bool) -> list[TreePart]:
-    if not share:
-        return [leaf.path() for tree in trees if tree.nodes for leaf in _leaves(tree, tree.subtree_sizes())]
-    return [part for tree in trees for part in _split(tree, max_tokens)]
+def _split_trees(trees: Sequence[TokenTree], max_tokens: int, share: bool) -> list[Unit]:
+    if share:
+        return [[part] for tree in trees for part in _split(tree, max_tokens)]
+    return [
+        [leaf.path() for leaf in leaves]
+        for tree in trees
+        if tree.nodes
+        for leaves in _leaves_together(tree, tree.subtree_sizes())
+    ]
 
 
 def _leaves(tree: TokenTree, sizes: dict[int, int]) -> list[Node]:
     return [node for node in _depth_first(tree.nodes[0], None, sizes) if not node.children]
 
 
-def _num_tokens(part: TreePart) -> int:
-    return sum(len(node.ids) for node in part)
+def _leaves_together(tree: TokenTree, sizes: dict[int, int]) -> list[list[Node]]:
+    """The leaves in depth-first order; those of a pair as one entry, at the place of its first."""
+    partner = {id(a): b for pair in tree.pairs for a, b in (pair, pair[::-1])}
+    together: list[list[Node]] = []
+    placed: set[int] = set()
+    for leaf in _leaves(tree, sizes):
+        if id(leaf) not in placed:
+            together.append([leaf, partner[id(leaf)]] if id(leaf) in partner else [leaf])
+            placed |= {id(node) for node in together[-1]}
+    return together
 
 
-def _tokens_and_pairs(part: TreePart) -> tuple[int, int]:
+def _num_tokens(unit: Unit) -> int:
+    return sum(len(node.ids) for part in unit for node in part)
+
+
+def _tokens_and_pairs(unit: Unit) -> tuple[int, int]:
     """(tokens, query-key pairs): a token sees its path up to and including itself."""
-    pairs = sum(len(node.ids) * node.start + len(node.ids) * (len(node.ids) + 1) // 2 for node in part)
-    return _num_tokens(part), pairs
+    nodes = [node for part in unit for node in part]
+    pairs = sum(len(node.ids) * node.start + len(node.ids) * (len(node.ids) + 1) // 2 for node in nodes)
+    return _num_tokens(unit), pairs
 
 
 def _split(tree: TokenTree, budget: int) -> list[TreePart]:
-    """Split a tree by its leaves, in depth-first order, into parts of at most `budget` tokens and at least one leaf."""
+    """Split a tree by its leaves, in depth-first order, into parts of at most `budget` tokens and at least one leaf.
+
+    Paired leaves are not separated.
+    """
     if not tree.nodes:
         return []
     root, subtree_sizes = tree.nodes[0], tree.subtree_sizes()
@@ -183,12 +205,13 @@ def _split(tree: TokenTree, budget: int) -> list[TreePart]:
     parts: list[TreePart] = []
     selected: set[int] = set()
     size = 0
-    for leaf in _leaves(tree, subtree_sizes):
-        new = [node for node in leaf.path() if id(node) not in selected]
+    for leaves in _leaves_together(tree, subtree_sizes):
+        path = list(dict.fromkeys(node for leaf in leaves for node in leaf.path()))
+        new = [node for node in path if id(node) not in selected]
         extra = sum(len(node.ids) for node in new)
         if selected and size + extra > budget:
             parts.append(_depth_first(root, selected, subtree_sizes))
-            selected, size, new = set(), 0, leaf.path()
+            selected, size, new = set(), 0, path
             extra = sum(len(node.ids) for node in new)
         selected |= {id(node) for node in new}
         size += extra

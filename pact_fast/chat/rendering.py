@@ -277,7 +277,7 @@ class ChatRenderer:
         encoded, components, begin = self._turn(reasoning, turn.content, turn.calls)
         level = np.full(len(encoded.ids) + 1, NO_LEVEL, np.uint8)
         if reasoning:
-            ends = prefix_ends(turn.reasoning, turn.calls)
+            ends = prefix_ends(turn.reasoning, turn.calls, turn.segments)
             # A token is supervised if all of it lies in the prefix. The opening tag belongs to the first segment. The
             # closing tag is supervised only after complete and safe reasoning: a cut must not teach to stop there.
             complete = len(reasoning) == len(turn.reasoning) == ends[-1]
@@ -306,7 +306,7 @@ def _cut_reasoning(turn: ExpertTurn, level: int | None) -> str:
     """The reasoning of a turn, up to a prefix level."""
     if level is None:
         return turn.reasoning
-    return turn.reasoning[: prefix_ends(turn.reasoning, turn.calls)[level]].rstrip()
+    return turn.reasoning[: prefix_ends(turn.reasoning, turn.calls, turn.segments)[level]].rstrip()
 
 
 def _components(encoded: Encoded, texts: Sequence[str], owners: Sequence[Component]) -> np.ndarray:

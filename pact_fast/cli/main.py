@@ -17,6 +17,7 @@ from typing import NoReturn
 from pact_fast import __version__
 from pact_fast.cli.eigendata import add_eigendata
 from pact_fast.cli.mtr import add_mtr
+from pact_fast.cli.traces import add_traces
 from pact_fast.distributed.exit import skip_teardown_exit
 from pact_fast.errors import EngineError, PactError, ShutdownRequested
 from pact_fast.plugins import no_exit
@@ -288,6 +289,7 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("--split", choices=["train", "test", "all"], default="all", help="which tasks (default: all)")
     convert.add_argument("--category", action="append", metavar="NAME", help="only this category or group")
     convert.add_argument("--limit", type=int, help="at most so many rows per category")
+    add_traces(commands, _command)
     bench = _command(commands, "bench", _bench, "list the repository's benchmarks, or run one", BENCH, BENCH_EXAMPLES)
     bench.add_argument("name", metavar="NAME", nargs="?", help="benchmark to run (default: list all)")
     bench.add_argument(

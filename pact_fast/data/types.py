@@ -77,6 +77,7 @@ class ExpertTurn:
     observations  their results, one per call
     content       visible text before the calls; usually empty where there are calls
     user          what the user said after the turn; None: nothing
+    segments      ends of the reasoning's segments, in characters; None: by the rules of `chat/segments.py`
     """
 
     reasoning: str
@@ -84,6 +85,7 @@ class ExpertTurn:
     observations: tuple[str, ...]
     content: str = ""
     user: str | None = None
+    segments: tuple[int, ...] | None = None
 
     def following(self) -> list[Message]:
         """The messages after the turn: one per observation, and the user's."""
@@ -147,7 +149,7 @@ class ExpertTrace:
                 break
             paired = _pair_observations(message["tool_calls"], calls, observations, first) if calls else []
             texts = tuple(text_of(observation.get("content")) for observation in paired)
-            turns.append(ExpertTurn(reasoning, calls, texts, content, user))
+            turns.append(ExpertTurn(reasoning, calls, texts, content, user, _segments(message, reasoning, first - 1)))
         return cls(tuple(turns), answer, answer_reasoning)
 
     def to_messages(self) -> list[Message]:
@@ -157,6 +159,8 @@ class ExpertTrace:
             message: Message = {"role": "assistant", "content": turn.content}
             if turn.reasoning:
                 message["reasoning_content"] = turn.reasoning
+                if turn.segments is not None:
+                    message["reasoning_segments"] = list(turn.segments)
             if turn.calls:
                 message["tool_calls"] = [{"type": "function", "function": call.to_json()} for call in turn.calls]
             messages.append(message)
@@ -167,6 +171,20 @@ class ExpertTrace:
                 last["reasoning_content"] = self.answer_reasoning
             messages.append(last)
         return messages
+
+
+def _segments(message: Message, reasoning: str, index: int) -> tuple[int, ...] | None:
+    """`reasoning_segments` of a message. ValueError unless they are ascending ends, the last one that of the reasoning."""
+    ends = message.get("reasoning_segments")
+    if ends is None or ends == []:
+        return None
+    fits = isinstance(ends, list) and all(type(end) is int for end in ends)
+    if not fits or ends[-1] != len(reasoning) or any(a >= b for a, b in zip([0, *ends], ends, strict=False)):
+        raise ValueError(
+            f"message {index}: 'reasoning_segments' must be ascending ends in characters, the last one "
+            f"{len(reasoning)}, the length of the reasoning; correct or remove them"
+        )
+    return tuple(ends)
 
 
 def _user_text(messages: Sequence[Message], index: int) -> str | None:

@@ -65,7 +65,7 @@ class AgentLoop:
         self.engine, self.renderer, self.make_env, self.config = engine, renderer, make_env, config
         self._pool: ThreadPoolExecutor | None = None
         self._prompts: dict[bytes, np.ndarray] | None = None  # of the call of `run` under way
-        self._checked_user_turns = False
+        self._checked_user_turns = not isinstance(renderer, ChatRenderer)  # what stands in its place has no template
         if config.filters and not getattr(engine, "applies_filters", False):
             raise PactError(
                 f"{getattr(engine, 'name', 'the engine')} does not apply rollout.top_p, top_k and min_p ({config.filters}); "
@@ -186,7 +186,7 @@ class AgentLoop:
         none. Resolving a resolved task changes nothing.
         """
         env = self.make_env(task)
-        if (has_user(env) or self.config.user == "policy") and not self._checked_user_turns:
+        if (has_user(env) or self.config.user != "environment") and not self._checked_user_turns:
             check_user_turns(self.renderer)
             self._checked_user_turns = True
         with _no_exit(env):
@@ -214,7 +214,7 @@ class AgentLoop:
         task, env = self.resolve_task(jobs[index].task)
         job = replace(jobs[index], task=task)
         agent, user = Side(index, self.prompt_ids(task), task.tools), None
-        if self.config.user == "policy":
+        if self.config.user != "environment":
             view = self._user_view(task, env)
             ids = self._user_prompt_ids(view)
             user = Side(index + len(jobs), ids, view.tools, unsent=ids)
@@ -225,8 +225,10 @@ class AgentLoop:
 
     def _submit(self, episode: Episode, ids: np.ndarray, limit: int, rng_key: tuple[int, ...] = ()) -> None:
         """Ask the engine for a turn of the speaker."""
-        job = episode.job
-        self.engine.submit(Request(episode.speaker.session, ids, limit, rng_key, job.temperature, job.filters))
+        job, is_user = episode.job, episode.speaker is episode.user
+        # a user with a model of its own is a part of the environment: it says the likeliest words
+        temperature = 0.0 if is_user and self.config.user == "model" else job.temperature
+        self.engine.submit(Request(episode.speaker.session, ids, limit, rng_key, temperature, job.filters, is_user))
 
     def _close(self, episode: Episode) -> None:
         for side in episode.sides:
@@ -241,12 +243,22 @@ class AgentLoop:
         with _no_exit(episode.env):
             given = _for_environment(episode.env, (task, trajectory))
             rewards = dict(episode.env.reward(*given))
-        if episode.user is not None and self.config.train_as == "user":
-            trajectory = episode.user.finish(task.id, stop)
+        if episode.user is not None:
+            of_user = episode.user.finish(task.id, stop)
+            rewards |= self._judge_user(episode, of_user)
+            trajectory = of_user if self.config.train_as == "user" else trajectory
         trajectory.env_rewards = rewards
         if on_finish:
             on_finish(index, trajectory)
         return trajectory
+
+    def _judge_user(self, episode: Episode, trajectory: Trajectory) -> dict[str, float]:
+        """What the environment finds wrong with the side of the user, if it looks at it."""
+        judge = getattr(episode.env, "judge_user", None)
+        if not callable(judge):
+            return {}
+        with _no_exit(episode.env):
+            return dict(judge(*_for_environment(episode.env, (episode.job.task, trajectory))))
 
     def _take_turn(self, episode: Episode, completion: Completion) -> tuple[StopReason | None, list[Pending]]:
         """Record a sampled turn and start what follows it: tool calls, the user's reply, or the other side's turn.

@@ -25,6 +25,7 @@ class Request:
                     and this key alone, not on what else runs in the batch
     temperature     0 is greedy
     filters         which tokens may be sampled; no effect where greedy
+    user            the session is of the side that plays the user, which may have a model of its own
     """
 
     session: int
@@ -33,6 +34,7 @@ class Request:
     rng_key: tuple[int, ...] = ()
     temperature: float = 1.0
     filters: SamplingFilters = UNFILTERED
+    user: bool = False
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def row_limits(config: Config, algorithm: Algorithm) -> RowLimits:
         window=window,
         completion=rollout.max_completion_length if algorithm.needs_rollouts else 0,
         trace=rendering if traced else None,
-        required=not algorithm.samples(0),
+        required=algorithm.needs_traces or not algorithm.samples(0),
     )
 
 

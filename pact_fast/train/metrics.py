@@ -52,10 +52,13 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     if not trajectories:
         return {}
     rewards = np.array([t.reward for t in trajectories])
+    learnt = [any(np.any(a) for a in group.advantages) for group in groups]
+    sampled = [sum(int(t.sampled.sum()) for t in group.trajectories) for group in groups]
     values = {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
-        "reward/zero_advantage_groups": float(np.mean([not any(np.any(a) for a in g.advantages) for g in groups])),
+        "reward/zero_advantage_groups": 1.0 - float(np.mean(learnt)),
+        "reward/zero_advantage_tokens": 1.0 - float(np.dot(sampled, learnt)) / max(sum(sampled), 1),
         "lengths/completion_mean": float(np.mean([len(t.ids) for t in trajectories])),
         "lengths/completion_max": float(max(len(t.ids) for t in trajectories)),
         "lengths/sampled_mean": float(np.mean([t.sampled.sum() for t in trajectories])),

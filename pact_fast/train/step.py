@@ -100,7 +100,7 @@ class Stepper:
                     max_completion_length=self._config.rollout.max_completion_length,
                 )
             )
-            batches += [self._algorithm.prompt_batch(group, contexts[-1]) for group in members]
+            batches += self._algorithm.prompt_batches(members, contexts[-1])
         return contexts, batches
 
     def _update(self, batches: list[PromptBatch]) -> list[UpdateResult]:
@@ -119,6 +119,7 @@ class Stepper:
             "learning_rate": self._learner.learning_rate(),
             "updates/skipped": float(sum(result.skipped for result in results)),
             "routes/trace_fraction": float(np.mean([batch.route in ("trace", "blend") for batch in batches])),
+            "routes/expert_fraction": float(np.mean([batch.route == "expert" for batch in batches])),
         }
 
 

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pact_fast.config.filters import SamplingFilters
+from pact_fast.kernels.decoder import sampling
 from pact_fast.model.adapter import ADAPTER_NAME, adapted_layers
 from pact_fast.model.filters import filtered
 from pact_fast.model.head import head_layer, logit_transform
@@ -202,11 +203,15 @@ class TransformersEngine(Engine):
     def _sample(self, logits: torch.Tensor, sessions: list[_Session]) -> tuple[list[int], list[float]]:
         """Inverse-CDF sampling with one uniform variate per session and token; returns tokens and their log-probs."""
         temperatures = [s.request.temperature for s in sessions if s.request]
+        uniform = torch.tensor([s.generator.random() for s in sessions], dtype=torch.float64, device=logits.device)
+        filters = [s.filters for s in sessions]
+        if not any(filters) and sampling.serves(logits):
+            drawn, logprobs = sampling.sample(logits, torch.tensor(temperatures, dtype=torch.float32), uniform)
+            return drawn.tolist(), logprobs.tolist()
         scale = torch.tensor([t or 1.0 for t in temperatures], device=logits.device)
         logp = torch.log_softmax(logits / scale[:, None], -1)
-        if any(s.filters for s in sessions):
-            logp = _filter(logp, [s.filters for s in sessions])
-        uniform = torch.tensor([s.generator.random() for s in sessions], dtype=torch.float64, device=logits.device)
+        if any(filters):
+            logp = _filter(logp, filters)
         tokens = inverse_cdf(logp, uniform)
         greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
         tokens = torch.where(greedy, logits.argmax(-1), tokens)

@@ -1,0 +1,197 @@
+"""Tables and plots of the learning study, from its committed results: nothing is measured here.
+
+python -m benchmarks.learning_report                            docs/results.md and docs/images/learning-*.png
+python -m benchmarks.learning_report results.json --print       the tables of other results, on the terminal
+
+In docs/results.md, what stands between <!-- table NAME --> and <!-- end --> is replaced; the rest is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import markdown
+from benchmarks.learning_methods import ALL
+from benchmarks.learning_regimes import REGIMES
+from benchmarks.learning_stats import Interval, Paired
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "learning-cpu-2026-11-30.json"
+PAGE, IMAGES = ROOT / "docs" / "results.md", ROOT / "docs" / "images"
+COLOURS = ("#2463a8", "#c8553d", "#2a9d6f", "#b58900", "#7a4fa3", "#555f6b", "#d1719c", "#3aa6b9", "#8c6d46")
+OURS, BASE = "pact", "base"
+
+
+@dataclass(frozen=True)
+class Study:
+    """The records of test runs and of base models, by regime and method."""
+
+    runs: dict[tuple[str, str], list[dict[str, Any]]]
+    tuning: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Study:
+        runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        records = json.loads(path.read_text("utf-8"))["runs"]
+        for record in records:
+            if record["part"] == "test":
+                runs.setdefault((record["regime"], record["method"]), []).append(record)
+        return cls(runs, [record for record in records if record["part"] == "validation"])
+
+    @property
+    def regimes(self) -> list[str]:
+        """Those with results, in the order of REGIMES."""
+        return [name for name in REGIMES if any(regime == name for regime, _ in self.runs)]
+
+    def methods(self, regime: str) -> list[str]:
+        """Those with results in a regime, in the order of the table of methods; without the base."""
+        return [name for name in ALL if (regime, name) in self.runs]
+
+    def by_seed(self, regime: str, method: str, key: str) -> dict[int, float]:
+        """A value at the end of training, by seed."""
+        return {record["seed"]: record["curve"][-1][key] for record in self.runs.get((regime, method), [])}
+
+    def final(self, regime: str, method: str, key: str) -> Interval:
+        return Interval.of(list(self.by_seed(regime, method, key).values()))
+
+
+def regime_table(study: Study, regime: str) -> str:
+    """One row for each method: success with intervals, the paired difference from PACT, and costs."""
+    header = [
+        "method", "seeds", "learning rate", "sampled", "greedy", "PACT − method, sampled", "p", "tokens sampled", "CPU s",
+    ]  # fmt: skip
+    names = [name for name in (BASE, *study.methods(regime)) if (regime, name) in study.runs]
+    return markdown(header, [_row(study, regime, name) for name in names])
+
+
+def _row(study: Study, regime: str, method: str) -> list[str]:
+    records = study.runs[regime, method]
+    success = {kind: study.final(regime, method, kind).text() for kind in ("sampled", "greedy")}
+    cells = [f"`{method}`" if method in ALL else "base model", str(len(records))]
+    if method == BASE:
+        return [*cells, "", success["sampled"], success["greedy"], "", "", "", ""]
+    rate = f"{records[0]['learning_rate']:g}"
+    tokens, cpu = (study.final(regime, method, key).mean for key in ("tokens", "cpu_seconds"))
+    paired = Paired.of(study.by_seed(regime, OURS, "sampled"), study.by_seed(regime, method, "sampled"))
+    against = ["", ""]
+    if method != OURS and paired.difference.n:
+        against = [paired.difference.text(sign=True), "" if math.isnan(paired.p) else f"{paired.p:.3f}"]
+    return [*cells, rate, success["sampled"], success["greedy"], *against, f"{tokens:,.0f}", f"{cpu:.1f}"]
+
+
+def rank_table(study: Study) -> str:
+    """PACT's rank by mean sampled success in every regime, and the best method."""
+    rows = []
+    for regime in study.regimes:
+        means = {name: study.final(regime, name, "sampled").mean for name in study.methods(regime) if name != OURS}
+        if (regime, OURS) not in study.runs or not means:
+            continue
+        ours = study.final(regime, OURS, "sampled")
+        best = max(means, key=lambda name: means[name])
+        paired = Paired.of(study.by_seed(regime, OURS, "sampled"), study.by_seed(regime, best, "sampled"))
+        rank = 1 + sum(mean > ours.mean for mean in means.values())
+        cells = [f"`{regime}`", REGIMES[regime].about, f"{rank} of {len(means) + 1}", ours.text(), f"`{best}`"]
+        rows.append([*cells, study.final(regime, best, "sampled").text(), paired.difference.text(sign=True)])
+    header = ["regime", "", "PACT's rank", "PACT, sampled", "best other", "its success", "PACT − best other"]
+    return markdown(header, rows)
+
+
+def tables(study: Study) -> dict[str, str]:
+    """All tables by name."""
+    return {"ranks": rank_table(study)} | {regime: regime_table(study, regime) for regime in study.regimes}
+
+
+def fill(page: str, new: dict[str, str]) -> str:
+    """The page with the tables between its markers replaced. KeyError: it names a table that there is not."""
+
+    def replaced(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n{new[match[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", replaced, page, flags=re.DOTALL)
+
+
+def draw(study: Study, plt: Any, cost: str, label: str) -> Any:
+    """Success on held-out tasks against a cost of training, one panel for each regime; bars are 95 % intervals."""
+    regimes = study.regimes
+    figure, axes = plt.subplots(1, len(regimes), figsize=(3.1 * len(regimes), 3.0), sharey=True, squeeze=False)
+    colours = dict(zip(_all_methods(study), COLOURS, strict=False))
+    for axis, regime in zip(axes[0], regimes, strict=True):
+        start = study.final(regime, BASE, "sampled").mean
+        for method in study.methods(regime):
+            points = _curve(study.runs[regime, method], cost)
+            x, y = [0.0, *(p[0] for p in points)], [start, *(p[1].mean for p in points)]
+            half = [0.0, *(p[1].high - p[1].mean if p[1].n > 1 else 0.0 for p in points)]
+            axis.errorbar(
+                x, y, yerr=half, color=colours[method], label=method, capsize=2, linewidth=2 if method == OURS else 1.2
+            )
+        axis.set_title(regime, fontsize=10)
+        axis.set_xlabel(label, fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("success, sampled")
+    axes[0][0].set_ylim(-0.02, 1.02)
+    handles = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="lower center", ncol=len(handles), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    return figure
+
+
+def _all_methods(study: Study) -> list[str]:
+    return [OURS, *(name for name in ALL if name != OURS and any(name == method for _, method in study.runs))]
+
+
+def _curve(records: Iterable[dict[str, Any]], cost: str) -> list[tuple[float, Interval]]:
+    """(mean cost, success) at every evaluated step."""
+    points: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        for point in record["curve"]:
+            points.setdefault(point["step"], []).append(point)
+    return [
+        (sum(p[cost] for p in group) / len(group), Interval.of([p["sampled"] for p in group]))
+        for _, group in sorted(points.items())
+    ]
+
+
+PLOTS = {"steps": ("step", "optimizer steps"), "cpu": ("cpu_seconds", "CPU seconds of training")}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.learning_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = ROOT / "benchmarks" / "results" / RESULTS
+    parser.add_argument("results", type=Path, nargs="?", default=default, help=f"(default: {RESULTS})")
+    parser.add_argument("--print", action="store_true", help="print the tables and write nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    study = Study.read(args.results)
+    made = tables(study)
+    if args.print:
+        print("\n\n".join(f"{name}\n{table}" for name, table in made.items()))
+        return 0
+    PAGE.write_text(fill(PAGE.read_text("utf-8"), made), "utf-8")
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    for name, (cost, label) in PLOTS.items():
+        draw(study, plt, cost, label).savefig(IMAGES / f"learning-{name}.png", dpi=110, metadata={"Software": None})
+        print(IMAGES / f"learning-{name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
