@@ -104,6 +104,14 @@ class Log:
         return "secret"
 
 
+class Slow:
+    """A class with an async method."""
+
+    async def look(self) -> str:
+        """Look."""
+        return "seen"
+
+
 class Silent:
     """A class without tools."""
 
