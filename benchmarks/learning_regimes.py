@@ -23,14 +23,15 @@ class Base:
     """A base model, trained once for each seed and shared by all methods and regimes that name it.
 
     settings  of the recipe `quickstart`, whose pretraining makes it
-    cold      steps of further pretraining on traces of which nine in ten call with a wrong argument name; 0: none
+    after     the base whose pretraining goes on, on traces of which nine in ten call with a wrong argument name; None:
+              random weights and ordinary noisy traces
     """
 
     settings: tuple[str, ...]
-    cold: int = 0
+    after: str | None = None
 
 
-BASES = {"warm": Base(TINY), "cold": Base(TINY, cold=60)}
+BASES = {"warm": Base(TINY), "cold": Base((*TINY, "pretrain.steps=60", "pretrain.learning_rate=1.0e-3"), after="warm")}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ RESULTS = "learning-cpu-2026-11-30.json"
 PAGE, IMAGES = ROOT / "docs" / "results.md", ROOT / "docs" / "images"
 COLOURS = ("#2463a8", "#c8553d", "#2a9d6f", "#b58900", "#7a4fa3", "#555f6b", "#d1719c", "#3aa6b9", "#8c6d46")
 OURS, BASE = "pact", "base"
+KINDS = ("sampled", "greedy")
 
 
 @dataclass(frozen=True)
@@ -69,27 +70,37 @@ class Study:
 
 
 def regime_table(study: Study, regime: str) -> str:
-    """One row for each method: success with intervals, the paired difference from PACT, and costs."""
+    """One row for each method: success with intervals, the paired differences from PACT with p-values, and costs."""
     header = [
-        "method", "seeds", "learning rate", "sampled", "greedy", "PACT − method, sampled", "p", "tokens sampled", "CPU s",
-    ]  # fmt: skip
+        "method",
+        "seeds",
+        "learning rate",
+        "sampled",
+        "greedy",
+        "PACT − method, sampled",
+        "PACT − method, greedy",
+    ]
     names = [name for name in (BASE, *study.methods(regime)) if (regime, name) in study.runs]
-    return markdown(header, [_row(study, regime, name) for name in names])
+    return markdown([*header, "tokens sampled", "CPU s"], [_row(study, regime, name) for name in names])
 
 
 def _row(study: Study, regime: str, method: str) -> list[str]:
     records = study.runs[regime, method]
-    success = {kind: study.final(regime, method, kind).text() for kind in ("sampled", "greedy")}
-    cells = [f"`{method}`" if method in ALL else "base model", str(len(records))]
+    success = [study.final(regime, method, kind).text() for kind in KINDS]
+    against = [_difference(study, regime, method, kind) for kind in KINDS]
     if method == BASE:
-        return [*cells, "", success["sampled"], success["greedy"], "", "", "", ""]
-    rate = f"{records[0]['learning_rate']:g}"
+        return ["base model", str(len(records)), "", *success, *against, "", ""]
     tokens, cpu = (study.final(regime, method, key).mean for key in ("tokens", "cpu_seconds"))
-    paired = Paired.of(study.by_seed(regime, OURS, "sampled"), study.by_seed(regime, method, "sampled"))
-    against = ["", ""]
-    if method != OURS and paired.difference.n:
-        against = [paired.difference.text(sign=True), "" if math.isnan(paired.p) else f"{paired.p:.3f}"]
-    return [*cells, rate, success["sampled"], success["greedy"], *against, f"{tokens:,.0f}", f"{cpu:.1f}"]
+    rate = f"{records[0]['learning_rate']:g}"
+    return [f"`{method}`", str(len(records)), rate, *success, *against, f"{tokens:,.0f}", f"{cpu:.1f}"]
+
+
+def _difference(study: Study, regime: str, method: str, kind: str) -> str:
+    """`+0.10 [+0.01, +0.18], p 0.032`; empty for PACT itself."""
+    paired = Paired.of(study.by_seed(regime, OURS, kind), study.by_seed(regime, method, kind))
+    if method == OURS or not paired.difference.n:
+        return ""
+    return paired.difference.text(sign=True) + ("" if math.isnan(paired.p) else f", p {paired.p:.3f}")
 
 
 def rank_table(study: Study) -> str:
@@ -124,42 +135,49 @@ def fill(page: str, new: dict[str, str]) -> str:
 
 
 def draw(study: Study, plt: Any, cost: str, label: str) -> Any:
-    """Success on held-out tasks against a cost of training, one panel for each regime; bars are 95 % intervals."""
+    """Success on held-out tasks against a cost of training: a column for each regime, sampled above greedy."""
     regimes = study.regimes
-    figure, axes = plt.subplots(1, len(regimes), figsize=(3.1 * len(regimes), 3.0), sharey=True, squeeze=False)
-    colours = dict(zip(_all_methods(study), COLOURS, strict=False))
-    for axis, regime in zip(axes[0], regimes, strict=True):
-        start = study.final(regime, BASE, "sampled").mean
-        for method in study.methods(regime):
-            points = _curve(study.runs[regime, method], cost)
-            x, y = [0.0, *(p[0] for p in points)], [start, *(p[1].mean for p in points)]
-            half = [0.0, *(p[1].high - p[1].mean if p[1].n > 1 else 0.0 for p in points)]
-            axis.errorbar(
-                x, y, yerr=half, color=colours[method], label=method, capsize=2, linewidth=2 if method == OURS else 1.2
-            )
-        axis.set_title(regime, fontsize=10)
-        axis.set_xlabel(label, fontsize=9)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("success, sampled")
+    size = (1.5 + 2.8 * len(regimes), 4.6)
+    figure, axes = plt.subplots(2, len(regimes), figsize=size, sharex="col", sharey=True, squeeze=False)
+    for column, regime in enumerate(regimes):
+        for row, kind in enumerate(KINDS):
+            _panel(axes[row][column], study, regime, kind, cost)
+            axes[row][0].set_ylabel(f"success, {kind}")
+        axes[0][column].set_title(regime, fontsize=10)
+        axes[1][column].set_xlabel(label, fontsize=9)
     axes[0][0].set_ylim(-0.02, 1.02)
-    handles = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="lower center", ncol=len(handles), fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    drawn = [axis.get_legend_handles_labels() for axis in axes.flat]
+    handles = {name: handle for pair in drawn for handle, name in zip(*pair, strict=True)}
+    figure.legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, frameon=False)
+    figure.tight_layout()
     return figure
+
+
+def _panel(axis: Any, study: Study, regime: str, kind: str, cost: str) -> None:
+    """Curves of all methods, from the base model on; bars are 95 % intervals."""
+    colours = dict(zip(_all_methods(study), COLOURS, strict=False))
+    start = study.final(regime, BASE, kind).mean
+    for method in study.methods(regime):
+        points = _curve(study.runs[regime, method], cost, kind)
+        x, y = [0.0, *(p[0] for p in points)], [start, *(p[1].mean for p in points)]
+        half = [0.0, *(p[1].high - p[1].mean if p[1].n > 1 else 0.0 for p in points)]
+        width = 2 if method == OURS else 1.2
+        axis.errorbar(x, y, yerr=half, color=colours[method], label=method, capsize=2, linewidth=width)
+    axis.grid(alpha=0.3)
 
 
 def _all_methods(study: Study) -> list[str]:
     return [OURS, *(name for name in ALL if name != OURS and any(name == method for _, method in study.runs))]
 
 
-def _curve(records: Iterable[dict[str, Any]], cost: str) -> list[tuple[float, Interval]]:
+def _curve(records: Iterable[dict[str, Any]], cost: str, kind: str) -> list[tuple[float, Interval]]:
     """(mean cost, success) at every evaluated step."""
     points: dict[int, list[dict[str, Any]]] = {}
     for record in records:
         for point in record["curve"]:
             points.setdefault(point["step"], []).append(point)
     return [
-        (sum(p[cost] for p in group) / len(group), Interval.of([p["sampled"] for p in group]))
+        (sum(p[cost] for p in group) / len(group), Interval.of([p[kind] for p in group]))
         for _, group in sorted(points.items())
     ]
 
@@ -190,8 +208,10 @@ def main(argv: list[str] | None = None) -> int:
     import matplotlib.pyplot as plt
 
     for name, (cost, label) in PLOTS.items():
-        draw(study, plt, cost, label).savefig(IMAGES / f"learning-{name}.png", dpi=110, metadata={"Software": None})
-        print(IMAGES / f"learning-{name}.png")
+        figure = draw(study, plt, cost, label)
+        path = IMAGES / f"learning-{name}.png"
+        figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Software": None})
+        print(path)
     return 0
 
 

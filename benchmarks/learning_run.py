@@ -21,6 +21,7 @@ from benchmarks.learning_tasks import ColdTasks, Part, write_files
 from pact_fast.chat.rendering import make_renderer
 from pact_fast.cli.session import make_session
 from pact_fast.config import Config, load_config
+from pact_fast.data.sources import TaskSource
 from pact_fast.envs.registry import make_tasks
 from pact_fast.errors import PactError
 from pact_fast.files import atomic_save_pretrained, write_text
@@ -157,27 +158,23 @@ def make_base(name: str, seed: int, work: Path) -> Path:
             return folder
         config = load_config("quickstart", [*COMMON[:2], *base.settings, f"seed={seed}"])
         torch.set_num_threads(1)
-        tasks = make_tasks(config)
-        tokenizer = make_tokenizer(config.model, tasks)
-        renderer = make_renderer(config.model, tokenizer)
+        tasks: TaskSource = make_tasks(config)
         seed_generators(seed)
-        model = make_model(config, tokenizer, device=torch.device("cpu"))
+        if base.after:
+            source = make_base(base.after, seed, work)
+            like = config.model.model_copy(update={"tokenizer": str(source / "tokenizer")})
+            tokenizer = make_tokenizer(like, tasks)
+            model = make_model(config, tokenizer, path=source / "model", device=torch.device("cpu"))
+            tasks = ColdTasks(tasks, 0.9)
+        else:
+            tokenizer = make_tokenizer(config.model, tasks)
+            model = make_model(config, tokenizer, device=torch.device("cpu"))
         seed_generators(seed)
-        pretrain(config, model, renderer, tasks, lambda step, loss: None)
-        if base.cold:
-            assert config.pretrain
-            less = config.pretrain.model_copy(
-                update={"steps": base.cold, "learning_rate": config.pretrain.learning_rate / 4}
-            )
-            pretrain(config.model_copy(update={"pretrain": less}), model, renderer, ColdTasks(tasks, 0.9), _ignore)
+        pretrain(config, model, make_renderer(config.model, tokenizer), tasks, lambda step, loss: None)
         folder.mkdir(exist_ok=True)
         atomic_save_pretrained(tokenizer, folder / "tokenizer")
         atomic_save_pretrained(model, folder / "model")
     return folder
-
-
-def _ignore(step: int, loss: float) -> None:
-    """No progress display."""
 
 
 def evaluated_steps(budget: Budget) -> list[int]:
