@@ -41,6 +41,7 @@ def pact(*settings: str, sft: str = TINY_SFT) -> Method:
 
 METHODS = {
     "sft": Method(("algorithm.name=sft", "algorithm.sft={final_answer: true}"), SUPERVISED),
+    "sft-without-answer": Method(("algorithm.name=sft",), SUPERVISED),  # what PACT sees of a trace
     "grpo": Method(("algorithm.name=grpo",), REINFORCED),
     "matchtir": Method(("algorithm.name=matchtir",), REINFORCED, rewards=("dense",)),
     "pact": pact(),
@@ -49,6 +50,14 @@ METHODS = {
         REINFORCED,
         outcome=("algorithm.sft_then_rl.rl=grpo",),
     ),
+    "chord": Method(
+        ("algorithm.name=chord", "algorithm.chord={rl: matchtir}"), REINFORCED, outcome=("algorithm.chord.rl=grpo",)
+    ),
+    "luffy": Method(("algorithm.name=luffy",), REINFORCED),
+    "hpt": Method(
+        ("algorithm.name=hpt", "algorithm.hpt={rl: matchtir}"), REINFORCED, outcome=("algorithm.hpt.rl=grpo",)
+    ),
+    "sdft": Method(("algorithm.name=sdft",), REINFORCED),
 }
 ABLATIONS = {
     "pact-defaults": pact(sft=PAPER_SFT),

@@ -8,6 +8,11 @@ In docs/results.md, what stands between <!-- table NAME --> and <!-- end --> is 
 
 from __future__ import annotations
 
+if not __package__:  # started as a file
+    from as_module import run_as_module
+
+    run_as_module(__file__)
+
 import argparse
 import json
 import math
@@ -18,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import markdown
+from benchmarks.harness import make_parser, markdown, new_report, write_report
 from benchmarks.learning_methods import ALL
 from benchmarks.learning_regimes import REGIMES
 from benchmarks.learning_stats import Interval, Paired
@@ -163,14 +168,10 @@ PLOTS = {"steps": ("step", "optimizer steps"), "cpu": ("cpu_seconds", "CPU secon
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.learning_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "learning_report")
     default = ROOT / "benchmarks" / "results" / RESULTS
     parser.add_argument("results", type=Path, nargs="?", default=default, help=f"(default: {RESULTS})")
-    parser.add_argument("--print", action="store_true", help="print the tables and write nothing")
+    parser.add_argument("--print", action="store_true", help="print the tables; write neither page nor plots")
     return parser.parse_args(argv)
 
 
@@ -178,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     study = Study.read(args.results)
     made = tables(study)
+    write_report(new_report("learning_report", args, tables=made), args.out)
     if args.print:
         print("\n\n".join(f"{name}\n{table}" for name, table in made.items()))
         return 0

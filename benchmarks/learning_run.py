@@ -101,7 +101,8 @@ def run_job(job: Job, budget: Budget, work: Path) -> dict[str, Any]:
 
     Returns:
         The job's fields, and "curve": one entry for each evaluated step, with success ("sampled", "greedy"), and tokens
-        sampled, CPU and wall-clock seconds of training up to there; "training_success" of the rollouts of every step.
+        sampled, CPU and wall-clock seconds of training up to there; "training_success" of the rollouts
+        of every step, "zero_advantage_groups" and "trace_logprob_diff" (the metrics of these names), step by step.
     """
     regime, out = REGIMES[job.regime], work / "runs" / job.name
     shutil.rmtree(out, ignore_errors=True)
@@ -115,6 +116,7 @@ def run_job(job: Job, budget: Budget, work: Path) -> dict[str, Any]:
         "curve": [point | costs(point["step"], metrics, clock, budget) for point in points],
         "training_success": [entry.get("success") for entry in metrics],
         "zero_advantage_groups": [entry.get("reward/zero_advantage_groups") for entry in metrics],
+        "trace_logprob_diff": [entry.get("trace/logprob_diff") for entry in metrics],
     }
     shutil.rmtree(out)
     return record

@@ -20,6 +20,7 @@ from pact_fast.distributed.serialization import decode, encode
 from pact_fast.rewards.advantages import token_advantages
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.embedded.engine import TransformersEngine
+from pact_fast.train.importance import set_importance_weights
 from pact_fast.train.records import rollout_record
 from tests.support.groups import lookup_chain_renderer, make_groups, step_context_of
 from tests.support.loss_formulas import VOCAB, Hiddens, assert_computes, head_weight
@@ -101,14 +102,10 @@ def policy_loss(hiddens, weight, config, context, dialogue, advantage, trace):
         prefix = [*context[: len(context) - lost].tolist(), *after]
         logp = torch.log_softmax(hiddens(prefix) @ weight.T, -1)[token]
         logs.append((logp, float(logp.detach()) - float(np.float32(logprob)), float(advantage[index])))
-    mean = float(np.mean([gap for _, gap, _ in logs]))
     total = torch.zeros((), dtype=torch.float64)
     for logp, gap, a in logs:
-        importance = config.trace.context_importance_weight if trace else "none"
-        factor = {"none": 1.0, "token": np.exp(gap), "sequence": np.exp(mean)}[importance]
-        total = total - min(factor, config.trace.context_importance_weight_clip if trace else 1.0) * a * torch.exp(
-            logp - logp.detach()
-        )
+        importance = min(np.exp(gap), config.trace.context_importance_weight_clip) if trace else 1.0
+        total = total - importance * a * torch.exp(logp - logp.detach())
     return total / len(dialogue.seen)
 
 
@@ -118,10 +115,10 @@ def policy_loss(hiddens, weight, config, context, dialogue, advantage, trace):
         {"name": "matchtir"},
         {"name": "pact", "anchor": {"mode": "blend", "q": 0.3}, "sft": {"coef": 0.0}},
         {"name": "pact", "anchor": {"q": 0.0}, "sft": {"coef": 0.0},
-         "trace": {"context_importance_weight": "sequence", "rendering": "turns"}},
+         "trace": {"rendering": "turns"}},
         {"name": "pact", "anchor": {"mode": "blend", "q": 0.5}, "sft": {"coef": 0.0}, "trace": {"rendering": "hint"}},
     ],
-    ids=["matchtir", "pact blend", "pact sequence", "pact hint"],
+    ids=["matchtir", "pact blend", "pact turns", "pact hint"],
 )  # fmt: skip
 @pytest.mark.parametrize(
     "share, merge",
@@ -157,6 +154,23 @@ def test_every_branch_is_trained_as_if_it_were_a_sequence_of_its_own(renderer, s
                 loss = policy_loss(hiddens, weight, config, context, dialogue, advantage, trace) if z else 0.0
                 expected = expected + z * loss / len(made) / len(groups)
     assert_computes(make_algorithm(config), groups, update, expected, hiddens, weight, share, merge)
+
+
+def test_a_weight_per_rollout_is_one_over_all_of_its_branches(renderer):
+    config = AlgorithmConfig(name="pact", anchor={"q": 0.0}, trace={"context_importance_weight": "sequence"})
+    groups, dialogues = branched_groups(renderer, config, seed=2)
+    algorithm = make_algorithm(config)
+    scored = algorithm.prompt_batch(groups[0], step_context_of(renderer, config, groups)).scored
+    rollouts = [s for s in scored if s.context == LossContext.TRACE]
+    gaps = {}
+    for s in rollouts:
+        s.old_logprob = s.sampler_logprob - np.linspace(0.1, 0.9, len(s.index))
+        gaps.setdefault(s.rollout, []).extend(s.old_logprob - s.sampler_logprob)
+    set_importance_weights(scored, LossContext.TRACE, algorithm.requirements(False).importance[LossContext.TRACE])
+    assert len(rollouts) > len(gaps) == len(dialogues[0])
+    for s in rollouts:
+        np.testing.assert_allclose(s.importance, np.exp(np.mean(gaps[s.rollout])), rtol=1e-6)
+        assert len(s.importance) == len(s.index)
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -326,6 +326,9 @@ def test_an_engine_that_cannot_go_back_is_refused_before_the_first_token_of_a_di
 def test_expert_traces_of_a_dialogue_are_refused_with_the_cure():
     with pytest.raises(PactError, match=r"drops the reasoning.*expert trace.*model\.chat_template"):
         check_user_turns(dropping("qwen3"), traces=True)
+    task = row(DIALOGUE)
+    with pytest.raises(PactError, match=r"drops the reasoning.*expert trace.*model\.chat_template"):
+        dropping("qwen3").trace_context(task, task.expert, "turns")
 
 
 # ---- traces and training

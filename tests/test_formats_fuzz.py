@@ -123,6 +123,7 @@ def check(turn, length: int) -> None:
             str(attempt.to_json()).encode()
 
 
+@pytest.mark.slow
 @FORMATS
 def test_mutated_turns(fmt: ToolFormat):
     rng = random.Random(7)

@@ -409,8 +409,8 @@ def kill(*_):
 def test_a_run_of_two_sides_that_is_killed_resumes_bit_for_bit(tmp_path):
     """Trained as the user: 4 prompts of 2 rollouts a step, of which 3 run at a time, since both sides need a slot."""
     (tmp_path / "asked.py").write_text(CHAIN)
-    recipe = [*QUICKSTART, f"env.name={tmp_path / 'asked.py'}:Asked", "rollout.user=policy", "rollout.train_as=user",
-              "rollout.max_batch_size=6", "rollout.max_turn_tokens=40",
+    recipe = [*QUICKSTART, f"env.name={tmp_path / 'asked.py'}:Asked", "model.tokenizer=null", "rollout.user=policy",
+              "rollout.train_as=user", "rollout.max_batch_size=6", "rollout.max_turn_tokens=40",
               "rollout.max_completion_length=200", "pretrain.steps=40", "algorithm.reward.env_weight=1",
               "algorithm.name=matchtir", "trainer.max_steps=2", "trainer.eval_tasks=2"]  # fmt: skip
     inject = functools.partial(at_call, "pact_fast.rollout.agent:AgentLoop.run", 4, kill)  # of step 2

@@ -32,6 +32,12 @@ CURES = (
 )
 
 
+NO_TRACES = (
+    "the chat template drops the reasoning of earlier turns once the user speaks again, so an expert trace with reasoning in "
+    f"which a user speaks cannot be appended; {CURES}"
+)
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Tokens of a sequence: ids int64 [n], components uint8 [n], turn_ids int16 [n] (see Trajectory)."""

@@ -16,7 +16,7 @@ from pact_fast.chat.encoding import Encoded, Encoder, Part
 from pact_fast.chat.formats.base import ParsedTurn, ToolFormat
 from pact_fast.chat.formats.layout import PROBE_CALL
 from pact_fast.chat.formats.registry import detect_format, get_format
-from pact_fast.chat.history import History
+from pact_fast.chat.history import NO_TRACES, History
 from pact_fast.chat.segments import prefix_ends
 from pact_fast.chat.structure import OTHER_ENDS, structure_tokens
 from pact_fast.chat.token_bytes import TokenBytes
@@ -201,7 +201,13 @@ class ChatRenderer:
             trace: A trace without turns gives an empty context.
             rendering: `demonstration`: the expert's turns, then the question again; `turns`: the turns only.
             reasoning_level: Cut the reasoning of every turn at this prefix level; None: keep all of it.
+
+        Raises:
+            PactError: A user speaks in the trace, and the template drops the reasoning of the turns before.
         """
+        dialogue = any(turn.user is not None for turn in trace.turns) and any(turn.reasoning for turn in trace.turns)
+        if dialogue and self.history.drops_reasoning:
+            raise PactError(NO_TRACES)
         columns: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         for index, turn in enumerate(trace.turns):
             ids, components, level = self._expert_turn(turn, reasoning_level)

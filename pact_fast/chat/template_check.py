@@ -9,7 +9,7 @@ import numpy as np
 
 from pact_fast.chat.call_ids import with_call_ids
 from pact_fast.chat.chat_template import PROBE_NAME, PROBE_TOOL, call_message
-from pact_fast.chat.history import CURES, Tokens, joined, untouched
+from pact_fast.chat.history import CURES, NO_TRACES, Tokens, joined, untouched
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.data.types import Message, ToolCall
 from pact_fast.errors import PactError
@@ -49,10 +49,7 @@ def check_user_turns(renderer: ChatRenderer, traces: bool = False) -> list[str]:
         turns = _user_turns(renderer)
         if renderer.history.drops_reasoning:
             if traces:
-                raise PactError(
-                    "the chat template drops the reasoning of earlier turns once the user speaks again, so an expert trace "
-                    f"in which a user speaks cannot be appended; {CURES}"
-                )
+                raise PactError(NO_TRACES)
             _check_rewritten(renderer, turns)
             return [
                 "the chat template drops the reasoning of earlier turns once the user speaks again: a rollout branches there"

@@ -598,6 +598,9 @@ class TrainerConfig(Section):
     adam_epsilon: float = Field(1e-8, gt=0, description="Epsilon of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0, description="Largest gradient norm; larger gradients are scaled down.")
     save_steps: int = Field(10, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    save_minutes: float | None = Field(
+        None, gt=0, description="Minutes between checkpoints, in place of save_steps; looked at after every step."
+    )
     save_total_limit: int = Field(2, ge=1, description="Number of checkpoints to keep.")
     eval_steps: int | None = Field(
         None,

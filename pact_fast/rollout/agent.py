@@ -37,6 +37,8 @@ from pact_fast.rollout.schedule import Schedule
 from pact_fast.rollout.self_play import user_call, user_prompt_ids, user_view
 from pact_fast.users.stop import read_stop
 
+MOST_CALLS = 256  # of tools and users at a time; a thread starts when a call finds none that is idle
+
 
 def _for_environment(env: Environment, value: Any) -> Any:
     """A copy for an environment of the user's, which may change what it gets. Built-in ones change nothing, and a copy
@@ -323,7 +325,7 @@ class AgentLoop:
             with _no_exit(env):
                 return method(*arguments)
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="tool")
+            self._pool = ThreadPoolExecutor(MOST_CALLS, thread_name_prefix="tool")
         return self._pool.submit(method, *arguments)
 
     def _go_on(self, episode: Episode, pending: list[Pending]) -> StopReason | None:

@@ -73,6 +73,9 @@ class Pythonic(ToolFormat):
         done = 0
         for place, attempt in python_calls.read_calls(text, tools, MAX_CALLS + 1, self._typed):
             at += len(text[done:place].encode("utf-8"))
+            if at == begin and found:  # the list breaks off behind a comma, which is the next call's
+                begin -= 1
+                found[-1] = (found[-1][0], begin, found[-1][2])
             found.append((begin, at, TOO_MANY_CALLS if len(found) == MAX_CALLS else attempt))
             done, begin = place, at
         found[-1] = (found[-1][0], len(data), found[-1][2])

@@ -86,7 +86,7 @@ class Verifiers:
 
     def reset(self, task: Task) -> str | None:
         # the package wants a client; environments that ask the model themselves are refused before
-        client = object.__new__(_no_client())
+        client: Any = object.__new__(_no_client())
         try:
             self._state = run(self._start(row_of_task(task), client))
         except Exception as error:
