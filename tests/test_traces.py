@@ -174,6 +174,8 @@ def test_templates_preview_no_call_whatever_the_description_says():
     call = ToolCall("find_it", {"key": "x"})
     for text in (template(0, [call], [tool]), template(3, [call], []), template(1, [call], [tool])):
         assert "find_it" not in text and prefix_ends(text, [call])[-1] == len(text) > 0
+    tool["function"]["description"] = "This tool belongs to the X API. Tool description: Look for a thing. And more."
+    assert template(0, [call], [tool]).endswith("What I need next: Look for a thing.")
 
 
 # --- a teacher
