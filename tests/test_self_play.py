@@ -20,6 +20,7 @@ from pact_fast.components import Component
 from pact_fast.config import AlgorithmConfig, RolloutConfig, load_config
 from pact_fast.data.types import StopReason, Task, ToolCall
 from pact_fast.errors import PactError
+from pact_fast.report.rollout_files import read_lines
 from pact_fast.rewards.advantages import token_advantages
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.users import ModelUser, ScriptedUser, read_stop
@@ -420,7 +421,9 @@ def test_a_run_of_two_sides_that_is_killed_resumes_bit_for_bit(tmp_path):
     RunProcess(killed, recipe=recipe).succeed()
     RunProcess(whole, recipe=recipe).succeed()
     assert metrics(killed) == metrics(whole)
-    records = [json.loads(line) for line in (whole / "rollouts/step_000002.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in read_lines(whole / "rollouts/step_000002.jsonl.gz")]
     assert all("You ask." in record["prompt"] for record in records)
     assert any({int(Component.USER), int(Component.ANSWER)} <= set(record["components"]) for record in records)
-    assert (killed / "rollouts/step_000002.jsonl").read_bytes() == (whole / "rollouts/step_000002.jsonl").read_bytes()
+    assert (killed / "rollouts/step_000002.jsonl.gz").read_bytes() == (
+        whole / "rollouts/step_000002.jsonl.gz"
+    ).read_bytes()

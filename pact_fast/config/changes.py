@@ -34,7 +34,7 @@ MAY_CHANGE = (
     "trainer.weight_decay", "trainer.max_grad_norm", "trainer.max_skipped_updates", "trainer.max_off_policy_steps",
     # what is saved, evaluated and logged
     "trainer.save_steps", "trainer.save_minutes", "trainer.save_total_limit", "trainer.eval_steps", "trainer.eval_tasks",
-    "trainer.log_completions", "trainer.save_rollouts", "trainer.report_to",
+    "trainer.log_completions", "trainer.save_rollouts", "trainer.keep_rollouts", "trainer.report_to",
 )  # fmt: skip
 DATA_FILES = ("data.train", "data.eval", "data.expert")  # a copy at another path is no change
 

@@ -615,6 +615,11 @@ class TrainerConfig(Section):
     )
     log_completions: int = Field(4, ge=0, description="Rollouts printed as a table at each evaluation.")
     save_rollouts: int = Field(32, ge=0, description="Rollouts per step written to rollouts/, for `pact-fast view`.")
+    keep_rollouts: int | None = Field(
+        200,
+        ge=1,
+        description="Newest steps whose rollouts are all kept; of the steps before them, every tenth is. null: all steps.",
+    )
 
     @property
     def pack_tokens(self) -> int:

@@ -242,7 +242,9 @@ class Trainer:
             config, self.tasks, self.loop, self.algorithm, self.reward_functions, samplers, self.world, self.progress
         )
         self.stepper = Stepper(config, self.algorithm, self.learner, self.engine, self.collector, self.renderer)
-        self.records = RolloutWriter(self.run, self.renderer, limit=config.trainer.save_rollouts)
+        self.records = RolloutWriter(
+            self.run, self.renderer, config.trainer.save_rollouts, keep=config.trainer.keep_rollouts
+        )
 
     def _load_models(self, newest: Path | None) -> tuple[PreTrainedModel, PreTrainedModel | None]:
         """The policy, and the frozen reference policy if there is a KL term (the policy itself if it has adapters)."""
@@ -432,7 +434,7 @@ class Trainer:
             self._skipped = self._skipped + 1 if update.skipped else 0
         if not any(update.skipped for update in result.results):
             return
-        saved = self.run / "rollouts" / f"skipped_{step:06d}.jsonl"
+        saved = self.run / "rollouts" / f"skipped_{step:06d}.jsonl.gz"
         if self.world.is_main:
             self.records.write_skipped(step, result.batches)
         self.progress.note(
