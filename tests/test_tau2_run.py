@@ -26,7 +26,7 @@ def short_rows(path, solo, count, named=True):
     for task_id in training_ids("telecom", "base")[:count]:
         task = make_task("telecom", task_id, solo)
         used = {call.name for call in task.expert.calls} or {"get_details_by_id"}
-        prompt = [{"role": "system", "content": "Solve the ticket."}, task.prompt[-1]]
+        prompt = [{"role": "system", "content": f"Solve the ticket {task_id}."}, task.prompt[-1]]
         tasks.append(
             replace(
                 task,
