@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import re
 import shlex
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -21,8 +23,10 @@ from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
 from pact_fast.rollout.agent import AgentLoop, Job
 from tests.support import adapters
+from tests.support.faults import at_call
 from tests.support.groups import lookup_chain_renderer
 from tests.support.models import TINY
+from tests.support.runs import RunProcess, metrics
 from tests.support.scripted_engine import Script, turn
 from tests.support.trajectories import rollout
 
@@ -118,6 +122,7 @@ def test_state_is_that_of_the_episode_and_begins_with_the_tasks():
 def test_an_async_function_runs_in_a_thread_and_has_a_deadline():
     env, _ = started("functions", {"tools": [f"{TOOLS}:wait"]}, timeout=0.05)
     assert env.blocking and not functions("echo").blocking and functions("echo", blocking=True).blocking
+    assert functions("Slow").blocking and functions("Slow").call("look", {}) == "seen"
     assert env.call("wait", {"seconds": 60}) == "error: the tool did not finish within 0.05 s"
 
 
@@ -146,8 +151,9 @@ def test_a_class_of_trl_gets_the_row_and_answers_as_in_trl():
     at = task(columns={"level": 3}, answer="7", env_args={"x": 1})
     env, observation = trl(at)
     assert env._now.row == {"prompt": at.prompt, "level": 3, "answer": "7"} and observation == "There are 3 columns."
-    assert sorted(tool["function"]["name"] for tool in env.tools) == ["fail", "later", "write"]
+    assert sorted(tool["function"]["name"] for tool in env.tools) == ["blocks", "fail", "later", "write"]
     assert env.call("write", {"line": "a"}) == "1" and env.call("later", {}) == "later"
+    assert env.call("blocks", {}) == "a cat: [image: not shown]"
     assert env.call("fail", {}) == "{'error': 'it failed'}"
     assert env.reward(at, rollout()) == {"success": 0.5}
     env.reset(at)
@@ -422,6 +428,7 @@ def test_hostile_calls_run_nothing_but_the_tools(host, in_the_checkout):
     at = task(answer="1")
     env.reset(at)
     allowed = {schema["function"]["name"] for schema in env.tools} | {"act"}
+    strict = name in ("functions", "trl", "gymnasium")  # others leave it to the environment or the server
     adapters.RAN.clear()
     calls = [(wrong, {}) for wrong in NAMES] + [(wrong, {argument: "x"}) for wrong in NAMES]
     calls += [(tool, {argument: value}) for value in VALUES]
@@ -431,6 +438,8 @@ def test_hostile_calls_run_nothing_but_the_tools(host, in_the_checkout):
         assert isinstance(seen, str) and len(seen) < 70_000
         if wrong not in allowed:
             assert "there is no tool" in seen
+        elif set(given) != {argument} and strict:
+            assert "takes no argument" in seen or "needs the argument" in seen
     assert set(adapters.RAN) <= allowed
     env.reset(at)
     if name != "gymnasium":
@@ -476,19 +485,34 @@ def test_every_example_passes_the_doctor_and_trains_by_the_command_in_its_text(
     assert graded == any("reward/success" in step for step in steps)
 
 
+FUNCTIONS = (
+    "env.args={tools: [examples/function_tools.py:add, examples/function_tools.py:wait]}"  # in threads: one is async
+)
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.slow
-def test_a_run_repeats_bit_for_bit(tmp_path, in_the_checkout):
-    """Two runs of the same settings sample the same and learn the same: seeds and calls reach the environments in order."""
-    pytest.importorskip("gymnasium")
-    args = f"env.args={{id: {GYM}:Words, action: text}}"
-    told = ["env.name=gymnasium", args, "algorithm.name=grpo", "pretrain=null", "algorithm.reward.outcome=return"]
-    runs = []
-    for name in "ab":
-        assert main(["train", "quickstart", *tiny_settings(steps=2), *told, f"output_dir={tmp_path / name}"]) == 0
-        lines = (tmp_path / name / "metrics.jsonl").read_text("utf-8").splitlines()
-        runs.append([{k: v for k, v in json.loads(line).items() if not k.startswith("time")} for line in lines])
-    kept = [
-        {k: v for k, v in step.items() if k.startswith(("loss", "reward", "grad", "stop", "turns"))} for step in runs[0]
-    ]
-    assert kept == [{k: step[k] for k in one} for one, step in zip(kept, runs[1], strict=True)]
-    assert sum("loss" in step for step in kept) == 2
+@pytest.mark.parametrize(
+    "told",
+    [
+        ["env.name=functions", FUNCTIONS, "data.train=examples/function_tools.jsonl"],
+        ["env.name=gymnasium", f"env.args={{id: {GYM}:Words}}", "algorithm.name=grpo"],
+    ],
+    ids=["functions", "gymnasium"],
+)
+def test_a_killed_run_resumes_bit_for_bit(told, tmp_path, in_the_checkout):
+    if "env.name=gymnasium" in told:
+        pytest.importorskip("gymnasium")
+    recipe = ["quickstart", *tiny_settings(steps=2), *told, "pretrain=null", "trainer.save_steps=1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    RunProcess(whole, recipe=recipe).succeed()
+    inject = functools.partial(at_call, "pact_fast.train.learner:Learner.update", 2, die)
+    assert RunProcess(killed, recipe=recipe, inject=inject).exit_code() == -signal.SIGKILL
+    RunProcess(killed, recipe=recipe).succeed()
+    assert metrics(whole) == metrics(killed)
+    assert [step["step"] for step in metrics(whole) if "loss" in step] == [1, 2]
+    rollouts = [[path.read_bytes() for path in sorted((run / "rollouts").glob("*.jsonl"))] for run in (whole, killed)]
+    assert rollouts[0] and rollouts[0] == rollouts[1]

@@ -50,21 +50,47 @@ def ends(pid: int, seconds: float = 15) -> bool:
     return not is_running(pid)
 
 
-@pytest.fixture(scope="module")
-def url():
-    """A server over HTTP."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, SERVER, "http", str(port)], stderr=subprocess.DEVNULL)
+        return free.getsockname()[1]
+
+
+def serve(port: int) -> subprocess.Popen:
+    """A server over HTTP that accepts connections."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen([sys.executable, SERVER, "http", str(port)], **quiet)
     for _ in range(400):
         with socket.socket() as client:
             if client.connect_ex(("127.0.0.1", port)) == 0:
                 break
         time.sleep(0.05)
+    return server
+
+
+@pytest.fixture(scope="module")
+def url():
+    port = free_port()
+    server = serve(port)
     yield f"http://127.0.0.1:{port}/mcp"
-    server.terminate()
+    server.kill()
     server.wait(10)
+
+
+def test_a_server_over_http_that_was_started_anew_is_joined_again():
+    port = free_port()
+    server = serve(port)
+    try:
+        env = started(make({"url": f"http://127.0.0.1:{port}/mcp"}))
+        assert env.call("put", {"text": "a"}) == "1"
+        server.kill()
+        server.wait(10)
+        server = serve(port)
+        assert "the server s has ended" in env.call("put", {"text": "b"})
+        assert env.call("put", {"text": "c"}) == "1"
+    finally:
+        server.kill()
+        server.wait(10)
 
 
 def test_tools_results_errors_and_limits_over_stdio(monkeypatch):

@@ -113,10 +113,8 @@ MU = {0: 0.0, 1: 0.15, 3: 0.45, 4: 0.6, 6: 0.4, 7: 0.2 + 0.2 * (1 - 0.5**0.5), 8
     "settings, step, without_trace",
     [({"loss_type": name, "chord": {"mu_peak": 0.3, "mu_valley": 0.3}}, 3, (1,)) for name in LOSS_TYPES]
     + [({"chord": SCHEDULE}, step, ()) for step in (0, 3, 6)]
-    + [
-        ({"chord": {"mu_peak": 0.9, "enable_phi_function": False, "rl": "matchtir"}, "policy_loss": "cispo"}, 0, (0, 2))
-    ],
-    ids=[*LOSS_TYPES, "warm-up begins", "warm-up", "decay", "mu of matchtir and cispo"],
+    + [({"chord": {"mu_peak": 0.9, "enable_phi_function": False, "rl": "matchtir"}}, 0, (0, 2))],
+    ids=[*LOSS_TYPES, "warm-up begins", "warm-up", "decay", "no phi, matchtir"],
 )
 def test_chord_mixes_two_means_by_mu_and_weights_expert_tokens_by_phi(renderer, settings, step, without_trace):
     loss_type = settings.get("loss_type", "grpo")
@@ -176,15 +174,21 @@ def test_luffy_learns_from_the_trace_alone_where_no_rollout_is_solved(renderer):
     )
 
 
-@pytest.mark.parametrize("gate, rl", [(0, "grpo"), (1, "matchtir"), (3, "grpo")])
-def test_hpt_trains_traces_of_prompts_that_few_rollouts_solve(renderer, gate, rl):
+@pytest.mark.parametrize(
+    "gate, rl, loss_type", [(0, "grpo", "grpo"), (1, "matchtir", "grpo"), (3, "grpo", "grpo"), (1, "grpo", "dapo")]
+)
+def test_hpt_trains_traces_of_prompts_that_few_rollouts_solve(renderer, gate, rl, loss_type):
     def formula(formulas, groups):
-        return sum(
-            0.3 * -formulas.expert(group).mean() if group.task.expert and solved <= gate else formulas.policy(group)
-            for solved, group in enumerate(groups)
-        ) / len(groups)
+        switched = [solved <= gate and group.task.expert is not None for solved, group in enumerate(groups)]
+        pairs = [*zip(groups, switched, strict=True)]
+        sft = sum(0.3 * -formulas.expert(group).mean() for group, by_trace in pairs if by_trace)
+        if loss_type == "dapo":  # tokens that are left out count, too
+            tokens = sum(int(t.sampled.sum()) for group in groups for t in group.trajectories)
+            surrogates = [sum(r.sum() for r in formulas.rollouts(group)) for group, by_trace in pairs if not by_trace]
+            return sft / len(groups) + sum(surrogates) / tokens
+        return (sft + sum(formulas.policy(group) for group, by_trace in pairs if not by_trace)) / len(groups)
 
-    settings = {"name": "hpt", "hpt": {"gate": gate, "sft_coef": 0.3, "rl": rl}}
+    settings = {"name": "hpt", "loss_type": loss_type, "hpt": {"gate": gate, "sft_coef": 0.3, "rl": rl}}
     check_step(renderer, settings, formula, without_trace=(1,) if gate == 3 else ())
 
 

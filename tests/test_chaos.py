@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from pact_fast.report.rollout_files import read_lines
 from pact_fast.train.learner import Learner, UpdateResult
 from tests.support.faults import at_call, seconds_since, terminate
 from tests.support.runs import STEPS, RunProcess, assert_same, cut_back, metrics, saved
@@ -123,9 +124,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_kept(what, baseline_run, tm
     assert [r["step"] for r in records] == STEPS
     assert [r["updates/skipped"] for r in records if "loss" in r] == [0, 1, 0, 0]
     assert records[:2] == metrics(baseline_run)[:2]
-    kept = sorted((run / "rollouts").glob("skipped_*.jsonl"))
-    assert [path.name for path in kept] == ["skipped_000002.jsonl"]
-    assert len(kept[0].read_text().splitlines()) == 4 * 2  # prompts, rollouts of each
+    kept = sorted((run / "rollouts").glob("skipped_*"))
+    assert [path.name for path in kept] == ["skipped_000002.jsonl.gz"]
+    assert len(list(read_lines(kept[0]))) == 4 * 2  # prompts, rollouts of each
 
 
 def test_too_many_skipped_updates_in_a_row_end_the_run(baseline_run, tmp_path):

@@ -15,6 +15,7 @@ import yaml
 
 from pact_fast.envs.python_tools.pool import WORKER_FAILED
 from pact_fast.errors import PactError
+from pact_fast.report.rollout_files import read_lines
 from pact_fast.train.metrics import MetricsWriter
 from pact_fast.train.trackers.base import TrackedRun
 from pact_fast.train.trackers.group import Trackers
@@ -37,7 +38,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(baseline_ru
     assert_same(run, baseline_run)
 
 
-@pytest.mark.parametrize("file", ["metrics.jsonl", "rollouts/step_000003.jsonl", "base"])
+@pytest.mark.parametrize("file", ["metrics.jsonl", "rollouts/step_000003.jsonl.gz", "base"])
 def test_any_other_file_that_cannot_be_written_is_named(file, baseline_run, tmp_path):
     if file == "base":
         run, size = tmp_path / "run", (baseline_run / "base/model.safetensors").stat().st_size - 1
@@ -201,7 +202,7 @@ def ancestors(pid: int) -> list[int]:
 
 
 def records(run: Path, step: int) -> list[dict]:
-    return [json.loads(line) for line in (run / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in read_lines(run / f"rollouts/step_{step:06d}.jsonl.gz")]
 
 
 def test_a_data_file_that_was_cut_is_refused_before_any_step(caller, tmp_path):

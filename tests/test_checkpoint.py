@@ -244,7 +244,7 @@ def full_disk(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["shards.save_file", "_sync_tree", "_describe", "_sync"])
+@pytest.mark.parametrize("where", ["shards.write_file", "_sync_tree", "_describe", "_sync"])
 def test_a_full_disk_is_a_one_line_error_and_costs_nothing(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,8 @@ from tests.support.runs import RunProcess, assert_same, cut_back, metrics
 
 RECIPE = ["eigendata-quickstart"]
 SETTINGS = [
-    "threads=1", "env.args={count: 24, max_issues: 1}", "pretrain.steps=3", "pretrain.user_steps=2", "pretrain.batch_size=2",
+    "threads=1", "env.args={count: 24, max_issues: 1, early_stop: 0.1}",
+    "pretrain.steps=3", "pretrain.user_steps=2", "pretrain.batch_size=2",
     "trainer.max_steps=2", "trainer.prompts_per_step=2", "trainer.eval_tasks=3", "trainer.save_steps=1",
     "rollout.num_generations=2", "rollout.max_turn_tokens=12", "rollout.max_completion_length=60",
     "rollout.max_prompt_length=600", "trainer.save_total_limit=9", "trainer.log_completions=0",
@@ -64,9 +65,28 @@ def test_generated_tasks_are_sound_and_no_customer_is_on_both_sides():
     assert not customers[0] & customers[1]
     assert [task.id for task in tasks.train(3, 8)] == [task.id for task in tasks.train(3, 8)]
     assert [task.id for task in tasks.train(3, 8)] != [task.id for task in tasks.train(4, 8)]
-    for args in ({"count": 3}, {"max_issues": 9}, {"count": "x"}):
+    for args in ({"count": 3}, {"max_issues": 9}, {"count": "x"}, {"early_stop": 1}):
         with pytest.raises(PactError, match=r"env\.args"):
             GeneratedHelpdesk.tasks(args, 0)
+
+
+def test_dialogues_of_a_hasty_agent_solve_some_tasks_and_change_none():
+    """Played again: what the agent does in its dialogue solves the task if it went on to the end."""
+    perfect, hasty = (GeneratedHelpdesk.tasks({"count": 40, "early_stop": p}, 0).train(0, 100) for p in (0.0, 0.3))
+    assert [task.id for task in perfect] == [task.id for task in hasty]
+
+    def solved(task):
+        env = GeneratedHelpdesk()
+        env.reset(task)
+        for turn in task.expert.turns:
+            for call in turn.calls:
+                env.call(call.name, call.arguments)
+            if turn.content:
+                env.respond(turn.content)
+        return env.verdict().passed
+
+    assert all(map(solved, perfect)) and 0.1 < sum(map(solved, hasty)) / len(hasty) < 0.7
+    assert all(task.expert.turns for task in hasty)
 
 
 def test_shares_without_signal_by_hand(tmp_path):

@@ -211,6 +211,7 @@ def test_merging_saves_the_tokens_that_rollouts_begin_with(renderer):
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
+@pytest.mark.slow
 def test_a_pack_that_does_not_fit_is_split_and_the_gradient_stays(renderer, when, monkeypatch):
     """Packs of more than 700 tokens run out of memory, in the backward pass after half of it is done."""
     config = AlgorithmConfig(anchor={"mode": "blend"})

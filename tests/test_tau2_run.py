@@ -17,14 +17,24 @@ from tests.support.tau2 import needs_tau2
 pytestmark = [needs_tau2, pytest.mark.slow]
 
 
-def short_rows(path, solo, count):
-    """Tasks without the policy, and with the tools of their traces alone: a tiny model reads 23k characters slowly."""
+def short_rows(path, solo, count, named=True):
+    """Tasks without the policy, and with the tools of their traces alone: a tiny model reads 23k characters slowly.
+
+    `named`: a row names its environment, else that of the run plays it.
+    """
     tasks = []
     for task_id in training_ids("telecom", "base")[:count]:
         task = make_task("telecom", task_id, solo)
         used = {call.name for call in task.expert.calls} or {"get_details_by_id"}
-        prompt = [{"role": "system", "content": "Solve the ticket."}, task.prompt[-1]]
-        tasks.append(replace(task, prompt=prompt, tools=[t for t in task.tools if t["function"]["name"] in used]))
+        prompt = [{"role": "system", "content": f"Solve the ticket {task_id}."}, task.prompt[-1]]
+        tasks.append(
+            replace(
+                task,
+                env=task.env if named else None,
+                prompt=prompt,
+                tools=[t for t in task.tools if t["function"]["name"] in used],
+            )
+        )
     write_tasks(path, tasks)
     return tasks
 
@@ -65,10 +75,10 @@ def test_rewards_of_rl_on_telecom_are_those_of_the_package_s_evaluator(tmp_path,
     from benchmarks.tau2_reference import Event, package_verdict
 
     rows, episodes = tmp_path / "rows.jsonl", tmp_path / "episodes.jsonl"
-    tasks = short_rows(rows, False, count)
+    tasks = short_rows(rows, False, count, named=False)
     monkeypatch.setenv(tau2_run.ROWS, str(rows))
     monkeypatch.setenv(tau2_run.EPISODES, str(episodes))
-    limits = {"max_turns": 40, "max_turn_tokens": 200, "max_completion_length": 12000, "max_prompt_length": 8000}
+    limits = {"max_turns": 40, "max_turn_tokens": 400, "max_completion_length": 12000, "max_prompt_length": 8000}
     settings = {
         "model": {"random_init": TINY | {"max_position_embeddings": 32768}},
         "data": {"train": str(rows)},

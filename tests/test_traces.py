@@ -52,6 +52,13 @@ class Library:
             return {}
         wanted = task.env_args.get("wanted", "Steventon")
         return {"success": float(wanted in self.found and wanted in trajectory.answer)}
+
+
+class Asking(Library):
+    # a reader who names the book when asked, and leaves when told the place
+
+    def respond(self, text):
+        return None if "Steventon" in text else "Emma, please."
 """
 
 
@@ -116,6 +123,16 @@ def test_reference_calls_are_executed_and_kept_with_a_success_that_repeats(tmp_p
         assert turn.reasoning and prefix_ends(turn.reasoning, turn.calls)[-1] == len(turn.reasoning)
 
 
+LONG = {"long": {"reference_calls": [*GOOD, *calls(("author", "Emma"))] * 5, "answer": "Steventon"}}
+
+
+def test_reference_calls_are_played_to_their_end_whatever_the_limit_of_turns(tmp_path, library):
+    rows = write_rows(tmp_path / "rows.jsonl", LONG)
+    assert main(["traces", rows, "-o", str(tmp_path / "out"), library, "rollout.max_turns=2"]) == 0
+    (task,) = read_tasks(tmp_path / "out" / "train.jsonl")
+    assert len(task.expert.turns) == 15
+
+
 def test_a_trace_of_the_row_keeps_its_reasoning_and_gets_new_observations(tmp_path, library):
     old = ExpertTrace(
         (
@@ -130,6 +147,26 @@ def test_a_trace_of_the_row_keeps_its_reasoning_and_gets_new_observations(tmp_pa
     assert [turn.reasoning for turn in task.expert.turns] == ["First the author.", "Then the place."]
     assert [turn.observations for turn in task.expert.turns] == [("Jane Austen",), ("Steventon",)]
     assert task.columns["reasoning"] == "row"
+    made = {"reasoning": "template", "expert_trace": old.to_messages(), "answer": "Steventon"}
+    rows = write_rows(tmp_path / "made.jsonl", {"a": made})  # as the tasks of tau2 say of themselves
+    assert main(["traces", rows, "-o", str(tmp_path / "again"), library]) == 0
+    assert read_tasks(tmp_path / "again" / "train.jsonl")[0].columns["reasoning"] == "template"
+
+
+def test_dialogues_are_played_with_the_user_of_the_environment(tmp_path, library):
+    look_up = [ExpertTurn("", (ToolCall(c["name"], c["arguments"]),), ("",)) for c in GOOD]
+    old = ExpertTrace((ExpertTurn("", (), (), "Which book?", "?"), *look_up), "Steventon")
+    silent = ExpertTrace((ExpertTurn("", (), (), "Which book?", "?"), *look_up[:1]), "Who knows.")
+    rows = {
+        "good": {"expert_trace": old.to_messages(), "answer": "Steventon"},
+        "cut": {"expert_trace": silent.to_messages()},
+        "calls": {"reference_calls": GOOD, "answer": "Steventon"},
+    }
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert main(["traces", path, "-o", str(tmp_path / "out"), library.replace("Library", "Asking")]) == 0
+    assert outcome(tmp_path / "out") == {"good": [], "calls": [], "cut": ["unfinished"]}
+    good = read_tasks(tmp_path / "out" / "train.jsonl")[0]
+    assert good.expert.turns[0].user == "Emma, please." and good.expert.answer == "Steventon"
 
 
 def test_templates_preview_no_call_whatever_the_description_says():
@@ -137,6 +174,8 @@ def test_templates_preview_no_call_whatever_the_description_says():
     call = ToolCall("find_it", {"key": "x"})
     for text in (template(0, [call], [tool]), template(3, [call], []), template(1, [call], [tool])):
         assert "find_it" not in text and prefix_ends(text, [call])[-1] == len(text) > 0
+    tool["function"]["description"] = "This tool belongs to the X API. Tool description: Look for a thing. And more."
+    assert template(0, [call], [tool]).endswith("What I need next: Look for a thing.")
 
 
 # --- a teacher
@@ -176,7 +215,7 @@ TAUGHT = {
     "solved": "", "guess": "Guess!", "loop": "Loop!", "lazy": "Lazy!", "splice": "Splice!",
 }  # fmt: skip
 TAUGHT_REASONS = {
-    "solved": [], "guess": ["answer_leak"], "loop": ["limit"], "lazy": ["no_calls", "unsolved", "no_reasoning"],
+    "solved": [], "guess": ["answer_leak"], "loop": ["limit"], "lazy": ["no_turns", "unsolved", "no_reasoning"],
     "splice": ["invalid_answer"],
 }  # fmt: skip
 

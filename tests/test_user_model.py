@@ -99,7 +99,7 @@ def test_a_user_with_a_model_of_its_own_speaks_greedily_from_its_own_engine(rend
 
 
 def test_premature_stops_are_those_that_the_scripted_user_would_not_make(renderer, tasks):
-    task = next(task for task in tasks.train(0, 40) if task.env_args["issues"] == ["airplane_mode"])
+    task = next(task for task in tasks.train(0, 40) if list(task.env_args["issues"]) == ["airplane_mode"])
     stop = list(renderer.assistant_turn("", "###STOP###", [])[0])
     user = turns_of(renderer, example(task).expert)
     trajectory = dialogue(renderer, task, user=[stop])  # instead of its handle
@@ -153,7 +153,7 @@ def test_a_user_that_gives_away_what_is_to_be_found_leaks(renderer, tasks):
 
 
 def test_tools_of_the_user_hide_its_device_and_act_on_it(tasks):
-    task = next(task for task in tasks.train(0, 40) if task.env_args["issues"] == ["airplane_mode"])
+    task = next(task for task in tasks.train(0, 40) if list(task.env_args["issues"]) == ["airplane_mode"])
     env = made()
     env.reset(task)
     schema = next(tool["function"] for tool in env.user_tools if tool["function"]["name"] == "set_airplane_mode")

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
+from pact_fast.algorithms.branches import Piece, add_branches, add_context, rewound
 from pact_fast.batch.loss_table import ScoredTokens
 from pact_fast.batch.tree import Node, TokenTree
 from pact_fast.chat.rendering import ChatRenderer
@@ -226,9 +227,9 @@ class Algorithm:
 
 
 def prompt_tree(group: Group) -> tuple[TokenTree, Node]:
-    """A tree with the prompt as its root."""
+    """A tree with the prompt as its root, and the node in which the prompt ends."""
     tree = TokenTree()
-    return tree, tree.add(group.prompt_ids)
+    return tree, add_context(tree, group.prompt_ids, None, rewound(group.trajectories))[1]
 
 
 def add_rollouts(
@@ -242,36 +243,42 @@ def add_rollouts(
 ) -> list[ScoredTokens]:
     """Add every rollout as a child of `parent` and weight its sampled tokens.
 
+    A rollout with branches becomes several nodes, and has one ScoredTokens for each of them with sampled tokens.
+
     Args:
         group: The prompt.
         tree: The tree that `parent` belongs to.
-        parent: The context in which the rollouts are scored.
+        parent: The end of the context in which the rollouts are scored, from `prompt_tree` or `add_context`.
         context: Name of that context in the loss.
         weight: Weight of the prompt's policy loss, for example 1 − q.
         step: Normalisers of the optimizer step.
         expert_tokens: See `token_weight`.
     """
+    tail = rewound(group.trajectories)
     return [
-        score_rollout(group, k, tree.add(trajectory.ids, parent), context, weight, step, expert_tokens)
+        scored
         for k, trajectory in enumerate(group.trajectories)
+        for scored in score_rollout(
+            group, k, add_branches(tree, parent, trajectory, tail), context, weight, step, expert_tokens
+        )
     ]
 
 
 def score_rollout(
     group: Group,
     k: int,
-    node: Node,
+    pieces: Sequence[Piece],
     context: LossContext,
     weight: float,
     step: StepContext,
     expert_tokens: int = 0,
-) -> ScoredTokens:
+) -> list[ScoredTokens]:
     """The sampled tokens of rollout `k`, weighted by `loss_type`.
 
     Args:
         group: The prompt.
         k: Index of the rollout.
-        node: The rollout's node.
+        pieces: The rollout's nodes.
         context: Loss context.
         weight: Weight of the prompt's policy loss.
         step: Normalisers of the optimizer step.
@@ -281,11 +288,17 @@ def score_rollout(
     index = np.flatnonzero(trajectory.sampled)
     if step.config.mask_truncated_completions and trajectory.stop_reason.is_truncated:
         weight = 0.0
-    return ScoredTokens.of_rollout(
-        node, context, prompt=group.prompt_index, rollout=k, index=index, component=trajectory.components[index],
-        advantage=group.advantages[k][index], weight=weight * token_weight(group, len(index), step, expert_tokens),
-        sampler_logprob=trajectory.logprobs[index],
-    )  # fmt: skip
+    weight *= token_weight(group, len(index), step, expert_tokens)
+    parts = [(piece, index[(index >= piece.start) & (index < piece.end)]) for piece in pieces]
+    return [
+        ScoredTokens.of_rollout(
+            piece.node, context, prompt=group.prompt_index, rollout=k, index=own - piece.offset,
+            component=trajectory.components[own], advantage=group.advantages[k][own], weight=weight,
+            sampler_logprob=trajectory.logprobs[own], offset=piece.offset,
+        )
+        for piece, own in parts
+        if len(own) or len(pieces) == 1
+    ]  # fmt: skip
 
 
 def score_expert(

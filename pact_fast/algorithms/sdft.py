@@ -22,6 +22,7 @@ from pact_fast.algorithms.base import (
     StepContext,
     score_rollout,
 )
+from pact_fast.algorithms.branches import add_branches, add_context, rewound
 from pact_fast.algorithms.registry import algorithm
 from pact_fast.algorithms.sft import missing_trace
 from pact_fast.batch.loss_table import ScoredTokens
@@ -48,12 +49,16 @@ class SDFT(Algorithm):
         """x → {τ}, and with the trace in front of them the same {τ}. PactError if the task has no expert trace."""
         batch, x, c = self._contexts(group, step)
         [tree] = batch.trees
+        tail = rewound(group.trajectories)
         for k, trajectory in enumerate(group.trajectories):
-            nodes = tree.add(trajectory.ids, x), tree.add(trajectory.ids, c)
-            tree.pair(*nodes)
-            student = score_rollout(group, k, nodes[0], LossContext.PROMPT, 1.0, step)
-            teacher = score_rollout(group, k, nodes[1], LossContext.TRACE, 0.0, step)
-            batch.scored += distilled(student, teacher)
+            pieces = [add_branches(tree, context, trajectory, tail) for context in (x, c)]
+            for student_piece, teacher_piece in zip(*pieces, strict=True):
+                if not student_piece.node.children:  # a node that branches goes with its first leaf, in either context
+                    tree.pair(student_piece.node, teacher_piece.node)
+            students = score_rollout(group, k, pieces[0], LossContext.PROMPT, 1.0, step)
+            teachers = score_rollout(group, k, pieces[1], LossContext.TRACE, 0.0, step)
+            for student, teacher in zip(students, teachers, strict=True):
+                batch.scored += distilled(student, teacher)
         return batch
 
     def _contexts(self, group: Group, step: StepContext) -> tuple[PromptBatch, Node, Node]:
@@ -62,15 +67,17 @@ class SDFT(Algorithm):
         if trace is None or not trace.turns:
             raise missing_trace(task, self.config)
         tree, rendering = TokenTree(), self.config.trace.rendering
-        batch = PromptBatch(group, "blend", [tree], [])
+        batch, tail = PromptBatch(group, "blend", [tree], []), rewound(group.trajectories)
         if rendering == "hint":
             root = tree.add(np.zeros(0, np.int64))  # the contexts share nothing, and their rollouts must share a pack
-            return batch, tree.add(group.prompt_ids, root), tree.add(step.renderer.hint_prompt_ids(task, trace), root)
+            hint = step.renderer.hint_prompt_ids(task, trace)
+            x, c = (add_context(tree, ids, root, tail)[1] for ids in (group.prompt_ids, hint))
+            return batch, x, c
         context = step.renderer.trace_context(task, trace, rendering)
-        x = tree.add(group.prompt_ids)
-        h = tree.add(context.ids, x)
+        _, x = add_context(tree, group.prompt_ids, None, tail)
+        h, c = add_context(tree, context.ids, x, tail)
         batch.expert = h, context.components
-        return batch, x, h
+        return batch, x, c
 
     def requirements(self, sampler_differs: bool) -> Requirements:
         """The divergence. No importance weights: there is no ratio to correct."""

@@ -36,6 +36,7 @@ class ScoredTokens:
     importance       float64 [m] importance weight, a factor of rl_weight without gradient; set by the learner
     teacher          the same tokens in another context; their divergence from it enters the loss. None: it does not
     pair_weight      float64 [m] weight of that divergence
+    offset                       index of node.ids[0] among the tokens of the rollout; not 0 after a branching
     """
 
     node: Node
@@ -53,6 +54,7 @@ class ScoredTokens:
     importance: np.ndarray
     teacher: ScoredTokens | None = None
     pair_weight: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    offset: int = 0
 
     @classmethod
     def of_rollout(
@@ -67,6 +69,7 @@ class ScoredTokens:
         advantage: np.ndarray,
         weight: float,
         sampler_logprob: np.ndarray,
+        offset: int = 0,
     ) -> ScoredTokens:
         """Tokens of a rollout, for the policy loss.
 
@@ -80,11 +83,12 @@ class ScoredTokens:
             advantage: float32 [m].
             weight: The rl_weight of all tokens.
             sampler_logprob: float32 [m], NaN where unknown.
+            offset: Index of the node's first token among those of the rollout.
         """
         m = len(index)
         return cls(
             node, context, prompt, rollout, index, component, advantage, np.full(m, weight, np.float64),
-            np.zeros(m, np.float64), sampler_logprob, _all_nan(m), _all_nan(m), np.ones(m),
+            np.zeros(m, np.float64), sampler_logprob, _all_nan(m), _all_nan(m), np.ones(m), offset=offset,
         )  # fmt: skip
 
     @classmethod

@@ -29,14 +29,14 @@ def doctor(config: Config) -> int:
     from pact_fast.rollout.registry import engine_builder
 
     checks = _Checks(config)
-    failed = _run(checks.all(), checks.warnings)
+    failed = run_checks(checks.all(), checks.warnings)
     if not failed and engine_builder(config).own_weights:  # the smoke test relies on these checks
         with closing(checks.smoke_test()) as smoke_test:
-            failed = _run(smoke_test.all(), [])
+            failed = run_checks(smoke_test.all(), [])
     return 1 if failed else 0
 
 
-def _run(checks: list[tuple[str, Callable[[], str]]], warnings: list[str]) -> int:
+def run_checks(checks: list[tuple[str, Callable[[], str]]], warnings: list[str]) -> int:
     """Run checks and print their results. `warnings`: filled by the checks. Returns the number of failures."""
     failed = 0
     for name, check in checks:

@@ -33,8 +33,8 @@ MAY_CHANGE = (
     "trainer.max_steps", "trainer.learning_rate", "trainer.lr_scheduler_type", "trainer.warmup_steps",
     "trainer.weight_decay", "trainer.max_grad_norm", "trainer.max_skipped_updates", "trainer.max_off_policy_steps",
     # what is saved, evaluated and logged
-    "trainer.save_steps", "trainer.save_total_limit", "trainer.eval_steps", "trainer.eval_tasks",
-    "trainer.log_completions", "trainer.save_rollouts", "trainer.report_to",
+    "trainer.save_steps", "trainer.save_minutes", "trainer.save_total_limit", "trainer.eval_steps", "trainer.eval_tasks",
+    "trainer.log_completions", "trainer.save_rollouts", "trainer.keep_rollouts", "trainer.report_to",
 )  # fmt: skip
 DATA_FILES = ("data.train", "data.eval", "data.expert")  # a copy at another path is no change
 

@@ -56,8 +56,8 @@ class ModelConfig(Section):
     tool_format: str = Field(
         "auto",
         description="Format of tool calls: `hermes`, `llama3_json`, `qwen3_coder`, `gemma4`, `lfm2`, `glm4_moe`, `harmony`, "
-        "`mistral`, `mistral_json`, `deepseek_v3`, `deepseek_v31`, `granite`, `minimax_m2`, or your own as "
-        "`file.py:Class`; `auto`: detected from the chat template.",
+        "`mistral`, `mistral_json`, `deepseek_v3`, `deepseek_v31`, `granite`, `minimax_m2`, `kimi_k2`, `pythonic`, "
+        "`functools`, `atem`, or your own as `file.py:Class`; `auto`: detected from the chat template.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -81,6 +81,11 @@ class DataConfig(Section):
     eval: str | list[str] | None = Field(None, description="Held-out tasks, named as those of `train`.")
     format: Literal["auto", "pact", "verl", "ftrl", "toolhop"] = Field(
         "auto", description="Row format; `auto`: detected from the columns."
+    )
+    prompt_format: Literal["row", "matchtir"] = Field(
+        "row",
+        description="`row`: prompts as the rows have them; `matchtir`: asks for reasoning before every call, and for the "
+        "answer between <answer> and </answer> (docs/data.md).",
     )
     expert: str | list[str] | None = Field(
         None,
@@ -593,6 +598,9 @@ class TrainerConfig(Section):
     adam_epsilon: float = Field(1e-8, gt=0, description="Epsilon of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0, description="Largest gradient norm; larger gradients are scaled down.")
     save_steps: int = Field(10, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    save_minutes: float | None = Field(
+        None, gt=0, description="Minutes between checkpoints, in place of save_steps; looked at after every step."
+    )
     save_total_limit: int = Field(2, ge=1, description="Number of checkpoints to keep.")
     eval_steps: int | None = Field(
         None,
@@ -607,6 +615,11 @@ class TrainerConfig(Section):
     )
     log_completions: int = Field(4, ge=0, description="Rollouts printed as a table at each evaluation.")
     save_rollouts: int = Field(32, ge=0, description="Rollouts per step written to rollouts/, for `pact-fast view`.")
+    keep_rollouts: int | None = Field(
+        200,
+        ge=1,
+        description="Newest steps whose rollouts are all kept; of the steps before them, every tenth is. null: all steps.",
+    )
 
     @property
     def pack_tokens(self) -> int:

@@ -7,51 +7,123 @@ time.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-SHARD_BYTES = 2 << 30  # of a file of `write`; a rank holds two of them in memory at a time
+Tensors = dict[str, torch.Tensor]
+SHARD_BYTES = 2 << 30  # of a file of `write`; without a budget, a rank holds two of them in memory at a time
 MODEL_SHARD_BYTES = 1 << 30  # of a file of `write_model_shards`; the rank holds one of them at a time
+PIECE = 16 << 20  # bytes that are hashed and written at a time
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+class FileDigest(NamedTuple):
+    """Size in bytes and SHA-256 of a file."""
+
+    size: int
+    sha256: str
+
+
+class BackgroundWriter:
+    """Writes files of tensors in a thread, one after the other, each with its SHA-256 and flushed to disk.
+
+    Args:
+        budget: Bytes of tensors that may wait for the thread; `submit` waits where there would be more.
+    """
+
+    def __init__(self, budget: int = 0):
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._budget, self._waiting = budget, 0
+        self._tasks: deque[tuple[Future, int]] = deque()
+        self._error: BaseException | None = None
+        self._files: dict[Path, FileDigest] = {}
+
+    def submit(self, tensors: Tensors, path: Path) -> None:
+        """Write tensors, which nobody changes any more, to `path`."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        while self._tasks and self._waiting + size > self._budget:
+            self._collect()
+        self._waiting += size
+        self._tasks.append((self._pool.submit(self._write, tensors, path), size))
+
+    def then(self, work: Callable[[dict[Path, FileDigest]], None]) -> None:
+        """Call work(files so far), which may change them, after the files that were submitted."""
+        self._tasks.append((self._pool.submit(work, self._files), 0))
+
+    def failed(self) -> bool:
+        """Whether something that has ended could not be written."""
+        while self._tasks and self._tasks[0][0].done():
+            self._collect()
+        return self._error is not None
+
+    def done(self) -> bool:
+        """Whether nothing is waiting or being written."""
+        return self.failed() or not self._tasks
+
+    def finish(self) -> dict[Path, FileDigest]:
+        """Wait for all files. Raises the first error."""
+        while self._tasks:
+            self._collect()
+        self._pool.shutdown()
+        if self._error is not None:
+            raise self._error
+        return self._files
+
+    def _collect(self) -> None:
+        future, size = self._tasks.popleft()
+        self._error = self._error or future.exception()
+        self._waiting -= size
+
+    def _write(self, tensors: Tensors, path: Path) -> None:
+        if self._error is None:
+            self._files[path] = write_file(tensors, path)
+        tensors.clear()
 
 
 def write(
-    folder: Path, name: str, tensors: Iterable[tuple[str, torch.Tensor]], rank: int = 0, size: int = 1
-) -> tuple[list[Path], Exception | None]:
+    folder: Path,
+    name: str,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    writer: BackgroundWriter,
+    rank: int = 0,
+    size: int = 1,
+) -> None:
     """Write `folder/name.safetensors`, or `name-00000.safetensors` and so on with Hugging Face's index.
 
     A partitioned tensor has to be gathered by all ranks, so every rank iterates over all tensors in the same order.
-    Each rank keeps the tensors of every `size`-th file and writes a file while the next one is filled. The iterable is
-    exhausted even after an error, because other ranks would wait for this one.
+    Each rank copies the tensors of every `size`-th file and hands them to the writer. Returns when all are copied; the
+    iterable is exhausted even after an error, because other ranks would wait for this one.
 
     Args:
         folder: An existing folder.
         name: Name of the file without its suffix.
         tensors: (name, tensor) pairs.
+        writer: Writes the files of this rank, and has their errors.
         rank: Number of this rank.
         size: Number of ranks that call.
-
-    Returns:
-        The files that this rank has written, and the first error, if any.
     """
-    writer = _ShardWriter(folder, name, rank, size)
-    with ThreadPoolExecutor(1) as pool:
-        for key, tensor in tensors:
-            writer.add(pool, key, tensor)
-        writer.flush(pool)
-        error = writer.wait()
-    if error is None and writer.number > 1 and rank == 0:
-        try:
-            writer.write_index()
-        except OSError as problem:
-            error = problem
-    return writer.files, error
+    shards = _ShardWriter(folder, name, writer, rank, size)
+    for key, tensor in tensors:
+        shards.add(key, tensor)
+    shards.flush()
+    if shards.number > 1 and rank == 0:
+        writer.then(shards.write_index)
 
 
 def write_model_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
@@ -92,6 +164,38 @@ def _cpu_copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
+def write_file(tensors: Tensors, path: Path) -> FileDigest:
+    """Write tensors on the CPU to a safetensors file, flushed to disk, and hash it on the way. OSError if that fails.
+
+    The format: 8 bytes with the length of the header, little-endian; the header, JSON; the bytes of the tensors, the
+    widest types first, so that all are aligned.
+    """
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
+    end = 0
+    for key in order:
+        tensor = tensors[key]
+        begin, end = end, end + tensor.nbytes
+        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    head: Iterable[bytes | memoryview] = (struct.pack("<Q", len(text)), text)
+    with path.open("wb", buffering=0) as file:
+        for part in itertools.chain(head, (_bytes_of(tensors[key]) for key in order)):
+            for start in range(0, len(part), PIECE):
+                piece = memoryview(part)[start : start + PIECE]
+                digest.update(piece)
+                while len(piece):
+                    piece = piece[file.write(piece) :]
+        os.fsync(file.fileno())
+    return FileDigest(8 + len(text) + end, digest.hexdigest())
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})  # transformers requires the metadata
 
@@ -102,55 +206,43 @@ def _write_index(path: Path, file_of: dict[str, str], metadata: dict[str, Any]) 
 
 
 class _ShardWriter:
-    """Fills one file after the other, and writes those of this rank in a background thread."""
+    """Fills one file after the other, and hands those of this rank to the writer."""
 
-    def __init__(self, folder: Path, name: str, rank: int, size: int):
-        self.folder, self.name, self.rank, self.ranks = folder, name, rank, size
+    def __init__(self, folder: Path, name: str, writer: BackgroundWriter, rank: int, size: int):
+        self.folder, self.name, self.writer, self.rank, self.ranks = folder, name, writer, rank, size
         self.number, self.size = 0, 0  # of the file that is being filled, and its bytes so far
-        self.pending: dict[str, torch.Tensor] = {}  # tensors of that file, if this rank writes it
+        self.pending: Tensors = {}  # tensors of that file, if this rank writes it
         self.file_number: dict[str, int] = {}  # tensor name → number of its file
-        self.files: list[Path] = []
-        self.writing: Future | None = None
-        self.error: Exception | None = None
 
-    def add(self, pool: ThreadPoolExecutor, key: str, tensor: torch.Tensor) -> None:
+    def add(self, key: str, tensor: torch.Tensor) -> None:
         if self.size and self.size + tensor.nbytes > SHARD_BYTES:
-            self.flush(pool)
+            self.flush()
         self.size += tensor.nbytes
         self.file_number[key] = self.number
-        if self.number % self.ranks == self.rank and self.error is None:
+        if self.number % self.ranks == self.rank and not self.writer.failed():
             self.pending[key] = _cpu_copy(tensor)
 
-    def flush(self, pool: ThreadPoolExecutor) -> None:
-        """Begin to write the current file, and start the next one."""
+    def flush(self) -> None:
+        """Hand on the current file, and start the next one."""
         no_tensors = self.number == 0 and not self.file_number  # readers expect a file all the same
-        if self.pending or (no_tensors and self.rank == 0 and self.error is None):
-            self.wait()
-            path = self.path(self.number)
-            self.files.append(path)
-            self.writing = pool.submit(_save_tensors, self.pending, path)
+        if self.pending or (no_tensors and self.rank == 0):
+            self.writer.submit(self.pending, self.path(self.number))
         self.pending, self.size = {}, 0
         self.number += 1
-
-    def wait(self) -> Exception | None:
-        """Wait for the file that is being written. Returns the first error so far."""
-        if self.writing is not None:
-            self.error = self.error or self.writing.exception()  # type: ignore[assignment]
-            self.writing = None
-        return self.error
 
     def path(self, number: int) -> Path:
         """The first file has no number until it is known that there are several."""
         return self.folder / (f"{self.name}-{number:05d}.safetensors" if number else f"{self.name}.safetensors")
 
-    def write_index(self) -> None:
+    def write_index(self, files: dict[Path, FileDigest]) -> None:
         """Rename the first file, which readers would take for the only one, and write the index."""
+        if self.path(0) not in files:
+            return  # it could not be written
         first = self.folder / f"{self.name}-00000.safetensors"
         self.path(0).rename(first)
-        self.files[0] = first
+        files[first] = files.pop(self.path(0))
         path = self.folder / f"{self.name}.safetensors.index.json"
         _write_index(path, {key: f"{self.name}-{n:05d}.safetensors" for key, n in self.file_number.items()}, {})
-        self.files.append(path)
 
 
 class TensorFiles(Mapping[str, torch.Tensor]):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pact_fast.components import Component
 from pact_fast.errors import PactError
+from pact_fast.report.rollout_files import count_rollouts, read_index, read_lines, rollout_files
 
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -28,6 +29,7 @@ class Tokens:
     logprobs    log-probs of the sampler
     advantages  token advantages
     weights     policy-loss weights of a rollout, or SFT weights of an expert trace
+    branches    number of the branch that each token belongs to, from 0; empty: there is one alone
     """
 
     text: list[str]
@@ -37,6 +39,7 @@ class Tokens:
     logprobs: list[float | None]
     advantages: list[float | None]
     weights: list[float | None]
+    branches: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.text)
@@ -44,7 +47,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One line of rollouts/step_N.jsonl (training) or rollouts/eval_N.jsonl; fields as `train.records` writes them."""
+    """One line of a file in rollouts/ (`rollout_files`); fields as `train.records` writes them."""
 
     step: int
     kind: str  # train | eval
@@ -165,13 +168,12 @@ def _read_metrics(path: Path, run: Run) -> None:
 
 
 def _read_rollouts(folder: Path, run: Run, limit: int, step: int | None) -> None:
-    places = _places(folder)
-    if step is not None:
-        if step not in places:
-            raise PactError(
-                f"'{folder}' holds no rollouts of step {step}; trainer.save_rollouts says how many are written"
-            )
-        places = {step: places[step]}
+    places = _places(folder, step)
+    if step is not None and not places:
+        raise PactError(
+            f"'{folder}' holds no rollouts of step {step}; trainer.save_rollouts says how many are written, and "
+            "trainer.keep_rollouts how long"
+        )
     run.rollouts_written = sum(map(len, places.values()))
     # at least four rollouts per step, from as many steps as the limit allows
     per_step = max(4, limit // max(len(places), 1))
@@ -192,17 +194,15 @@ def _lines(count: int) -> str:
     return f"{count} truncated {'line' if count == 1 else 'lines'}"
 
 
-def _places(folder: Path) -> dict[int, list[tuple[Path, int]]]:
-    """Step → (file, line index) of its rollouts; steps in order, training before evaluation."""
+def _places(folder: Path, step: int | None) -> dict[int, list[tuple[Path, int]]]:
+    """Step → (file, line index) of its rollouts; steps in order, training before evaluation. `step`: of this one only."""
     places: dict[int, list[tuple[Path, int]]] = {}
-    files = {
-        file: re.fullmatch(r"(step|eval)_(\d+)", file.stem) for file in sorted(folder.glob("*.jsonl"), reverse=True)
-    }
-    for file, match in files.items():
-        if match:
-            with file.open("rb") as lines:
-                places.setdefault(int(match[2]), []).extend((file, index) for index, _ in enumerate(lines))
-    return {step: places[step] for step in sorted(places) if places[step]}
+    index = read_index(folder)
+    for number, file in rollout_files(folder, ("step", "eval"), step):
+        count = count_rollouts(file, index)
+        if count:
+            places.setdefault(number, []).extend((file, line) for line in range(count))
+    return places
 
 
 def _read_lines(path: Path, wanted: set[int] | None = None) -> tuple[list[Record], int]:
@@ -210,15 +210,14 @@ def _read_lines(path: Path, wanted: set[int] | None = None) -> tuple[list[Record
     if not path.is_file():
         return [], 0
     records, truncated = [], 0
-    with path.open("rb") as file:
-        for index, line in enumerate(file):
-            if wanted is not None and index not in wanted:
-                continue
-            record = _decode(line.decode("utf-8", errors="replace"))
-            if record is None:
-                truncated += 1
-            else:
-                records.append(record)
+    for index, line in enumerate(read_lines(path)):
+        if wanted is not None and index not in wanted:
+            continue
+        record = _decode(line.decode("utf-8", errors="replace"))
+        if record is None:
+            truncated += 1
+        else:
+            records.append(record)
     return records, truncated
 
 
@@ -250,6 +249,7 @@ def _tokens(record: Record) -> Tokens:
         logprobs=_column(record.get("logprobs"), n),
         advantages=_column(record.get("advantages"), n),
         weights=_column(record.get("weights"), n),
+        branches=_branches(record.get("branches"), n),
     )
 
 
@@ -257,6 +257,13 @@ def _expert_tokens(record: Record) -> Tokens:
     tokens = _tokens(record)
     tokens.sampled[:] = [bool(weight) for weight in tokens.weights]
     return tokens
+
+
+def _branches(values: Any, n: int) -> list[int]:
+    """The branch of each of n tokens, from records of (start, …); empty if there is none, or a start is no number."""
+    rows = [one for one in values if isinstance(one, list) and one] if isinstance(values, list) else []
+    starts = sorted(start for start in (number(one[0]) for one in rows) if start is not None)
+    return [bisect.bisect_right(starts, index) for index in range(n)] if starts else []
 
 
 def _components(values: Any, n: int) -> list[int]:

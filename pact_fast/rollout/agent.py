@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from pact_fast.chat.formats.json_calls import error_observation
+from pact_fast.chat.history import CURES
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.chat.template_check import check_user_turns
 from pact_fast.components import Component
@@ -35,6 +36,8 @@ from pact_fast.rollout.pending import Pending, PendingToolCalls
 from pact_fast.rollout.schedule import Schedule
 from pact_fast.rollout.self_play import user_call, user_prompt_ids, user_view
 from pact_fast.users.stop import read_stop
+
+MOST_CALLS = 256  # of tools and users at a time; a thread starts when a call finds none that is idle
 
 
 def _for_environment(env: Environment, value: Any) -> Any:
@@ -187,14 +190,27 @@ class AgentLoop:
         """
         env = self.make_env(task)
         if (has_user(env) or self.config.user != "environment") and not self._checked_user_turns:
-            check_user_turns(self.renderer)
-            self._checked_user_turns = True
+            self._check_user_turns()
         with _no_exit(env):
             extra = env.reset(_for_environment(env, task))
         question = text_of(task.prompt[-1].get("content"))
         if extra and not question.endswith(extra):
             task = replace(task, prompt=[*task.prompt[:-1], {**task.prompt[-1], "content": f"{question}\n\n{extra}"}])
         return replace(task, tools=task.tools or env.tools), env
+
+    def _check_user_turns(self) -> None:
+        check_user_turns(self.renderer)
+        if self._drops_reasoning() and not getattr(self.engine, "rewinds", False):
+            raise PactError(
+                "the chat template drops the reasoning of earlier turns once the user speaks again, and "
+                f"{getattr(self.engine, 'name', 'the engine')} cannot go back in a context; use rollout.engine=transformers "
+                f"or vllm (an engine of your own: honour Request.keep and set rewinds), or {CURES}"
+            )
+        self._checked_user_turns = True
+
+    def _drops_reasoning(self) -> bool:
+        """Whether the template drops the reasoning of earlier turns once the user speaks again."""
+        return isinstance(self.renderer, ChatRenderer) and self.renderer.history.drops_reasoning
 
     def trained_view(self, task: Task) -> tuple[Task, np.ndarray]:
         """(task, prompt [n] int64) of a resolved task, as the side that is trained sees it (rollout.train_as)."""
@@ -223,12 +239,15 @@ class AgentLoop:
         self._submit(episode, agent.prompt_ids, limit, job.rng_key)
         return episode
 
-    def _submit(self, episode: Episode, ids: np.ndarray, limit: int, rng_key: tuple[int, ...] = ()) -> None:
+    def _submit(
+        self, episode: Episode, ids: np.ndarray, limit: int, rng_key: tuple[int, ...] = (), keep: int | None = None
+    ) -> None:
         """Ask the engine for a turn of the speaker."""
         job, is_user = episode.job, episode.speaker is episode.user
         # a user with a model of its own is a part of the environment: it says the likeliest words
         temperature = 0.0 if is_user and self.config.user == "model" else job.temperature
-        self.engine.submit(Request(episode.speaker.session, ids, limit, rng_key, temperature, job.filters, is_user))
+        session = episode.speaker.session
+        self.engine.submit(Request(session, ids, limit, rng_key, temperature, job.filters, is_user, keep))
 
     def _close(self, episode: Episode) -> None:
         for side in episode.sides:
@@ -306,7 +325,7 @@ class AgentLoop:
             with _no_exit(env):
                 return method(*arguments)
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="tool")
+            self._pool = ThreadPoolExecutor(MOST_CALLS, thread_name_prefix="tool")
         return self._pool.submit(method, *arguments)
 
     def _go_on(self, episode: Episode, pending: list[Pending]) -> StopReason | None:
@@ -388,13 +407,22 @@ class AgentLoop:
         if side.ids and int(side.ids[-1][-1]) not in self.renderer.eot_ids:
             # rollout.stop_at_tool_call: the engine stopped after the call, so the end-of-turn token is missing
             ids, components = np.append(end_of_turn, ids), np.append(np.uint8(Component.TEMPLATE), components)
-        remaining = self.config.max_completion_length - side.length - len(ids)
+        keep: int | None = None
+        tokens = side.tokens(ids, components)
+        if messages[0]["role"] == "user" and self._drops_reasoning():
+            keep, tokens = self.renderer.history.go_on(side.pieces, tokens)
+        length = (side.length if keep is None else keep - len(side.prompt_ids)) + len(tokens)
+        remaining = self.config.max_completion_length - length
         if remaining < 1:
             return _out_of_tokens(episode, StopReason.MAX_COMPLETION_LENGTH)
-        side.append(ids, components, None, -1)
+        if keep is None:
+            side.append(tokens.ids, components, None, -1)
+        else:
+            side.branch(keep, tokens)
         first, side.unsent = side.unsent, side.unsent[:0]
-        ids = np.concatenate([first, ids]) if len(first) else ids
-        self._submit(episode, ids, min(self.config.max_turn_tokens, remaining), (*job.rng_key, 1) if len(first) else ())
+        ids = np.concatenate([first, tokens.ids]) if len(first) else tokens.ids
+        limit = min(self.config.max_turn_tokens, remaining)
+        self._submit(episode, ids, limit, (*job.rng_key, 1) if len(first) else (), None if len(first) else keep)
         return None
 
     def _truncate(self, text: str) -> str:

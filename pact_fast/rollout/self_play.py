@@ -93,4 +93,7 @@ def user_prompt_ids(
         render: `renderer.prompt_ids`, or a cache of it, for what comes before.
     """
     before = render(view.prompt[:-1], view.tools)
-    return np.concatenate([before, renderer.assistant_turn("", text_of(view.prompt[-1]["content"]), [])[0]])
+    ids, components = renderer.assistant_turn("", text_of(view.prompt[-1]["content"]), [])
+    if not isinstance(renderer, ChatRenderer):  # what stands in its place has no template
+        return np.concatenate([before, ids])
+    return renderer.history.asked(before, ids, components)

@@ -18,6 +18,7 @@ class WithUserModel(Engine):
     def __init__(self, policy: Engine, user: Engine):
         self.policy, self.user = policy, user
         self.name, self.synchronous = policy.name, policy.synchronous and user.synchronous
+        self.rewinds = policy.rewinds and user.rewinds
         self.applies_filters = policy.applies_filters and user.applies_filters
 
     @property

@@ -6,8 +6,9 @@
         optimizer.safetensors  and other groups of named tensors; large groups in several files
         model/                 Hugging Face format; with LoRA, the adapters in peft's format
 
-A checkpoint is written to a hidden folder, flushed to disk, and then renamed. A process that is killed at any moment
-leaves the earlier checkpoints intact, and at most a hidden folder, which the next save removes.
+A checkpoint is copied in memory, written to a hidden folder in the background, hashed on the way, flushed to disk, and then
+renamed. A process that is killed at any moment leaves the earlier checkpoints intact, and at most a hidden folder, which
+the next save removes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -57,7 +58,12 @@ class Checkpoint:
     model_dir: Path | None
 
 
-def save(
+def save(root: Path, step: int, **arguments: Any) -> Path:
+    """`start_save`, and wait until the checkpoint is complete. Returns its path. PactError: see `PendingSave.finish`."""
+    return start_save(root, step, **arguments).finish()
+
+
+def start_save(
     root: Path,
     step: int,
     *,
@@ -67,11 +73,15 @@ def save(
     weights: NamedTensors | None = None,
     keep: int,
     world: World | None = None,
-) -> Path:
-    """Write `root/step_{step}`, and remove all but the newest `keep` complete checkpoints. Returns the new path.
+    budget: int = 0,
+    before_rename: Callable[[], object] = lambda: None,
+) -> PendingSave:
+    """Begin to write `root/step_{step}`: returns when all tensors are copied, and writes the copies in a thread.
 
     A collective: all ranks call it with the same tensors in the same order. Files are written in parallel; `root` must be
-    one folder for all ranks. A checkpoint of the same step is replaced. Only one run at a time may save to `root`.
+    one folder for all ranks. Only one run at a time may save to `root`, and one save at a time may be pending. The
+    checkpoint appears with `PendingSave.finish`, which replaces one of the same step and removes all but the newest `keep`
+    complete ones.
 
     Args:
         root: Folder of the checkpoints.
@@ -82,81 +92,118 @@ def save(
         weights: The model's weights, written to model/model.safetensors.
         keep: Number of complete checkpoints to keep.
         world: All ranks; default: one process.
+        budget: Bytes of copies that a rank may hold; where there are more, the caller waits for the disk.
+        before_rename: Called on rank 0 just before the checkpoint appears; may raise a PactError.
 
     Raises:
         PactError: The disk is full or not writable. Earlier checkpoints are intact.
         ValueError: `state` has a NaN or an infinity.
     """
     world = world or World()
-    final = root / f"step_{step}"
-    writer = _Writer(world)
     temporary = root / f".tmp-step_{step}-{world.broadcast_from_main(os.getpid, 'a checkpoint')}"
-    try:
-        writer.on_main(lambda: _begin(root, temporary))
+    pending = PendingSave(root / f"step_{step}", temporary, step, keep, world, budget, before_rename)
+    with pending.errors():
+        pending.on_main(lambda: _begin(root, temporary))
         for name, entries in tensors.items():
-            writer.tensors(temporary, name, entries)
+            pending.write(temporary, name, entries)
         if write_model:
-            writer.on_main(lambda: write_model(temporary / "model"))
+            pending.on_main(lambda: write_model(temporary / "model"))
         if weights is not None:
-            writer.tensors(temporary / "model", "model", weights)
-        writer.on_main(lambda: _write_state(temporary / "state.json", state))
-        described = writer.describe(temporary)
-        writer.on_main(lambda: _complete(temporary, final, step, described))
-    except (OSError, SafetensorError) as error:
-        reason = error_line(error)
-        cure = "free some space or make the folder writable; earlier checkpoints are intact, continue with resume=auto"
-        raise PactError(f"cannot save the checkpoint {final}: {reason}; {cure}") from error
-    finally:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)  # already renamed if all went well
-    if world.is_main:
-        _prune(root, keep)
-    return final
+            pending.write(temporary / "model", "model", weights)
+        pending.on_main(lambda: _write_state(temporary / "state.json", state))
+    return pending
 
 
-class _Writer:
-    """Files written by all ranks together. An error on one rank is raised on all."""
+class PendingSave:
+    """A checkpoint that is being written. All ranks must call every method."""
 
-    def __init__(self, world: World):
-        self.world = world
-        self._written: list[Path] = []  # by this rank
+    def __init__(
+        self,
+        final: Path,
+        temporary: Path,
+        step: int,
+        keep: int,
+        world: World,
+        budget: int,
+        before_rename: Callable[[], object],
+    ):
+        self._final, self._temporary, self._step, self._keep, self._world = final, temporary, step, keep, world
+        self._before_rename = before_rename
+        self._writer = shards.BackgroundWriter(budget)
 
-    def on_main(self, write: Callable[[], object]) -> None:
-        """Run `write` on rank 0."""
+    def ready(self) -> bool:
+        """Whether `finish` would not wait: all ranks have written their files, or one has failed."""
+        # of all ranks, so that they go on together; a failure on one must not wait for the others
+        return not self._world.any(not self._writer.done(), "a checkpoint")
+
+    def finish(self) -> Path:
+        """Wait for the files, and make the checkpoint appear. Returns its path.
+
+        Raises:
+            PactError: A file could not be written. Earlier checkpoints are intact.
+        """
+        with self.errors():
+            described = self._describe()
+            self.on_main(lambda: _complete(self._temporary, self._final, self._step, described, self._before_rename))
+        if self._world.is_main:
+            _prune(self._final.parent, self._keep)
+        return self._final
+
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Call `work` on rank 0. Its error is raised on all ranks."""
         error: Exception | None = None
-        if self.world.is_main:
+        if self._world.is_main:
             try:
-                write()
+                work()
             except Exception as caught:
                 error = caught
         self._raise_on_all(error)
 
-    def tensors(self, folder: Path, name: str, entries: NamedTensors) -> None:
-        """Write named tensors to folder/name.safetensors or several such files, each by one of the ranks."""
+    def write(self, folder: Path, name: str, entries: NamedTensors) -> None:
+        """Copy named tensors for folder/name.safetensors or several such files, each written by one of the ranks."""
         pairs = entries.items() if isinstance(entries, Mapping) else entries
         self.on_main(lambda: folder.mkdir(exist_ok=True))
-        files, error = shards.write(folder, name, pairs, self.world.rank, self.world.size)
-        self._written += files
-        self._raise_on_all(error)
+        shards.write(folder, name, pairs, self._writer, self._world.rank, self._world.size)
 
-    def describe(self, folder: Path) -> dict[str, Any]:
-        """Size and SHA-256 of every file, computed by the rank that wrote it; other files by rank 0."""
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn an error of the disk into a PactError; after any error, nothing is left of the checkpoint."""
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                self._writer.finish()
+            if self._world.is_main:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            if not isinstance(error, (OSError, SafetensorError)):
+                raise
+            cure = (
+                "free some space or make the folder writable; earlier checkpoints are intact, continue with resume=auto"
+            )
+            raise PactError(f"cannot save the checkpoint {self._final}: {error_line(error)}; {cure}") from error
+
+    def _describe(self) -> dict[str, Any]:
+        """Size and SHA-256 of every file, by the rank that wrote it; of files that are no tensors, by rank 0."""
         error, local = None, {}
         try:
-            for path in self._written:
-                _sync(path)
-                local[path.relative_to(folder).as_posix()] = _describe(path)
-        except OSError as caught:
+            local = {
+                path.relative_to(self._temporary).as_posix(): digest._asdict()
+                for path, digest in self._writer.finish().items()
+            }
+        except Exception as caught:
             error = caught
         self._raise_on_all(error)
-        files = {name: entry for part in self.world.all_gather(local, "a checkpoint") for name, entry in part.items()}
-        if self.world.is_main:
-            files |= {name: _describe(folder / name) for name in _files(folder) if name not in files}
+        files = {name: entry for part in self._world.all_gather(local, "a checkpoint") for name, entry in part.items()}
+        self.on_main(
+            lambda: files.update(
+                {name: _describe(self._temporary / name) for name in _files(self._temporary) if name not in files}
+            )
+        )
         return files
 
     def _raise_on_all(self, error: Exception | None) -> None:
         """Raise an error of any rank on all ranks."""
-        errors = self.world.all_gather(None if error is None else str(error), "a checkpoint")
+        errors = self._world.all_gather(None if error is None else str(error), "a checkpoint")
         if error is not None:
             raise error
         for rank, other in enumerate(errors):
@@ -174,11 +221,14 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
     path.write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
 
 
-def _complete(temporary: Path, final: Path, step: int, described: dict[str, Any]) -> None:
+def _complete(
+    temporary: Path, final: Path, step: int, described: dict[str, Any], before_rename: Callable[[], object]
+) -> None:
     """Write the manifest, flush everything to disk, and rename the folder to its final name."""
     manifest = {"step": step, "files": described}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync_tree(temporary)
+    before_rename()
     if final.exists() or final.is_symlink():
         _remove(final)
     temporary.rename(final)

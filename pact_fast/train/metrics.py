@@ -47,7 +47,10 @@ class MetricsWriter:
 
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """Rewards, lengths, turns, tool calls and stop reasons of a step's rollouts."""
+    """Rewards, lengths, turns, tool calls and stop reasons of a step's rollouts.
+
+    Lengths are those of all branches, what they share counted once.
+    """
     trajectories = [t for group in groups for t in group.trajectories]
     if not trajectories:
         return {}
@@ -73,6 +76,8 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         values[f"reward/{part}"] = float(
             np.mean([t.reward_parts[part] for t in trajectories if part in t.reward_parts])
         )
+    if any(len(t.branches) for t in trajectories):
+        values["branches/mean"] = float(np.mean([1 + len(t.branches) for t in trajectories]))
     if "reward/success" in values:
         values["success"] = values["reward/success"]
     for reason in sorted({t.stop_reason for t in trajectories}):

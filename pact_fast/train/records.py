@@ -1,4 +1,4 @@
-"""Rollouts as JSON Lines under rollouts/, for the viewer and the report. Fields: `rollout_record`."""
+"""Rollouts as compressed JSON lines under rollouts/, for the viewer and the report. Fields: `rollout_record`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from pact_fast.algorithms.base import PromptBatch
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.data.types import Task, Trajectory, text_of
-from pact_fast.files import write_text
+from pact_fast.report.rollout_files import thin_out, write_rollout_file
 
 
 class RolloutWriter:
@@ -22,15 +22,17 @@ class RolloutWriter:
         run: The run directory.
         renderer: Decodes tokens.
         limit: Most rollouts per file, except for skipped updates.
+        keep: Newest steps whose rollouts are all kept, see `thin_out`; None: of all steps.
     """
 
-    def __init__(self, run: Path, renderer: ChatRenderer, limit: int):
-        self._run, self._renderer, self._limit = run, renderer, limit
+    def __init__(self, run: Path, renderer: ChatRenderer, limit: int, *, keep: int | None = None):
+        self._run, self._renderer, self._limit, self._keep = run, renderer, limit, keep
 
     def write_step(self, step: int, batches: list[PromptBatch]) -> None:
         """Up to `limit` rollouts of a step: the first of every prompt, then the second of every prompt, and so on."""
         order = sorted((k, p) for p, batch in enumerate(batches) for k in range(len(batch.group.trajectories)))
         self._write(step, "train", batches, [(p, k) for k, p in order[: self._limit]])
+        thin_out(self._run / "rollouts", step, self._keep)
 
     def write_skipped(self, step: int, batches: list[PromptBatch]) -> None:
         """All rollouts of a step with a skipped update."""
@@ -59,13 +61,13 @@ class RolloutWriter:
 
 
 def write_rollouts(run: Path, step: int, kind: str, records: list[dict[str, Any]]) -> None:
-    """Write records to rollouts/step_N.jsonl (kind "train"), eval_N.jsonl or skipped_N.jsonl.
+    """Write records to rollouts/step_N.jsonl.gz (kind "train"), eval_N.jsonl.gz or skipped_N.jsonl.gz.
 
     A step that is repeated after a resume overwrites its file.
     """
     if records:
-        name = f"{'step' if kind == 'train' else kind}_{step:06d}.jsonl"
-        write_text(run / "rollouts" / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        name = f"{'step' if kind == 'train' else kind}_{step:06d}"
+        write_rollout_file(run / "rollouts", name, [json.dumps(r, ensure_ascii=False) + "\n" for r in records])
 
 
 def rollout_record(
@@ -111,6 +113,7 @@ def rollout_record(
         "advantages": _floats(np.where(trajectory.sampled, batch.group.advantages[k], np.nan)) if batch else None,
         "weights": _floats(weights) if weights is not None else None,
         "expert": _expert(renderer, batch) if batch else None,
+        **({"branches": trajectory.branches.tolist()} if len(trajectory.branches) else {}),
     }
 
 
@@ -141,7 +144,7 @@ def _weights(batch: PromptBatch, trajectory: Trajectory, k: int) -> np.ndarray:
     weights[trajectory.sampled] = 0.0
     for s in batch.scored:
         if s.rollout == k:
-            weights[s.index] += s.rl_weight * s.importance
+            weights[s.offset + s.index] += s.rl_weight * s.importance
     return weights
 
 
@@ -154,7 +157,8 @@ def _expert(renderer: ChatRenderer, batch: PromptBatch) -> dict[str, Any] | None
     for s in batch.scored:
         if s.node is node:
             weights[s.index] = s.sft_weight
-    return {"tokens": token_texts(renderer, node.ids), "components": components.tolist(), "weights": _floats(weights)}
+    shown = components[: len(node.ids)]  # a generation prompt may have a node of its own
+    return {"tokens": token_texts(renderer, node.ids), "components": shown.tolist(), "weights": _floats(weights)}
 
 
 def _floats(values: np.ndarray) -> list[float | None]:

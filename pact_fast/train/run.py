@@ -10,6 +10,7 @@ there on computes the same batches as the others. Only rank 0 writes files and l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -36,7 +37,7 @@ from pact_fast.files import atomic_save_pretrained, io_errors, write_text
 from pact_fast.model import lora
 from pact_fast.model.adapter import adapter_tensors
 from pact_fast.model.build import check_context, make_model, make_policy
-from pact_fast.model.device import device_kind, precision
+from pact_fast.model.device import device_kind, free_memory, precision
 from pact_fast.model.logit_check import check_run
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.model.weights import checkpoint_weights, save_model_config
@@ -49,6 +50,7 @@ from pact_fast.rollout.registry import engine_builder, make_engine
 from pact_fast.text import short
 from pact_fast.train import checkpoint
 from pact_fast.train.check_rows import check_rows, rows_to_check, write_skipped
+from pact_fast.train.checkpoint import PendingSave
 from pact_fast.train.collect import RolloutCollector
 from pact_fast.train.evaluate import Evaluator
 from pact_fast.train.learner import Learner, PacksTooLarge
@@ -106,6 +108,7 @@ class Trainer:
     evaluator: Evaluator
     metrics: MetricsWriter | None = None
     signs: WarningSigns  # rank 0 has them
+    _pending_save: PendingSave | None = None
     _lock: RunLock | None = None  # rank 0 has it
 
     def __init__(self, config: Config):
@@ -128,6 +131,7 @@ class Trainer:
         self.make_env = EnvironmentFactory(config)
         self.shutdown = GracefulShutdown()
         self._skipped = 0  # consecutive skipped updates
+        self._saved_at = time.monotonic()
         self._run_on_main(self._take_lock, "the lock of the run directory")
         try:
             self._open(config, notes)
@@ -193,6 +197,7 @@ class Trainer:
             while state.step < self.config.trainer.max_steps:
                 self._log_step(state.step + 1, self.stepper(state.step))
                 state.step += 1
+                self._finish_save(wait=False)
                 if self._maybe_evaluate_and_save(state):
                     return None
             self.shutdown.deferred = False
@@ -237,7 +242,9 @@ class Trainer:
             config, self.tasks, self.loop, self.algorithm, self.reward_functions, samplers, self.world, self.progress
         )
         self.stepper = Stepper(config, self.algorithm, self.learner, self.engine, self.collector, self.renderer)
-        self.records = RolloutWriter(self.run, self.renderer, limit=config.trainer.save_rollouts)
+        self.records = RolloutWriter(
+            self.run, self.renderer, config.trainer.save_rollouts, keep=config.trainer.keep_rollouts
+        )
 
     def _load_models(self, newest: Path | None) -> tuple[PreTrainedModel, PreTrainedModel | None]:
         """The policy, and the frozen reference policy if there is a KL term (the policy itself if it has adapters)."""
@@ -427,7 +434,7 @@ class Trainer:
             self._skipped = self._skipped + 1 if update.skipped else 0
         if not any(update.skipped for update in result.results):
             return
-        saved = self.run / "rollouts" / f"skipped_{step:06d}.jsonl"
+        saved = self.run / "rollouts" / f"skipped_{step:06d}.jsonl.gz"
         if self.world.is_main:
             self.records.write_skipped(step, result.batches)
         self.progress.note(
@@ -452,8 +459,10 @@ class Trainer:
             self.evaluator.evaluate(done, "eval")
             due, stop = False, self._shutdown_requested()
         state.owes_evaluation = due
-        if done % trainer.save_steps == 0 or last or stop:
+        if last or stop or self._save_is_due(done):
             self._save(state)
+        if last or stop:
+            self._finish_save(wait=True)
         if stop:
             self.progress.note(
                 f"stopped by {self.shutdown.signal_name}: step {done} is saved; continue with resume=auto"
@@ -464,8 +473,17 @@ class Trainer:
         """True on all ranks if any rank has received SIGTERM or SIGHUP."""
         return self.world.any(self.shutdown.requested)
 
+    def _save_is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved after `step`: by the number of steps, or by rank 0's clock."""
+        minutes = self.config.trainer.save_minutes
+        if minutes is None:
+            return step % self.config.trainer.save_steps == 0
+        return self.world.any(self.world.is_main and time.monotonic() - self._saved_at >= 60 * minutes)
+
     def _save(self, state: RunState) -> None:
-        """Save a checkpoint of the finished step."""
+        """Begin to save a checkpoint of the finished step; the one before it is completed first."""
+        self._finish_save(wait=True)
+        self._saved_at = time.monotonic()
         rng_state, rng_tensors = checkpoint.rng_state()
         lora_config = self.config.model.lora
         saved = {
@@ -486,7 +504,7 @@ class Trainer:
                 save_model_config(self.model, path)
             self.tokenizer.save_pretrained(path)
 
-        newest = checkpoint.save(
+        self._pending_save = checkpoint.start_save(
             self.run / "checkpoints",
             state.step,
             tensors={"optimizer": self.learner.backend.state(), "rng": rng_tensors},
@@ -495,7 +513,17 @@ class Trainer:
             weights=None if lora_config else checkpoint_weights(self.model),
             keep=self.config.trainer.save_total_limit,
             world=self.world,
+            budget=free_memory(torch.device("cpu")) // 2,
+            before_rename=self._check_lock,
         )
+
+    def _finish_save(self, wait: bool) -> None:
+        """Complete the checkpoint that is being written, if there is one; without `wait`, only if all is written."""
+        pending = self._pending_save
+        if pending is None or not (wait or pending.ready()):
+            return
+        self._pending_save = None
+        newest = pending.finish()
         self._run_on_main(lambda: write_text(self.run / LATEST, newest.name + "\n"), "the name of the checkpoint")
 
     def _finish(self, state: RunState) -> dict[str, Any]:
@@ -526,6 +554,9 @@ class Trainer:
     def _close(self) -> None:
         """Stop sampling, environments and the engine; then let the trackers send what is left."""
         failed = sys.exc_info()[0] is not None
+        if self.world.size == 1:  # with others, who knows whether they are still there
+            with contextlib.suppress(PactError):
+                self._finish_save(wait=True)
         self.collector.close()
         self.loop.close()
         self.engine.shutdown()

@@ -104,6 +104,14 @@ class Log:
         return "secret"
 
 
+class Slow:
+    """A class with an async method."""
+
+    async def look(self) -> str:
+        """Look."""
+        return "seen"
+
+
 class Silent:
     """A class without tools."""
 
@@ -119,6 +127,10 @@ class Trl(Log):
         """Answer later."""
         await asyncio.sleep(0)
         return "later"
+
+    def blocks(self) -> list:
+        """Content blocks."""
+        return [{"type": "text", "text": "a cat: "}, {"type": "image", "image": object()}]
 
     def fail(self) -> str:
         """Fail."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, get_type_hints
 
@@ -36,6 +37,9 @@ class PythonTools:
                 raise PactError(f"two tools are called '{name}'; rename one of them")
             self._functions[name] = function
         self.schemas: list[ToolSchema] = [_schema(function) for function in self._functions.values()]
+        self._stateful = {
+            name for name, function in self._functions.items() if STATE in inspect.signature(function).parameters
+        }
         self._parameters = {
             schema["function"]["name"]: schema["function"].get("parameters") or {} for schema in self.schemas
         }
@@ -67,7 +71,7 @@ class PythonTools:
         """
         given = self.check(name, arguments)
         function = self._functions[name]
-        if STATE in inspect.signature(function).parameters:
+        if name in self._stateful:
             given[STATE] = self._state
         with no_exit(f"the tool {name}"):
             result = function(**given)
@@ -85,7 +89,18 @@ def public_methods(instance: object, but: Iterable[str] = ()) -> list[Callable[.
     return [getattr(instance, name) for name in names if not name.startswith("_") and name not in hidden]
 
 
+# by function, the one below a bound method: an instance is made for every episode, and a docstring takes long to read
+_SCHEMAS: weakref.WeakKeyDictionary[Callable[..., Any], ToolSchema] = weakref.WeakKeyDictionary()
+
+
 def _schema(function: Callable[..., Any]) -> ToolSchema:
+    below = getattr(function, "__func__", function)
+    if below not in _SCHEMAS:
+        _SCHEMAS[below] = _read_schema(function)
+    return _SCHEMAS[below]
+
+
+def _read_schema(function: Callable[..., Any]) -> ToolSchema:
     parameters = inspect.signature(function).parameters
     for parameter in parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):

@@ -55,9 +55,10 @@ class Functions:
         found = [load_object(spec, "tool") for spec in read.tools]
         if read.sandbox:
             sources = {function.__name__: sandbox_source(function) for function in found}
+            cls(found).start({})
             pool = SandboxPool(timeout=tool_timeout)
             return lambda: cls(found, tool_timeout, True, (pool, sources))
-        cls(found, tool_timeout, read.blocking).start({})  # finds what is wrong before the model is loaded
+        cls(found).start({})  # finds what is wrong before the model is loaded
         return lambda: cls(found, tool_timeout, read.blocking)
 
     @staticmethod
@@ -72,9 +73,13 @@ class Functions:
         blocking: bool | None = None,
         sandbox: tuple[SandboxPool, dict[str, str]] | None = None,
     ):
-        self._made, self._timeout, self._sandbox = made, timeout, sandbox
-        self._tools = PythonTools(function for function in made if not inspect.isclass(function))
-        self.blocking = self._tools.is_async if blocking is None else blocking
+        self._made, self._timeout, self._blocking, self._sandbox = made, timeout, blocking, sandbox
+        self._tools = PythonTools([])
+
+    @property
+    def blocking(self) -> bool:
+        """Valid after `reset`: a class may have async methods."""
+        return self._tools.is_async if self._blocking is None else self._blocking
 
     def start(self, state: dict[str, Any]) -> None:
         """Begin an episode with a state. PactError if there are no tools."""

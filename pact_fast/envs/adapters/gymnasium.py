@@ -80,7 +80,8 @@ class Gymnasium:
         self.blocking = blocking
         self._make = make
         self._env: Any = None
-        self._total, self._over, self._success = 0.0, False, None
+        self._total, self._over = 0.0, False
+        self._success: float | None = None
 
     def reset(self, task: Task) -> str | None:
         """The first observation. The seed is that of the task."""

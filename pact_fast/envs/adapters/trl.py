@@ -16,7 +16,7 @@ from pact_fast.envs.adapters.background import run
 from pact_fast.envs.adapters.callables import PythonTools, public_methods
 from pact_fast.envs.adapters.generated import GeneratedTasks
 from pact_fast.envs.adapters.options import Args, episode_seed, read_args
-from pact_fast.envs.adapters.results import MAX_OUTPUT, cut
+from pact_fast.envs.adapters.results import cut
 from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
 from pact_fast.plugins import describe_error, load_object, no_exit
@@ -123,9 +123,7 @@ class Trl:
         """The result as TRL shows it: `str` of what the method returned, or of {"error": …}."""
         try:
             result = self._tools.invoke(name, arguments, self._timeout)
-            if isinstance(result, list):
-                result = "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in result)
-            return cut(str(result), MAX_OUTPUT)
+            return cut(_shown(result))
         except PactError:
             raise
         except TimeoutError:
@@ -152,6 +150,16 @@ class Trl:
         if "success" not in values and len(self._rewards) == 1 and values:
             values["success"] = next(iter(values.values()))
         return values
+
+
+def _shown(result: Any) -> str:
+    """The text of a result; of content blocks that of their texts, and the kinds of the others."""
+    blocks = isinstance(result, list) and result and all(isinstance(part, dict) and "type" in part for part in result)
+    if not blocks:
+        return str(result)
+    return "".join(
+        part.get("text", "") if part["type"] == "text" else f"[{part['type']}: not shown]" for part in result
+    )
 
 
 def trl_row(task: Task) -> dict[str, Any]:

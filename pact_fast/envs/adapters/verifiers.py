@@ -80,11 +80,13 @@ class Verifiers:
         self._types = need("verifiers.types", INSTALL)
         self._state: Any = None
         self._messages: list[Any] = []  # of the dialogue so far, in the package's classes
-        self._in_turn = self._over = False  # whether a call of the turn under way has run; whether the episode has ended
+        self._in_turn = self._over = (
+            False  # whether a call of the turn under way has run; whether the episode has ended
+        )
 
     def reset(self, task: Task) -> str | None:
         # the package wants a client; environments that ask the model themselves are refused before
-        client = object.__new__(_no_client())
+        client: Any = object.__new__(_no_client())
         try:
             self._state = run(self._start(row_of_task(task), client))
         except Exception as error:

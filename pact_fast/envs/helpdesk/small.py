@@ -11,13 +11,13 @@ import functools
 import random
 from typing import Any
 
-from pact_fast.envs.domain.base import Introduction, Issue, IssueDraft, domain
+from pact_fast.envs.domain.base import Domain, Introduction, Issue, IssueDraft, domain
 from pact_fast.envs.domain.checker import Sandbox
 from pact_fast.envs.domain.database import Database
 from pact_fast.envs.domain.instance import Edit, Rule, Step
 from pact_fast.envs.domain.tools import ToolError
 from pact_fast.envs.helpdesk import desk, faults, phone
-from pact_fast.envs.helpdesk.domain import Helpdesk, HelpdeskEnvironment, account_field, handset_field
+from pact_fast.envs.helpdesk.domain import HelpdeskEnvironment, account_field, handset_field
 from pact_fast.envs.helpdesk.world import Tables
 from pact_fast.envs.registry import environment
 
@@ -99,7 +99,7 @@ def suspended(db: Database, subject: str, rng: random.Random) -> IssueDraft:
 
 
 @domain("helpdesk_small")
-class SmallHelpdesk(Helpdesk):
+class SmallHelpdesk(Domain):
     """Accounts and phones of 120 customers; 6 tools of the agent, 4 of the customer, 6 kinds of issues."""
 
     name = "helpdesk_small"
@@ -113,12 +113,14 @@ class SmallHelpdesk(Helpdesk):
     user_actions = tuple(action for action in phone.ACTIONS if action.name not in ("look_at_phone", "restart_phone"))
     predicates = (account_field, handset_field)
     bookkeeping = (Rule("ignore", "journal"),)
-    ends_dialogue = ()
     issues = (
         Issue("suspended", "billing", suspended),
         *(issue for issue in faults.ISSUES if issue.name in ("out_of_data", "abroad")),
         *(issue for issue in faults.ISSUES if issue.name in ("airplane_mode", "data_switched_off", "loose_sim")),
     )
+
+    def subjects(self) -> list[str]:
+        return list(self.base["accounts"])
 
     def introduction(self, db: Database, subject: str) -> Introduction:
         handle: Any = db["accounts"].peek(subject)["handle"]

@@ -22,6 +22,7 @@ KILL_SECONDS = 2.0  # for a worker to clean up, before it is killed
 WORKER_FAILED = "error: the tool broke its worker process"
 CLOSED = "the tool pool is closed; make a new one"
 SANDBOXES = ("namespaces", "bubblewrap")
+AUTO, AUTO_WORKERS = "auto", 64  # waiting costs a worker about half a MB
 
 
 class SandboxPool:
@@ -40,7 +41,8 @@ class SandboxPool:
     what is not. Run code that you expect to be hostile in a virtual machine.
 
     Args:
-        workers: Calls that may run at the same time. A worker starts when it is first needed.
+        workers: Calls that may run at the same time; "auto": as many as there are, up to 64. A worker starts when it is
+            first needed.
         timeout: Seconds of wall-clock time per call; CPU time is limited to about the same.
         memory_mb: Address space of a process of a call, MiB.
         max_output: Characters of an observation; a longer one is truncated, with a note.
@@ -54,7 +56,7 @@ class SandboxPool:
 
     def __init__(
         self,
-        workers: int = 4,
+        workers: int | str = 4,
         *,
         timeout: float = 10.0,
         memory_mb: int = 1024,
@@ -62,6 +64,10 @@ class SandboxPool:
         sandbox: str = "namespaces",
         require: Sequence[str] = (),
     ):
+        if isinstance(workers, str):
+            if workers != AUTO:
+                raise PactError(f"env.args.workers must be a number or {AUTO}, not '{workers:.60}'")
+            workers = AUTO_WORKERS
         if workers < 1 or timeout <= 0 or memory_mb < 64 or max_output < 1:
             raise PactError("the tool pool needs workers >= 1, timeout > 0, memory_mb >= 64 and max_output >= 1")
         if sandbox not in SANDBOXES:

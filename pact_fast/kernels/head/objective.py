@@ -371,7 +371,7 @@ def spread_over_sequences(
     Every token's term depends on the log-probs of all n policy tokens of its sequence, on each with 1/n of its slope.
     """
     plain = settings._replace(kl_coef=0.0, entropy_coef=0.0)
-    policy_alone = dataclasses.replace(tokens, sft_weight=0.0)
+    policy_alone = dataclasses.replace(tokens, sft_weight=torch.zeros_like(tokens.sft_weight))
     slope = token_terms(policy_alone, logprob, torch.zeros_like(logprob), plain, sequence).g
     policy = tokens.rl_weight != 0
     mean = torch.zeros_like(slope)

@@ -61,6 +61,7 @@ class TransformersEngine(Engine):
     name = "the embedded engine"
     synchronous = True
     applies_filters = True
+    rewinds = True
 
     def __init__(
         self,
@@ -85,6 +86,8 @@ class TransformersEngine(Engine):
         if session is None:
             self._queue.append(request)
             return
+        if request.keep is not None:
+            _rewind(session, request.keep)
         self._assign(session, request)
 
     def close(self, session: int) -> None:
@@ -232,6 +235,13 @@ class TransformersEngine(Engine):
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _rewind(session: _Session, keep: int) -> None:
+    """Forget all but the first `keep` tokens of the context. Keys and values behind them are overwritten in time."""
+    fed = min(session.length, keep)
+    session.pending = deque(list(session.pending)[: keep - session.length] if keep > session.length else ())
+    session.length = fed
 
 
 def _filter(logp: torch.Tensor, filters: list[SamplingFilters | None]) -> torch.Tensor:

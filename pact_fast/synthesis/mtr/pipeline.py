@@ -39,7 +39,8 @@ from pact_fast.synthesis.mtr.tool_maker import make_tools
 from pact_fast.synthesis.mtr.verify import MAX_TURNS
 from pact_fast.text import short
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 VERSION = 2  # of what a row gives
 JOURNAL, MANIFEST = "journal.jsonl", "manifest.json"

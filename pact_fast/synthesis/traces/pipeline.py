@@ -32,7 +32,7 @@ from pact_fast.synthesis.traces.journal import JOURNAL, SUMMARY, Journal, Record
 from pact_fast.synthesis.traces.reference import Planned, ReferenceActor, plan
 from pact_fast.synthesis.traces.segments import with_model_segments
 from pact_fast.synthesis.traces.teacher import TeacherActor
-from pact_fast.synthesis.traces.transcript import play
+from pact_fast.synthesis.traces.transcript import CannotAct, Key, play
 from pact_fast.synthesis.traces.verify import reasons_against, same_play, trace_of
 
 VERSION = 1  # of what a row gives
@@ -168,13 +168,22 @@ class _Maker:
             index: _rejected(task, ["no_reference"]) for index, task in tasks.items() if index not in plans
         }
         played = [((index, 0), tasks[index]) for index in plans]
-        trajectories, failures = play(played, ReferenceActor(plans), self._make_env, self._config.rollout, tick)
+        trajectories, failures = self._play(played, plans, tick)
         for (key, task), trajectory in zip(played, trajectories, strict=True):
             failure = failures.get(key)
             reasons = [failure.reason] if failure else reasons_against(task, trajectory, copied=True)
             made = _Made(trajectory, "template" if plans[key[0]].templates else "row", "reference")
             results[key[0]] = _rejected(task, reasons, failure.detail if failure else "") if reasons else made
         return results
+
+    def _play(
+        self, played: Sequence[tuple[Key, Task]], plans: dict[int, Planned], tick: Callable[[], object] = lambda: None
+    ) -> tuple[list[Trajectory], dict[Key, CannotAct]]:
+        """Play plans to their ends: rollout.max_turns is a limit of those who look for a solution."""
+        longest = max((len(planned.turns) for planned in plans.values()), default=0)
+        limits = self._config.rollout
+        limits = limits.model_copy(update={"max_turns": max(limits.max_turns, longest + 1)})
+        return play(played, ReferenceActor(plans), self._make_env, limits, tick)
 
     def _by_teacher(self, tasks: dict[int, Task], tick: Callable[[], object]) -> dict[int, Record | _Made]:
         """Episodes of the teacher, repeated for rows of which none was kept."""
@@ -205,7 +214,7 @@ class _Maker:
         rows = {index: replace(tasks[index], expert=trace) for index, (_, trace) in kept.items()}
         plans: dict[int, Planned] = {index: planned for index, row in rows.items() if (planned := plan(row))}
         played = [((index, 0), rows[index]) for index in plans]
-        again, _ = play(played, ReferenceActor(plans), self._make_env, self._config.rollout)
+        again, _ = self._play(played, plans)
         for ((index, _), _), trajectory in zip(played, again, strict=True):
             if not same_play(kept[index][0].trajectory, trajectory):
                 records[index] = _rejected(tasks[index], ["not_repeatable"])
@@ -264,7 +273,7 @@ def _write(
         "rows": len(tasks) + len(unreadable),
         "kept": len(kept),
         "reasons": _counts(reason for record in rejected for reason in record["reasons"]),
-        "reasoning": _counts(task.columns["reasoning"] for task in kept),
+        "reasoning": _counts(str(task.columns["reasoning"]) for task in kept),
         "turns": sum(len(task.expert.turns) for task in kept if task.expert),
         "calls": sum(len(task.expert.calls) for task in kept if task.expert),
         "segments": _counts(
@@ -278,7 +287,10 @@ def _write(
 def _with_trace(task: Task, record: Record) -> Task:
     """The row with its trace, and columns that say how it was made."""
     expert = ExpertTrace.from_messages(record["trace"])
-    columns = task.columns | {"reasoning": record["reasoning"], "trace_source": record["source"]}
+    reasoning = record["reasoning"]
+    if reasoning == "row":  # which may say itself how its reasoning was made
+        reasoning = task.columns.get("reasoning", reasoning)
+    columns = task.columns | {"reasoning": reasoning, "trace_source": record["source"]}
     reference = task.reference_calls if task.reference_calls is not None else expert.calls
     return replace(task, expert=expert, reference_calls=reference, columns=columns)
 

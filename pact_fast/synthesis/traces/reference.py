@@ -66,6 +66,7 @@ def _purpose(name: str, tools: Sequence[ToolSchema]) -> str:
     for tool in tools:
         if tool["function"]["name"] == name:
             text = " ".join(str(tool["function"].get("description") or "").split())
+            text = text.partition("Tool description: ")[2] or text  # BFCL's say first which API a function is of
             found = _FIRST_SENTENCE.match(text)
             return found[1] if found else f"{text[:200]}." if text else ""
     return ""

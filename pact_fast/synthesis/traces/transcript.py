@@ -25,6 +25,7 @@ from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.engine import Completion, Engine, Request
 from pact_fast.rollout.episode import Job
 
+Key = tuple[int, ...]  # of an episode: (row, attempt)
 END = 0
 BYTES_PER_TOKEN = 4  # by which limits of observations, which are given in tokens, are estimated
 
@@ -33,13 +34,13 @@ BYTES_PER_TOKEN = 4  # by which limits of observations, which are given in token
 class Context:
     """What an actor is shown.
 
-    key       of the job: (row, attempt)
+    key       of the episode
     messages  the prompt, and all messages since; assistant turns as `assistant_message` writes them
     tools     of the task
     turns     assistant turns so far
     """
 
-    key: tuple[int, ...]
+    key: Key
     messages: list[Message]
     tools: list[ToolSchema]
     turns: int
@@ -71,12 +72,12 @@ def assistant_message(turn: ParsedTurn) -> Message:
 
 
 def play(
-    tasks: Sequence[tuple[tuple[int, ...], Task]],
+    tasks: Sequence[tuple[Key, Task]],
     actor: Actor,
     make_env: Callable[[Task], Environment],
     config: RolloutConfig,
     on_finish: Callable[[], object] = lambda: None,
-) -> tuple[list[Trajectory], dict[tuple[int, ...], CannotAct]]:
+) -> tuple[list[Trajectory], dict[Key, CannotAct]]:
     """Run an actor on tasks.
 
     Args:
@@ -89,12 +90,16 @@ def play(
     Returns:
         The trajectories in the order of the tasks, and by key why an actor had no next turn. Their tokens mean nothing.
     """
+
+    def ended(index: int, trajectory: Trajectory) -> None:
+        on_finish()
+
     table = MessageTable()
     engine = ActorEngine(table, actor)
     # a function of its own: what environments share, such as a process pool, serves the next call, too
     loop = AgentLoop(engine, cast(ChatRenderer, table), lambda task: make_env(task), config)
     try:
-        return loop.run([Job(task, key) for key, task in tasks], lambda *_: on_finish()), engine.failures
+        return loop.run([Job(task, key) for key, task in tasks], ended), engine.failures
     finally:
         engine.shutdown()
         loop.close()
@@ -145,7 +150,7 @@ class MessageTable:
 class _Session:
     """An episode as the engine knows it."""
 
-    key: tuple[int, ...]
+    key: Key
     messages: list[Message] = field(default_factory=list)
     tools: list[ToolSchema] = field(default_factory=list)
     turns: int = 0
@@ -161,7 +166,7 @@ class ActorEngine(Engine):
         self._sessions: dict[int, _Session] = {}
         self._done: queue.SimpleQueue[tuple[int, ParsedTurn | BaseException]] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(max(actor.workers, 1), thread_name_prefix="actor")
-        self.failures: dict[tuple[int, ...], CannotAct] = {}
+        self.failures: dict[Key, CannotAct] = {}
 
     def submit(self, request: Request) -> None:
         session = self._sessions.setdefault(request.session, _Session(request.rng_key))
@@ -202,6 +207,10 @@ class ActorEngine(Engine):
 
     def close(self, session: int) -> None:
         self._sessions.pop(session, None)
+
+    def update_weights(self, model: Any, version: int) -> None:
+        """An actor has none."""
+        return
 
     def shutdown(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -22,7 +22,7 @@ REASONS = {
     "limit": "a limit of turns or time ended the episode",
     "unfinished": "the episode goes on after the last reference turn",
     "malformed_call": "a call could not be read, or does not fit its tool",
-    "no_calls": "no tool was called, so there is nothing to learn from",
+    "no_turns": "nothing was done before the answer, so there is nothing to learn from",
     "tool_error": "a reference call failed, and the environment has no verdict",
     "unsolved": "the environment's success, or the answer, is not 1",
     "no_verdict": "neither the environment nor an answer of the row can verify what the teacher did",
@@ -72,8 +72,8 @@ def _reasons(task: Task, trajectory: Trajectory, copied: bool) -> Iterator[str]:
     if trajectory.stop_reason.is_truncated:
         yield "limit"
         return
-    if not trajectory.calls:
-        yield "no_calls"
+    if len(turns) < 2:
+        yield "no_turns"
     success = success_of(task, trajectory)
     if success is not None and success < 1:
         yield "unsolved"
