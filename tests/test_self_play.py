@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -402,7 +403,11 @@ class Asked(LookupChain):
 """
 
 
-def kill(*_):
+def kill_once_saved(checkpoint, *_):
+    """Checkpoints are written in the background."""
+    end = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < end:
+        time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -414,8 +419,9 @@ def test_a_run_of_two_sides_that_is_killed_resumes_bit_for_bit(tmp_path):
               "rollout.train_as=user", "rollout.max_batch_size=6", "rollout.max_turn_tokens=40",
               "rollout.max_completion_length=200", "pretrain.steps=40", "algorithm.reward.env_weight=1",
               "algorithm.name=matchtir", "trainer.max_steps=2", "trainer.eval_tasks=2"]  # fmt: skip
-    inject = functools.partial(at_call, "pact_fast.rollout.agent:AgentLoop.run", 4, kill)  # of step 2
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    kill = functools.partial(kill_once_saved, killed / "checkpoints/step_1")
+    inject = functools.partial(at_call, "pact_fast.rollout.agent:AgentLoop.run", 4, kill)  # of step 2
     assert RunProcess(killed, recipe=recipe, inject=inject).exit_code() == -signal.SIGKILL
     assert (killed / "checkpoints/step_1").exists() and not (killed / "checkpoints/step_2").exists()
     RunProcess(killed, recipe=recipe).succeed()
