@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import eigendata
 from pact_fast.errors import PactError
+from pact_fast.report.rollout_files import read_lines
 from pact_fast.synthesis.eigendata.generated import GeneratedHelpdesk
 from tests.support.runs import RunProcess, assert_same, cut_back, metrics
 
@@ -51,7 +52,7 @@ def test_flaws_of_the_user_are_in_the_evaluation_of_a_run_that_trains_the_user(t
     RunProcess(tmp_path / "run", *settings, recipe=RECIPE).succeed()
     records = metrics(tmp_path / "run")
     assert all(f"eval/success/{flaw}" in records[0] for flaw in FLAWS)
-    rollouts = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000001.jsonl").read_text().splitlines()]
+    rollouts = [json.loads(line) for line in read_lines(tmp_path / "run/rollouts/step_000001.jsonl.gz")]
     assert all(
         "You are a customer" in record["prompt"] and set(FLAWS) <= set(record["reward_parts"]) for record in rollouts
     )
