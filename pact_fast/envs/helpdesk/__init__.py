@@ -6,8 +6,10 @@ phone   the tools of the customer, on the phone itself
 faults  what can be wrong on a line, and how it is mended
 orders  what customers want of their orders
 domain  all of it as a domain, and the environment
+small   a smaller domain, for tiny models
 """
 
 from pact_fast.envs.helpdesk.domain import Helpdesk, HelpdeskEnvironment
+from pact_fast.envs.helpdesk.small import SmallHelpdesk, SmallHelpdeskEnvironment
 
-__all__ = ["Helpdesk", "HelpdeskEnvironment"]
+__all__ = ["Helpdesk", "HelpdeskEnvironment", "SmallHelpdesk", "SmallHelpdeskEnvironment"]
