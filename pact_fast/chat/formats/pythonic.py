@@ -18,7 +18,7 @@ from pact_fast.chat.tool_schema import declared_types, parameters_of, tool_names
 from pact_fast.data.types import ToolCall, ToolSchema
 
 _LIST = re.compile(rb"(?:<\|python_start\|>\s*)?\[\s*(?P<name>[A-Za-z_][\w.\-]*)\s*\(")
-_CLOSING = re.compile(rb"\s*<\|python_end\|>\s*\Z")
+_CLOSING = re.compile(rb"<\|python_end\|>\s*\Z")  # blanks before it would be searched from each of them
 _ENDS_EARLY = re.compile(r'"\s*(?:[,:)\]}]|\Z)|\\')  # in a text between double quotes
 
 
@@ -66,7 +66,7 @@ class Pythonic(ToolFormat):
     def _read(self, data: bytes, begin: int, at: int, tools: Sequence[ToolSchema]) -> list[Found]:
         closing = _CLOSING.search(data, at)
         try:
-            text = data[at : closing.start() if closing else len(data)].decode("utf-8")
+            text = (data[at : closing.start()].rstrip() if closing else data[at:]).decode("utf-8")
         except UnicodeDecodeError:
             return [(begin, len(data), NOT_UTF8)]
         found: list[Found] = []
