@@ -62,7 +62,8 @@ def run(case: str, world: World) -> dict[str, np.ndarray]:
     losses, norms, gradient = [], [], np.zeros(0)
     for step in range(STEPS):
         update = step_context_of(renderer, config, groups, step=step)
-        plans = [algorithm.prompt_batch(group, update) for group in groups]
+        own = [group for group in groups if world.home_of(group.prompt_index, len(groups)) == world.rank]
+        plans = [algorithm.prompt_batch(group, update) for group in own]
         learner.prepare(plans)
         result = learner.accumulate(plans)
         if step == 0:
