@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 from typing import Any
@@ -46,3 +47,19 @@ class _Short(reprlib.Repr):
 
 
 _SHORT = _Short()
+
+
+def first_difference(known: Any, given: Any, path: str = "") -> str | None:
+    """`key: old value, now new value` of the first entry that differs between two JSON values; None if none does."""
+    if isinstance(known, dict) and isinstance(given, dict):
+        for key in [*known, *(key for key in given if key not in known)]:
+            place = f"{path}.{key}" if path else str(key)
+            if found := first_difference(known.get(key), given.get(key), place):
+                return found
+        return None
+    return None if known == given else f"{path} was {_shown(known)}, now {_shown(given)}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:59] + "…"

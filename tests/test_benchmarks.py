@@ -181,6 +181,7 @@ def test_correctness_flags_a_kernel_that_is_wrong(monkeypatch, capsys):
     assert len(failures) == 1 and failures[0].startswith("dw ")
 
 
+@pytest.mark.slow
 def test_fingerprints_are_checked_before_they_are_timed(tmp_path, monkeypatch, capsys):
     out = tmp_path / "report.json"
     small = ["--device", "cpu", "--megabytes", "1", "--rounds", "1", "--commit", "abc", "--out", str(out)]

@@ -24,6 +24,7 @@ from pact_fast.envs.bfcl.tasks import BfclTasks, is_held_out, make_task
 from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
 from pact_fast.evaluation.benchmark import benchmark
+from tests.support.hostile_outputs import CODE, NAMES, TEXTS, VALUES, audited
 from tests.support.models import TINY
 
 pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval")
@@ -387,63 +388,18 @@ def test_a_folder_in_itself_is_a_failure_and_no_crash():
     assert env.reward(task_of(found.id), trajectory())["success"] == 0
 
 
-_events: list[str] | None = None  # of the audit hook, which cannot be removed; None: not listening
-
-
-def _listen(event: str, arguments: tuple) -> None:
-    if _events is not None and event in FORBIDDEN_EVENTS:
-        _events.append(f"{event} {str(arguments)[:80]}")
-
-
-FORBIDDEN_EVENTS = (
-    "exec",
-    "open",
-    "os.system",
-    "subprocess.Popen",
-    "socket.connect",
-    "import",
-    "os.remove",
-    "os.listdir",
-)
-NAMES = [
-    "__class__", "__import__", "_load_scenario", "_navigate_to_directory", "root", "ls.__globals__", "ls.__func__", "os.system",
-    "eval", "exec", "print", "getattr", "copy", "json.loads", "GorillaFileSystem", "GorillaFileSystem.ls", "self.ls", "mean.x",
-    "ｌｓ", "ls\x00", "ls ", " ls", "LS", "lѕ", "", ".", "..", "ls()", "ls.", "instances", "_session", "run", "popen",
-    "a" * 1000,
-]  # fmt: skip
-VALUES = [
-    "../../../etc/passwd", "/etc/passwd", "~/.ssh/id_rsa", "C:\\x", "`id`", "$(id)", "; rm -rf /",
-    "__import__('os').system('id')",
-    "{0.__class__}", "%s%n", "\x00", "\ud800", "‮", "𝒶" * 50, "x" * 100001, 10**5000, -1, 1e308, float("nan"), None, True, [],
-    {}, [[[[[]]]]], {"__class__": {"__init__": 1}}, ["a"] * 10001, {"a": {"b": float("inf")}},
-]  # fmt: skip
-TEXTS = [
-    "{}", "[{}]", "[ls(a={})]", "[cat(file_name={})]", "ls(); {}", "[echo(content='a', file_name={})]", "[f({}=1)]",
-    "(lambda: {})()",
-    "[x for x in {}]", "[ls(**{})]", "[cat(file_name='a' if {} else 'b')]", "@{}\ndef f(): pass", "[ls(a=f'{{{}}}')]",
-]  # fmt: skip
-CODE = [
-    "__import__('os').system('id')", "open('/etc/passwd').read()", "().__class__.__base__.__subclasses__()", "exec('x=1')",
-    "eval('1+1')", "9**9**9**9", "'a'*10**10", "range(10**12)", "[0]*10**10", "ls.__globals__['os']", "breakpoint()", "quit()",
-    "globals()", "getattr(ls, '__self__')", "x:=1", "(" * 100 + ")" * 100, "{" * 100, "'" * 99, "-" * 300 + "1", "\\u0000",
-]  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.hostile
 def test_five_thousand_hostile_outputs_execute_nothing_but_allowed_tools():
-    global _events
     rng = random.Random(0)
     json_env, text_env = episode("multi_turn_base_0"), episode("multi_turn_base_0", "python")
     allowed = set(json_env.session.names)
     json_env.call("ls", {})  # imports what a first call imports
-    sys.addaudithook(_listen)
     seen: set[str] = set()
     for session in (json_env.session, text_env.session):
         for name, method in list(session._methods.items()):
             session._methods[name] = _spy(name, method, seen)
-    _events = []
-    try:
+    with audited() as events:
         for number in range(5000):
             if number % 2:
                 name = rng.choice([*NAMES, *allowed])
@@ -456,8 +412,6 @@ def test_five_thousand_hostile_outputs_execute_nothing_but_allowed_tools():
                 assert reply is None or isinstance(reply, str)
                 if reply is None:  # the conversation is over
                     text_env = episode("multi_turn_base_0", "python")
-    finally:
-        events, _events = _events, None
     assert events == [] and seen <= allowed and seen
 
 

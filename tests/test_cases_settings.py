@@ -347,7 +347,7 @@ def test_a_run_evaluates_as_it_samples_and_says_so(tiny, capsys):
 @pytest.mark.slow
 def test_after_a_failed_start_the_new_tokenizer_and_base_are_the_runs_own(tiny, tmp_path, capsys):
     run = tmp_path / "run"
-    small = ["model.random_init.vocab_size=400", "pretrain={steps: 1, batch_size: 1}"]
+    small = ["model.random_init.vocab_size=400", "model.tokenizer=null", "pretrain={steps: 1, batch_size: 1}"]
     bad = tmp_path / "bad.py"
     bad.write_text("def score(**kwargs):\n    raise ValueError('no')\n")
     small.append(f"algorithm.reward.functions=['{bad}:score']")  # fails in the first step

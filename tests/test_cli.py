@@ -46,7 +46,7 @@ def test_importing_and_help_are_quick(arguments):
     assert min(seconds) < 0.5
 
 
-COMMANDS = ("train", "eval", "rollout", "doctor", "plan", "view", "export", "recipes", "data", "bench")
+COMMANDS = ("train", "eval", "rollout", "doctor", "plan", "view", "export", "recipes", "data", "traces", "bench")
 
 
 def test_help_lists_all_commands_and_first_steps(capsys):

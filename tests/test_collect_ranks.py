@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pact_fast.algorithms.base import PromptBatch
+from pact_fast.algorithms.base import Algorithm, PromptBatch
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.batch.tree import TokenTree
-from pact_fast.config import load_config
+from pact_fast.config import AlgorithmConfig, load_config
 from pact_fast.data.types import StopReason, Task, ToolCall, Trajectory, TurnRecord
 from pact_fast.distributed.world import World
 from pact_fast.report.rollout_files import read_lines
 from pact_fast.train.collect import RolloutCollector
+from pact_fast.train.learner import UpdateResult
 from pact_fast.train.metrics import control_token_prob, logged_metrics, rollout_metrics
 from pact_fast.train.records import RolloutWriter
+from pact_fast.train.step import Stepper
 from tests.support.thread_world import run_threads
 
 PROMPTS, ROLLOUTS = 6, 4
@@ -62,6 +64,8 @@ class Loop:
             rng.choice([StopReason.ANSWER, StopReason.MAX_TURNS]),
         )  # fmt: skip
         made.env_rewards = {"success": float(rng.random() < 0.4)}
+        if n % 2:
+            made.branches = np.array([[n // 2, 1]])
         made.metrics = {"seen": rng.random()} if rng.random() < 0.7 else {}
         return made
 
@@ -103,7 +107,7 @@ def test_groups_and_metrics_are_those_of_one_rank(settings, ranks, samplers):
         return list(map(as_lists, groups)), stale, [list(map(tuple, o)) for o in made.outcomes], made.filtered, metrics
 
     groups, stale, outcomes, filtered, metrics = work(World())
-    assert stale > 0 and all(metrics)
+    assert stale > 0 and all(metrics) and 0 < metrics[0]["reward/zero_advantage_tokens"] < metrics[0]["branches/mean"]
     assert [group[0] for group in groups] == list(range(PROMPTS))
     found = run_threads(work, ranks)
     assert [group for result in found for group in result[0]] == groups
@@ -111,6 +115,44 @@ def test_groups_and_metrics_are_those_of_one_rank(settings, ranks, samplers):
     for rank, result in enumerate(found):
         assert result[1:4] == (stale, outcomes, filtered)
         assert result[4] == (metrics if rank == 0 else [{}, {}, {}])
+
+
+class Counting(Algorithm):
+    """Counts the prompts of every optimizer step, over all ranks."""
+
+    def __init__(self, config: AlgorithmConfig) -> None:
+        super().__init__(config)
+        self.counted: list[tuple[int, ...]] = []
+
+    def prompt_batches(self, groups, step):
+        self.counted.append(step.over_ranks(len(groups), step.step))
+        routes = ["expert" if group.prompt_index % 3 == 1 else "blend" for group in groups]
+        return [PromptBatch(group, route, [TokenTree()], []) for group, route in zip(groups, routes, strict=True)]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_step_has_the_metrics_and_the_counts_of_one_rank(ranks):
+    """Three optimizer steps of two prompts each: most ranks have none of them, and sum counts all the same."""
+
+    def work(world: World):
+        made = collector(world, [], list(range(world.size)))
+        learner = SimpleNamespace(
+            world=world, updates=3, updates_per_batch=3, model=None, prepare=lambda batches: None,
+            learning_rate=lambda: 0.5, update=lambda batches: UpdateResult(tokens=1),
+        )  # fmt: skip
+        engine = SimpleNamespace(sleep=lambda: None, update_weights=lambda model, version: None)
+        config, algorithm = load_config("quickstart", ["trainer.max_steps=9"]), Counting(AlgorithmConfig())
+        renderer = SimpleNamespace(control_ids=frozenset(range(10)))
+        result = Stepper(config, algorithm, learner, engine, made, renderer)(1)  # type: ignore[arg-type]
+        kept = {k: v for k, v in result.metrics.items() if not k.startswith(("time/", "tokens_per_second"))}
+        return kept, result.prompts, algorithm.counted
+
+    metrics, prompts, counted = work(World())
+    routes = [metrics["routes/expert_fraction"], metrics["routes/trace_fraction"]]
+    assert routes == pytest.approx([1 / 3, 2 / 3])
+    assert prompts == PROMPTS and counted == [(2, 1)] * 3
+    for found in run_threads(work, ranks):
+        assert found == (metrics, prompts, [(2, ranks)] * 3)
 
 
 def test_records_are_those_of_one_rank(tmp_path):

@@ -11,12 +11,13 @@ import pytest
 
 from pact_fast.algorithms.base import Group
 from pact_fast.algorithms.registry import make_algorithm
+from pact_fast.chat.call_ids import with_call_ids
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.chat.template_check import check_user_turns
 from pact_fast.components import Component
 from pact_fast.config import AlgorithmConfig, RolloutConfig
 from pact_fast.data.rows import task_from_row
-from pact_fast.data.types import StopReason, Task
+from pact_fast.data.types import StopReason, Task, ToolCall
 from pact_fast.errors import DataError, PactError
 from pact_fast.rewards.advantages import token_advantages
 from pact_fast.rewards.score import score
@@ -191,10 +192,109 @@ def test_without_respond_an_answer_ends_the_trajectory(renderer):
 # ---- templates
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "nemotron_3_nano", "glm4moe"])
-def test_a_template_that_drops_earlier_reasoning_is_refused_with_the_cure(name):
-    with pytest.raises(PactError, match=r"drops the reasoning of earlier turns.*model\.chat_template"):
-        check_user_turns(ChatRenderer(tokenizer_for(name)))
+DROPS = ["qwen3", "qwen3_5_think", "nemotron_3_nano", "nemotron_3_ultra", "glm4moe", "gptoss", "gemma4_v5", "lfm2_2_5"]
+
+
+def dropping(name):
+    return ChatRenderer(tokenizer_for(name), variables={"strftime_now": "2025-06-30"} if name == "gptoss" else None)
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_a_template_that_drops_earlier_reasoning_makes_branches(name):
+    assert "a rollout branches there" in check_user_turns(dropping(name))[0]
+
+
+def spoken(renderer, env, turns):
+    """One trajectory of these turns, as ids."""
+    engine = Script(renderer, [list(turns)])
+    loop = AgentLoop(engine, renderer, lambda task: env, RolloutConfig(max_turns=20))
+    (trajectory,) = loop.run([Job(copy.deepcopy(TASK), (0, 0))])
+    loop.close()
+    return trajectory, engine.seen[0]
+
+
+def before_each_turn(trajectory):
+    """What the sequences of a trajectory hold before each of its turns."""
+    found = {}
+    for ids, own in trajectory.sequences():
+        for index in own[trajectory.sampled[own]]:
+            at = len(ids) - (own[-1] + 1 - index)
+            found.setdefault(int(trajectory.turn_ids[index]), ids[:at])
+    return [found[turn] for turn in sorted(found)]
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_after_the_user_has_spoken_the_sampler_sees_what_the_template_writes(name):
+    renderer = dropping(name)
+    rome = [ToolCall("weather", {"city": "Rome"})]
+    said = [
+        ("Hm.", "Seven.", []),
+        ("I look.\nTwice.", "", rome),
+        ("So.", "Warm.", []),
+        ("", "It is.", []),
+        ("Oh.", "Bye.", []),
+    ]
+    turns = [renderer.assistant_turn(*one)[0] for one in said]
+    trajectory, seen = spoken(renderer, Desk(["And Rome?", "Sure?", "Really?"]), turns)
+    messages = [
+        {**m, **{key: m["reasoning_content"] for key in ("reasoning", "thinking") if "reasoning_content" in m}}
+        for m in [*TASK.prompt, *trajectory.to_messages()]
+    ]
+    ends = [n + 1 for n, message in enumerate(messages) if message["role"] == "user"]
+    contexts = [renderer.token_bytes.join(ids).decode() for turn, ids in enumerate(seen) if turn != 2]  # after a result
+    for context, end in zip(contexts, ends, strict=True):
+        tools = [tool("weather")]
+        assert context == renderer.template.render(with_call_ids(messages[:end]), tools, generate=True)
+    assert len(trajectory.branches) in (
+        2,
+        3,
+    )  # there is none where the turn before had no reasoning, unless a tag is opened
+    assert [t.reasoning for t in trajectory.turns] == [reasoning for reasoning, *_ in said]
+    # trained in the context in which it was sampled, and as it was sampled
+    for ids, expected in zip(before_each_turn(trajectory), seen, strict=True):
+        np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_array_equal(trajectory.ids[trajectory.sampled], np.concatenate(turns))
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_whatever_is_sampled_is_trained_in_its_own_context(name):
+    renderer = dropping(name)
+    numbers = np.random.default_rng(DROPS.index(name))
+    controls = sorted(renderer.control_ids)
+    for _ in range(4):
+        turns = []
+        for _ in range(20):  # the limit: some of them are calls
+            ids = numbers.integers(0, 600, numbers.integers(0, 12))
+            ids[numbers.random(len(ids)) < 0.2] = numbers.choice(controls)
+            ids = ids[~np.isin(ids, renderer.eot_ids)]
+            turns.append(np.append(ids, renderer.eot_id))
+        trajectory, seen = spoken(renderer, Desk(["And Rome?"] * 5), turns)
+        sampled = trajectory.ids[trajectory.sampled]
+        np.testing.assert_array_equal(sampled, np.concatenate(turns)[: len(sampled)])
+        for ids, expected in zip(before_each_turn(trajectory), seen, strict=True):
+            np.testing.assert_array_equal(ids, expected)
+
+
+def test_without_reasoning_a_dialogue_of_such_a_template_has_no_branch():
+    renderer = dropping("qwen3")
+    trajectory, _ = spoken(
+        renderer, Desk(), [renderer.assistant_turn("", text, [])[0] for text in ("Seven.", "Eight.", "Bye.")]
+    )
+    assert not len(trajectory.branches) and len(trajectory.sequences()) == 1
+
+
+def test_the_context_after_a_branch_is_what_the_limit_of_tokens_counts():
+    renderer = dropping("qwen3")
+    turns = [renderer.assistant_turn("Why. " * 40, text, [])[0] for text in ("Seven.", "Eight.", "Bye.")]
+    size = len(turns[0]) + 80
+    engine = Script(renderer, [turns])
+    loop = AgentLoop(
+        engine, renderer, lambda task: Desk(), RolloutConfig(max_completion_length=size, max_turn_tokens=size)
+    )
+    (trajectory,) = loop.run([Job(copy.deepcopy(TASK), (0, 0))])
+    assert trajectory.stop_reason is StopReason.ENVIRONMENT and len(trajectory.ids) > 2 * size
+    longest = max(len(ids) for ids, _ in trajectory.sequences()) - len(trajectory.prompt_ids)
+    assert longest <= size and engine.limits[-1] < size
 
 
 @pytest.mark.parametrize(
@@ -217,10 +317,18 @@ def test_a_variable_of_the_template_may_cure_it(name, variables):
     check_user_turns(ChatRenderer(tokenizer_for(name), None, variables))
 
 
-def test_an_agent_loop_checks_the_template_before_the_first_token_of_a_dialogue():
-    renderer = ChatRenderer(tokenizer_for("qwen3"))
-    with pytest.raises(PactError, match="drops the reasoning"):
-        run(renderer, ["Seven."])
+def test_an_engine_that_cannot_go_back_is_refused_before_the_first_token_of_a_dialogue(monkeypatch):
+    monkeypatch.setattr(Script, "rewinds", False)
+    with pytest.raises(PactError, match=r"drops the reasoning.*cannot go back.*model\.chat_template"):
+        run(dropping("qwen3"), ["Seven."])
+
+
+def test_expert_traces_of_a_dialogue_are_refused_with_the_cure():
+    with pytest.raises(PactError, match=r"drops the reasoning.*expert trace.*model\.chat_template"):
+        check_user_turns(dropping("qwen3"), traces=True)
+    task = row(DIALOGUE)
+    with pytest.raises(PactError, match=r"drops the reasoning.*expert trace.*model\.chat_template"):
+        dropping("qwen3").trace_context(task, task.expert, "turns")
 
 
 # ---- traces and training

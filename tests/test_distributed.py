@@ -10,7 +10,10 @@ from tests.support.processes import run_ranks
 pytestmark = pytest.mark.slow
 
 CASES = {
-    "replicated": ["replicated/whole/qwen3", "replicated/small/llama", "replicated/small/qwen3/sequence"],
+    "replicated": [
+        "replicated/whole/qwen3", "replicated/small/llama", "replicated/small/qwen3/sequence",
+        "replicated/small/qwen3/luffy", "replicated/small/qwen3/sdft",
+    ],
     "zero": [
         "zero1/small/qwen3", "zero2/whole/qwen3", "zero2/small/qwen3", "zero3/whole/llama", "zero3/small/qwen3",
         "zero2-cpu/small/qwen3", "zero3-cpu/small/qwen3", "zero3/small/qwen3/sequence", "zero2/small/qwen3/dropped",
@@ -22,12 +25,14 @@ CASES = {
 @pytest.fixture(scope="module")
 def alone():
     return {
-        kind: distributed_updates.run(f"replicated/whole/{kind}", World()) for kind in ("qwen3", "llama", "qwen3/kl")
+        kind: distributed_updates.run(f"replicated/whole/{kind}", World())
+        for kind in ("qwen3", "llama", "qwen3/kl", "qwen3/luffy", "qwen3/sdft")
     }
 
 
 def errors(found: dict[str, np.ndarray], case: str, alone: dict) -> dict[str, float]:
-    expected = alone[case.split("/")[2] + ("/kl" if "kl" in case else "")]
+    words = case.split("/")[2:]
+    expected = alone["/".join(word for word in words if word not in ("sequence", "dropped"))]
     return {
         key: float(np.linalg.norm(found[f"{case}:{key}"] - value) / np.linalg.norm(value))
         for key, value in expected.items()

@@ -37,6 +37,7 @@ def test_sound_tasks_pass_every_control_here_and_in_a_second_implementation():
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
+@pytest.mark.slow
 def test_broken_tasks_are_caught_and_attributed(breaks, blame, controls):
     rng, found = random.Random(7), Counter()
     issues = 2 if breaks is support.order_sensitive_checker else 1

@@ -46,6 +46,7 @@ def test_words_that_give_something_away_or_leave_something_out_are_caught():
     assert made_with(lambda body: " ") == [None] * 6
 
 
+@pytest.mark.slow
 def test_a_models_revisions_are_measured_and_may_rewrite_a_prompt(tmp_path):
     """It mends a prompt that makes the user give tools away; its bad and impossible ideas change nothing."""
     start = tmp_path / "start"

@@ -69,6 +69,34 @@ def test_sampler_logprobs_equal_a_plain_forward_over_the_whole_context():
                 position += len(part)
 
 
+def test_a_session_that_goes_back_samples_from_what_it_keeps():
+    """Another session runs on; texts that are kept to their beginning, into a turn, to its last token, and whole."""
+    model, engine = tiny_model(), TransformersEngine(tiny_model(), [EOT], slots=2)
+    numbers = np.random.default_rng(0)
+    contexts: dict[int, np.ndarray] = {}
+
+    def turn(session, ids, keep=None, key=()):
+        kept = contexts.get(session, ids[:0])[:keep]
+        engine.submit(Request(session, ids, 9, key, keep=keep))
+        while not (done := engine.step()):
+            pass
+        contexts[session] = np.concatenate([kept, ids, done[0].ids])
+        return done[0]
+
+    turn(1, numbers.integers(3, 64, 30), key=(1,))
+    turn(0, numbers.integers(3, 64, 40), key=(0,))
+    for keep, size in ((7, 50), (20, 2), (-1, 1), (None, 3), (-4, 30)):
+        last = contexts[0]
+        done = turn(0, numbers.integers(3, 64, size), None if keep is None else keep % len(last))
+        turn(1, numbers.integers(3, 64, 5))
+        ids = contexts[0]
+        assert len(ids) == (len(last) if keep is None else keep % len(last)) + size + len(done.ids)
+        with torch.no_grad():
+            expected = torch.log_softmax(model(torch.as_tensor(ids)[None]).logits[0], -1)
+        rows = torch.arange(len(ids) - len(done.ids) - 1, len(ids) - 1)
+        np.testing.assert_allclose(done.logprobs, expected[rows, torch.as_tensor(done.ids)].numpy(), atol=2e-6)
+
+
 def test_what_is_sampled_does_not_depend_on_what_else_runs():
     model = tiny_model()
     alone, crowded = run(model, slots=1, sessions=6), run(model, slots=6, sessions=6)

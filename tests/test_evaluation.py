@@ -13,7 +13,9 @@ import yaml
 from pact_fast.cli import eval_benchmark
 from pact_fast.cli.main import main
 from pact_fast.config import Config
-from pact_fast.data.types import Task
+from pact_fast.data.readers import read_tasks
+from pact_fast.envs.python_tools.env import PythonTools
+from pact_fast.envs.python_tools.pool import SandboxPool
 from pact_fast.errors import PactError
 from pact_fast.evaluation.benchmark import Benchmark, Group, benchmark
 from pact_fast.evaluation.results import ResultStore, Sample, first_difference
@@ -212,13 +214,40 @@ def test_every_benchmark_states_its_categories_and_groups():
         assert Config.model_fields.keys() >= {setting.partition(".")[0] for setting in kind.settings}
 
 
-def test_toolhop_is_read_from_its_own_file(tmp_path):
+def toolhop_file(tmp_path) -> Config:
     row = {
         "id": 1, "question": "q?", "answer": "a", "functions": [SOURCE],
         "tools": {"sub": {"name": "double", "description": "d", "parameters": TOOL["function"]["parameters"]}},
     }  # fmt: skip
-    (tmp_path / "toolhop.jsonl").write_text(json.dumps(row) + "\n")
-    kind = benchmark.get("toolhop")
-    config = Config(model={"path": "x"}, data={"eval": str(tmp_path / "toolhop.jsonl")})
-    (task,) = kind(config).tasks("toolhop")
-    assert isinstance(task, Task) and task.env_args["scoring"] == "toolhop"
+    (tmp_path / "ToolHop.json").write_text(json.dumps([row, {**row, "id": 2}]))
+    return Config(model={"path": "x"}, data={"eval": str(tmp_path / "ToolHop.json")})
+
+
+def test_toolhop_asks_every_question_in_three_scenarios(tmp_path):
+    bench = benchmark.get("toolhop")(toolhop_file(tmp_path))
+    tasks = {name: bench.tasks(name) for name in ("direct", "mandatory", "free")}
+    ids = [task.id for members in tasks.values() for task in members]
+    assert ids == [f"toolhop-{n}/{name}" for name in tasks for n in (1, 2)]
+    assert [len(members[0].tools) for members in tasks.values()] == [0, 1, 1]
+    prompts = {name: members[0].prompt[-1]["content"] for name, members in tasks.items()}
+    assert all(text.endswith("\nQuestion: q?") and "<answer>" in text for text in prompts.values())
+    assert "Call a tool in every step" in prompts["mandatory"] and "Call a tool" not in prompts["free"]
+    assert "tool" not in prompts["direct"]
+    for task in (task for members in tasks.values() for task in members):
+        PythonTools.check_task(task)
+        assert task.env == "python_tools" and task.env_args["scoring"] == "toolhop"
+
+
+@pytest.mark.slow
+def test_scenarios_become_rows_that_train_in_the_sandbox(tmp_path):
+    toolhop_file(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    arguments = ["data", "convert", "toolhop", f"data.eval={tmp_path / 'ToolHop.json'}", "-o", str(rows)]
+    assert main([*arguments, "--category", "mandatory"]) == 0
+    read = read_tasks(rows)
+    assert [task.id for task in read] == ["toolhop-1/mandatory", "toolhop-2/mandatory"]
+    with SandboxPool(workers=1) as pool:
+        env = PythonTools(pool)
+        env.reset(read[0])
+        assert env.call("double", {"x": 4}) == '{"value": 8}'
+        assert env.call("eval", {"x": "1"}).startswith("error: there is no tool 'eval'")

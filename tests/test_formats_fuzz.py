@@ -8,20 +8,24 @@ import time
 import numpy as np
 import pytest
 
+from pact_fast.chat.formats.atem import Atem
 from pact_fast.chat.formats.base import ToolFormat
 from pact_fast.chat.formats.deepseek_v3 import DeepseekV3
 from pact_fast.chat.formats.deepseek_v31 import DeepseekV31
+from pact_fast.chat.formats.functools_list import Functools
 from pact_fast.chat.formats.gemma4 import Gemma4
 from pact_fast.chat.formats.glm4_moe import Glm4Moe
 from pact_fast.chat.formats.granite import Granite
 from pact_fast.chat.formats.harmony import Harmony
 from pact_fast.chat.formats.hermes import Hermes
 from pact_fast.chat.formats.json_calls import MAX_ERROR, error_observation
+from pact_fast.chat.formats.kimi_k2 import KimiK2
 from pact_fast.chat.formats.lfm2 import Lfm2
 from pact_fast.chat.formats.llama3_json import Llama3Json
 from pact_fast.chat.formats.minimax_m2 import MinimaxM2
 from pact_fast.chat.formats.mistral import Mistral
 from pact_fast.chat.formats.mistral_json import MistralJson
+from pact_fast.chat.formats.pythonic import Pythonic
 from pact_fast.chat.formats.qwen3_coder import Qwen3Coder
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
@@ -44,6 +48,11 @@ FORMATS = pytest.mark.parametrize(
         DeepseekV31(),
         Granite(),
         MinimaxM2(),
+        Atem(),
+        Functools(),
+        KimiK2(),
+        Pythonic(),
+        Pythonic().variants()[1],
     ],
     ids=lambda f: type(f).__name__,
 )
@@ -62,6 +71,10 @@ SPLICES = [
     "<｜tool▁call▁begin｜>".encode(), "<｜tool▁call▁end｜>".encode(), "<｜tool▁sep｜>".encode(), b"```", b"\n```json\n",
     "<｜tool▁calls▁begin｜>".encode(), "<｜tool▁calls▁end｜>".encode(),
     b"<|tool_call|>", b"<|/tool_call|>", b"<minimax:tool_call>", b"</minimax:tool_call>", b'<invoke name="f">', b"</invoke>",
+    b"<|eom|>", b"<|start|>assistant", b" to=f<|message|>", b" to=self<|message|>", b"<atem:function_calls>",
+    b'<atem:invoke name="f">', b"</atem:invoke>", b'<atem:parameter name="x">', b"</atem:parameter>", b"functools[",
+    b"<|tool_calls_section_begin|>", b"<|tool_calls_section_end|>", b"<|tool_call_begin|>", b"<|tool_call_end|>",
+    b"<|tool_call_argument_begin|>", b"functions.f:0", b"[f(x=", b")]", b"<|python_start|>", b"<|python_end|>",
     b'<parameter name="x">', b"[TOOL_CALLS]", b"[ARGS]", b"[CALL_ID]", b"[THINK]", b"[TOOL_CALLS] [{",
     b"\\ud800", b"\xff", b"\xc3", b"\x00", b"null", b"\n", b"9" * 5000, b"[" * 3000, b'{"name":' * 500,
 ]  # fmt: skip
@@ -110,6 +123,7 @@ def check(turn, length: int) -> None:
             str(attempt.to_json()).encode()
 
 
+@pytest.mark.slow
 @FORMATS
 def test_mutated_turns(fmt: ToolFormat):
     rng = random.Random(7)
@@ -162,6 +176,11 @@ LONG_TAGS = [  # of the formats with tags
     b"<|tool_call|>[", b'<|tool_call|>[{"name":"f","arguments":{}}', b"<|/tool_call|>", b"]<|/tool_call|>",
     b"<minimax:tool_call>", b"<minimax:tool_call> ", b"<invoke", b'<invoke name="f">', b"</invoke> ", b'<parameter name="x">',
     b"</parameter> ", b'<parameter name="x"></parameter>',
+    b"<|eom|>", b" to=f<|message|>", b'<atem:parameter name="x">', b"</atem:parameter> ", b"<atem:invoke",
+    b'<atem:parameter name="x"></atem:parameter>', b"<|eom|><|start|>assistant to=f<|message|>",
+    b"functools[", b'functools[{"name":"f","arguments":{}}', b"functools", b"<|python_start|>", b"<|python_end|>",
+    b"<|tool_calls_section_begin|>", b"<|tool_call_begin|>", b"<|tool_call_end|> ", b"<|tool_call_argument_begin|>",
+    b"<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|>", b"[f(", b"[g(", b'[f(x="', b'" ',
 ]  # fmt: skip
 
 
@@ -187,6 +206,17 @@ FRAMES = {
     ],
     Mistral: [(b'[TOOL_CALLS]f[ARGS]{"x":', b"}"), (b"[TOOL_CALLS]", b"[ARGS]{}"), (b"[TOOL_CALLS]f[CALL_ID]", b"")],
     MistralJson: [(b"[TOOL_CALLS] [", b"]"), (b'[TOOL_CALLS] [{"name": "f", "arguments": {"x": ', b"}}]")],
+    Atem: [
+        (b" to=f<|message|>", b"<|eom|>"),
+        (b' to=f<|message|><atem:function_calls>\n<atem:invoke name="f">', b"</atem:invoke>"),
+        (b' to=f<|message|><atem:invoke name="f"><atem:parameter name="x">', b"</atem:parameter></atem:invoke>"),
+    ],
+    Functools: [(b"functools[", b"]"), (b'functools[{"name": "f", "arguments": {"x": ', b"}}]")],
+    KimiK2: [
+        (b"<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>", b"<|tool_call_end|>"),
+        (b"<|tool_calls_section_begin|><|tool_call_begin|>", b"<|tool_call_end|><|tool_calls_section_end|>"),
+    ],
+    Pythonic: [(b"[", b"]"), (b"[f(", b")]"), (b"[f(x='", b"')]"), (b'[f(x="', b'")]')],
     Lfm2: [
         (b"<|tool_call_start|>[", b"]<|tool_call_end|>"),
         (b"<|tool_call_start|>[f(", b")]<|tool_call_end|>"),

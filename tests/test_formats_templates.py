@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pact_fast.chat.chat_template import QUESTION
+from pact_fast.chat.formats.lfm2 import Lfm2
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.chat.template_check import check_template
 from pact_fast.components import Component
@@ -24,6 +25,10 @@ QWEN3_CODER = (
     "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "nemotron_3_5_lightning",
 )  # fmt: skip
 GEMMA4 = ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5")
+GIVEN = (
+    "lfm2",
+    "lfm2_training",
+)  # accepted with model.tool_format=lfm2: the template drops the calls, which are text then
 LFM2 = ("lfm2_v2", "lfm2_v2_training", "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl")
 ACCEPTED = {
     **{name + end: "Hermes" for name in HERMES for end in ("", "_training")},
@@ -34,31 +39,35 @@ ACCEPTED = {
     "gptoss_training": "Harmony",
     "glm4moe": "Glm4Moe",
     "glm4moe_training": "Glm4Moe",
+    "muse_glimmer": "Atem",
+    "muse_glimmer_training": "Atem",
     **dict.fromkeys(GEMMA4, "Gemma4"),
     **dict.fromkeys(LFM2, "Lfm2"),
+    **dict.fromkeys(GIVEN, "Lfm2"),
 }
-VARIABLES = {name: {"strftime_now": "2025-06-30"} for name in ("llama3_2", "gptoss", "gptoss_training")}
+DATED = ("llama3_2", "gptoss", "gptoss_training", "muse_glimmer", "muse_glimmer_training")
+VARIABLES = {name: {"strftime_now": "2025-06-30"} for name in DATED}
 REFUSED = {
     "llama3_2": "writes today's date",  # accepted with the date as a variable
     "deepseekv3": NO_TOOLS,
     "deepseekv3_training": NO_TOOLS,
-    "lfm2": UNKNOWN,  # its template drops the calls
+    "lfm2": UNKNOWN,
     "lfm2_training": UNKNOWN,
     "diffusion_gemma": DIFFERS,  # after a result, it opens the model's turn again once the conversation goes on
     "diffusion_gemma_training": DIFFERS,
     "gptoss": "today's date",
     "gptoss_training": "today's date",
-    "muse_glimmer": UNKNOWN,
-    "muse_glimmer_training": UNKNOWN,
+    "muse_glimmer": "today's date",  # where the prompt has no system message
+    "muse_glimmer_training": "today's date",
 }
 
 
 def renderer_for(name: str) -> ChatRenderer:
-    return ChatRenderer(tokenizer_for(name), variables=VARIABLES.get(name))
+    return ChatRenderer(tokenizer_for(name), Lfm2() if name in GIVEN else None, VARIABLES.get(name))
 
 
 def test_every_template_is_in_the_table():
-    assert set(tool_calling()) == {*ACCEPTED, *REFUSED} and set(ACCEPTED) & set(REFUSED) == set(VARIABLES)
+    assert set(tool_calling()) == {*ACCEPTED, *REFUSED} and set(ACCEPTED) & set(REFUSED) == {*VARIABLES, *GIVEN}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -108,8 +117,8 @@ def test_reasoning_stands_where_the_template_writes_it(name):
             "tool_calls": [{"type": "function", "function": CALLS[0].to_json()}],
             "reasoning_content": "Look\nit up.",
         }
-        if ACCEPTED[name] == "Harmony" and content:
-            continue  # its templates take either text or reasoning beside a call
+        if ACCEPTED[name] in ("Harmony", "Atem") and content:
+            continue  # their templates take either text or reasoning beside a call, or no text
         theirs = renderer.template.render([QUESTION, message], TOOLS)
         if ACCEPTED[name] == "Gemma4" and content:
             continue  # its templates put the text of a message behind its calls

@@ -15,7 +15,7 @@ from pact_fast.data.types import ExpertTrace, ToolCall, Trajectory, TurnRecord
 from pact_fast.rewards.feedback import Feedback, is_error, stated
 from pact_fast.rewards.ftrl import contains_parts, expected_parts, official_solve_score
 from pact_fast.rewards.ftrl import solve_score as solve_score_of_feedback
-from pact_fast.rewards.toolhop import is_correct
+from pact_fast.rewards.toolhop import is_correct, official_is_correct
 
 EXPERT = Path(__file__).parent / "data" / "ftrl_expert.jsonl"
 
@@ -146,6 +146,38 @@ def test_toolhop_wants_all_parts_in_the_answer_or_in_the_observation_before_it()
     assert is_correct(gold, trajectory([TurnRecord("", "", "John Smith, 1,950")]))
 
 
+def official_oracle(messages, answer):
+    """ToolHop's own verdict on chat messages, step by step: strip the answer, clean a text, look for one in the other."""
+
+    def cleaned(text):
+        return text.rstrip(".0").replace(",", "").lower()
+
+    if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+        return False
+    searched = [messages[-1]["content"]]
+    if len(messages) > 1 and messages[-2]["role"] == "tool":
+        searched.append(messages[-2]["content"])
+    return [text for text in searched if cleaned(text).find(answer.rstrip(".0").lower()) >= 0] != []
+
+
+answers_of = st.sampled_from(["10", "0", "1,950", "John", "a.b", "100.", "7"])
+said_texts = st.sampled_from(["It is 1.", "1950", "john.", "", "100", "A.B0", "error: 7", "seven"])
+
+
+@given(st.lists(st.tuples(st.lists(said_texts, max_size=2), said_texts), min_size=1, max_size=3), answers_of)
+def test_toolhop_s_own_verdict_agrees_with_the_oracle(turns, answer):
+    records, messages = [], []
+    for number, (observations, content) in enumerate(turns):
+        last = number == len(turns) - 1
+        calls = [ToolCall("f", {}) for _ in observations]
+        records.append(TurnRecord("", "", content, [] if last else calls, [] if last else observations))
+        messages.append({"role": "assistant", "content": content})
+        messages += [] if last else [{"role": "tool", "content": text} for text in observations]
+    assert official_is_correct(answer, trajectory(records)) == official_oracle(messages, answer)
+    unanswered = [*records[:-1], TurnRecord("", "", "10", [ToolCall("f", {})])]
+    assert not official_is_correct(answer, trajectory(unanswered, stop_reason="max_turns"))
+
+
 def experts():
     return [json.loads(line) for line in EXPERT.read_text(encoding="utf-8").splitlines()]
 
@@ -197,10 +229,120 @@ def test_expert_traces_solve_their_tasks_with_the_real_tools():
                 turns_with_several_calls += len(turn.calls) > 1
             records.append(TurnRecord("", "", str(trace.answer)))
             rewards = env.reward(task, trajectory(records))
-            assert set(rewards.values()) == {1.0} and len(rewards) == 7, expert["id"]
+            assert set(rewards.values()) == {1.0} and len(rewards) == 8, expert["id"]
             assert trace.answer == row["answer"]
             kinds.append(row["data_source"])
     assert len(set(kinds)) == 4 and turns_with_several_calls >= 4
+
+
+def calls_of_rows(rows):
+    """Hand-written calls of the expert traces and the calls that stand in the tools' sources, with their observations.
+
+    Yields (row number, [(tool, arguments, observation)]) of all rows.
+    """
+    from pact_fast.envs.python_tools.pool import SandboxPool
+
+    by_hand = {
+        int(expert["id"].removeprefix("ftrl-")): ExpertTrace.from_messages(expert["expert_trace"])
+        for expert in experts()
+    }
+    with SandboxPool(workers=1) as pool:
+        for number, row in enumerate(rows):
+            codes, calls = json.loads(row["codes"]), []
+            if number in by_hand:
+                calls = [(call.name, call.arguments) for call in by_hand[number].calls]
+            else:
+                for name in json.loads(row["unsolved_set"]):
+                    calls += [(name, arguments) for arguments in list(example_calls(codes[name], name))[:2]]
+            yield number, [(name, arguments, pool.call(codes[name], name, arguments)) for name, arguments in calls]
+
+
+def mutated(calls, codes, rng):
+    """Trajectories with calls left out, doubled, moved, of another tool, that fail, or with a malformed attempt."""
+    if calls:
+        k = rng.integers(len(calls))
+        yield calls[:k] + calls[k + 1 :]
+        yield [*calls[: k + 1], *calls[k:]]
+        yield [calls[i] for i in rng.permutation(len(calls))]
+        name, arguments, text = calls[k]
+        other = list(codes)[rng.integers(len(codes))]
+        yield [*calls[:k], (other, arguments, text), *calls[k + 1 :]]
+        yield [*calls[:k], (name, arguments, text.upper().replace(",", "")), *calls[k + 1 :]]
+        yield [*calls[:k], (name, {}, "error: TypeError: missing"), *calls[k + 1 :]]
+        yield [*calls, ("", {}, "error: the call is no JSON")]
+    yield []
+
+
+@pytest.mark.slow
+def test_scores_of_all_hundred_rows_equal_the_oracle_on_real_and_mutated_trajectories():
+    """solve-P, solve-R, solve-F1 and the answer: the environment's rewards against independent bookkeeping."""
+    from pact_fast.data.types import Task
+    from pact_fast.envs.python_tools.env import PythonTools
+
+    rows, rng = real_rows(), np.random.default_rng(0)
+    env, compared, solved = PythonTools(None), 0, 0
+    for number, calls in calls_of_rows(rows):
+        row = rows[number]
+        codes, expected = json.loads(row["codes"]), json.loads(row["unsolved_set"])
+        task = Task(
+            str(number), row["messages"], json.loads(row["tools"]), answer=row["answer"],
+            env_args={"codes": codes, "unsolved_set": expected, "scoring": "ftrl"},
+        )  # fmt: skip
+        for variant in (calls, *mutated(calls, codes, rng)):
+            said = [str(row["answer"]), "I do not know."][rng.integers(2)]
+            records = [
+                TurnRecord("", "", "", [ToolCall(name, arguments) if name else "no JSON"], [text])
+                for name, arguments, text in variant
+            ]
+            rewards = env.reward(task, trajectory([*records, TurnRecord("", "", said)]))
+            given = [(name, text) for name, _, text in variant]
+            official = tuple(rewards[f"official_solve_{x}"] for x in ("p", "r", "f1"))
+            assert official == pytest.approx(oracle(given, expected)), number
+            ours = tuple(rewards[f"solve_{x}"] for x in ("p", "r", "f1"))
+            assert ours == pytest.approx(oracle(said_alone(variant, expected), expected)), number
+            assert rewards["success"] == (rewards["solve_r"] == 1), number
+            assert rewards["answer_correct"] == answer_oracle(variant, said, str(row["answer"])), number
+            compared, solved = compared + 1, solved + (official[1] > 0)
+    print(f"{compared} trajectories compared, {solved} of them solve something")
+    assert number == 99 and compared > 500 and solved > 150
+
+
+def says(variant, k, part):
+    """Whether the k-th call's tool says a part: no error, and no echo of an argument that nothing before has said."""
+    _, arguments, text = variant[k]
+    if text.startswith("error: ") or is_error(text) or part not in text.lower().replace(",", ""):
+        return False
+    letters = [character for character in part if character.isalnum()]
+    echoed = any("".join(letters) in "".join(filter(str.isalnum, value.lower())) for value in values_in(arguments))
+    return not echoed or any(says(variant, earlier, part) for earlier in range(k))
+
+
+def parts_of(text):
+    return [part.lower().replace(",", "").strip() for part in text.split(", ")]
+
+
+def said_alone(variant, expected):
+    """Observations in which stands what each tool says of the expected texts, and nothing else."""
+    kept = []
+    for k, (name, _, _) in enumerate(variant):
+        parts = {part for text in expected.get(name, ()) for part in parts_of(text)}
+        kept.append((name, " | ".join(part for part in parts if says(variant, k, part))))
+    return kept
+
+
+def values_in(value):
+    """Texts, numbers and keys in arguments."""
+    if isinstance(value, dict):
+        return [*value, *(text for item in value.values() for text in values_in(item))]
+    if isinstance(value, list):
+        return [text for item in value for text in values_in(item)]
+    return [str(value)] if isinstance(value, str | int | float) and not isinstance(value, bool) else []
+
+
+def answer_oracle(variant, said, gold):
+    answered = all(part in said.lower().replace(",", "") for part in parts_of(gold))
+    last = len(variant) - 1
+    return float(answered or (last >= 0 and all(says(variant, last, part) for part in parts_of(gold))))
 
 
 def example_calls(source, name):

@@ -59,7 +59,10 @@ def off(a: torch.Tensor, exact: torch.Tensor) -> float:
     return float((a - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("n, width, vocab", [(17, 896, 4099), (300, 2500, 1003), (1100, 101, 20_000)])
+LONG = pytest.param(1100, 101, 20_000, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("n, width, vocab", [(17, 896, 4099), (300, 2500, 1003), LONG])
 def test_sums_are_as_precise_as_those_of_torch(n, width, vocab, ops):
     torch.manual_seed(0)
     x, weight, dz = torch.randn(n, width), torch.randn(vocab, width), torch.randn(n, vocab)

@@ -127,7 +127,6 @@ CASES = {
     "Qwen's vocabulary": Case(5, 256, 151_936),
     "70,001 tokens": Case(70_001, 16, 257, per_token=True),
 }
-LARGE = ("wide", "Qwen's vocabulary", "70,001 tokens")
 SMALL = ("one token", "odd sizes", "a vocabulary of five", "certain and impossible targets")
 
 
@@ -151,7 +150,7 @@ def combinations() -> list:
             if name == "70,001 tokens" and (dtype == torch.float16 or not entropy_coef):
                 continue
             words = (name, str(dtype).removeprefix("torch."), str(entropy_coef))
-            marks = pytest.mark.slow if name in LARGE else ()
+            marks = () if name in (*SMALL, "strided hidden") else pytest.mark.slow
             found.append(pytest.param(name, dtype, entropy_coef, id="-".join(words), marks=marks))
     return found
 

@@ -39,7 +39,7 @@ def gradients(renderer, model, config, chunks, **trainer) -> torch.Tensor:
     groups = make_groups(renderer, config, prompts=4, rollouts=3)
     update = step_context_of(renderer, config, groups)
     learner = Learner(model, TrainerConfig(**trainer), make_algorithm(config), total_updates=1, temperature=TEMPERATURE)
-    plans = [algorithm.prompt_batch(group, update) for group in groups]
+    plans = algorithm.prompt_batches(groups, update)
     learner.prepare(plans)
     model.zero_grad()
     for start in range(0, len(plans), chunks):
@@ -57,10 +57,14 @@ def test_policy_losses_that_the_trainer_cannot_use_are_refused_before_the_first_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])
-@pytest.mark.parametrize("name", ["pact", "matchtir", "sft"])
+@pytest.mark.parametrize(
+    "name, kind",
+    [(name, kind) for name in ("pact", "matchtir", "sft") for kind in ("qwen3", "llama")]
+    + [(name, "qwen3") for name in ("chord", "luffy", "hpt", "sdft")],
+)
 def test_every_split_gives_the_same_parameter_gradients(renderer, name, kind):
-    config = AlgorithmConfig(name=name, anchor={"mode": "blend"}, entropy_coef=0.01)
+    by_tokens = {"loss_type": "dapo"} if name in ("chord", "luffy") else {}
+    config = AlgorithmConfig(name=name, anchor={"mode": "blend"}, entropy_coef=0.01, **by_tokens)
     model = tiny_model(renderer, kind)
     whole = gradients(renderer, model, config, 4, max_tokens_per_pack=100_000)
     assert whole.norm() > 1e-4
@@ -207,6 +211,7 @@ def test_merging_saves_the_tokens_that_rollouts_begin_with(renderer):
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
+@pytest.mark.slow
 def test_a_pack_that_does_not_fit_is_split_and_the_gradient_stays(renderer, when, monkeypatch):
     """Packs of more than 700 tokens run out of memory, in the backward pass after half of it is done."""
     config = AlgorithmConfig(anchor={"mode": "blend"})

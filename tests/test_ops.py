@@ -20,6 +20,7 @@ OPTIONS = dict(kl_coef=0.1, entropy_coef=0.05, is_cap=2.0, temperature=0.8, soft
 
 @pytest.mark.parametrize("dtype, backend", [(torch.float64, "torch"), (torch.float32, "auto")])
 @pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.slow
 def test_opcheck_of_linear_logprob(dtype, backend, with_bias):
     from pact_fast.kernels.head.logprob import linear_logprob_op
 

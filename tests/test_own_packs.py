@@ -7,7 +7,7 @@ import pytest
 
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.batch.flops import work_of_packs, work_of_paths
-from pact_fast.batch.loss_table import build_loss_table
+from pact_fast.batch.loss_table import build_loss_table, teacher_pairs
 from pact_fast.batch.packing import distribute_packs
 from pact_fast.components import LossContext
 from pact_fast.config import AlgorithmConfig
@@ -18,30 +18,34 @@ from tests.support.groups import lookup_chain_renderer, make_groups, step_contex
 from tests.support.thread_world import Hub, run_threads
 from tests.support.trees import cost
 
-CONFIG = AlgorithmConfig(anchor={"mode": "blend"})
-
 
 @pytest.fixture(scope="module")
 def renderer():
     return lookup_chain_renderer()
 
 
-def plan(renderer, prompts: int, world: World):
+def plan(renderer, prompts: int, world: World, name: str = "pact", branched: bool = False, loss_type: str = "dapo"):
     """Prompt batches of a rank: the same step for any number of ranks."""
-    groups = make_groups(renderer, CONFIG, prompts=prompts, rollouts=3)
-    context, algorithm = step_context_of(renderer, CONFIG, groups), make_algorithm(CONFIG)
+    config = AlgorithmConfig(name=name, anchor={"mode": "blend"}, loss_type=loss_type)
+    groups = make_groups(renderer, config, prompts=prompts, rollouts=3)
+    for trajectory in [t for group in groups for t in group.trajectories[1:]] if branched else ():
+        n = len(trajectory.ids)
+        trajectory.branches = np.array([[n // 3, n // 4], [n // 2, -1]])
+    context, algorithm = step_context_of(renderer, config, groups, world=world), make_algorithm(config)
     own = [group for group in groups if world.home_of(group.prompt_index, prompts) == world.rank]
-    return [algorithm.prompt_batch(group, context) for group in own]
+    return algorithm.prompt_batches(own, context)
 
 
 def table_of(batch, scored):
     """The loss table in an order of its own, sequences numbered as they appear: the order of tokens means nothing."""
-    table = build_loss_table(batch, scored)[0]
+    table, here = build_loss_table(batch, scored)
+    index, weight = teacher_pairs(here)
     columns = [c for name, c in table._asdict().items() if c is not None and name != "sequence"]
     order = np.lexsort([np.nan_to_num(c, nan=7e7) for c in columns])
     numbers: dict[int, int] = {}
     sequence = [numbers.setdefault(number, len(numbers)) for number in table.sequence[order].tolist()]
-    return [sequence, *(c[order].tolist() for c in columns)]
+    pairs = sorted(zip(table.row[index].tolist(), table.context[index].tolist(), weight.tolist(), strict=True))
+    return [sequence, pairs, *(c[order].tolist() for c in columns)]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,41 @@ def test_packs_and_loss_tables_are_those_of_a_process_that_has_everything(
         assert found.longest == max(leaf.end for tree in trees for leaf in tree.leaves())
 
 
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
+@pytest.mark.parametrize("branched", [False, True], ids=["straight", "branched"])
+@pytest.mark.parametrize("name", ["pact", "chord", "luffy", "sdft"])
+def test_any_algorithms_tokens_reach_the_packs_of_a_process_that_has_everything(renderer, name, branched, share):
+    """Normalisers over all prompts, pairs of leaves that share a pack, and rollouts of several nodes."""
+    everything = plan(renderer, 4, World(), name, branched)
+    trees = [tree for batch in everything for tree in batch.trees]
+    scored = [s for batch in everything for s in batch.scored]
+    wanted = distribute_packs(trees, max_tokens=700, ranks=3, cost=cost, share=share)
+    assert bool(len(teacher_pairs(scored)[0])) == (name == "sdft")
+    assert any(s.offset for s in scored) == branched
+
+    def work(world):
+        batches = plan(renderer, 4, world, name, branched)
+        return make_packs(batches, cost, max_tokens=700, world=world, share=share, merge=False)
+
+    for rank, found in enumerate(run_threads(work, 3)):
+        for row, pack in zip(wanted, found.packs, strict=True):
+            assert (pack.batch.input_ids == row[rank].input_ids).all() and pack.batch.calls == row[rank].calls
+            np.testing.assert_equal(table_of(pack.batch, pack.scored), table_of(row[rank], scored))
+
+
+@pytest.mark.parametrize("name", ["chord", "luffy"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "prompt_mean"])
+def test_normalisers_over_all_prompts_are_those_of_one_rank(renderer, name, loss_type):
+    """5 ranks, 3 prompts: some ranks have none, and take part in the sums all the same."""
+
+    def weights(batches):
+        return [[s.rl_weight.tolist(), s.sft_weight.tolist()] for batch in batches for s in batch.scored]
+
+    found = run_threads(lambda world: weights(plan(renderer, 3, world, name, loss_type=loss_type)), 5)
+    assert [w for part in found for w in part] == weights(plan(renderer, 3, World(), name, loss_type=loss_type))
+    assert sum(not part for part in found) == 2
+
+
 @pytest.mark.parametrize(("ranks", "parallel", "prompts"), [(1, 1, 4), (3, 1, 4), (4, 2, 3), (9, 1, 1)])
 def test_what_a_rank_computes_returns_to_the_one_that_planned_the_prompt(renderer, ranks, parallel, prompts):
     """Log-probs are 1000 · prompt + token id here; ranks that share a pack know every other token. Some have nothing to do."""
@@ -94,10 +133,10 @@ def test_what_a_rank_computes_returns_to_the_one_that_planned_the_prompt(rendere
         found = send_home(packs, [values(pack) for pack in packs.packs], world)
         seen = []
         for number, array in found.items():
-            part = packs.planned[number]
-            assert array.shape == (1, part.supervised)
-            seen += [id(s) for s in part.scored]
-            expected = [1000.0 * s.prompt + s.node.ids[s.index] for s in part.scored]
+            unit = packs.planned[number]
+            assert array.shape == (1, unit.supervised)
+            seen += [id(s) for s in unit.scored]
+            expected = [1000.0 * s.prompt + s.node.ids[s.index] for s in unit.scored]
             assert array[0].tolist() == np.concatenate([np.zeros(0), *expected]).tolist()
         assert sorted(seen) == sorted(id(s) for batch in batches for s in batch.scored if len(s.index))
         return len(seen)

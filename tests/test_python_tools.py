@@ -82,7 +82,7 @@ def test_environments_share_the_pool_from_several_threads(pool):
 
 def ours(rewards):
     """Without the official scores, which are the same here: no call repeats its argument."""
-    mine = {name: value for name, value in rewards.items() if not name.startswith("official_")}
+    mine = {name: value for name, value in rewards.items() if not name.startswith(("official_", "answer_"))}
     assert all(rewards[f"official_{name}"] == mine[name] for name in ("solve_p", "solve_r", "solve_f1"))
     return mine
 
@@ -104,12 +104,13 @@ def test_ftrl_rewards_count_every_call_malformed_ones_too(env):
 
     silent = env.reward(task, trajectory(turn(content="3776")))
     assert ours(silent) == {"solve_p": 1.0, "solve_r": 0.0, "solve_f1": 0.0, "success": 0.0}
+    assert [rewards["answer_correct"] for rewards in (full, partly, silent)] == [1.0, 0.0, 1.0]
 
 
 def test_toolhop_reward_reads_the_answer(env):
     task = ftrl_task(scoring="toolhop")
-    assert env.reward(task, trajectory(turn(content="It is 3,776."))) == {"success": 1.0}
-    assert env.reward(task, trajectory(turn(content="It is 3,777."))) == {"success": 0.0}
+    assert env.reward(task, trajectory(turn(content="It is 3,776."))) == {"success": 1.0, "official_success": 1.0}
+    assert env.reward(task, trajectory(turn(content="It is 3,777."))) == {"success": 0.0, "official_success": 0.0}
 
 
 def test_a_task_without_scoring_has_no_outcome_reward(env):

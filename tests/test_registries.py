@@ -251,7 +251,7 @@ def test_a_tool_format_must_extend_the_base(tmp_path):
             r"^env\.name: unknown environment 'lookup_chian' \(did you mean 'lookup_chain'\?\)",
         ),
         (tool_format, "hermess", r"^model\.tool_format: unknown tool format 'hermess' \(did you mean 'hermes'\?\)"),
-        (environment, "zzz", r"'zzz'; registered: bfcl, .*lookup_chain, python_tools.*; write file\.py:Class"),
+        (environment, "zzz", r"'zzz'; registered: bfcl, .*lookup_chain, mcp, python_tools.*; write file\.py:Class"),
         (environment, "no.py:Env", r"no file no\.py"),
     ],
 )
@@ -397,7 +397,7 @@ def test_an_unknown_environment_in_a_row_is_an_error_when_the_file_is_read(split
     error = caught.value
     assert (error.file, error.line, error.field) == (bad, 2, "env")
     assert "'lookup_chian'; did you mean 'lookup_chain'?" in str(error)
-    assert "lookup_chain, python_tools" in str(error)
+    assert "lookup_chain, mcp, python_tools" in str(error)
 
 
 def test_an_unknown_environment_of_a_task_is_an_error_that_names_the_task():

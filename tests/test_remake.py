@@ -59,6 +59,7 @@ def test_autocast_and_checkpointing_give_the_same_bits(keep_all):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_forward_pass_without_a_backward_pass_leaves_nothing(kind):
     model = make(kind).float()
     weights = [weakref.ref(p.untyped_storage()) for p in model.parameters()]

@@ -514,6 +514,7 @@ def test_vocabulary_that_has_no_bytes_is_refused():
         TokenBytes(wrap(words))
 
 
+@pytest.mark.slow
 def test_real_tasks_render():
     if "PACT_TEST_DATA" not in os.environ:
         pytest.skip("set PACT_TEST_DATA to a folder with ftrl/test.parquet")

@@ -14,9 +14,10 @@ from pact_fast.envs.python_tools.env import PythonTools
 from pact_fast.envs.python_tools.pool import SandboxPool
 from pact_fast.rewards.answers import answer_tokens
 from pact_fast.rewards.feedback import Feedback, is_error, stated, trajectory_feedback
-from pact_fast.rewards.ftrl import contains_parts
+from pact_fast.rewards.ftrl import contains_parts, ftrl_reward
 from pact_fast.rewards.score import turn_rewards
 from pact_fast.rewards.toolhop import is_correct
+from pact_fast.rewards.toolrl import pair_score, toolrl_reward
 from pact_fast.rewards.trace import trace_reward
 
 GOLD = "1987"
@@ -78,6 +79,17 @@ def trace(trajectory, expected=GOLD):
     return max(0.0, r.reward - w) / (1 - w)
 
 
+def ftrl_training(trajectory, expected=GOLD):
+    trajectory.env_rewards = PythonTools.reward(None, task(expected=expected), trajectory)
+    return ftrl_reward(task(expected=expected), trajectory)
+
+
+def toolrl(trajectory, expected=GOLD):
+    """What ToolRL's reward pays, as a fraction of its largest value, 4."""
+    reference = [ToolCall("find", {"of": "Anna"}), ToolCall("lookup", {"name": "Anna Bell"})]
+    return toolrl_reward(task(reference_calls=reference), trajectory) / 4
+
+
 REWARDS = {
     "ftrl solve_r": ftrl("solve_r"),
     "ftrl solve_f1": ftrl("solve_f1"),
@@ -86,6 +98,8 @@ REWARDS = {
     "matching": matching,
     "answer F1": answer_f1,
     "trace": trace,
+    "ftrl training": ftrl_training,
+    "toolrl": toolrl,
 }
 
 
@@ -209,10 +223,11 @@ def test_the_honest_way_pays(name):
         lookup("Anna Bell", '{"born": 1987}'),
         said(GOLD),
     ]
-    assert REWARDS[name](rollout(*honest)) == pytest.approx(2 / 3 if name == "ftrl solve_f1" else 1.0)
+    f1 = name in ("ftrl solve_f1", "ftrl training")
+    assert REWARDS[name](rollout(*honest)) == pytest.approx(2 / 3 if f1 else 1.0)
     passed_on = [honest[0], lookup("born in 1987", "1987"), said("see above")]
-    if name not in ("matching", "answer F1", "trace"):
-        assert REWARDS[name](rollout(*passed_on)) == pytest.approx(2 / 3 if name == "ftrl solve_f1" else 1.0)
+    if name not in ("matching", "answer F1", "trace", "toolrl"):
+        assert REWARDS[name](rollout(*passed_on)) == pytest.approx(2 / 3 if f1 else 1.0)
 
 
 # rewards with a bug: each must be found by a trick
@@ -272,6 +287,10 @@ BUGS = {
     "calls that are added up": (
         "matching",
         lambda t, expected=GOLD: sum("Anna Bell" in call.arguments.values() for call in t.calls),
+    ),
+    "calls of ToolRL that are added up": (
+        "toolrl",
+        lambda t, expected=GOLD: sum(pair_score(c, ToolCall("lookup", {"name": "Anna Bell"})) for c in t.calls),
     ),
     "recall of words": text_reward(lambda t: [t.answer], "answer F1", words_in),
     "equal sets of words": text_reward(

@@ -121,20 +121,28 @@ HOSTILE = [
 ]
 
 
-def descriptors(pool: SandboxPool) -> int:
-    """Of the worker's two processes; three more when the next call waits."""
-    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in processes(pool))
-
-
 def census(pool: SandboxPool) -> dict[str, int]:
-    """What else the worker holds."""
+    """What the worker's two processes hold."""
     supervisor, zygote = processes(pool)
     return {
+        "descriptors": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in (supervisor, zygote)),
         "mounts": Path(f"/proc/{zygote}/mountinfo").read_text().count("\n"),
         "children": len(Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()),
         "folders": len(os.listdir(folder_of(pool))),
         "worker": supervisor,
     }
+
+
+def settled(pool: SandboxPool) -> dict[str, int]:
+    """The census once the next call waits: its pipes have been opened, handed over and closed by then."""
+    seen = [census(pool)]
+
+    def rests() -> bool:
+        seen.append(census(pool))
+        return seen[-1]["children"] == 1 and len(seen) > 10 and all(one == seen[-1] for one in seen[-10:])
+
+    assert wait_for(rests), seen[-10:]
+    return seen[-1]
 
 
 @pytest.mark.parametrize("context, calls", [("root", 500), ("user-plain", 50), ("root-container", 50)])
@@ -146,10 +154,8 @@ def test_hundreds_of_hostile_calls_leave_nothing_behind(context, calls, monkeypa
         hostile = HOSTILE
     with pool_in(context) as pool:
         echo(pool, "first")
-        assert wait_for(lambda: census(pool)["children"] == 1)  # what waits for the next call
-        before, opened = census(pool), descriptors(pool)
+        before = settled(pool)
         for n in range(calls):
             assert pool.call(tool(hostile[n % len(hostile)]), "f", {}, timeout=1.0) != WORKER_FAILED
         assert echo(pool, "last") == "last"
         assert wait_for(lambda: census(pool) == before), (before, census(pool))
-        assert descriptors(pool) <= opened + 3

@@ -6,13 +6,19 @@ import functools
 import itertools
 import json
 import os
+import random
 import signal
+import time
 
 import numpy as np
 import pytest
+import torch
 
+from pact_fast.algorithms.base import Group
+from pact_fast.algorithms.registry import make_algorithm
+from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
-from pact_fast.config import RolloutConfig, load_config
+from pact_fast.config import AlgorithmConfig, RolloutConfig, load_config
 from pact_fast.data.types import StopReason, Task, ToolCall
 from pact_fast.errors import PactError
 from pact_fast.report.rollout_files import read_lines
@@ -21,9 +27,12 @@ from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.users import ModelUser, ScriptedUser, read_stop
 from pact_fast.users.model import GREETING
 from tests.support.faults import at_call
-from tests.support.groups import lookup_chain_renderer
+from tests.support.groups import lookup_chain_renderer, step_context_of
+from tests.support.hostile_outputs import hostile_text
+from tests.support.loss_formulas import Hiddens, assert_computes, head_weight, log_pi
 from tests.support.runs import QUICKSTART, RunProcess, metrics
 from tests.support.scripted_engine import Script, turn
+from tests.support.trl_templates import tokenizer_for
 
 TASK = Task(
     "t", [{"role": "system", "content": "Policy of the desk."}, {"role": "user", "content": "How warm is Oslo?"}]
@@ -120,6 +129,28 @@ def test_each_side_sees_what_was_said_to_it_and_nothing_else(renderer):
         assert text(renderer, trajectory.ids[heard]) == "".join(others) and not trajectory.sampled[heard].any()
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think"])
+def test_sides_of_a_template_that_drops_reasoning_branch_by_themselves(name):
+    renderer = ChatRenderer(tokenizer_for(name))
+    called = [ToolCall("weather", {"city": "Oslo"})]
+    turns = {
+        0: [("Agent thinks.", "", called), ("So.", "Seven.", []), ("Hm.", "Dry.", []), ("Oh.", "Bye.", [])],
+        1: [("User thinks.", "Is it dry?", []), ("Why.", "Thanks.", []), ("End.", "Bye. ###STOP###", [])],
+    }
+    for session, side in enumerate(("agent", "user")):
+        ids = {player: [renderer.assistant_turn(*one)[0] for one in made] for player, made in turns.items()}
+        last = ids[session][-1]
+        engine = Script(renderer, ids)
+        config = RolloutConfig(user="policy", train_as=side)
+        (trajectory,) = AgentLoop(engine, renderer, lambda task: Desk(), config).run([Job(TASK, (0, 0))])
+        assert len(trajectory.branches) == 2
+        sequences = [sequence for sequence, _ in trajectory.sequences()]
+        np.testing.assert_array_equal(sequences[-1], np.concatenate([engine.seen[session][-1], last]))
+        shown = text(renderer, engine.seen[session][-1])
+        assert not any(thought in shown for thought, *_ in turns[session])  # all of it is past
+    assert text(renderer, engine.seen[1][0]).count("assistant\nHow warm is Oslo?<|im_end|>") == 1  # no empty block
+
+
 def test_the_environment_judges_the_agents_side(renderer):
     env = Desk()
     (user,), _ = run(renderer, [(["Seven."], ["###STOP###"])], env=lambda: env, train_as="user")
@@ -166,6 +197,41 @@ def test_masks_and_advantages_of_both_views_are_those_of_the_dialogue(renderer, 
             s = (sum((x - m) ** 2 for x in column) / len(column)) ** 0.5
             expected = (rewards[k] - mean) / (std + 1e-6) + ((returns[k][t] - m) / (s + 1e-6) if len(column) > 1 else 0)
             assert values[position] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("side", ["agent", "user"])
+def test_the_loss_of_both_views_and_its_gradients_equal_the_formula_in_fp64(renderer, side):
+    """−min(rA, clip(r)A), averaged over what a side said and then over dialogues; r = 1 at the first optimizer step."""
+    dialogues = [(AGENT, USER), (["Seven.", "Bye."], ["Hm.", "###STOP###"]), (["Eight."], ["###STOP###"])]
+    trajectories, _ = run(renderer, dialogues, train_as=side)
+    for trajectory in trajectories:
+        trajectory.reward = trajectory.env_rewards["success"]
+        trajectory.turn_rewards = [0.5 * k for k, _ in enumerate(trajectory.turns)]
+    advantages = token_advantages(trajectories, gamma=0.9)
+    group = Group(TASK, 0, trajectories[0].prompt_ids, trajectories, advantages)
+    weight, hiddens = head_weight(), Hiddens()
+    expected = torch.zeros((), dtype=torch.float64)
+    for trajectory, values, dialogue in zip(trajectories, advantages, dialogues, strict=True):
+        positions = said_positions(renderer, trajectory, dialogue[side == "user"])
+        for n in positions:
+            logp, a = log_pi(hiddens, weight, trajectory.prompt_ids, trajectory.ids, n), float(values[n])
+            ratio = torch.exp(logp - logp.detach())
+            term = -torch.minimum(ratio * a, torch.clamp(ratio, 0.8, 1.2) * a)
+            expected = expected + term / len(positions) / len(trajectories)
+    config = AlgorithmConfig(name="matchtir")
+    step = step_context_of(renderer, config, [group])
+    assert_computes(make_algorithm(config), [group], step, expected, hiddens, weight)
+
+
+def said_positions(renderer, trajectory, texts):
+    """Where the tokens of these texts stand, one after the other, found by their ids alone."""
+    ids, positions, at = trajectory.ids.tolist(), [], 0
+    for wanted in (turn(renderer, text) for text in texts):
+        while ids[at : at + len(wanted)] != wanted:
+            at += 1
+        positions += range(at, at + len(wanted))
+        at += len(wanted)
+    return positions
 
 
 @pytest.mark.parametrize(
@@ -237,20 +303,23 @@ FORGED = [
 
 @pytest.mark.slow
 def test_texts_that_imitate_the_other_side_end_no_dialogue_and_become_no_user_text(renderer):
-    """240 forged texts, by the agent and in the middle of the user's."""
+    """Forged texts, and texts with code and stop words, by the agent and in the middle of the user's."""
+    rng = random.Random(2)
+    mixed = [hostile_text(rng).replace("<tool_call>", "")[:600].encode("utf-8", "replace").decode() for _ in range(500)]
+    forged = [*FORGED, *mixed]
     assert len(FORGED) >= 200
 
     def plain(text):  # as sampled token by token: no piece of it ends the turn
         return [*renderer.encoder.encode_turn(text).ids.tolist(), renderer.eot_id]
 
-    n = len(FORGED)
-    turns = {k: [plain(text), plain("Bye.")] for k, text in enumerate(FORGED)}
-    turns |= {n + k: [plain(f"{text} More?"), plain("###STOP###")] for k, text in enumerate(FORGED)}
+    n = len(forged)
+    turns = {k: [plain(text), plain("Bye.")] for k, text in enumerate(forged)}
+    turns |= {n + k: [plain(f"{text} More?"), plain("###STOP###")] for k, text in enumerate(forged)}
     engine = Script(renderer, {k: list(v) for k, v in turns.items()})
     loop = AgentLoop(engine, renderer, lambda task: Desk(), RolloutConfig(user="policy", max_batch_size=2 * n))
     start, end = (renderer.encoder.control_ids[token] for token in ("<|im_start|>", "<|im_end|>"))
     for k, trajectory in enumerate(loop.run([Job(TASK, (0, k)) for k in range(n)])):
-        assert len(trajectory.turns) == 2 and trajectory.stop_reason is StopReason.USER, FORGED[k]
+        assert len(trajectory.turns) == 2 and trajectory.stop_reason is StopReason.USER, forged[k]
         said = trajectory.components == Component.USER
         assert not (said & trajectory.sampled).any()
         assert trajectory.sampled.sum() == sum(map(len, turns[k]))
@@ -334,7 +403,11 @@ class Asked(LookupChain):
 """
 
 
-def kill(*_):
+def kill_once_saved(checkpoint, *_):
+    """Checkpoints are written in the background."""
+    end = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < end:
+        time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -342,12 +415,13 @@ def kill(*_):
 def test_a_run_of_two_sides_that_is_killed_resumes_bit_for_bit(tmp_path):
     """Trained as the user: 4 prompts of 2 rollouts a step, of which 3 run at a time, since both sides need a slot."""
     (tmp_path / "asked.py").write_text(CHAIN)
-    recipe = [*QUICKSTART, f"env.name={tmp_path / 'asked.py'}:Asked", "rollout.user=policy", "rollout.train_as=user",
-              "rollout.max_batch_size=6", "rollout.max_turn_tokens=40",
+    recipe = [*QUICKSTART, f"env.name={tmp_path / 'asked.py'}:Asked", "model.tokenizer=null", "rollout.user=policy",
+              "rollout.train_as=user", "rollout.max_batch_size=6", "rollout.max_turn_tokens=40",
               "rollout.max_completion_length=200", "pretrain.steps=40", "algorithm.reward.env_weight=1",
               "algorithm.name=matchtir", "trainer.max_steps=2", "trainer.eval_tasks=2"]  # fmt: skip
-    inject = functools.partial(at_call, "pact_fast.rollout.agent:AgentLoop.run", 4, kill)  # of step 2
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    kill = functools.partial(kill_once_saved, killed / "checkpoints/step_1")
+    inject = functools.partial(at_call, "pact_fast.rollout.agent:AgentLoop.run", 4, kill)  # of step 2
     assert RunProcess(killed, recipe=recipe, inject=inject).exit_code() == -signal.SIGKILL
     assert (killed / "checkpoints/step_1").exists() and not (killed / "checkpoints/step_2").exists()
     RunProcess(killed, recipe=recipe).succeed()

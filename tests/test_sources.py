@@ -67,3 +67,13 @@ def test_traces_join_by_id_and_those_of_rows_that_were_not_read_are_no_error(tra
     wrong = write("wrong.jsonl", {"id": "t9", "expert_trace": TRACE})
     with pytest.raises(DataError, match="no task has the id 't9'"):
         FileTasks(DataConfig(train=train, expert=wrong), 0, [])
+
+
+def test_the_format_of_prompts_is_of_training_and_held_out_rows(train, write):
+    asked = write("asked.jsonl", {"id": "a", "prompt": "Give <answer>x</answer>."})
+    source = FileTasks(DataConfig(train=train, eval=asked, prompt_format="matchtir"), 0, [])
+    first, *_, last = [task.prompt[-1]["content"] for task in source]
+    assert first.endswith("\n\n0?") and "between <answer> and </answer>" in first
+    assert last == "Give <answer>x</answer>."  # asks for the tags itself
+    plain = FileTasks(DataConfig(train=train), 0, [])
+    assert next(iter(plain)).prompt[-1]["content"] == "0?"

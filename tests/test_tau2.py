@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from pact_fast.envs.tau2.users import ModelUser, UserTurn, first_person
 from pact_fast.envs.tau2.verdict import judge
 from pact_fast.errors import DataError, PactError
 from pact_fast.evaluation.benchmark import benchmark
+from tests.support.hostile_outputs import NAMES, VALUES, audited, hostile_text, nested
 from tests.support.tau2 import ROAMING, SERVICE, TRANSFER, converse, finish, needs_tau2, play_reference, start
 
 pytestmark = needs_tau2
@@ -447,6 +449,52 @@ def test_wrong_types_in_records_are_judged_and_never_raise():
         assert isinstance(episode.call("assistant", "update_reservation_passengers", arguments), str)
     episode.ending = "user_stop"
     assert judge(episode, []).reward in (0.0, 1.0)
+
+
+class Patient:
+    """A user who never ends a dialogue, whatever it hears."""
+
+    heard = 0
+
+    def reply(self, messages):
+        Patient.heard += 1
+        return UserTurn("Please go on.")
+
+
+@pytest.mark.slow
+@pytest.mark.hostile
+@pytest.mark.parametrize("solo", [True, False])
+def test_hostile_outputs_run_nothing_but_tools_of_the_agent_and_end_no_dialogue(solo):
+    rng = random.Random(1)
+    task = make_task("telecom", ROAMING, solo)
+    own = [tool["function"]["name"] for tool in task.tools if tool["function"]["name"] != "done"]
+    theirs = [] if solo else list(serve(task).episode.state.tools["user"])
+    env = Tau2Solo() if solo else Tau2(lambda role: Patient())
+    env.reset(task)
+    for name in own:  # imports and reads what a first call does
+        env.call(name, {})
+    env.reset(task)
+    values = [*VALUES, nested(3000), {"requestor": "user"}, "C1001", "L1002"]
+    run: set[str] = set()
+    with audited() as events:
+        for number in range(2500):
+            if env.episode.ending is not None:
+                assert env.episode.ending == "too_many_errors"
+                env.reset(task)
+            if number % 2 or solo:
+                name = rng.choice([*NAMES, *own, *theirs])
+                keys = rng.sample(
+                    ["customer_id", "line_id", "id", "expression", "__class__", "self", "requestor", ""], 2
+                )
+                result = env.call(name, {key: rng.choice(values) for key in keys})
+                assert isinstance(result, str)
+                assert name in own or result == f"Error: Tool '{name}' not found.", (name, result)
+                run.add(env.episode.calls[-1].name if not env.episode.calls[-1].failed else "")
+            else:
+                before = Patient.heard
+                assert env.respond(hostile_text(rng)) == "Please go on."
+                assert Patient.heard == before + 1 and env.episode.ending is None
+    assert events == [] and run <= {*own, ""}
 
 
 def state_of(episode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -87,6 +88,57 @@ def test_loss_and_gradients_of_functions_are_those_of_full_logits(name, monkeypa
     out = pact_loss(hidden, weight, tokens, policy_loss=function)
     expected = (tokens.rl_weight * function(*full(hidden, weight, tokens), torch.arange(N))).sum()
     same(out.loss, expected, (hidden, weight))
+
+
+def phi(logprob):
+    """p·(1 − p)·(−log p), the first factor a constant."""
+    p = logprob.exp()
+    return (p * (1 - p)).detach() * -logprob
+
+
+def ratio_to_one_shaped(logprob, gamma=0.1):
+    return -logprob.exp() / (logprob.exp() + gamma)
+
+
+SFT_LOSSES = {
+    "phi": (token_losses.phi_weighted, phi),
+    "shaped": (token_losses.shaped(), ratio_to_one_shaped),
+    "shaped, 0.5": (token_losses.shaped(0.5), lambda logprob: ratio_to_one_shaped(logprob, 0.5)),
+    "constant": (torch.ones_like, lambda logprob: torch.ones_like(logprob)),
+}
+
+
+@pytest.mark.parametrize("rule", ["ppo", "gspo_sequence", "function"])
+@pytest.mark.parametrize("name", SFT_LOSSES)
+def test_expert_tokens_may_have_a_loss_of_their_own_beside_policy_tokens(name, rule, monkeypatch):
+    from pact_fast.kernels.head import chunked
+
+    monkeypatch.setattr(chunked, "max_chunk_rows", lambda *_: 14)  # several chunks
+    hidden, weight, tokens = problem()
+    expert = torch.arange(N) % 3 == 0
+    tokens.sft_weight = torch.where(expert, torch.linspace(-1, 2, N, dtype=torch.float64), 0.0)
+    tokens.rl_weight = torch.where(torch.arange(N) % 6 == 3, 0.0, tokens.rl_weight)  # half of them are in both losses
+    policy = token_losses.sapo(tokens.advantage, tokens.old_logprob) if rule == "function" else rule
+    given, formula = SFT_LOSSES[name]
+    out = pact_loss(hidden, weight, tokens, policy_loss=policy, sft_loss=given)
+    alone = dataclasses.replace(tokens, sft_weight=0.0)
+    expected = pact_loss(hidden, weight, alone, policy_loss=policy).loss
+    expected = expected + (tokens.sft_weight * formula(full(hidden, weight, tokens)[0])).sum()
+    same(out.loss, expected, (hidden, weight))
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_the_negative_log_likelihood_as_a_function_is_the_default_to_the_last_bit(backend):
+    hidden, weight, tokens = problem(torch.float32)
+    tokens.sft_weight = torch.rand(N, generator=torch.Generator().manual_seed(1))
+    results = []
+    for sft in (None, torch.neg):
+        out = pact_loss(hidden, weight, tokens, sft_loss=sft, backend=backend)
+        results.append((out.loss, *torch.autograd.grad(out.loss, (hidden, weight)), out.stats["loss_sft"]))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(PactError, match=r"sft_loss: the function returned \[\]; it must return one loss per token"):
+        pact_loss(hidden, weight, tokens, sft_loss=torch.sum)
 
 
 def test_dppo_masks_what_has_moved_too_far_in_the_direction_of_its_advantage():

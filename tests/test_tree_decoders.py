@@ -67,6 +67,7 @@ def own_states(model, ids: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", every_kind())
+@pytest.mark.slow
 def test_fp32_errors_are_at_most_twice_those_of_transformers(kind, monkeypatch):
     """Hidden states and all gradients, against fp64."""
     forest, model = trees(), make(kind)
@@ -174,6 +175,7 @@ def test_recurrent_states_are_neither_kept_nor_divided():
         tree_forward(model, batch, keep=PathCache(batch, node))
 
 
+@pytest.mark.slow
 def test_the_memory_estimate_counts_a_state_for_every_branch():
     config = load_config("quickstart").model_copy(deep=True)
     config.model.random_init = {"model_type": "qwen3_5_text", **SHAPE, **DECODERS["qwen3_5_text"]}

@@ -56,6 +56,7 @@ def test_the_model_can_be_used_before_between_and_after(attention, checkpointing
     assert "pact_tree" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
 
 
+@pytest.mark.slow
 def test_a_compiled_decoder_serves_both():
     model = make("llama")
     expected, clean = outputs(model), gradients(model, as_tree(model, trees()[:1]))

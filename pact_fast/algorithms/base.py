@@ -7,12 +7,13 @@ stated in `Requirements`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
+from pact_fast.algorithms.branches import Piece, add_branches, add_context, rewound
 from pact_fast.batch.loss_table import ScoredTokens
 from pact_fast.batch.tree import Node, TokenTree
 from pact_fast.chat.rendering import ChatRenderer
@@ -39,6 +40,11 @@ class Group:
     advantages: list[np.ndarray] = field(default_factory=list)
 
 
+def _alone(*counts: int) -> tuple[int, ...]:
+    """Sums over a single rank."""
+    return counts
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What an algorithm knows about an optimizer step: its position in the schedule, and the normalisers of its batch.
@@ -51,6 +57,7 @@ class StepContext:
     prompts                prompts of the optimizer step
     sampled_tokens         sampled tokens of all its rollouts
     max_completion_length  limit of a rollout, the normaliser of `loss_type: dr_grpo`
+    over_ranks             sums counts over the ranks, for normalisers of `Algorithm.prompt_batches`; all ranks must call it
     """
 
     config: AlgorithmConfig
@@ -61,6 +68,11 @@ class StepContext:
     prompts: int
     sampled_tokens: int
     max_completion_length: int
+    over_ranks: Callable[..., tuple[int, ...]] = _alone
+
+    def alone(self) -> StepContext:
+        """The same step for a caller that the other ranks do not join: its counts are not summed."""
+        return replace(self, over_ranks=_alone)
 
 
 @dataclass
@@ -68,7 +80,8 @@ class PromptBatch:
     """The token trees of one prompt and the supervised tokens in them.
 
     group   the prompt
-    route   prompt, trace, blend or expert: the contexts in use, for metrics and the viewer
+    route   prompt, trace, blend, expert or mixed (rollouts given x, beside the expert trace): the contexts in use, for
+            metrics and the viewer
     trees   token trees
     scored  supervised tokens of their nodes
     expert  node of the expert trace and the component of each of its tokens, for the viewer
@@ -115,10 +128,12 @@ class Requirements:
 
     importance  importance weight of each loss context that has one
     reference   log-probs of the frozen reference policy are needed (KL term)
+    divergence  tokens with a `teacher` have this divergence from it in the loss (`TokenPairs`); None: no token has one
     """
 
     importance: Mapping[LossContext, ImportanceWeight] = field(default_factory=dict)
     reference: bool = False
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] | None = None
 
     @property
     def old_logprob(self) -> bool:
@@ -148,13 +163,15 @@ TRACE_SETTINGS: Mapping[str, Collection[str] | None] = {
     "sft": None,
 }  # read by PACT, and `sft` in part by SFT
 TURN_SETTINGS = ("gamma", "advantage_combine")  # of the section `reward`
-OWN_SECTIONS = ("sft_then_rl",)  # each read by the algorithm of that name alone
+OWN_SECTIONS = ("sft_then_rl", "chord", "luffy", "hpt", "sdft")  # each read by the algorithm of that name alone
 
 
 class Algorithm:
-    """Base class. Subclasses implement `prompt_batch` and register with `@algorithm("name")`.
+    """Base class. Subclasses implement `prompt_batch` (or `prompt_batches`) and register with `@algorithm("name")`.
 
     needs_rollouts   False: no rollouts are sampled in any step, groups have no trajectories
+    needs_rewards    False: rewards of rollouts do not enter the loss
+    needs_traces     True: every task must have an expert trace, in steps with rollouts, too
     turn_advantages  True: turn-level matching rewards and advantages; False: outcome reward and group advantage only
     unused_settings  sections of AlgorithmConfig that are not read, with names of keys (None: the whole section); for a
                      note at the start of a run
@@ -162,6 +179,8 @@ class Algorithm:
     """
 
     needs_rollouts = True
+    needs_rewards = True
+    needs_traces = False
     turn_advantages = True
     unused_settings: ClassVar[Mapping[str, Collection[str] | None]] = {}
     own_section: ClassVar[str | None] = None
@@ -172,6 +191,14 @@ class Algorithm:
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
         """Trees and weighted tokens of one prompt. Random choices may depend on (step.seed, step.step, group) only."""
         raise NotImplementedError
+
+    def prompt_batches(self, groups: Sequence[Group], step: StepContext) -> list[PromptBatch]:
+        """Those of this rank's prompts of an optimizer step, in order; `prompt_batch` of each.
+
+        Override this where a normaliser counts what other prompts train on, beside `step.sampled_tokens`. Each rank is called
+        once for the step, with its own prompts (perhaps none), so pass such counts through `step.over_ranks`.
+        """
+        return [self.prompt_batch(group, step) for group in groups]
 
     def samples(self, step: int) -> bool:
         """Whether rollouts are sampled in training step `step` (from 0). A step without them needs expert traces."""
@@ -212,52 +239,78 @@ class Algorithm:
 
 
 def prompt_tree(group: Group) -> tuple[TokenTree, Node]:
-    """A tree with the prompt as its root."""
+    """A tree with the prompt as its root, and the node in which the prompt ends."""
     tree = TokenTree()
-    return tree, tree.add(group.prompt_ids)
+    return tree, add_context(tree, group.prompt_ids, None, rewound(group.trajectories))[1]
 
 
 def add_rollouts(
-    group: Group, tree: TokenTree, parent: Node, context: LossContext, weight: float, step: StepContext
+    group: Group,
+    tree: TokenTree,
+    parent: Node,
+    context: LossContext,
+    weight: float,
+    step: StepContext,
+    expert_tokens: int = 0,
 ) -> list[ScoredTokens]:
     """Add every rollout as a child of `parent` and weight its sampled tokens.
+
+    A rollout with branches becomes several nodes, and has one ScoredTokens for each of them with sampled tokens.
 
     Args:
         group: The prompt.
         tree: The tree that `parent` belongs to.
-        parent: The context in which the rollouts are scored.
+        parent: The end of the context in which the rollouts are scored, from `prompt_tree` or `add_context`.
         context: Name of that context in the loss.
         weight: Weight of the prompt's policy loss, for example 1 − q.
         step: Normalisers of the optimizer step.
+        expert_tokens: See `token_weight`.
     """
+    tail = rewound(group.trajectories)
     return [
-        score_rollout(group, k, tree.add(trajectory.ids, parent), context, weight, step)
+        scored
         for k, trajectory in enumerate(group.trajectories)
+        for scored in score_rollout(
+            group, k, add_branches(tree, parent, trajectory, tail), context, weight, step, expert_tokens
+        )
     ]
 
 
 def score_rollout(
-    group: Group, k: int, node: Node, context: LossContext, weight: float, step: StepContext
-) -> ScoredTokens:
+    group: Group,
+    k: int,
+    pieces: Sequence[Piece],
+    context: LossContext,
+    weight: float,
+    step: StepContext,
+    expert_tokens: int = 0,
+) -> list[ScoredTokens]:
     """The sampled tokens of rollout `k`, weighted by `loss_type`.
 
     Args:
         group: The prompt.
         k: Index of the rollout.
-        node: The rollout's node.
+        pieces: The rollout's nodes.
         context: Loss context.
         weight: Weight of the prompt's policy loss.
         step: Normalisers of the optimizer step.
+        expert_tokens: See `token_weight`.
     """
     trajectory = group.trajectories[k]
     index = np.flatnonzero(trajectory.sampled)
     if step.config.mask_truncated_completions and trajectory.stop_reason.is_truncated:
         weight = 0.0
-    return ScoredTokens.of_rollout(
-        node, context, prompt=group.prompt_index, rollout=k, index=index, component=trajectory.components[index],
-        advantage=group.advantages[k][index], weight=weight * _token_weight(group, len(index), step),
-        sampler_logprob=trajectory.logprobs[index],
-    )  # fmt: skip
+    weight *= token_weight(group, len(index), step, expert_tokens)
+    parts = [(piece, index[(index >= piece.start) & (index < piece.end)]) for piece in pieces]
+    return [
+        ScoredTokens.of_rollout(
+            piece.node, context, prompt=group.prompt_index, rollout=k, index=own - piece.offset,
+            component=trajectory.components[own], advantage=group.advantages[k][own], weight=weight,
+            sampler_logprob=trajectory.logprobs[own], offset=piece.offset,
+        )
+        for piece, own in parts
+        if len(own) or len(pieces) == 1
+    ]  # fmt: skip
 
 
 def score_expert(
@@ -283,13 +336,21 @@ def score_expert(
     )
 
 
-def _token_weight(group: Group, tokens: int, step: StepContext) -> float:
-    """Weight of each token of a rollout with `tokens` sampled tokens, by `loss_type`."""
+def token_weight(group: Group, tokens: int, step: StepContext, expert_tokens: int = 0) -> float:
+    """Weight of each token of a sequence with `tokens` trained tokens, by `loss_type`.
+
+    Args:
+        group: The prompt; its rollouts are its sequences.
+        tokens: Trained tokens of the sequence.
+        step: Normalisers of the optimizer step.
+        expert_tokens: Trained tokens of the expert trace where it is one of the prompt's sequences; 0: it is not.
+    """
     if step.config.loss_type == "prompt_mean":
-        return 1.0 / (step.prompts * max(sum(int(t.sampled.sum()) for t in group.trajectories), 1))
-    rollouts = step.prompts * len(group.trajectories)
+        of_prompt = sum(int(t.sampled.sum()) for t in group.trajectories) + expert_tokens
+        return 1.0 / (step.prompts * max(of_prompt, 1))
     if step.config.loss_type == "dapo":
         return 1.0 / max(step.sampled_tokens, 1)
+    sequences = step.prompts * (len(group.trajectories) + (expert_tokens > 0))
     if step.config.loss_type == "dr_grpo":
-        return 1.0 / (rollouts * step.max_completion_length)
-    return 1.0 / (rollouts * max(tokens, 1))
+        return 1.0 / (sequences * step.max_completion_length)
+    return 1.0 / (sequences * max(tokens, 1))

@@ -24,6 +24,7 @@ from pact_fast.algorithms.base import (
     prompt_tree,
     score_expert,
 )
+from pact_fast.algorithms.branches import add_context, rewound
 from pact_fast.algorithms.registry import algorithm
 from pact_fast.batch.tree import Node, TokenTree
 from pact_fast.chat.rendering import TraceContext
@@ -93,15 +94,15 @@ class Pact(Algorithm):
         cut = level if config.trace.reasoning == "level" else None
         rendering = config.trace.rendering
         context = step.renderer.trace_context(task, trace, "turns" if rendering == "hint" else rendering, cut)
-        h = tree.add(context.ids, x)
+        tail = rewound(group.trajectories)
+        h, parent = add_context(tree, context.ids, x, tail)
         batch.expert = h, context.components
         scored = score_expert(group, h, context.components, sft_weights(context, level, step), weight * sft.coef, step)
         if scored and sft.coef:
             batch.scored.append(scored)
-        parent = h
         if rendering == "hint":
             tree = TokenTree()
-            parent = tree.add(step.renderer.hint_prompt_ids(task, trace, cut))
+            _, parent = add_context(tree, step.renderer.hint_prompt_ids(task, trace, cut), None, tail)
             batch.trees.append(tree)
         batch.scored += add_rollouts(group, tree, parent, LossContext.TRACE, weight, step)
 

@@ -18,8 +18,10 @@ from pact_fast.algorithms.base import (
     score_expert,
 )
 from pact_fast.algorithms.registry import algorithm
+from pact_fast.batch.tree import Node, TokenTree
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component, LossContext
+from pact_fast.config import AlgorithmConfig
 from pact_fast.data.types import ExpertTrace, Task
 from pact_fast.errors import PactError
 
@@ -39,25 +41,42 @@ class SFT(Algorithm):
         return [Route(1.0, frozenset({LossContext.EXPERT} if with_trace else ()))]
 
 
-def sft_batch(group: Group, step: StepContext, final_answer: bool) -> PromptBatch:
+def sft_batch(group: Group, step: StepContext, final_answer: bool, weight: float = 1.0) -> PromptBatch:
     """x → h* with all generated tokens supervised. PactError if the task has no expert trace.
 
     Args:
         group: The prompt.
         step: Normalisers of the optimizer step.
         final_answer: Complete traces, with their final answers.
+        weight: Weight of the loss.
     """
     task = group.task
-    if task.expert is None or not task.expert.turns:
-        raise PactError(
-            f"task {task.id}: algorithm.name={step.config.name} needs an expert trace in every row; drop the row or add one"
-        )
+    if not has_trace(task):
+        raise missing_trace(task, step.config)
     tree, x = prompt_tree(group)
-    ids, components = expert_tokens(step.renderer, task, task.expert, final_answer)
-    h = tree.add(ids, x)
+    h, components = add_trace(group, tree, x, step, final_answer)
     weights = generated(components).astype(np.float64)
-    scored = score_expert(group, h, components, weights, 1.0, step)
+    scored = score_expert(group, h, components, weights, weight, step)
     return PromptBatch(group, "expert", [tree], [scored] if scored else [], (h, components))
+
+
+def missing_trace(task: Task, config: AlgorithmConfig) -> PactError:
+    """The error for a task without an expert trace."""
+    return PactError(
+        f"task {task.id}: algorithm.name={config.name} needs an expert trace in every row; drop the row or add one"
+    )
+
+
+def has_trace(task: Task) -> bool:
+    """Whether there is an expert trace with a turn before its answer."""
+    return task.expert is not None and bool(task.expert.turns)
+
+
+def add_trace(group: Group, tree: TokenTree, x: Node, step: StepContext, final_answer: bool) -> tuple[Node, np.ndarray]:
+    """Add the expert trace after x; returns its node and the component of each of its tokens, uint8 [n]."""
+    assert group.task.expert is not None
+    ids, components = expert_tokens(step.renderer, group.task, group.task.expert, final_answer)
+    return tree.add(ids, x), components
 
 
 def expert_tokens(

@@ -6,8 +6,8 @@ gradients of packs and ranks simply add up, however the batch is split.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,9 @@ class ScoredTokens:
     old_logprob      float32 [m] log-prob before the first optimizer step on the batch; NaN: current policy (ratio 1)
     ref_logprob      float32 [m] log-prob of the reference policy; NaN: no KL term
     importance       float64 [m] importance weight, a factor of rl_weight without gradient; set by the learner
+    teacher          the same tokens in another context; their divergence from it enters the loss. None: it does not
+    pair_weight      float64 [m] weight of that divergence
+    offset                       index of node.ids[0] among the tokens of the rollout; not 0 after a branching
     """
 
     node: Node
@@ -49,6 +52,9 @@ class ScoredTokens:
     old_logprob: np.ndarray
     ref_logprob: np.ndarray
     importance: np.ndarray
+    teacher: ScoredTokens | None = None
+    pair_weight: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    offset: int = 0
 
     @classmethod
     def of_rollout(
@@ -63,6 +69,7 @@ class ScoredTokens:
         advantage: np.ndarray,
         weight: float,
         sampler_logprob: np.ndarray,
+        offset: int = 0,
     ) -> ScoredTokens:
         """Tokens of a rollout, for the policy loss.
 
@@ -76,11 +83,12 @@ class ScoredTokens:
             advantage: float32 [m].
             weight: The rl_weight of all tokens.
             sampler_logprob: float32 [m], NaN where unknown.
+            offset: Index of the node's first token among those of the rollout.
         """
         m = len(index)
         return cls(
             node, context, prompt, rollout, index, component, advantage, np.full(m, weight, np.float64),
-            np.zeros(m, np.float64), sampler_logprob, _all_nan(m), _all_nan(m), np.ones(m),
+            np.zeros(m, np.float64), sampler_logprob, _all_nan(m), _all_nan(m), np.ones(m), offset=offset,
         )  # fmt: skip
 
     @classmethod
@@ -175,6 +183,21 @@ def build_loss_table(
         sampler_logprob=column("sampler_logprob", np.float32),
     )
     return table, selected
+
+
+def teacher_pairs(selected: Sequence[ScoredTokens]) -> tuple[np.ndarray, np.ndarray]:
+    """(index int64 [M, 2], weight float64 [M]): places of tokens and their teachers' in the table of a pack.
+
+    `selected` is what `build_loss_table` returned with the table. A pack has both or neither (`TokenTree.pair`).
+    """
+    ends = np.cumsum([0, *(len(s.index) for s in selected)])
+    place = {id(s): np.arange(a, b) for s, a, b in zip(selected, ends[:-1], ends[1:], strict=True)}
+    index, weight = [np.zeros((0, 2), np.int64)], [np.zeros(0)]
+    for s in selected:
+        if s.teacher is not None:
+            index.append(np.stack([place[id(s)], place[id(s.teacher)]], 1))
+            weight.append(s.pair_weight)
+    return np.concatenate(index), np.concatenate(weight)
 
 
 def _all_nan(m: int) -> np.ndarray:

@@ -17,12 +17,13 @@ from pact_fast.batch.bins import first_fit
 from pact_fast.batch.parts import (
     OwnedPart,
     TreePart,
+    Unit,
     assign,
     claim_nodes,
     cost_table,
     merge_trees,
-    part_size,
     split_trees,
+    unit_size,
 )
 from pact_fast.batch.tree import Node, TokenTree
 
@@ -94,14 +95,14 @@ def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True, mer
     Args:
         trees: The trees. They are not changed.
         max_tokens: Budget of a pack. A larger tree is split by its leaves into parts that repeat the shared path. A
-            single path over the budget gets a pack of its own; nothing is ever truncated.
+            single path (or pair of leaves) over the budget gets a pack of its own; nothing is ever truncated.
         share: False gives every root-to-leaf path its own copy of all tokens: the same results without prefix sharing.
         merge: Whether siblings that begin with the same tokens share these, too (`batch/merge.py`). Rows, ownership and
-            results are still those of the caller's nodes.
+            results are still those of the caller's nodes. Trees with pairs are left as they are.
     """
-    parts = split_trees(merge_trees(trees, share and merge), max_tokens, share)
-    bins = [sorted(members) for members in first_fit([part_size(part) for part in parts], max_tokens)]
-    return _build_packs(parts, bins)
+    units = split_trees(merge_trees(trees, share and merge), max_tokens, share)
+    bins = [sorted(members) for members in first_fit([unit_size(unit) for unit in units], max_tokens)]
+    return _build_packs(units, bins)
 
 
 def distribute_packs(
@@ -132,19 +133,19 @@ def distribute_packs(
     if ranks == 1:
         return [[batch] for batch in pack(trees, max_tokens=max_tokens, share=share, merge=merge)]
     trees = merge_trees(trees, share and merge)
-    parts = split_trees(trees, max_tokens, share)
+    units = split_trees(trees, max_tokens, share)
     budget = max_tokens
-    while share and len(parts) < ranks and budget > 1:
+    while share and len(units) < ranks and budget > 1:
         budget //= 2
-        parts = split_trees(trees, budget, share)
-    bins, table = assign(cost_table(parts), max_tokens, ranks, cost)
-    batches = _build_packs(parts, bins)
+        units = split_trees(trees, budget, share)
+    bins, table = assign(cost_table(units), max_tokens, ranks, cost)
+    batches = _build_packs(units, bins)
     return [[batches[index] for index in row] for row in table]
 
 
-def _build_packs(parts: list[TreePart], bins: list[list[int]]) -> list[PackedBatch]:
-    owned = iter(claim_nodes([parts[i] for members in bins for i in members]))
-    return [lay_out([next(owned) for _ in members]) for members in bins]
+def _build_packs(units: list[Unit], bins: list[list[int]]) -> list[PackedBatch]:
+    owned = iter(claim_nodes([units[i] for members in bins for i in members]))
+    return [lay_out([part for _ in members for part in next(owned)]) for members in bins]
 
 
 def lay_out(parts: Sequence[OwnedPart]) -> PackedBatch:

@@ -47,12 +47,14 @@ class TokenTree:
     x = tree.add(prompt_ids)
     y = tree.add(rollout_ids, parent=x)
 
-    `start` is the position of the root's first token; not 0 for a tree that continues a cached path (PathCache).
+    `start` is the position of the root's first token; not 0 for a tree that continues a cached path (PathCache). `pairs`
+    are leaves that packs keep together.
     """
 
     def __init__(self, start: int = 0) -> None:
         self.start = start
         self.nodes: list[Node] = []
+        self.pairs: list[tuple[Node, Node]] = []
 
     def add(self, ids: np.ndarray, parent: Node | None = None) -> Node:
         """Add a segment after `parent`, or the root if `parent` is None, and return its node.
@@ -69,6 +71,10 @@ class TokenTree:
             parent.children.append(node)
         self.nodes.append(node)
         return node
+
+    def pair(self, a: Node, b: Node) -> None:
+        """Keep two leaves together, because a loss compares their tokens: no pack has one without the other."""
+        self.pairs.append((a, b))
 
     def leaves(self) -> Iterator[Node]:
         return (node for node in self.nodes if not node.children)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pact_fast.chat.call_ids import with_call_ids
+from pact_fast.chat.call_ids import call_id, with_call_ids
 from pact_fast.chat.named_templates import NamedTemplates
 from pact_fast.chat.template_variables import CLOCK, fix_date, template_variables
 from pact_fast.data.types import Message, ToolCall, ToolSchema, text_of
@@ -47,13 +47,20 @@ class ChatTemplate:
     Args:
         tokenizer: With the template.
         variables: `model.chat_template_kwargs`, passed to the template at every rendering.
+        write_calls: Writes the calls of a turn, for a template that shows none: they are then part of the turn's text (the
+            first template of LFM2 is used so).
 
     Raises:
         PactError: There is no template, it fails, or it has no such variable.
     """
 
-    def __init__(self, tokenizer, variables: Mapping[str, Any] | None = None):
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer,
+        variables: Mapping[str, Any] | None = None,
+        write_calls: Callable[[Sequence[ToolCall]], str] | None = None,
+    ):
+        self._tokenizer, self._write_calls = tokenizer, write_calls
         self._named = NamedTemplates(tokenizer)
         self._variables = template_variables(variables or {}, self._named.sources)
         self._date = (variables or {}).get(CLOCK)
@@ -68,8 +75,9 @@ class ChatTemplate:
 
         Calls and results have the ids of their row, unless the template needs ids: then they have those of `call_ids`.
         """
-        messages = self._fitting(with_call_ids(messages) if self._needs_ids else messages)
-        return self._render(messages, tools, generate, **variables)
+        if self._needs_ids or self._ids_name_calls:
+            messages = with_call_ids(messages, self._ids_name_calls)
+        return self._render(self._fitting(messages), tools, generate, **variables)
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[ToolSchema], generate: bool = False, **variables: Any
@@ -109,12 +117,31 @@ class ChatTemplate:
         return not self._renders(conversation) and self._renders(with_call_ids(conversation))
 
     @functools.cached_property
+    def _ids_name_calls(self) -> bool:
+        """Whether the template writes the id of a call in place of the tool's name (Kimi K2's do)."""
+        question, turn, *_ = with_call_ids(self._fitting(_probe_calls(1)))
+        try:
+            shown, asked = (self._render(m, [PROBE_TOOL]) for m in ([question, turn], [question]))
+        except PactError:
+            return False
+        written = shown[len(asked) :]
+        return shown.startswith(asked) and call_id(0) in written and PROBE_NAME not in written
+
+    @functools.cached_property
     def _needs_text(self) -> bool:
         """Whether the template takes the arguments of a call as JSON text alone (DeepSeek's add them to a string)."""
         conversation = with_call_ids(_probe_calls(1))
         return not self._renders(conversation) and self._renders(_with_text_arguments(conversation))
 
+    @functools.cached_property
+    def _drops_calls(self) -> bool:
+        """Whether the template shows no calls."""
+        text = _with_text_arguments(with_call_ids(_probe_calls(1))), with_call_ids(_probe_calls(1))
+        return not any(self._renders(conversation) for conversation in text)
+
     def _fitting(self, messages: Sequence[Message]) -> Sequence[Message]:
+        if self._write_calls is not None and self._drops_calls:
+            return [_with_calls_as_text(message, self._write_calls) for message in messages]
         return _with_text_arguments(messages) if self._needs_text else messages
 
     @functools.cached_property
@@ -249,6 +276,15 @@ def call_message(*calls: ToolCall) -> Message:
     """An assistant message with these tool calls."""
     entries = [{"type": "function", "function": call.to_json()} for call in calls]
     return {"role": "assistant", "content": "", "tool_calls": entries}
+
+
+def _with_calls_as_text(message: Message, write_calls: Callable[[Sequence[ToolCall]], str]) -> Message:
+    """The message, with its calls at the end of its text."""
+    if not message.get("tool_calls"):
+        return message
+    written = write_calls([ToolCall.from_message(call) for call in message["tool_calls"]])
+    others = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**others, "content": text_of(message.get("content")) + written}
 
 
 def _with_text_arguments(messages: Sequence[Message]) -> list[Message]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from pact_fast.chat.encoding import Encoded, Encoder, Part
 from pact_fast.chat.formats.base import ParsedTurn, ToolFormat
 from pact_fast.chat.formats.layout import PROBE_CALL
 from pact_fast.chat.formats.registry import detect_format, get_format
+from pact_fast.chat.history import NO_TRACES, History
 from pact_fast.chat.segments import prefix_ends
 from pact_fast.chat.structure import OTHER_ENDS, structure_tokens
 from pact_fast.chat.token_bytes import TokenBytes
@@ -62,7 +64,7 @@ class ChatRenderer:
 
     def __init__(self, tokenizer, tool_format: ToolFormat | None = None, variables: Mapping[str, Any] | None = None):
         self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer, variables)
+        self.template = ChatTemplate(tokenizer, variables, tool_format.write_calls if tool_format else None)
         self.format = (tool_format or detect_format(self.template)).fit(self.template)
         self.token_bytes = TokenBytes(tokenizer)
         after_calls = self.template.after_calls(PROBE_CALL, self.format.write_calls([PROBE_CALL])).lstrip()
@@ -82,6 +84,11 @@ class ChatRenderer:
         # beginning of a turn that the generation prompt has already written, e.g. "<think>\n"
         opened = re.search(rf"{re.escape(self.format.think[0])}\s*\Z", self.template.generation_prompt)
         self._opened = opened.group() if opened else ""
+
+    @functools.cached_property
+    def history(self) -> History:
+        """What the template makes of earlier turns once the user speaks again."""
+        return History(self)
 
     def stop_ids(self, at_tool_call: bool) -> tuple[int, ...]:
         """Tokens at which an engine ends a turn: `eot_ids` and, with `at_tool_call`, the end of a call.
@@ -109,8 +116,9 @@ class ChatRenderer:
         "<|im_end|>" in them does not become a control token. Contents of tools are OBSERVATION, of users USER, the rest is
         TEMPLATE.
         """
+        ends = self.history.ends if messages and messages[0]["role"] == "user" else self.ends
         texts, contents = self.template.bridge_tokens(
-            [{**m, "content": _replace_surrogates(text_of(m.get("content")))} for m in messages], self.ends
+            [{**m, "content": _replace_surrogates(text_of(m.get("content")))} for m in messages], ends
         )
         parts = [Part(texts[0], self.encoder.all_controls)]
         owners = [Component.TEMPLATE]
@@ -193,7 +201,13 @@ class ChatRenderer:
             trace: A trace without turns gives an empty context.
             rendering: `demonstration`: the expert's turns, then the question again; `turns`: the turns only.
             reasoning_level: Cut the reasoning of every turn at this prefix level; None: keep all of it.
+
+        Raises:
+            PactError: A user speaks in the trace, and the template drops the reasoning of the turns before.
         """
+        dialogue = any(turn.user is not None for turn in trace.turns) and any(turn.reasoning for turn in trace.turns)
+        if dialogue and self.history.drops_reasoning:
+            raise PactError(NO_TRACES)
         columns: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         for index, turn in enumerate(trace.turns):
             ids, components, level = self._expert_turn(turn, reasoning_level)
@@ -277,7 +291,7 @@ class ChatRenderer:
         encoded, components, begin = self._turn(reasoning, turn.content, turn.calls)
         level = np.full(len(encoded.ids) + 1, NO_LEVEL, np.uint8)
         if reasoning:
-            ends = prefix_ends(turn.reasoning, turn.calls)
+            ends = prefix_ends(turn.reasoning, turn.calls, turn.segments)
             # A token is supervised if all of it lies in the prefix. The opening tag belongs to the first segment. The
             # closing tag is supervised only after complete and safe reasoning: a cut must not teach to stop there.
             complete = len(reasoning) == len(turn.reasoning) == ends[-1]
@@ -306,7 +320,7 @@ def _cut_reasoning(turn: ExpertTurn, level: int | None) -> str:
     """The reasoning of a turn, up to a prefix level."""
     if level is None:
         return turn.reasoning
-    return turn.reasoning[: prefix_ends(turn.reasoning, turn.calls)[level]].rstrip()
+    return turn.reasoning[: prefix_ends(turn.reasoning, turn.calls, turn.segments)[level]].rstrip()
 
 
 def _components(encoded: Encoded, texts: Sequence[str], owners: Sequence[Component]) -> np.ndarray:

@@ -60,13 +60,16 @@ def segments(reasoning: str) -> list[tuple[int, int]]:
     return spans
 
 
-def prefix_ends(reasoning: str, calls: Sequence[ToolCall]) -> list[int]:
-    """[5] ends of the prefixes L0 … L4, in characters. L4 is the longest safe prefix; L1 to L3 split its segments evenly."""
-    spans = segments(reasoning)
+def prefix_ends(reasoning: str, calls: Sequence[ToolCall], given: Sequence[int] | None = None) -> list[int]:
+    """[5] ends of the prefixes L0 … L4, in characters. L4 is the longest safe prefix; L1 to L3 split its segments evenly.
+
+    `given`: ends of the segments (`ExpertTurn.segments`); None: those of `segments`.
+    """
+    ends = [end for _, end in segments(reasoning)] if given is None else given
     revealed = _first_reveal(reasoning, calls)
-    safe = sum(end <= revealed for _, end in spans)
+    safe = sum(end <= revealed for end in ends)
     counts = [-(-safe * level // LEVELS) for level in range(LEVELS + 1)]
-    return [spans[count - 1][1] if count else 0 for count in counts]
+    return [ends[count - 1] if count else 0 for count in counts]
 
 
 def reasoning_level_at(step: int, horizon: int, start: int, end: int) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 
 from pact_fast.chat.call_ids import with_call_ids
 from pact_fast.chat.chat_template import PROBE_NAME, PROBE_TOOL, call_message
+from pact_fast.chat.history import CURES, NO_TRACES, Tokens, joined, untouched
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.data.types import Message, ToolCall
 from pact_fast.errors import PactError
@@ -19,7 +20,7 @@ MEMORY = 2**30  # it takes none to speak of
 _PROMPT: list[Message] = [{"role": "system", "content": "Use the tools."}, {"role": "user", "content": "Who is it?"}]
 _RESULTS: list[list[str]] = [["first result"], ['{"second": "result"}', "and another"], ["third."]]  # of every turn
 _AGAIN: Message = {"role": "user", "content": "Again: who is it?"}  # after the last turn
-_REASONING = "Zq0Zwhy"  # a word that no template contains or changes
+_REASONING = "Zq0Zwhy\nso."  # no template contains or changes it
 
 Turn = tuple[str, list[ToolCall], list[Message]]  # text and calls of a turn, and the messages after it
 
@@ -39,52 +40,73 @@ def check_template(renderer: ChatRenderer) -> list[str]:
         return _check_texts(renderer, turns)
 
 
-def check_user_turns(renderer: ChatRenderer) -> list[str]:
+def check_user_turns(renderer: ChatRenderer, traces: bool = False) -> list[str]:
     """PactError with reason and cure if a user cannot speak between turns: see docs/conversations.md.
 
-    Returns notes, as `check_template` does, which checks the rest.
+    `traces`: expert traces in which a user speaks. Returns notes, as `check_template` does, which checks the rest.
     """
     with memory_limit(MEMORY, "the chat template (set model.chat_template to another one)"):
-        _check_reasoning_kept(renderer)
         turns = _user_turns(renderer)
+        if renderer.history.drops_reasoning:
+            if traces:
+                raise PactError(NO_TRACES)
+            _check_rewritten(renderer, turns)
+            return [
+                "the chat template drops the reasoning of earlier turns once the user speaks again: a rollout branches there"
+            ]
         _check_ids(renderer, turns)
         return _check_texts(renderer, turns)
 
 
-def _check_reasoning_kept(renderer: ChatRenderer) -> None:
-    """What a template writes of a turn's reasoning must still stand there once the user has spoken again.
-
-    Many templates drop it then (Qwen3's: `loop.index0 > ns.last_query_index`). The tokens of a trajectory are appended and
-    stay, so that the model would be trained in a context that the template never writes. Where the generation prompt closes
-    the reasoning (`enable_thinking: false`), turns have none to drop.
-    """
-    if renderer.template.generation_prompt.rstrip().endswith(renderer.format.think[1]):
-        return
-    (_, calls, results), *_ = _tool_turns(renderer)
-    first = [*_PROMPT, {**call_message(*calls), "reasoning_content": _REASONING}, *results]
-    answer: Message = {"role": "assistant", "content": "It is him.", "reasoning_content": "Sure."}
-    for shown in (first, [*_PROMPT, {**answer, "reasoning_content": _REASONING}]):
-        rest = [answer, _AGAIN] if shown is first else [_AGAIN]
-        before, after = (_rendered(renderer, m, generate=m is not shown) for m in (shown, [*shown, *rest]))
-        if _REASONING in before and _REASONING not in after:
+def _check_rewritten(renderer: ChatRenderer, turns: Sequence[Turn]) -> None:
+    """Whenever the user has spoken, the tokens must be those of the template's rendering, without earlier reasoning."""
+    pieces, messages = [untouched(renderer.prompt_ids(_PROMPT, [PROBE_TOOL]))], list(_PROMPT)
+    for text, calls, following in turns:
+        bridge = renderer.bridge_tokens(following)
+        turn, said = (
+            Tokens(ids, components, np.zeros(len(ids), np.int16))
+            for ids, components in (renderer.assistant_turn(_REASONING, text, calls), bridge)
+        )
+        pieces.append(turn)
+        thought = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _REASONING)
+        spoken = call_message(*calls) if calls else {"role": "assistant", "content": text}
+        messages += [{**spoken, **thought}, *following]
+        if following[0]["role"] != "user":
+            pieces.append(said)
+            continue
+        keep, tokens = renderer.history.go_on(pieces, said)
+        pieces = [joined([joined(pieces)[:keep], tokens])]
+        ours, theirs = _text(renderer, pieces[0].ids), _rendered(renderer, messages)
+        if ours != theirs:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
             raise PactError(
-                "the chat template drops the reasoning of earlier turns once the user speaks again, so a dialogue with a "
-                "user cannot be appended; set model.chat_template to a copy that keeps it (TRL's *_training.jinja), or, in "
-                "model.chat_template_kwargs, the template's own switch for it or {enable_thinking: false} "
-                "(docs/conversations.md)"
+                "the chat template drops the reasoning of earlier turns once the user speaks again, and changes more than "
+                f"that (it writes {theirs[at : at + 40]!r} instead of {ours[at : at + 40]!r}), so a dialogue with a user "
+                f"cannot be rendered; {CURES}"
+            )
+        if renderer.tokenizer.encode(ours, add_special_tokens=False) != pieces[0].ids.tolist():
+            raise PactError(
+                "without the reasoning of earlier turns, a conversation does not have the token ids that the tokenizer gives "
+                f"it; use a byte-level BPE tokenizer, or {CURES}"
             )
 
 
 def _check_clock(renderer: ChatRenderer) -> None:
     """A date in the prompt makes a run depend on the day, and a resumed run differ from itself."""
-    try:
-        # transformers passes templates a function of this name; with a string in its place, templates that call it fail
-        renderer.template.render(_PROMPT, [PROBE_TOOL], strftime_now="")
-    except PactError:
-        raise PactError(
-            "the chat template writes today's date into the prompt, so the same task is another prompt tomorrow; fix the "
-            "date: model.chat_template_kwargs={strftime_now: 2025-06-30}"
-        ) from None
+    for messages in (_PROMPT, _PROMPT[1:]):  # some write it only where there is no system message
+        if messages is not _PROMPT:
+            try:
+                renderer.template.render(messages, [PROBE_TOOL])
+            except PactError:  # some need one
+                continue
+        try:
+            # transformers passes templates a function of this name; with a string in its place, templates that call it fail
+            renderer.template.render(messages, [PROBE_TOOL], strftime_now="")
+        except PactError:
+            raise PactError(
+                "the chat template writes today's date into the prompt, so the same task is another prompt tomorrow; fix "
+                "the date: model.chat_template_kwargs={strftime_now: 2025-06-30}"
+            ) from None
 
 
 def _check_tools(renderer: ChatRenderer) -> None:

@@ -29,14 +29,14 @@ def doctor(config: Config) -> int:
     from pact_fast.rollout.registry import engine_builder
 
     checks = _Checks(config)
-    failed = _run(checks.all(), checks.warnings)
+    failed = run_checks(checks.all(), checks.warnings)
     if not failed and engine_builder(config).own_weights:  # the smoke test relies on these checks
         with closing(checks.smoke_test()) as smoke_test:
-            failed = _run(smoke_test.all(), [])
+            failed = run_checks(smoke_test.all(), [])
     return 1 if failed else 0
 
 
-def _run(checks: list[tuple[str, Callable[[], str]]], warnings: list[str]) -> int:
+def run_checks(checks: list[tuple[str, Callable[[], str]]], warnings: list[str]) -> int:
     """Run checks and print their results. `warnings`: filled by the checks. Returns the number of failures."""
     failed = 0
     for name, check in checks:
@@ -163,10 +163,12 @@ class _Checks:
         )
 
     def environment(self) -> str:
+        from pact_fast.envs.base import has_user
         from pact_fast.envs.registry import EnvironmentFactory
 
         make_env = EnvironmentFactory(self.config)
         offered = calls = 0
+        needed = False
         failed: list[str] = []
         reports: dict[type, list[str]] = {}
         for task in self.sample[:8]:
@@ -175,12 +177,13 @@ class _Checks:
             if type(env) not in reports and hasattr(env, "machine_report"):
                 reports[type(env)] = env.machine_report()
             offered += len(env.tools)
+            needed = needed or getattr(env, "needs_tools", not has_user(env))
             for call in _expert_calls(task):
                 calls += 1
                 result = env.call(call.name, call.arguments)
                 if result.lower().startswith(("error", '{"error')):
                     failed.append(f"{call.name} of task {task.id}: {result[:200]}")
-        if not offered:
+        if not offered and needed:
             raise PactError("the first tasks offer no tools; a tool-use agent needs the column `tools` in its data")
         if failed and len(failed) == calls:
             raise PactError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ it was when it is given again.
 EXAMPLES = """\
   pact-fast data eigendata helpdesk -o data/helpdesk
   pact-fast data eigendata shop/domain.py:Shop -o data/shop --rounds 5 --count 2000
+  pact-fast data eigendata helpdesk -o data/helpdesk --llm llm.yaml --models planner,wording,user
 """
 
 
@@ -27,6 +29,12 @@ def add_eigendata(commands: Any, command: Callable[..., argparse.ArgumentParser]
     parser.add_argument("--plans", type=int, default=64, help="pairs of synthesis and evaluation plan (default: 64)")
     parser.add_argument("--count", type=int, default=600, help="tasks to make in all rounds (default: 600)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    parser.add_argument(
+        "--models", metavar="ROLES", default="",
+        help="roles that a language model plays: planner, synthesizer, wording, verifier, agent, user, reflection (default: "
+        "none)",
+    )  # fmt: skip
+    parser.add_argument("--llm", type=Path, metavar="FILE", help="YAML settings of the language model (docs/llm.md)")
     parser.add_argument("--workflow", type=Path, help="folder of prompts and workflow to begin with (default: shipped)")
 
 
@@ -37,14 +45,16 @@ def _run(arguments: argparse.Namespace) -> int:
     from pact_fast.synthesis.eigendata.report import write_report
     from pact_fast.train.progress import Progress
 
-    settings = Settings(arguments.domain, arguments.seed, arguments.rounds, arguments.plans, arguments.count)
-    engine = Engine(make_domain(arguments.domain), arguments.out, settings, start=arguments.workflow)
-    progress = Progress()
-    try:
-        candidates = engine.run(progress.phase)
-        data = export(engine, candidates, progress.phase)
-    finally:
-        progress.close()
+    models = tuple(sorted(filter(None, arguments.models.replace(" ", "").split(","))))
+    settings = Settings(arguments.domain, arguments.seed, arguments.rounds, arguments.plans, arguments.count, models)
+    with _roles(arguments, models) as roles:
+        engine = Engine(make_domain(arguments.domain), arguments.out, settings, roles, start=arguments.workflow)
+        progress = Progress()
+        try:
+            candidates = engine.run(progress.phase)
+            data = export(engine, candidates, progress.phase)
+        finally:
+            progress.close()
     summary = data.summary
     progress.note(
         f"{summary['accepted']} of {summary['attempts']} attempts accepted: {summary['train']} training tasks, "
@@ -52,3 +62,24 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     print(write_report(engine, data))
     return 0
+
+
+@contextmanager
+def _roles(arguments: argparse.Namespace, models: tuple[str, ...]) -> Iterator[Any]:
+    """The back-ends, connected to the language model while they are needed; None: all rules."""
+    from pact_fast.config.load import read_settings
+    from pact_fast.errors import PactError
+
+    if bool(models) != bool(arguments.llm):
+        raise PactError("--models names the roles that a language model plays, and --llm its settings; give both")
+    if not models:
+        yield None
+        return
+    from pact_fast.llm import LLMClient, LLMConfig
+    from pact_fast.synthesis.eigendata.backends import check_roles, make_roles
+
+    check_roles(models)
+    values = read_settings(str(arguments.llm))
+    config = LLMConfig.read({"cache_dir": str(arguments.out / "answers"), **values}, str(arguments.llm))
+    with LLMClient(config, "eigendata") as client:
+        yield make_roles(models, client)

@@ -143,6 +143,7 @@ def identity(request: Request, config: Config, run: Path | None) -> dict[str, An
         "model_settings": config.model.model_dump(exclude={"gradient_checkpointing"}),
         "env": config.env.model_dump(),
         "data": config.data.eval,
+        "prompt_format": config.data.prompt_format,
         "rollout": rollout,
         "pact_fast": __version__,
     }

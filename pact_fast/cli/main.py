@@ -17,6 +17,7 @@ from typing import NoReturn
 from pact_fast import __version__
 from pact_fast.cli.eigendata import add_eigendata
 from pact_fast.cli.mtr import add_mtr
+from pact_fast.cli.traces import add_traces
 from pact_fast.distributed.exit import skip_teardown_exit
 from pact_fast.errors import EngineError, PactError, ShutdownRequested
 from pact_fast.plugins import no_exit
@@ -70,12 +71,14 @@ ROLLOUT_EXAMPLES = """\
 DOCTOR = """\
 Check versions, data, tokenizer, chat template, token labels, environment, prompt lengths, model, memory and kernels before a
 run, one line each: ok, warn or FAIL. With rollout.engine=vllm, also start the engine and sample a few tasks. Status 1 if a
-check fails. With --memory, only print the estimated peak of training memory and its parts.
+check fails. With --memory, only print the estimated peak of training memory and its parts. With a model folder or hub name,
+print what works with that model: decoder, shared prefixes, engines, tool format, chat template, dialogues.
 """
 DOCTOR_EXAMPLES = """\
   pact-fast doctor quickstart
   pact-fast doctor mine.yaml rollout.engine=vllm
   pact-fast doctor gpu-8 --memory --world-size 8 --zero-stage 3
+  pact-fast doctor Qwen/Qwen3-0.6B
 """
 PLAN = """\
 Estimate time, memory and communication of one training step, and its bottleneck, before it runs. Experimental: times were
@@ -242,7 +245,7 @@ def make_parser() -> argparse.ArgumentParser:
     rollout.add_argument("--out", type=Path, help="JSON Lines file to write (default: print the trajectories)")
 
     doctor = _command(commands, "doctor", _doctor, "check a run before it starts", DOCTOR, DOCTOR_EXAMPLES)
-    _recipe(doctor)
+    _recipe(doctor, "RECIPE|FILE|MODEL", "recipe name, YAML file, model folder or hub name")
     doctor.add_argument(
         "--memory", action="store_true", help="only estimate the peak of training memory, and its parts"
     )
@@ -288,6 +291,7 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("--split", choices=["train", "test", "all"], default="all", help="which tasks (default: all)")
     convert.add_argument("--category", action="append", metavar="NAME", help="only this category or group")
     convert.add_argument("--limit", type=int, help="at most so many rows per category")
+    add_traces(commands, _command)
     bench = _command(commands, "bench", _bench, "list the repository's benchmarks, or run one", BENCH, BENCH_EXAMPLES)
     bench.add_argument("name", metavar="NAME", nargs="?", help="benchmark to run (default: list all)")
     bench.add_argument(
@@ -369,8 +373,11 @@ def _rollout(arguments) -> int:
 
 
 def _doctor(arguments) -> int:
+    from pact_fast.cli.model_row import is_model, model_command
     from pact_fast.config import load_config
 
+    if is_model(arguments.source) and not arguments.memory:
+        return model_command(arguments.source, arguments.settings)
     config = load_config(arguments.source, arguments.settings)
     if arguments.memory:
         from pact_fast.cli.estimate import memory_command

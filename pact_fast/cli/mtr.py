@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
 Make tasks with simulated tools and verified expert traces from rows of HotpotQA, MuSiQue, 2WikiMultiHopQA, Bamboogle or
-FlashRAG, by rules and without a model. Rows with decompositions or triples give traces; `pact-fast train` reads train.jsonl.
+FlashRAG, by rules. Rows with decompositions or triples give traces: `pact-fast train` reads train.jsonl. The others give tasks
+without a trace, tasks.jsonl: their tool searches the row's passages, and with --llm a language model writes further ones.
 Killed and started again, it continues and gives the same files. docs/mtr.md
 """
 EXAMPLES = """\
   pact-fast data mtr musique_train.jsonl -o mtr-data
   pact-fast data mtr dev.json -o mtr-data --max-rows 1000 --fault timeout=0.05
+  pact-fast data mtr hotpot_train.json -o mtr-data --llm llm.yaml
 """
 
 
@@ -29,14 +32,15 @@ def add_mtr(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> N
         "--fault", metavar="KIND=P", action="append", default=[],
         help="probability of an injected fault (timeout, rate_limited, empty), for traces that recover",
     )  # fmt: skip
+    parser.add_argument(
+        "--llm", metavar="FILE", type=Path,
+        help="YAML settings of a language model that writes tools for rows without a plan (docs/llm.md)",
+    )  # fmt: skip
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from pact_fast.errors import PactError
-    from pact_fast.synthesis.mtr.pipeline import Settings, make_dataset
+    from pact_fast.synthesis.mtr.pipeline import Settings
     from pact_fast.synthesis.mtr.verify import MAX_TURNS
 
     faults = {}
@@ -50,6 +54,24 @@ def _run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise PactError(f"--{name.replace('_', '-')} must be at least 1")
     settings = Settings(arguments.max_rows, arguments.max_turns or MAX_TURNS, faults or None)
+    with _tool_maker(arguments) as (maker, workers):
+        manifest = _make(arguments, settings, maker, workers)
+    print(f"{manifest['kept']} of {manifest['rows']} rows have a verified trace: {arguments.out / 'train.jsonl'}")
+    for reason, count in manifest["reasons"].items():
+        print(f"  {count:6} {reason}")
+    if manifest["without_trace"]:
+        print(f"{manifest['without_trace']} tasks without a trace: {arguments.out / 'tasks.jsonl'}")
+    print(f"report: {arguments.out / 'report.html'}")
+    return 0
+
+
+def _make(arguments: argparse.Namespace, settings: Any, maker: Any, workers: int) -> dict[str, Any]:
+    """`make_dataset` with a progress bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from pact_fast.synthesis.mtr.pipeline import make_dataset
+
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("rows", total=arguments.max_rows)
@@ -57,9 +79,20 @@ def _run(arguments: argparse.Namespace) -> int:
         def show(done: int, kept: int) -> None:
             bars.update(bar, completed=done, description=f"{kept} traces of {done} rows")
 
-        manifest = make_dataset(arguments.file, arguments.out, settings, show)
-    print(f"{manifest['kept']} of {manifest['rows']} rows have a verified trace: {arguments.out / 'train.jsonl'}")
-    for reason, count in manifest["reasons"].items():
-        print(f"  {count:6} {reason}")
-    print(f"report: {arguments.out / 'report.html'}")
-    return 0
+        return make_dataset(arguments.file, arguments.out, settings, show, maker, workers)
+
+
+@contextmanager
+def _tool_maker(arguments: argparse.Namespace) -> Iterator[tuple[Any, int]]:
+    """(the tool maker of --llm, connected while it is needed, rows at the same time); (None, 1) without one."""
+    if arguments.llm is None:
+        yield None, 1
+        return
+    from pact_fast.config.load import read_settings
+    from pact_fast.llm import LLMClient, LLMConfig
+    from pact_fast.synthesis.mtr.model_tool_maker import ModelToolMaker
+
+    values = read_settings(str(arguments.llm))
+    config = LLMConfig.read({"cache_dir": str(arguments.out / "answers"), **values}, str(arguments.llm))
+    with LLMClient(config, "tool_maker") as client:
+        yield ModelToolMaker(client), config.max_concurrency

@@ -27,6 +27,7 @@ from pact_fast.train.checkpoint import run_weights
 from pact_fast.train.evaluate import evaluate, evaluation_kinds, reward_means, success_rate
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import rollout_record
+from pact_fast.train.user_model import with_user_model
 
 
 @dataclass
@@ -108,7 +109,9 @@ def make_session(config: Config, tasks: TaskSource, run: Path | None = None) -> 
     check_template(renderer)
     model = make_policy(config, tokenizer, base=base, checkpoint=weights, device=device).eval()
     check_context(config, model)
-    engine = make_engine(config, model, renderer, autocast=precision(config, device))
+    autocast = precision(config, device)
+    engine = make_engine(config, model, renderer, autocast=autocast)
+    engine = with_user_model(engine, config, tokenizer, renderer, run, device=device, autocast=autocast)
     engine.update_weights(model, 0)
     return Session(config, renderer, AgentLoop(engine, renderer, EnvironmentFactory(config), config.rollout), tasks)
 

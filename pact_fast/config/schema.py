@@ -56,8 +56,8 @@ class ModelConfig(Section):
     tool_format: str = Field(
         "auto",
         description="Format of tool calls: `hermes`, `llama3_json`, `qwen3_coder`, `gemma4`, `lfm2`, `glm4_moe`, `harmony`, "
-        "`mistral`, `mistral_json`, `deepseek_v3`, `deepseek_v31`, `granite`, `minimax_m2`, or your own as "
-        "`file.py:Class`; `auto`: detected from the chat template.",
+        "`mistral`, `mistral_json`, `deepseek_v3`, `deepseek_v31`, `granite`, `minimax_m2`, `kimi_k2`, `pythonic`, "
+        "`functools`, `atem`, or your own as `file.py:Class`; `auto`: detected from the chat template.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -81,6 +81,11 @@ class DataConfig(Section):
     eval: str | list[str] | None = Field(None, description="Held-out tasks, named as those of `train`.")
     format: Literal["auto", "pact", "verl", "ftrl", "toolhop"] = Field(
         "auto", description="Row format; `auto`: detected from the columns."
+    )
+    prompt_format: Literal["row", "matchtir"] = Field(
+        "row",
+        description="`row`: prompts as the rows have them; `matchtir`: asks for reasoning before every call, and for the "
+        "answer between <answer> and </answer> (docs/data.md).",
     )
     expert: str | list[str] | None = Field(
         None,
@@ -111,7 +116,8 @@ class EnvConfig(Section):
     name: str = Field(
         "auto",
         description="`lookup_chain`: built-in multi-hop look-ups; `python_tools`: tools given as Python source (FTRL, "
-        "ToolHop), run in sandboxed processes; `simulated`: tools answered from a row's facts (docs/mtr.md); your own as "
+        "ToolHop), run in sandboxed processes; `simulated`: tools answered from a row's facts (docs/mtr.md); `functions`, "
+        "`trl`, `verifiers`, `mcp`, `gymnasium`: what you have already (docs/adapters.md); your own as "
         "`file.py:Class`; `auto`: python_tools with data files, else lookup_chain. A row's column `env` takes precedence.",
     )
     args: dict[str, Any] = Field(
@@ -159,10 +165,16 @@ class RolloutConfig(Section):
         description="Messages of the user per trajectory, the prompt's not counted, where the environment has a user "
         "(docs/conversations.md); null: `max_turns` alone limits the dialogue.",
     )
-    user: Literal["environment", "policy"] = Field(
+    user: Literal["environment", "policy", "model"] = Field(
         "environment",
         description="Who answers turns without tool calls: `environment`: its method `respond`, if it has one; `policy`: the "
-        "policy itself, with the environment's `user_prompt` (self-play, docs/conversations.md).",
+        "policy itself, with the environment's `user_prompt` (self-play, docs/conversations.md); `model`: a frozen model of "
+        "its own, with the same prompt.",
+    )
+    user_model: str | None = Field(
+        None,
+        description="`user=model`: folder or name of the model that plays the user, which has the policy's tokenizer; null: "
+        "the one that `pretrain.user_steps` trains.",
     )
     user_stop: str = Field(
         "###STOP###",
@@ -245,6 +257,12 @@ class RolloutConfig(Section):
     def _two_sides(self) -> RolloutConfig:
         if self.train_as == "user" and self.user != "policy":
             raise ValueError("train_as=user trains the policy that plays the user; set user=policy, too")
+        if self.user_model is not None and self.user != "model":
+            raise ValueError("user_model plays the user only with user=model; set that, too, or remove user_model")
+        if self.user == "model" and self.engine != "transformers":
+            raise ValueError(
+                "user=model runs beside the embedded engine; set engine=transformers, or let the environment ask an endpoint"
+            )
         if self.user == "policy" and self.max_batch_size < 2:
             raise ValueError("user=policy samples two sides of a dialogue at a time; set max_batch_size to 2 or more")
         return self
@@ -312,6 +330,18 @@ class SFTConfig(Section):
     )
 
 
+class OverlongBufferConfig(Section):
+    """Soft overlong punishment (DAPO; keys as in verl): rollouts that come close to their limit lose reward."""
+
+    enable: bool = Field(False, description="Subtract the penalty from the reward of training rollouts.")
+    len: int = Field(
+        1024,
+        ge=1,
+        description="Tokens before `rollout.max_completion_length` over which the penalty rises linearly from 0.",
+    )
+    penalty_factor: float = Field(1.0, gt=0, description="Penalty of a rollout that reaches the limit.")
+
+
 class RewardConfig(Section):
     """Rewards and advantages (method, section 3)."""
 
@@ -323,7 +353,8 @@ class RewardConfig(Section):
     outcome: str = Field(
         "success",
         description="The environment's reward that `grpo` uses and `env_weight` counts: `success`, or another one that it "
-        "returns, such as `trace_reward` of `simulated` (docs/mtr.md). Evaluations always report `success`.",
+        "returns, such as `trace_reward` of `simulated` (docs/mtr.md). `none`: no outcome counts, only `functions` "
+        "(docs/rewards.md). Evaluations always report `success`.",
     )
     env_weight: float = Field(
         0.0,
@@ -335,9 +366,10 @@ class RewardConfig(Section):
     )
     functions: list[str] = Field(
         default_factory=list,
-        description="Your reward functions, `file.py:name` or `module:name`, with TRL's keyword signature "
-        "(docs/rewards.md).",
+        description="Further rewards, which are added: `toolrl`, `ftrl` (docs/rewards.md), or functions of your own, "
+        "`file.py:name` or `module:name`, with TRL's keyword signature.",
     )
+    overlong_buffer: OverlongBufferConfig = Field(default_factory=OverlongBufferConfig)
 
 
 class FilterGroupsConfig(Section):
@@ -365,13 +397,61 @@ class SFTThenRLConfig(Section):
     rl: Literal["grpo", "matchtir"] = Field("grpo", description="Algorithm of the steps after them.")
 
 
+class ChordConfig(Section):
+    """`algorithm.name=chord` (method, section 5; names as in its authors' code). Defaults: CHORD-φ with a constant μ."""
+
+    mu_peak: float = Field(0.1, ge=0, le=1, description="Weight μ of SFT after the warm-up.")
+    mu_valley: float = Field(0.1, ge=0, le=1, description="μ after the decay.")
+    mu_warmup_steps: int = Field(0, ge=0, description="Training steps in which μ rises linearly from 0 to `mu_peak`.")
+    mu_decay_steps: int = Field(
+        0, ge=0, description="Training steps after these in which μ falls to `mu_valley`, along a cosine; 0: at once."
+    )
+    enable_phi_function: bool = Field(
+        True, description="Weight the traces' tokens by φ = p·(1 − p). False: all alike (CHORD-μ)."
+    )
+    rl: Literal["grpo", "matchtir"] = Field("grpo", description="Rewards and advantages of the rollouts.")
+
+
+class LuffyConfig(Section):
+    """`algorithm.name=luffy` (method, section 5)."""
+
+    gamma: float = Field(0.1, gt=0, description="γ of the shaping p/(p + γ).")
+    expert_reward: float = Field(
+        1.0, description="Reward of the expert trace in its group: what a rollout earns that does as well."
+    )
+
+
+class HptConfig(Section):
+    """`algorithm.name=hpt` (method, section 5)."""
+
+    gate: int = Field(
+        0,
+        ge=0,
+        description="A prompt is trained on its trace if at most this many of its rollouts are solved. Published: 0 for "
+        "Qwen2.5-Math, 2 (of 8) for Llama-3.1-8B.",
+    )
+    sft_coef: float = Field(1.0, gt=0, description="Weight of SFT. Published: 1; 0.3 for a model of 1.5 B parameters.")
+    rl: Literal["grpo", "matchtir"] = Field("grpo", description="Algorithm of the other prompts.")
+
+
+class SdftConfig(Section):
+    """`algorithm.name=sdft` (method, section 5)."""
+
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = Field(
+        "reverse_kl",
+        description="Of the policy without the trace (p) from itself with the trace (q), over the whole vocabulary: "
+        "`reverse_kl`: KL(p ‖ q), as in SDFT; `forward_kl`: KL(q ‖ p); `jsd`: the mean KL of both to their mixture, as in "
+        "OPSD.",
+    )
+
+
 class AlgorithmConfig(Section):
     """The algorithm and its loss (docs/method.md)."""
 
     name: str = Field(
         "pact",
-        description="`pact`, `grpo`, `matchtir`, `sft` or `sft_then_rl` (one file each in pact_fast/algorithms), or your own "
-        "as `file.py:Class`.",
+        description="`pact`, `grpo`, `matchtir`, `sft`, `sft_then_rl`, `chord`, `luffy`, `hpt` or `sdft` (one file "
+        "each in pact_fast/algorithms), or your own as `file.py:Class`.",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of your own algorithm, which reads them as `self.config.args`."
@@ -418,6 +498,10 @@ class AlgorithmConfig(Section):
     trace: TraceConfig = Field(default_factory=TraceConfig)
     sft: SFTConfig = Field(default_factory=SFTConfig)
     sft_then_rl: SFTThenRLConfig = Field(default_factory=SFTThenRLConfig)
+    chord: ChordConfig = Field(default_factory=ChordConfig)
+    luffy: LuffyConfig = Field(default_factory=LuffyConfig)
+    hpt: HptConfig = Field(default_factory=HptConfig)
+    sdft: SdftConfig = Field(default_factory=SdftConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
 
 
@@ -556,6 +640,12 @@ class PretrainConfig(Section):
 
     steps: int = Field(800, ge=1, description="Optimizer steps.")
     batch_size: int = Field(16, ge=1, description="Traces per step.")
+    user_steps: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps of the model that plays the user (`rollout.user=model` without `rollout.user_model`): "
+        "SFT of the base model on the user's side of the expert dialogues; 0: the base model itself plays the user.",
+    )
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate; it decays linearly.")
     final_lr_ratio: float = Field(0.03, ge=0, le=1, description="Learning rate at the end, relative to its peak.")
     early_stop: float = Field(

@@ -78,7 +78,10 @@ def _fold(key: str) -> str:
 
 MESSAGE = KeyTable(
     "the message",
-    ("role", "content", "tool_calls", "reasoning_content", "tool_call_id", "name", "function_call"),
+    (
+        *("role", "content", "tool_calls", "reasoning_content", "reasoning_segments", "tool_call_id", "name"),
+        "function_call",
+    ),
     {
         "reasoning": "reasoning_content",
         "thinking": "reasoning_content",

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from pact_fast.config import DataConfig
+from pact_fast.data.prompt_format import format_prompt
 from pact_fast.data.readers import attach_traces, read_tasks, read_traces
 from pact_fast.data.types import Task
 from pact_fast.errors import DataError
@@ -47,6 +48,8 @@ class FileTasks:
             traces = read_traces(data.expert)
             # with max_rows, a trace whose task was not read is no error
             attach_traces(self._tasks, {i: t for i, t in traces.items() if i in known} if data.max_rows else traces)
+        self._tasks = [format_prompt(task, data.prompt_format) for task in self._tasks]
+        self._eval = [format_prompt(task, data.prompt_format) for task in self._eval]
         self._seed, self._shuffle = seed, data.shuffle
         self._order: tuple[int, np.ndarray] | None = None  # (epoch, permutation) of the last look-up
 

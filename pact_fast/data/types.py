@@ -77,6 +77,7 @@ class ExpertTurn:
     observations  their results, one per call
     content       visible text before the calls; usually empty where there are calls
     user          what the user said after the turn; None: nothing
+    segments      ends of the reasoning's segments, in characters; None: by the rules of `chat/segments.py`
     """
 
     reasoning: str
@@ -84,6 +85,7 @@ class ExpertTurn:
     observations: tuple[str, ...]
     content: str = ""
     user: str | None = None
+    segments: tuple[int, ...] | None = None
 
     def following(self) -> list[Message]:
         """The messages after the turn: one per observation, and the user's."""
@@ -147,7 +149,7 @@ class ExpertTrace:
                 break
             paired = _pair_observations(message["tool_calls"], calls, observations, first) if calls else []
             texts = tuple(text_of(observation.get("content")) for observation in paired)
-            turns.append(ExpertTurn(reasoning, calls, texts, content, user))
+            turns.append(ExpertTurn(reasoning, calls, texts, content, user, _segments(message, reasoning, first - 1)))
         return cls(tuple(turns), answer, answer_reasoning)
 
     def to_messages(self) -> list[Message]:
@@ -157,6 +159,8 @@ class ExpertTrace:
             message: Message = {"role": "assistant", "content": turn.content}
             if turn.reasoning:
                 message["reasoning_content"] = turn.reasoning
+                if turn.segments is not None:
+                    message["reasoning_segments"] = list(turn.segments)
             if turn.calls:
                 message["tool_calls"] = [{"type": "function", "function": call.to_json()} for call in turn.calls]
             messages.append(message)
@@ -167,6 +171,20 @@ class ExpertTrace:
                 last["reasoning_content"] = self.answer_reasoning
             messages.append(last)
         return messages
+
+
+def _segments(message: Message, reasoning: str, index: int) -> tuple[int, ...] | None:
+    """`reasoning_segments` of a message. ValueError unless they are ascending ends, the last one that of the reasoning."""
+    ends = message.get("reasoning_segments")
+    if ends is None or ends == []:
+        return None
+    fits = isinstance(ends, list) and all(type(end) is int for end in ends)
+    if not fits or ends[-1] != len(reasoning) or any(a >= b for a, b in zip([0, *ends], ends, strict=False)):
+        raise ValueError(
+            f"message {index}: 'reasoning_segments' must be ascending ends in characters, the last one "
+            f"{len(reasoning)}, the length of the reasoning; correct or remove them"
+        )
+    return tuple(ends)
 
 
 def _user_text(messages: Sequence[Message], index: int) -> str | None:
@@ -350,6 +368,9 @@ class StopReason(StrEnum):
 class Trajectory:
     """One rollout τ: token ids as sampled, never tokenised again. Arrays [n] have one entry per response token.
 
+    Where the chat template rewrites what it has written (docs/conversations.md), the rollout branches. Its tokens are then
+    those of all branches, one behind the other, and what a branch shares with the one before it is stored once.
+
     task_id       id of the task
     prompt_ids    int64, the prompt x
     ids           [n] int64
@@ -361,6 +382,8 @@ class Trajectory:
     turns         the assistant turns, parsed
     stop_reason   why the trajectory ended
     opening       what the other side said before the first turn, where a policy plays the user; else None
+    branches      [b, 2] int64 (start, keep) of every branch but the first: tokens `start` … of `ids` follow the first `keep`
+                  tokens after the prompt in the sequence of the branch before; −keep > 0 tokens of the prompt are left out
     env_rewards   returned by the environment
     turn_rewards, reward_parts, reward
                   set by rewards/score.py
@@ -385,6 +408,7 @@ class Trajectory:
     env_rewards: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    branches: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
 
     def __post_init__(self) -> None:
         self.stop_reason = StopReason(self.stop_reason)
@@ -392,6 +416,37 @@ class Trajectory:
     @property
     def calls(self) -> list[ToolCall]:
         return [call for turn in self.turns for call in turn.calls]
+
+    @property
+    def rewound(self) -> int:
+        """Most tokens at the end of the prompt that a branch leaves out."""
+        return max(0, -int(self.branches[:, 1].min(initial=0)))
+
+    @property
+    def departures(self) -> list[int]:
+        """For every branch but the first, the index of the first token (of `ids`) that it does not share with the branch
+        before it; −k: it leaves out the last k tokens of the prompt."""
+        paths = self._paths()
+        kept = (path[: keep + self.rewound] for path, (_, keep) in zip(paths, self.branches.tolist(), strict=False))
+        return [int(path[-1]) + 1 if len(path) else -self.rewound for path in kept]
+
+    def sequences(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the sampler saw and wrote, branch by branch: (int64 ids of the whole sequence, prompt included; int64 [m]
+        indices into `ids` of the tokens that the branch adds, the last m of the sequence)."""
+        head = self.prompt_ids[: len(self.prompt_ids) - self.rewound]
+        starts = [0, *self.branches[:, 0].tolist(), len(self.ids)]
+        return [
+            (np.concatenate([head, self.prompt_ids[path[path < 0]], self.ids[path[path >= 0]]]), np.arange(start, end))
+            for path, start, end in zip(self._paths(), starts, starts[1:], strict=False)
+        ]
+
+    def _paths(self) -> list[np.ndarray]:
+        """For every branch, the indices into `ids` along its sequence; negative ones are those of the prompt's end."""
+        starts = [*self.branches[:, 0].tolist(), len(self.ids)]
+        paths = [np.arange(-self.rewound, starts[0])]
+        for (start, keep), end in zip(self.branches.tolist(), starts[1:], strict=True):
+            paths.append(np.concatenate([paths[-1][: keep + self.rewound], np.arange(start, end)]))
+        return paths
 
     def to_messages(self) -> list[Message]:
         """The messages after the prompt: of assistant, tools and user. A malformed call has only a tool message, its error.

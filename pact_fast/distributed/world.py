@@ -119,6 +119,10 @@ class World:
                 dist.all_reduce(values)
         return values
 
+    def sum_counts(self, *counts: int) -> tuple[int, ...]:
+        """The sum of each count over all ranks."""
+        return tuple(map(int, self.all_reduce_sum(torch.tensor(counts)).tolist()))
+
     def any(self, flag: bool, what: str = "whether to continue") -> bool:
         """Whether `flag` is true on any rank."""
         return bool(self.all_reduce_sum(torch.tensor(float(flag)), what) > 0)

@@ -13,6 +13,12 @@ class Environment(Protocol):
 
     blocking  whether `call` may take long (a subprocess, the network). If so, the agent loop calls it in a thread while
               other trajectories generate; otherwise in line.
+
+    Optional attributes:
+
+    ordered      true where the calls of one turn depend on each other: they then run one after another, also in threads
+    needs_tools  false where tasks without tools are as they should be (`pact-fast doctor`)
+    finished()   asked after the calls of a turn of the policy: whether they have ended the episode
     """
 
     blocking: bool
@@ -51,3 +57,9 @@ class ConversationalEnvironment(Environment, Protocol):
 def has_user(env: object) -> TypeGuard[ConversationalEnvironment]:
     """Whether an environment, or a class of environments, has somebody to talk to."""
     return callable(getattr(env, "respond", None))
+
+
+def is_finished(env: object) -> bool:
+    """Whether the calls of a turn have ended the episode, in an environment that can tell."""
+    ask = getattr(env, "finished", None)
+    return bool(ask()) if callable(ask) else False

@@ -16,6 +16,7 @@ from typing import Any
 
 from pact_fast.errors import PactError
 from pact_fast.files import io_errors, write_text
+from pact_fast.text import first_difference
 
 FAILURES_PER_PAGE = 300  # as many as `pact-fast view` shows on one page
 CURE = "free some space or make the folder writable, and start the same command again"
@@ -123,22 +124,6 @@ class ResultStore:
             records = _read_lines(path)
             if any((r.get("step"), r.get("task_id"), r.get("sample")) not in wanted for r in records):
                 _rewrite(path, [r for r in records if (r.get("step"), r.get("task_id"), r.get("sample")) in wanted])
-
-
-def first_difference(known: Any, given: Any, path: str = "") -> str | None:
-    """`key: old value, now new value` of the first entry that differs between two JSON values; None if none does."""
-    if isinstance(known, dict) and isinstance(given, dict):
-        for key in [*known, *(key for key in given if key not in known)]:
-            place = f"{path}.{key}" if path else str(key)
-            if found := first_difference(known.get(key), given.get(key), place):
-                return found
-        return None
-    return None if known == given else f"{path} was {_shown(known)}, now {_shown(given)}"
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def _rewrite(path: Path, values: list[dict[str, Any]]) -> None:

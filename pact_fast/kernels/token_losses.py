@@ -1,16 +1,18 @@
-"""Losses of a token for `pact_loss(policy_loss=…)`, written as one writes them for autograd; examples for one's own.
+"""Losses of a token for `pact_loss(policy_loss=…, sft_loss=…)`, written as one writes them for autograd.
 
-Each function here takes columns [N] of the whole table and returns a function (logprob [n], entropy [n], index [n]) →
-loss [n], which `pact_loss` calls for every chunk. Columns are read at `index`; NaN stands for nothing here.
+`phi_weighted` and `shaped` are for `sft_loss`. Each of the others takes columns [N] of the whole table and returns a
+function (logprob [n], entropy [n], index [n]) → loss [n], which `pact_loss` calls for every chunk. Columns are read at
+`index`; NaN stands for nothing here.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 
-from pact_fast.kernels.head.objective import TokenLoss
+from pact_fast.kernels.head.objective import SftLoss, TokenLoss
 
 Tensor = torch.Tensor
 
@@ -103,3 +105,21 @@ def weighted_sum(*parts: tuple[float | Tensor, TokenLoss]) -> TokenLoss:
         return total
 
     return loss
+
+
+def phi_weighted(logprob: Tensor) -> Tensor:
+    """−sg(p·(1 − p))·log π, an `sft_loss`: least weight on tokens that the policy is sure of, or finds impossible.
+
+    Source: CHORD-φ, arXiv 2508.11408.
+    """
+    now = logprob.detach()
+    return now.exp() * torch.expm1(now) * logprob
+
+
+def shaped(gamma: float = 0.1) -> SftLoss:
+    """−p/(p + γ), an `sft_loss`: policy shaping of an off-policy ratio p/1, steepest for improbable tokens.
+
+    The advantage of the expert's tokens is a factor of their `sft_weight`. Source: LUFFY, arXiv 2504.14945.
+    """
+    offset = math.log(gamma)
+    return lambda logprob: -torch.sigmoid(logprob - offset)

@@ -46,7 +46,11 @@ def make_tokenizer(model: ModelConfig, tasks: TaskSource, saved: Path | None = N
         assert model.random_init is not None
         size = int(model.random_init.get("vocab_size", 512))
         return train_tokenizer(tasks.train(0, TRAINING_TASKS), size)
-    tokenizer = from_pretrained(AutoTokenizer, source, "tokenizer")
+    return with_template(from_pretrained(AutoTokenizer, source, "tokenizer"), model)
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, with `model.chat_template` in place of its own if that is set."""
     if model.chat_template:
         tokenizer.chat_template = _read_template(model.chat_template)
     return tokenizer

@@ -59,7 +59,13 @@ SPECS = (
         "Learning",
         "Reward parts",
         {"reward/*": ""},
-        exclude=("reward/mean", "reward/std", "reward/success", "reward/zero_advantage_groups"),
+        exclude=(
+            "reward/mean",
+            "reward/std",
+            "reward/success",
+            "reward/zero_advantage_groups",
+            "reward/zero_advantage_tokens",
+        ),
     ),
     Spec(
         "Learning",

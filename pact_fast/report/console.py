@@ -99,6 +99,8 @@ def _rewards(rollout: Rollout) -> Text:
     for name, value in rollout.reward_parts.items():
         text.append(f"{visible(name)} {value:.3g}\n", style="none")
     text.append(visible(rollout.stop_reason), style="dim")
+    if rollout.response.branches:
+        text.append(f"\n{max(rollout.response.branches) + 1} branches", style="dim")
     return text
 
 

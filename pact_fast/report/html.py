@@ -135,6 +135,7 @@ def _columns(tokens: Tokens, cap: int) -> dict[str, Any]:
         "logprob": [_round(v) for v in shortened(tokens.logprobs)],
         "advantage": [_round(v) for v in shortened(tokens.advantages)],
         "weight": [_round(v) for v in shortened(tokens.weights)],
+        **({"branch": shortened(tokens.branches)} if tokens.branches else {}),
         "cut": [head, dropped] if dropped else None,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ class Tokens:
     logprobs    log-probs of the sampler
     advantages  token advantages
     weights     policy-loss weights of a rollout, or SFT weights of an expert trace
+    branches    number of the branch that each token belongs to, from 0; empty: there is one alone
     """
 
     text: list[str]
@@ -37,6 +39,7 @@ class Tokens:
     logprobs: list[float | None]
     advantages: list[float | None]
     weights: list[float | None]
+    branches: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.text)
@@ -246,6 +249,7 @@ def _tokens(record: Record) -> Tokens:
         logprobs=_column(record.get("logprobs"), n),
         advantages=_column(record.get("advantages"), n),
         weights=_column(record.get("weights"), n),
+        branches=_branches(record.get("branches"), n),
     )
 
 
@@ -253,6 +257,13 @@ def _expert_tokens(record: Record) -> Tokens:
     tokens = _tokens(record)
     tokens.sampled[:] = [bool(weight) for weight in tokens.weights]
     return tokens
+
+
+def _branches(values: Any, n: int) -> list[int]:
+    """The branch of each of n tokens, from records of (start, …); empty if there is none, or a start is no number."""
+    rows = [one for one in values if isinstance(one, list) and one] if isinstance(values, list) else []
+    starts = sorted(start for start in (number(one[0]) for one in rows) if start is not None)
+    return [bisect.bisect_right(starts, index) for index in range(n)] if starts else []
 
 
 def _components(values: Any, n: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pact_fast.data.types import Task, Trajectory
 from pact_fast.rewards.feedback import Feedback, normalise, stated
 
 
@@ -86,3 +87,19 @@ def _score(
             open_questions.remove(hit)
             solved += 1
     return SolveScore(solved, len(feedback), questions)
+
+
+def ftrl_reward(task: Task, trajectory: Trajectory) -> float | None:
+    """FTRL's training reward (arXiv 2508.08791) of a whole trajectory: its solve-F1, less for what cannot be scored.
+
+    −0.3 if every call is malformed, −0.5 without any call and any answer. None where the environment gives no `solve_f1`
+    (`env_args.scoring: ftrl`). The authors reward single turns, with F1 = 2·solved/(calls + 1).
+    """
+    if "solve_f1" not in trajectory.env_rewards:
+        return None
+    attempts = [attempt for turn in trajectory.turns for attempt in turn.attempts]
+    if attempts and not trajectory.calls:
+        return -0.3
+    if not attempts and not trajectory.answer.strip():
+        return -0.5
+    return trajectory.env_rewards["solve_f1"]

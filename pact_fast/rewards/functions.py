@@ -12,12 +12,22 @@ from typing import Any
 from pact_fast.data.types import Message, Task, Trajectory
 from pact_fast.errors import PactError, ShutdownRequested
 from pact_fast.plugins import describe_error, load_object
+from pact_fast.rewards.shipped import SHIPPED, ShippedReward
 
 RewardFunction = Callable[..., Any]  # returns list[float | None], or a coroutine of one
 
 
 def load_reward_function(spec: str) -> RewardFunction:
-    """The function named by `file.py:name` or `module:name`. PactError if there is no such callable."""
+    """The shipped reward of that name, or the function named by `file.py:name` or `module:name`.
+
+    Raises:
+        PactError: There is no such callable.
+    """
+    if ":" not in spec:
+        if spec in SHIPPED:
+            return SHIPPED[spec]
+        names = ", ".join(sorted(SHIPPED))
+        raise PactError(f"reward function '{spec}': write file.py:name or module:name, or one of {names}")
     return load_object(spec, "reward function")
 
 
@@ -70,7 +80,9 @@ def call_reward_functions(
     logs = _Logs(trajectories)
     progress = {"trainer_state": trainer_state, "log_extra": logs.extra, "log_metric": logs.metric}
     for name, function in functions.items():
-        given = _copies(arguments) | {k: v for k, v in progress.items() if _takes(function, k)}
+        given: dict[str, Any] = {"tasks": tasks, "trajectories": trajectories}
+        if not isinstance(function, ShippedReward):
+            given = _copies(arguments) | {k: v for k, v in progress.items() if _takes(function, k)}
         for parts, value in zip(rewards, _values(name, function, given, len(trajectories)), strict=True):
             if value is not None:
                 parts[name] = value

@@ -9,9 +9,10 @@ turns, so a slow tool holds up its own trajectory only.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -19,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from pact_fast.chat.formats.json_calls import error_observation
+from pact_fast.chat.history import CURES
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.chat.template_check import check_user_turns
 from pact_fast.components import Component
 from pact_fast.config import RolloutConfig
 from pact_fast.data.types import Message, StopReason, Task, ToolCall, ToolSchema, Trajectory, TurnRecord, text_of
-from pact_fast.envs.base import Environment, has_user
+from pact_fast.envs.base import Environment, has_user, is_finished
 from pact_fast.envs.registry import is_built_in
 from pact_fast.errors import PactError
 from pact_fast.plugins import no_exit
@@ -66,7 +68,7 @@ class AgentLoop:
         self.engine, self.renderer, self.make_env, self.config = engine, renderer, make_env, config
         self._pool: ThreadPoolExecutor | None = None
         self._prompts: dict[bytes, np.ndarray] | None = None  # of the call of `run` under way
-        self._checked_user_turns = False
+        self._checked_user_turns = not isinstance(renderer, ChatRenderer)  # what stands in its place has no template
         if config.filters and not getattr(engine, "applies_filters", False):
             raise PactError(
                 f"{getattr(engine, 'name', 'the engine')} does not apply rollout.top_p, top_k and min_p ({config.filters}); "
@@ -187,15 +189,28 @@ class AgentLoop:
         none. Resolving a resolved task changes nothing.
         """
         env = self.make_env(task)
-        if (has_user(env) or self.config.user == "policy") and not self._checked_user_turns:
-            check_user_turns(self.renderer)
-            self._checked_user_turns = True
+        if (has_user(env) or self.config.user != "environment") and not self._checked_user_turns:
+            self._check_user_turns()
         with _no_exit(env):
             extra = env.reset(_for_environment(env, task))
         question = text_of(task.prompt[-1].get("content"))
         if extra and not question.endswith(extra):
             task = replace(task, prompt=[*task.prompt[:-1], {**task.prompt[-1], "content": f"{question}\n\n{extra}"}])
         return replace(task, tools=task.tools or env.tools), env
+
+    def _check_user_turns(self) -> None:
+        check_user_turns(self.renderer)
+        if self._drops_reasoning() and not getattr(self.engine, "rewinds", False):
+            raise PactError(
+                "the chat template drops the reasoning of earlier turns once the user speaks again, and "
+                f"{getattr(self.engine, 'name', 'the engine')} cannot go back in a context; use rollout.engine=transformers "
+                f"or vllm (an engine of your own: honour Request.keep and set rewinds), or {CURES}"
+            )
+        self._checked_user_turns = True
+
+    def _drops_reasoning(self) -> bool:
+        """Whether the template drops the reasoning of earlier turns once the user speaks again."""
+        return isinstance(self.renderer, ChatRenderer) and self.renderer.history.drops_reasoning
 
     def trained_view(self, task: Task) -> tuple[Task, np.ndarray]:
         """(task, prompt [n] int64) of a resolved task, as the side that is trained sees it (rollout.train_as)."""
@@ -215,7 +230,7 @@ class AgentLoop:
         task, env = self.resolve_task(jobs[index].task)
         job = replace(jobs[index], task=task)
         agent, user = Side(index, self.prompt_ids(task), task.tools), None
-        if self.config.user == "policy":
+        if self.config.user != "environment":
             view = self._user_view(task, env)
             ids = self._user_prompt_ids(view)
             user = Side(index + len(jobs), ids, view.tools, unsent=ids)
@@ -224,10 +239,15 @@ class AgentLoop:
         self._submit(episode, agent.prompt_ids, limit, job.rng_key)
         return episode
 
-    def _submit(self, episode: Episode, ids: np.ndarray, limit: int, rng_key: tuple[int, ...] = ()) -> None:
+    def _submit(
+        self, episode: Episode, ids: np.ndarray, limit: int, rng_key: tuple[int, ...] = (), keep: int | None = None
+    ) -> None:
         """Ask the engine for a turn of the speaker."""
-        job = episode.job
-        self.engine.submit(Request(episode.speaker.session, ids, limit, rng_key, job.temperature, job.filters))
+        job, is_user = episode.job, episode.speaker is episode.user
+        # a user with a model of its own is a part of the environment: it says the likeliest words
+        temperature = 0.0 if is_user and self.config.user == "model" else job.temperature
+        session = episode.speaker.session
+        self.engine.submit(Request(session, ids, limit, rng_key, temperature, job.filters, is_user, keep))
 
     def _close(self, episode: Episode) -> None:
         for side in episode.sides:
@@ -242,12 +262,22 @@ class AgentLoop:
         with _no_exit(episode.env):
             given = _for_environment(episode.env, (task, trajectory))
             rewards = dict(episode.env.reward(*given))
-        if episode.user is not None and self.config.train_as == "user":
-            trajectory = episode.user.finish(task.id, stop)
+        if episode.user is not None:
+            of_user = episode.user.finish(task.id, stop)
+            rewards |= self._judge_user(episode, of_user)
+            trajectory = of_user if self.config.train_as == "user" else trajectory
         trajectory.env_rewards = rewards
         if on_finish:
             on_finish(index, trajectory)
         return trajectory
+
+    def _judge_user(self, episode: Episode, trajectory: Trajectory) -> dict[str, float]:
+        """What the environment finds wrong with the side of the user, if it looks at it."""
+        judge = getattr(episode.env, "judge_user", None)
+        if not callable(judge):
+            return {}
+        with _no_exit(episode.env):
+            return dict(judge(*_for_environment(episode.env, (episode.job.task, trajectory))))
 
     def _take_turn(self, episode: Episode, completion: Completion) -> tuple[StopReason | None, list[Pending]]:
         """Record a sampled turn and start what follows it: tool calls, the user's reply, or the other side's turn.
@@ -264,19 +294,30 @@ class AgentLoop:
             cut = side.length >= self.config.max_completion_length
             return _out_of_tokens(episode, StopReason.MAX_COMPLETION_LENGTH if cut else StopReason.MAX_TURN_TOKENS), []
         if parsed.attempts:
-            return None, [self._call(episode, attempt) for attempt in parsed.attempts]
+            return None, self._calls(episode, parsed.attempts)
         if episode.user is not None:
             return self._hand_over(episode, record.content), []
         if has_user(episode.env):
             return None, [self._run(episode.env, episode.env.respond, record.content)]
         return StopReason.ANSWER, []
 
-    def _call(self, episode: Episode, attempt: ToolCall | str) -> Pending:
-        if isinstance(attempt, str):
-            return error_observation(attempt)
+    def _calls(self, episode: Episode, attempts: Sequence[ToolCall | str]) -> list[Pending]:
+        """Start the calls of a turn. In threads, those of an `ordered` environment wait for the one before."""
         env = episode.env
         call = user_call(env) if episode.speaker is episode.user else env.call
-        return self._run(env, call, attempt.name, _for_environment(env, attempt.arguments))
+        started: list[Pending] = []
+        before: Future | None = None
+        for attempt in attempts:
+            if isinstance(attempt, str):
+                started.append(error_observation(attempt))
+                continue
+            arguments = _for_environment(env, attempt.arguments)
+            # a call that is waited for was submitted earlier, so that it has a thread already
+            method = functools.partial(_after, before, call) if before else call
+            started.append(self._run(env, method, attempt.name, arguments))
+            if getattr(env, "ordered", False) and isinstance(started[-1], Future):
+                before = started[-1]
+        return started
 
     def _run(self, env: Environment, method: Callable[..., str | None], *arguments: Any) -> Pending:
         """Call a method of an environment, in a thread if it is blocking."""
@@ -300,6 +341,11 @@ class AgentLoop:
         """Go on with the observations of the last turn's calls."""
         side = episode.speaker
         record = side.turns[-1]
+        with _no_exit(episode.env):
+            finished = side is episode.agent and is_finished(episode.env)
+        if finished:
+            record.observations = results
+            return StopReason.ENVIRONMENT
         if len(side.turns) >= self.config.max_turns:
             record.observations = results
             return StopReason.MAX_TURNS if side is episode.agent else StopReason.MAX_USER_TURNS
@@ -361,13 +407,22 @@ class AgentLoop:
         if side.ids and int(side.ids[-1][-1]) not in self.renderer.eot_ids:
             # rollout.stop_at_tool_call: the engine stopped after the call, so the end-of-turn token is missing
             ids, components = np.append(end_of_turn, ids), np.append(np.uint8(Component.TEMPLATE), components)
-        remaining = self.config.max_completion_length - side.length - len(ids)
+        keep: int | None = None
+        tokens = side.tokens(ids, components)
+        if messages[0]["role"] == "user" and self._drops_reasoning():
+            keep, tokens = self.renderer.history.go_on(side.pieces, tokens)
+        length = (side.length if keep is None else keep - len(side.prompt_ids)) + len(tokens)
+        remaining = self.config.max_completion_length - length
         if remaining < 1:
             return _out_of_tokens(episode, StopReason.MAX_COMPLETION_LENGTH)
-        side.append(ids, components, None, -1)
+        if keep is None:
+            side.append(tokens.ids, components, None, -1)
+        else:
+            side.branch(keep, tokens)
         first, side.unsent = side.unsent, side.unsent[:0]
-        ids = np.concatenate([first, ids]) if len(first) else ids
-        self._submit(episode, ids, min(self.config.max_turn_tokens, remaining), (*job.rng_key, 1) if len(first) else ())
+        ids = np.concatenate([first, tokens.ids]) if len(first) else tokens.ids
+        limit = min(self.config.max_turn_tokens, remaining)
+        self._submit(episode, ids, limit, (*job.rng_key, 1) if len(first) else (), None if len(first) else keep)
         return None
 
     def _truncate(self, text: str) -> str:
@@ -376,6 +431,11 @@ class AgentLoop:
         if len(text.encode("utf-8", "replace")) <= limit:  # a token covers at least one byte
             return text
         return self.renderer.truncate(text, limit)
+
+
+def _after(before: Future, call: Callable[..., str], *arguments: Any) -> str:
+    wait([before])
+    return call(*arguments)
 
 
 def _no_exit(env: Environment) -> AbstractContextManager[None]:

@@ -25,6 +25,8 @@ class Request:
                     and this key alone, not on what else runs in the batch
     temperature     0 is greedy
     filters         which tokens may be sampled; no effect where greedy
+    user            the session is of the side that plays the user, which may have a model of its own
+    keep            tokens of the session's context that stay before `ids`: the rest of it is forgotten; None: all stay
     """
 
     session: int
@@ -33,6 +35,8 @@ class Request:
     rng_key: tuple[int, ...] = ()
     temperature: float = 1.0
     filters: SamplingFilters = UNFILTERED
+    user: bool = False
+    keep: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Engine(Protocol):
     synchronous     True: each call of `step` is one decoding step of all sessions, however long it takes, so that
                     counting calls is a reproducible clock
     applies_filters True: it honours `Request.filters`; otherwise top-p, top-k and min-p are refused
+    rewinds         True: it honours `Request.keep`; otherwise dialogues whose template rewrites the past are refused
     sync_report     of the last weight update; None if the engine does not measure it
     """
 
@@ -83,6 +88,7 @@ class Engine(Protocol):
     version: int = -1
     synchronous: bool = False
     applies_filters: bool = False
+    rewinds: bool = False
     sync_report: SyncReport | None = None
 
     def submit(self, request: Request) -> None:

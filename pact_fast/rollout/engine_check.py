@@ -131,7 +131,9 @@ class EngineSmokeTest:
 
     def logprobs(self) -> str:
         """The engine's log-probs of the sampled tokens are the model's, over the tokens that the filters keep."""
-        diffs = np.concatenate([self._logprob_diffs(t) for t in self.trajectories])
+        diffs = np.concatenate(
+            [self._logprob_diffs(t, ids, own) for t in self.trajectories for ids, own in t.sequences()]
+        )
         mean, largest = float(diffs.mean()), float(diffs.max())
         exact = self.config.model.dtype == "float32"
         if (exact and largest > MAX_LOGPROB_DIFF) or mean > MEAN_LOGPROB_DIFF:
@@ -145,10 +147,10 @@ class EngineSmokeTest:
 
     def prefix_cache(self) -> str:
         """The longest trajectory's context, requested twice, is found in the prefix cache."""
-        longest = max(self.trajectories, key=lambda t: len(t.prompt_ids) + len(t.ids))
+        longest = max((ids for t in self.trajectories for ids, _ in t.sequences()), key=len)
         rollout = self.config.rollout
         window = rollout.max_prompt_length + rollout.max_completion_length - 1
-        context = np.concatenate([longest.prompt_ids, longest.ids])[:window]
+        context = longest[:window]
         found = [self._cached_tokens(session, context) for session in (0, 1)][-1]
         if found is None:
             return "the engine does not report it (start a server with --enable-prompt-tokens-details)"
@@ -175,18 +177,19 @@ class EngineSmokeTest:
         )
 
     @torch.no_grad()
-    def _logprob_diffs(self, trajectory: Trajectory) -> np.ndarray:
-        """float32 [n]: |engine's log-prob − the model's| of the sampled tokens.
+    def _logprob_diffs(self, trajectory: Trajectory, sequence: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """float32 [n]: |engine's log-prob − the model's| of the sampled tokens of one sequence (see Trajectory.sequences).
 
         With filters, the model's is normalised over what they keep. Tokens so close to a limit that the engine may have
         put them on its other side give it a range, and the difference is the distance from that range.
         """
-        head, start = head_layer(self.model), len(trajectory.prompt_ids)
+        head = head_layer(self.model)
         transform = logit_transform(self.model)
-        ids = torch.from_numpy(np.concatenate([trajectory.prompt_ids, trajectory.ids])).to(head.weight.device)
+        ids = torch.from_numpy(sequence).to(head.weight.device)
         with self._autocast:
             hidden = self.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-        positions = torch.from_numpy(np.flatnonzero(trajectory.sampled)).to(ids.device) + start
+        sampled = own[trajectory.sampled[own]]
+        positions = torch.from_numpy(sampled + len(sequence) - (own[-1] + 1)).to(ids.device)
         expected = linear_logprob(
             transform.hidden(hidden[positions - 1]),
             head.weight.to(hidden.dtype),
@@ -196,7 +199,7 @@ class EngineSmokeTest:
             softcap=transform.softcap,
             logit_scale=transform.logit_scale,
         ).logprob
-        diff = expected.cpu().double() - torch.from_numpy(trajectory.logprobs[trajectory.sampled]).double()
+        diff = expected.cpu().double() - torch.from_numpy(trajectory.logprobs[sampled]).double()
         if not self.config.rollout.filters:
             return diff.abs().float().numpy()
         low, high = self._log_kept_mass_bounds(transform, hidden[positions - 1], ids[positions])

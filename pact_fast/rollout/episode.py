@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pact_fast.chat.history import Tokens, joined, untouched
 from pact_fast.config.filters import UNFILTERED, SamplingFilters
 from pact_fast.data.types import StopReason, Task, ToolSchema, Trajectory, TurnRecord
 from pact_fast.envs.base import Environment
@@ -39,7 +40,10 @@ class Side:
     tools       on offer now
     unsent      tokens that the engine has not been given yet; its next request begins with them
     opening     what the other side said before the first turn; None: the prompt holds it
-    length      tokens after the prompt
+    length      tokens after the prompt, in the sequence that the engine has now
+    pieces      that sequence, where the user may change it: what there was when the user spoke last, then turns and the
+                text between them
+    branches    (start, keep) of every branch but the first, as in Trajectory
     """
 
     session: int
@@ -54,16 +58,38 @@ class Side:
     versions: list[np.ndarray] = field(default_factory=list)
     turns: list[TurnRecord] = field(default_factory=list)
     length: int = 0
+    pieces: list[Tokens] = field(default_factory=list)
+    branches: list[tuple[int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pieces.append(untouched(self.prompt_ids))
 
     def append(self, ids: np.ndarray, components: np.ndarray, logprobs: np.ndarray | None, version: int) -> None:
         """Tokens of the current turn; text that was not sampled has no logprobs and version -1."""
-        n = len(ids)
-        self.ids.append(ids)
-        self.components.append(components)
-        self.turn_ids.append(np.full(n, len(self.turns) - 1, np.int16))
+        tokens = self.tokens(ids, components)
+        self._store(tokens, logprobs, version)
+        self.pieces.append(tokens)
+        self.length += len(ids)
+
+    def branch(self, keep: int, tokens: Tokens) -> None:
+        """Go on with the first `keep` tokens of the sequence, the prompt included, and with these behind them."""
+        if keep < len(self.prompt_ids) + self.length:
+            self.branches.append((sum(map(len, self.ids)), keep - len(self.prompt_ids)))
+        self._store(tokens, None, -1)
+        self.pieces = [joined([joined(self.pieces)[:keep], tokens])]
+        self.length = keep + len(tokens) - len(self.prompt_ids)
+
+    def tokens(self, ids: np.ndarray, components: np.ndarray) -> Tokens:
+        """Tokens of the current turn."""
+        return Tokens(ids, components, np.full(len(ids), len(self.turns) - 1, np.int16))
+
+    def _store(self, tokens: Tokens, logprobs: np.ndarray | None, version: int) -> None:
+        n = len(tokens)
+        self.ids.append(tokens.ids)
+        self.components.append(tokens.components)
+        self.turn_ids.append(tokens.turn_ids)
         self.logprobs.append(np.full(n, np.nan, np.float32) if logprobs is None else logprobs)
         self.versions.append(np.full(n, version, np.int32))
-        self.length += n
 
     def hear(self, text: str) -> None:
         """Record what the other side said after the last turn."""
@@ -87,6 +113,7 @@ class Side:
             turns=self.turns,
             stop_reason=stop_reason,
             opening=self.opening,
+            branches=np.array(self.branches, np.int64).reshape(-1, 2),
         )
 
 

@@ -12,7 +12,7 @@ from pact_fast.rollout.engine import Completion, Engine, Request
 class NullEngine(Engine):
     """See Engine. It only takes part in collectives: under ZeRO-3 all ranks gather weights that any rank sends."""
 
-    applies_filters = True  # it samples nothing
+    applies_filters = rewinds = True  # it samples nothing
 
     def submit(self, request: Request) -> None:
         raise RuntimeError("this rank has no engine (EngineBuilder.engine_ranks)")

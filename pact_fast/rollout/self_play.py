@@ -5,6 +5,8 @@ The environment says who the user is, by optional methods:
     user_prompt() -> str                            its system prompt; valid after `reset`
     user_tools -> list of schemas                   tools of its own, if it has any
     call_as_user(name, arguments) -> str            runs one of them, in the way of `call`
+    judge_user(task, trajectory) -> {name: value}   what is wrong with the user's side, for the metrics
+    user_messages(task) -> list of messages         the user's side of the task's expert dialogue, after the question
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pact_fast.chat.rendering import ChatRenderer
-from pact_fast.data.types import Message, Task, ToolSchema, split_reasoning, text_of
+from pact_fast.data.types import ExpertTrace, Message, Task, ToolSchema, split_reasoning, text_of
 from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
 from pact_fast.users.model import GREETING
@@ -65,6 +67,21 @@ def user_view(task: Task, env: Environment) -> Task:
     )
 
 
+def user_example(task: Task, env: Environment) -> Task:
+    """The task from the user's side with its expert trace, as SFT of a user model takes it.
+
+    What the agent says first is part of the prompt. PactError if the environment does not know the user's side.
+    """
+    view = user_view(task, env)
+    messages: list[Message] = env.user_messages(task) if callable(getattr(env, "user_messages", None)) else []  # type: ignore[attr-defined]
+    if len(messages) < 2:
+        raise PactError(
+            f"task {task.id}: there is no dialogue to train the user on; it needs an expert trace, and its environment "
+            f"({type(env).__name__}) a method user_messages (docs/conversations.md)"
+        )
+    return replace(view, prompt=[*view.prompt, messages[0]], expert=ExpertTrace.from_messages(messages[1:]))
+
+
 def user_prompt_ids(
     renderer: ChatRenderer, view: Task, render: Callable[[list[Message], list[ToolSchema]], np.ndarray]
 ) -> np.ndarray:
@@ -76,4 +93,7 @@ def user_prompt_ids(
         render: `renderer.prompt_ids`, or a cache of it, for what comes before.
     """
     before = render(view.prompt[:-1], view.tools)
-    return np.concatenate([before, renderer.assistant_turn("", text_of(view.prompt[-1]["content"]), [])[0]])
+    ids, components = renderer.assistant_turn("", text_of(view.prompt[-1]["content"]), [])
+    if not isinstance(renderer, ChatRenderer):  # what stands in its place has no template
+        return np.concatenate([before, ids])
+    return renderer.history.asked(before, ids, components)

@@ -69,7 +69,9 @@ def check_rows(
     class_of = functools.cache(environment.get)
     from_files = isinstance(tasks, FileTasks)
     errors: dict[int, DataError] = {}
-    check_dialogue = functools.cache(lambda: check_user_turns(renderer))  # an error of the template, not of a row
+    check_dialogue = functools.cache(
+        functools.partial(check_user_turns, renderer)
+    )  # an error of the template, not of a row
     rows = 0
     chosen: Iterable[Task] = tasks if isinstance(tasks, FileTasks) else tasks.train(0, config.trainer.prompts_per_step)
     for position, task in enumerate(chosen):
@@ -78,8 +80,10 @@ def check_rows(
             env = class_of(task.env or default)
             check_environment(task, env)
             check.check(task)
-            if has_user(env) or config.rollout.user == "policy" or (limits.trace and has_user_turns(task)):
+            if has_user(env) or config.rollout.user == "policy":
                 check_dialogue()
+            if limits.trace and has_user_turns(task):
+                check_dialogue(traces=True)
         except DataError as error:
             if config.data.on_bad_row == "error" or not from_files:
                 raise
@@ -126,7 +130,7 @@ def row_limits(config: Config, algorithm: Algorithm) -> RowLimits:
         window=window,
         completion=rollout.max_completion_length if algorithm.needs_rollouts else 0,
         trace=rendering if traced else None,
-        required=not algorithm.samples(0),
+        required=algorithm.needs_traces or not algorithm.samples(0),
     )
 
 

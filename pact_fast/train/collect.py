@@ -221,9 +221,12 @@ class RolloutCollector:
         messages = [trajectory.to_messages() for trajectory in trajectories]
         state = TrainerState(global_step=step, max_steps=self._config.trainer.max_steps)
         functions = call_reward_functions(self._reward_functions, tasks, trajectories, messages, state)
-        outcome_only = not self._algorithm.turn_advantages
+        outcome_only, limit = not self._algorithm.turn_advantages, self._config.rollout.max_completion_length
         for task, trajectory, rewards in zip(tasks, trajectories, functions, strict=True):
-            score(self._config.algorithm.reward, task, trajectory, rewards, outcome_only=outcome_only)
+            score(
+                self._config.algorithm.reward, task, trajectory, rewards, outcome_only=outcome_only,
+                max_completion_length=limit,
+            )  # fmt: skip
 
     def _exchange(self, sampled: LocalRollouts) -> list[SampledGroup]:
         """The groups with the outcomes of all ranks' rollouts, and this rank's own rollouts in their places."""

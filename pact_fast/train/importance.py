@@ -14,10 +14,21 @@ MAX_LOG_RATIO = 50.0  # keeps exp finite
 
 
 def set_importance_weights(scored: Iterable[ScoredTokens], context: LossContext, rule: ImportanceWeight) -> None:
-    """Fill in `importance` of the rollouts scored in `context`. Requires their `old_logprob`."""
+    """Fill in `importance` of the rollouts scored in `context`. Requires their `old_logprob`.
+
+    A rollout with branches has several ScoredTokens, and one weight if the rule is one per rollout.
+    """
+    rollouts: dict[tuple[int, int | None], list[ScoredTokens]] = {}
     for s in scored:
         if s.context == context and len(s.index):
-            s.importance = importance_weight(s.old_logprob, s.sampler_logprob, rule)
+            rollouts.setdefault((s.prompt, s.rollout), []).append(s)
+    for parts in rollouts.values():
+        old, sampler = (
+            np.concatenate([getattr(s, name) for s in parts]) for name in ("old_logprob", "sampler_logprob")
+        )
+        weights = np.split(importance_weight(old, sampler, rule), np.cumsum([len(s.index) for s in parts])[:-1])
+        for s, weight in zip(parts, weights, strict=True):
+            s.importance = weight
 
 
 def importance_weight(old: np.ndarray, sampler: np.ndarray, rule: ImportanceWeight) -> np.ndarray:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 
@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pact_fast.algorithms.base import Algorithm, PromptBatch
-from pact_fast.batch.loss_table import ScoredTokens, build_loss_table
+from pact_fast.algorithms.base import Algorithm, PromptBatch, Requirements
+from pact_fast.batch.loss_table import ScoredTokens, build_loss_table, teacher_pairs
 from pact_fast.batch.packing import PackedBatch
 from pact_fast.components import LossContext
 from pact_fast.config import TrainerConfig
 from pact_fast.config.filters import UNFILTERED, SamplingFilters
 from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
+from pact_fast.kernels.head.divergence import TokenPairs
 from pact_fast.kernels.head.objective import make_policy_loss
 from pact_fast.kernels.head.stats import SUMS
 from pact_fast.kernels.head.tokens import COMPONENTS, LossTokens
@@ -120,6 +121,11 @@ class Learner:
         self.requirements = algorithm.requirements(sampler_differs)
         self.loss_settings = {**algorithm.loss_settings(), "is_cap": self.requirements.is_cap}
         check_policy_loss(self.loss_settings.get("policy_loss", "ppo"))
+        if self.requirements.divergence and self.world.sequence_parallel > 1:
+            raise PactError(
+                "trainer.sequence_parallel_size: this algorithm compares the distributions of a token in two contexts, whose "
+                "rows would be on different ranks; set it to 1"
+            )
         self.max_tokens = trainer.pack_tokens  # halved after a pack that ran out of memory
         self.policy = Policy(model, self.world, autocast, filters)
         self.backend = make_backend(self.policy, trainer, dtype, self.world)
@@ -301,13 +307,14 @@ class Learner:
 
     def _backward(self, batch: PackedBatch, scored: list[ScoredTokens], result: UpdateResult, last: bool) -> None:
         """Forward, loss and backward of one pack. `last`: an optimizer step follows."""
-        tokens, _ = loss_tokens(batch, scored, reference=self.reference is not None)
+        tokens, here = loss_tokens(batch, scored, reference=self.reference is not None)
+        pairs = {} if self.requirements.divergence is None else token_pairs(here, self.requirements, self.model.device)
         batch, tokens, is_local = self._local_rows(batch, tokens)
         if not len(tokens):
             return
         on_device = tokens.to(self.model.device)
         loss, logprob, stats, *kept = self.backend.forward(
-            batch, on_device, self._temperature(on_device), self.loss_settings
+            batch, on_device, self._temperature(on_device), {**self.loss_settings, **pairs}
         )
         if kept:
             assert tokens.sampler_logprob is not None
@@ -380,6 +387,18 @@ def loss_tokens(
     table, here = build_loss_table(batch, scored, reference=reference)
     columns = {name: None if column is None else torch.as_tensor(column) for name, column in table._asdict().items()}
     return LossTokens(**columns), here  # type: ignore[arg-type]
+
+
+def token_pairs(
+    here: Sequence[ScoredTokens], requirements: Requirements, device: torch.device | str
+) -> dict[str, TokenPairs]:
+    """Argument `pairs` of pact_loss for the ScoredTokens of a pack, in the order of its table; none without teachers."""
+    index, weight = teacher_pairs(here)
+    if not len(index):
+        return {}
+    assert requirements.divergence is not None
+    columns = torch.as_tensor(index, device=device), torch.as_tensor(weight, device=device)
+    return {"pairs": TokenPairs(*columns, divergence=requirements.divergence)}
 
 
 def _logprob_diff(tokens: LossTokens, logprob: torch.Tensor) -> np.ndarray:

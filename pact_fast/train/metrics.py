@@ -56,6 +56,8 @@ class MetricsWriter:
 def rollout_metrics(groups: list[Group], world: World | None = None) -> dict[str, float]:
     """Rewards, lengths, turns, tool calls and stop reasons of a step's rollouts. All ranks must call it.
 
+    Lengths are those of all branches, what they share counted once.
+
     Args:
         groups: This rank's prompts; those of all ranks, by rank, are the step's.
         world: All ranks; default: one process.
@@ -67,10 +69,12 @@ def rollout_metrics(groups: list[Group], world: World | None = None) -> dict[str
     columns, parts, stops = _gather((_columns(groups, trajectories), _parts(trajectories), _stops(trajectories)), world)
     if not columns or not len(columns["reward"]):
         return {}
+    learnt_tokens = np.dot(columns["group_sampled"], columns["learnt"])
     values = {
         "reward/mean": float(columns["reward"].mean()),
         "reward/std": float(columns["reward"].std()),
-        "reward/zero_advantage_groups": float(columns["zero_advantage"].mean()),
+        "reward/zero_advantage_groups": 1.0 - float(columns["learnt"].mean()),
+        "reward/zero_advantage_tokens": 1.0 - float(learnt_tokens) / max(int(columns["sampled"].sum()), 1),
         "lengths/completion_mean": float(columns["length"].mean()),
         "lengths/completion_max": float(columns["length"].max()),
         "lengths/sampled_mean": float(columns["sampled"].mean()),
@@ -80,6 +84,8 @@ def rollout_metrics(groups: list[Group], world: World | None = None) -> dict[str
     }
     # over the rollouts that the part applies to: a function that returns None leaves no entry
     values |= {f"reward/{part}": float(found.mean()) for part, found in sorted(parts.items())}
+    if columns["branches"].max() > 1:
+        values["branches/mean"] = float(columns["branches"].mean())
     if "reward/success" in values:
         values["success"] = values["reward/success"]
     for reason, found in sorted(stops.items()):
@@ -90,13 +96,15 @@ def rollout_metrics(groups: list[Group], world: World | None = None) -> dict[str
 
 
 def _columns(groups: list[Group], trajectories: list[Trajectory]) -> dict[str, np.ndarray]:
-    """One value per rollout; per group: zero_advantage; per attempt at a call: malformed."""
+    """One value per rollout; per group: learnt and group_sampled; per attempt at a call: malformed."""
     malformed = [isinstance(a, str) for t in trajectories for turn in t.turns for a in turn.attempts]
     return {
         "reward": np.array([t.reward for t in trajectories], np.float64),
-        "zero_advantage": np.array([not any(np.any(a) for a in g.advantages) for g in groups], bool),
+        "learnt": np.array([any(np.any(a) for a in group.advantages) for group in groups], bool),
+        "group_sampled": np.array([sum(int(t.sampled.sum()) for t in g.trajectories) for g in groups], np.int64),
         "length": np.array([len(t.ids) for t in trajectories], np.int64),
         "sampled": np.array([t.sampled.sum() for t in trajectories], np.int64),
+        "branches": np.array([1 + len(t.branches) for t in trajectories], np.int64),
         "turns": np.array([len(t.turns) for t in trajectories], np.int64),
         "calls": np.array([len(t.calls) for t in trajectories], np.int64),
         "malformed": np.array(malformed, bool),

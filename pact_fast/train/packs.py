@@ -1,5 +1,5 @@
 """Packs of an optimizer step: every rank cuts the trees of its own prompts, all share a table of what the parts cost,
-and each part goes to the rank that trains it.
+and each part goes to the rank that trains it. Parts that must share a pack are one unit: a row of the table.
 
 Nobody but the rank that plans a prompt and those that train its parts ever holds its tokens, and a rank lays out its own
 packs only. Which part goes where follows from the table, which is the same on all ranks.
@@ -16,10 +16,10 @@ from pact_fast.algorithms.base import PromptBatch
 from pact_fast.batch.flops import work_of_paths
 from pact_fast.batch.loss_table import ScoredTokens
 from pact_fast.batch.packing import PackedBatch, lay_out
-from pact_fast.batch.parts import Assignment, TreePart, assign, claim_nodes, cost_table, merge_trees, split_trees
+from pact_fast.batch.parts import Assignment, Unit, assign, claim_nodes, cost_table, merge_trees, split_trees
 from pact_fast.batch.tree import TokenTree
 from pact_fast.distributed.world import World
-from pact_fast.train.part_messages import ScoredPart, from_message, split_tokens, to_message
+from pact_fast.train.part_messages import ScoredUnit, from_message, split_tokens, to_message
 
 Flops = Callable[[int, int], float]  # (tokens, query-key pairs) → FLOPs
 
@@ -50,19 +50,19 @@ class PackCost:
 class Pack:
     """A pack of this replica, and the supervised tokens of what it owns.
 
-    numbers  numbers of its parts in the table of all parts
-    parts    its parts
+    numbers  numbers of its units in the table of all units
+    units    its units
     batch    their tokens in one row
     """
 
     numbers: list[int]
-    parts: list[ScoredPart]
+    units: list[ScoredUnit]
     batch: PackedBatch
 
     @property
     def scored(self) -> list[ScoredTokens]:
         """Supervised tokens in the order of the pack's loss table."""
-        return [s for part in self.parts for s in part.scored]
+        return [s for unit in self.units for s in unit.scored]
 
 
 @dataclass
@@ -72,14 +72,15 @@ class StepPacks:
     packs    those of this replica, one per micro-step
     cost     of all ranks
     longest  tokens of the longest sequence of all ranks
-    planned  parts of this rank's own prompts by number, whoever trains them
+    planned  units of this rank's own prompts by number, whoever trains them
+    home     rank that planned a unit, by its number
     """
 
     packs: list[Pack]
     cost: PackCost
     longest: int
-    planned: dict[int, ScoredPart]
-    home: list[int]  # rank that planned a part, by its number
+    planned: dict[int, ScoredUnit]
+    home: list[int]
 
 
 def make_packs(
@@ -89,24 +90,24 @@ def make_packs(
 
     Args:
         batches: This rank's prompts; those of all ranks, by rank, are the step's.
-        flops: Cost of a part.
+        flops: Cost of a unit.
         max_tokens: Token budget of a pack.
         world: All ranks.
         share: Compute shared prefixes once.
         merge: Also compute equal beginnings of a prompt's rollouts once.
     """
     trees = [tree for batch in batches for tree in batch.trees]
-    parts, tables = _split(merge_trees(trees, share and merge), max_tokens, world, share)
+    units, tables = _split(merge_trees(trees, share and merge), max_tokens, world, share)
     home = [rank for rank, table in enumerate(tables) for _ in table]
     table = np.concatenate(tables)
     assignment = assign(table, max_tokens, world.replicas, flops)
-    planned = _with_tokens(parts, home.index(world.rank) if parts else 0, assignment, batches)
+    planned = _with_tokens(units, home.index(world.rank) if units else 0, assignment, batches)
     own = [assignment.bins[row[world.replica]] for row in assignment.table]
     received = _exchange(planned, assignment, home, own, world)
     packs = []
     for numbers in own:
         members = [received[number] for number in numbers]
-        packs.append(Pack(numbers, members, lay_out([member.part for member in members])))
+        packs.append(Pack(numbers, members, lay_out([part for unit in members for part in unit.parts])))
     unshared = work_of_paths(trees)
     tokens, pairs = np.sum(world.all_gather(np.array(unshared, np.int64), "the size of packs"), 0).tolist()
     cost = _cost(table, assignment, flops, max_tokens, world.replicas)
@@ -124,74 +125,73 @@ def send_home(packs: StepPacks, values: list[np.ndarray], world: World) -> dict[
         world: All ranks.
 
     Returns:
-        Number of a part that this rank planned → [c, n] for its tokens.
+        Number of a unit that this rank planned → [c, n] for its tokens.
     """
     outgoing: list[dict[str, np.ndarray]] = [{} for _ in range(world.size)]
     for pack, array in zip(packs.packs, values, strict=True):
-        of_parts = split_tokens(array, [part.supervised for part in pack.parts])
-        for number, part in zip(pack.numbers, of_parts, strict=True):
-            outgoing[packs.home[number]][str(number)] = part
+        of_units = split_tokens(array, [unit.supervised for unit in pack.units])
+        for number, known in zip(pack.numbers, of_units, strict=True):
+            outgoing[packs.home[number]][str(number)] = known
     found: dict[int, np.ndarray] = {}
     for incoming in world.all_to_all([message or None for message in outgoing], "log-probs"):
-        for key, part in (incoming or {}).items():
+        for key, known in (incoming or {}).items():
             number = int(key)
-            found[number] = found[number] + part if number in found else part
+            found[number] = found[number] + known if number in found else known
     return found
 
 
 def _split(
     trees: Sequence[TokenTree], max_tokens: int, world: World, share: bool
-) -> tuple[list[TreePart], list[np.ndarray]]:
-    """The parts of this rank's trees, and the tables of all ranks' parts, by rank.
+) -> tuple[list[Unit], list[np.ndarray]]:
+    """The units of this rank's trees, and the tables of all ranks' units, by rank.
 
-    With fewer parts than replicas, trees are split further than the budget requires, on all ranks alike.
+    With fewer units than replicas, trees are split further than the budget requires, on all ranks alike.
     """
     budget = max_tokens
     while True:
-        parts = split_trees(trees, budget, share)
-        tables = world.all_gather(cost_table(parts), "the size of packs")
+        units = split_trees(trees, budget, share)
+        tables = world.all_gather(cost_table(units), "the size of packs")
         enough = world.replicas == 1 or sum(map(len, tables)) >= world.replicas
         if enough or not share or budget <= 1:
-            return parts, tables
+            return units, tables
         budget //= 2
 
 
 def _with_tokens(
-    parts: list[TreePart], first: int, assignment: Assignment, batches: list[PromptBatch]
-) -> dict[int, ScoredPart]:
-    """The parts by number, from `first`, each with the supervised tokens of the nodes that its pack owns."""
+    units: list[Unit], first: int, assignment: Assignment, batches: list[PromptBatch]
+) -> dict[int, ScoredUnit]:
+    """The units by number, from `first`, each with the supervised tokens of the nodes that its pack owns."""
     scored_of: dict[int, list[tuple[int, ScoredTokens]]] = {}  # by node, each with its place among all
     for place, s in enumerate(s for batch in batches for s in batch.scored):
         if len(s.index):
             scored_of.setdefault(id(s.node), []).append((place, s))
-    mine = [n for members in assignment.bins for n in members if first <= n < first + len(parts)]
-    owned = claim_nodes([parts[number - first] for number in mine])
+    mine = [n for members in assignment.bins for n in members if first <= n < first + len(units)]
+    owned = claim_nodes([units[number - first] for number in mine])
     result = {}
-    for number, part in zip(mine, owned, strict=True):
-        found = [
-            entry for sources in part.sources.values() for node in sources for entry in scored_of.get(id(node), ())
-        ]
-        result[number] = ScoredPart(part, [s for _, s in sorted(found, key=lambda entry: entry[0])])
+    for number, parts in zip(mine, owned, strict=True):
+        nodes = [node for part in parts for sources in part.sources.values() for node in sources]
+        found = [entry for node in nodes for entry in scored_of.get(id(node), ())]
+        result[number] = ScoredUnit(parts, [s for _, s in sorted(found, key=lambda entry: entry[0])])
     return result
 
 
 def _exchange(
-    planned: dict[int, ScoredPart], assignment: Assignment, home: list[int], own: list[list[int]], world: World
-) -> dict[int, ScoredPart]:
-    """The parts of this replica's packs by number, from the ranks that planned them."""
+    planned: dict[int, ScoredUnit], assignment: Assignment, home: list[int], own: list[list[int]], world: World
+) -> dict[int, ScoredUnit]:
+    """The units of this replica's packs by number, from the ranks that planned them."""
     if world.size == 1:
         return planned
     replica_of = {n: replica for row in assignment.table for replica, b in enumerate(row) for n in assignment.bins[b]}
     outgoing: list[dict[str, object]] = [{} for _ in range(world.size)]
     kept = {}
-    for number, part in planned.items():
+    for number, unit in planned.items():
         message = None
         for place in range(world.sequence_parallel):
             rank = replica_of[number] * world.sequence_parallel + place
             if rank == world.rank:
-                kept[number] = part
+                kept[number] = unit
             else:
-                message = message or to_message(part)
+                message = message or to_message(unit)
                 outgoing[rank][str(number)] = message
     received = world.all_to_all([message or None for message in outgoing], "the parts of packs")
     for rank, incoming in enumerate(received):

@@ -14,6 +14,7 @@ from pact_fast.data.sources import FileTasks, TaskSource
 from pact_fast.data.types import Task
 from pact_fast.envs.registry import environment, environment_name
 from pact_fast.errors import PactError
+from pact_fast.rewards.score import NO_OUTCOME
 from pact_fast.train.trackers.registry import check_trackers
 
 
@@ -21,23 +22,34 @@ def check_settings(config: Config, algorithm: Algorithm) -> None:
     """PactError for settings that are pointless together, whatever the data are, or that name a missing tracker."""
     check_trackers(config.trainer.report_to)
     name, reward, data = config.algorithm.name, config.algorithm.reward, config.data
-    if algorithm.needs_rollouts and config.rollout.num_generations == 1:
+    rewarded = algorithm.needs_rollouts and algorithm.needs_rewards
+    if rewarded and config.rollout.num_generations == 1:
         raise PactError(
             f"rollout.num_generations=1 with algorithm.name={name}: the advantages of a group of one rollout are 0, so "
             "nothing is learnt from it; set rollout.num_generations to 2 or more"
         )
-    if algorithm.needs_rollouts and config.rollout.top_k == 1:
+    if rewarded and config.rollout.top_k == 1:
         raise PactError(
             f"rollout.top_k=1 with algorithm.name={name}: all rollouts of a prompt are the greedy one, so their advantages "
             "are 0 and nothing is learnt; set rollout.top_k to 2 or more, or to 0 for all tokens"
         )
-    if config.algorithm.filter_groups.enable and not algorithm.needs_rollouts:
+    if config.algorithm.filter_groups.enable and not rewarded:
         raise PactError(
-            f"algorithm.filter_groups has no effect with algorithm.name={name}, which samples no rollouts; remove it, or use "
+            f"algorithm.filter_groups has no effect with algorithm.name={name}, which {_no_use(algorithm)}; remove it, or use "
             "another algorithm"
         )
-    if not algorithm.turn_advantages or not algorithm.needs_rollouts:
+    if not algorithm.turn_advantages or not rewarded:
         _refuse_weights(name, reward, algorithm)
+    if reward.outcome == NO_OUTCOME and rewarded and not algorithm.turn_advantages and not reward.functions:
+        raise PactError(
+            "algorithm.reward.outcome=none leaves nothing to reward; set algorithm.reward.functions, for example [toolrl]"
+        )
+    buffer, limit = reward.overlong_buffer, config.rollout.max_completion_length
+    if buffer.enable and buffer.len > limit:
+        raise PactError(
+            f"algorithm.reward.overlong_buffer.len={buffer.len} is longer than a rollout "
+            f"(rollout.max_completion_length={limit}), so every rollout would be punished; lower it"
+        )
     if not data.train and (data.eval or data.expert):
         key = "data.eval" if data.eval else "data.expert"
         raise PactError(f"{key} is set without data.train, and would not be read; set data.train, or remove {key}")
@@ -46,15 +58,21 @@ def check_settings(config: Config, algorithm: Algorithm) -> None:
 
 
 def _refuse_weights(name: str, reward: RewardConfig, algorithm: Algorithm) -> None:
-    """PactError for reward settings that an algorithm without turn-level rewards, or without rollouts, ignores."""
-    keys = ["env_weight", "match_weight"] if algorithm.needs_rollouts else ["env_weight", "match_weight", "functions"]
+    """PactError for reward settings that an algorithm without turn-level rewards, rewards or rollouts ignores."""
+    rewarded = algorithm.needs_rollouts and algorithm.needs_rewards
+    keys = ["env_weight", "match_weight"] if rewarded else ["env_weight", "match_weight", "functions"]
     for key in keys:
         if getattr(reward, key) != RewardConfig.model_fields[key].get_default(call_default_factory=True):
-            uses = "its reward is success + your functions" if algorithm.needs_rollouts else "it samples no rollouts"
+            uses = "its reward is success + your functions" if rewarded else f"it {_no_use(algorithm)}"
             raise PactError(
                 f"algorithm.reward.{key} has no effect with algorithm.name={name} ({uses}); remove it, or use "
                 "algorithm.name=matchtir or pact"
             )
+
+
+def _no_use(algorithm: Algorithm) -> str:
+    """Why an algorithm has no use for settings of rewards."""
+    return "uses no rewards" if algorithm.needs_rollouts else "samples no rollouts"
 
 
 def ignored_settings(config: Config, algorithm: Algorithm) -> list[str]:
@@ -83,7 +101,7 @@ def check_tasks(config: Config, algorithm: Algorithm, tasks: TaskSource, notes: 
     _check_held_out(config, len(held_out))
     if held_out and not any(_gives_success(config, task) for task in held_out):
         notes.append("no held-out task has an outcome to evaluate (env_args.scoring)")
-    if algorithm.needs_rollouts:
+    if algorithm.needs_rollouts and algorithm.needs_rewards:
         _check_rewards(config, algorithm, train, notes)
 
 

@@ -8,7 +8,7 @@ tasks have expert traces of their own, which are trained as they are, with their
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil
 
 import numpy as np
@@ -34,6 +34,8 @@ def pretrain(
     renderer: ChatRenderer,
     tasks: TaskSource,
     on_step: Callable[[int, float], None],
+    *,
+    steps: int | None = None,
 ) -> None:
     """Train `model` in place. The result depends on the seed alone.
 
@@ -43,39 +45,40 @@ def pretrain(
         renderer: Renders the traces.
         tasks: Source of tasks, of lookup_chain or with expert traces.
         on_step: Called with (step, loss) after every step.
+        steps: Optimizer steps; None: `pretrain.steps`.
     """
     assert config.pretrain is not None
     settings = config.pretrain
+    steps = settings.steps if steps is None else steps
     learner = Learner(
         model,
-        _trainer(config),
+        _trainer(config, steps),
         SFT(AlgorithmConfig()),
-        total_updates=settings.steps,
+        total_updates=steps,
         autocast=precision(config, model.device),
     )
     noise = TraceNoise(settings.early_stop, settings.wrong_relation)
-    for step in range(settings.steps):
+    for step in range(steps):
         # negative step numbers: of generated tasks, none appears again in RL
-        place = step if isinstance(tasks, FileTasks) else -1 - step
+        place = step if getattr(tasks, "from_files", isinstance(tasks, FileTasks)) else -1 - step
         tasks_of_step = tasks.train(place, settings.batch_size)
         rng = random.Random(f"pretrain/{config.seed}/{step}")
         traces = [_trace(task, noise, rng) for task in tasks_of_step]
-        batches = [_batch(*pair, place, renderer) for place, pair in enumerate(zip(tasks_of_step, traces, strict=True))]
-        total = sum(len(s.index) for batch in batches for s in batch.scored)
-        for batch in batches:
-            for s in batch.scored:
-                s.sft_weight = np.full(len(s.index), 1.0 / total)
+        batch = _batch(tasks_of_step, traces, renderer)
+        total = sum(len(s.index) for s in batch.scored)
+        for s in batch.scored:
+            s.sft_weight = np.full(len(s.index), 1.0 / total)
         # linear decay from the peak to final_lr_ratio of it
-        decay = 1 - (1 - settings.final_lr_ratio) * step / max(settings.steps - 1, 1)
-        on_step(step, learner.update(batches, lr_scale=decay).loss)
+        decay = 1 - (1 - settings.final_lr_ratio) * step / max(steps - 1, 1)
+        on_step(step, learner.update([batch], lr_scale=decay).loss)
 
 
-def _trainer(config: Config) -> TrainerConfig:
+def _trainer(config: Config, steps: int) -> TrainerConfig:
     """Optimizer settings of the pretraining stage; its packs are as large as those of the run."""
     assert config.pretrain is not None
     return TrainerConfig(
         learning_rate=config.pretrain.learning_rate,
-        warmup_steps=min(20, ceil(config.pretrain.steps / 10)),  # a short stage reaches its peak, too
+        warmup_steps=min(20, ceil(steps / 10)),  # a short stage reaches its peak, too
         weight_decay=0.01,
         adam_beta2=0.98,
         max_tokens_per_pack=config.trainer.max_tokens_per_pack,
@@ -93,14 +96,31 @@ def _trace(task: Task, noise: TraceNoise, rng: random.Random) -> ExpertTrace:
     return task.expert
 
 
-def _batch(task: Task, trace: ExpertTrace, place: int, renderer: ChatRenderer) -> PromptBatch:
-    """A trace of a task, answer included, with weight 1 on every generated token."""
-    prompt = renderer.prompt_ids(task.prompt, task.tools)
-    ids, components = expert_tokens(renderer, task, trace, final_answer=True)
+def _batch(tasks: Sequence[Task], traces: Sequence[ExpertTrace], renderer: ChatRenderer) -> PromptBatch:
+    """Traces of tasks, answers included, with weight 1 on every generated token.
+
+    They are one tree: what their prompts have in common at their start (system message and tools, as a rule) is computed once.
+    """
+    prompts = [renderer.prompt_ids(task.prompt, task.tools) for task in tasks]
+    common = common_start(prompts)
     tree = TokenTree()
-    node = tree.add(ids, tree.add(prompt))
-    index = np.flatnonzero(generated(components))
-    scored = ScoredTokens.of_expert(
-        node, prompt=place, index=index, component=components[index], weight=np.ones(len(index))
-    )
-    return PromptBatch(Group(task, place, prompt), "expert", [tree], [scored])
+    root = tree.add(prompts[0][:common])
+    scored = []
+    for place, (task, trace, prompt) in enumerate(zip(tasks, traces, prompts, strict=True)):
+        ids, components = expert_tokens(renderer, task, trace, final_answer=True)
+        node = tree.add(ids, tree.add(prompt[common:], root))
+        index = np.flatnonzero(generated(components))
+        weight = np.ones(len(index))
+        scored.append(
+            ScoredTokens.of_expert(node, prompt=place, index=index, component=components[index], weight=weight)
+        )
+    return PromptBatch(Group(tasks[0], 0, prompts[0]), "expert", [tree], scored)
+
+
+def common_start(sequences: Sequence[np.ndarray]) -> int:
+    """Number of tokens with which all sequences begin."""
+    shortest = min(len(ids) for ids in sequences)
+    differs = np.zeros(shortest, bool)
+    for ids in sequences[1:]:
+        differs |= ids[:shortest] != sequences[0][:shortest]
+    return int(differs.argmax()) if differs.any() else shortest

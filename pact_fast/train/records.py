@@ -136,6 +136,7 @@ def rollout_record(
         "advantages": _floats(np.where(trajectory.sampled, batch.group.advantages[k], np.nan)) if batch else None,
         "weights": _floats(weights) if weights is not None else None,
         "expert": _expert(renderer, batch) if batch else None,
+        **({"branches": trajectory.branches.tolist()} if len(trajectory.branches) else {}),
     }
 
 
@@ -166,7 +167,7 @@ def _weights(batch: PromptBatch, trajectory: Trajectory, k: int) -> np.ndarray:
     weights[trajectory.sampled] = 0.0
     for s in batch.scored:
         if s.rollout == k:
-            weights[s.index] += s.rl_weight * s.importance
+            weights[s.offset + s.index] += s.rl_weight * s.importance
     return weights
 
 
@@ -179,7 +180,8 @@ def _expert(renderer: ChatRenderer, batch: PromptBatch) -> dict[str, Any] | None
     for s in batch.scored:
         if s.node is node:
             weights[s.index] = s.sft_weight
-    return {"tokens": token_texts(renderer, node.ids), "components": components.tolist(), "weights": _floats(weights)}
+    shown = components[: len(node.ids)]  # a generation prompt may have a node of its own
+    return {"tokens": token_texts(renderer, node.ids), "components": shown.tolist(), "weights": _floats(weights)}
 
 
 def _floats(values: np.ndarray) -> list[float | None]:

@@ -29,7 +29,7 @@ from pact_fast.chat.rendering import make_renderer
 from pact_fast.chat.template_check import check_template
 from pact_fast.config import Config, DataConfig, load_config
 from pact_fast.data.row_sources import resolve_data
-from pact_fast.data.sources import FileTasks
+from pact_fast.data.sources import FileTasks, TaskSource
 from pact_fast.distributed.world import init_world
 from pact_fast.envs.registry import EnvironmentFactory, make_tasks
 from pact_fast.errors import DataError, PactError, ShutdownRequested
@@ -66,6 +66,8 @@ from pact_fast.train.seeds import seed_generators
 from pact_fast.train.shutdown import GracefulShutdown
 from pact_fast.train.step import Stepper, StepResult
 from pact_fast.train.trackers.group import open_trackers
+from pact_fast.train.user_model import USER_FOLDER, UserSide, tokenizer_tasks, trains_user, with_user_model
+from pact_fast.train.warning_signs import WarningSigns
 
 
 @dataclass
@@ -105,6 +107,7 @@ class Trainer:
     records: RolloutWriter
     evaluator: Evaluator
     metrics: MetricsWriter | None = None
+    signs: WarningSigns  # rank 0 has them
     _pending_save: PendingSave | None = None
     _lock: RunLock | None = None  # rank 0 has it
 
@@ -229,8 +232,9 @@ class Trainer:
             dtype=config.model.dtype,
         )
         # after the learner: ZeRO may have sharded the model over ranks
-        self.engine = make_engine(
-            config, self.model, self.renderer, folder=self.run, autocast=autocast, world=self.world
+        engine = make_engine(config, self.model, self.renderer, folder=self.run, autocast=autocast, world=self.world)
+        self.engine = with_user_model(
+            engine, config, self.tokenizer, self.renderer, self.run, device=self.device, autocast=autocast
         )
         self.loop = AgentLoop(self.engine, self.renderer, self.make_env, config.rollout)
         samplers = self.engine_builder.engine_ranks(self.world)
@@ -268,35 +272,47 @@ class Trainer:
         check_run(self.config, model, self.tokenizer, self.engine_builder.logprobs, self.device)
 
     def _pretrain(self, target: Path) -> None:
-        """Train and save the base model, unless a complete one is there."""
+        """Train and save the base model, and the model that plays the user if there is one, unless they are there."""
+        config = self.config
+        assert config.pretrain is not None
+        self._pretrain_one(target, "base model", self.tasks, config.pretrain.steps)
+        if trains_user(config):
+            side = UserSide(self.tasks, self.make_env)
+            self._pretrain_one(self.run / USER_FOLDER, "user model", side, config.pretrain.user_steps, start=target)
+
+    def _pretrain_one(
+        self, target: Path, name: str, tasks: TaskSource, steps: int, *, start: Path | None = None
+    ) -> None:
+        """Train a model on the expert traces of tasks, and save it, unless a complete one is there."""
         config = self.config
         if (target / "config.json").exists():
             return
-        assert config.pretrain is not None
         seed_generators(config.seed)
-        model = make_model(config, self.tokenizer, device=self.device)
+        model = make_model(config, self.tokenizer, path=start, device=self.device)
         self._check_model(model)
         seed_generators(config.seed)
-        with self.progress.phase("base model", config.pretrain.steps) as advance:
-            pretrain(config, model, self.renderer, self.tasks, lambda step, loss: advance(f"loss {loss:.3f}"))
-        atomic_save_pretrained(model, target)
+        with self.progress.phase(name, steps) as advance:
+            pretrain(config, model, self.renderer, tasks, lambda step, loss: advance(f"loss {loss:.3f}"), steps=steps)
+        atomic_save_pretrained([model, self.tokenizer], target)
 
     def _save_tokenizer(self) -> None:
         """Save the tokenizer to the run directory; with a checkpoint, the one that is there stays.
 
         Without one, a tokenizer of an earlier start is replaced: the settings are the same, but the files that they name
-        may have changed. A base model that was trained with another tokenizer is then removed.
+        may have changed. Models that were trained with another tokenizer are then removed.
         """
-        saved, base = self.run / "tokenizer", self.run / "base"
+        saved, trained = self.run / "tokenizer", [self.run / "base", self.run / USER_FOLDER]
         if self._newest and saved.exists():
             return
         before = folder_content(saved)
         with io_errors(saved):
             shutil.rmtree(saved, ignore_errors=True)
-        atomic_save_pretrained(make_tokenizer(self.config.model, self.tasks), saved)
-        if base.exists() and folder_content(saved) != before:
-            with io_errors(base):
-                shutil.rmtree(base)
+        tasks = tokenizer_tasks(self.config, self.tasks, self.make_env)
+        atomic_save_pretrained(make_tokenizer(self.config.model, tasks), saved)
+        for model in trained:
+            if model.exists() and folder_content(saved) != before:
+                with io_errors(model):
+                    shutil.rmtree(model)
 
     def _check_rows(self) -> None:
         """Check all rows on rank 0; every rank leaves the same ones out. DataError if a row is wrong and not skipped."""
@@ -374,6 +390,7 @@ class Trainer:
             checkpoint.rewind_metrics(self.run / "metrics.jsonl", size)
             trackers = open_trackers(self.config, self.run, step, self.progress.note)
             self.metrics = MetricsWriter(self.run, trackers)
+            self.signs = WarningSigns.resumed(self.run / "metrics.jsonl")
         self.evaluator = Evaluator(
             self.config, self.tasks, self.collector, self.metrics, self.records, self.progress, self.world
         )
@@ -398,7 +415,10 @@ class Trainer:
         """Write metrics and rollouts of step `step` (from 1). PactError after too many skipped updates."""
         if self.metrics:
             self._check_lock()
-            self.metrics.write(step, result.metrics)
+            warnings, texts = self.signs.see(result.metrics)
+            self.metrics.write(step, result.metrics | warnings)
+            for text in texts:
+                self.progress.note(f"step {step}: {text}")
         self.records.write_step(step, result.batches, result.prompts)
         self.progress.step(step, self.config.trainer.max_steps, result.metrics)
         self._check_skipped(step, result)

@@ -6,8 +6,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from pact_fast.algorithms.base import Algorithm, Group, PromptBatch, StepContext
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.config import Config
@@ -103,10 +101,11 @@ class Stepper:
                     prompts=len(outcomes[start : start + size]),
                     sampled_tokens=sum(o.sampled for rollouts in outcomes[start : start + size] for o in rollouts),
                     max_completion_length=self._config.rollout.max_completion_length,
+                    over_ranks=self._learner.world.sum_counts,
                 )
             )
             members = [group for group in groups if start <= group.prompt_index < start + size]
-            batches += [self._algorithm.prompt_batch(group, contexts[-1]) for group in members]
+            batches += self._algorithm.prompt_batches(members, contexts[-1])
         return contexts, batches
 
     def _update(self, batches: list[PromptBatch], prompts: int) -> list[UpdateResult]:
@@ -123,8 +122,9 @@ class Stepper:
     ) -> dict[str, float]:
         """Metrics of all ranks; those of rollouts on rank 0 only."""
         world = self._learner.world
-        traced = [sum(batch.route in ("trace", "blend") for batch in batches), len(batches)]
-        with_trace, prompts = world.all_reduce_sum(torch.tensor(traced)).tolist()
+        routes = [batch.route for batch in batches]
+        counts = [sum(route in ("trace", "blend") for route in routes), routes.count("expert"), len(routes)]
+        with_trace, experts, prompts = world.sum_counts(*counts)
         return {
             **rollout_metrics(groups, world),
             **control_token_prob(groups, self._renderer.control_ids, world),
@@ -132,6 +132,7 @@ class Stepper:
             "learning_rate": self._learner.learning_rate(),
             "updates/skipped": float(sum(result.skipped for result in results)),
             "routes/trace_fraction": with_trace / prompts,
+            "routes/expert_fraction": experts / prompts,
         }
 
     def _on_all(self, metrics: dict[str, float], groups: list[Group]) -> dict[str, float]:

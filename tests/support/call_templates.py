@@ -47,7 +47,24 @@ _INVOKE = """{{ '\\n' if m.content }}<minimax:tool_call>
 {%- if v is string %}{{ v }}{% else %}{{ v | tojson }}{% endif %}</parameter>
 {% endfor %}</invoke>
 {% endfor %}</minimax:tool_call>"""
+_KIMI = """{% if tools %}<|im_system|>tool_declare<|im_middle|>{{ tools | tojson }}<|im_end|>{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}<|im_user|>user<|im_middle|>{{ m.content }}
+{%- elif m.role == 'assistant' %}<|im_assistant|>assistant<|im_middle|>{{ m.content }}{% if m.tool_calls %}CALLS{% endif %}
+{%- elif m.role == 'tool' %}<|im_system|>{{ m.name }}<|im_middle|>## Return of {{ m.tool_call_id }}
+{{ m.content }}
+{%- else %}<|im_system|>system<|im_middle|>{{ m.content }}{% endif %}<|im_end|>
+{%- endfor %}{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}"""
+_SECTION = """<|tool_calls_section_begin|>{% for c in m.tool_calls %}<|tool_call_begin|>{{ c.id }}<|tool_call_argument_begin|>
+{{- c.function.arguments | tojson }}<|tool_call_end|>{% endfor %}<|tool_calls_section_end|>"""
+_PYTHON = """[{% for c in m.tool_calls %}{{ c.function.name }}(
+{%- for k, v in c.function.arguments.items() %}{{ k }}=VALUE{% if not loop.last %}, {% endif %}{% endfor %})
+{%- if not loop.last %}, {% endif %}{% endfor %}]"""
 TEMPLATES = {
+    "kimi_k2": _KIMI.replace("CALLS", _SECTION),
+    "pythonic": _ROLES.replace("CALLS", _PYTHON.replace("VALUE", "{{ '%r' | format(v) }}")),
+    "pythonic, quoted": _ROLES.replace("CALLS", _PYTHON.replace("VALUE", "\"{{ '%s' | format(v) }}\"")),
+    "functools": _ROLES.replace("CALLS", "functools" + _ARRAY),
     "granite": _ROLES.replace("CALLS", "<|tool_call|>" + _ARRAY),
     "granite, closed": _ROLES.replace("CALLS", "<|tool_call|>" + _ARRAY + "<|/tool_call|>"),
     "minimax_m2": _ROLES.replace("CALLS", _INVOKE),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pact_fast.algorithms.registry import make_algorithm
+from pact_fast.algorithms.registry import algorithm, make_algorithm
 from pact_fast.config import AlgorithmConfig, TrainerConfig
 from pact_fast.distributed.world import World, init_world
 from pact_fast.train.learner import Learner
@@ -36,7 +36,7 @@ PACKS = {
 
 
 def run(case: str, world: World) -> dict[str, np.ndarray]:
-    """`case`: backend/packs/model, for example zero3/small/llama; further words: kl, sequence, dropped."""
+    """`case`: backend/packs/model, for example zero3/small/llama; further words: kl, sequence, dropped, an algorithm."""
     backend, packs, kind, *more = case.split("/")
     torch.manual_seed(0)
     renderer = lookup_chain_renderer()
@@ -45,7 +45,10 @@ def run(case: str, world: World) -> dict[str, np.ndarray]:
         num_key_value_heads=1, head_dim=8, max_position_embeddings=2048, tie_word_embeddings=kind == "qwen3",
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
-    config = AlgorithmConfig(anchor={"mode": "blend"}, entropy_coef=0.01, beta=0.5 if "kl" in more else 0.0)
+    config = AlgorithmConfig(
+        name=next((word for word in more if word in algorithm.names()), "pact"), anchor={"mode": "blend"},
+        entropy_coef=0.01, beta=0.5 if "kl" in more else 0.0,
+    )  # fmt: skip
     trainer = TrainerConfig(
         learning_rate=1e-3, max_tokens_per_pack=PACKS[packs], max_grad_norm=0.1, **BACKENDS[backend]
     )
@@ -58,12 +61,12 @@ def run(case: str, world: World) -> dict[str, np.ndarray]:
     if "dropped" in more and world.rank == 1:
         learner._backward = losing_one(learner._backward)
     groups = make_groups(renderer, config, prompts=3, rollouts=2)
-    algorithm = make_algorithm(config)
+    rule = make_algorithm(config)
     losses, norms, gradient = [], [], np.zeros(0)
     for step in range(STEPS):
-        update = step_context_of(renderer, config, groups, step=step)
+        update = step_context_of(renderer, config, groups, step=step, world=world)
         own = [group for group in groups if world.home_of(group.prompt_index, len(groups)) == world.rank]
-        plans = [algorithm.prompt_batch(group, update) for group in own]
+        plans = rule.prompt_batches(own, update)
         learner.prepare(plans)
         result = learner.accumulate(plans)
         if step == 0:

@@ -13,7 +13,7 @@ import torch
 from pact_fast.algorithms.base import Algorithm, Group, StepContext
 from pact_fast.kernels import LossContext, pact_loss
 from pact_fast.train.importance import set_importance_weights
-from pact_fast.train.learner import loss_tokens
+from pact_fast.train.learner import loss_tokens, token_pairs
 from pact_fast.tree import pack
 
 WIDTH, VOCAB = 12, 512
@@ -55,9 +55,10 @@ def assert_computes(
     merge: bool = True,
 ) -> None:
     """The algorithm's loss of `groups` and its gradients by hidden states and head are those of `expected`, to 1e-10."""
-    expected_weight, *expected_leaves = torch.autograd.grad(expected, [weight, *hiddens.leaves.values()])
+    leaves = [weight, *hiddens.leaves.values()]  # those of a teacher alone are not used, and have gradients of 0
+    expected_weight, *expected_leaves = torch.autograd.grad(expected, leaves, allow_unused=True, materialize_grads=True)
     by_prefix = dict(zip(hiddens.leaves, expected_leaves, strict=True))
-    plans = [algorithm.prompt_batch(group, step) for group in groups]
+    plans = algorithm.prompt_batches(groups, step)
     batches = pack([tree for plan in plans for tree in plan.trees], max_tokens=700, share=share, merge=merge)
     scored = [s for plan in plans for s in plan.scored]
     prefixes = [
@@ -71,9 +72,9 @@ def assert_computes(
         set_importance_weights(scored, LossContext.TRACE, needs.importance[LossContext.TRACE])
     loss, weight_grad, leaf_grads = 0.0, torch.zeros_like(weight), {}
     for batch, hidden, pack_prefixes in zip(batches, rows, prefixes, strict=True):
-        tokens, _ = loss_tokens(batch, scored)
+        tokens, here = loss_tokens(batch, scored)
         hidden.requires_grad_()
-        settings = algorithm.loss_settings()
+        settings = {**algorithm.loss_settings(), **token_pairs(here, needs, "cpu")}
         out = pact_loss(hidden, weight, tokens, **settings, is_cap=needs.is_cap, backend="torch")
         d_hidden, d_weight = torch.autograd.grad(out.loss, [hidden, weight])
         loss += float(out.loss.detach())

@@ -21,13 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(
-    [
-        "pact_fast.train.run",
-        "pact_fast.report",
-        "torch.utils.tensorboard",
-        "pytest",
-        "vllm.entrypoints.openai.api_server",
-    ]
+    ["tests.support.preload", "vllm.entrypoints.openai.api_server"]
 )  # what is not installed is left out
 
 

@@ -11,17 +11,24 @@ class Script:
     """Says `turns[session]`, turn by turn; one turn per session and step.
 
     contexts  {session: arrays of ids that it was given and that it said, in order}
+    seen      {session: the whole context before each of its turns}
     """
 
     version = 3
     synchronous = True
+    rewinds = True
 
     def __init__(self, renderer, turns):
         self.renderer, self.turns = renderer, turns
+        self.seen = {}
         self.contexts, self.limits, self.closed, self.ready = {}, [], [], []
 
     def submit(self, request):
-        self.contexts.setdefault(request.session, []).append(request.ids)
+        context = self.contexts.setdefault(request.session, [])
+        if request.keep is not None:
+            context[:] = [np.concatenate(context)[: request.keep]]
+        context.append(request.ids)
+        self.seen.setdefault(request.session, []).append(np.concatenate(context))
         self.limits.append(request.max_new_tokens)
         self.ready.append(request)
 

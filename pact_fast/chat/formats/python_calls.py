@@ -7,7 +7,7 @@ ends a string only where the notation can go on. JSON values are read, too.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pact_fast.chat.formats.json_calls import HALF_A_PAIR, MAX_DEPTH, TOO_DEEP, call_json, parse_scalar
@@ -37,7 +37,17 @@ def write_calls(calls: Sequence[ToolCall], markers: Sequence[str], escaped: bool
     return "[" + ", ".join(f"{call.name}({_arguments(call, markers, escaped)})" for call in calls) + "]"
 
 
-def read_calls(text: str, tools: Sequence[ToolSchema], limit: int) -> list[tuple[int, ToolCall | str]]:
+def checked(call: ToolCall, tools: Sequence[ToolSchema]) -> ToolCall | str:
+    """The call, or why it does not fit the tools."""
+    return call_error(call, tools) or call
+
+
+def read_calls(
+    text: str,
+    tools: Sequence[ToolSchema],
+    limit: int,
+    check: Callable[[ToolCall, Sequence[ToolSchema]], ToolCall | str] = checked,
+) -> list[tuple[int, ToolCall | str]]:
     """(end in the text, call or error) of a list of at most `limit` calls; nothing is read after malformed text."""
     found: list[tuple[int, ToolCall | str]] = []
     try:
@@ -47,7 +57,7 @@ def read_calls(text: str, tools: Sequence[ToolSchema], limit: int) -> list[tuple
             call, at = _call(text, at)
             done = _expect_if(text, at, "]")
             at = done or _expect(text, at, ",")
-            found.append((at, call_error(call, tools) or call))
+            found.append((at, check(call, tools)))
             if not done and len(found) == limit:
                 return found
         if text[done:].strip():
@@ -59,6 +69,19 @@ def read_calls(text: str, tools: Sequence[ToolSchema], limit: int) -> list[tuple
     except (ValueError, OverflowError) as error:
         return [*found, (len(text), f"the call is not valid: {str(error)[:200]}")]
     return found or [(len(text), "the list of calls is empty")]
+
+
+def read_value(text: str) -> Any:
+    """The value of a text in Python's notation, or JSON's. ValueError or RecursionError if it is none."""
+    value, end = _value(text, 0, MAX_DEPTH)
+    if text[end:].strip():
+        raise ValueError(f"unexpected text after the value: {text[end : end + 40]!r}")
+    return value
+
+
+def printed_value(value: Any, markers: Sequence[str]) -> str:
+    """The value as Python prints it, strings between quotes that are escaped."""
+    return _printed(value, markers)
 
 
 def _arguments(call: ToolCall, markers: Sequence[str], escaped: bool) -> str:

@@ -28,6 +28,6 @@ def detect_format(template: ChatTemplate) -> ToolFormat:
             return candidate
     raise PactError(
         f"the chat template writes tool calls in none of the known formats ({', '.join(tool_format.names())}); set "
-        "model.chat_template to a template that does (chatml_hermes for a model of ChatML), or model.tool_format to a "
-        "format of your own (file.py:Class)"
+        "model.chat_template to a template that does (chatml_hermes for a model of ChatML), or model.tool_format to the "
+        "format that the model was trained with, if the template shows no calls, or to one of your own (file.py:Class)"
     )

@@ -12,6 +12,8 @@ from pact_fast.envs.domain.database import Database
 from pact_fast.envs.domain.instance import Instance
 from pact_fast.envs.domain.tools import call_tool
 from pact_fast.envs.domain.user import ScriptedUser
+from pact_fast.envs.domain.user_quality import user_flaws
+from pact_fast.envs.domain.user_side import call_as_user, user_dialogue, user_prompt, user_schemas
 from pact_fast.envs.python_tools.pool import SandboxPool
 from pact_fast.envs.registry import environment
 from pact_fast.errors import DataError, PactError
@@ -102,10 +104,33 @@ class DomainEnvironment:
         self._over = reply is None
         return reply
 
+    # -- a model as the user -----------------------------------------------------------------------------------------
+
+    def user_prompt(self) -> str:
+        """The system prompt of a policy that plays the user."""
+        return user_prompt(self._instance)
+
+    @property
+    def user_tools(self) -> list[ToolSchema]:
+        return user_schemas(self._domain, self._instance)
+
+    def call_as_user(self, name: str, arguments: dict[str, Any]) -> str:
+        return call_as_user(self._domain, self._instance, self._db, name, arguments)
+
+    def user_messages(self, task: Task) -> list[Message]:
+        """What follows the question in the task's expert dialogue, from the user's side; empty without a dialogue."""
+        return user_dialogue(self._domain, self._instance, task.expert) if task.expert else []
+
+    def judge_user(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
+        """Flaws of a policy that played the user (`user_flaws`). `trajectory`: its side."""
+        return user_flaws(self._domain, self._instance, trajectory, self._over)
+
+    # -- the verdict -------------------------------------------------------------------------------------------------
+
     def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
         """`success`: the checker's verdict, 0 where a limit ended the episode. `state`, `assertions`, `said`: its parts."""
-        if not self._said and trajectory.answer:  # a loop that asks for no response
-            self._said.append(trajectory.answer)
+        if not self._said:  # nobody has asked for a response: a model plays the user, or nobody does
+            self._said = [turn.content for turn in trajectory.turns if not turn.attempts]
         verdict = self.verdict()
         return {
             "success": float(verdict.passed and not trajectory.stop_reason.is_truncated),

@@ -32,10 +32,16 @@ def by_name(functions: Iterable[Tool]) -> dict[str, Tool]:
     return tools
 
 
-def schema_of(function: Tool) -> ToolSchema:
-    """The OpenAI schema of a tool, without its first parameter. PactError if a type hint or description is missing."""
-    first, *rest = inspect.signature(function).parameters.values()
-    hints = {name: hint for name, hint in get_type_hints(function).items() if name != first.name}
+def schema_of(function: Tool, hidden: int = 1) -> ToolSchema:
+    """The OpenAI schema of a tool. PactError if a type hint or description is missing.
+
+    Args:
+        function: The tool.
+        hidden: Parameters at the front that its caller does not give: the database, and for a user's tool the device.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    rest, names = parameters[hidden:], {parameter.name for parameter in parameters[:hidden]}
+    hints = {name: hint for name, hint in get_type_hints(function).items() if name not in names}
 
     def shown(**_: Any) -> Any: ...
 

@@ -21,14 +21,16 @@ _ASKED = re.compile(r"\?|please|tell me|i need|give me|may i have|could you|can 
 class ScriptedUser:
     """The user of one episode.
 
-    steps     calls that the user made, in order
-    gave_up   the user left because it did not understand
+    steps         calls that the user made, in order
+    observations  their results, one per call
+    gave_up       the user left because it did not understand
     """
 
     def __init__(self, domain: Domain, instance: Instance, db: Database):
         self._domain, self._instance, self._db = domain, instance, db
         self._patience = instance.user.patience
         self.steps: list[Step] = []
+        self.observations: list[str] = []
         self.gave_up = False
 
     def reply(self, text: str) -> str | None:
@@ -58,6 +60,7 @@ class ScriptedUser:
             step = Step(action.name, action.arguments, "user")
             self.steps.append(step)
             answers.append(run_step(self._domain, self._instance, self._db, step)[0])
+        self.observations += answers
         return answers
 
     def _tell(self, text: str) -> list[str]:

@@ -21,19 +21,31 @@ def look_at_phone(db: Database, device: str) -> str:
 
 
 def set_airplane_mode(db: Database, device: str, on: bool) -> str:
-    """Switch airplane mode."""
+    """Switch airplane mode.
+
+    Args:
+        on: Whether it is on.
+    """
     db["handsets"][device]["airplane_mode"] = on
     return f"Airplane mode is {'on' if on else 'off'} now."
 
 
 def set_mobile_data(db: Database, device: str, on: bool) -> str:
-    """Switch mobile data."""
+    """Switch mobile data.
+
+    Args:
+        on: Whether it is on.
+    """
     db["handsets"][device]["mobile_data"] = on
     return f"Mobile data is {'on' if on else 'off'} now."
 
 
 def set_phone_roaming(db: Database, device: str, on: bool) -> str:
-    """Switch roaming on the phone."""
+    """Switch roaming on the phone.
+
+    Args:
+        on: Whether it is on.
+    """
     db["handsets"][device]["roaming"] = on
     return f"Roaming is {'on' if on else 'off'} on my phone now."
 

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from pact_fast.data.absent import is_absent
 from pact_fast.data.types import Task, ToolSchema, Trajectory
 from pact_fast.envs.python_tools.pool import SandboxPool
 from pact_fast.envs.python_tools.protections import describe
@@ -15,7 +16,7 @@ from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
 from pact_fast.rewards.feedback import trajectory_feedback
 from pact_fast.rewards.ftrl import official_solve_score, solve_score
-from pact_fast.rewards.toolhop import is_correct
+from pact_fast.rewards.toolhop import is_correct, official_is_correct
 
 
 @environment("python_tools")
@@ -96,12 +97,15 @@ class PythonTools:
 
     def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
         """FTRL: solve_p, solve_r, solve_f1, success when all sub-questions are solved, and the first three by the
-        authors' scoring. ToolHop: success.
+        authors' scoring; answer_correct if the task has an answer. ToolHop: success, and the same by its own script.
         """
         scoring = task.env_args.get("scoring")
         if scoring == "ftrl":
             feedback, expected = trajectory_feedback(trajectory), task.env_args["unsolved_set"]
             score, official = solve_score(feedback, expected), official_solve_score(feedback, expected)
+            answer = (
+                {} if is_absent(task.answer) else {"answer_correct": float(is_correct(str(task.answer), trajectory))}
+            )
             return {
                 "solve_p": score.precision,
                 "solve_r": score.recall,
@@ -110,7 +114,10 @@ class PythonTools:
                 "official_solve_p": official.precision,
                 "official_solve_r": official.recall,
                 "official_solve_f1": official.f1,
+                **answer,
             }
         if scoring == "toolhop":
-            return {"success": float(is_correct(str(task.answer), trajectory))}
+            gold = str(task.answer)
+            official_success = float(official_is_correct(gold, trajectory))
+            return {"success": float(is_correct(gold, trajectory)), "official_success": official_success}
         return {}

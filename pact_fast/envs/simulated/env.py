@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pact_fast.data.types import StopReason, Task, ToolCall, ToolSchema, Trajectory, text_of
 from pact_fast.envs.registry import environment
@@ -18,6 +18,7 @@ from pact_fast.envs.simulated.schemas import schema_error
 from pact_fast.envs.simulated.world import World
 from pact_fast.errors import PactError
 from pact_fast.rewards.answers import extract_answer
+from pact_fast.rewards.qa import QaSet, qa_scores
 from pact_fast.rewards.trace import is_right, trace_reward
 from pact_fast.text import short
 
@@ -75,7 +76,7 @@ class Simulated:
         return self._episode.call(name, arguments)
 
     def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
-        """`success` (exact match), and the trace reward with its parts."""
+        """`success` (exact match), the trace reward with its parts, and `f1` if the row names its data set."""
         question = text_of(task.prompt[-1].get("content"))
         answered = trajectory.stop_reason is StopReason.ANSWER
         answers = gold_answers(task)
@@ -91,7 +92,8 @@ class Simulated:
             metric=self._metric,
         )
         said = extract_answer(trajectory.answer).strip()
-        return {"success": float(is_right(said, answers)), **score.to_rewards()}
+        f1 = {"f1": qa_scores(said, answers, qa_set(task))["f1"]} if "qa_set" in task.env_args else {}
+        return {"success": float(is_right(said, answers)), **score.to_rewards(), **f1}
 
     def _fits(self, call: ToolCall) -> bool:
         tool = self._world.tools.get(call.name)
@@ -103,6 +105,16 @@ def gold_answers(task: Task) -> list[str]:
     listed = task.columns.get("answers")
     found = [task.answer, *(listed if isinstance(listed, list) else [])]
     return list(dict.fromkeys(str(answer) for answer in found if answer is not None and str(answer).strip()))
+
+
+def qa_set(task: Task) -> QaSet:
+    """Whose rules score the row: its `env_args.qa_set`; HotpotQA's if it has none."""
+    name = task.env_args.get("qa_set", "hotpotqa")
+    if name not in get_args(QaSet):
+        raise PactError(
+            f"task {task.id}: env_args.qa_set is {short(name)}; it must be one of {', '.join(get_args(QaSet))}"
+        )
+    return name
 
 
 BACKENDS: dict[str, Callable[[dict[str, Any]], ToolBackend]] = {

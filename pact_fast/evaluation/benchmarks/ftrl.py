@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from pact_fast.data.prompt_format import format_prompt
 from pact_fast.data.readers import read_tasks
 from pact_fast.data.types import Task
 from pact_fast.errors import PactError
@@ -23,6 +24,7 @@ class Ftrl(Benchmark):
         "solve_p": "solve-P",
         "solve_r": "solve-R",
         "solve_f1": "solve-F1",
+        "answer_correct": "answer",
         "official_solve_p": "official P",
         "official_solve_r": "official R",
         "official_solve_f1": "official F1",
@@ -36,7 +38,8 @@ class Ftrl(Benchmark):
     def _all(self) -> list[Task]:
         if not self.config.data.eval:
             raise PactError("ftrl needs its data: add data.eval=FILE, a parquet or JSONL file of FTRL")
-        return read_tasks(self.config.data.eval, "ftrl")
+        tasks = read_tasks(self.config.data.eval, "ftrl")
+        return [format_prompt(task, self.config.data.prompt_format) for task in tasks]
 
 
 def _kind(task: Task) -> str:

@@ -1,7 +1,7 @@
 """Experimental: divergences between the full next-token distributions of two rows, without storing either.
 
 With the same rollout token under both contexts as a pair (first: prompt-only, second: trace-conditioned) this is the
-distillation term of self-distillation methods (SDFT, OPSD). No algorithm of this package uses it yet.
+loss of self-distillation methods (SDFT, OPSD; `algorithms/sdft.py`).
 """
 
 from __future__ import annotations

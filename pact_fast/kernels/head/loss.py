@@ -24,6 +24,7 @@ from pact_fast.kernels.head.loss_pass import evaluate
 from pact_fast.kernels.head.objective import (
     Clip,
     LossSettings,
+    SftLoss,
     TokenLoss,
     bounds,
     make_policy_loss,
@@ -59,6 +60,7 @@ def pact_loss(
     tokens: LossTokens,
     *,
     policy_loss: str | TokenLoss = "ppo",
+    sft_loss: SftLoss | None = None,
     clip: Clip = (0.2, 0.2),
     delta: float | None = None,
     kl_coef: float = 0.0,
@@ -74,7 +76,7 @@ def pact_loss(
 ) -> LossOutput:
     """Loss and gradients of N tokens under a linear head, without the [N, V] logits.
 
-    Σ rl_weight·(w·policy + kl_coef·k3 − entropy_coef·H) − Σ sft_weight·log π, with the formulas of docs/loss.md
+    Σ rl_weight·(w·policy + kl_coef·k3 − entropy_coef·H) + Σ sft_weight·sft, sft = −log π, with the formulas of docs/loss.md
     (docs/method.md, section 2). Softmax, loss and gradients are computed in fp32 (fp64 for fp64 input), in the same
     pass that computes the logits; gradients are cast once, at the end. A token of weight 0 contributes exactly 0,
     whatever its ratio. Under autocast, hidden and weight are multiplied in its dtype; nothing else changes.
@@ -87,6 +89,8 @@ def pact_loss(
             function. gspo and gspo_sequence take one ratio per (sequence, context): all policy tokens of a sequence must
             be in the same call. A function (logprob [n], entropy [n], index [n]) → loss [n] is called for every chunk, with
             the places of its tokens in the table, and differentiated by autograd; it sees neither advantage nor clip.
+        sft_loss: None: −log π. Or a function log π [n] → loss [n] of expert tokens, differentiated by autograd chunk by chunk,
+            such as `token_losses.phi_weighted`.
         clip: (low, high). The ratio's bounds are 1 − low and 1 + high; None leaves a side open.
         delta: Bound of the ratio where the advantage is negative (dual clip), more than 1 + high. ppo and gspo only.
         kl_coef: Coefficient of k3, the KL to the reference; needs `tokens.ref_logprob`.
@@ -122,10 +126,10 @@ def pact_loss(
         statistics=names,
     )  # fmt: skip
     columns = *tokens.columns(), temperatures, *((None, None) if pairs is None else (pairs.index, pairs.weight))
-    if isinstance(policy_loss, str):
+    if isinstance(policy_loss, str) and sft_loss is None:
         outputs = pact_loss_op(hidden, weight, bias, *columns, **settings)
     else:  # an operator cannot take a function
-        outputs = _LossOfFunction.apply(hidden, weight, bias, columns, settings)
+        outputs = _LossOfFunction.apply(hidden, weight, bias, columns, {**settings, "sft_loss": sft_loss})
     loss, logprob, entropy, divergence, sums, values = outputs[:6]
     return LossOutput(
         loss, logprob.detach(), entropy.detach(), dict(zip(SUMS, sums.detach().unbind(), strict=True)),
@@ -175,6 +179,7 @@ def run_pact_loss(
     operand_dtype: torch.dtype | None,
     grads: Sequence[bool],
     statistics: str = "",
+    sft_loss: str | None = None,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
     torch.Tensor,
@@ -183,7 +188,8 @@ def run_pact_loss(
     pass over the logits.
 
     The last three are the gradients of the loss, empty where `grads` (hidden, weight, bias) is False. Everything that
-    depends on values is checked here rather than in `pact_loss`, so that compiled graphs check it too.
+    depends on values is checked here rather than in `pact_loss`, so that compiled graphs check it too. `policy_loss` and
+    `sft_loss` are functions where this is called past the operator, whose schema has no type for them.
     """
     tokens = LossTokens(
         row, target, context, component, sequence, advantage, old_logprob, rl_weight, sft_weight, ref_logprob,
@@ -192,7 +198,7 @@ def run_pact_loss(
     check_table(tokens, hidden, weight)
     check_temperature(temperature)
     rule = make_policy_loss(policy_loss)
-    settings = LossSettings(rule, (clip_low, clip_high), delta, kl_coef, entropy_coef, is_cap, softcap)
+    settings = LossSettings(rule, (clip_low, clip_high), delta, kl_coef, entropy_coef, is_cap, softcap, sft_loss)  # type: ignore[arg-type]
     _check_settings(settings, policy_loss if isinstance(policy_loss, str) else "a function", tokens)
     pairs = None
     if pair_index is not None and pair_weight is not None:
@@ -209,7 +215,7 @@ pact_loss_op = torch.library.custom_op("pact_fast::pact_loss", run_pact_loss, mu
 
 
 class _LossOfFunction(torch.autograd.Function):
-    """`pact_loss_op` with a function as its policy loss."""
+    """`pact_loss_op` with a function as its policy loss or SFT loss."""
 
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, columns, settings):

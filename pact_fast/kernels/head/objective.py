@@ -1,4 +1,4 @@
-"""Policy-loss rules and their registry, the k3 KL estimator, importance weights: pure functions on [n] tensors.
+"""Policy-loss rules and their registry, SFT losses, the k3 KL estimator, importance weights: pure functions on [n] tensors.
 
 Every term comes with its derivative by the token's log-prob, so that gradients can be formed in the same pass that
 computes the logits. log_ratio is log π − log π_old. Formulas: docs/loss.md and docs/method.md, section 2.
@@ -6,6 +6,7 @@ computes the logits. log_ratio is log π − log π_old. Formulas: docs/loss.md 
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -184,6 +185,27 @@ class CallableLoss(PolicyLoss):
         raise NotImplementedError("callable losses are evaluated by `evaluate`")
 
 
+SftLoss = Callable[[torch.Tensor], torch.Tensor]
+
+
+def sft_term(logprob: torch.Tensor, loss: SftLoss | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The SFT loss of n tokens and its derivative by log π, [n] each: of −log π, or of a function log π [n] → loss [n].
+
+    Raises:
+        PactError: The function does not return one loss per token.
+    """
+    if loss is None:
+        return -logprob, torch.full_like(logprob, -1.0)
+    with torch.enable_grad():
+        x = logprob.detach().requires_grad_()
+        value = loss(x)
+        if not isinstance(value, torch.Tensor) or value.shape != x.shape:
+            got = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise PactError(f"sft_loss: the function returned {got}; it must return one loss per token {list(x.shape)}")
+        slope = torch.autograd.grad(value.sum(), x)[0] if value.requires_grad else torch.zeros_like(logprob)
+    return value.detach().to(logprob.dtype), slope
+
+
 def bounds(clip: Clip) -> tuple[float, float]:
     """(1 − low, 1 + high); 0 and ∞ where a side is None."""
     low, high = clip
@@ -214,7 +236,7 @@ def importance_weight(old: torch.Tensor, sampler: torch.Tensor, cap: torch.Tenso
 
 
 class LossSettings(NamedTuple):
-    """The settings of `pact_loss`; is_cap: one cap per LossContext, NaN for no importance weights."""
+    """The settings of `pact_loss`; is_cap: one cap per LossContext, NaN for no importance weights; sft_loss: None: −log π."""
 
     rule: PolicyLoss
     clip: Clip
@@ -223,6 +245,7 @@ class LossSettings(NamedTuple):
     entropy_coef: float
     is_cap: Sequence[float] | None
     softcap: float | None
+    sft_loss: SftLoss | None = None
 
 
 class SequenceTerms(NamedTuple):
@@ -318,11 +341,12 @@ def token_terms(
     h = -settings.entropy_coef * entropy_weight
     if term.entropy_slope is not None:
         h = h + _weighted(rl_weight, weight * term.entropy_slope)
+    sft, sft_slope = sft_term(logprob, settings.sft_loss)
     unclipped = torch.zeros_like(logprob, dtype=torch.bool)
     return TokenTerms(
         rl=sum((_weighted(w, value) for w, value, _ in policy[1:]), _weighted(*policy[0][:2])),
-        sft=torch.where(sft_weight != 0, -sft_weight * logprob, 0.0),
-        g=g - sft_weight,
+        sft=_weighted(sft_weight, sft),
+        g=g + _weighted(sft_weight, sft_slope),
         h=h,
         k3=kl,
         log_ratio=log_ratio,
@@ -347,9 +371,8 @@ def spread_over_sequences(
     Every token's term depends on the log-probs of all n policy tokens of its sequence, on each with 1/n of its slope.
     """
     plain = settings._replace(kl_coef=0.0, entropy_coef=0.0)
-    slope = token_terms(tokens, logprob, torch.zeros_like(logprob), plain, sequence).g + tokens.sft_weight.to(
-        logprob.dtype
-    )
+    policy_alone = dataclasses.replace(tokens, sft_weight=torch.zeros_like(tokens.sft_weight))
+    slope = token_terms(policy_alone, logprob, torch.zeros_like(logprob), plain, sequence).g
     policy = tokens.rl_weight != 0
     mean = torch.zeros_like(slope)
     mean[policy] = sequence_mean(slope[policy], sequence_group(tokens)[policy])

@@ -29,7 +29,7 @@ class LossTokens:
     advantage        float32  A; ignored where rl_weight = 0
     old_logprob      float32  log π_old under the token's own context; NaN: the current policy, ratio exactly 1
     rl_weight        float    weight of the policy loss, every normaliser included (float32 or float64)
-    sft_weight       float    weight of −log π, every normaliser included (float32 or float64)
+    sft_weight       float    weight of the SFT loss, −log π by default, every normaliser included (float32 or float64)
     ref_logprob      float32  log π_ref, for the k3 KL term; None: no term
     sampler_logprob  float32  log-prob with which the token was sampled, for `is_cap`; NaN: importance weight 1
     kl_weight        float    weight of the KL term, every normaliser included; None: rl_weight

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pact_fast.config.filters import SamplingFilters
+from pact_fast.kernels.decoder import sampling
 from pact_fast.model.adapter import ADAPTER_NAME, adapted_layers
 from pact_fast.model.filters import filtered
 from pact_fast.model.head import head_layer, logit_transform
@@ -60,6 +61,7 @@ class TransformersEngine(Engine):
     name = "the embedded engine"
     synchronous = True
     applies_filters = True
+    rewinds = True
 
     def __init__(
         self,
@@ -84,6 +86,8 @@ class TransformersEngine(Engine):
         if session is None:
             self._queue.append(request)
             return
+        if request.keep is not None:
+            _rewind(session, request.keep)
         self._assign(session, request)
 
     def close(self, session: int) -> None:
@@ -202,11 +206,15 @@ class TransformersEngine(Engine):
     def _sample(self, logits: torch.Tensor, sessions: list[_Session]) -> tuple[list[int], list[float]]:
         """Inverse-CDF sampling with one uniform variate per session and token; returns tokens and their log-probs."""
         temperatures = [s.request.temperature for s in sessions if s.request]
+        uniform = torch.tensor([s.generator.random() for s in sessions], dtype=torch.float64, device=logits.device)
+        filters = [s.filters for s in sessions]
+        if not any(filters) and sampling.serves(logits):
+            drawn, logprobs = sampling.sample(logits, torch.tensor(temperatures, dtype=torch.float32), uniform)
+            return drawn.tolist(), logprobs.tolist()
         scale = torch.tensor([t or 1.0 for t in temperatures], device=logits.device)
         logp = torch.log_softmax(logits / scale[:, None], -1)
-        if any(s.filters for s in sessions):
-            logp = _filter(logp, [s.filters for s in sessions])
-        uniform = torch.tensor([s.generator.random() for s in sessions], dtype=torch.float64, device=logits.device)
+        if any(filters):
+            logp = _filter(logp, filters)
         tokens = inverse_cdf(logp, uniform)
         greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
         tokens = torch.where(greedy, logits.argmax(-1), tokens)
@@ -227,6 +235,13 @@ class TransformersEngine(Engine):
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _rewind(session: _Session, keep: int) -> None:
+    """Forget all but the first `keep` tokens of the context. Keys and values behind them are overwritten in time."""
+    fed = min(session.length, keep)
+    session.pending = deque(list(session.pending)[: keep - session.length] if keep > session.length else ())
+    session.length = fed
 
 
 def _filter(logp: torch.Tensor, filters: list[SamplingFilters | None]) -> torch.Tensor:

@@ -58,6 +58,7 @@ class VllmEngine(Engine):
     """
 
     applies_filters = True
+    rewinds = True
 
     def __init__(
         self,
@@ -99,6 +100,8 @@ class VllmEngine(Engine):
         if not self.has_unfinished_turns():
             self._last_activity = time.monotonic()
         session = self._sessions.setdefault(request.session, _Session(request.rng_key))
+        if request.keep is not None:
+            del session.context[request.keep :]
         session.context += request.ids.tolist()
         session.turns += 1
         self._turn_count += 1

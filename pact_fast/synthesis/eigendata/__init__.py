@@ -8,6 +8,10 @@ rollout    the scripted agent, perfect or noisy, in dialogue with the user
 assess     rules: scores rollouts and says who is to blame
 reflect    rules: rewrites prompts and workflow from the failures
 models     with a language model: the user's words, and reflection
+model_tasks, model_player  with a language model: plans, solutions, second opinions; agent and user
+actor      a language model that acts in JSON
+backends   which back-end plays which role
+generated  tasks of the small helpdesk without files, for the quickstart
 engine     plan → synthesis → verification → rollout → assessment → reflection, resumable
 quality    duplicates, diversity, difficulty, coverage, leakage
 report     the HTML report

@@ -44,6 +44,7 @@ class Settings:
     rounds  rounds of synthesis; reflection comes after each but the last
     plans   pairs of synthesis and evaluation plan
     count   tasks to make in all rounds; a few less are accepted
+    models  roles that a language model plays (`backends.ROLES`)
     """
 
     domain: str
@@ -51,6 +52,7 @@ class Settings:
     rounds: int = 3
     plans: int = 64
     count: int = 600
+    models: tuple[str, ...] = ()
 
     @property
     def slots_per_round(self) -> int:
@@ -169,9 +171,10 @@ class Engine:
     # -- the folder --------------------------------------------------------------------------------------------------
 
     def _check_settings(self) -> None:
-        path, asked = self.out / "settings.json", asdict(self.settings)
+        path = self.out / "settings.json"
+        asked = {**asdict(self.settings), "models": list(self.settings.models)}
         if path.exists():
-            saved = _json(path)
+            saved = {"models": [], **_json(path)}
             for key, value in asked.items():
                 if saved.get(key) != value:
                     raise PactError(

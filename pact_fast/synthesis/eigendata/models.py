@@ -1,4 +1,4 @@
-"""Back-ends with a language model: the user's words, and reflection. What they write passes the same controls and probes.
+"""Back-ends with a language model for words: the user's first message, and reflection.
 
 A task stays composed of issues, so that it is solvable and its checker right by construction; the model gives it words.
 Prompts are files of the version (`wording.md`, `reflection.md`), which reflection may rewrite, too.
@@ -15,10 +15,11 @@ from string import Template
 from typing import Any
 
 from pact_fast.envs.domain import Domain, Instance
+from pact_fast.errors import PactError
 from pact_fast.llm import InvalidAnswer, LLMClient
 from pact_fast.synthesis.eigendata.compose import RulesSynthesizer, with_id
 from pact_fast.synthesis.eigendata.roles import Candidate, Plan, Revision, Synthesizer
-from pact_fast.synthesis.eigendata.versions import CHOICES, Version
+from pact_fast.synthesis.eigendata.versions import CHOICES, START, Version
 
 EXAMPLES = 3  # of failures, for each control
 LONGEST_MESSAGE = 2_000  # characters
@@ -66,7 +67,7 @@ class ModelWording:
         made = self._composer.synthesize(domain, plan, subject, version, rng)
         if made is None:
             return None
-        prompt = _prompt(version, "wording.md", wishes=made.user.goal, style=plan.style)
+        prompt = prompt_of(version, "wording.md", wishes=made.user.goal, style=plan.style)
         try:
             answer = self._client.complete(
                 [{"role": "user", "content": prompt}], sample=rng.randrange(2**31), repairs=1, check=_check_message
@@ -87,7 +88,7 @@ class ModelReflector:
         self, version: Version, candidates: Sequence[Candidate], rejected: Sequence[Revision]
     ) -> list[Revision]:
         """No revisions if the model's answer cannot be used."""
-        prompt = _prompt(
+        prompt = prompt_of(
             version,
             "reflection.md",
             choices=json.dumps(CHOICES, default=lambda kind: kind.__name__, indent=1),
@@ -105,7 +106,10 @@ class ModelReflector:
         ]
 
 
-def _prompt(version: Version, file: str, **values: str) -> str:
+def prompt_of(version: Version, file: str, **values: str) -> str:
+    """A prompt of the version with its $names filled in. PactError if the version has no such file."""
+    if file not in version.files:
+        raise PactError(f"version {version.number} of prompts and workflow has no {file}; copy it from {START / file}")
     return Template(version.files[file]).safe_substitute(values)
 
 

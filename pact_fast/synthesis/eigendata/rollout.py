@@ -45,7 +45,15 @@ class ScriptedPlayer:
         return play(domain, instance, _noisy(domain, instance, self._noise, rng), limit)
 
 
-def play(domain: Domain, instance: Instance, acts: Iterator[Act], max_messages: int = 200) -> Rollout:
+def play(
+    domain: Domain,
+    instance: Instance,
+    acts: Iterator[Act],
+    max_messages: int = 200,
+    *,
+    env: DomainEnvironment | None = None,
+    messages: list[Message] | None = None,
+) -> Rollout:
     """A dialogue: the acts of an agent, and what environment and user make of them.
 
     Args:
@@ -53,10 +61,13 @@ def play(domain: Domain, instance: Instance, acts: Iterator[Act], max_messages: 
         instance: The task.
         acts: What the agent does, in order; the dialogue ends when they do, or when the user leaves.
         max_messages: Messages of all parties; more end the dialogue without success.
+        env: Plays the task; None: with the scripted user.
+        messages: An empty list that gets the dialogue as it goes on, for agents that read it; None: a new one.
     """
-    env = DomainEnvironment.of(domain)
+    env = env or DomainEnvironment.of(domain)
     env.start(instance)
-    messages: list[Message] = [
+    messages = [] if messages is None else messages
+    messages += [
         {"role": "system", "content": domain.policy},
         {"role": "user", "content": instance.user.opening},
     ]

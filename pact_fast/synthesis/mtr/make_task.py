@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pact_fast.data.types import Task
 from pact_fast.envs.simulated.actor import ToolActor
 from pact_fast.synthesis.mtr.auto_agent import NoScript, script
-from pact_fast.synthesis.mtr.plan import make_plan
+from pact_fast.synthesis.mtr.plan import Plan, make_plan
 from pact_fast.synthesis.mtr.qa import QARow
 from pact_fast.synthesis.mtr.tool_maker import Toolset, make_tools
 from pact_fast.synthesis.mtr.verify import MAX_TURNS, reasons_against
@@ -31,7 +32,16 @@ class MadeTask:
     reasons: tuple[str, ...]
 
 
-def make_task(row: QARow, actor: ToolActor, max_turns: int = MAX_TURNS, system: str = SYSTEM) -> MadeTask:
+ToolMaker = Callable[[QARow, Plan], Toolset]
+
+
+def make_task(
+    row: QARow,
+    actor: ToolActor,
+    max_turns: int = MAX_TURNS,
+    system: str = SYSTEM,
+    without_plan: ToolMaker = make_tools,
+) -> MadeTask:
     """Tools, trace and checks of a row.
 
     Args:
@@ -39,9 +49,10 @@ def make_task(row: QARow, actor: ToolActor, max_turns: int = MAX_TURNS, system: 
         actor: Answers the calls of the trace.
         max_turns: Longest trace that is kept, in assistant turns.
         system: The system prompt of the task.
+        without_plan: Makes the tools of a row that has no plan; of the others, the rules do.
     """
     plan = make_plan(row)
-    tools = make_tools(row, plan)
+    tools = make_tools(row, plan) if plan.hops else without_plan(row, plan)
     task = _task(row, tools, system)
     try:
         trace = script(row, plan, tools, actor.episode(task.id, tools.world, row.answers))

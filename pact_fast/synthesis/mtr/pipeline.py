@@ -1,6 +1,7 @@
 """A file of QA rows to a folder of tasks with verified traces. Killed at any moment and started again, it gives the same files.
 
     train.jsonl     tasks with a trace; `pact-fast train` reads them
+    tasks.jsonl     tasks with tools and without a trace: for rollouts, or for traces of a teacher
     rejected.jsonl  {id, reasons} of every other row
     tools.json      every tool with its frequency, and what was merged and rejected
     report.html     acceptance by reason, tools, a trace to read
@@ -15,26 +16,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from pact_fast.data.readers import write_tasks
 from pact_fast.envs.simulated.env import make_actor
+from pact_fast.envs.simulated.world import LOOKUP, MODEL, SEARCH
 from pact_fast.errors import DataError, PactError
 from pact_fast.files import ANOTHER, io_errors, remove, write_text
 from pact_fast.synthesis.mtr.make_task import MadeTask, make_task
+from pact_fast.synthesis.mtr.model_tool_maker import ModelToolMaker
 from pact_fast.synthesis.mtr.page import write_page
 from pact_fast.synthesis.mtr.readers import read_rows
+from pact_fast.synthesis.mtr.tool_maker import make_tools
 from pact_fast.synthesis.mtr.verify import MAX_TURNS
 from pact_fast.text import short
 
-VERSION = 1  # of what a row gives
+T = TypeVar("T")
+R = TypeVar("R")
+
+VERSION = 2  # of what a row gives
 JOURNAL, MANIFEST = "journal.jsonl", "manifest.json"
 UNREADABLE = "unreadable"  # the reason of a row that no reader accepts
 
@@ -54,7 +62,12 @@ class Settings:
 
 
 def make_dataset(
-    source: Path, out: Path, settings: Settings, progress: Callable[[int, int], None] = lambda done, kept: None
+    source: Path,
+    out: Path,
+    settings: Settings,
+    progress: Callable[[int, int], None] = lambda done, kept: None,
+    tool_maker: ModelToolMaker | None = None,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Make the files of `out` from a file of QA rows. Returns the manifest.
 
@@ -63,18 +76,31 @@ def make_dataset(
         out: The folder; what an interrupted call has left there is continued.
         settings: What else decides the result.
         progress: Called after every row with (rows done, traces kept).
+        tool_maker: A language model that makes the tools of rows without a plan; None: the rules do.
+        workers: Rows at the same time.
 
     Raises:
         DataError: The file cannot be read, or holds no rows.
-        PactError: The folder holds the work of another file or other settings, or cannot be written.
+        PactError: The folder holds the work of another file or other settings, or cannot be written; or an LLMError.
     """
     identity = {"version": VERSION, "settings": asdict(settings), "sha256": _digest(source)}
+    if tool_maker:
+        identity["tool_maker"] = tool_maker.version
     with io_errors(out, ANOTHER):
         out.mkdir(parents=True, exist_ok=True)
     done = _finished(out, identity)
     if done is not None:
         return done
-    records = _journal(source, out, settings, identity, progress)
+    actor = make_actor({"faults": settings.faults or {}})
+    without_plan = tool_maker.make if tool_maker else make_tools
+
+    def record(row: Any) -> dict[str, Any]:
+        if isinstance(row, dict):  # it cannot be read
+            return row
+        return _record(make_task(row, actor, settings.max_turns, without_plan=without_plan))
+
+    rows = _rows(source, settings.max_rows)
+    records = _journal(source, out, identity, lambda done: ordered(record, islice(rows, done, None), workers), progress)
     manifest = _write(out, identity, records)
     with io_errors(out, ANOTHER):
         remove(out / JOURNAL)
@@ -102,17 +128,19 @@ def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _journal(
-    source: Path, out: Path, settings: Settings, identity: dict[str, Any], progress: Callable[[int, int], None]
+    source: Path,
+    out: Path,
+    identity: dict[str, Any],
+    after: Callable[[int], Iterable[dict[str, Any]]],
+    progress: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
-    """One record for every row, those of an interrupted call from the journal."""
+    """One record for every row: of an interrupted call from the journal, and those `after` so many rows."""
     path = out / JOURNAL
     records = _recorded(path, identity)
-    actor = make_actor({"faults": settings.faults or {}})
     with io_errors(path, ANOTHER), path.open("ab") as file:
         if not file.tell():
             file.write(json.dumps(identity).encode() + b"\n")
-        for row in islice(_rows(source, settings.max_rows), len(records), None):
-            record = row if isinstance(row, dict) else _record(make_task(row, actor, settings.max_turns))
+        for record in after(len(records)):
             file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             records.append(record)
@@ -120,6 +148,25 @@ def _journal(
     if not records:
         raise DataError("holds no rows; give a file with at least one", file=str(source))
     return records
+
+
+def ordered(make: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """`make` of every item, in their order, computed by some threads that are a few items ahead."""
+    if workers == 1:
+        yield from map(make, items)
+        return
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(make, item))
+                if len(waiting) == 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _recorded(path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
@@ -180,28 +227,33 @@ def _record(made: MadeTask) -> dict[str, Any]:
         "rejected": [[tool.name, list(tool.reasons)] for tool in tools.rejected],
         "question": task.prompt[-1]["content"],
     }
-    if not made.reasons:
+    if any(tool.kind in (LOOKUP, SEARCH, MODEL) for tool in tools.world.tools.values()):  # it can find something out
         record["task"] = task_json(task)
     return record
 
 
 def task_json(task: Any) -> dict[str, Any]:
     """A task as JSON, from which `_task` makes an equal one."""
-    assert task.expert is not None
     columns = ("id", "prompt", "tools", "answer", "env", "env_args", "columns")
-    return {name: getattr(task, name) for name in columns} | {"expert": task.expert.to_messages()}
+    data = {name: getattr(task, name) for name in columns}
+    return data | ({"expert": task.expert.to_messages()} if task.expert else {})
 
 
 def _task(data: dict[str, Any]) -> Any:
     from pact_fast.data.types import ExpertTrace, Task
 
+    task = Task(**{name: value for name, value in data.items() if name != "expert"})
+    if "expert" not in data:
+        return task
     expert = ExpertTrace.from_messages(data["expert"])
-    return Task(**{k: v for k, v in data.items() if k != "expert"}, expert=expert, reference_calls=expert.calls)
+    return replace(task, expert=expert, reference_calls=expert.calls)
 
 
 def _write(out: Path, identity: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     kept = [record for record in records if not record["reasons"]]
     _write_tasks(out / "train.jsonl", [_task(record["task"]) for record in kept])
+    bare = [record["task"] for record in records if record["reasons"] and "task" in record]
+    _write_tasks(out / "tasks.jsonl", [_task(task) for task in bare])
     rejected = [{k: r[k] for k in ("id", "reasons", "error") if k in r} for r in records if r["reasons"]]
     write_text(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), ANOTHER)
     tools = tool_table(records)
@@ -210,6 +262,7 @@ def _write(out: Path, identity: dict[str, Any], records: Sequence[dict[str, Any]
         "made_from": identity,
         "rows": len(records),
         "kept": len(kept),
+        "without_trace": len(bare),
         "reasons": dict(Counter(reason for r in records for reason in r["reasons"]).most_common()),
         "classes": dict(Counter(r["class"] for r in kept).most_common()),
         "tools": len(tools["tools"]),

@@ -1,0 +1,104 @@
+"""Tasks of the learning study: look-up chains as data files, the same for all methods of a regime and seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pact_fast.data.readers import write_tasks
+from pact_fast.data.sources import TaskSource
+from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall
+from pact_fast.envs.lookup_chain import RELATIONS, LookupChainTasks, TraceNoise, noisy_trace
+
+RARE = frozenset(RELATIONS[-3:])  # relations that training tasks leave out where `tools` says so
+Part = Literal["train", "validation", "test"]
+SHIFT = {"validation": 1 << 20, "test": 0}  # first index of held-out tasks: the learning rate never sees a test task
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """What tasks are drawn.
+
+    hops            fewest and most relations of a question
+    distractors     offered tools that the question does not need
+    wrong_relation  probability per turn that the expert trace looks up a wrong relation
+    tools           any; common: no question or offer with a RARE relation; rare: every question needs one
+    """
+
+    hops: tuple[int, int]
+    distractors: int = 1
+    wrong_relation: float = 0.0
+    tools: Literal["any", "common", "rare"] = "any"
+
+    def draw(self, part: Part, seed: int, count: int) -> list[Task]:
+        """`count` tasks, a pure function of the arguments. Training and held-out questions never coincide."""
+        source = LookupChainTasks(
+            "train" if part == "train" else "eval",
+            seed,
+            hops=self.hops,
+            distractors=self.distractors,
+            flaky=0,
+            parallel=0,
+        )
+        found = (task for task in _from(source, SHIFT.get(part, 0)) if self._fits(task))
+        return [self._with_noise(next(found), seed) for _ in range(count)]
+
+    def _fits(self, task: Task) -> bool:
+        if self.tools == "common":
+            return RARE.isdisjoint(task.env_args["facts"])
+        return self.tools == "any" or not RARE.isdisjoint(task.env_args["relations"])
+
+    def _with_noise(self, task: Task, seed: int) -> Task:
+        """With errors in its trace, and in the reference calls, which are the trace's. The task's answer stays right."""
+        if not self.wrong_relation:
+            return task
+        noise = TraceNoise(wrong_relation=self.wrong_relation)
+        trace = noisy_trace(task, noise, random.Random(f"noise/{seed}/{task.id}"))
+        return replace(task, expert=trace, reference_calls=trace.calls)
+
+
+def _from(source: LookupChainTasks, first: int) -> Iterator[Task]:
+    while True:
+        yield source.task(first)
+        first += 1
+
+
+def write_files(folder: Path, train: TaskSet, held_out: TaskSet, seed: int, rows: int, evaluated: int) -> None:
+    """train.jsonl, validation.jsonl and test.jsonl of a regime and seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tasks(folder / "train.jsonl", train.draw("train", seed, rows))
+    for part in ("validation", "test"):
+        write_tasks(folder / f"{part}.jsonl", held_out.draw(part, seed, evaluated))
+
+
+class ColdTasks:
+    """Tasks for a base model that rarely writes a valid call: most of its traces call with a wrong argument name.
+
+    The wrong call gets an error, after which the trace answers with the start of the chain.
+
+    Args:
+        tasks: The tasks.
+        wrong: Fraction of traces with the wrong call.
+    """
+
+    def __init__(self, tasks: TaskSource, wrong: float):
+        self._tasks, self._wrong = tasks, wrong
+
+    def train(self, step: int, count: int) -> list[Task]:
+        rng = random.Random(f"cold/{step}")
+        return [_cold(task) if rng.random() < self._wrong else task for task in self._tasks.train(step, count)]
+
+    def held_out(self, count: int) -> list[Task]:
+        return self._tasks.held_out(count)
+
+
+def _cold(task: Task) -> Task:
+    """With a trace of one invalid call; without the fields from which pretraining would draw another trace."""
+    assert task.expert
+    first, start = task.expert.turns[0], task.env_args["starts"][0]
+    call = ToolCall(first.calls[0].name, {"name": start})
+    turn = ExpertTurn(first.reasoning, (call,), ("error: missing argument 'of'",))
+    return replace(task, expert=ExpertTrace((turn,), start, task.expert.answer_reasoning), env_args={})

@@ -1,0 +1,86 @@
+"""Dialogues in which a language model plays the agent, the user, or both; the environment and its checker are as ever."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from pact_fast.data.types import Message, ToolCall
+from pact_fast.envs.domain import Domain, DomainEnvironment, Instance, Step
+from pact_fast.envs.domain.user_side import call_as_user, user_prompt, user_schemas
+from pact_fast.llm import LLMClient
+from pact_fast.synthesis.eigendata.actor import Actor
+from pact_fast.synthesis.eigendata.models import prompt_of
+from pact_fast.synthesis.eigendata.roles import Rollout
+from pact_fast.synthesis.eigendata.rollout import Act, gold_acts, play
+from pact_fast.synthesis.eigendata.versions import Version
+
+MOST_CALLS = 8  # of a user between two messages
+
+
+class ModelPlayer:
+    """Plays a task with models.
+
+    Args:
+        agent: The model that plays the agent; None: the scripted one, which makes the gold calls.
+        user: The model that plays the user; None: the scripted one.
+    """
+
+    def __init__(self, agent: LLMClient | None = None, user: LLMClient | None = None):
+        self._agent = agent and agent.with_role("agent")
+        self._user = user and user.with_role("user")
+
+    def play(self, domain: Domain, instance: Instance, version: Version, rng: random.Random) -> Rollout:
+        limit, sample = version.settings("workflow.yaml")["max_messages"], rng.randrange(2**31)
+        messages: list[Message] = []
+        acts = gold_acts(domain, instance)
+        if self._agent is not None:
+            acts = _agent_acts(Actor(self._agent, prompt_of(version, "agent.md", policy=domain.policy), domain.schemas,
+                                     sample=sample), messages)  # fmt: skip
+        env = DomainEnvironment.of(domain)
+        if self._user is not None:
+            env = _WithModelUser(domain, self._user, sample)
+        return play(domain, instance, acts, limit, env=env, messages=messages)
+
+
+def _agent_acts(actor: Actor, messages: list[Message]) -> Iterator[Act]:
+    """What the agent does. It hears everything that the dialogue gained since its last act, but its own words."""
+    heard = 1  # the policy is in its prompt
+    while True:
+        for message in messages[heard:]:
+            if message["role"] != "assistant":
+                actor.hear(f"{'Customer: ' if message['role'] == 'user' else ''}{message['content']}")
+        heard = len(messages)
+        act = actor.act()
+        if act is None:
+            return
+        yield Step(act.name, act.arguments) if isinstance(act, ToolCall) else act
+
+
+class _WithModelUser(DomainEnvironment):
+    """The environment of a domain whose user is a model. The calls that it makes are recorded as the scripted user's are."""
+
+    def __init__(self, domain: Domain, client: LLMClient, sample: int):
+        self._domain, self._sandbox = domain, None
+        self._client, self._sample = client, sample
+
+    def start(self, instance: Instance) -> None:
+        super().start(instance)
+        tools = user_schemas(self._domain, instance)
+        self._actor = Actor(self._client, user_prompt(instance), tools, sample=self._sample)
+
+    def respond(self, text: str) -> str | None:
+        self._said.append(text)
+        if self._over:
+            return None
+        self._actor.hear(text)
+        for _ in range(MOST_CALLS):
+            act = self._actor.act()
+            if not isinstance(act, ToolCall):
+                break
+            self.user.steps.append(Step(act.name, act.arguments, "user"))
+            self._actor.hear(call_as_user(self._domain, self._instance, self._db, act.name, act.arguments))
+        else:
+            act = None
+        self._over = act is None
+        return act

@@ -1,0 +1,20 @@
+"""What the fork server has ready before it forks the first process: what every run imports, and what it makes anew each time.
+
+A module of its own, because the fork server can import modules only. Run by `python -m`, a process does the same work itself.
+"""
+
+import pytest  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+import pact_fast.report
+import pact_fast.train.run  # noqa: F401
+from pact_fast.algorithms.registry import algorithm
+from pact_fast.chat.formats.registry import tool_format
+from pact_fast.envs.registry import environment
+from pact_fast.rollout.registry import engine
+from pact_fast.train.trackers.registry import tracker
+
+for registry in (algorithm, engine, environment, tool_format, tracker):
+    registry.names()  # imports all that are registered
+get_checkpoint_conversion_mapping("qwen3")  # a thousand regular expressions, compiled once in a process
