@@ -100,7 +100,13 @@ def _difference(study: Study, regime: str, method: str, kind: str) -> str:
     paired = Paired.of(study.by_seed(regime, OURS, kind), study.by_seed(regime, method, kind))
     if method == OURS or not paired.difference.n:
         return ""
-    return paired.difference.text(sign=True) + ("" if math.isnan(paired.p) else f", p {paired.p:.3f}")
+    return paired.difference.text(sign=True) + _p_value(paired.p)
+
+
+def _p_value(p: float) -> str:
+    if math.isnan(p):
+        return ""
+    return ", p < 0.001" if p < 0.001 else f", p {p:.3f}"
 
 
 def rank_table(study: Study) -> str:

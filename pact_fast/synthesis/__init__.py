@@ -1,1 +1,6 @@
-"""Programs that make tasks and expert traces."""
+"""Programs that make tasks and expert traces.
+
+mtr        tools and traces from question-answering rows (docs/mtr.md)
+eigendata  tasks of a domain with executable checkers (docs/eigendata.md)
+traces     expert traces from reference calls or a teacher, verified by execution (docs/traces.md)
+"""
