@@ -12,6 +12,7 @@ from pact_fast.algorithms.base import Group
 from pact_fast.config import load_config
 from pact_fast.config.schema import FilterGroupsConfig
 from pact_fast.data.types import StopReason, Task, Trajectory, TurnRecord
+from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
 from pact_fast.train.collect import RolloutCollector
 from pact_fast.train.filter_groups import FurtherTasks, filter_groups, has_signal
@@ -155,10 +156,9 @@ def collector(ahead: int, loop: Loop, notes: list[str], algorithm: str = "grpo",
     )  # fmt: skip
     from contextlib import nullcontext
 
-    world = SimpleNamespace(rank=0, all_gather=lambda value, name: [value])
     progress = SimpleNamespace(rollouts=lambda total, name: nullcontext(lambda: None), note=notes.append)
     kind = SimpleNamespace(needs_rollouts=True, samples=lambda step: True, turn_advantages=False)
-    made = RolloutCollector(config, Prompts(), loop, kind, {}, [0], world, progress)  # type: ignore[arg-type]
+    made = RolloutCollector(config, Prompts(), loop, kind, {}, [0], World(), progress)  # type: ignore[arg-type]
     made._prefetcher = RolloutPrefetcher(made._sample, 9, ahead)
     return made
 

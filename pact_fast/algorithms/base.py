@@ -7,8 +7,8 @@ stated in `Requirements`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -40,6 +40,11 @@ class Group:
     advantages: list[np.ndarray] = field(default_factory=list)
 
 
+def _alone(*counts: int) -> tuple[int, ...]:
+    """Sums over a single rank."""
+    return counts
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What an algorithm knows about an optimizer step: its position in the schedule, and the normalisers of its batch.
@@ -52,6 +57,7 @@ class StepContext:
     prompts                prompts of the optimizer step
     sampled_tokens         sampled tokens of all its rollouts
     max_completion_length  limit of a rollout, the normaliser of `loss_type: dr_grpo`
+    over_ranks             sums counts over the ranks, for normalisers of `Algorithm.prompt_batches`; all ranks must call it
     """
 
     config: AlgorithmConfig
@@ -62,6 +68,11 @@ class StepContext:
     prompts: int
     sampled_tokens: int
     max_completion_length: int
+    over_ranks: Callable[..., tuple[int, ...]] = _alone
+
+    def alone(self) -> StepContext:
+        """The same step for a caller that the other ranks do not join: its counts are not summed."""
+        return replace(self, over_ranks=_alone)
 
 
 @dataclass
@@ -182,9 +193,10 @@ class Algorithm:
         raise NotImplementedError
 
     def prompt_batches(self, groups: Sequence[Group], step: StepContext) -> list[PromptBatch]:
-        """Those of all prompts of an optimizer step, in order; `prompt_batch` of each.
+        """Those of this rank's prompts of an optimizer step, in order; `prompt_batch` of each.
 
-        Override this where a normaliser counts what other prompts train on, beside `step.sampled_tokens`.
+        Override this where a normaliser counts what other prompts train on, beside `step.sampled_tokens`. Each rank is called
+        once for the step, with its own prompts (perhaps none), so pass such counts through `step.over_ranks`.
         """
         return [self.prompt_batch(group, step) for group in groups]
 

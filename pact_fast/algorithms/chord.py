@@ -49,15 +49,15 @@ class Chord(Algorithm):
         mu = mu_at(step.step, self.config.chord)
         batches = [self._trees(group, step, mu) for group in groups]
         traces = [batch for batch in batches if batch.expert is not None]
-        tokens = sum(_trained(batch) for batch in traces)
+        tokens, count = step.over_ranks(sum(_trained(batch) for batch in traces), len(traces))
         for batch in traces if mu else ():
-            weight = mu * trace_token_weight(_trained(batch), tokens, len(traces), step)
+            weight = mu * trace_token_weight(_trained(batch), tokens, count, step)
             batch.scored += _scored_trace(batch, weight)
         return batches
 
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
         """`prompt_batches` of one prompt: its trace is then all expert data."""
-        return self.prompt_batches([group], step)[0]
+        return self.prompt_batches([group], step.alone())[0]
 
     def _trees(self, group: Group, step: StepContext, mu: float) -> PromptBatch:
         """The prompt's tree and weighted rollouts; its trace is not scored yet."""

@@ -54,7 +54,7 @@ class Luffy(Algorithm):
             add_trace(group, tree, x, step, final_answer=True) if has_trace(group.task) else None
             for group, (tree, x) in zip(groups, trees, strict=True)
         ]
-        trained = sum(int(generated(trace[1]).sum()) for trace in traces if trace)
+        (trained,) = step.over_ranks(sum(int(generated(trace[1]).sum()) for trace in traces if trace))
         step = dataclasses.replace(step, sampled_tokens=step.sampled_tokens + trained)
         return [
             self._mixed_group(group, PromptBatch(group, "mixed" if trace else "prompt", [tree], [], trace), x, step)
@@ -63,7 +63,7 @@ class Luffy(Algorithm):
 
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
         """`prompt_batches` of one prompt."""
-        return self.prompt_batches([group], step)[0]
+        return self.prompt_batches([group], step.alone())[0]
 
     def _mixed_group(self, group: Group, batch: PromptBatch, x: Node, step: StepContext) -> PromptBatch:
         """`batch` with the advantages of the whole group, and the weighted tokens of its sequences."""

@@ -13,8 +13,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pact_fast.batch.bins import balance, first_fit
-from pact_fast.batch.merge import merge_prefixes
+from pact_fast.batch.bins import first_fit
+from pact_fast.batch.parts import (
+    OwnedPart,
+    TreePart,
+    Unit,
+    assign,
+    claim_nodes,
+    cost_table,
+    merge_trees,
+    split_trees,
+    unit_size,
+)
 from pact_fast.batch.tree import Node, TokenTree
 
 
@@ -90,9 +100,9 @@ def pack(trees: Sequence[TokenTree], *, max_tokens: int, share: bool = True, mer
         merge: Whether siblings that begin with the same tokens share these, too (`batch/merge.py`). Rows, ownership and
             results are still those of the caller's nodes. Trees with pairs are left as they are.
     """
-    units = _split_trees(_merge_trees(trees, share and merge), max_tokens, share)
-    bins = first_fit([_num_tokens(unit) for unit in units], max_tokens)
-    return _build_packs([[part for i in sorted(members) for part in units[i]] for members in bins])
+    units = split_trees(merge_trees(trees, share and merge), max_tokens, share)
+    bins = [sorted(members) for members in first_fit([unit_size(unit) for unit in units], max_tokens)]
+    return _build_packs(units, bins)
 
 
 def distribute_packs(
@@ -122,152 +132,47 @@ def distribute_packs(
     """
     if ranks == 1:
         return [[batch] for batch in pack(trees, max_tokens=max_tokens, share=share, merge=merge)]
-    trees = _merge_trees(trees, share and merge)
-    units = _split_trees(trees, max_tokens, share)
+    trees = merge_trees(trees, share and merge)
+    units = split_trees(trees, max_tokens, share)
     budget = max_tokens
     while share and len(units) < ranks and budget > 1:
         budget //= 2
-        units = _split_trees(trees, budget, share)
-    costs = [cost(*_tokens_and_pairs(unit)) for unit in units]
-    sizes = [_num_tokens(unit) for unit in units]
-    fewest = -(-len(first_fit(sizes, max_tokens)) // ranks)
-    bins = balance(sizes, costs, ranks, fewest, max_tokens)
-    bins.sort(key=lambda members: -sum(costs[i] for i in members))  # a step takes as long as its slowest rank
-    batches = _build_packs([[part for i in sorted(members) for part in units[i]] for members in bins])
-    load = [0.0] * ranks
-    table = []
-    for step in range(len(bins) // ranks):
-        row: list[PackedBatch] = [batches[0]] * ranks
-        by_load = sorted(range(ranks), key=load.__getitem__)
-        for index, rank in zip(range(step * ranks, (step + 1) * ranks), by_load, strict=True):
-            row[rank] = batches[index]
-            load[rank] += sum(costs[i] for i in bins[index])
-        table.append(row)
-    return table
+        units = split_trees(trees, budget, share)
+    bins, table = assign(cost_table(units), max_tokens, ranks, cost)
+    batches = _build_packs(units, bins)
+    return [[batches[index] for index in row] for row in table]
 
 
-TreePart = list[Node]  # nodes of one tree in depth-first order; with a node, its parent is in the part, too
-Unit = list[TreePart]  # parts that go into the same pack
+def _build_packs(units: list[Unit], bins: list[list[int]]) -> list[PackedBatch]:
+    owned = iter(claim_nodes([units[i] for members in bins for i in members]))
+    return [lay_out([part for _ in members for part in next(owned)]) for members in bins]
 
 
-def _merge_trees(trees: Sequence[TokenTree], merge: bool) -> Sequence[TokenTree]:
-    return [tree if tree.pairs else merge_prefixes(tree) for tree in trees] if merge else trees
-
-
-def _split_trees(trees: Sequence[TokenTree], max_tokens: int, share: bool) -> list[Unit]:
-    if share:
-        return [[part] for tree in trees for part in _split(tree, max_tokens)]
-    return [
-        [leaf.path() for leaf in leaves]
-        for tree in trees
-        if tree.nodes
-        for leaves in _leaves_together(tree, tree.subtree_sizes())
-    ]
-
-
-def _leaves(tree: TokenTree, sizes: dict[int, int]) -> list[Node]:
-    return [node for node in _depth_first(tree.nodes[0], None, sizes) if not node.children]
-
-
-def _leaves_together(tree: TokenTree, sizes: dict[int, int]) -> list[list[Node]]:
-    """The leaves in depth-first order; those of a pair as one entry, at the place of its first."""
-    partner = {id(a): b for pair in tree.pairs for a, b in (pair, pair[::-1])}
-    together: list[list[Node]] = []
-    placed: set[int] = set()
-    for leaf in _leaves(tree, sizes):
-        if id(leaf) not in placed:
-            together.append([leaf, partner[id(leaf)]] if id(leaf) in partner else [leaf])
-            placed |= {id(node) for node in together[-1]}
-    return together
-
-
-def _num_tokens(unit: Unit) -> int:
-    return sum(len(node.ids) for part in unit for node in part)
-
-
-def _tokens_and_pairs(unit: Unit) -> tuple[int, int]:
-    """(tokens, query-key pairs): a token sees its path up to and including itself."""
-    nodes = [node for part in unit for node in part]
-    pairs = sum(len(node.ids) * node.start + len(node.ids) * (len(node.ids) + 1) // 2 for node in nodes)
-    return _num_tokens(unit), pairs
-
-
-def _split(tree: TokenTree, budget: int) -> list[TreePart]:
-    """Split a tree by its leaves, in depth-first order, into parts of at most `budget` tokens and at least one leaf.
-
-    Paired leaves are not separated.
-    """
-    if not tree.nodes:
-        return []
-    root, subtree_sizes = tree.nodes[0], tree.subtree_sizes()
-    if len(tree) <= budget:
-        return [_depth_first(root, None, subtree_sizes)]
-    parts: list[TreePart] = []
-    selected: set[int] = set()
-    size = 0
-    for leaves in _leaves_together(tree, subtree_sizes):
-        path = list(dict.fromkeys(node for leaf in leaves for node in leaf.path()))
-        new = [node for node in path if id(node) not in selected]
-        extra = sum(len(node.ids) for node in new)
-        if selected and size + extra > budget:
-            parts.append(_depth_first(root, selected, subtree_sizes))
-            selected, size, new = set(), 0, path
-            extra = sum(len(node.ids) for node in new)
-        selected |= {id(node) for node in new}
-        size += extra
-    return [*parts, _depth_first(root, selected, subtree_sizes)]
-
-
-def _depth_first(root: Node, selected: set[int] | None, subtree_sizes: dict[int, int]) -> TreePart:
-    """The selected nodes (all if None) in depth-first order.
-
-    The child with the largest subtree comes first, because the first child extends its parent's causal run.
-    """
-    order: TreePart = []
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        order.append(node)
-        children = [c for c in node.children if selected is None or id(c) in selected]
-        stack.extend(sorted(children, key=lambda c: subtree_sizes[id(c)]))
-    return order
-
-
-def _build_packs(packs: list[list[TreePart]]) -> list[PackedBatch]:
-    owned: set[int] = set()
-    return [_build_pack(parts, owned) for parts in packs]
-
-
-def _build_pack(parts: list[TreePart], already_owned: set[int]) -> PackedBatch:
-    """Concatenate parts of trees. Two parts may repeat a node, so row numbers are kept per part.
-
-    `already_owned` holds id(node) of the nodes that earlier packs own; those of this pack are added.
-    """
+def lay_out(parts: Sequence[OwnedPart]) -> PackedBatch:
+    """A pack of parts of trees, one after the other. Two parts may repeat a node, so row numbers are kept per part."""
     rows: dict[int, tuple[list[range], int]] = {}
     owned: list[Node] = []
     runs: list[Span] = []
     branches: list[Span] = []
     subtree_ends: list[np.ndarray] = []
     row = 0
-    for part in parts:
+    for part, sources in parts:
         first_row: dict[int, int] = {}
         last_row: dict[int, int] = {}  # on the path up to and including a node, which may be empty
-        for node in part:
+        for index, node in enumerate(part):
             first_row[id(node)] = row
             above = -1 if node.parent is None else last_row[id(node.parent)]
             row += len(node.ids)
             last_row[id(node)] = row - 1 if len(node.ids) else above
-            if id(node) not in already_owned:
-                already_owned.add(id(node))
-                for source in node.tree.source_nodes(node):
-                    owned.append(source)
-                    rows[id(source)] = _rows_of_last_tokens(node, len(source.ids), first_row, last_row)
+            for source in sources.get(index, ()):
+                owned.append(source)
+                rows[id(source)] = _rows_of_last_tokens(node, len(source.ids), first_row, last_row)
         end = _subtree_ends(part, first_row)
         subtree_ends += [np.full(len(node.ids), end[id(node)], np.int64) for node in part]
         part_runs, part_branches = _spans(part, first_row, end)
         runs += part_runs
         branches += part_branches
-    nodes = [node for part in parts for node in part]
+    nodes = [node for part, _ in parts for node in part]
     empty = [np.zeros(0, np.int64)]
     return PackedBatch(
         input_ids=np.concatenate(empty + [node.ids for node in nodes]),

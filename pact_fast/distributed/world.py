@@ -1,7 +1,7 @@
 """The ranks of a run: the number of this process among them, and the collectives by which they agree.
 
-Every rank computes the same plan from the same rollouts, so little is exchanged: rollouts once a step, sums of
-statistics, and whether to continue. Gradients and weights are left to the training backend.
+All ranks know a table of what a step costs; tokens go to the ranks that plan or train them, and nowhere else. Sums of
+statistics and whether to continue are exchanged, too. Gradients and weights are left to the training backend.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -74,6 +74,39 @@ class World:
             dist.all_gather(messages, torch.nn.functional.pad(message, (0, longest - len(message))))
         return [decode(m[: int(size)].numpy().tobytes()) for m, size in zip(messages, sizes, strict=True)]
 
+    def all_to_all(self, values: Sequence[Any], what: str = "data") -> list[Any]:
+        """What every rank has for this one, by rank. `values[r]` is for rank r, None: nothing; as for `all_gather`.
+
+        The value for this rank itself is passed on as it is.
+        """
+        if self.size == 1:
+            return list(values)
+        nothing = b""
+        messages = [nothing if value is None or r == self.rank else encode(value) for r, value in enumerate(values)]
+        sizes = torch.tensor([len(message) for message in messages])
+        with self.peer_errors(what):
+            received_sizes = torch.empty_like(sizes)
+            dist.all_to_all_single(received_sizes, sizes)
+            splits = received_sizes.tolist()
+            received = torch.empty(sum(splits), dtype=torch.uint8)
+            sent = (
+                torch.frombuffer(bytearray(b"".join(messages)), dtype=torch.uint8)
+                if any(messages)
+                else torch.empty(0, dtype=torch.uint8)
+            )
+            dist.all_to_all_single(received, sent, splits, sizes.tolist())
+        parts = [part.numpy().tobytes() for part in received.split(splits)]
+        return [values[r] if r == self.rank else decode(part) if part else None for r, part in enumerate(parts)]
+
+    def gather_on_main(self, value: Any, what: str = "data") -> list[Any]:
+        """The values of all ranks, by rank, on rank 0; an empty list on the others."""
+        found = self.all_to_all([value if r == 0 else None for r in range(self.size)], what)
+        return found if self.is_main else []
+
+    def home_of(self, index: int, count: int) -> int:
+        """The rank that plans prompt `index` of `count`: equal blocks of consecutive prompts, one for each rank."""
+        return index * self.size // count
+
     def broadcast_from_main(self, make: Callable[[], Any], what: str = "data") -> Any:
         """Call `make` on rank 0 only, and return its result on every rank."""
         return self.all_gather(make() if self.is_main else None, what)[0]
@@ -85,6 +118,10 @@ class World:
             with self.peer_errors(what):
                 dist.all_reduce(values)
         return values
+
+    def sum_counts(self, *counts: int) -> tuple[int, ...]:
+        """The sum of each count over all ranks."""
+        return tuple(map(int, self.all_reduce_sum(torch.tensor(counts)).tolist()))
 
     def any(self, flag: bool, what: str = "whether to continue") -> bool:
         """Whether `flag` is true on any rank."""

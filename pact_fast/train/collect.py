@@ -1,9 +1,15 @@
-"""Collecting a step's rollouts: sample, score, all-gather → groups with advantages, the same on every rank."""
+"""Collecting a step's rollouts: sample, score, exchange → groups with advantages.
+
+Every rank knows the outcome of all rollouts (`Outcome`). The rollouts themselves go to the rank that plans their prompt
+(`World.home_of`), and stay there if they were sampled there.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from transformers import TrainerState
@@ -21,11 +27,57 @@ from pact_fast.train.filter_groups import FURTHER_BATCHES, FilterCounts, Further
 from pact_fast.train.prefetch import RolloutPrefetcher
 from pact_fast.train.progress import Progress
 
-LocalRollouts = tuple[list[Group], list[Trajectory]]  # groups of all prompts, still empty; this rank's rollouts of them
+NEVER = np.iinfo(np.int64).max  # weight version of a rollout without sampled tokens
+
+
+class Outcome(NamedTuple):
+    """What every rank knows of a rollout.
+
+    reward        its reward
+    turn_rewards  of its turns, where dynamic sampling asks for them
+    sampled       number of sampled tokens
+    oldest        oldest weight version that sampled one of them; NEVER: none
+    versions      sum of their weight versions
+    """
+
+    reward: float
+    turn_rewards: tuple[float, ...]
+    sampled: int
+    oldest: int
+    versions: int
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, use_turns: bool) -> Outcome:
+        versions = trajectory.versions[trajectory.sampled].astype(np.int64)
+        turns = tuple(trajectory.turn_rewards) if use_turns else ()
+        return cls(trajectory.reward, turns, len(versions), int(versions.min(initial=NEVER)), int(versions.sum()))
+
+
+@dataclass
+class SampledGroup:
+    """A prompt of a step and its rollouts, as a rank knows them that does not plan it.
+
+    task          the task, as its source gives it
+    prompt_index  position of the prompt in the step
+    trajectories  outcomes of all rollouts
+    local         number of a rollout → the rollout, of those that this rank has sampled
+    view          task and prompt [n] int64 as the trained side sees them, if this rank has made them already
+    """
+
+    task: Task
+    prompt_index: int
+    trajectories: list[Outcome] = field(default_factory=list)
+    local: dict[int, Trajectory] = field(default_factory=dict)
+    view: tuple[Task, np.ndarray] | None = None
+
+
+LocalRollouts = tuple[
+    list[SampledGroup], list[Trajectory]
+]  # all prompts, no outcomes yet; this rank's rollouts of them
 
 
 class RolloutCollector:
-    """Samples rollouts, scores them and gathers them on all ranks. All ranks must call every method.
+    """Samples rollouts, scores them and hands them to the ranks that plan them. All ranks must call every method.
 
     Args:
         config: The run's configuration.
@@ -39,9 +91,11 @@ class RolloutCollector:
 
     Attributes:
         filtered: What dynamic sampling did in the last step; None: it is off.
+        outcomes: Of the last step's rollouts, by prompt, on every rank.
     """
 
     filtered: FilterCounts | None = None
+    outcomes: Sequence[Sequence[Outcome]] = ()
 
     def __init__(
         self,
@@ -61,28 +115,29 @@ class RolloutCollector:
         self._prefetcher = RolloutPrefetcher(self._sample, trainer.max_steps, trainer.max_off_policy_steps)
 
     def collect(self, step: int, oldest_version: int) -> tuple[list[Group], int]:
-        """The groups of a step, and the number of stale groups that were sampled again.
+        """This rank's groups of a step, and the number of all groups that were stale and sampled again.
 
         Args:
             step: Training step, from 0.
             oldest_version: A group with a token sampled by older weights than this version is stale.
         """
-        groups = self._all_gather(self._prefetcher.get(step))
-        stale = [i for i, group in enumerate(groups) if _oldest(group, oldest_version) < oldest_version]
+        groups = self._exchange(self._prefetcher.get(step))
+        stale = [i for i, group in enumerate(groups) if any(o.oldest < oldest_version for o in group.trajectories)]
         if stale:
             drawn = self._tasks.train(step, self._config.trainer.prompts_per_step)
             tasks = [drawn[index] for index in stale]
-            resampled = self._all_gather(self._prefetcher.run(lambda: self._sample(step, tasks)))
+            resampled = self._exchange(self._prefetcher.run(lambda: self._sample(step, tasks)))
             for index, group in zip(stale, resampled, strict=True):
                 group.prompt_index = index
                 groups[index] = group
         self.filtered = None
         if self._config.algorithm.filter_groups.enable and self._algorithm.samples(step):
             groups = self._filter(step, groups)
-        return groups, len(stale)
+        self.outcomes = [group.trajectories for group in groups]
+        return self._bring_home(groups), len(stale)
 
-    def _filter(self, step: int, groups: list[Group]) -> list[Group]:
-        """Replace groups without signal (algorithm.filter_groups). Every rank has the same groups, and decides the same.
+    def _filter(self, step: int, groups: list[SampledGroup]) -> list[SampledGroup]:
+        """Replace groups without signal (algorithm.filter_groups). Every rank has the same outcomes, and decides the same.
 
         Further groups are sampled after the prefetches that were started, with the newest weights.
         """
@@ -94,8 +149,8 @@ class RolloutCollector:
             {group.task.id for group in groups},
         )
 
-        def sample(tasks: list[Task], first: int) -> list[Group]:
-            return self._all_gather(self._prefetcher.run(lambda: self._sample(step, tasks, first)))
+        def sample(tasks: list[Task], first: int) -> list[SampledGroup]:
+            return self._exchange(self._prefetcher.run(lambda: self._sample(step, tasks, first)))
 
         chosen, self.filtered = filter_groups(groups, sample, further, config, self._algorithm.turn_advantages)
         if self.filtered.without_signal == len(chosen):
@@ -128,31 +183,35 @@ class RolloutCollector:
         rollout = self._config.rollout
         if tasks is None:
             tasks = self._tasks.train(step, self._config.trainer.prompts_per_step)
-        tasks = [self._loop.resolve_task(task)[0] for task in tasks]
-        views = [self._loop.trained_view(task) for task in tasks]
-        groups = [Group(view, index, ids) for index, (view, ids) in enumerate(views)]
+        groups = [SampledGroup(task, index) for index, task in enumerate(tasks)]
         if not self._algorithm.samples(step):
             return groups, []
         kept = rollout.num_generations
         started = math.ceil(kept * rollout.oversampling_factor)
+        # with oversampling, the rank that cancels a group's slowest rollouts must run the whole group
+        local = self._local_jobs(len(groups) * started, started if started > kept else 1)
+        resolved = {index: self._view(groups[index]) for index in sorted({position // started for position in local})}
         jobs = [
             Job(
-                tasks[group.prompt_index],
-                (self._config.seed, step, first + group.prompt_index, k),
+                resolved[position // started],
+                (self._config.seed, step, first + position // started, position % started),
                 rollout.temperature,
-                group.prompt_index,
+                position // started,
                 rollout.filters,
             )
-            for group in groups
-            for k in range(started)
+            for position in local
         ]
-        # with oversampling, the rank that cancels a group's slowest rollouts must run the whole group
-        local = self._local_jobs(len(jobs), started if started > kept else 1)
-        kept_tasks = [groups[jobs[position].group].task for position in local if position % started < kept]
-        with self._progress.rollouts(len(kept_tasks), "rollouts") as advance:
-            trajectories = self._loop.run([jobs[position] for position in local], lambda *_: advance(), kept)
-        self._score(kept_tasks, trajectories, step)
+        kept_groups = [groups[position // started] for position in local if position % started < kept]
+        with self._progress.rollouts(len(kept_groups), "rollouts") as advance:
+            trajectories = self._loop.run(jobs, lambda *_: advance(), kept)
+        self._score([group.view[0] for group in kept_groups if group.view], trajectories, step)
         return groups, trajectories
+
+    def _view(self, group: SampledGroup) -> Task:
+        """The group's task as its environment completes it; the trained side's view of it is kept in the group."""
+        task, _ = self._loop.resolve_task(group.task)
+        group.view = self._loop.trained_view(task)
+        return task
 
     def _local_jobs(self, jobs: int, unit: int = 1) -> range:
         return local_jobs(jobs, unit, self._world.rank, self._samplers)
@@ -169,15 +228,44 @@ class RolloutCollector:
                 max_completion_length=limit,
             )  # fmt: skip
 
-    def _all_gather(self, sampled: LocalRollouts) -> list[Group]:
-        """The groups, filled with the rollouts of all ranks and their advantages."""
+    def _exchange(self, sampled: LocalRollouts) -> list[SampledGroup]:
+        """The groups with the outcomes of all ranks' rollouts, and this rank's own rollouts in their places."""
         groups, local = sampled
-        trajectories = [t for part in self._world.all_gather(local, "rollouts") for t in part]
+        use_turns = self._algorithm.turn_advantages and self._config.algorithm.filter_groups.enable
+        outcomes = [Outcome.of(trajectory, use_turns) for trajectory in local]
+        tables = self._world.all_gather(_columns(outcomes), "the outcomes of rollouts")
+        everywhere = [outcome for table in tables for outcome in _outcomes(*table)]
+        before = sum(len(table[0]) for table in tables[: self._world.rank])
         count = self._config.rollout.num_generations
-        for group in groups if trajectories else ():
-            group.trajectories = trajectories[group.prompt_index * count : (group.prompt_index + 1) * count]
-            group.advantages = self._advantages(group.trajectories)
+        for group in groups if everywhere else ():
+            group.trajectories = everywhere[group.prompt_index * count : (group.prompt_index + 1) * count]
+        for position, trajectory in enumerate(local, before):
+            groups[position // count].local[position % count] = trajectory
         return groups
+
+    def _bring_home(self, groups: list[SampledGroup]) -> list[Group]:
+        """The groups that this rank plans, with their rollouts and advantages."""
+        world, own = self._world, list[SampledGroup]()
+        outgoing: list[list[list[object]]] = [[] for _ in range(world.size)]
+        for group in groups:
+            home = world.home_of(group.prompt_index, len(groups))
+            if home == world.rank:
+                own.append(group)
+            else:
+                outgoing[home] += [[group.prompt_index, k, trajectory] for k, trajectory in group.local.items()]
+        for message in world.all_to_all([rollouts or None for rollouts in outgoing], "rollouts"):
+            for index, k, trajectory in message or ():
+                groups[index].local[k] = trajectory
+        return [self._planned(group) for group in own]
+
+    def _planned(self, group: SampledGroup) -> Group:
+        if group.view is None:
+            self._view(group)
+        assert group.view is not None
+        trajectories = [group.local[k] for k in range(len(group.trajectories))]
+        advantages = self._advantages(trajectories) if trajectories else []
+        task, prompt_ids = group.view
+        return Group(task, group.prompt_index, prompt_ids, trajectories, advantages)
 
     def _advantages(self, trajectories: list[Trajectory]) -> list[np.ndarray]:
         reward = self._config.algorithm.reward
@@ -190,10 +278,30 @@ class RolloutCollector:
         )
 
 
-def _oldest(group: Group, default: int) -> int:
-    """Oldest weight version that sampled a token of the group, or `default` without tokens."""
-    oldest = [int(t.versions[t.sampled].min(initial=default)) for t in group.trajectories]
-    return min(oldest, default=default)
+def _columns(outcomes: Sequence[Outcome]) -> list[np.ndarray]:
+    """Outcomes as columns: rewards, sampled tokens, oldest versions, sums of versions, turns, rewards of all turns."""
+    return [
+        np.array([o.reward for o in outcomes], np.float64),
+        *(np.array([getattr(o, name) for o in outcomes], np.int64) for name in ("sampled", "oldest", "versions")),
+        np.array([len(o.turn_rewards) for o in outcomes], np.int64),
+        np.array([reward for o in outcomes for reward in o.turn_rewards], np.float64),
+    ]
+
+
+def _outcomes(
+    rewards: np.ndarray,
+    sampled: np.ndarray,
+    oldest: np.ndarray,
+    versions: np.ndarray,
+    turns: np.ndarray,
+    of_turns: np.ndarray,
+) -> list[Outcome]:
+    """The inverse of `_columns`."""
+    ends, values = np.cumsum(turns).tolist(), of_turns.tolist()
+    rows = zip(
+        rewards.tolist(), sampled.tolist(), oldest.tolist(), versions.tolist(), turns.tolist(), ends, strict=True
+    )
+    return [Outcome(reward, tuple(values[end - n : end]), *numbers) for reward, *numbers, n, end in rows]
 
 
 def local_jobs(jobs: int, unit: int, rank: int, samplers: list[int]) -> range:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from pact_fast.algorithms.base import Group
 from pact_fast.config.schema import FilterGroupsConfig
 from pact_fast.data.sources import TaskSource
 from pact_fast.data.types import Task
@@ -24,6 +24,29 @@ WASTE = 0.3
 # Number of the first batch of further prompts, beyond the last step of any run, and not of this run: a run that is resumed
 # with more steps sees the same prompts.
 FURTHER_BATCHES = 1 << 24
+
+
+class Scored(Protocol):
+    """A rollout, or what is known of it: its reward, and those of its turns."""
+
+    @property
+    def reward(self) -> float: ...
+
+    @property
+    def turn_rewards(self) -> Sequence[float]: ...
+
+
+class ScoredGroup(Protocol):
+    """A prompt and its scored rollouts."""
+
+    task: Task
+    prompt_index: int
+
+    @property
+    def trajectories(self) -> Sequence[Scored]: ...
+
+
+G = TypeVar("G", bound=ScoredGroup)
 
 
 @dataclass(frozen=True)
@@ -58,7 +81,7 @@ class FilterCounts:
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
-def has_signal(group: Group, config: FilterGroupsConfig, use_turns: bool) -> bool:
+def has_signal(group: ScoredGroup, config: FilterGroupsConfig, use_turns: bool) -> bool:
     """Whether something can be learnt from a group: its rewards differ, and its mean reward is below the limit.
 
     Args:
@@ -118,12 +141,12 @@ class FurtherTasks:
 
 
 def filter_groups(
-    groups: list[Group],
-    sample: Callable[[list[Task], int], list[Group]],
+    groups: list[G],
+    sample: Callable[[list[Task], int], list[G]],
     further: FurtherTasks,
     config: FilterGroupsConfig,
     use_turns: bool,
-) -> tuple[list[Group], FilterCounts]:
+) -> tuple[list[G], FilterCounts]:
     """The groups of a step, those without signal replaced as far as the bound allows. As many as before.
 
     Args:
@@ -160,6 +183,6 @@ def filter_groups(
     return chosen, counts
 
 
-def _mean_reward(groups: Sequence[Group]) -> float:
+def _mean_reward(groups: Sequence[ScoredGroup]) -> float:
     rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
     return float(np.mean(rewards)) if rewards else math.nan

@@ -27,6 +27,7 @@ from pact_fast.kernels.head.divergence import TokenPairs
 from pact_fast.kernels.head.objective import make_policy_loss
 from pact_fast.kernels.head.stats import SUMS
 from pact_fast.kernels.head.tokens import COMPONENTS, LossTokens
+from pact_fast.model.flops import flops_per_token_and_pair
 from pact_fast.model.lora import adapters_off
 from pact_fast.model.modes import update_mode
 from pact_fast.model.policy import Policy
@@ -34,7 +35,8 @@ from pact_fast.train.backends.base import CanDiscard, Forward
 from pact_fast.train.backends.factory import make_backend
 from pact_fast.train.dummy_pack import dummy_pack, dummy_tokens
 from pact_fast.train.importance import set_importance_weights
-from pact_fast.train.packs import PackCost, PackTable, make_packs
+from pact_fast.train.packs import Pack, PackCost, StepPacks, make_packs, send_home
+from pact_fast.train.part_messages import split_tokens
 from pact_fast.train.schedule import lr_factor
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,8 @@ class UpdateResult(PackCost):
     grad_norm     before clipping
     stats         sums by context and component, see `pact_fast.kernels.head.stats`
     supervised    supervised tokens
-    logprob_diff  float32 [n, 2] per pack: component, trainer's − sampler's log-prob of prompt-only rollout tokens
+    logprob_diff  of this rank alone, float32 [n, 2] per pack: component, trainer's − sampler's log-prob of prompt-only
+                  rollout tokens
     skipped       loss or gradient was not finite, so the parameters kept their values
     seconds       by phase
     """
@@ -76,8 +79,8 @@ class PacksTooLarge(PactError):
 class Learner:
     """Optimizer steps on prompt batches. Knows no algorithm, only its `requirements`.
 
-    Every rank of `world` passes the same batches. Packs are distributed by FLOPs, and sums over packs are summed over
-    ranks, so results are the same on all of them.
+    Every rank of `world` passes the batches of its own prompts: consecutive blocks, by rank. Packs are distributed by
+    FLOPs, and sums over packs are summed over ranks, so results are the same on all of them.
 
     Args:
         model: The policy; parameters are updated in place.
@@ -148,29 +151,33 @@ class Learner:
         return sharded_forward(policy, self.trainer, dtype, self.world)
 
     def prepare(self, batches: list[PromptBatch]) -> None:
-        """Forward passes without gradient, before the first optimizer step on a rollout batch.
+        """Forward passes without gradient, before the first optimizer step on a rollout batch. A collective.
 
         They fill in `old_logprob` when several optimizer steps share the batch (with one, the ratio is exactly 1) or an
         importance weight needs it, `importance` where the loss cannot form the weight token by token, and `ref_logprob`
         when there is a KL term.
+
+        Args:
+            batches: This rank's prompts of the rollout batch.
         """
         scored = [s for batch in batches for s in batch.scored if s.context != LossContext.EXPERT]
-        if not scored:  # SFT; the same on all ranks
+        old = self.updates_per_batch > 1 or self.requirements.old_logprob
+        if not (old or self._reference_forward) or not self.world.any(bool(scored), "log-probs"):  # SFT has none
             return
-        if self.updates_per_batch > 1 or self.requirements.old_logprob:
-            self._compute_logprobs(batches, scored, self.backend.forward, "old_logprob")
+        if old:
+            self._compute_logprobs(batches, self.backend.forward, "old_logprob")
         for context, rule in self.requirements.importance.items():
             if not rule.in_loss:
                 set_importance_weights(scored, context, rule)
         if self._reference_forward is not None and self.reference is not None:
             with adapters_off(self.reference):
-                self._compute_logprobs(batches, scored, self._reference_forward, "ref_logprob")
+                self._compute_logprobs(batches, self._reference_forward, "ref_logprob")
 
     def update(self, batches: list[PromptBatch], lr_scale: float = 1.0) -> UpdateResult:
         """One optimizer step.
 
         Args:
-            batches: Prompt batches of the step, the same on all ranks.
+            batches: This rank's prompts of the step. Those of all ranks, by rank, are the step's.
             lr_scale: Factor of the scheduled learning rate.
         """
         result = self.accumulate(batches)
@@ -181,7 +188,7 @@ class Learner:
         return result
 
     def accumulate(self, batches: list[PromptBatch]) -> UpdateResult:
-        """Accumulate the gradient of the batches' loss.
+        """Accumulate the gradient of the batches' loss. `batches` as for `update`.
 
         If a pack runs out of memory, the whole update is retried with packs of half the size, which stay that small; the
         gradient is the same.
@@ -190,26 +197,25 @@ class Learner:
             PacksTooLarge: Out of memory, and the update cannot be retried: ranks run packs in lockstep.
         """
         started = time.perf_counter()
-        scored = [s for batch in batches for s in batch.scored]
         update_mode(self.model)
         while True:
-            table, cost = self._make_packs(batches)
-            result = UpdateResult(**asdict(cost))
-            out_of_memory = self._backward_all(table, scored, result)
+            packs = self._make_packs(batches)
+            result = UpdateResult(**asdict(packs.cost))
+            out_of_memory = self._backward_all(packs.packs, result)
             if self._lockstep or not self.world.any(out_of_memory, "gradients"):
                 break
             assert isinstance(self.backend, CanDiscard)  # every backend that does not run in lockstep
             self.backend.discard()
-            self._shrink_packs(table)
+            self._shrink_packs(packs.longest)
         self._all_reduce(result)
         result.seconds["forward_backward"] = time.perf_counter() - started
         return result
 
-    def _backward_all(self, table: PackTable, scored: list[ScoredTokens], result: UpdateResult) -> bool:
+    def _backward_all(self, packs: list[Pack], result: UpdateResult) -> bool:
         """Run forward and backward of this replica's packs. True if memory ran out."""
         try:
-            for micro_step, packs in enumerate(table):
-                self._backward(packs[self.world.replica], scored, result, last=micro_step == len(table) - 1)
+            for micro_step, pack in enumerate(packs):
+                self._backward(pack.batch, pack.scored, result, last=micro_step == len(packs) - 1)
         except RuntimeError as error:
             on_cpu = "can't allocate memory" in str(error)
             if not isinstance(error, torch.OutOfMemoryError) and not on_cpu:
@@ -219,12 +225,11 @@ class Learner:
             return True
         return False
 
-    def _shrink_packs(self, table: PackTable) -> None:
-        """Halve the pack budget after running out of memory. PactError if a single sequence fills it."""
+    def _shrink_packs(self, longest: int) -> None:
+        """Halve the pack budget after running out of memory. PactError if a single sequence of `longest` tokens fills it."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        longest = max(int(batch.position_ids.max(initial=-1)) + 1 for row in table for batch in row)
         if self.max_tokens <= longest:
             raise PactError(
                 f"out of memory with a single sequence of {longest} tokens: set model.gradient_checkpointing=true, "
@@ -248,46 +253,57 @@ class Learner:
             self.updates, self.total_updates, self.trainer.lr_scheduler_type, self.trainer.warmup_steps
         )
 
-    def _make_packs(self, batches: list[PromptBatch]) -> tuple[PackTable, PackCost]:
+    def _make_packs(self, batches: list[PromptBatch]) -> StepPacks:
+        per_token, per_pair = flops_per_token_and_pair(self.model)
         return make_packs(
-            [tree for batch in batches for tree in batch.trees],
-            self.model,
+            batches,
+            lambda tokens, pairs: per_token * tokens + per_pair * pairs,
             max_tokens=self.max_tokens,
-            replicas=self.world.replicas,
+            world=self.world,
             share=self._share,
             merge=self.trainer.merge_rollouts,
         )
 
     @torch.no_grad()
-    def _compute_logprobs(
-        self, batches: list[PromptBatch], scored: list[ScoredTokens], forward: Forward, column: str
-    ) -> None:
-        """Compute log-probs of all scored rollout tokens and write them to the field `column` of each ScoredTokens.
+    def _compute_logprobs(self, batches: list[PromptBatch], forward: Forward, column: str) -> None:
+        """Compute log-probs of all scored tokens and write them to the field `column` of each ScoredTokens of a rollout.
 
         With filters, those of the current policy also put `sampler_logprob` on the trainer's normalisation, see
         `FusedHead.log_kept_mass`.
         """
         self.model.eval()
-        ends = np.cumsum([0, *(len(s.index) for s in scored)])
-        start_of = {id(s): start for s, start in zip(scored, ends[:-1], strict=True)}
         kept = column == "old_logprob" and bool(self.policy.head.filters)
-        # log-probs, and with filters the logs of the kept masses; 0 for the tokens of other ranks
-        local = torch.zeros(1 + kept, int(ends[-1]), dtype=torch.float64)
-        for packs in self._make_packs(batches)[0]:
-            batch = packs[self.world.replica]
-            tokens, here = loss_tokens(batch, scored)
-            positions = [start_of[id(s)] + np.arange(len(s.index)) for s in here]
-            position = torch.as_tensor(np.concatenate([np.zeros(0, np.int64), *positions]))
-            batch, tokens, is_local = self._local_rows(batch, tokens)
-            if len(tokens):
-                found = forward(batch, tokens.to(self.model.device), self.temperature)
-                for row, values in zip(local, found, strict=False):  # a reference's kept masses are of no use
-                    row[position[is_local]] = values[: int(is_local.sum())].cpu().double()
-        summed = self.world.all_reduce_sum(local, "log-probs").numpy().astype(np.float32)
-        for s, part in zip(scored, np.split(summed, ends[1:-1], axis=1), strict=True):
-            setattr(s, column, part[0])
-            if kept:
-                s.sampler_logprob = s.sampler_logprob + part[1]
+        packs = self._make_packs(batches)
+        values = [self._pack_logprobs(pack, forward, kept) for pack in packs.packs]
+        for number, found in send_home(packs, values, self.world).items():
+            scored = packs.planned[number].scored
+            parts = split_tokens(found.astype(np.float32), [len(s.index) for s in scored])
+            for s, part in zip(scored, parts, strict=True):
+                if s.context == LossContext.EXPERT:
+                    continue
+                setattr(s, column, part[0])
+                if kept:
+                    s.sampler_logprob = s.sampler_logprob + part[1]
+
+    def _pack_logprobs(self, pack: Pack, forward: Forward, kept: bool) -> np.ndarray:
+        """float64 [1 + kept, N]: log-probs of a pack's N supervised tokens, and with `kept` the logs of the kept masses.
+
+        0 for the tokens of other ranks that share the pack, and for those of expert traces.
+        """
+        rollouts = [s for s in pack.scored if s.context != LossContext.EXPERT]
+        tokens, here = loss_tokens(pack.batch, rollouts)
+        is_rollout = np.concatenate(
+            [np.zeros(0, bool), *(np.full(len(s.index), s.context != LossContext.EXPERT) for s in pack.scored)]
+        )
+        values = np.zeros((1 + kept, len(is_rollout)))
+        assert len(here) == len(rollouts)  # the same order, so that tokens are found by position
+        position = torch.as_tensor(np.flatnonzero(is_rollout))
+        batch, tokens, is_local = self._local_rows(pack.batch, tokens)
+        if len(tokens):
+            found = forward(batch, tokens.to(self.model.device), self.temperature)
+            for row, one in zip(values, found, strict=False):  # a reference's kept masses are of no use
+                row[position[is_local].numpy()] = one[: int(is_local.sum())].cpu().double().numpy()
+        return values
 
     def _backward(self, batch: PackedBatch, scored: list[ScoredTokens], result: UpdateResult, last: bool) -> None:
         """Forward, loss and backward of one pack. `last`: an optimizer step follows."""
@@ -334,7 +350,7 @@ class Learner:
         return batch, dummy_tokens(self.reference is not None), is_local
 
     def _all_reduce(self, result: UpdateResult) -> None:
-        """Sum loss and statistics over ranks, and gather the log-prob differences."""
+        """Sum loss and statistics over ranks. Log-prob differences stay where they are (train/metrics.py)."""
         if self.world.size == 1:
             return
         shape = (len(SUMS), len(LossContext), COMPONENTS)
@@ -343,8 +359,6 @@ class Learner:
         loss, supervised, *rest = self.world.all_reduce_sum(torch.cat([own, stats.double().flatten()])).unbind()
         result.loss, result.supervised = float(loss), int(supervised)
         result.stats = dict(zip(SUMS, torch.stack(rest).view(shape), strict=True))
-        local_diff = np.concatenate([np.zeros((0, 2), np.float32), *result.logprob_diff])
-        result.logprob_diff = self.world.all_gather(local_diff, "statistics")
 
     def _temperature(self, tokens: LossTokens) -> float | torch.Tensor:
         """The rollouts' temperature, but 1 for expert tokens, which were not sampled."""

@@ -6,17 +6,24 @@ import contextlib
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pact_fast.algorithms.base import Group
 from pact_fast.components import Component
+from pact_fast.data.types import Trajectory
+from pact_fast.distributed.world import World
 from pact_fast.files import io_errors
 from pact_fast.kernels import summarise
 from pact_fast.train.learner import UpdateResult
+from pact_fast.train.quantiles import distributions
 from pact_fast.train.trackers.group import Trackers
+
+COUNTED = (Component.REASONING, Component.TOOL_CALL, Component.ANSWER)  # kinds of sampled tokens
 
 
 class MetricsWriter:
@@ -46,59 +53,105 @@ class MetricsWriter:
         self._trackers.close(failed)
 
 
-def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """Rewards, lengths, turns, tool calls and stop reasons of a step's rollouts.
+def rollout_metrics(groups: list[Group], world: World | None = None) -> dict[str, float]:
+    """Rewards, lengths, turns, tool calls and stop reasons of a step's rollouts. All ranks must call it.
 
     Lengths are those of all branches, what they share counted once.
+
+    Args:
+        groups: This rank's prompts; those of all ranks, by rank, are the step's.
+        world: All ranks; default: one process.
+
+    Returns:
+        Of all ranks on rank 0, nothing on the others.
     """
     trajectories = [t for group in groups for t in group.trajectories]
-    if not trajectories:
+    columns, parts, stops = _gather((_columns(groups, trajectories), _parts(trajectories), _stops(trajectories)), world)
+    if not columns or not len(columns["reward"]):
         return {}
-    rewards = np.array([t.reward for t in trajectories])
-    learnt = [any(np.any(a) for a in group.advantages) for group in groups]
-    sampled = [sum(int(t.sampled.sum()) for t in group.trajectories) for group in groups]
+    learnt_tokens = np.dot(columns["group_sampled"], columns["learnt"])
     values = {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std()),
-        "reward/zero_advantage_groups": 1.0 - float(np.mean(learnt)),
-        "reward/zero_advantage_tokens": 1.0 - float(np.dot(sampled, learnt)) / max(sum(sampled), 1),
-        "lengths/completion_mean": float(np.mean([len(t.ids) for t in trajectories])),
-        "lengths/completion_max": float(max(len(t.ids) for t in trajectories)),
-        "lengths/sampled_mean": float(np.mean([t.sampled.sum() for t in trajectories])),
-        "turns/mean": float(np.mean([len(t.turns) for t in trajectories])),
-        "tools/calls_mean": float(np.mean([len(t.calls) for t in trajectories])),
-        "tools/malformed_fraction": _fraction(
-            [isinstance(a, str) for t in trajectories for turn in t.turns for a in turn.attempts]
-        ),
+        "reward/mean": float(columns["reward"].mean()),
+        "reward/std": float(columns["reward"].std()),
+        "reward/zero_advantage_groups": 1.0 - float(columns["learnt"].mean()),
+        "reward/zero_advantage_tokens": 1.0 - float(learnt_tokens) / max(int(columns["sampled"].sum()), 1),
+        "lengths/completion_mean": float(columns["length"].mean()),
+        "lengths/completion_max": float(columns["length"].max()),
+        "lengths/sampled_mean": float(columns["sampled"].mean()),
+        "turns/mean": float(columns["turns"].mean()),
+        "tools/calls_mean": float(columns["calls"].mean()),
+        "tools/malformed_fraction": _mean_or_zero(columns["malformed"]),
     }
-    for part in sorted({key for t in trajectories for key in t.reward_parts}):
-        # over the rollouts that the part applies to: a function that returns None leaves no entry
-        values[f"reward/{part}"] = float(
-            np.mean([t.reward_parts[part] for t in trajectories if part in t.reward_parts])
-        )
-    if any(len(t.branches) for t in trajectories):
-        values["branches/mean"] = float(np.mean([1 + len(t.branches) for t in trajectories]))
+    # over the rollouts that the part applies to: a function that returns None leaves no entry
+    values |= {f"reward/{part}": float(found.mean()) for part, found in sorted(parts.items())}
+    if columns["branches"].max() > 1:
+        values["branches/mean"] = float(columns["branches"].mean())
     if "reward/success" in values:
         values["success"] = values["reward/success"]
-    for reason in sorted({t.stop_reason for t in trajectories}):
-        values[f"stop/{reason}"] = _fraction([t.stop_reason == reason for t in trajectories])
-    for component in (Component.REASONING, Component.TOOL_CALL, Component.ANSWER):
-        counts = [int(((t.components == component) & t.sampled).sum()) for t in trajectories]
-        values[f"lengths/{component.name.lower()}_mean"] = float(np.mean(counts))
+    for reason, found in sorted(stops.items()):
+        values[f"stop/{reason}"] = float(found.sum() / len(columns["reward"]))
+    for component in COUNTED:
+        values[f"lengths/{component.name.lower()}_mean"] = float(columns[component.name].mean())
     return values
 
 
-def logged_metrics(groups: list[Group]) -> dict[str, float]:
-    """Means of the values that reward functions logged with `log_metric`."""
+def _columns(groups: list[Group], trajectories: list[Trajectory]) -> dict[str, np.ndarray]:
+    """One value per rollout; per group: learnt and group_sampled; per attempt at a call: malformed."""
+    malformed = [isinstance(a, str) for t in trajectories for turn in t.turns for a in turn.attempts]
+    return {
+        "reward": np.array([t.reward for t in trajectories], np.float64),
+        "learnt": np.array([any(np.any(a) for a in group.advantages) for group in groups], bool),
+        "group_sampled": np.array([sum(int(t.sampled.sum()) for t in g.trajectories) for g in groups], np.int64),
+        "length": np.array([len(t.ids) for t in trajectories], np.int64),
+        "sampled": np.array([t.sampled.sum() for t in trajectories], np.int64),
+        "branches": np.array([1 + len(t.branches) for t in trajectories], np.int64),
+        "turns": np.array([len(t.turns) for t in trajectories], np.int64),
+        "calls": np.array([len(t.calls) for t in trajectories], np.int64),
+        "malformed": np.array(malformed, bool),
+        **{
+            c.name: np.array([((t.components == c) & t.sampled).sum() for t in trajectories], np.int64) for c in COUNTED
+        },
+    }
+
+
+def _parts(trajectories: list[Trajectory]) -> dict[str, np.ndarray]:
+    names = sorted({key for t in trajectories for key in t.reward_parts})
+    return {
+        name: np.array([t.reward_parts[name] for t in trajectories if name in t.reward_parts], np.float64)
+        for name in names
+    }
+
+
+def _stops(trajectories: list[Trajectory]) -> dict[str, np.ndarray]:
+    return {str(reason): np.array([count]) for reason, count in Counter(t.stop_reason for t in trajectories).items()}
+
+
+def _gather(columns: tuple[dict[str, np.ndarray], ...], world: World | None) -> tuple[dict[str, np.ndarray], ...]:
+    """Each dict of columns, joined over ranks by rank; empty on ranks other than 0."""
+    tables = (world or World()).gather_on_main(list(columns), "the metrics of rollouts")
+    found: list[dict[str, list[np.ndarray]]] = [{} for _ in columns]
+    for table in tables:
+        for joined, part in zip(found, table, strict=True):
+            for name, column in part.items():
+                joined.setdefault(name, []).append(column)
+    return tuple({name: np.concatenate(parts) for name, parts in joined.items()} for joined in found)
+
+
+def logged_metrics(groups: list[Group], world: World | None = None) -> dict[str, float]:
+    """Means of the values that reward functions logged with `log_metric`; as for `rollout_metrics`."""
     logged: dict[str, list[float]] = {}
     for trajectory in (t for group in groups for t in group.trajectories):
         for name, value in trajectory.metrics.items():
             logged.setdefault(name, []).append(value)
-    return {name: float(np.mean(values)) for name, values in sorted(logged.items())}
+    (columns,) = _gather(({name: np.array(values, np.float64) for name, values in logged.items()},), world)
+    return {name: float(values.mean()) for name, values in sorted(columns.items())}
 
 
-def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
-    """Losses and statistics of a step's optimizer steps. Statistics are sums, so they are added before division."""
+def update_metrics(results: list[UpdateResult], world: World | None = None) -> dict[str, float]:
+    """Losses and statistics of a step's optimizer steps. Statistics are sums, so they are added before division.
+
+    All ranks must call it, and get the same.
+    """
     stats: dict[str, Any] = {}
     for result in results:
         for key, value in result.stats.items():
@@ -117,41 +170,42 @@ def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
     }
     for phase in results[0].seconds if results else ():
         values[f"time/{phase}"] = sum(r.seconds[phase] for r in results)
-    return {**values, **mismatch_metrics(results), **(summarise(stats) if stats else {})}
+    return {**values, **mismatch_metrics(results, world or World()), **(summarise(stats) if stats else {})}
 
 
-def mismatch_metrics(results: list[UpdateResult]) -> dict[str, float]:
-    """Trainer's − sampler's log-prob of sampled tokens, under the same (prompt-only) context.
+def mismatch_metrics(results: list[UpdateResult], world: World) -> dict[str, float]:
+    """Trainer's − sampler's log-prob of sampled tokens, under the same (prompt-only) context, of all ranks.
 
     abs_mean, p50, p99 and max are of the absolute difference and show whether the engine computes what the trainer
     computes; `mean` is signed.
     """
-    parts = [diff for result in results for diff in result.logprob_diff if len(diff)]
-    if not parts:
-        return {}
-    component, diff = np.concatenate(parts).T
+    empty = np.zeros((0, 2), np.float32)
+    component, diff = np.concatenate([empty, *(d for result in results for d in result.logprob_diff)]).T
+    (total,) = world.all_reduce_sum(torch.tensor([diff.sum(dtype=np.float64)])).tolist()
     size = np.abs(diff)
-    values = {"mismatch/mean": float(diff.mean()), **_quantiles("mismatch", size)}
-    for value in np.unique(component):
-        values |= _quantiles(f"mismatch/{Component(int(value)).name.lower()}", size[component == value])
+    columns = {"mismatch": size} | {f"mismatch/{c.name.lower()}": size[component == c] for c in Component}
+    values: dict[str, float] = {}
+    found = distributions(list(columns.values()), (0.5, 0.99), world)
+    for name, distribution in zip(columns, found, strict=True):
+        if distribution is None:
+            continue
+        if name == "mismatch":
+            values["mismatch/mean"] = total / distribution.count
+        values[f"{name}/abs_mean"] = distribution.mean
+        values[f"{name}/p50"], values[f"{name}/p99"] = distribution.quantiles
+        values[f"{name}/max"] = distribution.largest
     return values
 
 
-def _quantiles(prefix: str, values: np.ndarray) -> dict[str, float]:
-    p50, p99 = np.quantile(values, (0.5, 0.99))
-    return {
-        f"{prefix}/abs_mean": float(values.mean()),
-        f"{prefix}/p50": float(p50),
-        f"{prefix}/p99": float(p99),
-        f"{prefix}/max": float(values.max()),
-    }
+def control_token_prob(groups: list[Group], control: frozenset[int], world: World | None = None) -> dict[str, float]:
+    """Mean sampler probability of sampled control tokens (end of turn, markers); as for `rollout_metrics`.
 
-
-def control_token_prob(groups: list[Group], control: frozenset[int]) -> dict[str, float]:
-    """Mean sampler probability of sampled control tokens (end of turn, markers). An early sign of a collapsing policy."""
+    An early sign of a collapsing policy.
+    """
     ids = np.array(sorted(control))
     parts = [np.exp(t.logprobs[t.sampled & np.isin(t.ids, ids)]) for group in groups for t in group.trajectories]
-    probabilities = np.concatenate(parts) if parts else np.zeros(0)
+    (columns,) = _gather(({"probability": np.concatenate([np.zeros(0, np.float32), *parts])},), world)
+    probabilities = columns.get("probability", np.zeros(0))
     return {"control_token_prob": float(probabilities.mean())} if len(probabilities) else {}
 
 
@@ -160,5 +214,5 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 1.0
 
 
-def _fraction(flags: list[bool]) -> float:
-    return float(np.mean(flags)) if flags else 0.0
+def _mean_or_zero(flags: np.ndarray) -> float:
+    return float(flags.mean()) if len(flags) else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +12,47 @@ import numpy as np
 from pact_fast.algorithms.base import PromptBatch
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.data.types import Task, Trajectory, text_of
+from pact_fast.distributed.world import World
 from pact_fast.report.rollout_files import thin_out, write_rollout_file
 
 
 class RolloutWriter:
-    """Writes rollouts of a run; used on rank 0 only.
+    """Writes rollouts of a run. Each rank makes the records of its own prompts, and rank 0 writes them.
 
     Args:
         run: The run directory.
         renderer: Decodes tokens.
         limit: Most rollouts per file, except for skipped updates.
         keep: Newest steps whose rollouts are all kept, see `thin_out`; None: of all steps.
+        world: All ranks; default: one process.
     """
 
-    def __init__(self, run: Path, renderer: ChatRenderer, limit: int, *, keep: int | None = None):
-        self._run, self._renderer, self._limit, self._keep = run, renderer, limit, keep
+    def __init__(
+        self, run: Path, renderer: ChatRenderer, limit: int, *, keep: int | None = None, world: World | None = None
+    ):
+        self._run, self._renderer, self._limit = run, renderer, limit
+        self._keep, self._world = keep, world or World()
 
-    def write_step(self, step: int, batches: list[PromptBatch]) -> None:
-        """Up to `limit` rollouts of a step: the first of every prompt, then the second of every prompt, and so on."""
-        order = sorted((k, p) for p, batch in enumerate(batches) for k in range(len(batch.group.trajectories)))
-        self._write(step, "train", batches, [(p, k) for k, p in order[: self._limit]])
-        thin_out(self._run / "rollouts", step, self._keep)
+    def write_step(self, step: int, batches: list[PromptBatch], prompts: int) -> None:
+        """Up to `limit` rollouts of a step: the first of every prompt, then the second of every prompt, and so on.
+
+        All ranks must call it.
+
+        Args:
+            step: Training step, from 1.
+            batches: This rank's prompts, all with the same number of rollouts.
+            prompts: Number of prompts of all ranks.
+        """
+        self._write(step, "train", batches, lambda prompt, k: k * prompts + prompt, self._limit)
+        if self._world.is_main:
+            thin_out(self._run / "rollouts", step, self._keep)
 
     def write_skipped(self, step: int, batches: list[PromptBatch]) -> None:
-        """All rollouts of a step with a skipped update."""
-        rollouts = [(p, k) for p, batch in enumerate(batches) for k in range(len(batch.group.trajectories))]
-        self._write(step, "skipped", batches, rollouts)
+        """All rollouts of a step with a skipped update. All ranks must call it."""
+        self._write(step, "skipped", batches, lambda prompt, k: (prompt << 32) + k, None)
 
     def write_evaluation(self, step: int, tasks: list[Task], trajectories: list[Trajectory]) -> list[dict[str, Any]]:
-        """Up to `limit` evaluation rollouts. Returns their records."""
+        """Up to `limit` evaluation rollouts. Returns their records. Rank 0 alone calls it, with the rollouts of all."""
         records = [
             rollout_record(self._renderer, task, trajectory, step=step, kind="eval")
             for task, trajectory in list(zip(tasks, trajectories, strict=True))[: self._limit]
@@ -48,16 +60,20 @@ class RolloutWriter:
         write_rollouts(self._run, step, "eval", records)
         return records
 
-    def _write(self, step: int, kind: str, batches: list[PromptBatch], rollouts: Iterable[tuple[int, int]]) -> None:
-        """`rollouts`: (index of the prompt, index of its rollout)."""
-        records = [
-            rollout_record(
-                self._renderer, batches[p].group.task, batches[p].group.trajectories[k], step=step, kind=kind,
-                batch=batches[p], k=k,
-            )
-            for p, k in rollouts
+    def _write(
+        self, step: int, kind: str, batches: list[PromptBatch], place: Callable[[int, int], int], limit: int | None
+    ) -> None:
+        """Write the rollouts whose place is below `limit`. `place`: (index of the prompt, of its rollout) → order."""
+        lines = [
+            [place(group.prompt_index, k), _line(rollout_record(
+                self._renderer, group.task, trajectory, step=step, kind=kind, batch=batch, k=k,
+            ))]
+            for batch in batches for group in [batch.group] for k, trajectory in enumerate(group.trajectories)
+            if limit is None or place(group.prompt_index, k) < limit
         ]  # fmt: skip
-        write_rollouts(self._run, step, kind, records)
+        gathered = sorted(line for part in self._world.gather_on_main(lines, "the rollouts to write") for line in part)
+        if gathered:
+            _write_lines(self._run, step, kind, [line for _, line in gathered])
 
 
 def write_rollouts(run: Path, step: int, kind: str, records: list[dict[str, Any]]) -> None:
@@ -66,8 +82,15 @@ def write_rollouts(run: Path, step: int, kind: str, records: list[dict[str, Any]
     A step that is repeated after a resume overwrites its file.
     """
     if records:
-        name = f"{'step' if kind == 'train' else kind}_{step:06d}"
-        write_rollout_file(run / "rollouts", name, [json.dumps(r, ensure_ascii=False) + "\n" for r in records])
+        _write_lines(run, step, kind, list(map(_line, records)))
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _write_lines(run: Path, step: int, kind: str, lines: list[str]) -> None:
+    write_rollout_file(run / "rollouts", f"{'step' if kind == 'train' else kind}_{step:06d}", lines)
 
 
 def rollout_record(

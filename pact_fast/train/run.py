@@ -4,8 +4,8 @@ All random numbers are functions of (seed, step, position), never of earlier dra
 tools. A run that is killed and resumed therefore repeats its lost steps bit for bit (on CPU, with the same number of
 threads).
 
-Every rank runs the same life cycle (docs/scaling.md): it samples its part of the rollouts, gathers all of them, and from
-there on computes the same batches as the others. Only rank 0 writes files and logs.
+Every rank runs the same life cycle (docs/scaling.md): it samples its part of the rollouts, plans its part of the prompts
+and trains its part of the packs. Only rank 0 writes files and logs.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ class Trainer:
         )
         self.stepper = Stepper(config, self.algorithm, self.learner, self.engine, self.collector, self.renderer)
         self.records = RolloutWriter(
-            self.run, self.renderer, config.trainer.save_rollouts, keep=config.trainer.keep_rollouts
+            self.run, self.renderer, config.trainer.save_rollouts, keep=config.trainer.keep_rollouts, world=self.world
         )
 
     def _load_models(self, newest: Path | None) -> tuple[PreTrainedModel, PreTrainedModel | None]:
@@ -419,7 +419,7 @@ class Trainer:
             self.metrics.write(step, result.metrics | warnings)
             for text in texts:
                 self.progress.note(f"step {step}: {text}")
-            self.records.write_step(step, result.batches)
+        self.records.write_step(step, result.batches, result.prompts)
         self.progress.step(step, self.config.trainer.max_steps, result.metrics)
         self._check_skipped(step, result)
 
@@ -435,8 +435,7 @@ class Trainer:
         if not any(update.skipped for update in result.results):
             return
         saved = self.run / "rollouts" / f"skipped_{step:06d}.jsonl.gz"
-        if self.world.is_main:
-            self.records.write_skipped(step, result.batches)
+        self.records.write_skipped(step, result.batches)
         self.progress.note(
             f"step {step}: loss or gradient is not finite; the update is skipped, its batch is in {saved}"
         )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any
 
 from pact_fast.algorithms.base import Algorithm, Group, PromptBatch, StepContext
 from pact_fast.chat.rendering import ChatRenderer
@@ -21,11 +20,13 @@ from pact_fast.train.metrics import control_token_prob, logged_metrics, rollout_
 class StepResult:
     """What a training step did.
 
-    batches  one per prompt
+    prompts  number of prompts of all ranks
+    batches  one per prompt of this rank
     results  one per optimizer step
-    metrics  a flat record for metrics.jsonl
+    metrics  a flat record for metrics.jsonl, the same on all ranks
     """
 
+    prompts: int
     batches: list[PromptBatch]
     results: list[UpdateResult]
     metrics: dict[str, float]
@@ -63,31 +64,33 @@ class Stepper:
         groups, stale = self._collector.collect(step, oldest_version=version - max_lag)  # collect and score
         clock.append(time.perf_counter())
         self._engine.sleep()
+        prompts = len(self._collector.outcomes)
         contexts, batches = self._plan(step, groups)
-        results = self._update(batches)
+        results = self._update(batches, prompts)
         clock.append(time.perf_counter())
         self._engine.update_weights(learner.model, learner.updates)  # sync
         clock.append(time.perf_counter())
 
+        sampled = sum(outcome.sampled for outcomes in self._collector.outcomes for outcome in outcomes)
         metrics = {
             **self._metrics(groups, batches, results),
             **self._algorithm.schedule(contexts[-1]),
-            **_timing(clock, groups, results),
+            **_timing(clock, sampled, results),
             **(self._collector.filtered.metrics() if self._collector.filtered else {}),
             "async/stale_groups": float(stale),
-            "async/staleness": _staleness(groups, version, learner.updates_per_batch),
+            "async/staleness": self._staleness(sampled, version),
         }
-        return StepResult(batches, results, with_logged(metrics, logged_metrics(groups)))
+        return StepResult(prompts, batches, results, self._on_all(metrics, groups))
 
     def _plan(self, step: int, groups: list[Group]) -> tuple[list[StepContext], list[PromptBatch]]:
-        """Ask the algorithm for the trees and weights of all prompts.
+        """Ask the algorithm for the trees and weights of this rank's prompts.
 
         This is done before the first optimizer step on the rollout batch, because `Learner.prepare` needs all of them.
         """
-        size = len(groups) // self._learner.updates_per_batch
+        outcomes = self._collector.outcomes
+        size = len(outcomes) // self._learner.updates_per_batch
         contexts, batches = [], []
-        for start in range(0, len(groups), size):
-            members = groups[start : start + size]
+        for start in range(0, len(outcomes), size):
             contexts.append(
                 StepContext(
                     config=self._config.algorithm,
@@ -95,32 +98,62 @@ class Stepper:
                     seed=self._config.seed,
                     step=step,
                     horizon=self._config.trainer.max_steps,
-                    prompts=len(members),
-                    sampled_tokens=sum(int(t.sampled.sum()) for g in members for t in g.trajectories),
+                    prompts=len(outcomes[start : start + size]),
+                    sampled_tokens=sum(o.sampled for rollouts in outcomes[start : start + size] for o in rollouts),
                     max_completion_length=self._config.rollout.max_completion_length,
+                    over_ranks=self._learner.world.sum_counts,
                 )
             )
+            members = [group for group in groups if start <= group.prompt_index < start + size]
             batches += self._algorithm.prompt_batches(members, contexts[-1])
         return contexts, batches
 
-    def _update(self, batches: list[PromptBatch]) -> list[UpdateResult]:
-        """All optimizer steps on the rollout batch."""
+    def _update(self, batches: list[PromptBatch], prompts: int) -> list[UpdateResult]:
+        """All optimizer steps on the rollout batch of `prompts` prompts."""
         self._learner.prepare(batches)
-        size = len(batches) // self._learner.updates_per_batch
-        return [self._learner.update(batches[start : start + size]) for start in range(0, len(batches), size)]
+        size = prompts // self._learner.updates_per_batch
+        return [
+            self._learner.update([b for b in batches if start <= b.group.prompt_index < start + size])
+            for start in range(0, prompts, size)
+        ]
 
     def _metrics(
         self, groups: list[Group], batches: list[PromptBatch], results: list[UpdateResult]
     ) -> dict[str, float]:
+        """Metrics of all ranks; those of rollouts on rank 0 only."""
+        world = self._learner.world
+        routes = [batch.route for batch in batches]
+        counts = [sum(route in ("trace", "blend") for route in routes), routes.count("expert"), len(routes)]
+        with_trace, experts, prompts = world.sum_counts(*counts)
         return {
-            **rollout_metrics(groups),
-            **control_token_prob(groups, self._renderer.control_ids),
-            **update_metrics(results),
+            **rollout_metrics(groups, world),
+            **control_token_prob(groups, self._renderer.control_ids, world),
+            **update_metrics(results, world),
             "learning_rate": self._learner.learning_rate(),
             "updates/skipped": float(sum(result.skipped for result in results)),
-            "routes/trace_fraction": float(np.mean([batch.route in ("trace", "blend") for batch in batches])),
-            "routes/expert_fraction": float(np.mean([batch.route == "expert" for batch in batches])),
+            "routes/trace_fraction": with_trace / prompts,
+            "routes/expert_fraction": experts / prompts,
         }
+
+    def _on_all(self, metrics: dict[str, float], groups: list[Group]) -> dict[str, float]:
+        """Rank 0's metrics, with what reward functions logged, on all ranks. PactError if two have the same name."""
+        logged = logged_metrics(groups, self._learner.world)
+
+        def join() -> list[Any]:
+            try:
+                return [with_logged(metrics, logged), None]
+            except PactError as error:
+                return [{}, str(error)]
+
+        joined, problem = self._learner.world.broadcast_from_main(join, "the metrics")
+        if problem is not None:
+            raise PactError(problem)
+        return joined
+
+    def _staleness(self, sampled: int, version: int) -> float:
+        """Mean age, in steps, of the weights that sampled the step's tokens. `version`: of the weights before the step."""
+        total = sum(outcome.versions for outcomes in self._collector.outcomes for outcome in outcomes)
+        return (version - total / sampled) / self._learner.updates_per_batch if sampled else 0.0
 
 
 def with_logged(metrics: dict[str, float], logged: dict[str, float]) -> dict[str, float]:
@@ -130,10 +163,15 @@ def with_logged(metrics: dict[str, float], logged: dict[str, float]) -> dict[str
     return metrics | logged
 
 
-def _timing(clock: list[float], groups: list[Group], results: list[UpdateResult]) -> dict[str, float]:
-    """Seconds and throughput. `clock`: start, rollouts collected, weights updated, engine synchronised."""
+def _timing(clock: list[float], sampled: int, results: list[UpdateResult]) -> dict[str, float]:
+    """Seconds and throughput.
+
+    Args:
+        clock: Start, rollouts collected, weights updated, engine synchronised.
+        sampled: Sampled tokens of the step.
+        results: Of its optimizer steps.
+    """
     started, collected, updated, ended = clock
-    sampled = sum(int(t.sampled.sum()) for group in groups for t in group.trajectories)
     return {
         "time/rollout": collected - started,
         "time/weight_sync": ended - updated,
@@ -141,10 +179,3 @@ def _timing(clock: list[float], groups: list[Group], results: list[UpdateResult]
         # sampled tokens; without rollouts (SFT), those that the decoder computed
         "tokens_per_second": (sampled or sum(r.tokens for r in results)) / (ended - started),
     }
-
-
-def _staleness(groups: list[Group], version: int, updates_per_step: int) -> float:
-    """Mean age, in steps, of the weights that sampled the step's tokens. `version`: of the weights before the step."""
-    parts = [t.versions[t.sampled] for group in groups for t in group.trajectories]
-    versions = np.concatenate(parts) if parts else np.zeros(0)
-    return float(version - versions.mean()) / updates_per_step if len(versions) else 0.0

@@ -11,6 +11,7 @@ from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
 from pact_fast.config import AlgorithmConfig
 from pact_fast.data.types import Task, Trajectory, TurnRecord
+from pact_fast.distributed.world import World
 from pact_fast.envs.lookup_chain import LookupChainTasks, TraceNoise, noisy_trace
 from pact_fast.model.tokenizer import train_tokenizer
 from pact_fast.rewards.advantages import token_advantages
@@ -71,8 +72,14 @@ def make_groups(
 
 
 def step_context_of(
-    renderer: ChatRenderer, config: AlgorithmConfig, groups: list[Group], step: int = 3, horizon: int = 10
+    renderer: ChatRenderer,
+    config: AlgorithmConfig,
+    groups: list[Group],
+    step: int = 3,
+    horizon: int = 10,
+    world: World | None = None,
 ) -> StepContext:
+    """The context of an optimizer step on `groups`, those of all ranks of `world`."""
     return StepContext(
         config=config,
         renderer=renderer,
@@ -82,4 +89,5 @@ def step_context_of(
         prompts=len(groups),
         sampled_tokens=sum(int(t.sampled.sum()) for g in groups for t in g.trajectories),
         max_completion_length=512,
+        over_ranks=(world or World()).sum_counts,
     )
