@@ -514,5 +514,7 @@ def test_a_killed_run_resumes_bit_for_bit(told, tmp_path, in_the_checkout):
     RunProcess(killed, recipe=recipe).succeed()
     assert metrics(whole) == metrics(killed)
     assert [step["step"] for step in metrics(whole) if "loss" in step] == [1, 2]
-    rollouts = [[path.read_bytes() for path in sorted((run / "rollouts").glob("*.jsonl"))] for run in (whole, killed)]
+    rollouts = [
+        [path.read_bytes() for path in sorted((run / "rollouts").glob("*.jsonl.gz"))] for run in (whole, killed)
+    ]
     assert rollouts[0] and rollouts[0] == rollouts[1]

@@ -38,19 +38,29 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(baseline_ru
     assert_same(run, baseline_run)
 
 
-@pytest.mark.parametrize("file", ["metrics.jsonl", "rollouts/step_000003.jsonl.gz", "base"])
+@pytest.mark.parametrize("file", ["metrics.jsonl", "base"])
 def test_any_other_file_that_cannot_be_written_is_named(file, baseline_run, tmp_path):
     if file == "base":
         run, size = tmp_path / "run", (baseline_run / "base/model.safetensors").stat().st_size - 1
-    elif file == "metrics.jsonl":
-        run = cut_back(baseline_run, tmp_path / "run", 2)
-        size = json.loads((run / "checkpoints/step_2/state.json").read_text())["metrics_bytes"] + 100
     else:
         run = cut_back(baseline_run, tmp_path / "run", 2)
-        size = (run / file).stat().st_size - 1
+        size = json.loads((run / "checkpoints/step_2/state.json").read_text())["metrics_bytes"] + 100
     error = RunProcess(run, file_size=size).error()
     assert f"cannot write {run}/{file}: " in error and "File too large" in error
     assert "free some space" in error and "resume=auto" in error
+    RunProcess(run).succeed()
+    assert_same(run, baseline_run)
+
+
+def test_rollouts_that_cannot_be_written_are_named(baseline_run, tmp_path):
+    """Something stands in their place: their compressed file is smaller than the metrics, so no limit stops it alone."""
+    run = cut_back(baseline_run, tmp_path / "run", 2)
+    file = run / "rollouts/step_000003.jsonl.gz"
+    file.unlink()
+    file.mkdir()
+    error = RunProcess(run).error()
+    assert f"cannot write {file}: " in error and "resume=auto" in error
+    file.rmdir()
     RunProcess(run).succeed()
     assert_same(run, baseline_run)
 

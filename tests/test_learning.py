@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -176,7 +177,8 @@ def test_numbers_of_the_page_are_those_of_the_committed_results():
 def test_a_study_runs_to_its_end_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     """In this process, with a base model of two steps; the second start has nothing to do."""
     tiny = ("pretrain.steps=2", "pretrain.batch_size=2")
-    monkeypatch.setitem(BASES, "cold", type(BASES["cold"])((*BASES["cold"].settings, *tiny), cold=2))
+    for name, base in BASES.items():
+        monkeypatch.setitem(BASES, name, dataclasses.replace(base, settings=(*base.settings, *tiny)))
     monkeypatch.setattr(learning, "ProcessPoolExecutor", InProcess)
     out = tmp_path / "results.json"
     options = ["--regimes", "cold", "--methods", "sft", "pact", "--seeds", "0", "--tries", "1", "--steps", "2",

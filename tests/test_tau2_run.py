@@ -1,5 +1,6 @@
 """τ²-bench end to end: PACT on telecom's rows, and GRPO whose rewards the package's own evaluator confirms."""
 
+import functools
 import json
 import os
 from dataclasses import replace
@@ -66,7 +67,7 @@ FULL = pytest.param(20, marks=pytest.mark.skipif(not os.environ.get("PACT_TEST_T
 
 
 @pytest.mark.parametrize("count", [3, FULL])
-def test_rewards_of_rl_on_telecom_are_those_of_the_package_s_evaluator(tmp_path, count, monkeypatch):
+def test_rewards_of_rl_on_telecom_are_those_of_the_package_s_evaluator(tmp_path, count):
     """GRPO, two steps of 8 rollouts per task with the scripted user: every episode is judged again by the package.
 
     A tiny policy solves nothing, so every second rollout plays the expert trace: rewards differ within groups. All 20 tasks
@@ -76,8 +77,6 @@ def test_rewards_of_rl_on_telecom_are_those_of_the_package_s_evaluator(tmp_path,
 
     rows, episodes = tmp_path / "rows.jsonl", tmp_path / "episodes.jsonl"
     tasks = short_rows(rows, False, count, named=False)
-    monkeypatch.setenv(tau2_run.ROWS, str(rows))
-    monkeypatch.setenv(tau2_run.EPISODES, str(episodes))
     limits = {"max_turns": 40, "max_turn_tokens": 400, "max_completion_length": 12000, "max_prompt_length": 8000}
     settings = {
         "model": {"random_init": TINY | {"max_position_embeddings": 32768}},
@@ -96,7 +95,7 @@ def test_rewards_of_rl_on_telecom_are_those_of_the_package_s_evaluator(tmp_path,
     recipe = tmp_path / "tau2.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     run = tmp_path / "run"
-    RunProcess(run, recipe=[str(recipe)]).succeed()
+    RunProcess(run, recipe=[str(recipe)], inject=functools.partial(tau2_run.name_files, rows, episodes)).succeed()
     steps = [record for record in metrics(run) if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2]
     played = [json.loads(line) for line in episodes.read_text().splitlines()]

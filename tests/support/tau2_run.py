@@ -19,6 +19,11 @@ from pact_fast.rollout.engine import Completion, Engine
 ROWS, EPISODES = "PACT_TEST_TAU2_ROWS", "PACT_TEST_TAU2_EPISODES"
 
 
+def name_files(rows: Path, episodes: Path) -> None:
+    """Tell this process where the rows are, and where episodes are written."""
+    os.environ.update({ROWS: str(rows), EPISODES: str(episodes)})
+
+
 class Watched(Tau2):
     """Writes what happened in an episode, and what it was worth: one JSON object per line."""
 

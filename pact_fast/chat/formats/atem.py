@@ -25,13 +25,13 @@ _MESSAGE = re.compile(
 _RECIPIENT = re.compile(r"\bto=(\S+?)(?=\s|<\||$)")
 _CALLS = "<atem:function_calls>\n"
 _END_CALLS = "\n</atem:function_calls>"
-_INVOKE = re.compile(r"\s*(?:<atem:function_calls>)?\s*<atem:invoke", re.DOTALL)
+_INVOKE = re.compile(r"\s*(?:<atem:function_calls>\s*)?<atem:invoke")
 _TAGS = ArgumentTags(
     name=re.compile(r'\s*name="([^"<>\n]+)"\s*>\s*'),
     opening=re.compile(r'<atem:parameter name="([^"<>\n]*)">'),
     # A value may hold the closing tag as text: it ends where the next argument or the end of the call follows.
     closing=re.compile(r"</atem:parameter>\s*(?=<atem:parameter name=|</atem:invoke>|\Z)"),
-    rest=re.compile(r"(?:</atem:invoke>\s*(?:</atem:function_calls>)?\s*)?\Z"),
+    rest=re.compile(r"(?:</atem:invoke>\s*(?:</atem:function_calls>\s*)?)?\Z"),
     no_name='the call must begin with <atem:invoke name="NAME">',
     unclosed="the value of '{}' is not closed; end every value with </atem:parameter>",
     expected='<atem:parameter name="KEY">',
