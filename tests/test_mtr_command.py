@@ -14,6 +14,7 @@ from pact_fast.data.readers import read_tasks
 from pact_fast.envs.simulated.env import make_actor
 from pact_fast.envs.simulated.world import World
 from pact_fast.errors import PactError
+from pact_fast.synthesis.journal import JOURNAL
 from pact_fast.synthesis.mtr import pipeline
 from pact_fast.synthesis.mtr.pipeline import Settings, make_dataset, power_law_r2
 from tests.support.llm_server import llm_server, said
@@ -80,7 +81,7 @@ def test_an_interrupted_command_gives_the_same_files(rows, tmp_path, stop, cut):
     out = tmp_path / "out"
     with pytest.raises(Killed):
         make_dataset(rows, out, Settings(), kill)
-    journal = out / pipeline.JOURNAL
+    journal = out / JOURNAL
     journal.write_bytes(journal.read_bytes()[: -cut or None])  # the last record is incomplete
     make_dataset(rows, out, Settings())
     assert files(out) == files(tmp_path / "whole")

@@ -13,7 +13,7 @@ from pact_fast.chat.segments import prefix_ends
 from pact_fast.cli.main import main
 from pact_fast.data.readers import read_tasks
 from pact_fast.data.types import ExpertTrace, ExpertTurn, ToolCall
-from pact_fast.synthesis.traces.journal import Journal
+from pact_fast.synthesis.journal import Journal
 from pact_fast.synthesis.traces.reference import template
 from pact_fast.synthesis.traces.segments import segment_ends
 from pact_fast.synthesis.traces.verify import REASONS

@@ -4,39 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from pact_fast.chat.chat_template import ChatTemplate
-from pact_fast.chat.formats.base import MAX_CALLS, TOO_MANY_CALLS, Found, ParsedTurn, ToolFormat
 from pact_fast.chat.formats.json_calls import call_json, read_arguments
-from pact_fast.chat.formats.layout import Layout
+from pact_fast.chat.formats.messages import RECIPIENT, Header, MessageFormat
 from pact_fast.chat.formats.registry import tool_format
 from pact_fast.components import Component
 from pact_fast.data.types import ToolCall, ToolSchema
 
-MAX_MESSAGES = 4 * MAX_CALLS  # of a turn; a model that writes more is stuck in a loop, and the rest is one text
 _NEXT = "<|end|><|start|>assistant"  # between two messages of a turn
 _MESSAGE = re.compile(
     rb"(?P<header>(?:(?!<\|message\|>|<\|end\|>|<\|start\|>).)*+)(?:<\|message\|>(?P<body>(?:(?!<\|end\|>|<\|call\|>).)*+))?"
     rb"(?:(?:<\|end\|>|<\|call\|>)\s*(?:<\|start\|>\s*(?:assistant)?)?|<\|start\|>\s*(?:assistant)?)?",
     re.DOTALL,
 )
-_RECIPIENT = re.compile(r"\bto=(\S+?)(?=\s|<\||$)")
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 
 
-class _Message(NamedTuple):
-    """Bytes [start, end) of a message, up to the header of the next one; `body` is None without a text."""
-
-    start: int
-    end: int
-    channel: str
-    recipient: str | None
-    body: bytes | None
-
-
 @tool_format("harmony")
-class Harmony(ToolFormat):
+class Harmony(MessageFormat):
     """<|channel|>analysis<|message|>…, then to=functions.NAME<|channel|>commentary json<|message|>{…} or a final message.
 
     The generation prompt writes the beginning of the first message, `<|start|>assistant`. A call ends the turn, so there
@@ -45,10 +30,7 @@ class Harmony(ToolFormat):
 
     markers = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>")
     think = ("<|channel|>analysis<|message|>", "<|end|>")
-    layout = Layout("", "", "", "", "", "", "")
-
-    def fit(self, template: ChatTemplate) -> ToolFormat:
-        return self  # there are no blanks to measure
+    message = _MESSAGE
 
     def pieces(self, reasoning: str, content: str, calls: Sequence[ToolCall]) -> list[tuple[str, Component]]:
         pieces: list[tuple[str, Component]] = []
@@ -69,56 +51,13 @@ class Harmony(ToolFormat):
             for call in calls
         )
 
-    def parse(self, data: bytes, tools: Sequence[ToolSchema], *, thinking: bool = False) -> ParsedTurn:
-        turn = ParsedTurn(data.decode("utf-8", "replace"))
-        reasoning: list[str] = []
-        content: list[str] = []
-        for message in _messages(data):
-            component = Component.ANSWER
-            text = (message.body or b"").decode("utf-8", "replace").strip()
-            if message.recipient is not None:
-                component = Component.TOOL_CALL
-                turn.attempts.append(_read(message, tools) if len(turn.attempts) < MAX_CALLS else TOO_MANY_CALLS)
-            elif message.channel == "analysis":
-                component = Component.REASONING
-                reasoning.append(text)
-            elif text:
-                content.append(text)
-            turn.spans.append((message.start, message.end, component))
-            if len(turn.attempts) > MAX_CALLS:
-                turn.spans[-1] = (message.start, len(data), component)
-                break
-        turn.reasoning, turn.content = "\n\n".join(filter(None, reasoning)), "\n".join(content)
-        return turn
+    def read_header(self, header: str) -> Header | None:
+        channel, recipient = _CHANNEL.search(header), RECIPIENT.search(header)
+        if recipient:
+            return Header(Component.TOOL_CALL, recipient[1].removeprefix("functions."))
+        if channel is None:
+            return None
+        return Header(Component.REASONING if channel[1] == "analysis" else Component.ANSWER)
 
-    def find_calls(self, data: bytes, start: int, tools: Sequence[ToolSchema]) -> list[Found]:
-        calls = [message for message in _messages(data[start:]) if message.recipient is not None]
-        return [(start + one.start, start + one.end, _read(one, tools)) for one in calls[:MAX_CALLS]]
-
-
-def _messages(data: bytes) -> list[_Message]:
-    """The messages of a turn that begins after `<|start|>assistant`, in linear time. Text without a header is a final one."""
-    found: list[_Message] = []
-    position = 0
-    while position < len(data):
-        if len(found) == MAX_MESSAGES:
-            found.append(_Message(position, len(data), "final", None, data[position:]))
-            break
-        match = _MESSAGE.match(data, position)
-        if match is None or match.end() == position:
-            break
-        header, body = match["header"].decode("utf-8", "replace"), match["body"]
-        channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
-        name = channel[1] if channel else "final"
-        if body is None and not channel and not recipient:  # text alone
-            body = match["header"]
-        found.append(_Message(position, match.end(), name, recipient[1] if recipient else None, body))
-        position = match.end()
-    return found
-
-
-def _read(message: _Message, tools: Sequence[ToolSchema]) -> ToolCall | str:
-    name = (message.recipient or "").removeprefix("functions.")
-    if message.body is None:
-        return f"the call of {name[:60]} has no <|message|> with its arguments"
-    return read_arguments(name, message.body, tools)
+    def read_call(self, name: str, body: bytes, tools: Sequence[ToolSchema]) -> ToolCall | str:
+        return read_arguments(name, body, tools)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pact_fast.data.row_files import add_location, file_rows
-from pact_fast.envs.simulated.bm25 import BM25
+from pact_fast.envs.simulated.facts import search
 from pact_fast.envs.simulated.world import Passage
 from pact_fast.errors import DataError, PactError
 from pact_fast.text import short
@@ -41,10 +41,9 @@ class RowPassages:
 
     def __init__(self, passages: Sequence[Passage]):
         self._passages = tuple(passages)
-        self._index = BM25([f"{passage.title} {passage.text}" for passage in passages])
 
     def top(self, query: str, k: int) -> list[Passage]:
-        return [self._passages[i] for i in self._index.top(query, k)]
+        return search(self._passages, query, k)
 
 
 class Corpus:

@@ -28,7 +28,8 @@ class FactsBackend:
                 raise ToolFailure("not_found", "no record of this; check the spelling, or use another tool")
             return {"values": values}
         if tool.kind == SEARCH:
-            return {"passages": [passage_text(p) for p in search(world, str(request.arguments.get("query", "")))]}
+            query = str(request.arguments.get("query", ""))
+            return {"passages": [passage_text(p) for p in search(world.passages, query)]}
         raise ToolFailure("unavailable", f"no facts can answer a tool of kind {tool.kind}")
 
 
@@ -38,9 +39,9 @@ def look_up(world: World, relation: str, arguments: dict[str, Any]) -> list[str]
     return list(dict.fromkeys(found))
 
 
-def search(world: World, query: str, k: int = RESULT_LIMIT) -> list[Passage]:
-    """The best passages for a query."""
-    return [world.passages[i] for i in _index(world.passages).top(query, k)]
+def search(passages: tuple[Passage, ...], query: str, k: int = RESULT_LIMIT) -> list[Passage]:
+    """The best passages for a query. The index of passages that were searched lately is kept."""
+    return [passages[i] for i in _index(passages).top(query, k)]
 
 
 def passage_text(passage: Passage) -> str:

@@ -46,7 +46,7 @@ def facts_behind(tool: ToolSpec, arguments: dict[str, Any], world: World) -> lis
 
 
 def _found(world: World, query: str) -> list[str]:
-    return [f"{p.title}. {p.text}" for p in search(world, query)]
+    return [f"{p.title}. {p.text}" for p in search(world.passages, query)]
 
 
 def _facts_about(world: World, named: list[str]) -> list[str]:

@@ -29,21 +29,21 @@ import numpy as np
 from pact_fast.data.readers import write_tasks
 from pact_fast.envs.simulated.env import make_actor
 from pact_fast.envs.simulated.world import LOOKUP, MODEL, SEARCH
-from pact_fast.errors import DataError, PactError
+from pact_fast.errors import DataError
 from pact_fast.files import ANOTHER, io_errors, remove, write_text
+from pact_fast.synthesis.journal import JOURNAL, Journal
 from pact_fast.synthesis.mtr.make_task import MadeTask, make_task
 from pact_fast.synthesis.mtr.model_tool_maker import ModelToolMaker
 from pact_fast.synthesis.mtr.page import write_page
 from pact_fast.synthesis.mtr.readers import read_rows
 from pact_fast.synthesis.mtr.tool_maker import make_tools
 from pact_fast.synthesis.mtr.verify import MAX_TURNS
-from pact_fast.text import short
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 VERSION = 2  # of what a row gives
-JOURNAL, MANIFEST = "journal.jsonl", "manifest.json"
+MANIFEST = "manifest.json"
 UNREADABLE = "unreadable"  # the reason of a row that no reader accepts
 
 
@@ -86,11 +86,9 @@ def make_dataset(
     identity = {"version": VERSION, "settings": asdict(settings), "sha256": _digest(source)}
     if tool_maker:
         identity["tool_maker"] = tool_maker.version
-    with io_errors(out, ANOTHER):
-        out.mkdir(parents=True, exist_ok=True)
-    done = _finished(out, identity)
-    if done is not None:
-        return done
+    journal = Journal(out, identity, MANIFEST)
+    if journal.summary is not None:
+        return journal.summary
     actor = make_actor({"faults": settings.faults or {}})
     without_plan = tool_maker.make if tool_maker else make_tools
 
@@ -99,9 +97,14 @@ def make_dataset(
             return row
         return _record(make_task(row, actor, settings.max_turns, without_plan=without_plan))
 
-    rows = _rows(source, settings.max_rows)
-    records = _journal(source, out, identity, lambda done: ordered(record, islice(rows, done, None), workers), progress)
-    manifest = _write(out, identity, records)
+    with journal:
+        rows = islice(_rows(source, settings.max_rows), len(journal.records), None)
+        for made in ordered(record, rows, workers):
+            journal.add(made)
+            progress(len(journal.records), journal.kept)
+    if not journal.records:
+        raise DataError("holds no rows; give a file with at least one", file=str(source))
+    manifest = _write(out, identity, journal.records)
     with io_errors(out, ANOTHER):
         remove(out / JOURNAL)
     return manifest
@@ -112,42 +115,6 @@ def _digest(source: Path) -> str:
         raise DataError("no such file; name a file of QA rows", file=str(source))
     with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a folder that is complete. PactError if it is that of other rows or settings."""
-    path = out / MANIFEST
-    if not path.exists():
-        return None
-    manifest = _json(path.read_text(encoding="utf-8", errors="replace"))
-    if not isinstance(manifest, dict) or manifest.get("made_from") != identity:
-        raise PactError(
-            f"{path}: made from another file or with other settings; name another folder, or remove this one"
-        )
-    return manifest
-
-
-def _journal(
-    source: Path,
-    out: Path,
-    identity: dict[str, Any],
-    after: Callable[[int], Iterable[dict[str, Any]]],
-    progress: Callable[[int, int], None],
-) -> list[dict[str, Any]]:
-    """One record for every row: of an interrupted call from the journal, and those `after` so many rows."""
-    path = out / JOURNAL
-    records = _recorded(path, identity)
-    with io_errors(path, ANOTHER), path.open("ab") as file:
-        if not file.tell():
-            file.write(json.dumps(identity).encode() + b"\n")
-        for record in after(len(records)):
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            records.append(record)
-            progress(len(records), sum(not r["reasons"] for r in records))
-    if not records:
-        raise DataError("holds no rows; give a file with at least one", file=str(source))
-    return records
 
 
 def ordered(make: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
@@ -167,20 +134,6 @@ def ordered(make: Callable[[T], R], items: Iterable[T], workers: int) -> Iterato
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _recorded(path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
-    """The whole records of a journal, which is cut after them. PactError if it is that of other rows or settings."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    head, *lines = whole.splitlines() or [b""]
-    if whole and _json(head) != identity:
-        raise PactError(f"{path}: the work of another file or other settings; name another folder, or remove the file")
-    with path.open("r+b") as file:
-        file.truncate(len(whole))
-    return [json.loads(line) for line in lines]
 
 
 def _rows(source: Path, limit: int | None) -> Iterator[Any]:
@@ -304,10 +257,3 @@ def power_law_r2(frequencies: Sequence[int]) -> float | None:
     x, y = np.log(np.arange(1, len(ordered) + 1)), np.log(np.array(ordered, float))
     r = float(np.corrcoef(x, y)[0, 1])
     return None if math.isnan(r) else round(r * r, 4)
-
-
-def _json(text: str | bytes) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return short(text)

@@ -5,6 +5,5 @@ reference   an actor that makes a row's reference calls; its reasoning is a temp
 teacher     an actor behind an OpenAI-compatible endpoint
 verify      whether a trace is kept, and the reasons why not
 segments    where the segments of a reasoning end, as a language model sees it
-journal     finished rows on disk
 pipeline    a file of rows to a folder of rows with traces, resumable
 """

@@ -28,7 +28,7 @@ from pact_fast.envs.registry import EnvironmentFactory, environment, environment
 from pact_fast.errors import DataError, PactError
 from pact_fast.files import ANOTHER, io_errors, remove, write_text
 from pact_fast.llm import LLMClient
-from pact_fast.synthesis.traces.journal import JOURNAL, SUMMARY, Journal, Record
+from pact_fast.synthesis.journal import JOURNAL, Journal, Record
 from pact_fast.synthesis.traces.reference import Planned, ReferenceActor, plan
 from pact_fast.synthesis.traces.segments import with_model_segments
 from pact_fast.synthesis.traces.teacher import TeacherActor
@@ -88,14 +88,16 @@ def make_traces(
         return journal.summary
     maker = _Maker(config, settings, client)
     with journal, closing(maker):
-        rows = [task for task in tasks if task.id not in journal.records]
+        finished = {record["id"] for record in journal.records}
+        rows = [task for task in tasks if task.id not in finished]
         progress(len(journal.records), len(tasks), journal.kept)
         for start in range(0, len(rows), PART):
             tick = _ticker(progress, len(journal.records), len(tasks), journal.kept)
             for record in maker.make(rows[start : start + PART], tick):
                 journal.add(record)
             progress(len(journal.records), len(tasks), journal.kept)
-    summary = _write(out, identity, tasks, journal.records, unreadable)
+    records = {record["id"]: record for record in journal.records}
+    summary = _write(out, identity, tasks, records, unreadable)
     with io_errors(out, ANOTHER):
         remove(out / JOURNAL)
     return summary
@@ -280,7 +282,7 @@ def _write(
             name for record in records.values() for name, n in record.get("segments", {}).items() for _ in range(n)
         ),
     }
-    write_text(out / SUMMARY, json.dumps(summary, indent=1) + "\n", ANOTHER)
+    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n", ANOTHER)
     return summary
 
 

@@ -1,4 +1,4 @@
-"""Finished rows of `pact-fast traces` on disk, from which a killed command continues."""
+"""Finished rows of a command on disk, from which it continues after a kill: `pact-fast traces`, `pact-fast data mtr`."""
 
 from __future__ import annotations
 
@@ -10,35 +10,37 @@ from pact_fast.errors import PactError
 from pact_fast.files import ANOTHER, io_errors
 from pact_fast.text import first_difference
 
-JOURNAL, SUMMARY = "journal.jsonl", "summary.json"
+JOURNAL = "journal.jsonl"
 Record = dict[str, Any]
 
 
 class Journal:
-    """The records of finished rows, by id. A file that was cut by a kill is continued after its last whole line.
+    """The records of finished rows, in order. A file that was cut by a kill is continued after its last whole line.
 
+    records  of finished rows; each has `reasons`, empty if the row is kept
     summary  of a folder that is complete; None: there is work left
 
     Args:
         out: The folder; created if it is not there.
         identity: JSON data that every record depends on.
+        summary: Name of the file that is written last; it holds the identity as `made_from`.
 
     Raises:
         PactError: The folder holds the work of another identity, or cannot be written.
     """
 
-    def __init__(self, out: Path, identity: Record):
+    def __init__(self, out: Path, identity: Record, summary: str = "summary.json"):
         self._path, self._identity = out / JOURNAL, identity
-        self.records: dict[str, Record] = {}
+        self.records: list[Record] = []
         with io_errors(out, ANOTHER):
             out.mkdir(parents=True, exist_ok=True)
-        self.summary = self._finished(out / SUMMARY)
+        self.summary = self._finished(out / summary)
         if self.summary is None:
             self._read()
 
     @property
     def kept(self) -> int:
-        return sum(not record["reasons"] for record in self.records.values())
+        return sum(not record["reasons"] for record in self.records)
 
     def __enter__(self) -> Journal:
         with io_errors(self._path, ANOTHER):
@@ -51,10 +53,10 @@ class Journal:
         self._file.close()
 
     def add(self, record: Record) -> None:
-        """Append a record, which has an `id` and `reasons`."""
+        """Append a record."""
         with io_errors(self._path, ANOTHER):
             self._write(record)
-        self.records[record["id"]] = record
+        self.records.append(record)
 
     def _write(self, value: Record) -> None:
         self._file.write(json.dumps(value).encode() + b"\n")
@@ -65,7 +67,7 @@ class Journal:
             return None
         summary = _json(path.read_bytes())
         if not isinstance(summary, dict) or "made_from" not in summary:
-            raise PactError(f"{path} is no summary of traces; name another folder with -o")
+            raise PactError(f"{path} is no file of this command; name another folder with -o")
         self._check(summary["made_from"], path)
         return summary
 
@@ -79,7 +81,7 @@ class Journal:
             self._check(_json(head), self._path)
         with io_errors(self._path, ANOTHER), self._path.open("r+b") as file:
             file.truncate(len(whole))
-        self.records = {record["id"]: record for record in map(json.loads, lines)}
+        self.records = [json.loads(line) for line in lines]
 
     def _check(self, known: Any, path: Path) -> None:
         if difference := first_difference(known, self._identity):
