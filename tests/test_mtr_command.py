@@ -83,6 +83,7 @@ def test_an_interrupted_command_gives_the_same_files(rows, tmp_path, stop, cut):
         make_dataset(rows, out, Settings(), kill)
     journal = out / JOURNAL
     journal.write_bytes(journal.read_bytes()[: -cut or None])  # the last record is incomplete
+    (out / ".rejected.jsonl.a1b2c3d4.tmp").write_text("half")  # a kill while the files were written
     make_dataset(rows, out, Settings())
     assert files(out) == files(tmp_path / "whole")
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pact_fast.cli.language_model import add_llm, llm_config
+
 DESCRIPTION = """\
 Make tasks of a domain, with checkers that are executed, and training dialogues (docs/eigendata.md). Every round plans, writes,
 verifies and plays tasks; then prompts and workflow are revised from the failures. A command that was stopped continues where
@@ -34,7 +36,7 @@ def add_eigendata(commands: Any, command: Callable[..., argparse.ArgumentParser]
         help="roles that a language model plays: planner, synthesizer, wording, verifier, agent, user, reflection (default: "
         "none)",
     )  # fmt: skip
-    parser.add_argument("--llm", type=Path, metavar="FILE", help="YAML settings of the language model (docs/llm.md)")
+    add_llm(parser, "settings of the language model")
     parser.add_argument("--workflow", type=Path, help="folder of prompts and workflow to begin with (default: shipped)")
 
 
@@ -67,7 +69,6 @@ def _run(arguments: argparse.Namespace) -> int:
 @contextmanager
 def _roles(arguments: argparse.Namespace, models: tuple[str, ...]) -> Iterator[Any]:
     """The back-ends, connected to the language model while they are needed; None: all rules."""
-    from pact_fast.config.load import read_settings
     from pact_fast.errors import PactError
 
     if bool(models) != bool(arguments.llm):
@@ -75,11 +76,10 @@ def _roles(arguments: argparse.Namespace, models: tuple[str, ...]) -> Iterator[A
     if not models:
         yield None
         return
-    from pact_fast.llm import LLMClient, LLMConfig
+    from pact_fast.llm import LLMClient
     from pact_fast.synthesis.eigendata.backends import check_roles, make_roles
 
     check_roles(models)
-    values = read_settings(str(arguments.llm))
-    config = LLMConfig.read({"cache_dir": str(arguments.out / "answers"), **values}, str(arguments.llm))
+    config = llm_config(arguments.llm, arguments.out)
     with LLMClient(config, "eigendata") as client:
         yield make_roles(models, client)

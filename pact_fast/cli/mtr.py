@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pact_fast.cli.language_model import add_llm, llm_config
+
 DESCRIPTION = """\
 Make tasks with simulated tools and verified expert traces from rows of HotpotQA, MuSiQue, 2WikiMultiHopQA, Bamboogle or
 FlashRAG, by rules. Rows with decompositions or triples give traces: `pact-fast train` reads train.jsonl. The others give tasks
@@ -32,10 +34,7 @@ def add_mtr(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> N
         "--fault", metavar="KIND=P", action="append", default=[],
         help="probability of an injected fault (timeout, rate_limited, empty), for traces that recover",
     )  # fmt: skip
-    parser.add_argument(
-        "--llm", metavar="FILE", type=Path,
-        help="YAML settings of a language model that writes tools for rows without a plan (docs/llm.md)",
-    )  # fmt: skip
+    add_llm(parser, "settings of a language model that writes tools for rows without a plan")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -85,14 +84,12 @@ def _make(arguments: argparse.Namespace, settings: Any, maker: Any, workers: int
 @contextmanager
 def _tool_maker(arguments: argparse.Namespace) -> Iterator[tuple[Any, int]]:
     """(the tool maker of --llm, connected while it is needed, rows at the same time); (None, 1) without one."""
-    if arguments.llm is None:
+    if not arguments.llm:
         yield None, 1
         return
-    from pact_fast.config.load import read_settings
-    from pact_fast.llm import LLMClient, LLMConfig
+    from pact_fast.llm import LLMClient
     from pact_fast.synthesis.mtr.model_tool_maker import ModelToolMaker
 
-    values = read_settings(str(arguments.llm))
-    config = LLMConfig.read({"cache_dir": str(arguments.out / "answers"), **values}, str(arguments.llm))
+    config = llm_config(arguments.llm, arguments.out)
     with LLMClient(config, "tool_maker") as client:
         yield ModelToolMaker(client), config.max_concurrency

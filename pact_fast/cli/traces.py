@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from pact_fast.cli.language_model import add_llm, llm_config
+
 DESCRIPTION = """\
 Make expert traces for the rows of a file, and keep those that execution verifies. PACT learns from rows with a trace.
 
@@ -54,10 +56,7 @@ def add_traces(commands: Any, command: Callable[..., argparse.ArgumentParser]) -
         "--segments", choices=["rules", "model"], default="rules",
         help="who says where the segments of a reasoning end; model: with the rules as fallback (default: rules)",
     )  # fmt: skip
-    parser.add_argument(
-        "--llm", metavar="KEY=VALUE", action="append", default=[],
-        help="a setting of the language model (docs/llm.md): model, base_url, api_key_env, temperature, token_budget, …",
-    )  # fmt: skip
+    add_llm(parser, "settings of the teacher, or of the model that finds segments")
     parser.add_argument("--limit", type=int, help="read only this many rows (default: all)")
 
 
@@ -114,35 +113,21 @@ class _Bar:
 
 def _language_model(arguments: argparse.Namespace) -> Any:
     """The settings of the language model, None where none is asked. PactError for options that do not go together."""
-    import yaml
-
     from pact_fast.errors import PactError
-    from pact_fast.llm import LLMConfig
 
     for name in ("attempts", "limit"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise PactError(f"--{name} must be at least 1")
     if arguments.attempts > 1 and arguments.calls != "teacher":
         raise PactError("--attempts belongs to a teacher; add --calls teacher")
-    values: dict[str, Any] = {"cache_dir": str(arguments.out / "answers")}
-    for item in arguments.llm:
-        key, given, value = item.partition("=")
-        if not given:
-            raise PactError(
-                "--llm: write a key and a value, for example model=NAME"
-            )  # the text may be a key: not shown
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise PactError(f"--llm {key}: the value is no YAML") from None
     asked = arguments.calls == "teacher" or arguments.segments == "model"
-    if asked and "model" not in values:
+    if asked and not arguments.llm:
         raise PactError(
             "a teacher, or segments by a model, needs one: add --llm model=NAME, and --llm base_url=URL for an endpoint"
         )
     if not asked and arguments.llm:
         raise PactError("--llm needs somebody who asks it: add --calls teacher or --segments model")
-    return LLMConfig.read(values, "--llm") if asked else None
+    return llm_config(arguments.llm, arguments.out) if asked else None
 
 
 def _print_usage(report: dict[str, Any], note: Callable[[str], None]) -> None:

@@ -44,6 +44,8 @@ class Journal:
 
     def __enter__(self) -> Journal:
         with io_errors(self._path, ANOTHER):
+            for half in self._path.parent.glob(".*.????????.tmp"):  # a kill while `write_text` wrote
+                half.unlink(missing_ok=True)
             self._file = self._path.open("ab")
             if not self._file.tell():
                 self._write(self._identity)
