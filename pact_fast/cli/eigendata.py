@@ -42,7 +42,7 @@ def add_eigendata(commands: Any, command: Callable[..., argparse.ArgumentParser]
 
 def _run(arguments: argparse.Namespace) -> int:
     from pact_fast.envs.domain.base import make_domain
-    from pact_fast.synthesis.eigendata.engine import Engine, Settings
+    from pact_fast.synthesis.eigendata.engine import DataEngine, Settings
     from pact_fast.synthesis.eigendata.export import export
     from pact_fast.synthesis.eigendata.report import write_report
     from pact_fast.train.progress import Progress
@@ -50,7 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
     models = tuple(sorted(filter(None, arguments.models.replace(" ", "").split(","))))
     settings = Settings(arguments.domain, arguments.seed, arguments.rounds, arguments.plans, arguments.count, models)
     with _roles(arguments, models) as roles:
-        engine = Engine(make_domain(arguments.domain), arguments.out, settings, roles, start=arguments.workflow)
+        engine = DataEngine(make_domain(arguments.domain), arguments.out, settings, roles, start=arguments.workflow)
         progress = Progress()
         try:
             candidates = engine.run(progress.phase)
@@ -68,7 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _roles(arguments: argparse.Namespace, models: tuple[str, ...]) -> Iterator[Any]:
-    """The back-ends, connected to the language model while they are needed; None: all rules."""
+    """The backends, connected to the language model while they are needed; None: all rules."""
     from pact_fast.errors import PactError
 
     if bool(models) != bool(arguments.llm):

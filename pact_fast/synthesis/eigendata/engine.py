@@ -29,7 +29,7 @@ from pact_fast.synthesis.eigendata.evolution import Trial, evolve
 from pact_fast.synthesis.eigendata.pipeline import Pipeline, Roles
 from pact_fast.synthesis.eigendata.quality import Similarity
 from pact_fast.synthesis.eigendata.records import CandidateLog
-from pact_fast.synthesis.eigendata.roles import Candidate, Plan, Revision
+from pact_fast.synthesis.eigendata.roles import Candidate, Revision, TaskPlan
 from pact_fast.synthesis.eigendata.versions import CURE, START, Version
 
 Advance = Callable[[str], None]
@@ -59,16 +59,16 @@ class Settings:
         return math.ceil(self.count / self.rounds)
 
 
-class Engine:
+class DataEngine:
     """Makes the tasks of a domain in a folder.
 
-        Engine(make_domain("helpdesk"), Path("out"), Settings("helpdesk")).run()
+        DataEngine(make_domain("helpdesk"), Path("out"), Settings("helpdesk")).run()
 
     Args:
         domain: The domain.
         out: The folder; one with the same settings is continued.
         settings: What to make.
-        roles: Back-ends; None: rules.
+        roles: Backends; None: rules.
         start: Folder of the first version's files; None: the shipped ones.
 
     Raises:
@@ -100,7 +100,7 @@ class Engine:
         """
         with io_errors(self.out, CURE):
             self.out.mkdir(parents=True, exist_ok=True)
-        with self._locked():
+        with self.locked():
             self._check_settings()
             version = self._resume()
             log = CandidateLog(self.out / "candidates.jsonl")
@@ -137,7 +137,7 @@ class Engine:
         return after
 
     def _slot(
-        self, number: int, slot: int, plans: list[Plan], version: Version, similarity: Similarity
+        self, number: int, slot: int, plans: list[TaskPlan], version: Version, similarity: Similarity
     ) -> list[Candidate]:
         """The attempts at one task: until one is accepted, or the retries are used up."""
         plan = plans[slot % len(plans)]
@@ -146,8 +146,8 @@ class Engine:
             candidate = Candidate(number, plan.number, slot, attempt, version.number)
             self.pipeline.attempt(candidate, plan, version)
             if candidate.instance and not candidate.findings:
-                if twin := similarity.twin(candidate.instance):
-                    candidate.findings = [Finding("duplicate", "task", f"too similar to {twin}")]
+                if earlier := similarity.duplicate_of(candidate.instance):
+                    candidate.findings = [Finding("duplicate", "task", f"too similar to {earlier}")]
                 else:
                     candidate.accepted = True
                     similarity.add(candidate.instance)
@@ -212,7 +212,7 @@ class Engine:
         number = self.rounds[-1]["next_version"] if self.rounds else 1
         return Version.load(self.out / "versions", number)
 
-    def _save_plans(self, version: Version, plans: list[Plan]) -> None:
+    def _save_plans(self, version: Version, plans: list[TaskPlan]) -> None:
         folder = self.out / "plans"
         with io_errors(folder, CURE):
             folder.mkdir(exist_ok=True)
@@ -236,8 +236,8 @@ class Engine:
         write_text(self.out / "rounds.jsonl", text, CURE)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """The folder belongs to this process; the system lets go of it when the process ends, however it ends."""
+    def locked(self) -> Iterator[None]:
+        """Lock the folder for this process; the lock ends with the process, however it ends."""
         with io_errors(self.out, CURE):
             file = (self.out / "lock").open("w")
         with file:
@@ -250,7 +250,7 @@ class Engine:
 
 @contextmanager
 def silent(name: str, total: int) -> Iterator[Advance]:
-    """Progress that nobody sees."""
+    """Progress without any output."""
     yield lambda info: None
 
 

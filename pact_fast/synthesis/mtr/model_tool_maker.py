@@ -12,11 +12,11 @@ import hashlib
 from importlib.resources import files
 from typing import Any
 
-from pact_fast.envs.simulated.world import MODEL, ToolSpec, World
+from pact_fast.envs.simulated.world import MODEL, ToolSpec, ToolWorld
 from pact_fast.llm import InvalidAnswer, LLMClient
 from pact_fast.llm.answers import read_json
 from pact_fast.llm.request import Request
-from pact_fast.synthesis.mtr.plan import Plan
+from pact_fast.synthesis.mtr.plan import LookupPlan
 from pact_fast.synthesis.mtr.qa import QARow
 from pact_fast.synthesis.mtr.tool_maker import REASONS, Rejected, Toolset, accept, merged, secrets, utilities
 
@@ -91,7 +91,7 @@ class ModelToolMaker:
         except InvalidAnswer:
             return None
 
-    def make(self, row: QARow, plan: Plan) -> Toolset:
+    def make(self, row: QARow, plan: LookupPlan) -> Toolset:
         """The tools of a row: those that the model writes and the checks accept, and the utilities of its class.
 
         Args:
@@ -121,13 +121,15 @@ class ModelToolMaker:
         return _toolset(row, plan, tools, rejected, len(drafts))
 
 
-def _toolset(row: QARow, plan: Plan, tools: dict[str, ToolSpec], rejected: tuple[Rejected, ...], made: int) -> Toolset:
-    """The tools that were accepted, with the utilities of the class, and what a model back-end may know."""
+def _toolset(
+    row: QARow, plan: LookupPlan, tools: dict[str, ToolSpec], rejected: tuple[Rejected, ...], made: int
+) -> Toolset:
+    """The tools that were accepted, with the utilities of the class, and what a model backend may know."""
     for tool in utilities(row, plan):
         tools.setdefault(tool.name, tool)
     facts = tuple(hop.fact for hop in (*plan.hops, *plan.other) if hop.arguments)
     evidence = tuple(dict.fromkeys(hop.values[0] for hop in plan.hops))
-    return Toolset(World(tools, facts, row.passages), evidence, made, rejected)
+    return Toolset(ToolWorld(tools, facts, row.passages), evidence, made, rejected)
 
 
 def _explained(rejected: Rejected) -> str:
