@@ -106,7 +106,7 @@ class ModelToolMaker:
         def problem(value: Any) -> str | None:
             # a leak is not sent back: the model must not learn that it has guessed an answer
             _, rejected = accept(merged(drafts_of(value)), ())
-            return "; ".join(f"the tool {one.name!r} fails: {_explained(one)}" for one in rejected) or None
+            return "; ".join(f"the tool {one.name!r} fails: {_explain(one)}" for one in rejected) or None
 
         asked = f"class: {plan.task_class} ({CLASSES.get(plan.task_class, 'another')})\nquestion: {row.question}"
         messages = [{"role": "system", "content": prompt_text()}, {"role": "user", "content": asked}]
@@ -132,7 +132,7 @@ def _toolset(
     return Toolset(ToolWorld(tools, facts, row.passages), evidence, made, rejected)
 
 
-def _explained(rejected: Rejected) -> str:
+def _explain(rejected: Rejected) -> str:
     return ", ".join(REASONS[reason] for reason in rejected.reasons)
 
 
