@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import threading
+import time
 
 import pytest
 
@@ -74,3 +77,36 @@ def test_a_models_revisions_are_measured_and_may_rewrite_a_prompt(tmp_path):
         engine.run()
     assert [trial.adopted for trial in engine.trials] == [False, True]
     assert engine.rounds[0]["accepted"] == 0 and engine.rounds[1]["accepted"] == 4
+
+
+def test_tasks_made_at_the_same_time_are_those_made_one_by_one(tmp_path):
+    """Also where some are too similar to earlier ones. The model is asked for several at a time."""
+    start = tmp_path / "start"
+    support.VERSION.save(tmp_path)
+    (tmp_path / "0001").rename(start)
+    workflow = start / "workflow.yaml"
+    workflow.write_text(re.sub(r"max_similarity: .*", "max_similarity: 0.2", workflow.read_text()))
+    open_requests, most = 0, 0
+    lock = threading.Lock()
+
+    def answer(body: dict) -> dict:
+        nonlocal open_requests, most
+        with lock:
+            open_requests += 1
+            most = max(most, open_requests)
+        time.sleep(0.01)
+        with lock:
+            open_requests -= 1
+        return said(wording(body))
+
+    files = []
+    for workers in (1, 6):
+        out = tmp_path / str(workers)
+        with llm_server(answer) as server, LLMClient(server.config(), "tester") as client:
+            roles, settings = Roles(synthesizer=ModelWording(client)), Settings("helpdesk", rounds=1, plans=3, count=15)
+            candidates = DataEngine(DOMAIN, out, settings, roles, start, workers).run()
+        files.append((out / "candidates.jsonl").read_bytes())
+        assert (most > 1) is (workers > 1)
+    assert files[0] == files[1]
+    assert {"duplicate"} == {finding.control for candidate in candidates for finding in candidate.findings}
+    assert any(candidate.accepted for candidate in candidates)

@@ -44,7 +44,8 @@ class Pipeline:
     Args:
         domain: The domain.
         roles: The backends.
-        seed: Seed of all random numbers. A candidate is a function of seed, version and its position alone.
+        seed: Seed of all random numbers. A candidate is a function of seed, version and its position alone, so that several
+            can be made at the same time.
     """
 
     def __init__(self, domain: Domain, roles: Roles, seed: int):
