@@ -203,6 +203,7 @@ def relation_schema(relation: str) -> ToolSchema:
 
 
 def question_text(question: Question) -> str:
+    """The question as the policy reads it."""
     return f"From {' and '.join(question.starts)} follow: {' '.join(question.relations)}."
 
 

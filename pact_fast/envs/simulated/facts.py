@@ -45,6 +45,7 @@ def search(passages: tuple[Passage, ...], query: str, k: int = RESULT_LIMIT) -> 
 
 
 def passage_text(passage: Passage) -> str:
+    """Title and text of a passage on one line, truncated to PASSAGE_CHARACTERS."""
     text = " ".join(f"{passage.title} | {passage.text}".split())
     return text if len(text) <= PASSAGE_CHARACTERS else text[: PASSAGE_CHARACTERS - 1] + "…"
 

@@ -20,7 +20,15 @@ def mentions(text: str, answer: str) -> bool:
 
 
 def leaked(output: Any, tool: ToolSpec, arguments: dict[str, Any], world: ToolWorld, answers: Iterable[str]) -> bool:
-    """Whether an output holds a gold answer that neither the facts behind the call nor its arguments hold."""
+    """Whether an output holds a gold answer that neither the facts behind the call nor its arguments hold.
+
+    Args:
+        output: What the simulator returned, JSON data.
+        tool: The tool that was called.
+        arguments: Those of the call.
+        world: The facts that all tools know.
+        answers: Gold answers, in all their spellings.
+    """
     text = plain_text(output)
     found = [answer for answer in answers if mentions(text, answer)]
     if not found:

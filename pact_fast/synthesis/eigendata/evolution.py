@@ -72,7 +72,14 @@ class Trial:
 
 
 def probe(pipeline: Pipeline, version: Version, plans: int, count: int = PROBES) -> Probe:
-    """Measure a version: the same probes for every version, one attempt each."""
+    """Measure a version: the same probes for every version, one attempt each.
+
+    Args:
+        pipeline: Makes the tasks.
+        version: The version to measure.
+        plans: Plans to ask for.
+        count: Probes.
+    """
     made = pipeline.plans(version, plans)
     if not made:
         return Probe(0, count, Counter(), 0)

@@ -64,7 +64,16 @@ def summarise(
     leaked: Leakage,
     rates: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """The numbers of summary.json."""
+    """The numbers of summary.json.
+
+    Args:
+        engine: The engine that ran.
+        candidates: All attempts.
+        accepted: The candidates that are rows.
+        splits: {split: its candidates}.
+        leaked: What the splits share.
+        rates: {id of a task: {reference policy: pass rate}}.
+    """
     instances = [_instance(candidate) for candidate in accepted]
     blame = Counter((f.control, f.blame) for c in candidates if c.findings for f in c.findings[:1])
     policies = list(next(iter(rates.values()), {}))

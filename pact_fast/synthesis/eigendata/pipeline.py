@@ -64,7 +64,17 @@ class Pipeline:
         return made
 
     def attempt(self, candidate: Candidate, plan: TaskPlan, version: Version, purpose: str = "slot") -> int:
-        """Run the stages on a candidate and fill it in; `accepted` is left to the caller. Returns dialogues played."""
+        """Run the stages on a candidate and fill it in; `accepted` is left to the caller.
+
+        Args:
+            candidate: The candidate; its position seeds its random numbers.
+            plan: The plan of its slot.
+            version: Prompts and workflow.
+            purpose: Candidates of another purpose draw other random numbers.
+
+        Returns:
+            Number of dialogues that were played.
+        """
         key = (self.seed, purpose, candidate.slot, candidate.attempt)
         rng = random.Random(seed_of(*key))
         subject = rng.choice(self._subjects) if self._subjects else ""

@@ -34,7 +34,17 @@ class NoScript(Exception):
 
 
 def script(row: QARow, plan: LookupPlan, tools: Toolset, episode: Episode) -> ExpertTrace:
-    """The trace that follows a plan, one turn per depth, with the observations of `episode`. NoScript if there is none."""
+    """The trace that follows a plan, one turn per depth.
+
+    Args:
+        row: The question and its passages.
+        plan: The look-ups that answer it.
+        tools: The tools on offer.
+        episode: Gives the observations.
+
+    Raises:
+        NoScript: No such trace answers the question.
+    """
     if not plan.hops:
         raise NoScript("no_plan")
     writer = _Writer(row, tools, episode)

@@ -33,7 +33,14 @@ REASONS = {
 
 
 def rejection_reasons(task: Task, trace: ExpertTrace, actor: ToolActor, max_turns: int = MAX_TURNS) -> list[str]:
-    """The reasons why a trace is not kept, keys of REASONS in their order; empty: it is kept."""
+    """The reasons why a trace is not kept, keys of REASONS in their order; empty: it is kept.
+
+    Args:
+        task: The question with its tools.
+        trace: The trace.
+        actor: Plays the tools while the trace is executed.
+        max_turns: Most assistant turns of a trace.
+    """
     found = set(_reasons(task, trace, actor, max_turns))
     return [reason for reason in REASONS if reason in found]
 
