@@ -19,7 +19,7 @@ from pact_fast.envs.domain.base import make_domain
 from pact_fast.envs.domain.controls import check_instance
 from pact_fast.llm import LLMClient, LLMConfig
 from pact_fast.synthesis.eigendata.backends import ROLES, make_roles
-from pact_fast.synthesis.eigendata.engine import Engine, Settings
+from pact_fast.synthesis.eigendata.engine import DataEngine, Settings
 from tests.support.eigendata import failing_controls
 from tests.support.vllm_servers import forked_servers
 
@@ -42,7 +42,9 @@ def test_a_small_model_in_every_role(tmp_path):
     variables = mock.patch.dict(os.environ, {"VLLM_CPU_KVCACHE_SPACE": "1"})
     with forked_servers(), variables, LLMClient(config, "tester") as client:
         settings = Settings(domain.name, rounds=1, plans=4, count=COUNT, models=ROLES)
-        engine = Engine(domain, tmp_path / "out", settings, make_roles(ROLES, client), workers=config.max_concurrency)
+        engine = DataEngine(
+            domain, tmp_path / "out", settings, make_roles(ROLES, client), workers=config.max_concurrency
+        )
         candidates = engine.run()
         usage = {row["role"]: row for row in client.report()["usage"]}
     print(usage)

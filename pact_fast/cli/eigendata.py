@@ -42,7 +42,7 @@ def add_eigendata(commands: Any, command: Callable[..., argparse.ArgumentParser]
 
 def _run(arguments: argparse.Namespace) -> int:
     from pact_fast.envs.domain.base import make_domain
-    from pact_fast.synthesis.eigendata.engine import Engine, Settings
+    from pact_fast.synthesis.eigendata.engine import DataEngine, Settings
     from pact_fast.synthesis.eigendata.export import export
     from pact_fast.synthesis.eigendata.report import write_report
     from pact_fast.train.progress import Progress
@@ -51,7 +51,7 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = Settings(arguments.domain, arguments.seed, arguments.rounds, arguments.plans, arguments.count, models)
     domain = make_domain(arguments.domain)
     with _roles(arguments, models) as (roles, workers):
-        engine = Engine(domain, arguments.out, settings, roles, start=arguments.workflow, workers=workers)
+        engine = DataEngine(domain, arguments.out, settings, roles, start=arguments.workflow, workers=workers)
         progress = Progress()
         try:
             candidates = engine.run(progress.phase)
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _roles(arguments: argparse.Namespace, models: tuple[str, ...]) -> Iterator[tuple[Any, int]]:
-    """(the back-ends, connected to the language model while they are needed; tasks at the same time)."""
+    """(the backends, connected to the language model while they are needed; tasks at the same time)."""
     from pact_fast.errors import PactError
 
     if bool(models) != bool(arguments.llm):

@@ -1,4 +1,4 @@
-"""What can be wrong on a line. Each is a small program: break it, mend it, and what must hold then."""
+"""Issues of a line. Each says which edits break it, which calls fix it, and what must hold then."""
 
 from __future__ import annotations
 

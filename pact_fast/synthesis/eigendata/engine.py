@@ -29,7 +29,7 @@ from pact_fast.synthesis.eigendata.evolution import Trial, evolve
 from pact_fast.synthesis.eigendata.pipeline import Pipeline, Roles
 from pact_fast.synthesis.eigendata.quality import Similarity
 from pact_fast.synthesis.eigendata.records import CandidateLog
-from pact_fast.synthesis.eigendata.roles import Candidate, Plan, Revision
+from pact_fast.synthesis.eigendata.roles import Candidate, Revision, TaskPlan
 from pact_fast.synthesis.eigendata.versions import CURE, START, Version
 from pact_fast.synthesis.ordered import ordered
 
@@ -60,16 +60,16 @@ class Settings:
         return math.ceil(self.count / self.rounds)
 
 
-class Engine:
+class DataEngine:
     """Makes the tasks of a domain in a folder.
 
-        Engine(make_domain("helpdesk"), Path("out"), Settings("helpdesk")).run()
+        DataEngine(make_domain("helpdesk"), Path("out"), Settings("helpdesk")).run()
 
     Args:
         domain: The domain.
         out: The folder; one with the same settings is continued.
         settings: What to make.
-        roles: Back-ends; None: rules.
+        roles: Backends; None: rules.
         start: Folder of the first version's files; None: the shipped ones.
         workers: Tasks at the same time, for models that answer several questions at a time. It changes no result.
 
@@ -108,7 +108,7 @@ class Engine:
         """
         with io_errors(self.out, CURE):
             self.out.mkdir(parents=True, exist_ok=True)
-        with self._locked():
+        with self.locked():
             self._check_settings()
             version = self._resume()
             log = CandidateLog(self.out / "candidates.jsonl")
@@ -149,7 +149,7 @@ class Engine:
         self._save_round(number, version, after, of_round, trials)
         return after
 
-    def _attempts(self, number: int, slot: int, first: int, plans: list[Plan], version: Version) -> list[Candidate]:
+    def _attempts(self, number: int, slot: int, first: int, plans: list[TaskPlan], version: Version) -> list[Candidate]:
         """Attempts at one task from number `first`: until one has no findings, or the retries are used up."""
         plan = plans[slot % len(plans)]
         made: list[Candidate] = []
@@ -165,18 +165,18 @@ class Engine:
         made: list[Candidate],
         number: int,
         slot: int,
-        plans: list[Plan],
+        plans: list[TaskPlan],
         version: Version,
         similarity: Similarity,
     ) -> list[Candidate]:
         """Accept the last attempt, unless a task before it is too similar: then with further attempts."""
         while (last := made[-1]).instance and not last.findings:
-            twin = similarity.twin(last.instance)
-            if twin is None:
+            earlier = similarity.duplicate_of(last.instance)
+            if earlier is None:
                 last.accepted = True
                 similarity.add(last.instance)
                 break
-            last.findings = [Finding("duplicate", "task", f"too similar to {twin}")]
+            last.findings = [Finding("duplicate", "task", f"too similar to {earlier}")]
             made += self._attempts(number, slot, len(made), plans, version)
         return made
 
@@ -236,7 +236,7 @@ class Engine:
         number = self.rounds[-1]["next_version"] if self.rounds else 1
         return Version.load(self.out / "versions", number)
 
-    def _save_plans(self, version: Version, plans: list[Plan]) -> None:
+    def _save_plans(self, version: Version, plans: list[TaskPlan]) -> None:
         folder = self.out / "plans"
         with io_errors(folder, CURE):
             folder.mkdir(exist_ok=True)
@@ -260,8 +260,8 @@ class Engine:
         write_text(self.out / "rounds.jsonl", text, CURE)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """The folder belongs to this process; the system lets go of it when the process ends, however it ends."""
+    def locked(self) -> Iterator[None]:
+        """Lock the folder for this process; the lock ends with the process, however it ends."""
         with io_errors(self.out, CURE):
             file = (self.out / "lock").open("w")
         with file:
@@ -274,7 +274,7 @@ class Engine:
 
 @contextmanager
 def silent(name: str, total: int) -> Iterator[Advance]:
-    """Progress that nobody sees."""
+    """Progress without any output."""
     yield lambda info: None
 
 

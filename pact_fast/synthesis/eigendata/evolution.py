@@ -38,7 +38,7 @@ class Probe:
     def better_than(self, other: Probe, target: str) -> bool:
         """More accepted; or as many, and fewer findings, of the target, too; or fewer dialogues for nothing.
 
-        Several faults hide each other: mending one may accept nothing yet.
+        Several faults hide each other: fixing one may not yet increase acceptance.
         """
         if self.accepted != other.accepted:
             return self.accepted > other.accepted

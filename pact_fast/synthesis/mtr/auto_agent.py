@@ -16,7 +16,7 @@ from pact_fast.envs.simulated.actor import Episode, error_kind
 from pact_fast.envs.simulated.leaks import mentions
 from pact_fast.envs.simulated.utilities import number, parse_date
 from pact_fast.envs.simulated.world import same_text
-from pact_fast.synthesis.mtr.plan import Hop, Plan, is_yes_no
+from pact_fast.synthesis.mtr.plan import Hop, LookupPlan, is_yes_no
 from pact_fast.synthesis.mtr.qa import QARow
 from pact_fast.synthesis.mtr.tool_maker import Toolset
 
@@ -33,7 +33,7 @@ class NoScript(Exception):
         super().__init__(reason)
 
 
-def script(row: QARow, plan: Plan, tools: Toolset, episode: Episode) -> ExpertTrace:
+def script(row: QARow, plan: LookupPlan, tools: Toolset, episode: Episode) -> ExpertTrace:
     """The trace that follows a plan, one turn per depth, with the observations of `episode`. NoScript if there is none."""
     if not plan.hops:
         raise NoScript("no_plan")
@@ -106,7 +106,7 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _compare(row: QARow, plan: Plan, writer: _Writer) -> str:
+def _compare(row: QARow, plan: LookupPlan, writer: _Writer) -> str:
     """The answer of a comparison, decided from what was observed. NoScript if that gives no answer."""
     chains = plan.roots()
     if len(chains) != 2:
