@@ -7,8 +7,6 @@ import random
 
 import pytest
 
-pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
-
 from pact_fast.envs.domain.controls import check_instance
 from pact_fast.llm import LLMClient
 from pact_fast.synthesis.eigendata.engine import Engine, Settings
@@ -16,6 +14,9 @@ from pact_fast.synthesis.eigendata.models import ModelReflector, ModelWording
 from pact_fast.synthesis.eigendata.pipeline import Roles
 from tests.support import eigendata as support
 from tests.support.llm_server import llm_server, said
+from tests.support.optional import needs
+
+needs("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
 
 DOMAIN = support.helpdesk()
 
