@@ -152,7 +152,7 @@ def _scoring(causal_lm: Any, own: Callable[..., Any], pending: list[_Tokens]) ->
         assert out.entropy is not None
         scored = [_scattered(values, row, tokens.labels) for values in (out.logprob, out.entropy)]
         # DeepSpeed looks for tensors in what a forward returns
-        return CausalLMOutputWithPast(logits=_Scored(*scored), hidden_states=tuple(scored))  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=_Scored(*scored), hidden_states=tuple(scored))
 
     return forward
 
