@@ -9,6 +9,7 @@ from pact_fast.errors import PactError
 from pact_fast.integrations import host_loss
 from pact_fast.integrations.host_loss import HostLoss
 from pact_fast.kernels import Head
+from tests.support.small_chunks import make_small_chunks
 
 T, D, V, N = 40, 16, 97, 30
 
@@ -52,9 +53,7 @@ def oracle(loss, hidden, weight, row, target) -> list[torch.Tensor]:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    from pact_fast.kernels.head import chunked
-
-    monkeypatch.setattr(chunked, "max_chunk_rows", lambda *_: 8)
+    make_small_chunks(monkeypatch, 8)
 
 
 @pytest.mark.parametrize("name", ["clipped", "with entropy", "nothing", "sequence", "normalised"])
@@ -81,6 +80,13 @@ def test_only_other_losses_take_a_second_pass(monkeypatch, small_chunks):
     for name in ("clipped", "sequence", "sequence"):
         form(hidden, Head(weight), row, target, known[name], old)
     assert passes == ["pact_loss", "pact_loss", "separate_logprobs", "separate_logprobs"]
+
+
+def test_tokens_of_one_chunk_need_no_second_pass():
+    hidden, weight, row, target, old, advantage = problem()
+    form = HostLoss()
+    form(hidden, Head(weight), row, target, losses(old, advantage)["sequence"], old)
+    assert form.token_wise
 
 
 def test_another_gradient_than_that_of_the_loss_is_an_error(small_chunks):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from pact_fast.errors import PactError
 from pact_fast.integrations import fused_forward, host_loss
 from pact_fast.integrations.openrlhf import install
+from tests.support.broken_kernels import break_kernels
 from tests.support.flash_attn_standin import openrlhf_models, ppo_trainer
+from tests.support.small_chunks import make_small_chunks
 
 host = openrlhf_models()
 pytestmark = pytest.mark.slow  # OpenRLHF compiles its entropy
@@ -21,6 +22,11 @@ SHAPE = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    make_small_chunks(monkeypatch)
 
 
 def make_actor(*, packing=False, temperature=1.0, tied=False, lora=False) -> Any:
@@ -212,34 +218,14 @@ def test_a_loss_that_is_a_sum_over_tokens_needs_one_pass(kind, passes, monkeypat
     assert len(calls) == passes
 
 
-def test_a_broken_kernel_is_an_error_in_the_first_step(monkeypatch):
-    own = fused_forward.linear_logprob
-
-    def broken(*args, **options):
-        out = own(*args, **options)
-        return type(out)(out.logprob * 1.01, out.entropy, out.statistics)
-
-    monkeypatch.setattr(fused_forward, "linear_logprob", broken)
-    actor = make_actor()
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("step", ["policy loss", "training step"])
+def test_a_broken_kernel_is_an_error_in_the_first_step(where, step, monkeypatch):
+    break_kernels(monkeypatch, where)
+    trainer = make_trainer(make_actor(), host.PolicyLoss())
     remove = install()
     try:
-        with pytest.raises(PactError, match="OpenRLHF: log-probs"):
-            policy_step(actor, host.PolicyLoss())
-    finally:
-        remove()
-
-
-def test_a_broken_pass_is_an_error_in_the_first_training_step(monkeypatch):
-    own = host_loss.pact_loss
-
-    def broken(*args, **options):
-        out = own(*args, **options)
-        return dataclasses.replace(out, logprob=out.logprob * 1.01)
-
-    monkeypatch.setattr(host_loss, "pact_loss", broken)
-    remove = install()
-    try:
-        with pytest.raises(PactError, match="OpenRLHF: log-probs"):
-            training_step(make_trainer(make_actor(), host.PolicyLoss()))
+        with pytest.raises(PactError, match=r"OpenRLHF: (log-probs|gradients)"):
+            training_step(trainer) if step == "training step" else policy_step(trainer.actor, host.PolicyLoss())
     finally:
         remove()

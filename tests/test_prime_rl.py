@@ -98,7 +98,7 @@ def test_a_broken_kernel_is_an_error_on_the_first_batch(name, where, monkeypatch
     break_kernels(monkeypatch, where)
     remove = prime_rl.install()
     try:
-        with pytest.raises(PactError, match="prime-rl: (log-probs|gradients)"):
+        with pytest.raises(PactError, match=r"prime-rl: (log-probs|gradients)"):
             step(make())
     finally:
         remove()

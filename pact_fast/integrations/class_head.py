@@ -17,7 +17,7 @@ def replace_method(
 ) -> Callable[[], None]:
     """Put `make(the class's method)` in its place; returns the function that undoes it."""
     before = getattr(owner, name)
-    setattr(owner, name, functools.wraps(before)(make(before)))
+    setattr(owner, name, make(before))
     return lambda: setattr(owner, name, before)
 
 

@@ -23,7 +23,8 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (log-probs [N], e
 class HostLoss:
     """Log-probs and entropies with gradients for a loss of the host; one object for all batches.
 
-    token_wise  whether the loss has been a sum over tokens so far; afterwards a second pass forms the gradients
+    token_wise  whether the loss has been a sum over tokens so far, or all tokens in one chunk; afterwards a second pass forms
+                the gradients
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class HostLoss:
             hidden: [T, D].
             head: Of `head_of`.
             row, target: int64 [N].
-            loss: Without side effects: it is called for every chunk.
+            loss: Without side effects and collectives: it is called for every chunk, not equally often on all ranks.
             start: [N] log-probs at which the loss is finite, such as those of the old policy.
             temperature: A number or [N].
         """

@@ -127,8 +127,7 @@ class _Forward:
             row = (self._attention.flatten().cumsum(0) - 1)[row]
             ids, position, *_ = host.unpad_and_slice_tensor(ids, mask, None)
             mask = None
-        decoder = decoder_of(causal_lm)
-        hidden = decoder(ids, attention_mask=mask, position_ids=position).last_hidden_state.flatten(0, 1)
+        hidden = decoder_of(causal_lm)(ids, attention_mask=mask, position_ids=position)[0].flatten(0, 1)
         head, target = head_of(causal_lm), self._sequences.roll(-1, dims=1).flatten()[self._at]
         temperature, self._dtype = float(self._actor.temperature), z_dtype(hidden, head)
         if check:

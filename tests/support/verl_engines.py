@@ -89,7 +89,7 @@ def save_model(path: Path, **options: Any) -> str:
     return str(path)
 
 
-def make_engine(engine_class: Any, model: str, **options: Any) -> Any:
+def make_engine(engine_class: Any, model: str, strategy: str = "fsdp2", **options: Any) -> Any:
     """An engine of fp32 parameters. options: of `HFModelConfig`."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -99,7 +99,7 @@ def make_engine(engine_class: Any, model: str, **options: Any) -> Any:
         path=model, load_tokenizer=False, override_config={"attn_implementation": "eager"}, **options
     )
     mixed = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    config = FSDPEngineConfig(strategy="fsdp2", mixed_precision=mixed, use_torch_compile=False)
+    config = FSDPEngineConfig(strategy=strategy, mixed_precision=mixed, use_torch_compile=False)
     optimizer = FSDPOptimizerConfig(lr=0.0, total_training_steps=10)
     engine = engine_class(settings, config, optimizer, CheckpointConfig())
     engine.initialize()
@@ -174,7 +174,8 @@ def step(engine: Any, data: Any, loss: Any) -> dict[str, torch.Tensor]:
     with engine.train_mode():
         engine.optimizer_zero_grad()
         output = engine.forward_backward_batch(data, loss)
-        found = {n: p.grad.full_tensor().clone() for n, p in engine.module.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad for name, p in engine.module.named_parameters() if p.grad is not None}
+        found = {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for n, g in gradients.items()}
     metrics = {name: torch.tensor(_number(values)) for name, values in output["metrics"].items()}
     return found | metrics | {"loss": torch.tensor(output["loss"])}
 
