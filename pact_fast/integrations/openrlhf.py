@@ -88,7 +88,7 @@ class _Forward:
     def __init__(self, actor: Any, sequences: Any, action_mask: Any, options: Any, state: _State, losses: list[Any]):
         self._actor, self._sequences, self._action_mask, self._options = actor, sequences, action_mask, options
         self._state, self._attention, self._shape = state, options["attention_mask"].bool(), sequences.shape
-        self._step = losses[-1] if losses and action_mask is not None and torch.is_grad_enabled() else None
+        self._step: Any = losses[-1] if losses and action_mask is not None and torch.is_grad_enabled() else None
         scored = self._attention | self._attention.roll(-1, dims=1)  # the position or its label is a token
         if action_mask is not None:
             scored = torch.zeros_like(self._attention)
@@ -106,9 +106,8 @@ class _Forward:
             own = {**self._options, "return_output": False, "return_entropy": False}
             with random.replayed(), torch.no_grad():
                 theirs = before(self._actor, self._sequences, self._action_mask, **own)
-            scored = self._scattered(torch.ones_like(scores[0]))[:, :-1]
-            pair = (t[:, -theirs.shape[1] :] * scored[:, -theirs.shape[1] :] for t in (logprob, theirs))
-            agree("log-probs", *pair, self._dtype, HOST, scale=1.0)
+            kept = self._scattered(torch.ones_like(scores[0]))[:, -theirs.shape[1] - 1 : -1]
+            agree("log-probs", logprob[:, -theirs.shape[1] :] * kept, theirs * kept, self._dtype, HOST, scale=1.0)
         if self._action_mask is not None:
             logprob = logprob[:, -self._action_mask.shape[1] :] * self._action_mask.float()
         if not self._options.get("return_output"):
@@ -116,7 +115,7 @@ class _Forward:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         output = CausalLMOutputWithPast()
-        output.entropy = entropy  # type: ignore[attr-defined]
+        output.entropy = entropy
         return logprob, output
 
     def _score(self, host: Any, check: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ class ScoredTokens:
     """N tokens of a micro-batch of B sequences, T tokens in verl's packed order.
 
     data         the micro-batch
-    at           (sequence, position in its response) [N]; None without responses
+    at           (sequence, position in its response) [N]; empty without responses
     row          int64 [N], the packed token that predicts each
     target       int64 [N]
     old_logprob  float32 [N] of the policy before the step; 0 where there is none
@@ -26,13 +26,13 @@ class ScoredTokens:
     def __init__(self, data: Any, everything: bool):
         self.data, ids = data, data["input_ids"]
         self._offsets, self._entropy = ids.offsets(), _setting(data, "calculate_entropy")
-        packed, self.at = ids.values(), None
+        packed, self.at = ids.values(), (ids.offsets()[:0], ids.offsets()[:0])
         self._before = torch.zeros(len(packed), device=packed.device)
         if "responses" in data:
             mask, place = self._responses()
             scored = mask if everything else mask & _padded(data, "response_mask").bool()
-            self.at = scored.nonzero(as_tuple=True)
-            self.row = place[self.at]
+            sequence, position = scored.nonzero(as_tuple=True)
+            self.at, self.row = (sequence, position), place[sequence, position]
             if "old_log_probs" in data:
                 self._before[place[mask]] = _padded(data, "old_log_probs")[mask].float()
         else:
@@ -72,7 +72,7 @@ class ScoredTokens:
 
     def shares_prompts(self) -> bool:
         """Whether two responses have the same prompt."""
-        return self.at is not None and len({p.tobytes() for p in self._split()[0]}) < len(self.data)
+        return "responses" in self.data and len({p.tobytes() for p in self._split()[0]}) < len(self.data)
 
     def trees(self) -> PromptTrees:
         """The micro-batch with every prompt once."""

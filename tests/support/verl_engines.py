@@ -9,8 +9,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from verl.plugin.platform import PlatformBase, set_platform
 
@@ -102,8 +104,16 @@ def make_engine(engine_class: Any, model: str, strategy: str = "fsdp2", **option
     config = FSDPEngineConfig(strategy=strategy, mixed_precision=mixed, use_torch_compile=False)
     optimizer = FSDPOptimizerConfig(lr=0.0, total_training_steps=10)
     engine = engine_class(settings, config, optimizer, CheckpointConfig())
-    engine.initialize()
+    with mock.patch("verl.workers.engine.fsdp.transformer_impl.FSDP", CpuFSDP):
+        engine.initialize()
     return engine
+
+
+class CpuFSDP(FullyShardedDataParallel):
+    """FSDP1 as verl makes it, but for the first broadcast, which torch refuses on the CPU."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options | {"sync_module_states": False})
 
 
 def batch(*, kl: bool = False, importance: bool = False, entropy: bool = False, **settings: Any) -> Any:
