@@ -173,7 +173,7 @@ def test_the_handlers_of_signals_stay_those_of_the_run():
         ("nothing", "int is no MultiTurnEnv"),
     ],
 )
-def test_what_cannot_be_served_is_refused_with_the_reason(name, message):
+def test_unsupported_environments_are_refused_with_the_reason(name, message):
     with pytest.raises(PactError, match=message):
         environment.get("verifiers").factory(args(name), 5.0)
 

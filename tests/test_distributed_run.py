@@ -69,7 +69,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_give_what_one_gives_and_each_goes_on_with_the_others_checkpoint(stage, alone, tmp_path):
+def test_two_processes_give_the_results_of_one_and_either_resumes_from_the_others_checkpoint(stage, alone, tmp_path):
     if stage != "replicated":
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     two = tmp_path / "two"

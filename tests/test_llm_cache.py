@@ -151,7 +151,7 @@ def test_an_answer_survives_the_disk_unchanged(tmp_path):
 @pytest.mark.parametrize(
     "damage", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"format": 0}', "other key", "types"]
 )
-def test_a_damaged_file_is_named_and_nobody_is_asked(client_of, server, tmp_path, damage):
+def test_a_damaged_file_is_named_and_the_server_is_not_asked(client_of, server, tmp_path, damage):
     client_of().complete(HI)
     (path,) = files(tmp_path)
     entry = json.loads(path.read_bytes())

@@ -264,7 +264,7 @@ def test_an_endless_answer_is_given_up_in_bounded_memory(client_of, server):
     assert peak < 16 << 20
 
 
-def test_nobody_listens(server):
+def test_a_refused_connection_is_an_error(server):
     with LLMClient(LLMConfig(model="m", base_url="http://127.0.0.1:9/v1", max_retries=1), "tester") as client:
         error = failure(client)
     assert error.reason == "unavailable" and "127.0.0.1:9" in str(error)

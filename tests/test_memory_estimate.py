@@ -144,7 +144,7 @@ def test_zero_shards_more_with_every_stage(deep):
 
 
 @pytest.mark.slow
-def test_what_else_is_on_the_device_counts(deep):
+def test_reference_model_and_rollout_engine_count(deep):
     plain = estimate(deep).total
     deep.algorithm.beta = 0.01
     assert estimate(deep).total == plain + 4 * estimate(deep).parameters

@@ -76,7 +76,7 @@ def test_lora_adapters_get_the_gradients_of_every_path_alone():
 
 
 @pytest.mark.parametrize("kind, reason", [("mamba", "linear_attention layers"), ("bloom", "attention function")])
-def test_what_is_no_tree_is_refused_with_the_reason_and_computed_path_by_path(kind, reason):
+def test_decoders_without_tree_support_are_refused_with_the_reason_and_computed_path_by_path(kind, reason):
     model, forest = make(kind), trees()
     assert unsupported(model)
     with pytest.raises(PactError, match=reason):

@@ -36,7 +36,7 @@ MAY_CHANGE = (
     "trainer.save_steps", "trainer.save_minutes", "trainer.save_total_limit", "trainer.eval_steps", "trainer.eval_tasks",
     "trainer.log_completions", "trainer.save_rollouts", "trainer.keep_rollouts", "trainer.report_to",
 )  # fmt: skip
-DATA_FILES = ("data.train", "data.eval", "data.expert")  # a copy at another path is no change
+DATA_FILES = ("data.train", "data.eval", "data.expert")  # a copy at another path is not a change
 
 
 def check_resumed(config: Config, saved: Path) -> None:

@@ -85,7 +85,7 @@ def logit_transform(model: Any) -> LogitTransform:
     takes milliseconds.
 
     Raises:
-        PactError: The code is no scaling, soft-cap or bias, or does not call decoder and head as modules.
+        PactError: The code is not a scaling, soft-cap or bias, or does not call decoder and head as modules.
     """
     causal_lm = causal_lm_of(model)
     head, family = head_layer(causal_lm), causal_lm.config.model_type
