@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,14 @@ from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.registry import engine_builder, make_engine
 from pact_fast.text import short
 from pact_fast.train import checkpoint
-from pact_fast.train.check_rows import check_rows, rows_to_check, write_skipped
+from pact_fast.train.check_rows import SkippedRows, TaskCheck, check_rows, rows_to_check, write_skipped
 from pact_fast.train.checkpoint import PendingSave
 from pact_fast.train.collect import RolloutCollector
 from pact_fast.train.evaluate import Evaluator
 from pact_fast.train.learner import Learner, PacksTooLarge
 from pact_fast.train.metrics import MetricsWriter
 from pact_fast.train.pack_budget import lower_pack_budget, with_pack_budget
-from pact_fast.train.preflight import check_settings, check_tasks
+from pact_fast.train.preflight import check_settings, check_success, check_tasks
 from pact_fast.train.pretrain import pretrain
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import RolloutWriter
@@ -108,6 +109,7 @@ class Trainer:
     evaluator: Evaluator
     metrics: MetricsWriter | None = None
     signs: WarningSigns  # rank 0 has them
+    skipped_rows: SkippedRows | None = None  # rank 0 has them, where rows are checked when they are drawn
     _pending_save: PendingSave | None = None
     _lock: RunLock | None = None  # rank 0 has it
 
@@ -327,9 +329,27 @@ class Trainer:
         found = self.world.broadcast_from_main(lambda: found, "the skipped rows")
         if isinstance(self.tasks, FileTasks):
             self.tasks.skip({i: DataError(p, file=f, line=n, field=c) for i, (p, f, n, c) in found.items()})
-            skipped = self.tasks.skipped
-            if self.world.is_main and (note := write_skipped(skipped, self.run)):
+            if self.tasks.reads_when_drawn:
+                self._check_drawn(self.tasks)
+            elif self.world.is_main and (note := write_skipped(self.tasks.skipped, self.run)):
                 self.progress.note(note)
+
+    def _check_drawn(self, tasks: FileTasks) -> None:
+        """Let every rank check the other rows when they are drawn."""
+        config, algorithm = self.config, self.algorithm
+        tasks.check_drawn(TaskCheck(config, self.renderer, algorithm), partial(check_success, config, algorithm))
+        self.progress.note(
+            f"{rows_to_check(tasks, config):,} of {len(tasks):,} rows are checked, the others when they are drawn "
+            "(`pact-fast doctor` checks all)"
+        )
+        if self.world.is_main:
+            self.skipped_rows = SkippedRows(self.run, tasks.skipped)
+            self._note_skipped_rows()
+
+    def _note_skipped_rows(self) -> None:
+        """List rows that have been drawn since the last call, and that cannot be used."""
+        if self.skipped_rows and (note := self.skipped_rows.write()):
+            self.progress.note(note)
 
     def _resolve_data(self, config: Config) -> Config:
         """The settings with the files and commits that the names of data stand for now, the same on all ranks."""
@@ -419,6 +439,7 @@ class Trainer:
             self.metrics.write(step, result.metrics | warnings)
             for text in texts:
                 self.progress.note(f"step {step}: {text}")
+            self._note_skipped_rows()
         self.records.write_step(step, result.batches, result.prompts)
         self.progress.step(step, self.config.trainer.max_steps, result.metrics)
         self._check_skipped(step, result)
