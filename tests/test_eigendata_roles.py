@@ -207,6 +207,7 @@ def random_value(schema, rng):
     return rng.choice(("A1234", "never", "synthesis.yaml", "patience", "Please turn roaming on on your phone."))
 
 
+@pytest.mark.slow
 def test_whatever_a_model_writes_nothing_unverified_is_accepted(tmp_path):
     """All roles by a model that writes nonsense of the right shape, 20 tasks; its words alone would make sound ones."""
     rng = random.Random(0)

@@ -1,7 +1,8 @@
-"""Ten thousand broken model outputs: nothing raises, nothing hangs, every rejection says why."""
+"""Thousands of broken model outputs: nothing raises, nothing hangs, every rejection says why."""
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 
@@ -31,6 +32,7 @@ from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
 from pact_fast.data.types import ToolCall
 from tests.support.chat_tokenizers import chatml_like, llama3_like
+from tests.support.fuzz import cases
 
 FORMATS = pytest.mark.parametrize(
     "fmt",
@@ -128,13 +130,14 @@ def check(turn, length: int) -> None:
 def test_mutated_turns(fmt: ToolFormat):
     rng = random.Random(7)
     rejected = accepted = 0
-    for _ in range(10_000):
+    number = cases()
+    for _ in range(number):
         data = mutate(rng, fmt.render(*rng.choice(SEEDS)).encode())
         turn = fmt.parse(data, TOOLS, thinking=rng.random() < 0.1)
         check(turn, len(data))
         rejected += len(turn.errors)
         accepted += len(turn.calls)
-    assert rejected > 500 and accepted > 500  # the mutations neither miss nor destroy everything
+    assert min(rejected, accepted) > number / 20  # the mutations neither miss nor destroy everything
 
 
 @pytest.mark.parametrize("make", [chatml_like, llama3_like])
@@ -156,7 +159,8 @@ def test_random_and_mutated_ids(make):
         assert set(turn.components) <= {Component.REASONING, Component.TOOL_CALL, Component.ANSWER}
 
 
-LENGTH = 250_000  # quadratic time would be minutes
+LENGTH = 150_000  # bytes
+LIMIT = 0.15  # seconds, for what takes milliseconds; a loop over all pairs of tags takes more
 LONG = [
     b"<tool_call>", b"</tool_call>", b"<tool_call>{", b"<think>", b"{", b'{"name":', b'{"name":[', b'{"name":"',
     b'{"name": "f", "parameters": {"x": ', b'{"name":"f","parameters":{}};', b'{"name":"a"}x', b'{"type":1,',
@@ -225,13 +229,25 @@ FRAMES = {
 }
 
 
+def places(fmt: ToolFormat, unit: bytes) -> list[tuple[bytes, bytes]]:
+    """What stands around many units: everything where the unit means something to the format, else nothing and a call."""
+    every = [(b"", b""), (b"text ", b"}"), *FRAMES[type(fmt)]]
+    written = b" ".join([*(fmt.render(*seed).encode() for seed in SEEDS), *(part for pair in every for part in pair)])
+    known = unit in LONG or unit.strip() in written or any(marker.encode() in unit for marker in fmt.markers)
+    return every if known else [every[0], *every[2:3]]
+
+
 @pytest.mark.timing
 @FORMATS
 @pytest.mark.slow
 def test_a_long_text_of_anything_takes_linear_time(fmt: ToolFormat):
-    for unit in LONG if isinstance(fmt, Llama3Json) else [*LONG, *LONG_TAGS]:
-        for head, tail in ((b"", b""), (b"text ", b"}"), *FRAMES[type(fmt)]):
-            data = head + unit * (LENGTH // len(unit)) + tail
-            begin = time.process_time()
-            check(fmt.parse(data, TOOLS), len(data))
-            assert time.process_time() - begin < 0.5, unit
+    gc.disable()  # a collection takes longer than a text
+    try:
+        for unit in LONG if isinstance(fmt, Llama3Json) else [*LONG, *LONG_TAGS]:
+            for head, tail in places(fmt, unit):
+                data = head + unit * (LENGTH // len(unit)) + tail
+                begin = time.process_time()
+                check(fmt.parse(data, TOOLS), len(data))
+                assert time.process_time() - begin < LIMIT, unit
+    finally:
+        gc.enable()

@@ -123,8 +123,14 @@ def test_this_machine_is_measured(recipe, capsys):
 
 @pytest.mark.slow
 def test_a_model_too_large_for_the_device_is_said_to_be():
-    large = {**DEEP, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 8, "num_attention_heads": 64}
-    found = planned(settings({**large, "num_hidden_layers": 24}))
+    large = {
+        **DEEP,
+        "hidden_size": 16384,
+        "intermediate_size": 57344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 64,
+    }
+    found = planned(settings(large))
     assert found.memory.total > found.hardware.capacity
     assert "does not fit" in found.notes[0]
 

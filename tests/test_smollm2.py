@@ -122,6 +122,7 @@ def test_two_steps_make_the_expert_trace_more_probable(run, model, exported):
     assert logprob(exported) > logprob(model) + 0.1
 
 
+@pytest.mark.parametrize("run", ["bfloat16"], indirect=True)  # the tiny models of other tests are evaluated in float32
 def test_eval_repeats_the_runs_last_evaluation(run, tmp_path, capsys):
     assert main(["eval", str(run), "--out", str(tmp_path / "eval.json")]) == 0
     result, summary = json.loads((tmp_path / "eval.json").read_text()), json.loads((run / "summary.json").read_text())
@@ -130,6 +131,7 @@ def test_eval_repeats_the_runs_last_evaluation(run, tmp_path, capsys):
         assert result[ours]["samples"] == summary[theirs]["n"] == 2
 
 
+@pytest.mark.parametrize("run", ["float32"], indirect=True)
 def test_rollouts_are_written_token_by_token(run, tmp_path):
     out = tmp_path / "rollouts.jsonl"
     assert main(["rollout", str(run), "--tasks", "2", "--out", str(out)]) == 0

@@ -5,9 +5,11 @@ import json
 import pytest
 
 from tests.support import zero3_weights
+from tests.support.optional import needs
 from tests.support.processes import run_ranks
 
-pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+needs("deepspeed", reason="deepspeed is not installed")
+
 
 pytestmark = pytest.mark.slow
 
