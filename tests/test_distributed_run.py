@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pact_fast.cli.main import main
-from tests.support.processes import Ranks, run_ranks
+from tests.support.processes import Ranks, deepspeed_on_gloo, run_ranks
 from tests.support.runs import SETTINGS, RunProcess
 
 pytestmark = pytest.mark.slow
@@ -36,6 +36,8 @@ def command(run: Path, *settings: str) -> list[str]:
 
 def call_command(arguments: list[str]) -> None:
     """In each rank."""
+    if any("deepspeed" in argument for argument in arguments):
+        deepspeed_on_gloo()
     sys.exit(main(arguments))
 
 

@@ -10,8 +10,6 @@ import time
 
 import pytest
 
-pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
-
 from pact_fast.envs.domain.controls import check_instance
 from pact_fast.llm import LLMClient
 from pact_fast.synthesis.eigendata.engine import DataEngine, Settings
@@ -20,6 +18,9 @@ from pact_fast.synthesis.eigendata.model_synthesizers import ModelWording
 from pact_fast.synthesis.eigendata.pipeline import Roles
 from tests.support import eigendata as support
 from tests.support.llm_server import llm_server, said
+from tests.support.optional import needs
+
+needs("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
 
 DOMAIN = support.helpdesk()
 

@@ -7,12 +7,8 @@ import random
 import re
 from dataclasses import replace
 
-import pytest
-
-pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
-pytest.importorskip("jsonschema", reason="jsonschema is not installed: pip install 'pact-fast[llm]'")
-
 import jsonschema
+import pytest
 
 from pact_fast.cli.main import main
 from pact_fast.envs.domain.controls import Finding, check_instance
@@ -26,6 +22,10 @@ from pact_fast.synthesis.eigendata.roles import Rollout, TaskPlan
 from pact_fast.synthesis.eigendata.rollout import ScriptedPlayer, gold_acts
 from tests.support import eigendata as support
 from tests.support.llm_server import llm_server, said
+from tests.support.optional import needs
+
+needs("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
+needs("jsonschema", reason="jsonschema is not installed: pip install 'pact-fast[llm]'")
 
 DOMAIN = support.helpdesk()
 PLAN = TaskPlan(0, ("abroad",))

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
-
 from pact_fast.errors import PactError
 from pact_fast.llm import Answer, BudgetExceeded, InvalidAnswer, LLMClient, ReplayMiss, Request
 from pact_fast.llm.cache import AnswerCache
 from pact_fast.llm.config import LLMConfig
 from tests.support.llm_server import forks_of, in_turn, llm_server, running, said, wait_for
+from tests.support.optional import needs
+
+needs("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
 
 HI = [{"role": "user", "content": "hi"}]
 KEY = "ab" + "0" * 62

@@ -7,13 +7,14 @@ import tracemalloc
 
 import pytest
 
-pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
-
 from pact_fast.data.types import ToolCall
 from pact_fast.errors import PactError
 from pact_fast.llm import BudgetExceeded, InvalidAnswer, LLMClient, LLMConfig, LLMError, Request, ServerFailed
 from pact_fast.llm import client as client_module
 from tests.support.llm_server import Reply, in_turn, llm_server, refused, said
+from tests.support.optional import needs
+
+needs("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
 
 HI = [{"role": "user", "content": "hi"}]
 SCHEMA = {

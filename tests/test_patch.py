@@ -11,8 +11,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pact_fast.kernels.runtime import build
+from pact_fast.model import recognition
 from pact_fast.model.build import enable_gradient_checkpointing
-from pact_fast.model.patch import _is_gated, _is_norm, _is_rotary, _is_silu, fused_kernels, without_fused_kernels
+from pact_fast.model.patch import fused_kernels, without_fused_kernels
 from tests.support.memory import decoder_step, peak_bytes
 from tests.support.models import KINDS, make
 from tests.support.trees import as_tree, gradients, trees
@@ -84,13 +85,12 @@ def test_a_rotary_function_that_turns_pairs_is_left_alone():
         turned = [torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) for x in (q, k)]
         return tuple(x * cos[:, None] + y * sin[:, None] for x, y in zip((q, k), turned, strict=True))
 
-    assert not _is_rotary(neighbours)
+    assert not recognition.is_rotary(neighbours)
 
 
 def test_a_probe_on_fake_tensors_is_not_remembered():
     """The first model that a process sees may be one of sizes alone (estimate/update_trace.py)."""
-    for known in (_is_norm, _is_gated, _is_silu, _is_rotary):
-        known.cache_clear()
+    recognition.forget()
     model = make("qwen3")
     with FakeTensorMode(), fused_kernels(model):
         pass

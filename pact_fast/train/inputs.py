@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from pact_fast.errors import DataError
 from pact_fast.files import atomic_save_pretrained, io_errors
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.train import checkpoint
-from pact_fast.train.check_rows import check_rows, rows_to_check, write_skipped
+from pact_fast.train.check_rows import SkippedRows, TaskCheck, check_rows, rows_to_check, write_skipped
+from pact_fast.train.preflight import check_success
 from pact_fast.train.progress import Progress
 from pact_fast.train.run_dir import folder_content
 from pact_fast.train.user_model import USER_FOLDER, tokenizer_tasks
@@ -89,8 +91,10 @@ def skip_bad_rows(
     algorithm: Algorithm,
     world: World,
     progress: Progress,
-) -> None:
-    """Check all rows on rank 0, and leave out the same ones on every rank.
+) -> SkippedRows | None:
+    """Check rows on rank 0, and leave out the same ones on every rank.
+
+    Of files that are read when rows are drawn, some rows are checked here, and every rank checks the others when it draws them.
 
     Args:
         config: The run's configuration.
@@ -100,6 +104,9 @@ def skip_bad_rows(
         algorithm: States whether traces are trained on, and rollouts sampled.
         world: The ranks.
         progress: Shows the check.
+
+    Returns:
+        On rank 0, the list of rows that are skipped later, where rows are checked when they are drawn.
 
     Raises:
         DataError: A row cannot be trained on, unless data.on_bad_row=skip.
@@ -115,6 +122,26 @@ def skip_bad_rows(
     found = world.broadcast_from_main(lambda: found, "the skipped rows")
     if isinstance(tasks, FileTasks):
         tasks.skip({i: DataError(p, file=f, line=n, field=c) for i, (p, f, n, c) in found.items()})
-        skipped = tasks.skipped
-        if world.is_main and (note := write_skipped(skipped, run)):
+        if tasks.reads_when_drawn:
+            return _check_drawn(config, run, tasks, renderer, algorithm, world, progress)
+        if world.is_main and (note := write_skipped(tasks.skipped, run)):
             progress.note(note)
+    return None
+
+
+def _check_drawn(
+    config: Config,
+    run: Path,
+    tasks: FileTasks,
+    renderer: ChatRenderer,
+    algorithm: Algorithm,
+    world: World,
+    progress: Progress,
+) -> SkippedRows | None:
+    """Let every rank check the rows that have not been checked when they are drawn."""
+    tasks.check_drawn(TaskCheck(config, renderer, algorithm), partial(check_success, config, algorithm))
+    progress.note(
+        f"{rows_to_check(tasks, config):,} of {len(tasks):,} rows are checked, the others when they are drawn "
+        "(`pact-fast doctor` checks all)"
+    )
+    return SkippedRows(run, tasks.skipped) if world.is_main else None

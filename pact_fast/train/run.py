@@ -42,6 +42,7 @@ from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.registry import engine_builder, make_engine
 from pact_fast.text import short
 from pact_fast.train import checkpoint
+from pact_fast.train.check_rows import SkippedRows
 from pact_fast.train.checkpoint import PendingSave
 from pact_fast.train.collect import RolloutCollector
 from pact_fast.train.evaluate import Evaluator
@@ -101,6 +102,7 @@ class Trainer:
     evaluator: Evaluator
     metrics: MetricsWriter | None = None
     signs: WarningSigns  # rank 0 has them
+    skipped_rows: SkippedRows | None = None  # rank 0 has them, where rows are checked when they are drawn
     _pending_save: PendingSave | None = None
     _lock: RunLock | None = None  # rank 0 has it
 
@@ -150,7 +152,15 @@ class Trainer:
         self.renderer = make_renderer(config.model, self.tokenizer)
         for note in check_template(self.renderer):
             self.progress.note(note)
-        skip_bad_rows(self.config, self.run, self.tasks, self.renderer, self.algorithm, self.world, self.progress)
+        self.skipped_rows = skip_bad_rows(
+            self.config, self.run, self.tasks, self.renderer, self.algorithm, self.world, self.progress
+        )
+        self._note_skipped_rows()
+
+    def _note_skipped_rows(self) -> None:
+        """List rows that have been drawn since the last call, and that cannot be used."""
+        if self.skipped_rows and (note := self.skipped_rows.write()):
+            self.progress.note(note)
 
     def _take_lock(self) -> None:
         self._lock = RunLock(self.run, self.progress.note)
@@ -306,6 +316,7 @@ class Trainer:
             self.metrics.write(step, result.metrics | warnings)
             for text in texts:
                 self.progress.note(f"step {step}: {text}")
+            self._note_skipped_rows()
         self.records.write_step(step, result.batches, result.prompts)
         self.progress.step(step, self.config.trainer.max_steps, result.metrics)
         self._check_skipped(step, result)

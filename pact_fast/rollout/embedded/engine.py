@@ -24,7 +24,7 @@ from pact_fast.model.device import release_memory
 from pact_fast.model.filters import filtered
 from pact_fast.model.head import head_layer, logit_transform
 from pact_fast.model.inference import linear
-from pact_fast.model.patch import is_plain_linear
+from pact_fast.model.recognition import is_plain_linear
 from pact_fast.model.weights import base_parameters, gathered
 from pact_fast.rollout.embedded.inverse_cdf import inverse_cdf
 from pact_fast.rollout.embedded.slot_cache import SlotCache, Text, forward_with
