@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.chat.rendering import make_renderer
 from pact_fast.cli.main import main
+from pact_fast.components import Component
 from pact_fast.config import Config, LoraConfig, parse_config
 from pact_fast.errors import PactError
 from pact_fast.kernels import LossContext
@@ -24,6 +25,7 @@ from pact_fast.model import lora
 from pact_fast.model.adapter import adapter_tensors
 from pact_fast.model.build import make_model, make_policy
 from pact_fast.model.weights import checkpoint_weights
+from pact_fast.report.rollout_files import read_lines
 from pact_fast.rollout.embedded.engine import TransformersEngine
 from pact_fast.rollout.engine import Request
 from pact_fast.train.learner import Learner
@@ -130,6 +132,72 @@ def test_the_reference_is_the_model_without_its_adapters(run):
     assert not torch.equal(trained, logits(base(run)))
     assert all(p.requires_grad for p in adapter_tensors(model).values())
     assert any(v > 0 for r in metrics(run) for k, v in r.items() if k.endswith("/kl"))
+
+
+def test_saved_adapters_that_are_merged_compute_what_they_do_beside_the_weights(run):
+    merged = base(run)
+    lora.merge_saved(merged, run / "checkpoints/step_2/model")
+    torch.testing.assert_close(logits(merged), logits(policy(run, 2)), rtol=0, atol=1e-5)
+    assert (logits(merged) - logits(base(run))).abs().max() > 1e-3  # and they do something
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"use_dora": True}, "use use_dora"), ({"r": 0}, "cannot be read"), ({"lora_alpha": None}, "cannot be read")],
+)
+def test_adapters_of_another_kind_are_not_merged(run, tmp_path, settings, message):
+    folder = tmp_path / "adapter"
+    shutil.copytree(run / "checkpoints/step_2/model", folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(PactError, match=message):
+        lora.merge_saved(base(run), folder)
+
+
+def test_adapters_of_another_model_are_not_merged(run):
+    config = config_of(run)
+    assert config.model.random_init
+    config.model.random_init["intermediate_size"] = 64
+    with pytest.raises(PactError, match=r"do not fit the model: .*its own base model"):
+        lora.merge_saved(make_model(config, tokenizer_of(run)), run / "checkpoints/step_2/model")
+
+
+ASKED = """
+from pact_fast.envs.lookup_chain import LookupChain
+
+class Asked(LookupChain):
+    def user_prompt(self):
+        return "You ask. End with ###STOP###."
+"""
+
+
+@pytest.mark.parametrize("side", ["agent", "user"])
+def test_either_side_trains_an_adapter_against_a_frozen_one(run, tmp_path, side):
+    """The frozen side speaks greedily, so all rollouts of a prompt begin alike where it is the agent."""
+    (tmp_path / "asked.py").write_text(ASKED)
+    frozen = run / "checkpoints/step_2/model"
+    plays = {"user": "model", "user_model": str(frozen)}
+    if side == "user":
+        plays = {"user": "policy", "train_as": "user", "agent_model": str(frozen)}
+    settings = {
+        **SETTINGS,
+        "model": {"path": str(run / "base"), "lora": {"r": 2}},
+        "env": {"name": f"{tmp_path / 'asked.py'}:Asked"},
+        "rollout": {**SETTINGS["rollout"], **plays, "max_turns": 2, "max_completion_length": 120},
+        "trainer": {**SETTINGS["trainer"], "max_steps": 1},
+        "output_dir": str(tmp_path / "run"),
+    }
+    del settings["pretrain"]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", str(tmp_path / "tiny.yaml")]) == 0
+    moved = adapter_tensors(policy(tmp_path / "run", 1))
+    assert any(name.endswith("lora_B.weight") and tensor.abs().max() > 0 for name, tensor in moved.items())
+    records = [json.loads(line) for line in read_lines(tmp_path / "run/rollouts/step_000001.jsonl.gz")]
+    openings: dict[str, set[str]] = {}
+    for record in records:
+        user = [t for t, c in zip(record["tokens"], record["components"], strict=True) if c == Component.USER]
+        openings.setdefault(record["task_id"], set()).add("".join(user))
+    assert len(records) == 8 and (side == "agent" or all(len(said) == 1 for said in openings.values()))
 
 
 def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):

@@ -34,7 +34,8 @@ from pact_fast.rollout.engine import Completion, Engine, Request
 from pact_fast.rollout.episode import Episode, Job, Side
 from pact_fast.rollout.pending import Pending, PendingToolCalls
 from pact_fast.rollout.schedule import Schedule
-from pact_fast.rollout.self_play import user_call, user_prompt_ids, user_view
+from pact_fast.rollout.self_play import user_call, user_prompt_ids, user_stops, user_view
+from pact_fast.users.endpoint import EndpointUsers
 from pact_fast.users.stop import read_stop
 
 MOST_CALLS = 256  # of tools and users at a time; a thread starts when a call finds none that is idle
@@ -56,16 +57,25 @@ class AgentLoop:
         engine: Generates the turns.
         renderer: Renders prompts and observations, parses turns.
         make_env: A fresh environment for a task; it serves one trajectory.
-        config: Limits of turns, tokens and time.
+        config: Limits of turns, tokens and time; who plays the user.
+        users: Makes the users of `rollout.user=endpoint`; whoever gives them closes them.
 
     Raises:
-        PactError: The engine does not apply the filters that `config` sets.
+        PactError: The engine does not apply the filters that `config` sets, or there are no users where it wants them.
     """
 
     def __init__(
-        self, engine: Engine, renderer: ChatRenderer, make_env: Callable[[Task], Environment], config: RolloutConfig
+        self,
+        engine: Engine,
+        renderer: ChatRenderer,
+        make_env: Callable[[Task], Environment],
+        config: RolloutConfig,
+        users: EndpointUsers | None = None,
     ):
         self.engine, self.renderer, self.make_env, self.config = engine, renderer, make_env, config
+        self._users = users
+        if config.user == "endpoint" and users is None:
+            raise PactError("rollout.user=endpoint: give AgentLoop its users (EndpointUsers.of)")
         self._pool: ThreadPoolExecutor | None = None
         self._prompts: dict[bytes, np.ndarray] | None = None  # of the call of `run` under way
         self._checked_user_turns = not isinstance(renderer, ChatRenderer)  # what stands in its place has no template
@@ -146,7 +156,8 @@ class AgentLoop:
                     if stop is not None:
                         end(index, stop)
                     elif pending:
-                        calls.add(index, pending, episode.env.blocking)
+                        in_thread = any(isinstance(result, Future) for result in pending)
+                        calls.add(index, pending, episode.env.blocking or in_thread)
                 for index, pending in calls.due():
                     if index not in running:
                         continue
@@ -229,12 +240,16 @@ class AgentLoop:
     def _start(self, index: int, jobs: list[Job]) -> Episode:
         task, env = self.resolve_task(jobs[index].task)
         job = replace(jobs[index], task=task)
-        agent, user = Side(index, self.prompt_ids(task), task.tools), None
+        agent = Side(index, self.prompt_ids(task), task.tools)
+        episode = Episode(job, env, agent, offered=copy.deepcopy(env.tools) if has_user(env) else None)
         if self.config.user != "environment":
             view = self._user_view(task, env)
-            ids = self._user_prompt_ids(view)
-            user = Side(index + len(jobs), ids, view.tools, unsent=ids)
-        episode = Episode(job, env, agent, user, copy.deepcopy(env.tools) if has_user(env) else None)
+            if self._users is not None:
+                call = user_call(env) if view.tools else None
+                episode.endpoint = self._users.make(view, view.tools, call, user_stops(env))
+            else:
+                ids = self._user_prompt_ids(view)
+                episode.user = Side(index + len(jobs), ids, view.tools, unsent=ids)
         limit = min(self.config.max_turn_tokens, self.config.max_completion_length)
         self._submit(episode, agent.prompt_ids, limit, job.rng_key)
         return episode
@@ -244,8 +259,9 @@ class AgentLoop:
     ) -> None:
         """Ask the engine for a turn of the speaker."""
         job, is_user = episode.job, episode.speaker is episode.user
-        # a user with a model of its own is a part of the environment: it says the likeliest words
-        temperature = 0.0 if is_user and self.config.user == "model" else job.temperature
+        # a side with a frozen model of its own is a part of the environment: it says the likeliest words
+        frozen = self.config.user == "model" if is_user else self.config.agent_model is not None
+        temperature = 0.0 if frozen else job.temperature
         session = episode.speaker.session
         self.engine.submit(Request(session, ids, limit, rng_key, temperature, job.filters, is_user, keep))
 
@@ -297,6 +313,8 @@ class AgentLoop:
             return None, self._calls(episode, parsed.attempts)
         if episode.user is not None:
             return self._hand_over(episode, record.content), []
+        if episode.endpoint is not None:
+            return None, [self._in_thread(episode.endpoint.reply, record.content)]
         if has_user(episode.env):
             return None, [self._run(episode.env, episode.env.respond, record.content)]
         return StopReason.ANSWER, []
@@ -324,6 +342,9 @@ class AgentLoop:
         if not env.blocking:
             with _no_exit(env):
                 return method(*arguments)
+        return self._in_thread(method, *arguments)
+
+    def _in_thread(self, method: Callable[..., str | None], *arguments: Any) -> Future:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(MOST_CALLS, thread_name_prefix="tool")
         return self._pool.submit(method, *arguments)
@@ -354,7 +375,9 @@ class AgentLoop:
         return self._append(episode, messages, self.renderer.call_eot_id)
 
     def _hear(self, episode: Episode, reply: str | None) -> StopReason | None:
-        """Go on with what the environment's user said after the last turn."""
+        """Go on with what the user of the environment, or behind an endpoint, said after the last turn."""
+        if reply is None and episode.endpoint is not None:
+            return StopReason.USER_FAILED if episode.endpoint.failed else StopReason.USER
         if reply is None:
             return StopReason.ENVIRONMENT
         if not isinstance(reply, str):
@@ -367,7 +390,7 @@ class AgentLoop:
     def _hand_over(self, episode: Episode, text: str) -> StopReason | None:
         """Let the other side answer the visible text of a turn."""
         if episode.speaker is episode.user:
-            text, ended = read_stop(text, self.config.user_stop)
+            text, ended = read_stop(text, self.config.user_stop, *user_stops(episode.env))
             if ended:
                 return StopReason.USER
             episode.speaker = episode.agent

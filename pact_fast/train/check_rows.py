@@ -80,7 +80,7 @@ def check_rows(
             env = class_of(task.env or default)
             check_environment(task, env)
             check.check(task)
-            if has_user(env) or config.rollout.user == "policy":
+            if has_user(env) or config.rollout.user != "environment":
                 check_dialogue()
             if limits.trace and has_user_turns(task):
                 check_dialogue(traces=True)
