@@ -357,6 +357,7 @@ def parameters(step):
     return list(step.trainer.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("differs", [False, True])
 def test_evaluations_are_compared_byte_by_byte(tmp_path, monkeypatch, capsys, differs):
     pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval")

@@ -168,6 +168,12 @@ from pact_fast.envs.lookup_chain import LookupChain
 class Asked(LookupChain):
     def user_prompt(self):
         return "You ask. End with ###STOP###."
+
+    def judge_user(self, task, trajectory):
+        return {"odd": float(trajectory.ids.sum() % 2)}  # not the same for all rollouts of a prompt
+
+    def reward(self, task, trajectory):
+        return super().reward(task, trajectory) | self.judge_user(task, trajectory)
 """
 
 
@@ -185,6 +191,7 @@ def test_either_side_trains_an_adapter_against_a_frozen_one(run, tmp_path, side)
         "env": {"name": f"{tmp_path / 'asked.py'}:Asked"},
         "rollout": {**SETTINGS["rollout"], **plays, "max_turns": 2, "max_completion_length": 120},
         "trainer": {**SETTINGS["trainer"], "max_steps": 1},
+        "algorithm": {"name": "grpo", "reward": {"outcome": "odd"}},
         "output_dir": str(tmp_path / "run"),
     }
     del settings["pretrain"]

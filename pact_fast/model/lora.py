@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from pact_fast.config import LoraConfig
@@ -86,14 +87,16 @@ def merge_saved(model: PreTrainedModel, folder: Path) -> None:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         scaling = float(settings["lora_alpha"]) / int(settings["r"])
         saved = read_adapter(folder)
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise PactError(f"the adapters in {folder} cannot be read: {error_line(error)}") from None
     if extra := [key for key in _OTHER_ADAPTERS if settings.get(key)]:
         raise PactError(f"the adapters in {folder} use {extra[0]}; only plain LoRA of linear layers can be merged here")
+    layers = dict(model.named_modules())
     for name in sorted({name.rpartition(".lora_")[0] for name in saved}):
         down, up = (saved.get(f"{name}.lora_{part}.weight", _MISSING) for part in "AB")
-        layer = dict(model.named_modules()).get(name)
-        if not isinstance(layer, torch.nn.Linear) or (up.shape[:1] + down.shape[1:]) != layer.weight.shape:
+        layer = layers.get(name)
+        fits = isinstance(layer, torch.nn.Linear) and up.shape[1:] == down.shape[:1]
+        if not fits or (up.shape[:1] + down.shape[1:]) != layer.weight.shape:
             raise PactError(f"the adapters in {folder} do not fit the model: '{name}' differs; name its own base model")
         layer.weight += scaling * (up.to(layer.weight) @ down.to(layer.weight))
 

@@ -51,7 +51,10 @@ def load(id: str, args: dict[str, Any]) -> Any:
     try:
         with _kept_signal_handlers(), no_exit(f"the environment {id}"):
             if ".py:" in id:
-                made = load_object(id, "verifiers environment")(**args)
+                found = load_object(id, "verifiers environment")
+                if isinstance(found, type):
+                    raise PactError(f"{PLACE}: {found.__name__} is a class, not load_environment; tasksets need verifiers>=0.4")
+                made = found(**args)
             else:
                 made = load_environment(id, **args)
     except PactError:
