@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.chat.rendering import make_renderer
 from pact_fast.cli.main import main
-from pact_fast.components import Component
 from pact_fast.config import Config, LoraConfig, parse_config
 from pact_fast.errors import PactError
 from pact_fast.kernels import LossContext
@@ -25,10 +24,10 @@ from pact_fast.model import lora
 from pact_fast.model.adapter import adapter_tensors
 from pact_fast.model.build import make_model, make_policy
 from pact_fast.model.weights import checkpoint_weights
-from pact_fast.report.rollout_files import read_lines
 from pact_fast.rollout.embedded.engine import TransformersEngine
 from pact_fast.rollout.engine import Request
 from pact_fast.train.learner import Learner
+from pact_fast.train.user_model import with_frozen_model
 from tests.support.groups import make_groups, step_context_of
 
 peft = pytest.importorskip("peft", reason="needs the extra lora: pip install 'pact-fast[lora]'")
@@ -162,51 +161,6 @@ def test_adapters_of_another_model_are_not_merged(run):
         lora.merge_saved(make_model(config, tokenizer_of(run)), run / "checkpoints/step_2/model")
 
 
-ASKED = """
-from pact_fast.envs.lookup_chain import LookupChain
-
-class Asked(LookupChain):
-    def user_prompt(self):
-        return "You ask. End with ###STOP###."
-
-    def judge_user(self, task, trajectory):
-        return {"odd": float(trajectory.ids.sum() % 2)}  # not the same for all rollouts of a prompt
-
-    def reward(self, task, trajectory):
-        return super().reward(task, trajectory) | self.judge_user(task, trajectory)
-"""
-
-
-@pytest.mark.parametrize("side", ["agent", "user"])
-def test_either_side_trains_an_adapter_against_a_frozen_one(run, tmp_path, side):
-    """The frozen side speaks greedily, so all rollouts of a prompt begin alike where it is the agent."""
-    (tmp_path / "asked.py").write_text(ASKED)
-    frozen = run / "checkpoints/step_2/model"
-    plays = {"user": "model", "user_model": str(frozen)}
-    if side == "user":
-        plays = {"user": "policy", "train_as": "user", "agent_model": str(frozen)}
-    settings = {
-        **SETTINGS,
-        "model": {"path": str(run / "base"), "lora": {"r": 2}},
-        "env": {"name": f"{tmp_path / 'asked.py'}:Asked"},
-        "rollout": {**SETTINGS["rollout"], **plays, "max_turns": 2, "max_completion_length": 120},
-        "trainer": {**SETTINGS["trainer"], "max_steps": 1},
-        "algorithm": {"name": "grpo", "reward": {"outcome": "odd"}},
-        "output_dir": str(tmp_path / "run"),
-    }
-    del settings["pretrain"]
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    assert main(["train", str(tmp_path / "tiny.yaml")]) == 0
-    moved = adapter_tensors(policy(tmp_path / "run", 1))
-    assert any(name.endswith("lora_B.weight") and tensor.abs().max() > 0 for name, tensor in moved.items())
-    records = [json.loads(line) for line in read_lines(tmp_path / "run/rollouts/step_000001.jsonl.gz")]
-    openings: dict[str, set[str]] = {}
-    for record in records:
-        user = [t for t, c in zip(record["tokens"], record["components"], strict=True) if c == Component.USER]
-        openings.setdefault(record["task_id"], set()).add("".join(user))
-    assert len(records) == 8 and (side == "agent" or all(len(said) == 1 for said in openings.values()))
-
-
 def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
     again = tmp_path / "run"
     shutil.copytree(run, again)
@@ -279,6 +233,33 @@ def test_the_embedded_engine_samples_with_the_adapters_however_they_were_put_on(
     wrapped = peft.PeftModel.from_pretrained(base(run), run / "checkpoints/step_2/model")
     assert sampled(wrapped) == ours
     assert sampled(base(run))[1] != ours[1]
+
+
+@pytest.mark.parametrize("side", ["agent", "user"])
+def test_the_other_side_of_a_dialogue_is_played_by_a_frozen_adapter(run, side):
+    """Beside a policy with adapters of its own: either samples what it samples alone, and updates reach the policy."""
+    saved = run / "checkpoints/step_2/model"
+    plays = {"user": "model", "user_model": str(saved)}
+    if side == "user":
+        plays = {"user": "policy", "train_as": "user", "agent_model": str(saved)}
+    config = config_of(run)
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update=plays)})
+    renderer, device = make_renderer(config.model, tokenizer_of(run)), torch.device("cpu")
+    own = TransformersEngine(policy(run).eval(), [0])
+    engine = with_frozen_model(own, config, tokenizer_of(run), renderer, run, device=device, autocast=None)
+    for session, user in enumerate((False, True)):
+        engine.submit(Request(session, np.arange(3, 40), 16, (1,), user=user))
+    done = {}
+    while len(done) < 2:
+        done |= {completion.session: completion for completion in engine.step()}
+    trained, frozen = (done[1], done[0]) if side == "user" else (done[0], done[1])
+    for found, alone in ((trained, policy(run)), (frozen, policy(run, 2))):
+        ids, logprobs = sampled(alone)
+        n = min(len(ids), len(found.ids))  # the stop tokens of the two differ
+        assert found.ids[:n].tolist() == ids[:n] and n > 4
+        np.testing.assert_allclose(found.logprobs[:n], logprobs[:n], atol=1e-5)
+    engine.update_weights(policy(run, 1), 7)
+    assert engine.version == 7 and engine.frozen.version != 7
 
 
 def test_weights_for_engines_are_those_under_the_adapters(run):

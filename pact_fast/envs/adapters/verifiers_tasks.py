@@ -53,7 +53,9 @@ def load(id: str, args: dict[str, Any]) -> Any:
             if ".py:" in id:
                 found = load_object(id, "verifiers environment")
                 if isinstance(found, type):
-                    raise PactError(f"{PLACE}: {found.__name__} is a class, not load_environment; tasksets need verifiers>=0.4")
+                    raise PactError(
+                        f"{PLACE}: {found.__name__} is a class, not load_environment; tasksets need verifiers>=0.4"
+                    )
                 made = found(**args)
             else:
                 made = load_environment(id, **args)
