@@ -95,8 +95,8 @@ def merge_saved(model: PreTrainedModel, folder: Path) -> None:
     for name in sorted({name.rpartition(".lora_")[0] for name in saved}):
         down, up = (saved.get(f"{name}.lora_{part}.weight", _MISSING) for part in "AB")
         layer = layers.get(name)
-        fits = isinstance(layer, torch.nn.Linear) and up.shape[1:] == down.shape[:1]
-        if not fits or (up.shape[:1] + down.shape[1:]) != layer.weight.shape:
+        shape = up.shape[:1] + down.shape[1:]
+        if not isinstance(layer, torch.nn.Linear) or up.shape[1:] != down.shape[:1] or shape != layer.weight.shape:
             raise PactError(f"the adapters in {folder} do not fit the model: '{name}' differs; name its own base model")
         layer.weight += scaling * (up.to(layer.weight) @ down.to(layer.weight))
 
