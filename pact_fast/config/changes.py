@@ -32,6 +32,8 @@ MAY_CHANGE = (
     "rollout.user_llm.server_timeout", "rollout.user_llm.timeout", "rollout.user_llm.total_timeout",
     "rollout.user_llm.max_retries", "rollout.user_llm.max_concurrency", "rollout.user_llm.token_budget",
     "rollout.user_llm.price", "rollout.user_llm.cache_dir", "rollout.user_llm.replay",
+    # what is done about bad rows, which in large files are found when they are drawn
+    "data.on_bad_row",
     # code that is fixed or moved between two starts
     "algorithm.reward.functions",
     # the optimizer and the end of the run
@@ -41,7 +43,7 @@ MAY_CHANGE = (
     "trainer.save_steps", "trainer.save_minutes", "trainer.save_total_limit", "trainer.eval_steps", "trainer.eval_tasks",
     "trainer.log_completions", "trainer.save_rollouts", "trainer.keep_rollouts", "trainer.report_to",
 )  # fmt: skip
-DATA_FILES = ("data.train", "data.eval", "data.expert")  # a copy at another path is no change
+DATA_FILES = ("data.train", "data.eval", "data.expert")  # a copy at another path is not a change
 
 
 def check_resumed(config: Config, saved: Path) -> None:
