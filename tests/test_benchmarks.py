@@ -19,6 +19,7 @@ import pytest
 from benchmarks import (
     correctness,
     decoding,
+    evaluations,
     gpu_suite,
     harness,
     head,
@@ -29,6 +30,7 @@ from benchmarks import (
     quickstart,
     weights_fingerprint,
 )
+from pact_fast.cli.main import main as pact_fast_main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -353,3 +355,27 @@ def test_hosts_compares_the_step_of_trl_with_every_mode_and_finds_a_wrong_gradie
 
 def parameters(step):
     return list(step.trainer.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("differs", [False, True])
+def test_evaluations_are_compared_byte_by_byte(tmp_path, monkeypatch, capsys, differs):
+    pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval")
+    runs = []
+
+    def in_process(command):
+        assert pact_fast_main(command) == 0
+        runs.append(Path(command[-1]))
+        if differs and len(runs) == 2:
+            path = next((runs[-1] / "rollouts").iterdir())
+            path.write_text(path.read_text().replace("0.", "1.", 1))
+        return {"seconds": 1000.0 if differs else 1.0, "cpu_seconds": 1.0, "peak_mib": 1}
+
+    monkeypatch.setattr(evaluations, "timed", in_process)
+    out = tmp_path / "out.json"
+    options = ["--benchmarks", "bfcl", "--limit", "1", "--out", str(out), "rollout.max_turn_tokens=4"]
+    assert evaluations.main(options) == int(differs)
+    (case,) = json.loads(out.read_text())["cases"]
+    assert case["tasks"] == 1 and case["tokens"] > 0 and case["identical"] is not differs
+    printed = capsys.readouterr().out
+    assert not differs or ("two runs differ" in printed and "1000.0 s" in printed)

@@ -27,6 +27,7 @@ from pact_fast.model.weights import checkpoint_weights
 from pact_fast.rollout.embedded.engine import TransformersEngine
 from pact_fast.rollout.engine import Request
 from pact_fast.train.learner import Learner
+from pact_fast.train.user_model import with_frozen_model
 from tests.support.groups import make_groups, step_context_of
 from tests.support.optional import needs
 
@@ -133,6 +134,34 @@ def test_the_reference_is_the_model_without_its_adapters(run):
     assert any(v > 0 for r in metrics(run) for k, v in r.items() if k.endswith("/kl"))
 
 
+def test_saved_adapters_that_are_merged_compute_what_they_do_beside_the_weights(run):
+    merged = base(run)
+    lora.merge_saved(merged, run / "checkpoints/step_2/model")
+    torch.testing.assert_close(logits(merged), logits(policy(run, 2)), rtol=0, atol=1e-5)
+    assert (logits(merged) - logits(base(run))).abs().max() > 1e-3  # and they do something
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"use_dora": True}, "use use_dora"), ({"r": 0}, "cannot be read"), ({"lora_alpha": None}, "cannot be read")],
+)
+def test_adapters_of_another_kind_are_not_merged(run, tmp_path, settings, message):
+    folder = tmp_path / "adapter"
+    shutil.copytree(run / "checkpoints/step_2/model", folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(PactError, match=message):
+        lora.merge_saved(base(run), folder)
+
+
+def test_adapters_of_another_model_are_not_merged(run):
+    config = config_of(run)
+    assert config.model.random_init
+    config.model.random_init["intermediate_size"] = 64
+    with pytest.raises(PactError, match=r"do not fit the model: .*its own base model"):
+        lora.merge_saved(make_model(config, tokenizer_of(run)), run / "checkpoints/step_2/model")
+
+
 def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
     again = tmp_path / "run"
     shutil.copytree(run, again)
@@ -209,6 +238,33 @@ def test_the_embedded_engine_samples_with_the_adapters_however_they_were_put_on(
     wrapped = peft.PeftModel.from_pretrained(base(run), run / "checkpoints/step_2/model")
     assert sampled(wrapped) == ours
     assert sampled(base(run))[1] != ours[1]
+
+
+@pytest.mark.parametrize("side", ["agent", "user"])
+def test_the_other_side_of_a_dialogue_is_played_by_a_frozen_adapter(run, side):
+    """Beside a policy with adapters of its own: either samples what it samples alone, and updates reach the policy."""
+    saved = run / "checkpoints/step_2/model"
+    plays = {"user": "model", "user_model": str(saved)}
+    if side == "user":
+        plays = {"user": "policy", "train_as": "user", "agent_model": str(saved)}
+    config = config_of(run)
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update=plays)})
+    renderer, device = make_renderer(config.model, tokenizer_of(run)), torch.device("cpu")
+    own = TransformersEngine(policy(run).eval(), [0])
+    engine = with_frozen_model(own, config, tokenizer_of(run), renderer, run, device=device, autocast=None)
+    for session, user in enumerate((False, True)):
+        engine.submit(Request(session, np.arange(3, 40), 16, (1,), user=user))
+    done = {}
+    while len(done) < 2:
+        done |= {completion.session: completion for completion in engine.step()}
+    trained, frozen = (done[1], done[0]) if side == "user" else (done[0], done[1])
+    for found, alone in ((trained, policy(run)), (frozen, policy(run, 2))):
+        ids, logprobs = sampled(alone)
+        n = min(len(ids), len(found.ids))  # the stop tokens of the two differ
+        assert found.ids[:n].tolist() == ids[:n] and n > 4
+        np.testing.assert_allclose(found.logprobs[:n], logprobs[:n], atol=1e-5)
+    engine.update_weights(policy(run, 1), 7)
+    assert engine.version == 7 and engine.frozen.version != 7
 
 
 def test_weights_for_engines_are_those_under_the_adapters(run):

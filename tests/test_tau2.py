@@ -7,11 +7,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pact_fast.config import Config, EnvConfig
+from pact_fast.config import Config, EnvConfig, RolloutConfig
 from pact_fast.data.types import StopReason, Task, ToolCall, Trajectory, TurnRecord
 from pact_fast.envs.base import Environment, has_user
 from pact_fast.envs.registry import EnvironmentFactory, make_tasks
@@ -27,7 +28,10 @@ from pact_fast.envs.tau2.users import Tau2ModelUser, UserTurn, first_person
 from pact_fast.envs.tau2.verdict import judge
 from pact_fast.errors import DataError, PactError
 from pact_fast.evaluation.benchmark import benchmark
+from pact_fast.rollout.agent import AgentLoop, Job
+from tests.support.groups import lookup_chain_renderer
 from tests.support.hostile_outputs import NAMES, VALUES, audited, hostile_text, nested
+from tests.support.scripted_engine import Script
 from tests.support.tau2 import ROAMING, SERVICE, TRANSFER, converse, finish, needs_tau2, play_reference, start
 
 pytestmark = needs_tau2
@@ -111,6 +115,35 @@ def test_a_dialogue_ends_when_the_user_says_so_and_counts_what_was_said():
     reward = env.reward(task, trajectory(texts=(task.expert.answer,)))
     assert reward == {"success": 1.0, "db": 1.0, "communicate": 1.0, "nothing": 0.0}
     assert env.reward(task, trajectory(texts=("Goodbye",)))["communicate"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("last", "success"),
+    [("Thank you. ###STOP###", 1.0), ("###TRANSFER###", 1.0), ("I shall say ###STOP### later.", 0.0)],
+)
+def test_a_policy_or_model_that_plays_the_user_acts_on_its_phone_and_ends_the_dialogue(last, success):
+    """Telecom's reference dialogue: the agent says what its trace says, the user what the scripted one said and did."""
+    task = make_task("telecom", SERVICE, solo=False)
+    renderer = lookup_chain_renderer()
+    agent = [(turn.content, turn.calls) for turn in task.expert.turns] + [(task.expert.answer, ())]
+    user: list[tuple[str, tuple[ToolCall, ...]]] = []
+    pending = [call for side, call in reference_actions(task_by_id("telecom", SERVICE)) if side == "user"]
+    for turn in task.expert.turns:
+        if turn.user is not None:
+            user += [("", (pending.pop(0),)), (turn.user, ())]
+    user += [("", (call,)) for call in pending] + [(last, ())]
+    limits = {"max_user_turns": sum(bool(text) for text, _ in user)}
+    agent, user = [*agent, ("Goodbye.", ())], [*user, ("Bye.", ())]  # where the last message ends nothing
+    turns = {0: agent, 1: user}
+    ids = {side: [list(renderer.assistant_turn("", *said)[0]) for said in made] for side, made in turns.items()}
+    env = Tau2()
+    limits |= {"max_turns": 40, "max_turn_tokens": 2000, "max_completion_length": 20000, "max_prompt_length": 60000}
+    loop = AgentLoop(Script(renderer, ids), renderer, lambda _: env, RolloutConfig(user="policy", **limits))
+    shown = replace(task, tools=[], prompt=task.prompt[-1:])  # not 23,000 characters, byte by byte
+    (trajectory,) = loop.run([Job(shown, (0, 0))])
+    assert trajectory.env_rewards["success"] == success, (trajectory.stop_reason, env.episode.ending)
+    assert [call.name for call in env.episode.calls if call.side == "user"]
+    assert "###STOP###" in env.user_prompt() and env.user_tools
 
 
 @pytest.mark.timing

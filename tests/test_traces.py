@@ -59,6 +59,11 @@ class Asking(Library):
 
     def respond(self, text):
         return None if "Steventon" in text else "Emma, please."
+
+
+class Prompted(Library):
+    def user_prompt(self):
+        return "You want to know where the author of Emma was born."
 """
 
 
@@ -168,6 +173,22 @@ def test_dialogues_are_played_with_the_user_of_the_environment(tmp_path, library
     assert outcome(tmp_path / "out") == {"good": [], "calls": [], "cut": ["unfinished"]}
     good = read_tasks(tmp_path / "out" / "train.jsonl")[0]
     assert good.expert.turns[0].user == "Emma, please." and good.expert.answer == "Steventon"
+
+
+def test_a_model_behind_an_endpoint_plays_the_user_of_traces(tmp_path, library):
+    look_up = [ExpertTurn("", (ToolCall(c["name"], c["arguments"]),), ("",)) for c in GOOD]
+    old = ExpertTrace((ExpertTurn("", (), (), "Which book?", "?"), *look_up), "Steventon")
+    path = write_rows(tmp_path / "rows.jsonl", {"good": {"expert_trace": old.to_messages(), "answer": "Steventon"}})
+    with llm_server(
+        lambda body: said("###STOP###" if "Steventon" in body["messages"][-1]["content"] else "Emma, please.")
+    ) as server:
+        user = f"rollout.user_llm={json.dumps({'model': 'm', 'base_url': server.url})}"
+        options = [library.replace("Library", "Prompted"), "rollout.user=endpoint", user]
+        assert main(["traces", path, "-o", str(tmp_path / "out"), *options]) == 0
+        assert len(server.bodies) == 2  # played twice, asked once
+    assert outcome(tmp_path / "out") == {"good": []}
+    assert read_tasks(tmp_path / "out" / "train.jsonl")[0].expert.turns[0].user == "Emma, please."
+    assert list((tmp_path / "out" / "answers").rglob("*.json"))
 
 
 def test_templates_preview_no_call_whatever_the_description_says():

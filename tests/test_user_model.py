@@ -15,7 +15,7 @@ from pact_fast.errors import PactError
 from pact_fast.model.tokenizer import train_tokenizer
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.self_play import user_example
-from pact_fast.rollout.user_engine import WithUserModel
+from pact_fast.rollout.user_engine import WithFrozenModel
 from pact_fast.synthesis.eigendata.generated import DOMAIN, GeneratedHelpdesk, RulesTasks
 from pact_fast.train.user_model import BothSides, UserSide
 from tests.support.scripted_engine import Script
@@ -90,12 +90,33 @@ def test_a_user_with_a_model_of_its_own_speaks_greedily_from_its_own_engine(rend
             super().submit(request)
 
     turns = {0: turns_of(renderer, task.expert), 1: turns_of(renderer, example(task).expert)}
-    engine = WithUserModel(Watching(renderer, {0: turns[0]}), Watching(renderer, {1: turns[1]}))
+    engine = WithFrozenModel(Watching(renderer, {0: turns[0]}), Watching(renderer, {1: turns[1]}))
     limits = RolloutConfig(user="model", **LIMITS)
     (trajectory,) = AgentLoop(engine, renderer, made, limits).run([Job(task, (0,), temperature=0.7)])
     assert trajectory.env_rewards["success"] == 1.0
     assert set(asked) == {(False, 0.7), (True, 0.0)}
-    assert not {1} & set(engine.policy.contexts) and not {0} & set(engine.user.contexts)
+    assert not {1} & set(engine.policy.contexts) and not {0} & set(engine.frozen.contexts)
+
+
+def test_a_frozen_agent_speaks_greedily_to_a_user_that_is_trained(renderer, tasks):
+    task = tasks.train(0, 1)[0]
+    asked = []
+
+    class Watching(Script):
+        name, applies_filters, shutdown = "a script", True, None
+
+        def submit(self, request):
+            asked.append((request.user, request.temperature))
+            super().submit(request)
+
+    turns = {0: turns_of(renderer, task.expert), 1: turns_of(renderer, example(task).expert)}
+    policy, frozen = Watching(renderer, {1: turns[1]}), Watching(renderer, {0: turns[0]})
+    limits = RolloutConfig(user="policy", train_as="user", agent_model="x", **LIMITS)
+    loop = AgentLoop(WithFrozenModel(policy, frozen, plays_user=False), renderer, made, limits)
+    (trajectory,) = loop.run([Job(task, (0,), temperature=0.7)])
+    assert trajectory.env_rewards["success"] == 1.0 and trajectory.stop_reason is StopReason.USER
+    assert set(asked) == {(False, 0.0), (True, 0.7)}
+    assert set(policy.contexts) == {1} and set(frozen.contexts) == {0}
 
 
 def test_premature_stops_are_those_that_the_scripted_user_would_not_make(renderer, tasks):
@@ -172,7 +193,12 @@ def test_an_expert_dialogue_is_needed(tasks):
 def test_settings_that_do_not_fit_are_refused():
     for settings, message in (
         (["rollout.user_model=x"], "only with user=model"),
-        (["rollout.user=model", "rollout.engine=vllm"], "beside the embedded engine"),
+        (["rollout.user=model", "rollout.engine=vllm"], "user=model runs beside the embedded engine"),
+        (["rollout.agent_model=x"], "only with train_as=user"),
+        (
+            ["rollout.user=policy", "rollout.train_as=user", "rollout.agent_model=x", "rollout.engine=vllm"],
+            "agent_model runs beside the embedded engine",
+        ),
     ):
         with pytest.raises(PactError, match=message):
             load_config("quickstart", settings)

@@ -26,6 +26,7 @@ from pact_fast.train.evaluate import EVAL_STREAM, Sampling
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import rollout_record
 from pact_fast.train.run_lock import RunLock
+from pact_fast.users.endpoint import ANSWERS, user_llm
 
 JOBS = 1024  # trajectories that are prepared at once
 # settings of a run that decide nothing about its samples: how fast, how many at once, how training used them
@@ -133,7 +134,8 @@ def benchmark_config(request: EvalRequest, kind: type[Benchmark]) -> tuple[Confi
 
 def identity(request: EvalRequest, config: Config, run: Path | None) -> dict[str, Any]:
     """What every sample depends on. More samples, categories or tasks may be added to the same results."""
-    rollout = config.rollout.model_dump(exclude=set(SPEED))
+    rollout = config.rollout.model_dump(exclude={*SPEED, "user_llm"})
+    user = user_llm(config.rollout)
     return {
         "benchmark": request.name,
         "model": request.model,
@@ -145,6 +147,7 @@ def identity(request: EvalRequest, config: Config, run: Path | None) -> dict[str
         "data": config.data.eval,
         "prompt_format": config.data.prompt_format,
         "rollout": rollout,
+        **({"user_llm": user.decisive()} if user else {}),
         "pact_fast": __version__,
     }
 
@@ -179,7 +182,8 @@ def _run(
     finished = request.samples * sum(map(len, tasks.values())) - len(open_jobs)
     if finished:
         progress.note(f"{finished} samples are finished; {len(open_jobs)} to go")
-    session = make_session(config, BenchmarkTasks([task for members in tasks.values() for task in members]), run)
+    source = BenchmarkTasks([task for members in tasks.values() for task in members])
+    session = make_session(config, source, run, answers=store.folder / ANSWERS)
     try:
         with progress.phase(request.name, len(open_jobs)) as advance:
             for start in range(0, len(open_jobs), JOBS):

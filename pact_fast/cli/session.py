@@ -27,7 +27,8 @@ from pact_fast.train.checkpoint import run_weights
 from pact_fast.train.evaluate import evaluate, evaluation_kinds, reward_means, success_rate
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import rollout_record
-from pact_fast.train.user_model import with_user_model
+from pact_fast.train.user_model import with_frozen_model
+from pact_fast.users.endpoint import ANSWERS, EndpointUsers
 
 
 @dataclass
@@ -38,12 +39,14 @@ class Session:
     renderer  chat renderer of the model
     loop      agent loop on a running engine
     tasks     source of training and held-out tasks
+    users     those that a language model behind an endpoint plays, if one does
     """
 
     config: Config
     renderer: ChatRenderer
     loop: AgentLoop
     tasks: TaskSource
+    users: EndpointUsers | None = None
 
     def select(self, split: str, count: int) -> list[Task]:
         """`count` tasks of "train" or "eval". PactError if there are no held-out tasks."""
@@ -62,6 +65,8 @@ class Session:
     def close(self) -> None:
         """Stop the agent loop and the engine."""
         self.loop.close()
+        if self.users:
+            self.users.close()
         self.loop.engine.shutdown()
 
 
@@ -79,16 +84,17 @@ def open_session(source: str, settings: Sequence[str]) -> Session:
     if run and not (run / "config.yaml").exists():
         raise PactError(f"{run} is not a run directory: it has no config.yaml")
     config = load_config(str(run / "config.yaml") if run else source, list(settings))
-    return make_session(config, make_tasks(config), run)
+    return make_session(config, make_tasks(config), run, answers=run / ANSWERS if run else None)
 
 
-def make_session(config: Config, tasks: TaskSource, run: Path | None = None) -> Session:
+def make_session(config: Config, tasks: TaskSource, run: Path | None = None, *, answers: Path | None = None) -> Session:
     """Load the model of a configuration and start its engine.
 
     Args:
         config: The configuration.
         tasks: Source of the session's tasks.
         run: The run directory whose newest model and tokenizer are taken; None: those that the configuration names.
+        answers: Where answers of a user behind an endpoint are kept, unless `rollout.user_llm` says where.
 
     Raises:
         PactError: The run has no model yet, or a part of the configuration cannot be had.
@@ -111,9 +117,11 @@ def make_session(config: Config, tasks: TaskSource, run: Path | None = None) -> 
     check_context(config, model)
     autocast = precision(config, device)
     engine = make_engine(config, model, renderer, autocast=autocast)
-    engine = with_user_model(engine, config, tokenizer, renderer, run, device=device, autocast=autocast)
+    engine = with_frozen_model(engine, config, tokenizer, renderer, run, device=device, autocast=autocast)
     engine.update_weights(model, 0)
-    return Session(config, renderer, AgentLoop(engine, renderer, EnvironmentFactory(config), config.rollout), tasks)
+    users = EndpointUsers.of(config.rollout, answers)
+    loop = AgentLoop(engine, renderer, EnvironmentFactory(config), config.rollout, users)
+    return Session(config, renderer, loop, tasks, users)
 
 
 def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> int:

@@ -27,6 +27,11 @@ MAY_CHANGE = (
     "rollout.vllm_server_timeout", "rollout.vllm_gpu_memory_utilization", "rollout.vllm_tensor_parallel_size",
     "rollout.vllm_data_parallel_size", "rollout.vllm_enable_sleep_mode", "rollout.vllm_weight_transfer",
     "rollout.vllm_weights_dir", "rollout.verify_weights", "rollout.vllm_args",
+    # where the model that plays the user is, and how it is asked
+    "rollout.user_llm.base_url", "rollout.user_llm.api_key_env", "rollout.user_llm.vllm_args",
+    "rollout.user_llm.server_timeout", "rollout.user_llm.timeout", "rollout.user_llm.total_timeout",
+    "rollout.user_llm.max_retries", "rollout.user_llm.max_concurrency", "rollout.user_llm.token_budget",
+    "rollout.user_llm.price", "rollout.user_llm.cache_dir", "rollout.user_llm.replay",
     # what is done about bad rows, which in large files are found when they are drawn
     "data.on_bad_row",
     # code that is fixed or moved between two starts

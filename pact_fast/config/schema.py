@@ -165,21 +165,31 @@ class RolloutConfig(Section):
         description="Messages of the user per trajectory, the prompt's not counted, where the environment has a user "
         "(docs/conversations.md); null: `max_turns` alone limits the dialogue.",
     )
-    user: Literal["environment", "policy", "model"] = Field(
+    user: Literal["environment", "policy", "model", "endpoint"] = Field(
         "environment",
         description="Who answers turns without tool calls: `environment`: its method `respond`, if it has one; `policy`: the "
         "policy itself, with the environment's `user_prompt` (self-play, docs/conversations.md); `model`: a frozen model of "
-        "its own, with the same prompt.",
+        "its own, with the same prompt; `endpoint`: a language model behind an OpenAI-compatible endpoint, with it, too.",
     )
     user_model: str | None = Field(
         None,
-        description="`user=model`: folder or name of the model that plays the user, which has the policy's tokenizer; null: "
-        "the one that `pretrain.user_steps` trains.",
+        description="`user=model`: folder or name of the model that plays the user, which has the policy's tokenizer, or "
+        "folder of a LoRA adapter on the run's base model; null: the one that `pretrain.user_steps` trains.",
+    )
+    agent_model: str | None = Field(
+        None,
+        description="`train_as=user`: a frozen model or LoRA adapter that plays the agent, named as `user_model`; null: the "
+        "policy plays both sides.",
+    )
+    user_llm: dict[str, Any] | None = Field(
+        None,
+        description="`user=endpoint`: the language model that plays the user: {model: NAME, base_url: URL, api_key_env: "
+        "VARIABLE, …} (docs/llm.md). Its answers are kept in `answers` of the run directory unless `cache_dir` is set.",
     )
     user_stop: str = Field(
         "###STOP###",
         min_length=1,
-        description="Ends the dialogue, at the end of a message of a policy that plays the user.",
+        description="Ends the dialogue, at the end of a message of the policy or model that plays the user.",
     )
     train_as: Literal["agent", "user"] = Field(
         "agent", description="Whose side of the dialogue is trained; `user` needs `user=policy`."
@@ -259,9 +269,16 @@ class RolloutConfig(Section):
             raise ValueError("train_as=user trains the policy that plays the user; set user=policy, too")
         if self.user_model is not None and self.user != "model":
             raise ValueError("user_model plays the user only with user=model; set that, too, or remove user_model")
-        if self.user == "model" and self.engine != "transformers":
+        if self.agent_model is not None and self.train_as != "user":
             raise ValueError(
-                "user=model runs beside the embedded engine; set engine=transformers, or let the environment ask an endpoint"
+                "agent_model plays the agent only with train_as=user; set that, too, or remove agent_model"
+            )
+        if (self.user == "model" or self.agent_model is not None) and self.engine != "transformers":
+            key = "user=model" if self.user == "model" else "agent_model"
+            raise ValueError(f"{key} runs beside the embedded engine; set engine=transformers, or user=endpoint")
+        if (self.user == "endpoint") != (self.user_llm is not None):
+            raise ValueError(
+                "user=endpoint and user_llm, the settings of its model, belong together; set both, or neither"
             )
         if self.user == "policy" and self.max_batch_size < 2:
             raise ValueError("user=policy samples two sides of a dialogue at a time; set max_batch_size to 2 or more")

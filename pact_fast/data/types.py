@@ -350,17 +350,18 @@ class StopReason(StrEnum):
 
     ANSWER = "answer"  # a turn without calls, where there is no user
     ENVIRONMENT = "environment"  # it has ended the dialogue
-    USER = "user"  # a policy that plays the user has ended the dialogue
+    USER = "user"  # a policy or a model that plays the user has ended the dialogue
     MAX_TURNS = "max_turns"
     MAX_USER_TURNS = "max_user_turns"
     MAX_USER_TOKENS = "max_user_tokens"  # of a policy that plays the user
+    USER_FAILED = "user_failed"  # a model behind an endpoint gave no message that can be used
     MAX_COMPLETION_LENGTH = "max_completion_length"
     MAX_TURN_TOKENS = "max_turn_tokens"
     TIMEOUT = "timeout"
 
     @property
     def is_truncated(self) -> bool:
-        """Whether a limit ended the trajectory, not the policy or the user."""
+        """Whether a limit or a failure ended the trajectory, not the policy or the user."""
         return self not in (StopReason.ANSWER, StopReason.ENVIRONMENT, StopReason.USER)
 
 

@@ -112,6 +112,11 @@ class LLMConfig(Section):
             raise ValueError("replay=true needs cache_dir, the folder with the answers")
         return self
 
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what the model answers, not where it is, how fast, or what is kept."""
+        names = {"model", "temperature", "top_p", "max_tokens", "extra_body", "seed"}
+        return self.model_dump(include=names)
+
     def api_key(self) -> str | None:
         """The key, from the environment; None if the endpoint needs none. PactError if the variable is not set."""
         if self.api_key_env is None:

@@ -6,15 +6,17 @@ head and attention are found where they are without LoRA.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from pact_fast.config import LoraConfig
-from pact_fast.errors import PactError
+from pact_fast.errors import PactError, error_line
 from pact_fast.model.adapter import ADAPTER_NAME, adapted_layers, adapter_tensors, read_adapter, write_adapter
 
 
@@ -75,6 +77,30 @@ def merge(model: PreTrainedModel) -> None:
         model.set_submodule(name, layer.base_layer)
 
 
+@torch.no_grad()
+def merge_saved(model: PreTrainedModel, folder: Path) -> None:
+    """Add adapters in peft's format to the weights of a model without any, W + alpha/r·B·A.
+
+    Raises PactError if they are not plain LoRA, or not for this model.
+    """
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        scaling = float(settings["lora_alpha"]) / int(settings["r"])
+        saved = read_adapter(folder)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise PactError(f"the adapters in {folder} cannot be read: {error_line(error)}") from None
+    if extra := [key for key in _OTHER_ADAPTERS if settings.get(key)]:
+        raise PactError(f"the adapters in {folder} use {extra[0]}; only plain LoRA of linear layers can be merged here")
+    layers = dict(model.named_modules())
+    for name in sorted({name.rpartition(".lora_")[0] for name in saved}):
+        down, up = (saved.get(f"{name}.lora_{part}.weight", _MISSING) for part in "AB")
+        layer = layers.get(name)
+        shape = up.shape[:1] + down.shape[1:]
+        if not isinstance(layer, torch.nn.Linear) or up.shape[1:] != down.shape[:1] or shape != layer.weight.shape:
+            raise PactError(f"the adapters in {folder} do not fit the model: '{name}' differs; name its own base model")
+        layer.weight += scaling * (up.to(layer.weight) @ down.to(layer.weight))
+
+
 @contextmanager
 def adapters_off(model: PreTrainedModel) -> Iterator[None]:
     """Disable the adapters, if there are any, while the context lasts: the model before training."""
@@ -89,6 +115,15 @@ def adapters_off(model: PreTrainedModel) -> Iterator[None]:
 
 
 _MISSING = torch.empty(0)
+_OTHER_ADAPTERS = (
+    "use_dora",
+    "use_rslora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_bias",
+    "fan_in_fan_out",
+)
 
 
 def _import_peft():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -28,8 +29,9 @@ from pact_fast.rollout.env_calls import EnvironmentCalls, copy_for, no_exit_in
 from pact_fast.rollout.episode import Episode, Job, Side
 from pact_fast.rollout.pending import PendingToolCalls
 from pact_fast.rollout.schedule import Schedule
-from pact_fast.rollout.self_play import user_prompt_ids, user_view
+from pact_fast.rollout.self_play import user_call, user_prompt_ids, user_stops, user_view
 from pact_fast.rollout.turns import TurnLoop, drops_reasoning
+from pact_fast.users.endpoint import EndpointUsers
 
 
 class AgentLoop:
@@ -42,16 +44,25 @@ class AgentLoop:
         engine: Generates the turns.
         renderer: Renders prompts and observations, parses turns.
         make_env: A fresh environment for a task; it serves one trajectory.
-        config: Limits of turns, tokens and time.
+        config: Limits of turns, tokens and time; who plays the user.
+        users: Makes the users of `rollout.user=endpoint`; whoever gives them closes them.
 
     Raises:
-        PactError: The engine does not apply the filters that `config` sets.
+        PactError: The engine does not apply the filters that `config` sets, or there are no users where it wants them.
     """
 
     def __init__(
-        self, engine: Engine, renderer: ChatRenderer, make_env: Callable[[Task], Environment], config: RolloutConfig
+        self,
+        engine: Engine,
+        renderer: ChatRenderer,
+        make_env: Callable[[Task], Environment],
+        config: RolloutConfig,
+        users: EndpointUsers | None = None,
     ):
         self.engine, self.renderer, self.make_env, self.config = engine, renderer, make_env, config
+        self._users = users
+        if config.user == "endpoint" and users is None:
+            raise PactError("rollout.user=endpoint: give AgentLoop its users (EndpointUsers.of)")
         self._calls = EnvironmentCalls()
         self._turns = TurnLoop(engine, renderer, self._calls, config)
         self._prompts: dict[bytes, np.ndarray] | None = None  # of the call of `run` under way
@@ -133,7 +144,8 @@ class AgentLoop:
                     if stop is not None:
                         end(index, stop)
                     elif pending:
-                        calls.add(index, pending, episode.env.blocking)
+                        in_thread = any(isinstance(result, Future) for result in pending)
+                        calls.add(index, pending, episode.env.blocking or in_thread)
                 for index, pending in calls.due():
                     if index not in running:
                         continue
@@ -211,12 +223,16 @@ class AgentLoop:
     def _start(self, index: int, jobs: list[Job]) -> Episode:
         task, env = self.resolve_task(jobs[index].task)
         job = replace(jobs[index], task=task)
-        agent, user = Side(index, self.prompt_ids(task), task.tools), None
+        agent = Side(index, self.prompt_ids(task), task.tools)
+        episode = Episode(job, env, agent, offered=copy.deepcopy(env.tools) if has_user(env) else None)
         if self.config.user != "environment":
             view = self._user_view(task, env)
-            ids = self._user_prompt_ids(view)
-            user = Side(index + len(jobs), ids, view.tools, unsent=ids)
-        episode = Episode(job, env, agent, user, copy.deepcopy(env.tools) if has_user(env) else None)
+            if self._users is not None:
+                call = user_call(env) if view.tools else None
+                episode.endpoint = self._users.make(view, view.tools, call, user_stops(env))
+            else:
+                ids = self._user_prompt_ids(view)
+                episode.user = Side(index + len(jobs), ids, view.tools, unsent=ids)
         limit = min(self.config.max_turn_tokens, self.config.max_completion_length)
         self._turns.submit(episode, agent.prompt_ids, limit, job.rng_key)
         return episode

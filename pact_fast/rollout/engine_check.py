@@ -24,6 +24,7 @@ from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.engine import Engine, Request
 from pact_fast.rollout.filter_bounds import log_kept_mass_bounds
 from pact_fast.rollout.registry import make_engine
+from pact_fast.users.endpoint import EndpointUsers
 
 TASKS = 4
 MAX_LOGPROB_DIFF = 1e-4  # float32: largest difference of any token
@@ -97,11 +98,14 @@ class EngineSmokeTest:
     def rollouts(self) -> str:
         """Sample the first tasks."""
         assert self._engine is not None
-        loop = AgentLoop(self._engine, self.renderer, self._make_env, self.config.rollout)
+        users = EndpointUsers.of(self.config.rollout)
+        loop = AgentLoop(self._engine, self.renderer, self._make_env, self.config.rollout, users)
         try:
             self.trajectories = loop.run(self.jobs)
         finally:
             loop.close()
+            if users:
+                users.close()
         turns = sum(len(t.turns) for t in self.trajectories)
         tokens = sum(int(t.sampled.sum()) for t in self.trajectories)
         stops = ", ".join(sorted({str(t.stop_reason) for t in self.trajectories}))

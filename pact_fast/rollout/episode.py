@@ -11,6 +11,7 @@ from pact_fast.chat.history import Tokens, joined, untouched
 from pact_fast.config.filters import UNFILTERED, SamplingFilters
 from pact_fast.data.types import StopReason, Task, ToolSchema, Trajectory, TurnRecord
 from pact_fast.envs.base import Environment
+from pact_fast.users.endpoint import EndpointUser
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class Episode:
     """A job under way.
 
     agent    side of the policy that has the task
-    user     side of the policy that plays the user; None: the environment does, or nobody
+    user     side of the policy that plays the user; None: the environment does, or a model behind an endpoint, or nobody
+    endpoint the user that a model behind an endpoint plays
     speaker  whose turn it is, or was last
     offered  a copy of what the environment offered when it was last asked; used where it has a user
     started  seconds
@@ -132,6 +134,7 @@ class Episode:
     env: Environment
     agent: Side
     user: Side | None = None
+    endpoint: EndpointUser | None = None
     offered: list[ToolSchema] | None = None
     started: float = field(default_factory=time.monotonic)
 

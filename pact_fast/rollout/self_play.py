@@ -1,10 +1,11 @@
-"""A second policy of the same engine plays the user: its prompt, and the task as it is trained on from its side.
+"""A policy or a model plays the user: its prompt, and the task from its side, on which a policy is trained.
 
 The environment says who the user is, by optional methods:
 
     user_prompt() -> str                            its system prompt; valid after `reset`
     user_tools -> list of schemas                   tools of its own, if it has any
     call_as_user(name, arguments) -> str            runs one of them, in the way of `call`
+    user_stops -> list of words                     by which it ends the dialogue, beside rollout.user_stop
     judge_user(task, trajectory) -> {name: value}   what is wrong with the user's side, for the metrics
     user_messages(task) -> list of messages         the user's side of the task's expert dialogue, after the question
 """
@@ -29,6 +30,11 @@ def user_tools(env: Environment) -> list[ToolSchema]:
     return list(getattr(env, "user_tools", ()))
 
 
+def user_stops(env: Environment) -> tuple[str, ...]:
+    """Words by which the user ends the dialogue, beside rollout.user_stop."""
+    return tuple(getattr(env, "user_stops", ()))
+
+
 def user_call(env: Environment) -> Callable[[str, dict[str, Any]], str]:
     """Runs a tool of the user's."""
     call: Callable[[str, dict[str, Any]], str] = env.call_as_user  # type: ignore[attr-defined]
@@ -43,8 +49,8 @@ def user_view(task: Task, env: Environment) -> Task:
     """
     if not callable(getattr(env, "user_prompt", None)):
         raise PactError(
-            f"rollout.user=policy: the environment {type(env).__name__} has no method user_prompt, which says who the user "
-            "is (docs/conversations.md); add it, or set rollout.user=environment"
+            f"rollout.user: the environment {type(env).__name__} has no method user_prompt, which says who the user is "
+            "(docs/conversations.md); add it, or set rollout.user=environment"
         )
     messages: list[Message] = []
     for message in task.prompt:

@@ -18,7 +18,7 @@ from pact_fast.rollout.engine import Completion, Engine, Request
 from pact_fast.rollout.env_calls import EnvironmentCalls, no_exit_in
 from pact_fast.rollout.episode import Episode
 from pact_fast.rollout.pending import Pending
-from pact_fast.rollout.self_play import user_call
+from pact_fast.rollout.self_play import user_call, user_stops
 from pact_fast.users.stop import read_stop
 
 
@@ -53,8 +53,9 @@ class TurnLoop:
             keep: Tokens of the context that stay; None: all.
         """
         job, is_user = episode.job, episode.speaker is episode.user
-        # a user with a model of its own is a part of the environment: it says the likeliest words
-        temperature = 0.0 if is_user and self._config.user == "model" else job.temperature
+        # a side with a frozen model of its own is a part of the environment: it says the likeliest words
+        frozen = self._config.user == "model" if is_user else self._config.agent_model is not None
+        temperature = 0.0 if frozen else job.temperature
         session = episode.speaker.session
         self._engine.submit(Request(session, ids, limit, rng_key, temperature, job.filters, is_user, keep))
 
@@ -78,6 +79,8 @@ class TurnLoop:
             return None, self._calls.tools(env, call, parsed.attempts)
         if episode.user is not None:
             return self._hand_over(episode, record.content), []
+        if episode.endpoint is not None:
+            return None, [self._calls.in_thread(episode.endpoint.reply, record.content)]
         if has_user(env):
             return None, [self._calls.run(env, env.respond, record.content)]
         return StopReason.ANSWER, []
@@ -108,7 +111,9 @@ class TurnLoop:
         return self._append(episode, messages, self._renderer.call_eot_id)
 
     def _add_reply(self, episode: Episode, reply: str | None) -> StopReason | None:
-        """Continue with what the environment's user said after the last turn."""
+        """Continue with what the user of the environment, or behind an endpoint, said after the last turn."""
+        if reply is None and episode.endpoint is not None:
+            return StopReason.USER_FAILED if episode.endpoint.failed else StopReason.USER
         if reply is None:
             return StopReason.ENVIRONMENT
         if not isinstance(reply, str):
@@ -121,7 +126,7 @@ class TurnLoop:
     def _hand_over(self, episode: Episode, text: str) -> StopReason | None:
         """Let the other side answer the visible text of a turn."""
         if episode.speaker is episode.user:
-            text, ended = read_stop(text, self._config.user_stop)
+            text, ended = read_stop(text, self._config.user_stop, *user_stops(episode.env))
             if ended:
                 return StopReason.USER
             episode.speaker = episode.agent

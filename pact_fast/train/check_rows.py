@@ -59,7 +59,7 @@ class TaskCheck:
         self.rows = RowCheck(renderer, self._limits)
         self._default = environment_name(config.env, config.data)
         self._class_of = functools.cache(environment.get)
-        self._user_is_policy = config.rollout.user == "policy"
+        self._user_is_model = config.rollout.user != "environment"
         # an error of the template, not of a row
         self._check_dialogue = functools.cache(functools.partial(check_user_turns, renderer))
 
@@ -67,7 +67,7 @@ class TaskCheck:
         env = self._class_of(task.env or self._default)
         check_environment(task, env)
         self.rows.check(task)
-        if has_user(env) or self._user_is_policy:
+        if has_user(env) or self._user_is_model:
             self._check_dialogue()
         if self._limits.trace and has_user_turns(task):
             self._check_dialogue(traces=True)

@@ -60,8 +60,9 @@ from pact_fast.train.seeds import seed_generators
 from pact_fast.train.shutdown import GracefulShutdown
 from pact_fast.train.step import Stepper, StepResult
 from pact_fast.train.trackers.group import open_trackers
-from pact_fast.train.user_model import with_user_model
+from pact_fast.train.user_model import with_frozen_model
 from pact_fast.train.warning_signs import WarningSigns
+from pact_fast.users.endpoint import ANSWERS, EndpointUsers
 
 
 @dataclass
@@ -96,6 +97,7 @@ class Trainer:
     learner: Learner
     engine: Engine
     loop: AgentLoop
+    users: EndpointUsers | None
     collector: RolloutCollector
     stepper: Stepper
     records: RolloutWriter
@@ -255,10 +257,11 @@ class Trainer:
         )
         # after the learner: ZeRO may have sharded the model over ranks
         engine = make_engine(config, self.model, self.renderer, folder=self.run, autocast=autocast, world=self.world)
-        self.engine = with_user_model(
+        self.engine = with_frozen_model(
             engine, config, self.tokenizer, self.renderer, self.run, device=self.device, autocast=autocast
         )
-        self.loop = AgentLoop(self.engine, self.renderer, self.make_env, config.rollout)
+        self.users = EndpointUsers.of(config.rollout, self.run / ANSWERS)
+        self.loop = AgentLoop(self.engine, self.renderer, self.make_env, config.rollout, self.users)
         samplers = self.engine_builder.engine_ranks(self.world)
         self.collector = RolloutCollector(
             config, self.tasks, self.loop, self.algorithm, self.reward_functions, samplers, self.world, self.progress
@@ -456,6 +459,8 @@ class Trainer:
                 self._finish_save(wait=True)
         self.collector.close()
         self.loop.close()
+        if self.users:
+            self.users.close()
         self.engine.shutdown()
         if self.metrics:
             self.metrics.close(failed)

@@ -1,4 +1,4 @@
-"""A model that plays the user in the rollouts of an agent: its SFT before the run, and its place beside the policy."""
+"""A frozen model that plays the other side in rollouts: a user's SFT before the run, and its place beside the policy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from pact_fast.data.sources import FileTasks, TaskSource
 from pact_fast.data.types import Task
 from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
+from pact_fast.model import lora
 from pact_fast.model.build import from_pretrained, make_model
 from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.registry import make_engine
 from pact_fast.rollout.self_play import user_example
-from pact_fast.rollout.user_engine import WithUserModel
+from pact_fast.rollout.user_engine import WithFrozenModel
 
 USER_FOLDER = "user"  # of the run directory
+ADAPTER = "adapter_config.json"  # tells the folder of a LoRA adapter from that of a model
 
 
 class UserSide:
@@ -74,7 +76,7 @@ def tokenizer_tasks(config: Config, tasks: TaskSource, make_env: Callable[[Task]
     return BothSides(tasks, UserSide(tasks, make_env)) if trains_user(config) else tasks
 
 
-def with_user_model(
+def with_frozen_model(
     engine: Engine,
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
@@ -84,12 +86,12 @@ def with_user_model(
     device: torch.device,
     autocast: AbstractContextManager | None,
 ) -> Engine:
-    """The engine, beside one of the model that plays the user where `rollout.user=model`.
+    """The engine, beside one of the frozen model that plays the other side, if one does.
 
     Args:
         engine: The policy's engine.
-        config: The run's configuration.
-        tokenizer: The policy's, which the user's model must have, too.
+        config: The run's configuration: `rollout.user=model`, or `rollout.agent_model`.
+        tokenizer: The policy's, which the frozen model must have, too.
         renderer: For stop tokens.
         run: The run directory, which holds the user's model if the run has trained it; None: the run has not begun, and the
             user has the weights that its training would start from.
@@ -99,21 +101,42 @@ def with_user_model(
     Raises:
         PactError: The model is not there, or has another tokenizer.
     """
-    if config.rollout.user != "model":
+    rollout = config.rollout
+    if rollout.user != "model" and rollout.agent_model is None:
         return engine
-    own = run / USER_FOLDER if run else None
-    source = config.rollout.user_model or (str(own) if own and (own / "config.json").exists() else None)
-    if source is None and config.pretrain is None:
-        raise PactError(
-            "rollout.user=model: there is no model to play the user; set rollout.user_model, or train one in the section "
-            "pretrain (user_steps)"
-        )
-    if config.rollout.user_model:
-        other = from_pretrained(AutoTokenizer, config.rollout.user_model, "tokenizer")
-        if other.get_vocab() != tokenizer.get_vocab():
+    key = "agent_model" if rollout.agent_model else "user_model"
+    given = rollout.agent_model or rollout.user_model
+    if given:
+        _check_tokenizer(given, key, tokenizer)
+    base = _saved(run, "base")
+    if given and (Path(given) / ADAPTER).exists():  # on the weights that the policy started from
+        model = make_model(config, tokenizer, path=base, device=device)
+        lora.merge_saved(model, Path(given))
+    else:
+        source = given or _saved(run, USER_FOLDER)
+        if source is None and config.pretrain is None:
             raise PactError(
-                f"rollout.user_model: the tokenizer of {config.rollout.user_model} differs from the policy's; choose a model "
-                "with the same one, or set model.tokenizer to it where the policy starts from random weights"
+                "rollout.user=model: there is no model to play the user; set rollout.user_model, or train one in the section "
+                "pretrain (user_steps)"
             )
-    model = make_model(config, tokenizer, path=source, device=device).eval().requires_grad_(False)
-    return WithUserModel(engine, make_engine(config, model, renderer, autocast=autocast))
+        model = make_model(config, tokenizer, path=source, device=device)
+    frozen = make_engine(config, model.eval().requires_grad_(False), renderer, autocast=autocast)
+    return WithFrozenModel(engine, frozen, plays_user=rollout.agent_model is None)
+
+
+def _saved(run: Path | None, name: str) -> Path | None:
+    """A model that the run has trained before its first step."""
+    return run / name if run and (run / name / "config.json").exists() else None
+
+
+def _check_tokenizer(source: str, key: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """PactError if a model has another tokenizer than the policy; an adapter may have none."""
+    folder = Path(source)
+    if (folder / ADAPTER).exists() and not (folder / "tokenizer_config.json").exists():
+        return
+    other = from_pretrained(AutoTokenizer, source, "tokenizer")
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise PactError(
+            f"rollout.{key}: the tokenizer of {source} differs from the policy's; choose a model with the same one, or set "
+            "model.tokenizer to it where the policy starts from random weights"
+        )

@@ -1,8 +1,9 @@
 """Who may play the user of an episode: a script, or a model behind an endpoint. A policy of the engine: `rollout/self_play.py`.
 
-stop    the word by which a user ends the dialogue, and nobody else
-script  ScriptedUser: a list of messages
-model   ModelUser: a language model with a prompt, and tools, of its own
+stop      the word by which a user ends the dialogue, and nobody else
+script    ScriptedUser: a list of messages
+model     ModelUser: a language model with a prompt, and tools, of its own
+endpoint  the users of a run with `rollout.user=endpoint`
 """
 
 from pact_fast.users.model import ModelUser

@@ -45,7 +45,7 @@ class ModelUser:
         question: What the user has said already: the task's question.
         tools: Tools of the user's own, for instance of their phone.
         call: Runs one of them; needed where there are tools.
-        stop: Ends the dialogue, at the end of a message of the user.
+        stop: The words that end the dialogue, at the end of a message of the user.
         max_messages: Most messages; after them the dialogue is over.
         max_calls: Most calls of the user's tools before a message; a model that makes more ends the dialogue.
         sample: Index of the sample: with a cache, the same dialogue with another index has other replies.
@@ -59,14 +59,14 @@ class ModelUser:
         *,
         tools: Sequence[ToolSchema] = (),
         call: CallTool | None = None,
-        stop: str = STOP,
+        stop: Sequence[str] = (STOP,),
         max_messages: int = 100,
         max_calls: int = 10,
         sample: int = 0,
     ):
         if tools and call is None:
             raise PactError("a user with tools needs 'call', which runs them")
-        self._client, self._tools, self._call, self._stop = client, list(tools), call, stop
+        self._client, self._tools, self._call, self._stop = client, list(tools), call, tuple(stop)
         self._left, self._max_calls, self._sample = max_messages, max_calls, sample
         self.messages: list[Message] = [  # roles as the model sees them: it is the assistant
             {"role": "system", "content": prompt},
@@ -87,7 +87,7 @@ class ModelUser:
         for _ in range(self._max_calls + 1):
             answer = self._client.complete(self.messages, tools=self._tools, sample=self._sample)
             if not answer.tool_calls:
-                said, ended = read_stop(answer.text, self._stop)
+                said, ended = read_stop(answer.text, *self._stop)
                 self.messages.append({"role": "assistant", "content": answer.text})
                 return None if ended or not said else said
             self._run(answer)

@@ -9,7 +9,13 @@ from __future__ import annotations
 STOP = "###STOP###"  # as in tau-bench
 
 
-def read_stop(message: str, stop: str = STOP) -> tuple[str, bool]:
-    """(the message without the stop word, whether the user ends the dialogue) of a message of the user."""
+def read_stop(message: str, *stops: str) -> tuple[str, bool]:
+    """(the message without the stop word, whether the user ends the dialogue) of a message of the user.
+
+    Args:
+        message: What the user says.
+        stops: The words that end the dialogue; none given: STOP.
+    """
     text = message.strip()
-    return (text[: -len(stop)].rstrip(), True) if text.endswith(stop) else (text, False)
+    stop = next((word for word in stops or (STOP,) if text.endswith(word)), None)
+    return (text, False) if stop is None else (text[: -len(stop)].rstrip(), True)

@@ -1,4 +1,4 @@
-"""The environment `verifiers`: environments of the package of that name, by their `load_environment`."""
+"""The environment `verifiers`: environments of the package of that name, by their `load_environment`, and tasksets."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from pact_fast.envs.adapters.results import cut, failure
 from pact_fast.envs.adapters.verifiers_tasks import (
     INSTALL,
     DatasetTasks,
+    has_tasksets,
     load,
     message_of,
     row_of_task,
     schema_of,
 )
+from pact_fast.envs.adapters.verifiers_tasksets import TasksetTasks, VerifiersTaskset, load_taskset
 from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
 from pact_fast.plugins import describe_error
@@ -30,8 +32,8 @@ from pact_fast.plugins import describe_error
 class VerifiersArgs(Args):
     """`env.args` of the environment.
 
-    id    name of an installed environment, or `file.py:load_environment`
-    args  arguments of its load_environment
+    id    name of an installed environment, or `file.py:load_environment`; from 0.4 on of a taskset, or `file.py:Class`
+    args  arguments of its load_environment; settings of the taskset
     """
 
     id: str
@@ -48,6 +50,10 @@ def _load(read: VerifiersArgs) -> Any:
     return _loaded(read.id, json.dumps(read.args, sort_keys=True))
 
 
+def _load_taskset(read: VerifiersArgs) -> TasksetTasks:
+    return load_taskset(read.id, json.dumps(read.args, sort_keys=True))
+
+
 @environment("verifiers")
 class Verifiers:
     """One rollout of an environment of the package: its state, its tools, its rubric.
@@ -61,18 +67,23 @@ class Verifiers:
     needs_tools = False
 
     @classmethod
-    def factory(cls, args: dict[str, Any], tool_timeout: float) -> Callable[[], Verifiers]:
+    def factory(cls, args: dict[str, Any], tool_timeout: float) -> Callable[[], Verifiers | VerifiersTaskset]:
         """PactError if the environment cannot be loaded, or needs what is not supported."""
-        env = _load(read_args(VerifiersArgs, args))
+        read = read_args(VerifiersArgs, args)
+        if has_tasksets():
+            return functools.partial(VerifiersTaskset, _load_taskset(read))
+        env = _load(read)
         package = need("verifiers", INSTALL)
         # these two end with the first turn without a call
         plain = isinstance(env, package.SingleTurnEnv | package.ToolEnv)
         return functools.partial(Verifiers if plain else VerifiersDialogue, env)
 
     @classmethod
-    def tasks(cls, args: dict[str, Any], seed: int) -> DatasetTasks:
-        """The rows of the environment's dataset, in its order."""
+    def tasks(cls, args: dict[str, Any], seed: int) -> DatasetTasks | TasksetTasks:
+        """The rows of the environment's dataset, or the tasks of the taskset, in its order."""
         read = read_args(VerifiersArgs, args)
+        if has_tasksets():
+            return _load_taskset(read)
         return DatasetTasks(_load(read), read.id.rpartition("/")[2].partition(".py:")[0])
 
     def __init__(self, env: Any):

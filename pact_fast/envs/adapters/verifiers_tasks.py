@@ -13,11 +13,22 @@ from pact_fast.envs.adapters.options import need
 from pact_fast.errors import PactError
 from pact_fast.plugins import describe_error, load_object, no_exit
 
-INSTALL = "'verifiers>=0.2,<0.4'"
+INSTALL = "'verifiers>=0.2'"
 PLACE = "env.args.id"
 
 # Methods of MultiTurnEnv by which an environment may sample or rewrite the dialogue itself
 _OWN_LOOP = ("get_prompt_messages", "get_model_response", "add_model_response", "render_completion")
+
+
+def has_tasksets() -> bool:
+    """Whether the package is a release from 0.4 on, which has tasksets in the place of environments.
+
+    Raises:
+        PactError: It is missing.
+    """
+    version = getattr(need("verifiers", INSTALL), "__version__", "0")
+    major, minor = (int(part) if part.isdecimal() else 0 for part in [*version.split("."), "0"][:2])
+    return (major, minor) >= (0, 4)
 
 
 def load(id: str, args: dict[str, Any]) -> Any:
@@ -35,14 +46,17 @@ def load(id: str, args: dict[str, Any]) -> Any:
         load_environment = package.load_environment
     except AttributeError as error:
         version = getattr(package, "__version__", "unknown")
-        reason = "has environments that run agents of their own, and no load_environment"
-        if version.startswith("0.3"):
-            reason = f"lacks a package that it needs ({error.__cause__ or error})"
+        reason = f"lacks a package that it needs ({error.__cause__ or error})"
         raise PactError(f"verifiers {version} cannot be used: it {reason}; pip install {INSTALL}") from None
     try:
         with _kept_signal_handlers(), no_exit(f"the environment {id}"):
             if ".py:" in id:
-                made = load_object(id, "verifiers environment")(**args)
+                found = load_object(id, "verifiers environment")
+                if isinstance(found, type):
+                    raise PactError(
+                        f"{PLACE}: {found.__name__} is a class, not load_environment; tasksets need verifiers>=0.4"
+                    )
+                made = found(**args)
             else:
                 made = load_environment(id, **args)
     except PactError:

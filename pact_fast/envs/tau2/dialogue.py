@@ -24,6 +24,7 @@ class Dialogue:
 
     Attributes:
         episode: The state that both act on.
+        role: What the user is told.
         said: What the agent said, in order.
     """
 
@@ -36,7 +37,8 @@ class Dialogue:
             {"role": "assistant", "content": opening(task)},
         ]
         self._solved_by_nothing = self._holds()
-        self._user = make_user(Role(name, task, self._satisfied))
+        self.role = Role(name, task, self._satisfied)
+        self._user = make_user(self.role)
 
     def respond(self, text: str) -> str | None:
         """The user's answer to the agent, after what it does on its phone; None when the dialogue is over."""

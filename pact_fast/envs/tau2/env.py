@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from pact_fast.data.types import Task, ToolSchema, Trajectory
+from pact_fast.data.types import StopReason, Task, ToolSchema, Trajectory
 from pact_fast.envs.registry import environment
 from pact_fast.envs.tau2.dialogue import Dialogue
 from pact_fast.envs.tau2.domains import domain
 from pact_fast.envs.tau2.episode import DONE, Episode
 from pact_fast.envs.tau2.reference import task_by_id
 from pact_fast.envs.tau2.tasks import PackageTasks, configured_task, tools_of
-from pact_fast.envs.tau2.users import Role, Tau2ScriptedUser, User, user_factory
+from pact_fast.envs.tau2.users import ENDINGS, Role, Tau2ScriptedUser, User, user_factory
 from pact_fast.envs.tau2.verdict import judge, reward_basis
 from pact_fast.errors import DataError, PactError
 
@@ -150,6 +150,7 @@ class Tau2(_Tau2Environment):
     """
 
     solo = False
+    user_stops = ENDINGS  # of a policy or model that plays the user, as of all users of this environment
 
     def __init__(self, make_user: Callable[[Role], User] = Tau2ScriptedUser) -> None:
         super().__init__()
@@ -169,6 +170,24 @@ class Tau2(_Tau2Environment):
         """The user's answer; None when the dialogue is over."""
         assert self._dialogue is not None, "reset comes first"
         return self._dialogue.respond(text)
+
+    def user_prompt(self) -> str:
+        """The package's prompt of its user simulator, for `rollout.user`."""
+        assert self._dialogue is not None, "reset comes first"
+        return self._dialogue.role.prompt()
+
+    @property
+    def user_tools(self) -> list[ToolSchema]:
+        return domain(self.episode.domain.name).schemas["user"]
+
+    def call_as_user(self, name: str, arguments: dict[str, Any]) -> str:
+        return self.episode.call("user", name, arguments)
+
+    def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
+        """As of every task; a policy or model that plays the user has ended it if the trajectory says so."""
+        if trajectory.stop_reason is StopReason.USER and self.episode.ending is None:
+            self.episode.ending = "user_stop"
+        return super().reward(task, trajectory)
 
 
 def _calls_beside_done(trajectory: Trajectory) -> int:

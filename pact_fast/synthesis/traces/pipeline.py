@@ -34,6 +34,7 @@ from pact_fast.synthesis.traces.segments import with_model_segments
 from pact_fast.synthesis.traces.teacher import TeacherActor
 from pact_fast.synthesis.traces.transcript import CannotAct, Key, play
 from pact_fast.synthesis.traces.verify import rejection_reasons, same_episode, trace_of
+from pact_fast.users.endpoint import ANSWERS, EndpointUsers, user_llm
 
 VERSION = 1  # of what a row gives
 PART = 64  # rows that are played at once, and lost to a kill: the model's answers are kept
@@ -75,8 +76,11 @@ def make_traces(
         DataError: The file cannot be read, or holds no rows.
         PactError: The folder holds the work of other settings, or cannot be written; the language model fails.
     """
-    if config.rollout.user == "policy":
-        raise PactError("rollout.user=policy: there is no second policy here; set rollout.user=environment")
+    if config.rollout.user in ("policy", "model"):
+        raise PactError(
+            f"rollout.user={config.rollout.user}: there is no engine here that could play the user; set rollout.user=endpoint "
+            "or environment"
+        )
     unreadable: list[DataError] = []
     assert config.data.train
     tasks = read_tasks(
@@ -86,7 +90,7 @@ def make_traces(
     journal = Journal(out, identity)
     if journal.summary is not None:
         return journal.summary
-    maker = _Maker(config, settings, client)
+    maker = _Maker(config, settings, client, EndpointUsers.of(config.rollout, out / ANSWERS))
     with journal, closing(maker):
         finished = {record["id"] for record in journal.records}
         rows = [task for task in tasks if task.id not in finished]
@@ -111,11 +115,11 @@ def _ticker(progress: Callable[[int, int, int], None], done: int, rows: int, kep
 
 def _identity(config: Config, settings: Settings, client: LLMClient | None, tasks: Sequence[Task]) -> Record:
     """What the files depend on, as JSON data."""
-    decides = {"model", "temperature", "top_p", "max_tokens", "extra_body", "seed"}
+    user = user_llm(config.rollout)
     identity = {
         "version": VERSION,
         "settings": asdict(settings),
-        "model": client.config.model_dump(include=decides) if client else None,
+        "model": client.config.decisive() if client else None,
         "data": config.data.model_dump(include={"train", "format"}),
         "rows": hashlib.sha256(repr(tasks).encode("utf-8", "surrogatepass")).hexdigest(),
         "env": config.env.model_dump(),
@@ -123,20 +127,24 @@ def _identity(config: Config, settings: Settings, client: LLMClient | None, task
             include={"max_turns", "max_user_turns", "max_observation_tokens", "tool_timeout", "trajectory_timeout"}
         ),
     }
+    if user is not None:
+        identity["user"] = {**user.decisive(), "stop": config.rollout.user_stop}
     return json.loads(json.dumps(identity, default=str))
 
 
 class _Maker:
     """Makes the records of rows."""
 
-    def __init__(self, config: Config, settings: Settings, client: LLMClient | None):
-        self._config, self._settings, self._client = config, settings, client
+    def __init__(self, config: Config, settings: Settings, client: LLMClient | None, users: EndpointUsers | None):
+        self._config, self._settings, self._client, self._users = config, settings, client, users
         self._default = environment_name(config.env, config.data)
         self._make_env = EnvironmentFactory(config)
 
     def close(self) -> None:
         """End what the environments share."""
         self._make_env.close()
+        if self._users:
+            self._users.close()
 
     def make(self, tasks: Sequence[Task], tick: Callable[[], object]) -> list[Record]:
         """One record for every row, in their order. `tick`: called as the first episode of a row ends."""
@@ -185,7 +193,7 @@ class _Maker:
         longest = max((len(planned.turns) for planned in plans.values()), default=0)
         limits = self._config.rollout
         limits = limits.model_copy(update={"max_turns": max(limits.max_turns, longest + 1)})
-        return play(played, ReferenceActor(plans), self._make_env, limits, tick)
+        return play(played, ReferenceActor(plans), self._make_env, limits, tick, self._users)
 
     def _by_teacher(self, tasks: dict[int, Task], tick: Callable[[], object]) -> dict[int, Record | _PlayedTrace]:
         """Episodes of the teacher, repeated for rows of which none was kept."""
@@ -195,7 +203,8 @@ class _Maker:
         for attempt in range(self._settings.attempts):
             played = [((i, attempt), task) for i, task in tasks.items() if not isinstance(results.get(i), _PlayedTrace)]
             first = tick if attempt == 0 else lambda: None
-            trajectories, failures = play(played, teacher, self._make_env, self._config.rollout, first)
+            limits = self._config.rollout
+            trajectories, failures = play(played, teacher, self._make_env, limits, first, self._users)
             for (key, task), trajectory in zip(played, trajectories, strict=True):
                 failure = failures.get(key)
                 reasons = [failure.reason] if failure else rejection_reasons(task, trajectory, copied=False)

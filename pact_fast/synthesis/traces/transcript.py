@@ -24,6 +24,7 @@ from pact_fast.envs.base import Environment
 from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.engine import Completion, Engine, Request
 from pact_fast.rollout.episode import Job
+from pact_fast.users.endpoint import EndpointUsers
 
 Key = tuple[int, ...]  # of an episode: (row, attempt)
 END = 0
@@ -77,6 +78,7 @@ def play(
     make_env: Callable[[Task], Environment],
     config: RolloutConfig,
     on_finish: Callable[[], object] = lambda: None,
+    users: EndpointUsers | None = None,
 ) -> tuple[list[Trajectory], dict[Key, CannotAct]]:
     """Run an actor on tasks.
 
@@ -86,6 +88,7 @@ def play(
         make_env: A fresh environment for a task.
         config: Limits of turns and time.
         on_finish: Called as each episode ends.
+        users: Makes the users of `rollout.user=endpoint`.
 
     Returns:
         The trajectories in the order of the tasks, and by key why an actor had no next turn. Their tokens mean nothing.
@@ -97,7 +100,7 @@ def play(
     table = MessageTable()
     engine = ActorEngine(table, actor)
     # a function of its own: what environments share, such as a process pool, serves the next call, too
-    loop = AgentLoop(engine, cast(ChatRenderer, table), lambda task: make_env(task), config)
+    loop = AgentLoop(engine, cast(ChatRenderer, table), lambda task: make_env(task), config, users)
     try:
         return loop.run([Job(task, key) for key, task in tasks], ended), engine.failures
     finally:
