@@ -83,7 +83,7 @@ def check_rows(
             if has_user(env) or config.rollout.user == "policy":
                 check_dialogue()
             if limits.trace and has_user_turns(task):
-                check_dialogue(traces=True)
+                check_dialogue(after_results=speaks_after_results(task))
         except DataError as error:
             if config.data.on_bad_row == "error" or not from_files:
                 raise
@@ -98,6 +98,11 @@ def has_user_turns(task: Task) -> bool:
     """Whether a user speaks in the task's expert trace, which reasons."""
     turns = task.expert.turns if task.expert else ()
     return any(turn.user is not None for turn in turns) and any(turn.reasoning for turn in turns)
+
+
+def speaks_after_results(task: Task) -> bool:
+    """Whether a user speaks right behind results of calls in the task's expert trace, before the expert answers."""
+    return any(turn.calls and turn.user is not None for turn in (task.expert.turns if task.expert else ()))
 
 
 def check_environment(task: Task, env: type) -> None:
