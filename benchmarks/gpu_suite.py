@@ -40,6 +40,7 @@ from benchmarks.harness import ROOT, make_parser, new_report, write_report
 
 LIMIT = 470.0  # seconds; of all sections, also if budgets should add up to more
 TESTS = tuple(f"tests/test_{name}.py" for name in ("tree", "attention_merge", "softmax", "head_precision"))
+RECURRENCES = ("tests/test_recurrence_kernels.py", "tests/test_tree_decoders.py")
 TAIL = 6000  # characters of a section's output that go into the JSON
 
 
@@ -78,11 +79,17 @@ def tests(device: str, out: Path) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", "-x" if device == "cpu" else "--maxfail=20", *chosen]
 
 
+def recurrences(device: str, out: Path) -> list[str]:
+    """Those of the device: test names hold "cuda" or "gpu", or "cpu"."""
+    chosen = RECURRENCES[:1] if device == "cpu" else RECURRENCES
+    return [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "cpu" if device == "cpu" else "cuda or gpu", *chosen]
+
+
 SECTIONS = {
-    "correctness": Section("both kernels against fp64 at sizes where kernels tend to fail", 100, benchmark("correctness")),
+    "correctness": Section("both kernels against fp64 at sizes where kernels tend to fail", 90, benchmark("correctness")),
     "head": Section(
         "head and other projects: N=16384 D=4096 V=151936, then Qwen3-0.6B's; fractions 1, 0.5, 0.25",
-        130,
+        115,
         benchmark(
             "head", *("--shapes", "16384x4096x151936", "qwen3-0.6b", "--rounds", "5", "--time-limit", "90"),
             cpu=("--shapes", "64x32x515", "--dtypes", "float32", "--fractions", "0.5", "--rounds", "2", "--no-memory",
@@ -91,7 +98,7 @@ SECTIONS = {
     ),
     "update": Section(
         "one update of Qwen3-0.6B: per sequence, shared prefix per context, token tree",
-        90,
+        75,
         benchmark(
             "update_step",
             *("--model", "qwen3-0.6b", "--shape", "4096,4096,1024,8", "--rounds", "3", "--time-limit", "50", "--only",
@@ -101,8 +108,14 @@ SECTIONS = {
         ),
         needs=("transformers", "pydantic", "yaml"),
     ),
-    "tests": Section(f"pytest {' '.join(TESTS)}", 90, tests, needs=("pytest", "transformers")),
-    "softmax": Section("bandwidth of the softmax kernels, registers and spills", 40, benchmark("softmax_bandwidth")),
+    "tests": Section(f"pytest {' '.join(TESTS)}", 80, tests, needs=("pytest", "transformers")),
+    "recurrences": Section(
+        "delta rules, Mamba-2 and convolutions on trees, with the kernels of fla, mamba_ssm and causal_conv1d if installed",
+        60,
+        recurrences,
+        needs=("pytest", "transformers"),
+    ),
+    "softmax": Section("bandwidth of the softmax kernels, registers and spills", 30, benchmark("softmax_bandwidth")),
     "fingerprint": Section(
         "fingerprints of weights", 20, benchmark("weights_fingerprint", cpu=("--megabytes", "1", "--rounds", "1"))
     ),

@@ -208,10 +208,11 @@ def test_fingerprints_are_checked_before_they_are_timed(tmp_path, monkeypatch, c
 @pytest.mark.slow
 def test_gpu_suite_runs_dry_without_a_gpu(tmp_path):
     out = tmp_path / "suite.json"
-    status = gpu_suite.main(["--device", "cpu", "--only", "correctness", "head", "softmax", "--out", str(out)])
+    names = ("correctness", "head", "recurrences", "softmax")
+    status = gpu_suite.main(["--device", "cpu", "--only", *names, "--out", str(out)])
     report = json.loads(out.read_text())
     states = {name: section["status"] for name, section in report["sections"].items()}
-    assert status == 0 and states == dict.fromkeys(("correctness", "head", "softmax"), "passed"), report
+    assert status == 0 and states == dict.fromkeys(names, "passed"), report
     assert report["sections"]["head"]["results"]["cases"]
     assert len(report["sections"]["correctness"]["results"]["results"]) == 2 * len(correctness.CASES)
     assert report["sections"]["softmax"]["results"]["shapes"][0]["profiler"]
@@ -232,7 +233,7 @@ def test_gpu_suite_keeps_what_a_section_has_written_when_its_time_is_up(tmp_path
 
 def test_gpu_suite_fits_eight_minutes_and_says_so_when_there_is_no_gpu(capsys):
     assert sum(section.seconds for section in gpu_suite.SECTIONS.values()) <= gpu_suite.LIMIT < 8 * 60
-    assert all((ROOT / test).is_file() for test in gpu_suite.TESTS)
+    assert all((ROOT / test).is_file() for test in (*gpu_suite.TESTS, *gpu_suite.RECURRENCES))
     assert gpu_suite.main(["--list"]) == 0
     if not head.torch.cuda.is_available():
         assert gpu_suite.main([]) == 2

@@ -186,8 +186,7 @@ def test_the_tree_of_a_rollout_holds_its_sequences_and_shares_what_they_share(se
         assert ids[: n + 1].tolist() == [*prompt[: len(prompt) - lost], *after, token]
     tail = rewound([trajectory])
     tree = TokenTree()
-    _, parent = add_context(tree, prompt, None, tail)
-    pieces = add_branches(tree, parent, trajectory, tail)
+    pieces = add_branches(tree, add_context(tree, prompt, None, tail), trajectory)
     paths = [np.concatenate([node.ids for node in leaf.path()]).tolist() for leaf in tree.leaves()]
     assert all(any(path[: len(ids)] == ids.tolist() for path in paths) for ids, _ in sequences)
     assert len(tree) <= len(prompt) + len(trajectory.ids) + LOST * len(
@@ -231,7 +230,7 @@ def test_rollouts_with_branches_after_an_undivided_context_are_an_error():
     dialogue.store(5, False, np.nan)
     tree = TokenTree()
     with pytest.raises(ValueError, match="add_context"):
-        add_branches(tree, tree.add(np.arange(9)), dialogue.trajectory(0.0), 2)
+        add_branches(tree, tree.add(np.arange(9)), dialogue.trajectory(0.0))
 
 
 class Asking:

@@ -323,14 +323,6 @@ def test_an_engine_that_cannot_go_back_is_refused_before_the_first_token_of_a_di
         run(dropping("qwen3"), ["Seven."])
 
 
-def test_expert_traces_of_a_dialogue_are_refused_with_the_cure():
-    with pytest.raises(PactError, match=r"drops the reasoning.*expert trace.*model\.chat_template"):
-        check_user_turns(dropping("qwen3"), traces=True)
-    task = row(DIALOGUE)
-    with pytest.raises(PactError, match=r"drops the reasoning.*expert trace.*model\.chat_template"):
-        dropping("qwen3").trace_context(task, task.expert, "turns")
-
-
 # ---- traces and training
 
 
@@ -421,9 +413,9 @@ def test_no_loss_touches_what_the_user_said(renderer, name):
         if scored.rollout is not None:
             assert trajectories[scored.rollout].sampled[scored.index].all()
     if batch.expert:
-        node, components = batch.expert
-        assert (components == Component.USER).sum() > 5  # the user's words are in the context
-        assert "Norway's." in renderer.token_bytes.join(node.ids).decode()
+        trace = batch.expert.trace
+        assert (trace.components == Component.USER).sum() > 5  # the user's words are in the context
+        assert "Norway's." in renderer.token_bytes.join(trace.ids).decode()
 
 
 # ---- the page

@@ -7,7 +7,6 @@ import jsonschema
 import numpy as np
 import pytest
 
-from pact_fast.algorithms.sft import expert_tokens, generated
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
 from pact_fast.data.readers import read_tasks, write_tasks
@@ -112,12 +111,13 @@ def test_sft_trains_the_final_answer_only_when_asked_and_never_an_observation():
     tasks = GeneratedQuestions.tasks({}, 0).train(0, 30)
     renderer = ChatRenderer(train_tokenizer(tasks, 640))
     given = tasks[0]
-    without, _ = expert_tokens(renderer, given, given.expert, False)
-    ids, components = expert_tokens(renderer, given, given.expert, True)
-    assert np.array_equal(ids[: len(without)], without) and len(ids) > len(without)
-    trained = renderer.tokenizer.decode(ids[generated(components)])
+    without = renderer.trace_context(given, given.expert, "turns")
+    whole = renderer.trace_context(given, given.expert, "turns", answer=True)
+    n = len(without.ids)
+    assert np.array_equal(whole.ids[:n], without.ids) and len(whole.ids) > n
+    trained = renderer.tokenizer.decode(whole.ids[whole.generated])
     assert trained.endswith(f"{given.answer}<|im_end|>") and "values" not in trained
-    assert np.all(components[len(without) :] != Component.OBSERVATION)
+    assert np.all(whole.components[n:] != Component.OBSERVATION)
 
 
 def test_generated_questions_are_repeatable_and_their_halves_are_apart():

@@ -25,6 +25,7 @@ from tests.support.groups import lookup_chain_renderer, make_groups, step_contex
 from tests.support.models import DECODERS, SHAPE, make
 from tests.support.trees import alone, as_tree, gradients, path_ids, trees
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 QUICK = ["gpt_oss", "gemma2", "qwen3_5_text", "nemotron_h", "lfm2"]
 ORACLES = {
     "torch_chunk_gated_delta_rule": recurrences.delta_rule,
@@ -58,24 +59,35 @@ def results(model, forest, *, tree: bool) -> tuple[torch.Tensor, torch.Tensor]:
         nodes = [node for t in forest for node in t.nodes if len(node.ids)]
         hidden = torch.cat([own_states(model, path_ids(node))[node.start :] for node in nodes])
     generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
+    weights = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(hidden.device)
     return hidden.detach(), gradients(model, (hidden.double() * weights).sum())
 
 
 def own_states(model, ids: np.ndarray) -> torch.Tensor:
-    return model.base_model(torch.as_tensor(ids)[None]).last_hidden_state[0]
+    return model.base_model(torch.as_tensor(ids, device=model.device)[None]).last_hidden_state[0]
 
 
 @pytest.mark.parametrize("kind", every_kind())
 @pytest.mark.slow
 def test_fp32_errors_are_at_most_twice_those_of_transformers(kind, monkeypatch):
     """Hidden states and all gradients, against fp64."""
-    forest, model = trees(), make(kind)
+    assert_errors_at_most_twice(kind, "cpu", monkeypatch)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_next", "kimi_linear", "nemotron_h"])
+def test_fp32_errors_on_a_gpu_with_the_kernels_that_are_installed(kind, monkeypatch):
+    """Those of the packages fla, mamba_ssm and causal_conv1d, or transformers' torch code."""
+    assert_errors_at_most_twice(kind, "cuda", monkeypatch)
+
+
+def assert_errors_at_most_twice(kind: str, device: str, monkeypatch) -> None:
+    forest, model = trees(), make(kind).to(device)
     assert unsupported(model) is None
     with monkeypatch.context() as patch:
         token_by_token(model, patch)
         truth = results(model, forest, tree=False)
-    small = make(kind).float()
+    small = make(kind).float().to(device)
     theirs, ours = (results(small, forest, tree=tree) for tree in (False, True))
     for a, b, exact in zip(ours, theirs, truth, strict=True):
         assert a.shape == exact.shape

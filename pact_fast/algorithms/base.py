@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from pact_fast.algorithms.branches import Piece, add_branches, add_context, rewound
+from pact_fast.algorithms.branches import ExpertNodes, Piece, add_branches, add_context, rewound
 from pact_fast.batch.loss_table import ScoredTokens
 from pact_fast.batch.tree import Node, TokenTree
 from pact_fast.chat.rendering import ChatRenderer
+from pact_fast.chat.trace_context import TraceContext
 from pact_fast.components import LossContext
 from pact_fast.config import AlgorithmConfig
 from pact_fast.data.types import Task, Trajectory
@@ -84,14 +85,14 @@ class PromptBatch:
             metrics and the viewer
     trees   token trees
     scored  supervised tokens of their nodes
-    expert  node of the expert trace and the component of each of its tokens, for the viewer
+    expert  the expert trace, for the viewer
     """
 
     group: Group
     route: str
     trees: list[TokenTree]
     scored: list[ScoredTokens]
-    expert: tuple[Node, np.ndarray] | None = None
+    expert: ExpertNodes | None = None
 
 
 @dataclass(frozen=True)
@@ -238,10 +239,10 @@ class Algorithm:
         }
 
 
-def prompt_tree(group: Group) -> tuple[TokenTree, Node]:
-    """A tree with the prompt as its root, and the node in which the prompt ends."""
-    tree = TokenTree()
-    return tree, add_context(tree, group.prompt_ids, None, rewound(group.trajectories))[1]
+def prompt_tree(group: Group, trace: TraceContext | None = None) -> tuple[TokenTree, Node]:
+    """A tree with the prompt as its root, and the node in which the prompt ends; its rollouts and `trace` may follow it."""
+    tree, traces = TokenTree(), [trace] if trace else []
+    return tree, add_context(tree, group.prompt_ids, None, rewound([*group.trajectories, *traces]))
 
 
 def add_rollouts(
@@ -266,12 +267,11 @@ def add_rollouts(
         step: Normalisers of the optimizer step.
         expert_tokens: See `token_weight`.
     """
-    tail = rewound(group.trajectories)
     return [
         scored
         for k, trajectory in enumerate(group.trajectories)
         for scored in score_rollout(
-            group, k, add_branches(tree, parent, trajectory, tail), context, weight, step, expert_tokens
+            group, k, add_branches(tree, parent, trajectory), context, weight, step, expert_tokens
         )
     ]
 
@@ -301,7 +301,7 @@ def score_rollout(
     if step.config.mask_truncated_completions and trajectory.stop_reason.is_truncated:
         weight = 0.0
     weight *= token_weight(group, len(index), step, expert_tokens)
-    parts = [(piece, index[(index >= piece.start) & (index < piece.end)]) for piece in pieces]
+    parts = [(piece, piece.own(index)) for piece in pieces]
     return [
         ScoredTokens.of_rollout(
             piece.node, context, prompt=group.prompt_index, rollout=k, index=own - piece.offset,
@@ -314,26 +314,32 @@ def score_rollout(
 
 
 def score_expert(
-    group: Group, node: Node, components: np.ndarray, token_weights: np.ndarray, weight: float, step: StepContext
-) -> ScoredTokens | None:
-    """Weighted tokens of the expert trace; None if none has a weight (Z = 0).
+    group: Group, expert: ExpertNodes, token_weights: np.ndarray, weight: float, step: StepContext
+) -> list[ScoredTokens]:
+    """Weighted tokens of the expert trace, one ScoredTokens for each node that has some; none if all weights are 0 (Z = 0).
 
     Args:
         group: The prompt.
-        node: The trace's node.
-        components: uint8 [n], component of each token of the node.
-        token_weights: float64 [n], m_n of the method.
+        expert: The trace.
+        token_weights: float64 [n], m_n of the method, for each of its tokens.
         weight: Weight of the prompt's SFT loss, for example (1 − q)·coef.
         step: Normalisers of the optimizer step.
     """
-    index = np.flatnonzero(token_weights)
-    if not len(index):
-        return None
-    normaliser = token_weights.sum() if step.config.sft.normalizer == "weighted" else len(index)
-    weights = weight * token_weights[index] / (normaliser * step.prompts)
-    return ScoredTokens.of_expert(
-        node, prompt=group.prompt_index, index=index, component=components[index], weight=weights
-    )
+    total = token_weights.sum() if step.config.sft.normalizer == "weighted" else np.count_nonzero(token_weights)
+    return expert_scored(group, expert, weight * token_weights / (total * step.prompts)) if total else []
+
+
+def expert_scored(group: Group, expert: ExpertNodes, weights: np.ndarray) -> list[ScoredTokens]:
+    """The tokens of the expert trace that have an SFT weight: weights float64 [n]."""
+    index = np.flatnonzero(weights)
+    parts = [(piece, own) for piece in expert.pieces if len(own := piece.own(index))]
+    return [
+        ScoredTokens.of_expert(
+            piece.node, prompt=group.prompt_index, index=own - piece.offset, component=expert.trace.components[own],
+            weight=weights[own],
+        )
+        for piece, own in parts
+    ]  # fmt: skip
 
 
 def token_weight(group: Group, tokens: int, step: StepContext, expert_tokens: int = 0) -> float:

@@ -13,8 +13,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from pact_fast.algorithms.base import (
     TRACE_SETTINGS,
     Algorithm,
@@ -23,11 +21,10 @@ from pact_fast.algorithms.base import (
     Route,
     StepContext,
     add_rollouts,
-    prompt_tree,
+    expert_scored,
 )
 from pact_fast.algorithms.registry import algorithm
-from pact_fast.algorithms.sft import add_trace, generated, has_trace
-from pact_fast.batch.loss_table import ScoredTokens
+from pact_fast.algorithms.sft import prompt_and_trace
 from pact_fast.components import LossContext
 from pact_fast.config import AlgorithmConfig
 from pact_fast.config.schema import ChordConfig
@@ -51,8 +48,9 @@ class Chord(Algorithm):
         traces = [batch for batch in batches if batch.expert is not None]
         tokens, count = step.over_ranks(sum(_trained(batch) for batch in traces), len(traces))
         for batch in traces if mu else ():
+            assert batch.expert is not None
             weight = mu * trace_token_weight(_trained(batch), tokens, count, step)
-            batch.scored += _scored_trace(batch, weight)
+            batch.scored += expert_scored(batch.group, batch.expert, weight * batch.expert.trace.generated)
         return batches
 
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
@@ -61,8 +59,7 @@ class Chord(Algorithm):
 
     def _trees(self, group: Group, step: StepContext, mu: float) -> PromptBatch:
         """The prompt's tree and weighted rollouts; its trace is not scored yet."""
-        tree, x = prompt_tree(group)
-        expert = add_trace(group, tree, x, step, final_answer=True) if mu and has_trace(group.task) else None
+        tree, x, expert = prompt_and_trace(group, step, final_answer=True, shown=mu > 0)
         rollouts = add_rollouts(group, tree, x, LossContext.PROMPT, 1.0 - mu, step)
         return PromptBatch(group, "mixed" if expert else "prompt", [tree], rollouts, expert)
 
@@ -112,17 +109,4 @@ def trace_token_weight(tokens: int, all_tokens: int, traces: int, step: StepCont
 def _trained(batch: PromptBatch) -> int:
     """Trained tokens of the batch's trace."""
     assert batch.expert is not None
-    return int(generated(batch.expert[1]).sum())
-
-
-def _scored_trace(batch: PromptBatch, weight: float) -> list[ScoredTokens]:
-    """The generated tokens of the batch's trace, each with the same weight."""
-    assert batch.expert is not None
-    node, components = batch.expert
-    index = np.flatnonzero(generated(components))
-    weights = np.full(len(index), weight)
-    return [
-        ScoredTokens.of_expert(
-            node, prompt=batch.group.prompt_index, index=index, component=components[index], weight=weights
-        )
-    ]
+    return int(batch.expert.trace.generated.sum())

@@ -22,12 +22,11 @@ from pact_fast.algorithms.base import (
     Route,
     StepContext,
     add_rollouts,
-    prompt_tree,
+    expert_scored,
     token_weight,
 )
 from pact_fast.algorithms.registry import algorithm
-from pact_fast.algorithms.sft import add_trace, generated, has_trace
-from pact_fast.batch.loss_table import ScoredTokens
+from pact_fast.algorithms.sft import prompt_and_trace
 from pact_fast.batch.tree import Node
 from pact_fast.components import LossContext
 from pact_fast.config import AlgorithmConfig
@@ -49,16 +48,12 @@ class Luffy(Algorithm):
 
     def prompt_batches(self, groups: Sequence[Group], step: StepContext) -> list[PromptBatch]:
         """x → {τ}, h* for every prompt. With `loss_type: dapo`, tokens of the traces count in the normaliser, too."""
-        trees = [prompt_tree(group) for group in groups]
-        traces = [
-            add_trace(group, tree, x, step, final_answer=True) if has_trace(group.task) else None
-            for group, (tree, x) in zip(groups, trees, strict=True)
-        ]
-        (trained,) = step.over_ranks(sum(int(generated(trace[1]).sum()) for trace in traces if trace))
+        made = [prompt_and_trace(group, step, final_answer=True) for group in groups]
+        (trained,) = step.over_ranks(sum(int(expert.trace.generated.sum()) for _, _, expert in made if expert))
         step = dataclasses.replace(step, sampled_tokens=step.sampled_tokens + trained)
         return [
-            self._mixed_group(group, PromptBatch(group, "mixed" if trace else "prompt", [tree], [], trace), x, step)
-            for group, (tree, x), trace in zip(groups, trees, traces, strict=True)
+            self._mixed_group(group, PromptBatch(group, "mixed" if expert else "prompt", [tree], [], expert), x, step)
+            for group, (tree, x, expert) in zip(groups, made, strict=True)
         ]
 
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
@@ -70,10 +65,10 @@ class Luffy(Algorithm):
         rewards = [trajectory.reward for trajectory in group.trajectories]
         if batch.expert is None:
             advantages = group_advantages(rewards, scale=False)
-            index = np.zeros(0, np.int64)
+            trained = 0
         else:
             advantages = group_advantages([*rewards, self.config.luffy.expert_reward], scale=False)
-            index = np.flatnonzero(generated(batch.expert[1]))
+            trained = int(batch.expert.trace.generated.sum())
         batch.group = dataclasses.replace(
             group,
             advantages=[
@@ -82,15 +77,10 @@ class Luffy(Algorithm):
             ],
         )
         [tree] = batch.trees
-        batch.scored = add_rollouts(batch.group, tree, x, LossContext.PROMPT, 1.0, step, len(index))
+        batch.scored = add_rollouts(batch.group, tree, x, LossContext.PROMPT, 1.0, step, trained)
         if batch.expert is not None and advantages[-1]:
-            node, components = batch.expert
-            weight = float(advantages[-1]) * token_weight(group, len(index), step, len(index))
-            weights = np.full(len(index), weight)
-            trace = ScoredTokens.of_expert(
-                node, prompt=group.prompt_index, index=index, component=components[index], weight=weights
-            )
-            batch.scored.append(trace)
+            weight = float(advantages[-1]) * token_weight(group, trained, step, trained)
+            batch.scored += expert_scored(batch.group, batch.expert, weight * batch.expert.trace.generated)
         return batch
 
     def routes(self, with_trace: bool) -> list[Route]:

@@ -24,11 +24,11 @@ from pact_fast.algorithms.base import (
     prompt_tree,
     score_expert,
 )
-from pact_fast.algorithms.branches import add_context, rewound
+from pact_fast.algorithms.branches import ExpertNodes, add_branches, add_context, rewound
 from pact_fast.algorithms.registry import algorithm
 from pact_fast.batch.tree import Node, TokenTree
-from pact_fast.chat.rendering import TraceContext
 from pact_fast.chat.segments import reasoning_level_at, sft_lambda
+from pact_fast.chat.trace_context import TraceContext
 from pact_fast.components import Component, LossContext
 
 
@@ -72,37 +72,52 @@ class Pact(Algorithm):
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
         """x → {τ} with weight z, and x → h* → {τ} with SFT on h* with weight 1 − z."""
         z = prompt_only_weight(group, step)
-        tree, x = prompt_tree(group)
+        trace = self._trace(group, step) if z < 1 else None
+        tree, x = prompt_tree(group, trace)
         batch = PromptBatch(group, {0.0: "trace", 1.0: "prompt"}.get(z, "blend"), [tree], [])
-        if z < 1:
-            self._add_trace_branch(batch, tree, x, 1 - z, step)
+        if trace:
+            self._add_trace_branch(batch, tree, x, trace, 1 - z, step)
         if z > 0:
             batch.scored += add_rollouts(group, tree, x, LossContext.PROMPT, z, step)
         return batch
 
-    def _add_trace_branch(self, batch: PromptBatch, tree: TokenTree, x: Node, weight: float, step: StepContext) -> None:
+    def _trace(self, group: Group, step: StepContext) -> TraceContext:
+        """The trace as it is rendered in this step. Without SFT, only the branch that rollouts follow."""
+        rendering = self.config.trace.rendering
+        assert group.task.expert is not None
+        trace = step.renderer.trace_context(
+            group.task, group.task.expert, "turns" if rendering == "hint" else rendering, self._cut(step)
+        )
+        return trace if self.config.sft.coef else trace.last_branch()
+
+    def _level(self, step: StepContext) -> int:
+        """Level of the active reasoning prefix."""
+        sft = self.config.sft
+        return reasoning_level_at(step.step, sft_horizon(step), sft.reasoning_level_start, sft.reasoning_level_end)
+
+    def _cut(self, step: StepContext) -> int | None:
+        """Level at which the reasoning of the trace is cut; None: all of it is shown."""
+        return self._level(step) if self.config.trace.reasoning == "level" else None
+
+    def _add_trace_branch(
+        self, batch: PromptBatch, tree: TokenTree, x: Node, trace: TraceContext, weight: float, step: StepContext
+    ) -> None:
         """Add weight·(L_RL^h + β·L_SFT) to `batch`.
 
         With the renderings `demonstration` and `turns`, SFT supervises h* where it is part of the rollouts' context. With
-        `hint`, the context is a tree of its own, and h* is a branch for SFT alone.
+        `hint`, the context is a tree of its own, and h* is a branch for SFT alone. Where h* itself branches, SFT supervises
+        each token in its own branch, and rollouts follow the last one.
         """
-        group, config = batch.group, self.config
-        task, trace = group.task, group.task.expert
-        assert trace is not None
-        sft = config.sft
-        level = reasoning_level_at(step.step, sft_horizon(step), sft.reasoning_level_start, sft.reasoning_level_end)
-        cut = level if config.trace.reasoning == "level" else None
-        rendering = config.trace.rendering
-        context = step.renderer.trace_context(task, trace, "turns" if rendering == "hint" else rendering, cut)
+        group, task = batch.group, batch.group.task
         tail = rewound(group.trajectories)
-        h, parent = add_context(tree, context.ids, x, tail)
-        batch.expert = h, context.components
-        scored = score_expert(group, h, context.components, sft_weights(context, level, step), weight * sft.coef, step)
-        if scored and sft.coef:
-            batch.scored.append(scored)
-        if rendering == "hint":
+        expert = ExpertNodes(add_branches(tree, x, trace, tail), trace)
+        batch.expert, parent = expert, expert.pieces[-1].node
+        weights = sft_weights(trace, self._level(step), step)
+        batch.scored += score_expert(group, expert, weights, weight * self.config.sft.coef, step)
+        if self.config.trace.rendering == "hint":
+            assert task.expert is not None
             tree = TokenTree()
-            _, parent = add_context(tree, step.renderer.hint_prompt_ids(task, trace, cut), None, tail)
+            parent = add_context(tree, step.renderer.hint_prompt_ids(task, task.expert, self._cut(step)), None, tail)
             batch.trees.append(tree)
         batch.scored += add_rollouts(group, tree, parent, LossContext.TRACE, weight, step)
 
@@ -134,7 +149,7 @@ def sft_weights(context: TraceContext, level: int, step: StepContext) -> np.ndar
     sft = step.config.sft
     weights = np.zeros(len(context.ids), np.float64)
     weights[(context.components == Component.REASONING) & (context.level <= level)] = 1.0
-    weights[context.components == Component.TOOL_CALL] = sft_lambda(
+    weights[(context.components == Component.TOOL_CALL) & context.generated] = sft_lambda(
         step.step, sft_horizon(step), sft.lambda_start, sft.lambda_end
     )
     return weights

@@ -20,9 +20,10 @@ from pact_fast.algorithms.base import (
     Requirements,
     Route,
     StepContext,
+    prompt_tree,
     score_rollout,
 )
-from pact_fast.algorithms.branches import add_branches, add_context, rewound
+from pact_fast.algorithms.branches import ExpertNodes, add_branches, add_context, rewound
 from pact_fast.algorithms.registry import algorithm
 from pact_fast.algorithms.sft import missing_trace
 from pact_fast.batch.loss_table import ScoredTokens
@@ -49,9 +50,8 @@ class SDFT(Algorithm):
         """x → {τ}, and with the trace in front of them the same {τ}. PactError if the task has no expert trace."""
         batch, x, c = self._contexts(group, step)
         [tree] = batch.trees
-        tail = rewound(group.trajectories)
         for k, trajectory in enumerate(group.trajectories):
-            pieces = [add_branches(tree, context, trajectory, tail) for context in (x, c)]
+            pieces = [add_branches(tree, context, trajectory) for context in (x, c)]
             for student_piece, teacher_piece in zip(*pieces, strict=True):
                 if not student_piece.node.children:  # a node that branches goes with its first leaf, in either context
                     tree.pair(student_piece.node, teacher_piece.node)
@@ -66,18 +66,17 @@ class SDFT(Algorithm):
         task, trace = group.task, group.task.expert
         if trace is None or not trace.turns:
             raise missing_trace(task, self.config)
-        tree, rendering = TokenTree(), self.config.trace.rendering
-        batch, tail = PromptBatch(group, "blend", [tree], []), rewound(group.trajectories)
+        rendering, tail = self.config.trace.rendering, rewound(group.trajectories)
         if rendering == "hint":
+            tree = TokenTree()
             root = tree.add(np.zeros(0, np.int64))  # the contexts share nothing, and their rollouts must share a pack
             hint = step.renderer.hint_prompt_ids(task, trace)
-            x, c = (add_context(tree, ids, root, tail)[1] for ids in (group.prompt_ids, hint))
-            return batch, x, c
-        context = step.renderer.trace_context(task, trace, rendering)
-        _, x = add_context(tree, group.prompt_ids, None, tail)
-        h, c = add_context(tree, context.ids, x, tail)
-        batch.expert = h, context.components
-        return batch, x, c
+            x, c = (add_context(tree, ids, root, tail) for ids in (group.prompt_ids, hint))
+            return PromptBatch(group, "blend", [tree], []), x, c
+        context = step.renderer.trace_context(task, trace, rendering).last_branch()  # no token of it is trained
+        tree, x = prompt_tree(group, context)
+        expert = ExpertNodes(add_branches(tree, x, context, tail), context)
+        return PromptBatch(group, "blend", [tree], [], expert), x, expert.pieces[-1].node
 
     def requirements(self, sampler_differs: bool) -> Requirements:
         """The divergence. No importance weights: there is no ratio to correct."""

@@ -17,12 +17,12 @@ from pact_fast.algorithms.base import (
     prompt_tree,
     score_expert,
 )
+from pact_fast.algorithms.branches import ExpertNodes, add_branches
 from pact_fast.algorithms.registry import algorithm
 from pact_fast.batch.tree import Node, TokenTree
-from pact_fast.chat.rendering import ChatRenderer
-from pact_fast.components import Component, LossContext
+from pact_fast.components import LossContext
 from pact_fast.config import AlgorithmConfig
-from pact_fast.data.types import ExpertTrace, Task
+from pact_fast.data.types import Task
 from pact_fast.errors import PactError
 
 
@@ -50,14 +50,12 @@ def sft_batch(group: Group, step: StepContext, final_answer: bool, weight: float
         final_answer: Complete traces, with their final answers.
         weight: Weight of the loss.
     """
-    task = group.task
-    if not has_trace(task):
-        raise missing_trace(task, step.config)
-    tree, x = prompt_tree(group)
-    h, components = add_trace(group, tree, x, step, final_answer)
-    weights = generated(components).astype(np.float64)
-    scored = score_expert(group, h, components, weights, weight, step)
-    return PromptBatch(group, "expert", [tree], [scored] if scored else [], (h, components))
+    if not has_trace(group.task):
+        raise missing_trace(group.task, step.config)
+    tree, _, expert = prompt_and_trace(group, step, final_answer)
+    assert expert is not None
+    scored = score_expert(group, expert, expert.trace.generated.astype(np.float64), weight, step)
+    return PromptBatch(group, "expert", [tree], scored, expert)
 
 
 def missing_trace(task: Task, config: AlgorithmConfig) -> PactError:
@@ -72,24 +70,20 @@ def has_trace(task: Task) -> bool:
     return task.expert is not None and bool(task.expert.turns)
 
 
-def add_trace(group: Group, tree: TokenTree, x: Node, step: StepContext, final_answer: bool) -> tuple[Node, np.ndarray]:
-    """Add the expert trace after x; returns its node and the component of each of its tokens, uint8 [n]."""
-    assert group.task.expert is not None
-    ids, components = expert_tokens(step.renderer, group.task, group.task.expert, final_answer)
-    return tree.add(ids, x), components
+def prompt_and_trace(
+    group: Group, step: StepContext, final_answer: bool, shown: bool = True
+) -> tuple[TokenTree, Node, ExpertNodes | None]:
+    """(tree of x and of the expert trace after it, node in which x ends, the trace; None if there is none).
 
-
-def expert_tokens(
-    renderer: ChatRenderer, task: Task, trace: ExpertTrace, final_answer: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int64 [n], components uint8 [n]) of a trace after its prompt. `final_answer`: with its answer, if it has one."""
-    body = renderer.trace_context(task, trace, "turns")
-    if not final_answer or trace.answer is None:
-        return body.ids, body.components
-    ids, components = renderer.assistant_turn(trace.answer_reasoning, trace.answer, [])
-    return np.concatenate([body.ids, ids]), np.concatenate([body.components, components])
-
-
-def generated(components: np.ndarray) -> np.ndarray:
-    """Which tokens the expert generated, bool [n]: reasoning, calls and visible text, and never an observation."""
-    return np.isin(components, [Component.REASONING, Component.TOOL_CALL, Component.ANSWER])
+    Args:
+        group: The prompt; its rollouts may follow x, too.
+        step: Gives the renderer.
+        final_answer: Complete the trace with its final answer, if it has one.
+        shown: False: leave the trace out.
+    """
+    task = group.task
+    if task.expert is None or not has_trace(task) or not shown:
+        return *prompt_tree(group), None
+    trace = step.renderer.trace_context(task, task.expert, "turns", answer=final_answer)
+    tree, x = prompt_tree(group, trace)
+    return tree, x, ExpertNodes(add_branches(tree, x, trace), trace)

@@ -32,12 +32,6 @@ CURES = (
 )
 
 
-NO_TRACES = (
-    "the chat template drops the reasoning of earlier turns once the user speaks again, so an expert trace with reasoning in "
-    f"which a user speaks cannot be appended; {CURES}"
-)
-
-
 @dataclass(frozen=True)
 class Tokens:
     """Tokens of a sequence: ids int64 [n], components uint8 [n], turn_ids int16 [n] (see Trajectory)."""
@@ -102,7 +96,7 @@ class History:
         found = controls.match(after) if controls else None
         return (found.group() if found else eot), call_eot
 
-    def go_on(self, pieces: Sequence[Tokens], said: Tokens) -> tuple[int, Tokens]:
+    def go_on(self, pieces: Sequence[Tokens], said: Tokens, replied: bool = True) -> tuple[int, Tokens]:
         """What follows when the user has spoken: (tokens of the sequence that stay, the tokens behind them).
 
         Less than pieces[0] stays where the template leaves out what the generation prompt has opened for the turn.
@@ -110,12 +104,13 @@ class History:
         Args:
             pieces: The sequence: what there was when the user spoke last, then turns, and the text behind each of them but
                 the last.
-            said: The user's message, as `bridge_tokens` renders it.
+            said: The user's message, as `bridge_tokens` renders it, perhaps behind results of the last turn's calls.
+            replied: The user replies to the last turn; False: there are results between.
         """
         before, *rest = pieces
         new: list[Tokens] = [] if rest else [before]
         for number, turn in enumerate(rest[::2]):
-            cut, shown = self._past_turn(before, turn, after_result=number > 0, last=turn is rest[-1])
+            cut, shown = self._past_turn(before, turn, after_result=number > 0, last=replied and turn is rest[-1])
             new += [before[: len(before) - cut], shown]
             before = rest[2 * number + 1] if turn is not rest[-1] else before
         old, whole = joined(pieces), joined([*new, said])

@@ -6,7 +6,6 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,33 +15,16 @@ from pact_fast.chat.encoding import Encoded, Encoder, Part
 from pact_fast.chat.formats.base import ParsedTurn, ToolFormat
 from pact_fast.chat.formats.layout import PROBE_CALL
 from pact_fast.chat.formats.registry import detect_format, get_format
-from pact_fast.chat.history import NO_TRACES, History
+from pact_fast.chat.history import History, Tokens
 from pact_fast.chat.segments import prefix_ends
 from pact_fast.chat.structure import OTHER_ENDS, structure_tokens
 from pact_fast.chat.token_bytes import TokenBytes
+from pact_fast.chat.trace_context import NO_LEVEL, TraceContext, TraceWriter
 from pact_fast.components import Component
 from pact_fast.config import ModelConfig
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Message, Task, ToolCall, ToolSchema, text_of
 from pact_fast.errors import PactError
 from pact_fast.limits import memory_limit
-
-NO_LEVEL = 255  # TraceContext.level of a token that is never supervised
-
-
-@dataclass(frozen=True)
-class TraceContext:
-    """The expert trace h* as tokens that follow the prompt. All arrays are [n].
-
-    ids         int64
-    components  uint8, see Component
-    turn_ids    int16: index of the expert's turn; the bridge tokens after a turn have its index, too
-    level       uint8: smallest prefix level (1 to 4) at which a reasoning token is supervised; NO_LEVEL: never
-    """
-
-    ids: np.ndarray
-    components: np.ndarray
-    turn_ids: np.ndarray
-    level: np.ndarray
 
 
 class ChatRenderer:
@@ -193,6 +175,7 @@ class ChatRenderer:
         trace: ExpertTrace,
         rendering: Literal["demonstration", "turns"],
         reasoning_level: int | None = None,
+        answer: bool = False,
     ) -> TraceContext:
         """The trace as tokens that follow the prompt of `task`, without the final answer. Ends with a generation prompt.
 
@@ -201,28 +184,32 @@ class ChatRenderer:
             trace: A trace without turns gives an empty context.
             rendering: `demonstration`: the expert's turns, then the question again; `turns`: the turns only.
             reasoning_level: Cut the reasoning of every turn at this prefix level; None: keep all of it.
+            answer: Add the final answer, if there is one; the context then ends with it.
 
-        Raises:
-            PactError: A user speaks in the trace, and the template drops the reasoning of the turns before.
+        Where a user speaks in the trace and the template drops the reasoning of earlier turns, the trace branches as
+        rollouts do (docs/conversations.md). The question that `demonstration` repeats at the end drops nothing.
         """
-        dialogue = any(turn.user is not None for turn in trace.turns) and any(turn.reasoning for turn in trace.turns)
-        if dialogue and self.history.drops_reasoning:
-            raise PactError(NO_TRACES)
-        columns: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        rewrites = self._rewrites(trace)
+        prompt_ids = self.prompt_ids(task.prompt, task.tools) if rewrites else np.zeros(0, np.int64)
+        writer = TraceWriter(prompt_ids, self.history if rewrites else None)
         for index, turn in enumerate(trace.turns):
-            ids, components, level = self._expert_turn(turn, reasoning_level)
+            tokens, level = self._expert_turn(turn, index, reasoning_level)
+            writer.turn(tokens, level)
             following = turn.following()
             if rendering == "demonstration" and index == len(trace.turns) - 1:
                 following.append({"role": "user", "content": question_of(task)})
-            bridge_ids, bridge_components = self.bridge_tokens(following)
-            ids, components = np.concatenate([ids, bridge_ids]), np.concatenate([components, bridge_components])
-            level = np.concatenate([level, np.full(len(bridge_ids), NO_LEVEL, np.uint8)])
-            columns.append((ids, components, np.full(len(ids), index, np.int16), level))
-        if not columns:
-            return TraceContext(
-                np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(0, np.int16), np.zeros(0, np.uint8)
-            )
-        return TraceContext(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+            tokens = _of_turn(index, *self.bridge_tokens(following))
+            writer.follow(tokens, user=turn.user is not None, replied=not turn.calls)
+        if answer and trace.answer is not None:
+            tokens = _of_turn(len(trace.turns), *self.assistant_turn(trace.answer_reasoning, trace.answer, []))
+            writer.turn(tokens, np.full(len(tokens), NO_LEVEL, np.uint8))
+        return writer.context()
+
+    def _rewrites(self, trace: ExpertTrace) -> bool:
+        """Whether the template rewrites the past in this trace: a user speaks after turns that reason, if only in tags."""
+        spoken = any(turn.user is not None for turn in trace.turns)
+        reasons = bool(self._opened) or any(turn.reasoning for turn in trace.turns)
+        return spoken and reasons and self.history.drops_reasoning
 
     def hint_prompt_ids(self, task: Task, trace: ExpertTrace, reasoning_level: int | None = None) -> np.ndarray:
         """[n] int64: the prompt, with the trace as text at the end of the last user message."""
@@ -285,8 +272,8 @@ class ChatRenderer:
         end = self.call_eot_id if last == Component.TOOL_CALL else self.eot_id
         return np.append(ids, end), np.append(components, np.uint8(last))
 
-    def _expert_turn(self, turn: ExpertTurn, reasoning_level: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids, components, level) of an expert's turn, with its end-of-turn token."""
+    def _expert_turn(self, turn: ExpertTurn, index: int, reasoning_level: int | None) -> tuple[Tokens, np.ndarray]:
+        """(tokens, level) of the expert's turn `index`, with its end-of-turn token."""
         reasoning = _cut_reasoning(turn, reasoning_level)
         encoded, components, begin = self._turn(reasoning, turn.content, turn.calls)
         level = np.full(len(encoded.ids) + 1, NO_LEVEL, np.uint8)
@@ -300,8 +287,12 @@ class ChatRenderer:
             levels = np.searchsorted(ends, position, side="left")
             inside = (components == Component.REASONING) & (levels < len(ends))
             level[:-1][inside] = levels[inside]
-        ids, components = self._append_eot(encoded.ids, components)
-        return ids, components, level
+        return _of_turn(index, *self._append_eot(encoded.ids, components)), level
+
+
+def _of_turn(index: int, ids: np.ndarray, components: np.ndarray) -> Tokens:
+    """Tokens of the turn `index`, or of what follows it."""
+    return Tokens(ids, components, np.full(len(ids), index, np.int16))
 
 
 def question_of(task: Task) -> str:

@@ -190,7 +190,7 @@ class RowCheck:
     def _trace_tokens(self, task: Task, trace: ExpertTrace, prompt: int) -> int:
         """Tokens that the trace adds to the prompt in the longest context that is trained."""
         rendering = self._limits.trace or "turns"
-        turns = len(self._renderer.trace_context(task, trace, "turns" if rendering == "hint" else rendering).ids)
+        turns = self._renderer.trace_context(task, trace, "turns" if rendering == "hint" else rendering).longest
         if rendering != "hint":
             return turns
         # the turns are a branch for SFT alone; rollouts follow the hint

@@ -9,7 +9,7 @@ import numpy as np
 
 from pact_fast.chat.call_ids import with_call_ids
 from pact_fast.chat.chat_template import PROBE_NAME, PROBE_TOOL, call_message
-from pact_fast.chat.history import CURES, NO_TRACES, Tokens, joined, untouched
+from pact_fast.chat.history import CURES, Tokens, joined, untouched
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.data.types import Message, ToolCall
 from pact_fast.errors import PactError
@@ -40,17 +40,16 @@ def check_template(renderer: ChatRenderer) -> list[str]:
         return _check_texts(renderer, turns)
 
 
-def check_user_turns(renderer: ChatRenderer, traces: bool = False) -> list[str]:
+def check_user_turns(renderer: ChatRenderer, after_results: bool = False) -> list[str]:
     """PactError with reason and cure if a user cannot speak between turns: see docs/conversations.md.
 
-    `traces`: expert traces in which a user speaks. Returns notes, as `check_template` does, which checks the rest.
+    `after_results`: also right behind the results of calls, as in some expert traces. Returns notes, as `check_template` does,
+    which checks the rest.
     """
     with memory_limit(MEMORY, "the chat template (set model.chat_template to another one)"):
         turns = _user_turns(renderer)
         if renderer.history.drops_reasoning:
-            if traces:
-                raise PactError(NO_TRACES)
-            _check_rewritten(renderer, turns)
+            _check_rewritten(renderer, [*turns, _tool_turns(renderer)[-1], turns[0]] if after_results else turns)
             return [
                 "the chat template drops the reasoning of earlier turns once the user speaks again: a rollout branches there"
             ]
@@ -71,10 +70,10 @@ def _check_rewritten(renderer: ChatRenderer, turns: Sequence[Turn]) -> None:
         thought = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _REASONING)
         spoken = call_message(*calls) if calls else {"role": "assistant", "content": text}
         messages += [{**spoken, **thought}, *following]
-        if following[0]["role"] != "user":
+        if following[-1]["role"] != "user":
             pieces.append(said)
             continue
-        keep, tokens = renderer.history.go_on(pieces, said)
+        keep, tokens = renderer.history.go_on(pieces, said, replied=not calls)
         pieces = [joined([joined(pieces)[:keep], tokens])]
         ours, theirs = _text(renderer, pieces[0].ids), _rendered(renderer, messages)
         if ours != theirs:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pact_fast.data.branching import Branching
 from pact_fast.data.keys import CALL
 
 Message = dict[str, Any]  # OpenAI chat message: role, content; optional: tool_calls, reasoning_content, tool_call_id
@@ -366,11 +367,10 @@ class StopReason(StrEnum):
 
 
 @dataclass
-class Trajectory:
+class Trajectory(Branching):
     """One rollout τ: token ids as sampled, never tokenised again. Arrays [n] have one entry per response token.
 
-    Where the chat template rewrites what it has written (docs/conversations.md), the rollout branches. Its tokens are then
-    those of all branches, one behind the other, and what a branch shares with the one before it is stored once.
+    Where the chat template rewrites what it has written (docs/conversations.md), the rollout branches.
 
     task_id       id of the task
     prompt_ids    int64, the prompt x
@@ -383,8 +383,7 @@ class Trajectory:
     turns         the assistant turns, parsed
     stop_reason   why the trajectory ended
     opening       what the other side said before the first turn, where a policy plays the user; else None
-    branches      [b, 2] int64 (start, keep) of every branch but the first: tokens `start` … of `ids` follow the first `keep`
-                  tokens after the prompt in the sequence of the branch before; −keep > 0 tokens of the prompt are left out
+    branches      [b, 2] int64, see Branching
     env_rewards   returned by the environment
     turn_rewards, reward_parts, reward
                   set by rewards/score.py
@@ -417,37 +416,6 @@ class Trajectory:
     @property
     def calls(self) -> list[ToolCall]:
         return [call for turn in self.turns for call in turn.calls]
-
-    @property
-    def rewound(self) -> int:
-        """Most tokens at the end of the prompt that a branch leaves out."""
-        return max(0, -int(self.branches[:, 1].min(initial=0)))
-
-    @property
-    def departures(self) -> list[int]:
-        """For every branch but the first, the index of the first token (of `ids`) that it does not share with the branch
-        before it; −k: it leaves out the last k tokens of the prompt."""
-        paths = self._paths()
-        kept = (path[: keep + self.rewound] for path, (_, keep) in zip(paths, self.branches.tolist(), strict=False))
-        return [int(path[-1]) + 1 if len(path) else -self.rewound for path in kept]
-
-    def sequences(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the sampler saw and wrote, branch by branch: (int64 ids of the whole sequence, prompt included; int64 [m]
-        indices into `ids` of the tokens that the branch adds, the last m of the sequence)."""
-        head = self.prompt_ids[: len(self.prompt_ids) - self.rewound]
-        starts = [0, *self.branches[:, 0].tolist(), len(self.ids)]
-        return [
-            (np.concatenate([head, self.prompt_ids[path[path < 0]], self.ids[path[path >= 0]]]), np.arange(start, end))
-            for path, start, end in zip(self._paths(), starts, starts[1:], strict=False)
-        ]
-
-    def _paths(self) -> list[np.ndarray]:
-        """For every branch, the indices into `ids` along its sequence; negative ones are those of the prompt's end."""
-        starts = [*self.branches[:, 0].tolist(), len(self.ids)]
-        paths = [np.arange(-self.rewound, starts[0])]
-        for (start, keep), end in zip(self.branches.tolist(), starts[1:], strict=True):
-            paths.append(np.concatenate([paths[-1][: keep + self.rewound], np.arange(start, end)]))
-        return paths
 
     def to_messages(self) -> list[Message]:
         """The messages after the prompt: of assistant, tools and user. A malformed call has only a tool message, its error.

@@ -70,7 +70,7 @@ class TaskCheck:
         if has_user(env) or self._user_is_model:
             self._check_dialogue()
         if self._limits.trace and has_user_turns(task):
-            self._check_dialogue(traces=True)
+            self._check_dialogue(after_results=speaks_after_results(task))
 
 
 def check_rows(
@@ -126,6 +126,11 @@ def has_user_turns(task: Task) -> bool:
     """Whether a user speaks in the task's expert trace, which reasons."""
     turns = task.expert.turns if task.expert else ()
     return any(turn.user is not None for turn in turns) and any(turn.reasoning for turn in turns)
+
+
+def speaks_after_results(task: Task) -> bool:
+    """Whether a user speaks right behind results of calls in the task's expert trace, before the expert answers."""
+    return any(turn.calls and turn.user is not None for turn in (task.expert.turns if task.expert else ()))
 
 
 def check_environment(task: Task, env: type) -> None:

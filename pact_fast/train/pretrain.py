@@ -14,9 +14,9 @@ from math import ceil
 import numpy as np
 from transformers import PreTrainedModel
 
-from pact_fast.algorithms.base import Group, PromptBatch
-from pact_fast.algorithms.sft import SFT, expert_tokens, generated
-from pact_fast.batch.loss_table import ScoredTokens
+from pact_fast.algorithms.base import Group, PromptBatch, expert_scored
+from pact_fast.algorithms.branches import ExpertNodes, add_branches, add_context, rewound
+from pact_fast.algorithms.sft import SFT
 from pact_fast.batch.tree import TokenTree
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.config import AlgorithmConfig, Config, TrainerConfig
@@ -101,19 +101,18 @@ def _batch(tasks: Sequence[Task], traces: Sequence[ExpertTrace], renderer: ChatR
 
     They are one tree: what their prompts have in common at their start (system message and tools, as a rule) is computed once.
     """
-    prompts = [renderer.prompt_ids(task.prompt, task.tools) for task in tasks]
-    common = common_start(prompts)
+    shown = [
+        renderer.trace_context(task, trace, "turns", answer=True) for task, trace in zip(tasks, traces, strict=True)
+    ]
+    prompts, tail = [renderer.prompt_ids(task.prompt, task.tools) for task in tasks], rewound(shown)
+    common = min(common_start(prompts), min(map(len, prompts)) - tail)
     tree = TokenTree()
     root = tree.add(prompts[0][:common])
     scored = []
-    for place, (task, trace, prompt) in enumerate(zip(tasks, traces, prompts, strict=True)):
-        ids, components = expert_tokens(renderer, task, trace, final_answer=True)
-        node = tree.add(ids, tree.add(prompt[common:], root))
-        index = np.flatnonzero(generated(components))
-        weight = np.ones(len(index))
-        scored.append(
-            ScoredTokens.of_expert(node, prompt=place, index=index, component=components[index], weight=weight)
-        )
+    for place, (task, trace, prompt) in enumerate(zip(tasks, shown, prompts, strict=True)):
+        x = add_context(tree, prompt[common:], root, tail)
+        expert = ExpertNodes(add_branches(tree, x, trace), trace)
+        scored += expert_scored(Group(task, place, prompt), expert, trace.generated.astype(np.float64))
     return PromptBatch(Group(tasks[0], 0, prompts[0]), "expert", [tree], scored)
 
 

@@ -175,13 +175,20 @@ def _expert(renderer: ChatRenderer, batch: PromptBatch) -> dict[str, Any] | None
     """The expert trace with the SFT weight of every token."""
     if batch.expert is None:
         return None
-    node, components = batch.expert
-    weights = np.zeros(len(node.ids))
+    trace, pieces = batch.expert.trace, {id(piece.node): piece for piece in batch.expert.pieces}
+    weights, later = (
+        np.zeros(len(trace.ids)),
+        trace.branches[trace.branches[:, 0] > 0],
+    )  # of the last branch alone: none
     for s in batch.scored:
-        if s.node is node:
-            weights[s.index] = s.sft_weight
-    shown = components[: len(node.ids)]  # a generation prompt may have a node of its own
-    return {"tokens": token_texts(renderer, node.ids), "components": shown.tolist(), "weights": _floats(weights)}
+        if (piece := pieces.get(id(s.node))) and s.rollout is None:
+            weights[piece.offset + s.index] = s.sft_weight
+    return {
+        "tokens": token_texts(renderer, trace.ids),
+        "components": trace.components.tolist(),
+        "weights": _floats(weights),
+        **({"branches": later.tolist()} if len(later) else {}),
+    }
 
 
 def _floats(values: np.ndarray) -> list[float | None]:

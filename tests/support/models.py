@@ -65,6 +65,19 @@ DECODERS = {  # other than full attention in every layer
     "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
 }  # fmt: skip
 
+GROUPS = EXPERTS | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
+MORE = {  # decoders of docs/models.md that are neither of KINDS nor of DECODERS
+    "deepseek_v3": GROUPS | {
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "gemma4_text": {
+        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "num_kv_shared_layers": 0,
+    },
+    "glm4_moe": GROUPS, "minimax_m2": EXPERTS, "glm4": {}, "ministral3": {}, "smollm3": {}, "granite": {},
+}  # fmt: skip
+
 TINY = {
     "model_type": "qwen3", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
@@ -78,7 +91,7 @@ DEEP = {
 
 def make(kind: str, **changes) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    settings = KINDS.get(kind, DECODERS.get(kind, {}))
+    settings = {**MORE, **DECODERS, **KINDS}.get(kind, {})
     config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **settings, **changes})
     # grouped products of experts take no fp64
     options = {"experts_implementation": "eager"} if kind == "qwen3_moe" or EXPERTS.items() <= settings.items() else {}
