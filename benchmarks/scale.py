@@ -12,7 +12,8 @@ step       one rank of a training step without the model: rollouts of 4,096 toke
            holds, and whatever they would send is decoded here. MB: peak memory beyond what the imports take
 assign     packs are assigned to 64 ranks; size: parts
 rollouts   rollouts of one step are looked up in rollouts/, with 32 rollouts of 4,096 tokens a step; size: steps
-save       a checkpoint of fp32 weights with AdamW's states, of which training waits for "blocked"; size: MB of weights
+save       a checkpoint of fp32 weights with AdamW's states; size: MB of weights. Training waits for "blocked", and for
+           what is left of "copies" when it comes to the next optimizer step
 read       a JSONL file is opened and the 256 tasks of the first step are read; size: rows of about 1 kB
 """
 
