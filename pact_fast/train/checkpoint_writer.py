@@ -204,8 +204,13 @@ class PendingSave:
         return files
 
     def _raise_on_all(self, error: BaseException | None) -> None:
-        """Raise an error of any rank on all ranks."""
+        """Raise an error of any rank on all ranks, when none of them writes any more."""
         errors = self._world.all_gather(None if error is None else str(error), "a checkpoint")
+        if not any(other is not None for other in errors):
+            return
+        self._writer.abandon()
+        self._writer.wait_ended()
+        self._world.barrier("a checkpoint")  # rank 0 removes the folder next
         if error is not None:
             raise error
         for rank, other in enumerate(errors):
