@@ -14,6 +14,7 @@ assign     packs are assigned to 64 ranks; size: parts
 rollouts   rollouts of one step are looked up in rollouts/, with 32 rollouts of 4,096 tokens a step; size: steps
 save       a checkpoint of fp32 weights with AdamW's states; size: MB of weights. Training waits for "blocked", and for
            what is left of "copies" when it comes to the next optimizer step
+turns      turns of a vLLM server, all open at once, in the client; size: turns
 read       a JSONL file is opened and the 256 tasks of the first step are read; size: rows of about 1 kB
 """
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -155,10 +157,43 @@ def save(megabytes: int) -> Measured:
     )
 
 
+def turns(count: int) -> Measured:
+    """Turns with contexts of 512 tokens and 32 sampled ones, all open at once, against a server that answers at once."""
+    from pact_fast.rollout.engine import Request
+    from pact_fast.rollout.vllm.client import VllmServerTransport
+    from pact_fast.rollout.vllm.engine import VllmEngine
+
+    command = [sys.executable, "-m", "benchmarks.instant_server"]
+    context = np.arange(512) % 97 + 2
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server,
+    ):
+        assert server.stdin and server.stdout
+        url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        transport = VllmServerTransport("the server", url, Path(folder), Path(folder), timeout=600)
+        engine = VllmEngine(transport, [1], deadline=600, vocab_size=100)
+        engine.version = 0
+
+        def sample(sessions: range) -> None:
+            for session in sessions:
+                engine.submit(Request(session, context, 32))
+            done = 0
+            while done < len(sessions):
+                done += len(engine.step(1.0))
+
+        sample(range(16))  # warm: imports
+        seconds = timed(lambda: sample(range(16, 16 + count)))
+        transport.close()
+        server.stdin.close()
+    return Measured(count, seconds, {"ms/turn": 1000 * seconds / count, "restarts": engine.restarts})
+
+
 PARTS: dict[str, Part] = {
     "step": Part((64, 256, 512, 1024), step),
     "assign": Part((1_024, 4_096, 16_384), assign_packs),
     "read": Part((1_000, 10_000, 50_000), read),
     "rollouts": Part((50, 500, 5_000), rollouts),
+    "turns": Part((64, 1_024, 8_192), turns),
     "save": Part((32, 128, 256), save),
 }

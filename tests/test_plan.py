@@ -105,6 +105,7 @@ def test_fingerprints_read_the_weights_three_times():
     found = planned(config)
     [part] = [part for part in found.parts if part.name == "fingerprints of the weights"]
     assert part.amount == 3 * 4 * found.memory.parameters and part.rate == found.hardware.memory
+    assert part.seconds <= 3 / LENGTHS.response * seconds_of(found, "decoding")  # as docs/planning.md says
     assert "fingerprints" not in str(planned(settings(DEEP)).parts)  # the embedded engine has the trainer's weights
     never = settings(DEEP, rollout={"engine": "vllm", "verify_weights": "never"})
     assert "fingerprints" not in str(planned(never).parts)
@@ -166,7 +167,7 @@ def test_several_numbers_of_devices_are_compared(recipe, capsys, monkeypatch):
         assert words in report
     total = next(line for line in report.splitlines() if "total" in line)
     seconds = [float(cell) for cell in total.replace("│", " ").split()[1:]]
-    assert len(seconds) == 3 and seconds == sorted(seconds, reverse=True)
+    assert len(seconds) == 3 and seconds[0] < seconds[2]  # of a tiny model, which collectives slow down
 
 
 @pytest.mark.slow

@@ -211,7 +211,7 @@ class _FileTask:
     def __init__(self, path: Path) -> None:
         self._path, self._tensors = path, Tensors()
         self._live: list[str] = []
-        self._ready: torch.cuda.Event | None = None  # after the work that computes the live tensors
+        self._ready: tuple[torch.device, torch.cuda.Event] | None = None  # after the work that computes live tensors
         self.copied_bytes = self.live_bytes = 0
 
     def add(self, key: str, tensor: torch.Tensor, live: bool) -> None:
@@ -220,8 +220,7 @@ class _FileTask:
             self._tensors[key] = tensor
             self.live_bytes += tensor.nbytes
             if tensor.is_cuda and self._ready is None:
-                self._ready = torch.cuda.Event()
-                self._ready.record(torch.cuda.current_stream(tensor.device))
+                self._ready = tensor.device, torch.cuda.current_stream(tensor.device).record_event()
         else:  # a gathered tensor is released when the iterator moves on
             self._tensors[key] = shards.host_copy(tensor)
             self.copied_bytes += tensor.nbytes
@@ -237,13 +236,14 @@ class _FileTask:
 
 
 @contextmanager
-def _side_stream(ready: torch.cuda.Event | None) -> Iterator[None]:
-    """A stream beside the one on which training goes on, from `ready` on; nothing without a GPU."""
+def _side_stream(ready: tuple[torch.device, torch.cuda.Event] | None) -> Iterator[None]:
+    """A stream beside the one on which training goes on, after an event of that one; nothing without a GPU."""
     if ready is None:
         yield
         return
-    stream = torch.cuda.Stream(ready.device)
-    stream.wait_event(ready)
+    device, event = ready
+    stream = torch.cuda.Stream(device)
+    stream.wait_event(event)
     with torch.cuda.stream(stream):
         yield
 
