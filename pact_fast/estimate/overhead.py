@@ -24,7 +24,10 @@ PLAN_RANK = 2.5e-4  # a rank, in collectives
 WRITE_TOKEN = 8e-7  # a token that rank 0 writes to rollouts/
 # bytes/s
 FINGERPRINT_CPU = GIGA / 0.17  # measured; a GPU reads them at its memory's rate, an assumption
-HOST_COPY = {"cpu": 2.0 * GIGA, "cuda": 6.0 * GIGA}  # measured; assumed, for memory that is not pinned
+HOST_COPY = {
+    "cpu": 1.5 * GIGA,
+    "cuda": 6.0 * GIGA,
+}  # measured, into fresh pages; assumed, for memory that is not pinned
 
 
 def planning(config: Config, lengths: Lengths, gpus: int) -> list[StepPart]:
