@@ -17,6 +17,9 @@ Kind rl: policy loss. Kind ce: heads that have cross entropy only; inactive toke
 part in every round, in rotating order; those that take over ten times the GEMMs, in the first three. Compilation and
 warm-up are not timed.
 
+function_to_built_in: time of a loss that autograd differentiates, relative to the built-in rule, with
+    --shapes 16384x256x8192 --fractions 1 --no-memory --methods "pact cpp" "pact cpp, loss as a function"
+
 Exit status 1: one of our backends fails, or its error is above twice that of plain torch in the same dtype.
 """
 
@@ -62,6 +65,7 @@ ERROR_FACTOR = 2.0  # limit of our error, relative to plain torch's in the same 
 ERROR_FLOOR = 4e-6  # nats, or relative: fp32 rounding of logits of size 20; below it the factor does not apply
 LOGPROB_RMS = 5e-3  # nats; limit of a log-prob's RMS error, whatever plain torch's is
 SLOW = 10.0  # times the GEMMs
+FUNCTION, BUILT_IN = "pact cpp, loss as a function", "pact cpp"
 COLUMNS = ("method", "kind", "forward ms", "fwd+bwd ms", "x GEMMs", "extra fwd MiB", "extra fwd+bwd MiB",
            "logp max", "logp rms", "dX", "dW", "setting")  # fmt: skip
 
@@ -282,6 +286,8 @@ def _verdict(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
         fastest = min(peers, key=timed.__getitem__)
         rounds = (rows[name]["both_ms"]["rounds"] for name in (best, fastest))
         verdict |= {"fastest_peer": fastest, "ratio_to_fastest_peer": median_ratio(*rounds)}
+    if {FUNCTION, BUILT_IN} <= timed.keys():
+        verdict["function_to_built_in"] = median_ratio(*(rows[n]["both_ms"]["rounds"] for n in (FUNCTION, BUILT_IN)))
     memory, eagers = (rows.get(name, {}).get("extra_both_bytes") for name in (best, "eager"))
     if memory is not None and eagers:
         verdict["memory_to_eager"] = memory / eagers

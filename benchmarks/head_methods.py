@@ -280,12 +280,17 @@ def _verl_settings(problem: HeadProblem) -> list[dict[str, Any]]:
 # Ours; with entropy in both columns, since it comes with the log-prob
 
 
-def pact(backend: str) -> HeadMethod:
+def pact(backend: str, function: bool = False) -> HeadMethod:
+    """function: the same loss as a function that autograd differentiates, in place of the built-in rule."""
+
     def forward(problem: HeadProblem) -> Tensor:
         return linear_logprob(problem.hidden, problem.weight, problem.target, entropy=True, backend=backend).logprob
 
     def step(problem: HeadProblem) -> Tensor:
-        output = pact_loss(problem.hidden, problem.weight, problem.tokens, clip=(CLIP, CLIP), backend=backend)
+        loss = _clipped(problem.advantage) if function else "ppo"
+        output = pact_loss(
+            problem.hidden, problem.weight, problem.tokens, policy_loss=loss, clip=(CLIP, CLIP), backend=backend
+        )
         output.loss.backward()
         return output.logprob
 
@@ -297,6 +302,16 @@ def pact(backend: str) -> HeadMethod:
         return None if state == "ready" else state
 
     return HeadMethod(kind="rl", forward=forward, step=step, reason=reason, ours=True)
+
+
+def _clipped(advantage: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """PPO's rule for π_old = π, as a user writes it."""
+
+    def loss(logprob: Tensor, entropy: Tensor, index: Tensor) -> Tensor:
+        a, ratio = advantage[index], (logprob - logprob.detach()).exp()
+        return -torch.minimum(ratio * a, ratio.clamp(1 - CLIP, 1 + CLIP) * a)
+
+    return loss
 
 
 METHODS: dict[str, HeadMethod] = {
@@ -328,5 +343,6 @@ METHODS: dict[str, HeadMethod] = {
     "verl's formula": rl(verl_formula, settings=_verl_settings),
     "pact torch": pact("torch"),
     "pact cpp": pact("cpp"),
+    "pact cpp, loss as a function": pact("cpp", function=True),
     "pact triton": pact("triton"),
 }

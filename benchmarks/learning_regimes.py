@@ -63,7 +63,6 @@ def few(tasks: int) -> Regime:
 
 
 MEDIUM, LONG = TaskSet((2, 3)), TaskSet((4, 5))
-TURN = "rollout.max_turn_tokens=72"
 SMOLLM2_LONG = ("rollout.max_turns=6", "rollout.max_completion_length=480")
 SMOLLM2 = (
     "model.path=models/smollm2",

@@ -1,6 +1,6 @@
 """Costs that grow: what each part costs at several sizes, and with which exponent, with instant engines and simulated ranks.
 
-python -m benchmarks.scale                      all parts, about three minutes of one core
+python -m benchmarks.scale                      all parts, about six minutes of one core and 5 GB of temporary files
 python -m benchmarks.scale --parts step read    some of them
 python -m benchmarks.scale --largest 1024       up to this size only: a smoke test
 
@@ -15,7 +15,11 @@ rollouts   rollouts of one step are looked up in rollouts/, with 32 rollouts of 
 save       a checkpoint of fp32 weights with AdamW's states; size: MB of weights. Training waits for "blocked", and for
            what is left of "copies" when it comes to the next optimizer step
 turns      turns of a vLLM server, all open at once, in the client; size: turns
-read       a JSONL file is opened and the 256 tasks of the first step are read; size: rows of about 1 kB
+read       a JSONL file whose rows are held is read, and the 256 tasks of the first step are drawn; size: rows of about 1 kB
+index      a JSONL file whose rows are not held is opened and the tasks of three steps are drawn, in a process of its own;
+           size: rows of 4 kB. MB: peak memory beyond imports; "again": a process that finds the index
+start      a run with a tiny model until it has made one step and ended, imports included; size: rows of 4 kB. MB: peak memory
+           of the process
 """
 
 from __future__ import annotations

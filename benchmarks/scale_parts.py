@@ -87,6 +87,18 @@ def read(rows: int) -> Measured:
         return Measured(rows, seconds, {"MB": (resident_bytes() - before) / MB})
 
 
+def index(rows: int) -> Measured:
+    from benchmarks.scale_rows import measure_rows
+
+    return measure_rows(rows)
+
+
+def start(rows: int) -> Measured:
+    from benchmarks.scale_rows import measure_start
+
+    return measure_start(rows)
+
+
 def rollouts(steps: int) -> Measured:
     """One step is looked up among many. The files hold 32 rollouts of 4,096 tokens each, and are links to one of them."""
     from pact_fast.report.rollout_files import write_rollout_file
@@ -192,7 +204,9 @@ def turns(count: int) -> Measured:
 PARTS: dict[str, Part] = {
     "step": Part((64, 256, 512, 1024), step),
     "assign": Part((1_024, 4_096, 16_384), assign_packs),
-    "read": Part((1_000, 10_000, 50_000), read),
+    "read": Part((1_000, 3_000, 10_000), read),
+    "index": Part((20_000, 200_000, 1_000_000), index),
+    "start": Part((10_000, 100_000, 1_000_000), start),
     "rollouts": Part((50, 500, 5_000), rollouts),
     "turns": Part((64, 1_024, 8_192), turns),
     "save": Part((32, 128, 256), save),

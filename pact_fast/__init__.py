@@ -6,7 +6,7 @@ long OpenMP's threads spin, which works only before torch is imported (`pact_fas
 
 from pact_fast.openmp import limit_spinning
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 limit_spinning()
 del limit_spinning

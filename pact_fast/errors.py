@@ -63,7 +63,7 @@ def foreign_errors(problem: str, cure: str) -> Iterator[None]:
     """Turn whatever somebody else's code raises on a stranger's file into `problem: reason; cure`, one line.
 
     There is no list of expected exceptions: libraries raise what their own code happens to run into, and the parts that
-    are written in Rust also raise what is no Exception.
+    are written in Rust also raise objects that are not an Exception.
     """
     try:
         yield

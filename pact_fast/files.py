@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all: beside their place, flushed to disk, and renamed.
+"""Files and folders that are written whole or not at all: beside their place, flushed to disk, and renamed; the cache folder.
 
 What is at their place already is replaced, never written through: a symbolic or hard link to another file is exchanged
 for the new file, and the other one stays as it is.
@@ -6,7 +6,9 @@ for the new file, and the other one stays as it is.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -99,3 +101,21 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/pact_fast, by default ~/.cache/pact_fast; for a user without a home, a private folder of the process."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "pact_fast"
+    try:
+        return Path.home() / ".cache" / "pact_fast"
+    except RuntimeError:  # a user id that the system does not know, as in some containers
+        return Path(private_folder())
+
+
+@functools.cache
+def private_folder() -> str:
+    """Removed at exit. A folder that others can foresee would let them choose the code that is loaded."""
+    folder = tempfile.mkdtemp(prefix="pact-fast-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -108,7 +108,3 @@ def describe_error(error: BaseException) -> str:
     frame = frames[-1]
     ours = frame.filename == __file__ or "importlib" in frame.filename
     return text if ours else f"{text} ({frame.filename}:{frame.lineno})"
-
-
-def _is_standard(file: str) -> bool:
-    return file.startswith((_LIBRARY, "<frozen")) and "site-packages" not in file

@@ -17,5 +17,5 @@ python -m pact_fast.kernels.runtime # before the runtime is preloaded: it would 
 runtime="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libstdc++.so.6)"
 LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0:exitcode=99 python -m pytest -q -p no:cacheprovider --capture=sys \
   tests/test_gemm_fp32.py tests/test_gemm_bf16.py tests/test_softmax_bf16.py \
-  tests/test_rows.py tests/test_attention_cpp.py tests/test_pointwise.py tests/test_decoding_kernels.py \
+  tests/test_softmax.py tests/test_attention_cpp.py tests/test_pointwise.py tests/test_decoding_kernels.py \
   -k "not triton and not 20000 and not 4099 and not 2500 and not 256 and not 64-4-2" "$@"

@@ -344,7 +344,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "args", "message"), BAD, ids=str)
-def test_what_is_wrong_is_said_in_one_line(name, args, message, in_the_checkout):
+def test_mistakes_in_the_settings_are_one_line(name, args, message, in_the_checkout):
     if name in ("mcp", "gymnasium"):
         pytest.importorskip(name)
     with pytest.raises(PactError, match=message) as caught:

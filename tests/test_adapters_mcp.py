@@ -16,8 +16,10 @@ from pact_fast.data.types import Task
 from pact_fast.envs.adapters.mcp import observation
 from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
+from tests.support.optional import needs
 
-pytest.importorskip("mcp", reason="pip install mcp")
+needs("mcp", reason="pip install mcp")
+
 pytestmark = pytest.mark.slow
 
 SERVER = str(Path(__file__).parent / "support" / "mcp_server.py")

@@ -17,14 +17,21 @@ from pact_fast.envs.registry import environment
 from pact_fast.errors import PactError
 from pact_fast.rollout.agent import AgentLoop, Job
 from tests.support.groups import lookup_chain_renderer
+from tests.support.optional import needs
 from tests.support.scripted_engine import Script, turn
 
-vf = pytest.importorskip("verifiers", reason="pip install 'verifiers<0.4'")
-if not hasattr(vf, "load_environment"):
-    pytest.skip("this release of verifiers has no load_environment", allow_module_level=True)
+needs("verifiers", reason="pip install 'verifiers<0.4'")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 ENVS = "tests/support/verifiers_envs.py"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def known_release():
+    import verifiers
+
+    if not hasattr(verifiers, "load_environment"):
+        pytest.skip("this release of verifiers has no load_environment")
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +180,7 @@ def test_the_handlers_of_signals_stay_those_of_the_run():
         ("nothing", "int is no MultiTurnEnv"),
     ],
 )
-def test_what_cannot_be_served_is_refused_with_the_reason(name, message):
+def test_unsupported_environments_are_refused_with_the_reason(name, message):
     with pytest.raises(PactError, match=message):
         environment.get("verifiers").factory(args(name), 5.0)
 

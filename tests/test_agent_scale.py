@@ -112,7 +112,7 @@ def looks(count, monkeypatch, keep=None, **config):
 
 
 @pytest.mark.parametrize("options", [{"trajectory_timeout": 600.0}, {"keep": 3}], ids=["timeout", "oversampling"])
-def test_four_times_the_trajectories_are_looked_at_four_times_as_often(options, monkeypatch):
+def test_work_grows_linearly_with_the_number_of_trajectories(options, monkeypatch):
     few, many = (looks(count, monkeypatch, **options) for count in (200, 800))
     assert 0 < many < 4.5 * few, (few, many)
 

@@ -3,6 +3,8 @@
 The oracle works on whole sequences, one at a time, in plain autograd; it knows nothing of trees, rows, packs or LossTokens.
 """
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from pact_fast.components import Component
 from pact_fast.config import AlgorithmConfig
 from pact_fast.data.types import StopReason
 from tests.support.groups import GENERATED, lookup_chain_renderer, make_groups, step_context_of
-from tests.support.loss_formulas import VOCAB, Hiddens, assert_computes, head_weight, log_pi
+from tests.support.loss_formulas import VOCAB, Hiddens, Truth, assert_computes, head_weight, log_pi
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +122,22 @@ CASES = {
 )
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_equal_the_formulas(renderer, case, share, merge):
+    algorithm, groups, update, truth, hiddens, weight = problem(renderer, case)
+    config = update.config
+    needs = algorithm.requirements(sampler_differs=False)
+    assert needs.old_logprob == (config.name == "pact" and config.trace.context_importance_weight == "sequence")
+    assert_computes(algorithm, groups, update, truth, hiddens, weight, share, merge)
+
+
+@functools.lru_cache(maxsize=1)  # the formulas know nothing of packing
+def problem(renderer, case):
     config = AlgorithmConfig.model_validate(CASES[case])
     algorithm = make_algorithm(config)
     groups = make_groups(renderer, config, prompts=4, rollouts=3, use_turns=algorithm.turn_advantages)
     update = step_context_of(renderer, config, groups)
     weight, hiddens = head_weight(), Hiddens()
-    expected = oracle(hiddens, weight, groups, config, update, renderer)
-    needs = algorithm.requirements(sampler_differs=False)
-    assert needs.old_logprob == (config.name == "pact" and config.trace.context_importance_weight == "sequence")
-    assert_computes(algorithm, groups, update, expected, hiddens, weight, share, merge)
+    truth = Truth.of(oracle(hiddens, weight, groups, config, update, renderer), hiddens, weight)
+    return algorithm, groups, update, truth, hiddens, weight
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "prompt_mean"])

@@ -153,7 +153,7 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype, groups):
         torch.set_num_threads(before)
 
 
-def test_heads_outermost_every_second_number_and_an_expanded_gradient():
+def test_strided_inputs_and_an_expanded_gradient():
     needs(torch.float32)
     torch.manual_seed(0)
     batch = batch_of(3)
@@ -169,7 +169,7 @@ def test_heads_outermost_every_second_number_and_an_expanded_gradient():
     assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
 
 
-def test_a_nan_reaches_those_who_see_it_and_nobody_else():
+def test_a_nan_reaches_exactly_the_rows_that_see_it():
     needs(torch.float32)
     tree = TokenTree()
     x = tree.add(np.arange(70))
@@ -186,7 +186,7 @@ def test_a_nan_reaches_those_who_see_it_and_nobody_else():
     assert set(batch.rows(b)[1:]).isdisjoint(range(int(spoilt), int(end)))
 
 
-def test_what_it_does_not_serve_is_left_to_others():
+def test_unsupported_inputs_are_left_to_other_kernels():
     def takes(dtype=torch.float32, width=32, value_width=None, scale=1.0):
         q, v = torch.zeros(1, 1, 4, width, dtype=dtype), torch.zeros(1, 1, 4, value_width or width, dtype=dtype)
         return serves(q, v, scale)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from benchmarks import bfcl_verdicts
 from pact_fast.data.types import StopReason, Task, ToolCall, Trajectory, TurnRecord
 from pact_fast.envs.bfcl import Bfcl
 from pact_fast.envs.bfcl.ast_match import mismatch
@@ -26,9 +27,9 @@ from pact_fast.errors import PactError
 from pact_fast.evaluation.benchmark import benchmark
 from tests.support.hostile_outputs import CODE, NAMES, TEXTS, VALUES, audited
 from tests.support.models import TINY
+from tests.support.optional import needs
 
-pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval")
-from benchmarks import bfcl_verdicts
+needs("bfcl_eval", reason="pip install --no-deps bfcl-eval")
 
 
 def task_of(task_id: str) -> Task:

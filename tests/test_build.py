@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
-import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
+from pact_fast.kernels import backends, linear_logprob
 from pact_fast.kernels.runtime import build
+from tests.support.processes import Ranks
 
 pytestmark = pytest.mark.slow
 
-USE = """
-import warnings, torch
-from pact_fast.kernels import backends, linear_logprob
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(2):
-        print(linear_logprob(torch.ones(3, 4), torch.ones(5, 4), torch.arange(3)).logprob.tolist())
-print(backends()["cpp"])
-print(*[w.message for w in caught if "pact_fast" in str(w.message)], sep="|")
-"""
+
+class Use(Ranks):
+    """A process that uses the kernels, with a cache of its own. Forked: nothing has loaded the library there yet."""
+
+    def __init__(self, folder: Path, cache: Path, **environment: str):
+        folder.mkdir()
+        self._found = folder / "found.json"
+        variables = {"XDG_CACHE_HOME": str(cache), "PACT_FAST_CXXFLAGS": "-O0", **environment}
+        super().__init__(folder, use, self._found, variables, ranks=1)
+
+    def found(self) -> tuple[list[list[float]], str, list[str], str]:
+        """Log-probs of two calls, the state of the C++ backend, our warnings, and what was printed."""
+        assert self.wait(240) == [0], self.output(0)
+        return (*json.loads(self._found.read_text()), self.output(0))
 
 
-def start(cache: Path, **environment: str) -> subprocess.Popen:
-    env = {**os.environ, "XDG_CACHE_HOME": str(cache), "PACT_FAST_CXXFLAGS": "-O0", **environment}
-    return subprocess.Popen(
-        [sys.executable, "-c", USE], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
-
-
-def lines(process: subprocess.Popen) -> tuple[list[str], str]:
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    return out.splitlines(), err
+def use(out: Path, variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    assert build.status.cache_info().currsize == 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hidden, weight, target = torch.ones(3, 4), torch.ones(5, 4), torch.arange(3)
+        logprobs = [linear_logprob(hidden, weight, target).logprob.tolist() for _ in range(2)]
+    ours = [str(w.message) for w in caught if "pact_fast" in str(w.message)]
+    out.write_text(json.dumps([logprobs, backends()["cpp"], ours]))
 
 
 def needs_compiler():
@@ -63,26 +70,26 @@ def test_processes_that_compile_at_once_all_get_a_whole_library_and_later_ones_f
     compiler, calls = tmp_path / "c++", tmp_path / "calls"
     compiler.write_text(STAND_IN.format(calls=calls, library=build.build()))
     compiler.chmod(0o755)
-    for process in [start(tmp_path, CXX=str(compiler)) for _ in range(2)]:
-        out, err = lines(process)
-        assert out[2] == "ready" and "compiling" in err
+    for process in [Use(tmp_path / str(n), tmp_path, CXX=str(compiler)) for n in range(2)]:
+        _, state, _, printed = process.found()
+        assert state == "ready" and "compiling" in printed
     compiled = calls.read_text().count(" -c ")
     assert compiled == 2 * len(list(build.SOURCES.rglob("*.cpp")))
     assert len(list(tmp_path.rglob("*.so"))) == 1
-    out, err = lines(start(tmp_path, CXX=str(compiler)))
-    assert out[2] == "ready" and "compiling" not in err
+    _, state, _, printed = Use(tmp_path / "later", tmp_path, CXX=str(compiler)).found()
+    assert state == "ready" and "compiling" not in printed
     assert calls.read_text().count(" -c ") == compiled
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
 def test_without_a_working_compiler_torch_serves_after_one_line(compiler, tmp_path):
-    out, _ = lines(start(tmp_path, CXX=compiler))
-    assert out[0] == out[1] and out[0].startswith("[-1.609")
-    assert compiler in out[2] and out[2] != "ready"
-    assert out[3].count("falling back to plain torch") == 1 and compiler in out[3]
+    logprobs, state, [warning], _ = Use(tmp_path / "use", tmp_path, CXX=compiler).found()
+    assert logprobs[0] == logprobs[1] == pytest.approx([-math.log(5)] * 3)
+    assert compiler in state and state != "ready"
+    assert "falling back to plain torch" in warning and compiler in warning
     assert not list(tmp_path.rglob("*.so"))
     if compiler == "false":  # its messages are left
-        [log] = tmp_path.rglob("*.log")
+        [log] = (tmp_path / "pact_fast").rglob("*.log")
         assert "csrc/" in log.read_text() and ".cpp" in log.read_text()
 
 

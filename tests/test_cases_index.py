@@ -1,4 +1,4 @@
-"""Which tests hold which kind of fault that other projects' users reported; each has the reported case and siblings of it."""
+"""Index of the tests for faults that users of other trainers reported: each kind has the reported case and related ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 KINDS = {
-    "1 what a model does between trunk and logits": (
+    "1 what a model does between decoder and logits": (
         "test_scales_and_soft_caps_are_those_of_the_class test_trainer_and_engine_have_the_models_own_logits "
         "test_a_transform_that_is_left_out_is_found test_other_transforms_are_refused test_log_probs_entropies_and_gradients"
     ),
@@ -21,7 +21,7 @@ KINDS = {
         "test_an_answer_of_symbols_is_compared_by_its_symbols test_a_bare_nan_in_json_is_absent"
     ),
     "4 artefacts are reused because they exist": (
-        "test_leftovers_of_a_start_without_metrics_are_removed test_a_start_with_metrics_and_other_settings_is_made_again "
+        "test_leftovers_of_a_start_without_metrics_are_removed test_a_start_with_metrics_and_other_settings_is_replaced "
         "test_after_a_failed_start_the_new_tokenizer_and_base_are_the_runs_own "
         "test_a_template_that_is_corrected_between_two_starts_counts"
     ),
@@ -54,7 +54,7 @@ KINDS = {
         "test_conditions_of_an_evaluation_stand_in_the_table test_a_run_evaluates_as_it_samples_and_says_so"
     ),
     "14 settings are not compared with the checkpoint's": (
-        "test_what_the_earlier_steps_stand_for_may_not_change test_what_may_change "
+        "test_settings_that_earlier_steps_depend_on_may_not_change test_settings_that_may_change "
         "test_the_refusal_names_key_old_and_new_value_and_the_cure"
     ),
     "15, 19 settings that are ignored or pointless together": (
@@ -103,6 +103,6 @@ def test_every_kind_has_its_tests(kind):
     assert set(KINDS[kind].split()) <= defined
 
 
-def test_no_kind_is_left_out():
+def test_every_number_of_a_kind_is_listed():
     numbers = {int(number) for kind in KINDS for number in re.findall(r"^[\d, ]+", kind)[0].split(",")}
     assert numbers == set(range(1, 32))

@@ -21,7 +21,7 @@ from pact_fast.rewards.ftrl import contains_parts, solve_score
 from pact_fast.rewards.functions import call_reward_functions
 from pact_fast.rewards.score import score, turn_rewards
 from pact_fast.rewards.toolhop import is_correct
-from pact_fast.rollout.agent import _for_environment
+from pact_fast.rollout.env_calls import copy_for
 from pact_fast.train.evaluate import reward_means, success_rate
 from pact_fast.train.metrics import logged_metrics, rollout_metrics
 from pact_fast.train.step import with_logged
@@ -172,9 +172,9 @@ def test_a_users_environment_gets_copies():
         pass
 
     task = shared_tasks()[0]
-    _for_environment(Mine(), task).prompt.clear()
+    copy_for(Mine(), task).prompt.clear()
     assert len(task.prompt) == 1
-    assert _for_environment(PythonTools.__new__(PythonTools), task) is task
+    assert copy_for(PythonTools.__new__(PythonTools), task) is task
 
 
 # TRL's signature

@@ -156,7 +156,7 @@ def test_every_key_of_the_table_exists():
         "algorithm.beta=0.1", "pretrain=null", "trainer.prompts_per_update=4", "model.dtype=bfloat16",
     ],
 )  # fmt: skip
-def test_what_the_earlier_steps_stand_for_may_not_change(tmp_path, override):
+def test_settings_that_earlier_steps_depend_on_may_not_change(tmp_path, override):
     old = settings(f"output_dir={tmp_path}")
     new = settings(f"output_dir={tmp_path}", "resume=auto", override)
     save_config(old)
@@ -178,7 +178,7 @@ def test_what_the_earlier_steps_stand_for_may_not_change(tmp_path, override):
         "rollout.max_prompt_length=512", "trainer.log_completions=0", "output_dir=elsewhere", "device=cpu",
     ],
 )  # fmt: skip
-def test_what_may_change(override):
+def test_settings_that_may_change(override):
     assert fixed_changes(settings(), settings(override)) == []
 
 
@@ -221,7 +221,7 @@ def test_leftovers_of_a_start_without_metrics_are_removed(tmp_path):
     assert not any((tmp_path / "rollouts").iterdir())
 
 
-def test_a_start_with_metrics_and_other_settings_is_made_again(tmp_path):
+def test_a_start_with_metrics_and_other_settings_is_replaced(tmp_path):
     leftovers(tmp_path)
     (tmp_path / "metrics.jsonl").touch()
     open_run(settings(f"output_dir={tmp_path}", "resume=auto"), resumed=False)  # the same settings: all is kept

@@ -162,7 +162,7 @@ def test_a_broken_reward_function_is_named(kind, baseline_run, tmp_path):
     assert saved(run) == [1, 2, 3]
 
 
-def test_a_reward_function_may_have_no_opinion_and_the_run_goes_on(baseline_run, tmp_path):
+def test_a_reward_function_may_return_none(baseline_run, tmp_path):
     source = tmp_path / "rewards.py"
     source.write_text("def silent(completions, **columns):\n    return [None] * len(completions)\n")
     run = cut_back(baseline_run, tmp_path / "run", 3)
@@ -190,7 +190,7 @@ def limit_memory(limit: int) -> None:
     at_call(f"{AGENT}.run", 3, lambda *_: full.append(True))
 
 
-def test_a_run_that_cannot_turn_back_goes_on_with_smaller_packs(baseline_run, tmp_path):
+def test_a_run_that_cannot_repeat_the_update_resumes_with_smaller_packs(baseline_run, tmp_path):
     run = tmp_path / "run"
     settings = ["trainer.max_tokens_per_pack=600"]
     process = RunProcess(run, *settings, inject=functools.partial(limit_memory, 350))

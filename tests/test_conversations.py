@@ -257,7 +257,7 @@ def test_after_the_user_has_spoken_the_sampler_sees_what_the_template_writes(nam
 
 
 @pytest.mark.parametrize("name", DROPS)
-def test_whatever_is_sampled_is_trained_in_its_own_context(name):
+def test_every_sampled_token_is_trained_in_the_context_it_was_sampled_in(name):
     renderer = dropping(name)
     numbers = np.random.default_rng(DROPS.index(name))
     controls = sorted(renderer.control_ids)
@@ -313,7 +313,7 @@ def test_templates_that_keep_what_they_wrote_are_accepted(name):
         ("qwen3_5_think", {"enable_thinking": False}),
     ],
 )
-def test_a_variable_of_the_template_may_cure_it(name, variables):
+def test_a_variable_of_the_template_may_keep_earlier_reasoning(name, variables):
     check_user_turns(ChatRenderer(tokenizer_for(name), None, variables))
 
 
@@ -373,7 +373,7 @@ def test_a_trace_holds_what_the_user_said_and_is_written_back_unchanged():
         ([*DIALOGUE[:6], {"role": "system", "content": "x"}, *DIALOGUE[6:]], "message 6: expected an assistant turn"),
     ],
 )
-def test_a_dialogue_that_is_none_is_an_error_that_names_the_message(messages, problem):
+def test_a_malformed_dialogue_is_an_error_that_names_the_message(messages, problem):
     with pytest.raises(DataError, match=problem):
         row(messages)
 
@@ -429,7 +429,7 @@ def test_no_loss_touches_what_the_user_said(renderer, name):
 # ---- the page
 
 
-def test_the_example_of_the_page_is_an_episode(renderer):
+def test_the_example_of_the_documentation_runs(renderer):
     source = Path("docs/conversations.md").read_text().split("```python\n")[1].split("```")[0]
     names: dict = {}
     exec(compile(source, "docs/conversations.md", "exec"), names)

@@ -73,7 +73,7 @@ def test_rows_may_be_part_of_a_larger_matrix():
     assert_near(skinny.linear(x[:, :32], w), x[:, :32].double() @ w.double().t(), 2e-6)
 
 
-def test_what_the_gemm_does_not_serve():
+def test_inputs_that_the_gemm_does_not_support():
     x, w = torch.randn(2, 8), torch.randn(3, 8)
     assert skinny.serves(x, w)
     assert not skinny.serves(x.double(), w.double())

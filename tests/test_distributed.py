@@ -15,7 +15,7 @@ CASES = {
         "replicated/small/qwen3/luffy", "replicated/small/qwen3/sdft",
     ],
     "zero": [
-        "zero1/small/qwen3", "zero2/whole/qwen3", "zero2/small/qwen3", "zero3/whole/llama", "zero3/small/qwen3",
+        "zero1/small/qwen3", "zero2/small/qwen3", "zero3/whole/llama", "zero3/small/qwen3",
         "zero2-cpu/small/qwen3", "zero3-cpu/small/qwen3", "zero3/small/qwen3/sequence", "zero2/small/qwen3/dropped",
         "zero3/small/qwen3/kl",
     ],

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pact_fast.cli.main import main
-from tests.support.processes import Ranks, run_ranks
+from tests.support.processes import Ranks, deepspeed_on_gloo, run_ranks
 from tests.support.runs import SETTINGS, RunProcess
 
 pytestmark = pytest.mark.slow
@@ -36,6 +36,8 @@ def command(run: Path, *settings: str) -> list[str]:
 
 def call_command(arguments: list[str]) -> None:
     """In each rank."""
+    if any("deepspeed" in argument for argument in arguments):
+        deepspeed_on_gloo()
     sys.exit(main(arguments))
 
 
@@ -69,7 +71,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_give_what_one_gives_and_each_goes_on_with_the_others_checkpoint(stage, alone, tmp_path):
+def test_two_processes_give_the_results_of_one_and_either_resumes_from_the_others_checkpoint(stage, alone, tmp_path):
     if stage != "replicated":
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     two = tmp_path / "two"

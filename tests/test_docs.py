@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import yaml
 
-from pact_fast.cli import main as cli
+from pact_fast.cli.main import main
+from pact_fast.cli.parser import make_parser
 from pact_fast.config import AlgorithmConfig, load_config, parse_config, recipes
 from pact_fast.config.docs import configuration_page
 from pact_fast.data.readers import read_tasks
@@ -82,7 +83,7 @@ def test_python_example_runs(block, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("python") if "no-run" in b.flags], ids=str)
-def test_python_fragment_imports_what_there_is(block):
+def test_imports_of_python_fragment_work(block):
     """A fragment needs values that the reader has; its imports must still work."""
     imports = [node for node in ast.parse(block.text).body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert imports
@@ -136,7 +137,7 @@ def test_own_data_of_the_readme_passes_the_doctor(tmp_path, monkeypatch, capsys)
         "num_key_value_heads": 1,
         "head_dim": 16,
     }
-    status = cli.main(["doctor", "mine.yaml", "model.path=null", f"model.random_init={json.dumps(tiny)}"])
+    status = main(["doctor", "mine.yaml", "model.path=null", f"model.random_init={json.dumps(tiny)}"])
     report = capsys.readouterr().out
     assert status == 0, report
     assert re.search(r"[1-9]\d* expert calls run, 0 returned an error", report), report
@@ -175,7 +176,7 @@ def test_command_and_its_settings_exist(place, command, capsys):
     words = shlex.split(command, comments=True)[1:]
     if len(words) == 1 and words[0] not in ("recipes", "bench"):
         words.append("quickstart")
-    arguments = cli.make_parser().parse_args(words)
+    arguments = make_parser().parse_args(words)
     if hasattr(arguments, "settings"):
         source = arguments.source if arguments.source in recipes() else "quickstart"
         load_config(source, arguments.settings)

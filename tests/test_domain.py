@@ -51,7 +51,7 @@ def test_the_database_copies_at_first_touch_and_never_changes_its_base():
     assert db.changes() == {} and db.digest() == other.digest()
 
 
-def test_looking_is_no_change():
+def test_reading_a_record_is_not_a_change():
     db = Database(BASE)
     assert db["jars"]["a"]["n"] == 1 and db["jars"].peek("b")["n"] == 2 and db.changes() == {}
 

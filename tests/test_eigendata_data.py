@@ -13,7 +13,7 @@ from pact_fast.envs.domain.controls import Finding
 from pact_fast.envs.domain.instance import Instance
 from pact_fast.envs.registry import environment
 from pact_fast.synthesis.eigendata import quality
-from pact_fast.synthesis.eigendata.engine import Engine, Settings
+from pact_fast.synthesis.eigendata.engine import DataEngine, Settings
 from pact_fast.synthesis.eigendata.engine import silent as engine_silent
 from pact_fast.synthesis.eigendata.export import export
 from pact_fast.synthesis.eigendata.report import write_report
@@ -75,7 +75,7 @@ def test_the_report_shows_dialogues_and_escapes_them(folder):
 
 def test_texts_of_strangers_stay_text_on_the_page(tmp_path):
     """A domain or a model may write anything into a task."""
-    engine = Engine(DOMAIN, tmp_path / "out", Settings("helpdesk", rounds=1, plans=4, count=4))
+    engine = DataEngine(DOMAIN, tmp_path / "out", Settings("helpdesk", rounds=1, plans=4, count=4))
     candidates = engine.run()
     evil = "</dd><script>alert(1)</script>"
     for candidate in candidates:
@@ -131,8 +131,8 @@ def test_leakage_is_found():
     assert one.subject != two.subject and not quality.leakage(DOMAIN, [one], [two])
     same = quality.leakage(DOMAIN, [one], [replace(two, id=one.id)])
     assert same.ids == (one.id,) and not same.tasks
-    twin = quality.leakage(DOMAIN, [one], [replace(one, id="other")])
-    assert twin.tasks == (one.digest,) and one.subject in twin.entities
+    shared = quality.leakage(DOMAIN, [one], [replace(one, id="other")])
+    assert shared.tasks == (one.digest,) and one.subject in shared.entities
     mixed = replace(two, user=replace(two.user, opening=f"{two.user.opening} {one.subject}"))
     assert quality.leakage(DOMAIN, [one], [mixed]).entities == (one.subject,)
 
@@ -141,10 +141,10 @@ def test_near_duplicates_are_found():
     one, *others = support.instances(DOMAIN, 20)
     similarity = quality.Similarity(0.95)
     similarity.add(one)
-    assert similarity.twin(replace(one, id="again")) == one.id
+    assert similarity.duplicate_of(replace(one, id="again")) == one.id
     shouted = replace(one, user=replace(one.user, opening=one.user.opening.upper()))
-    assert shouted.digest != one.digest and similarity.twin(shouted) == one.id
-    assert not any(similarity.twin(other) for other in others)
+    assert shouted.digest != one.digest and similarity.duplicate_of(shouted) == one.id
+    assert not any(similarity.duplicate_of(other) for other in others)
     assert quality.jaccard(frozenset("abc"), frozenset("bcd")) == 0.5
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from pact_fast.envs.domain.controls import check_instance
 from pact_fast.errors import PactError
-from pact_fast.synthesis.eigendata.engine import Engine, Settings
+from pact_fast.synthesis.eigendata.engine import DataEngine, Settings
 from pact_fast.synthesis.eigendata.evolution import probe
 from pact_fast.synthesis.eigendata.pipeline import Pipeline, Roles
 from pact_fast.synthesis.eigendata.roles import Revision
@@ -49,7 +49,7 @@ def planted(folder: Path, faults: dict = ALL_FAULTS) -> Path:
 def test_reflection_repairs_six_planted_faults_within_five_rounds(tmp_path):
     start = planted(tmp_path / "start")
     settings = Settings("helpdesk", rounds=5, plans=PLANS, count=240)
-    engine = Engine(support.helpdesk(), tmp_path / "out", settings, start=start)
+    engine = DataEngine(support.helpdesk(), tmp_path / "out", settings, start=start)
     candidates = engine.run()
     rates = [record["accepted"] / record["attempts"] for record in engine.rounds]
     assert rates[0] == 0.0, rates
@@ -79,7 +79,7 @@ def test_reflection_moves_verification_before_the_dialogues(tmp_path):
     """With a fault, dialogues about tasks that are rejected anyway are played for nothing."""
     late = {"stages": ["synthesis", "rollout", "assessment", "verification"]}
     start = planted(tmp_path / "start", {"workflow.yaml": late, "synthesis.yaml": {"normalise": "nothing"}})
-    engine = Engine(
+    engine = DataEngine(
         support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=2, plans=16, count=24), start=start
     )
     engine.run()
@@ -99,7 +99,7 @@ class Meddling:
 
 
 def test_a_planted_regression_is_rolled_back(tmp_path):
-    engine = Engine(
+    engine = DataEngine(
         support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=3, plans=8, count=12),
         roles=Roles(reflector=Meddling()),
     )  # fmt: skip
@@ -126,9 +126,9 @@ def test_a_killed_run_continues_to_the_same_files(tmp_path):
     start = planted(tmp_path / "start", {"synthesis.yaml": {"normalise": "nothing"}})
     script = (
         "import sys; from pathlib import Path; from pact_fast.envs.domain.base import make_domain\n"
-        "from pact_fast.synthesis.eigendata.engine import Engine, Settings\n"
+        "from pact_fast.synthesis.eigendata.engine import DataEngine, Settings\n"
         "s = Settings('helpdesk', rounds=2, plans=8, count=24)\n"
-        f"Engine(make_domain('helpdesk'), Path(sys.argv[1]), s, start=Path({str(start)!r})).run()\n"
+        f"DataEngine(make_domain('helpdesk'), Path(sys.argv[1]), s, start=Path({str(start)!r})).run()\n"
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([sys.executable, "-c", script, str(whole)], check=True)
@@ -151,12 +151,12 @@ def test_a_killed_run_continues_to_the_same_files(tmp_path):
 
 def test_another_run_in_the_same_folder_is_refused(tmp_path):
     settings = Settings("helpdesk", rounds=1, plans=4, count=4)
-    engine = Engine(support.helpdesk(), tmp_path / "out", settings)
+    engine = DataEngine(support.helpdesk(), tmp_path / "out", settings)
     engine.run()
     with pytest.raises(PactError, match="begun with count=4, not 5"):
-        Engine(support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=1, plans=4, count=5)).run()
-    with engine._locked(), pytest.raises(PactError, match="another process works"):
-        Engine(support.helpdesk(), tmp_path / "out", settings).run()
+        DataEngine(support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=1, plans=4, count=5)).run()
+    with engine.locked(), pytest.raises(PactError, match="another process works"):
+        DataEngine(support.helpdesk(), tmp_path / "out", settings).run()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_wrong_setting_is_one_line_with_its_key(tmp_path, file, text, message)
 
 
 def test_settings_are_saved_as_json(tmp_path):
-    engine = Engine(support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=1, plans=4, count=4))
+    engine = DataEngine(support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=1, plans=4, count=4))
     engine.run()
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["plans"] == 4
 
@@ -185,7 +185,7 @@ def test_settings_are_saved_as_json(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timing
 def test_rules_make_500_accepted_tasks_in_under_three_minutes(tmp_path):
-    engine = Engine(support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=1, count=510))
+    engine = DataEngine(support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=1, count=510))
     started = time.process_time()
     accepted = [candidate for candidate in engine.run() if candidate.accepted]
     assert len(accepted) >= 500 and time.process_time() - started < 180

@@ -1,21 +1,26 @@
-"""Back-ends with a model: its words pass the controls or are rejected, and its revisions are measured like others."""
+"""Backends with a model: its words pass the controls or are rejected, and its revisions are measured like others."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
+import threading
+import time
 
 import pytest
 
-pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
-
 from pact_fast.envs.domain.controls import check_instance
 from pact_fast.llm import LLMClient
-from pact_fast.synthesis.eigendata.engine import Engine, Settings
-from pact_fast.synthesis.eigendata.models import ModelReflector, ModelWording
+from pact_fast.synthesis.eigendata.engine import DataEngine, Settings
+from pact_fast.synthesis.eigendata.model_reflector import ModelReflector
+from pact_fast.synthesis.eigendata.model_synthesizers import ModelWording
 from pact_fast.synthesis.eigendata.pipeline import Roles
 from tests.support import eigendata as support
 from tests.support.llm_server import llm_server, said
+from tests.support.optional import needs
+
+needs("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
 
 DOMAIN = support.helpdesk()
 
@@ -48,7 +53,7 @@ def test_words_that_give_something_away_or_leave_something_out_are_caught():
 
 @pytest.mark.slow
 def test_a_models_revisions_are_measured_and_may_rewrite_a_prompt(tmp_path):
-    """It mends a prompt that makes the user give tools away; its bad and impossible ideas change nothing."""
+    """It corrects a prompt by which the user gives tools away; its bad and impossible proposals change nothing."""
     start = tmp_path / "start"
     support.VERSION.save(tmp_path)
     (tmp_path / "0001").rename(start)
@@ -69,7 +74,40 @@ def test_a_models_revisions_are_measured_and_may_rewrite_a_prompt(tmp_path):
 
     with llm_server(lambda body: said(answer(body))) as server, LLMClient(server.config(), "tester") as client:
         roles = Roles(synthesizer=ModelWording(client), reflector=ModelReflector(client))
-        engine = Engine(DOMAIN, tmp_path / "out", Settings("helpdesk", rounds=2, plans=6, count=8), roles, start)
+        engine = DataEngine(DOMAIN, tmp_path / "out", Settings("helpdesk", rounds=2, plans=6, count=8), roles, start)
         engine.run()
     assert [trial.adopted for trial in engine.trials] == [False, True]
     assert engine.rounds[0]["accepted"] == 0 and engine.rounds[1]["accepted"] == 4
+
+
+def test_tasks_made_at_the_same_time_are_those_made_one_by_one(tmp_path):
+    """Also where some are too similar to earlier ones. The model is asked for several at a time."""
+    start = tmp_path / "start"
+    support.VERSION.save(tmp_path)
+    (tmp_path / "0001").rename(start)
+    workflow = start / "workflow.yaml"
+    workflow.write_text(re.sub(r"max_similarity: .*", "max_similarity: 0.2", workflow.read_text()))
+    open_requests, most = 0, 0
+    lock = threading.Lock()
+
+    def answer(body: dict) -> dict:
+        nonlocal open_requests, most
+        with lock:
+            open_requests += 1
+            most = max(most, open_requests)
+        time.sleep(0.01)
+        with lock:
+            open_requests -= 1
+        return said(wording(body))
+
+    files = []
+    for workers in (1, 6):
+        out = tmp_path / str(workers)
+        with llm_server(answer) as server, LLMClient(server.config(), "tester") as client:
+            roles, settings = Roles(synthesizer=ModelWording(client)), Settings("helpdesk", rounds=1, plans=3, count=15)
+            candidates = DataEngine(DOMAIN, out, settings, roles, start, workers).run()
+        files.append((out / "candidates.jsonl").read_bytes())
+        assert (most > 1) is (workers > 1)
+    assert files[0] == files[1]
+    assert {"duplicate"} == {finding.control for candidate in candidates for finding in candidate.findings}
+    assert any(candidate.accepted for candidate in candidates)

@@ -7,12 +7,8 @@ import random
 import re
 from dataclasses import replace
 
-import pytest
-
-pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
-pytest.importorskip("jsonschema", reason="jsonschema is not installed: pip install 'pact-fast[llm]'")
-
 import jsonschema
+import pytest
 
 from pact_fast.cli.main import main
 from pact_fast.envs.domain.controls import Finding, check_instance
@@ -21,14 +17,18 @@ from pact_fast.llm import LLMClient
 from pact_fast.synthesis.eigendata.actor import act_schema
 from pact_fast.synthesis.eigendata.backends import ROLES, make_roles
 from pact_fast.synthesis.eigendata.compose import RulesSynthesizer
-from pact_fast.synthesis.eigendata.engine import Engine, Settings
-from pact_fast.synthesis.eigendata.roles import Plan, Rollout
+from pact_fast.synthesis.eigendata.engine import DataEngine, Settings
+from pact_fast.synthesis.eigendata.roles import Rollout, TaskPlan
 from pact_fast.synthesis.eigendata.rollout import ScriptedPlayer, gold_acts
 from tests.support import eigendata as support
 from tests.support.llm_server import llm_server, said
+from tests.support.optional import needs
+
+needs("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
+needs("jsonschema", reason="jsonschema is not installed: pip install 'pact-fast[llm]'")
 
 DOMAIN = support.helpdesk()
-PLAN = Plan(0, ("abroad",))
+PLAN = TaskPlan(0, ("abroad",))
 
 
 def composed(seed=0):
@@ -222,7 +222,7 @@ def test_whatever_a_model_writes_nothing_unverified_is_accepted(tmp_path):
         out = tmp_path / str(len(names))
         with llm_server(lambda body: said(answer(body))) as server, LLMClient(server.config(), "tester") as client:
             settings = Settings("helpdesk", rounds=2, plans=4, count=20, models=names)
-            engine = Engine(DOMAIN, out, settings, make_roles(names, client))
+            engine = DataEngine(DOMAIN, out, settings, make_roles(names, client))
             candidates = engine.run()
             asked = {row["role"] for row in client.report()["usage"]}
         accepted = [candidate.instance for candidate in candidates if candidate.accepted]

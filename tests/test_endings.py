@@ -74,7 +74,7 @@ def test_a_reward_function_that_exits_is_named(how, tmp_path):
 
 
 @pytest.mark.parametrize("error", [ShutdownRequested(), KeyboardInterrupt(), ValueError("x"), PactError("y")])
-def test_what_is_no_exit_passes(error):
+def test_other_exceptions_pass_unchanged(error):
     with pytest.raises(type(error)) as caught, no_exit("it"):
         raise error
     assert caught.value is error
@@ -166,7 +166,7 @@ def full_disk():
 
 
 @pytest.mark.parametrize("make", [closed_pipe, full_disk, lambda: None])
-def test_no_message_is_worth_an_error(make):
+def test_a_message_that_cannot_be_written_is_dropped(make):
     stream = TolerantStream(make())
     for _ in range(3):
         stream.write("text\n" * 10_000)
@@ -179,7 +179,7 @@ def test_no_message_is_worth_an_error(make):
 @pytest.mark.slow
 @pytest.mark.chaos
 @pytest.mark.parametrize("what", ["2>/dev/full", "2>&1 | true", ">&- 2>&-"])
-def test_a_run_goes_on_when_nobody_reads_its_messages(what, tiny, tmp_path):
+def test_a_closed_output_pipe_does_not_end_a_run(what, tiny, tmp_path):
     command = f"{sys.executable} -m pact_fast train {tiny} {what}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], env=environment(), timeout=600, capture_output=True, check=False)
     assert done.returncode == 0, done

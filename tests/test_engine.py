@@ -1,5 +1,7 @@
 """The embedded engine: log-probs, scheduling, determinism."""
 
+import gc
+
 import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -150,3 +152,28 @@ def test_inverse_cdf_returns_no_token_of_probability_0():
         logp[:, possible] = -0.1
         first_and_last = inverse_cdf(logp, torch.stack([torch.zeros_like(last), last]))
         assert first_and_last.tolist() == [possible[0], possible[-1]]
+
+
+def test_the_cache_is_given_up_with_the_last_session_and_begins_anew():
+    model, prompt = tiny_model(), np.arange(3, 40)
+    engine = TransformersEngine(model, [EOT], slots=2)
+    before, turns = cached_elements(), []
+    for _ in range(2):
+        for session in range(3):  # one waits for a slot
+            engine.submit(Request(session, prompt, 5, (session,), 1.0))
+        done = {}
+        while len(done) < 3:
+            for completion in engine.step():
+                assert cached_elements() > before
+                done[completion.session] = completion.ids.tolist()
+                engine.close(completion.session)
+        assert cached_elements() == before
+        turns.append(done)
+    assert turns[0] == turns[1]
+
+
+def cached_elements() -> int:
+    """Elements of all tensors that have the shape of a layer's keys or values."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+    return sum(tensor.numel() for tensor in tensors if tensor.ndim == 4 and tensor.shape[1:] == (2, 128, 8))

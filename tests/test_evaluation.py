@@ -17,10 +17,10 @@ from pact_fast.data.readers import read_tasks
 from pact_fast.envs.python_tools.env import PythonTools
 from pact_fast.envs.python_tools.pool import SandboxPool
 from pact_fast.errors import PactError
-from pact_fast.evaluation.benchmark import Benchmark, Group, benchmark
+from pact_fast.evaluation.benchmark import Benchmark, CategoryGroup, benchmark
 from pact_fast.evaluation.results import ResultStore, Sample, first_difference
 from pact_fast.evaluation.statistics import estimate, pass_hat_k
-from pact_fast.evaluation.summary import summarize, summary_table
+from pact_fast.evaluation.summary import summarise, summary_table
 from tests.support.runs import TINY_RUN
 
 SOURCE = "def double(x):\n    return {'value': 2 * x}\n"
@@ -97,7 +97,7 @@ def test_scores_by_category_are_the_sums_by_hand():
     class Two(Benchmark):
         categories = ("x", "y")
         metrics = {"f1": "F1"}  # noqa: RUF012
-        groups = (Group("both", ("x", "y")),)
+        groups = (CategoryGroup("both", ("x", "y")),)
 
         def tasks(self, category):
             return []
@@ -108,13 +108,13 @@ def test_scores_by_category_are_the_sums_by_hand():
         for (category, task), values in outcomes.items()
         for k, value in enumerate(values)
     ]
-    summary = summarize(Two, samples, 2)
+    summary = summarise(Two, samples, 2)
     x, y, both = summary["categories"]["x"], summary["categories"]["y"], summary["groups"]["both"]
     assert (x["tasks"], x["pass@1"]["mean"], x["pass^2"]["mean"], x["f1"]["mean"]) == (2, 0.75, 0.5, 0.375)
     assert y["pass@1"]["mean"] == 0 and x["stop_reasons"] == {"answer": 4}
     assert (both["tasks"], both["pass@1"]["mean"], both["pass^2"]["mean"]) == (3, 0.375, 0.25)
     assert summary_table(Two, summary, "title").row_count == 3
-    only_x = summarize(Two, [s for s in samples if s.category == "x"], 2)
+    only_x = summarise(Two, [s for s in samples if s.category == "x"], 2)
     assert only_x["groups"] == {}, "a group without all of its categories is no score"
 
 

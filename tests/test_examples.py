@@ -57,6 +57,7 @@ def test_every_example_is_listed_in_the_readme_and_run_here():
     source = Path(__file__).read_text("utf-8")
     source += Path(__file__).with_name("test_mtr_model_resume.py").read_text("utf-8")
     source += Path(__file__).with_name("test_adapters.py").read_text("utf-8")
+    source += Path(__file__).with_name("test_verl.py").read_text("utf-8")
     assert all(Path(name).stem in source for name in listed)
 
 

@@ -65,7 +65,7 @@ def test_one_pass_backward_gives_the_gradients_and_the_bits_of_the_product(dtype
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
-def test_gradients_are_made_for_whom_they_are_wanted(wanted):
+def test_only_gradients_that_are_needed_are_computed(wanted):
     tensors = inputs((9, 16), 24, torch.float32)
     for i, t in enumerate(tensors):
         t.requires_grad_(i in wanted)

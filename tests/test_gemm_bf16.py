@@ -98,7 +98,7 @@ def test_a_gradient_that_grows_over_many_calls_keeps_its_digits(ops):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_stays_so(bad, ops):
+def test_values_that_are_not_finite_stay_in_their_row_and_column(bad, ops):
     x, weight = torch.ones(40, 8).bfloat16(), torch.ones(50, 8).bfloat16()
     dz, dx, d_weight = torch.ones(40, 50), torch.empty(40, 8), Sums(torch.zeros(50, 8))
     dz[35, 43] = bad
@@ -156,7 +156,7 @@ def test_tensors_that_do_not_fit_are_refused(ops):
             ops.bf16_grads(*arguments, True)
 
 
-def test_without_onednn_they_say_that_they_are_not_ready(ops):
+def test_without_onednn_the_operators_say_that_they_are_not_ready(ops):
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:

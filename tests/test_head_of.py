@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
 
@@ -22,7 +21,7 @@ KINDS = {
 
 def ours(model):
     """Log-probs of the next tokens through head_of."""
-    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = base.base_model(IDS).last_hidden_state[:, :-1].flatten(0, 1)
     head = head_of(model)
     return linear_logprob(head.input(hidden), head.weight, IDS[:, 1:].flatten(), **head.options).logprob
@@ -44,6 +43,8 @@ def check(model):
 
 
 def with_lora(name="default", **options):
+    import peft
+
     settings = peft.LoraConfig(
         r=3, lora_alpha=7, init_lora_weights=False, target_modules=["q_proj", "lm_head"], **options
     )
@@ -62,6 +63,8 @@ def test_lora_on_the_head_is_exact():
 
 
 def test_adapters_count_as_far_as_they_are_active():
+    import peft
+
     model = with_lora()
     model.add_adapter("other", peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["lm_head"]))
     model.double().base_model.set_adapter(["default", "other"])
@@ -76,6 +79,8 @@ def test_adapters_count_as_far_as_they_are_active():
 
 
 def test_a_head_that_peft_trains_as_a_whole():
+    import peft
+
     settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     model = peft.get_peft_model(make("llama"), settings, autocast_adapter_dtype=False)
     trained = model.base_model.model.lm_head.modules_to_save["default"].weight

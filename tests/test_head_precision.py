@@ -189,7 +189,7 @@ def test_logprobs_of_bf16_inputs_come_from_the_fp32_accumulator(backend):
 
 @pytest.mark.parametrize("backend", LIVE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_nothing_comes_of_rows_that_are_all_masked(dtype, backend):
+def test_all_masked_rows_give_zero_loss_and_gradients(dtype, backend):
     parameters, table, options = CASES["odd sizes"].inputs(dtype)
     table.rl_weight.zero_()
     table.sft_weight.zero_()

@@ -63,7 +63,7 @@ def test_yaml_of_a_stranger_is_one_short_line(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["billion laughs", "brackets", "digits", "many values"])
-def test_the_same_on_the_command_line(name):
+def test_settings_of_the_command_line_are_bounded_alike(name):
     text, problem = YAML[name]
     value = text.removeprefix("seed: ") if text.startswith("seed: ") else text
     with pytest.raises(PactError, match=r"^'env\.args'") as caught:
@@ -71,7 +71,7 @@ def test_the_same_on_the_command_line(name):
     assert problem in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_what_real_settings_look_like_is_read():
+def test_settings_of_ordinary_size_are_read():
     data = {"a": [1, 2.5, None, True, "x"], "b": {"c": {"d": list(range(100))}}}
     assert load_yaml(yaml.safe_dump(data)) == data
     assert load_yaml("base: &b {x: 1}\nmore: {<<: *b, y: 2}\n") == {"base": {"x": 1}, "more": {"x": 1, "y": 2}}

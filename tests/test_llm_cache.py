@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
-
 from pact_fast.errors import PactError
 from pact_fast.llm import Answer, BudgetExceeded, InvalidAnswer, LLMClient, ReplayMiss, Request
 from pact_fast.llm.cache import AnswerCache
 from pact_fast.llm.config import LLMConfig
 from tests.support.llm_server import forks_of, in_turn, llm_server, running, said, wait_for
+from tests.support.optional import needs
+
+needs("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
 
 HI = [{"role": "user", "content": "hi"}]
 KEY = "ab" + "0" * 62
@@ -151,7 +152,7 @@ def test_an_answer_survives_the_disk_unchanged(tmp_path):
 @pytest.mark.parametrize(
     "damage", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"format": 0}', "other key", "types"]
 )
-def test_a_damaged_file_is_named_and_nobody_is_asked(client_of, server, tmp_path, damage):
+def test_a_damaged_file_is_named_and_the_server_is_not_asked(client_of, server, tmp_path, damage):
     client_of().complete(HI)
     (path,) = files(tmp_path)
     entry = json.loads(path.read_bytes())

@@ -7,13 +7,14 @@ import tracemalloc
 
 import pytest
 
-pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
-
 from pact_fast.data.types import ToolCall
 from pact_fast.errors import PactError
 from pact_fast.llm import BudgetExceeded, InvalidAnswer, LLMClient, LLMConfig, LLMError, Request, ServerFailed
 from pact_fast.llm import client as client_module
 from tests.support.llm_server import Reply, in_turn, llm_server, refused, said
+from tests.support.optional import needs
+
+needs("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
 
 HI = [{"role": "user", "content": "hi"}]
 SCHEMA = {
@@ -264,7 +265,7 @@ def test_an_endless_answer_is_given_up_in_bounded_memory(client_of, server):
     assert peak < 16 << 20
 
 
-def test_nobody_listens(server):
+def test_a_refused_connection_is_an_error(server):
     with LLMClient(LLMConfig(model="m", base_url="http://127.0.0.1:9/v1", max_retries=1), "tester") as client:
         error = failure(client)
     assert error.reason == "unavailable" and "127.0.0.1:9" in str(error)

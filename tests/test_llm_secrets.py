@@ -6,11 +6,12 @@ import traceback
 
 import pytest
 
-pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
-
 from pact_fast.errors import PactError
 from pact_fast.llm import InvalidAnswer, LLMClient, LLMConfig, LLMError
 from tests.support.llm_server import Reply, llm_server, refused, said
+from tests.support.optional import needs
+
+needs("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
 
 KEY = "k3y-0123456789abcdef"
 HI = [{"role": "user", "content": "hi"}]

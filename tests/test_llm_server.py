@@ -6,12 +6,12 @@ import threading
 
 import pytest
 
-pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
-
 from pact_fast.errors import PactError
 from pact_fast.llm import LLMClient, LLMConfig, server
 from pact_fast.vllm_process import launch
+from tests.support.optional import needs
 
+needs("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
 pytestmark = pytest.mark.slow
 HEALTHY = """
 import socket, sys

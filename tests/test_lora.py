@@ -28,8 +28,9 @@ from pact_fast.rollout.embedded.engine import TransformersEngine
 from pact_fast.rollout.engine import Request
 from pact_fast.train.learner import Learner
 from tests.support.groups import make_groups, step_context_of
+from tests.support.optional import needs
 
-peft = pytest.importorskip("peft", reason="needs the extra lora: pip install 'pact-fast[lora]'")
+needs("peft", reason="needs the extra lora: pip install 'pact-fast[lora]'")
 
 SETTINGS = {
     "model": {
@@ -144,6 +145,8 @@ def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
 
 
 def test_peft_loads_a_checkpoint(run):
+    import peft
+
     theirs = peft.PeftModel.from_pretrained(base(run), run / "checkpoints/step_2/model").eval()
     assert torch.equal(logits(theirs), logits(policy(run, 2)))
 
@@ -201,6 +204,8 @@ def sampled(model) -> tuple[list[int], list[float]]:
 
 def test_the_embedded_engine_samples_with_the_adapters_however_they_were_put_on(run):
     ours = sampled(policy(run, 2))
+    import peft
+
     wrapped = peft.PeftModel.from_pretrained(base(run), run / "checkpoints/step_2/model")
     assert sampled(wrapped) == ours
     assert sampled(base(run))[1] != ours[1]

@@ -4,14 +4,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pact_fast.cli.main import main
 from pact_fast.config import parse_config
 from pact_fast.errors import PactError
+from pact_fast.estimate import update_trace
 from pact_fast.estimate.memory import auto_pack_tokens, default_load, estimate
 from pact_fast.estimate.sharding import Sharding
 from pact_fast.estimate.workload import Lengths, full_load, update_loads
+from pact_fast.kernels import LossTokens, pact_loss
 from pact_fast.kernels.runtime import build
 from pact_fast.model.patch import without_fused_kernels
 from tests.support.models import DEEP
@@ -140,7 +144,7 @@ def test_zero_shards_more_with_every_stage(deep):
 
 
 @pytest.mark.slow
-def test_what_else_is_on_the_device_counts(deep):
+def test_reference_model_and_rollout_engine_count(deep):
     plain = estimate(deep).total
     deep.algorithm.beta = 0.01
     assert estimate(deep).total == plain + 4 * estimate(deep).parameters
@@ -179,3 +183,34 @@ def test_a_large_model_costs_the_doctor_no_memory(tmp_path, capsys):
 def test_wrong_options_are_one_line(options, cure, capsys):
     assert main(["doctor", "quickstart", *options]) == 2
     assert cure in capsys.readouterr().err
+
+
+class Made(TorchDispatchMode):
+    """(rows, dtype) of the matrices of width 8 that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, torch.dtype]] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.ndim == 2 and result.shape[1] == 8:
+            self.shapes.add((len(result), result.dtype))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_hidden_gradients_are_as_large_as_those_of_the_kernel(dtype):
+    """In 16-bit types a row that no token reads has no sum in fp32."""
+    found = []
+    for call in ("kernel", "estimate"):
+        hidden, weight = torch.zeros(50, 8, dtype=dtype, requires_grad=True), torch.zeros(11, 8, dtype=dtype)
+        with Made() as made:
+            if call == "kernel":
+                row = torch.arange(3)
+                tokens = LossTokens(row, row, sft_weight=1.0)
+                pact_loss(hidden, weight, tokens, sft_loss=torch.neg, backend="torch")  # a function: no operator
+            else:
+                update_trace._Head.apply(hidden, weight, 3, "cpu")
+        found.append({shape for shape in made.shapes if shape[0] == 50})
+    assert found[0] == found[1] == {(50, dtype)}

@@ -12,7 +12,7 @@ import pytest
 from pact_fast.cli.main import main
 from pact_fast.data.readers import read_tasks
 from pact_fast.envs.simulated.env import make_actor
-from pact_fast.envs.simulated.world import World
+from pact_fast.envs.simulated.world import ToolWorld
 from pact_fast.errors import PactError
 from pact_fast.synthesis.journal import JOURNAL
 from pact_fast.synthesis.mtr import pipeline
@@ -145,7 +145,7 @@ def test_rows_without_a_plan_are_tasks_that_search_their_passages(without_plan, 
     assert all(task.expert is None and task.columns["answers"] == ["Oslo"] for task in tasks)
     assert "8 tasks without a trace" in capsys.readouterr().out
     actor = make_actor({})
-    found = actor.episode("h1", World.from_task(tasks[0].tools, tasks[0].env_args)).call("search", {"query": "Ann"})
+    found = actor.episode("h1", ToolWorld.from_task(tasks[0].tools, tasks[0].env_args)).call("search", {"query": "Ann"})
     assert "born in Oslo" in found
 
 

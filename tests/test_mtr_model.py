@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
-
 from pact_fast.envs.simulated.actor import MARKUP, ToolActor, error_kind
 from pact_fast.envs.simulated.backend import ERROR_KINDS, ToolRequest
 from pact_fast.envs.simulated.env import make_actor
@@ -26,6 +24,9 @@ from pact_fast.synthesis.mtr.readers import read_rows
 from pact_fast.synthesis.mtr.tool_maker import REASONS, check_tool, secrets
 from tests.support import simulated
 from tests.support.llm_server import in_turn, llm_server, refused, said
+from tests.support.optional import needs
+
+needs("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
 
 ROW = QARow(
     "r", simulated.QUESTION, (simulated.GOLD,), simulated.world().passages,

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
-
 from examples.mtr_with_a_model import main
 from pact_fast.synthesis.mtr.model_tool_maker import CLASS, INTERFACES
 from tests.support.llm_server import forks_of, llm_server, running, said, wait_for
+from tests.support.optional import needs
+
+needs("openai", reason="openai is not installed: pip install 'pact-fast[llm]'")
 
 pytestmark = pytest.mark.slow
 ROWS = 12

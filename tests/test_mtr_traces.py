@@ -18,7 +18,7 @@ from pact_fast.synthesis.mtr.auto_agent import from_trajectory
 from pact_fast.synthesis.mtr.generated import GeneratedQuestions
 from pact_fast.synthesis.mtr.make_task import make_task
 from pact_fast.synthesis.mtr.qa import QARow
-from pact_fast.synthesis.mtr.verify import REASONS, reasons_against
+from pact_fast.synthesis.mtr.verify import REASONS, rejection_reasons
 from tests.support.qa_data import MUSIQUE, WIKI, qa_rows
 from tests.support.simulated import GOLD, actor, task
 from tests.support.trajectories import rollout
@@ -35,7 +35,7 @@ def turn(call, observation, reasoning=""):
 
 
 def test_a_good_trace_has_no_reason_against_it():
-    assert reasons_against(task(), TRACE, make_actor({})) == []
+    assert rejection_reasons(task(), TRACE, make_actor({})) == []
 
 
 BAD = ToolCall("get_director", {"film": "Free Guy"})
@@ -56,7 +56,7 @@ CASES = {
 
 @pytest.mark.parametrize("reason", CASES)
 def test_a_bad_trace_is_rejected_with_its_reason(reason):
-    assert reason in reasons_against(task(), CASES[reason], make_actor({})) and reason in REASONS
+    assert reason in rejection_reasons(task(), CASES[reason], make_actor({})) and reason in REASONS
 
 
 def test_rules_write_complete_traces_without_a_model():
@@ -96,7 +96,7 @@ def test_what_a_policy_did_is_a_trace_unless_a_limit_cut_it_or_a_call_was_malfor
     acted = TurnRecord("", "I look.", "", list(TURNS[0].calls), list(TURNS[0].observations))
     last = TurnRecord(GOLD, "", GOLD)
     trace = from_trajectory(rollout(acted, last))
-    assert trace == ExpertTrace((TURNS[0],), GOLD) and "no_evidence" in reasons_against(task(), trace, make_actor({}))
+    assert trace == ExpertTrace((TURNS[0],), GOLD) and "no_evidence" in rejection_reasons(task(), trace, make_actor({}))
     assert from_trajectory(rollout(acted, last, stop=StopReason.MAX_TURNS)) is None
     assert from_trajectory(rollout(TurnRecord("", "", "", ["malformed"], ["error"]), last)) is None
 
@@ -153,6 +153,6 @@ def test_four_of_five_real_rows_give_a_trace_that_an_independent_check_accepts(n
 
 
 def _world(made):
-    from pact_fast.envs.simulated.world import World
+    from pact_fast.envs.simulated.world import ToolWorld
 
-    return World.from_task(made.tools, made.env_args)
+    return ToolWorld.from_task(made.tools, made.env_args)

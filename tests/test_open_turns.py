@@ -15,7 +15,7 @@ import pytest
 from pact_fast.rollout.engine import Request
 from pact_fast.rollout.vllm import http_client
 from pact_fast.rollout.vllm.client import VllmServerTransport
-from pact_fast.rollout.vllm.descriptors import MOST_OPEN, open_request_limit
+from pact_fast.rollout.vllm.descriptors import MAX_OPEN, open_request_limit
 from pact_fast.rollout.vllm.engine import VllmEngine
 from tests.support.processes import WARM
 
@@ -91,6 +91,6 @@ def test_the_soft_limit_is_raised_and_counts():
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
         found = open_request_limit()
-        assert found == MOST_OPEN or resource.getrlimit(resource.RLIMIT_NOFILE)[0] == before[1]
+        assert found == MAX_OPEN or resource.getrlimit(resource.RLIMIT_NOFILE)[0] == before[1]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

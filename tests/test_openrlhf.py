@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pact_fast.errors import PactError
-from pact_fast.integrations import openrlhf as adapter
+from pact_fast.integrations import fused_forward, host_loss
 from pact_fast.integrations.openrlhf import install
-from tests.support.flash_attn_standin import openrlhf_models
+from tests.support.broken_kernels import break_kernels
+from tests.support.flash_attn_standin import openrlhf_models, ppo_trainer
+from tests.support.small_chunks import make_small_chunks
 
 host = openrlhf_models()
 pytestmark = pytest.mark.slow  # OpenRLHF compiles its entropy
@@ -19,6 +22,11 @@ SHAPE = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    make_small_chunks(monkeypatch)
 
 
 def make_actor(*, packing=False, temperature=1.0, tied=False, lora=False) -> Any:
@@ -124,9 +132,9 @@ def test_calls_for_logits_and_generation_are_the_hosts_own():
 
 def test_only_tokens_of_actions_are_scored(monkeypatch):
     rows = []
-    own = adapter.linear_logprob
+    own = fused_forward.linear_logprob
     monkeypatch.setattr(
-        adapter, "linear_logprob", lambda hidden, *a, **k: rows.append(len(hidden)) or own(hidden, *a, **k)
+        fused_forward, "linear_logprob", lambda hidden, *a, **k: rows.append(len(hidden)) or own(hidden, *a, **k)
     )
     actor = make_actor()
     remove = install()
@@ -137,18 +145,87 @@ def test_only_tokens_of_actions_are_scored(monkeypatch):
     assert rows[-1] == int(batch()[2].sum())
 
 
-def test_a_broken_kernel_is_an_error_in_the_first_step(monkeypatch):
-    own = adapter.linear_logprob
+def make_trainer(actor: Any, loss: Any, **settings: Any) -> Any:
+    """OpenRLHF's trainer of a policy, with its real `training_step`, without DeepSpeed, Ray and optimizer."""
+    kl = SimpleNamespace(use_loss=False, init_coef=0.1, estimator="k3", unbiased_gradient=False)
+    vars(kl).update({name: value for name, value in settings.items() if hasattr(kl, name)})
+    args = SimpleNamespace(
+        actor=SimpleNamespace(entropy_coef=settings.get("entropy_coef"), aux_loss_coef=0.0),
+        algo=SimpleNamespace(kl=kl), train=SimpleNamespace(dynamic_batch_enable=False),
+    )  # fmt: skip
+    trainer = ppo_trainer().__new__(ppo_trainer())
+    scale = settings.get("scale", 1.0)  # as DeepSpeed's accumulation and loss scaling do
+    trainer.strategy = SimpleNamespace(
+        args=args, ring_attn_group=None, backward=lambda loss, *_: (loss * scale).backward(),
+        optimizer_step=lambda *_, **__: None, get_grad_norm=lambda _: 0.0,
+    )  # fmt: skip
+    trainer.args, trainer.actor, trainer.actor_loss_fn, trainer.aux_loss = args, actor, loss, False
+    trainer.replay_buffer = trainer.ema_model = trainer.actor_optim = None
+    trainer.actor_scheduler = SimpleNamespace(get_last_lr=lambda: [0.0])
+    return trainer
 
-    def broken(*args, **options):
-        out = own(*args, **options)
-        return type(out)(out.logprob * 1.01, out.entropy, out.statistics)
 
-    monkeypatch.setattr(adapter, "linear_logprob", broken)
-    actor = make_actor()
+def training_step(trainer: Any) -> dict[str, torch.Tensor]:
+    from openrlhf.trainer.ppo_utils.experience import Experience
+
+    sequences, attention, action, noise, advantages = batch()
+    near = -5.7 + 0.3 * noise  # about log 1/300
+    experience = Experience(
+        sequences=sequences, attention_mask=attention, action_mask=action, action_log_probs=near * action,
+        base_action_log_probs=(near + 0.2) * action, rollout_log_probs=(near - 0.1) * action, advantages=advantages,
+        info={},
+    )  # fmt: skip
+    status = trainer.training_step(experience, 0.1, 0)
+    metrics = {n: v.detach() for n, v in status["metrics"].items() if isinstance(v, torch.Tensor) and v.dim() == 0}
+    return gradients(trainer.actor) | metrics
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [
+        ({}, {}),
+        ({"dual_clip": 2.0, "token_level_loss": False}, {"scale": 0.25}),
+        ({"is_correction_level": "token"}, {"use_loss": True, "entropy_coef": 0.01}),
+        ({"policy_loss_type": "gspo"}, {"use_loss": True}),
+    ],
+)
+@pytest.mark.parametrize("packing", [False, True])
+def test_training_steps_have_the_gradients_and_metrics_of_openrlhfs_own_code(loss, settings, packing):
+    actor = make_actor(packing=packing, temperature=0.8)
+    trainer = make_trainer(actor, host.PolicyLoss(**loss), **settings)
+    theirs = training_step(trainer)
     remove = install()
     try:
-        with pytest.raises(PactError, match="OpenRLHF: log-probs"):
-            policy_step(actor, host.PolicyLoss())
+        compare(training_step(trainer), theirs)
+        compare(training_step(trainer), theirs)
+    finally:
+        remove()
+    compare(training_step(trainer), theirs)
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("ppo", 1), ("gspo", 2)])
+def test_a_loss_that_is_a_sum_over_tokens_needs_one_pass(kind, passes, monkeypatch):
+    calls = []
+    for module, name in ((host_loss, "pact_loss"), (fused_forward, "linear_logprob")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, own=own, **k: calls.append(own) or own(*a, **k))
+    trainer = make_trainer(make_actor(), host.PolicyLoss(policy_loss_type=kind))
+    remove = install()
+    try:
+        training_step(trainer)
+    finally:
+        remove()
+    assert len(calls) == passes
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("step", ["policy loss", "training step"])
+def test_a_broken_kernel_is_an_error_in_the_first_step(where, step, monkeypatch):
+    break_kernels(monkeypatch, where)
+    trainer = make_trainer(make_actor(), host.PolicyLoss())
+    remove = install()
+    try:
+        with pytest.raises(PactError, match=r"OpenRLHF: (log-probs|gradients)"):
+            training_step(trainer) if step == "training step" else policy_step(trainer.actor, host.PolicyLoss())
     finally:
         remove()

@@ -1,4 +1,4 @@
-"""A rank holds, plans and lays out what is its own, and the packs of a step are those that one process would make."""
+"""Ranks plan and lay out their own part of a step; the packs are those that a single process would make."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Which process has an engine, on which GPUs its server runs, and what a launcher's environment means."""
+"""Placement: which ranks have an engine, on which GPUs servers run, and how a launcher's environment is read."""
 
 import os
 
@@ -44,8 +44,8 @@ def test_servers_of_one_node_share_its_free_gpus(monkeypatch):
 
 
 def test_without_a_launcher_there_is_one_process():
-    assert worlds._launcher_environment({}) == {}
-    assert worlds._launcher_environment({"WORLD_SIZE": "1"}) == {}  # torchrun --nproc-per-node 1
+    assert worlds.launcher_environment({}) == {}
+    assert worlds.launcher_environment({"WORLD_SIZE": "1"}) == {}  # torchrun --nproc-per-node 1
 
 
 def launched(monkeypatch, **variables: str) -> None:
@@ -66,9 +66,9 @@ def test_a_sequence_cannot_be_shared_by_one_process(monkeypatch):
 
 def test_a_launchers_environment_is_read(monkeypatch):
     with pytest.raises(PactError, match="WORLD_SIZE=4, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
-        worlds._launcher_environment({"WORLD_SIZE": "4", "RANK": "3"})
+        worlds.launcher_environment({"WORLD_SIZE": "4", "RANK": "3"})
     whole = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
-    assert worlds._launcher_environment(whole | {"HOME": "/"}) == whole
+    assert worlds.launcher_environment(whole | {"HOME": "/"}) == whole
     launched(monkeypatch, **whole)
     with pytest.raises(PactError, match="sequence_parallel_size=3 does not divide the number of ranks, 4"):
         init_world("cpu", timeout=1, sequence_parallel=3)
@@ -77,7 +77,7 @@ def test_a_launchers_environment_is_read(monkeypatch):
 @pytest.mark.slow
 def test_slurm_steps_are_joined_and_its_batch_script_is_not(monkeypatch):
     script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}
-    assert worlds._launcher_environment(script) == {}
+    assert worlds.launcher_environment(script) == {}
     step = script | {
         "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123",
         "SLURM_STEP_NODELIST": "gpu[3-4]",
@@ -85,13 +85,13 @@ def test_slurm_steps_are_joined_and_its_batch_script_is_not(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "")
         with pytest.raises(PactError, match=r"SLURM node list 'gpu\[3-4\]' with scontrol; set MASTER_ADDR"):
-            worlds._launcher_environment(step)
+            worlds.launcher_environment(step)
     monkeypatch.setattr(worlds, "_first_host", lambda nodes: "gpu3")
     expected = {
         "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu3", "MASTER_PORT": "29623",
     }  # fmt: skip
-    assert worlds._launcher_environment(step) == expected
-    assert worlds._launcher_environment(step | {"MASTER_ADDR": "b", "MASTER_PORT": "7"}) == expected | {
+    assert worlds.launcher_environment(step) == expected
+    assert worlds.launcher_environment(step | {"MASTER_ADDR": "b", "MASTER_PORT": "7"}) == expected | {
         "MASTER_ADDR": "b",
         "MASTER_PORT": "7",
     }

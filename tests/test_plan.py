@@ -200,7 +200,7 @@ def test_wrong_options_are_one_line(recipe, options, cure, capsys):
     assert cure in error and error.startswith("error:") and "\n" not in error
 
 
-def test_help_teaches(capsys):
+def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     text = " ".join(capsys.readouterr().out.split())

@@ -102,7 +102,7 @@ def test_threads_do_not_change_a_bit(name, dtype):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_far_out_values_end_as_they_do_in_the_chain():
+def test_extreme_values_give_what_the_chain_gives():
     gate = torch.tensor([-1e30, -200.0, -88.5, -87.0, -0.0, 0.0, 88.5, 200.0, 1e30, torch.inf, torch.nan])
     one = torch.ones_like(gate)
     mine, theirs = results(SiluMul.apply, [gate, one], one), results(gated_chain, [gate, one], one)
@@ -182,7 +182,7 @@ def test_a_weight_that_does_not_train_has_no_gradient():
     assert weight.grad is None
 
 
-def test_what_the_kernels_do_not_serve():
+def test_inputs_that_the_kernels_do_not_support():
     a = torch.randn(4)
     assert serves(a, a) and serves(a.bfloat16())
     assert not serves(a.double()) and not serves(a.half()) and not serves(a, a.bfloat16())

@@ -209,7 +209,7 @@ def test_a_layer_that_does_not_pass_its_arguments_on_is_found():
     def function(x):
         return x
 
-    dispatcher = dispatch._dispatcher(function, lambda original, plan, x: -x)
+    dispatcher = dispatch.dispatcher(function, lambda original, plan, x: -x)
     assert dispatcher(2) == 2
     with dispatch.inside_tree(), pytest.raises(RuntimeError, match="must pass their keyword arguments on"):
         dispatcher(2)

@@ -216,7 +216,7 @@ def test_a_trick_earns_no_more_than_an_honest_failure(name, hack):
 
 
 @pytest.mark.parametrize("name", REWARDS)
-def test_the_honest_way_pays(name):
+def test_an_honest_rollout_earns_its_reward(name):
     """Every reward can be earned, also when the gold answer is passed on from tool to tool."""
     honest = [
         called((ToolCall("find", {"of": "Anna"}), "Anna Bell was born in 1987")),
@@ -339,7 +339,7 @@ def test_a_reward_with_a_bug_is_found(bug):
         ("", False),
     ],
 )
-def test_what_an_error_is(observation, error):
+def test_which_observations_are_errors(observation, error):
     assert is_error(observation) is error
 
 

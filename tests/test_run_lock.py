@@ -82,7 +82,7 @@ def test_sigkill_releases_the_lock_also_while_a_child_lives_on(tmp_path, child_l
         os.kill(child, signal.SIGKILL)
 
 
-def test_what_another_host_left_behind_is_taken_over_after_a_silence(tmp_path, monkeypatch):
+def test_a_lock_of_another_host_is_taken_over_once_its_heartbeat_has_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "SILENCE", 0.3)
     foreign(tmp_path)
     notes: list[str] = []
@@ -95,7 +95,7 @@ def test_what_another_host_left_behind_is_taken_over_after_a_silence(tmp_path, m
     lock.release()
 
 
-def test_a_sign_of_life_from_another_host_is_believed(tmp_path, monkeypatch):
+def test_a_heartbeat_from_another_host_keeps_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "SILENCE", 5.0)
     foreign(tmp_path)
     timer = threading.Timer(0.2, foreign, (tmp_path, 1))

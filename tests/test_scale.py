@@ -1,4 +1,4 @@
-"""Costs grow as they should: exponents, not seconds."""
+"""How costs grow with size: exponents, not seconds."""
 
 import pytest
 

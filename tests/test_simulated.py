@@ -20,14 +20,14 @@ from pact_fast.envs.simulated.faults import Faults
 from pact_fast.envs.simulated.recorded import ObservationStore, canonical
 from pact_fast.envs.simulated.schemas import schema_error, unsupported
 from pact_fast.envs.simulated.utilities import evaluate, parse_date
-from pact_fast.envs.simulated.world import World
+from pact_fast.envs.simulated.world import ToolWorld
 from pact_fast.errors import PactError
 from tests.support.simulated import GOLD, Says, actor, look_up, task, world
 
 NAMES = list(world().tools)
 
 
-def check_observation(text: str, tool_name: str, made: World | None = None) -> str | None:
+def check_observation(text: str, tool_name: str, made: ToolWorld | None = None) -> str | None:
     """Asserts that an observation fits its tool's schema, or is a typed error; returns the type of the error."""
     value = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in {text[:80]}"))
     text.encode()
@@ -157,9 +157,9 @@ def test_numbers_that_are_not_finite_never_pass(output):
     }
     tool = replace(look_up("get_number", "number"), output=number)
     call = ("get_number", {"entity": "x"})
-    text = actor(output).episode("t", World({"get_number": tool})).call(*call)
+    text = actor(output).episode("t", ToolWorld({"get_number": tool})).call(*call)
     assert error_kind(text) == "invalid_output"
-    assert actor({"n": 0.5}).episode("t", World({"get_number": tool})).call(*call) == '{"n": 0.5}'
+    assert actor({"n": 0.5}).episode("t", ToolWorld({"get_number": tool})).call(*call) == '{"n": 0.5}'
 
 
 def test_a_bad_output_is_repaired_twice_at_most_and_the_backend_is_told_why():
@@ -274,7 +274,7 @@ def test_schemas_that_cannot_be_checked_are_refused(schema, problem):
     assert problem in unsupported(schema)
 
 
-def test_messages_of_the_gate_repeat_no_value():
+def test_messages_of_schema_errors_repeat_no_value():
     schema = {
         "type": "object",
         "properties": {"a": {"type": "integer", "minimum": 3}},
@@ -295,7 +295,7 @@ def test_messages_of_the_gate_repeat_no_value():
 @pytest.mark.parametrize(
     "args, problem",
     [
-        ({"backend": "nothing"}, "unknown back-end"),
+        ({"backend": "nothing"}, "unknown backend"),
         ({"faults": {"timeout": 2}}, "faults.timeout"),
         ({"faults": {"slow": 1}}, "unknown key 'slow'"),
         ({"backend": "replay"}, "needs env.args.cache"),

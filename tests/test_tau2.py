@@ -23,7 +23,7 @@ from pact_fast.envs.tau2.env import Tau2, Tau2Solo
 from pact_fast.envs.tau2.episode import CLOSED, MAX_ERRORS
 from pact_fast.envs.tau2.reference import reference_actions, split_ids, task_by_id
 from pact_fast.envs.tau2.tasks import held_out_ids, make_task, training_ids
-from pact_fast.envs.tau2.users import ModelUser, UserTurn, first_person
+from pact_fast.envs.tau2.users import Tau2ModelUser, UserTurn, first_person
 from pact_fast.envs.tau2.verdict import judge
 from pact_fast.errors import DataError, PactError
 from pact_fast.evaluation.benchmark import benchmark
@@ -178,7 +178,7 @@ def test_a_model_user_sees_its_own_side_and_calls_its_tools():
         call = {"id": "1", "type": "function", "function": {"name": "toggle_airplane_mode", "arguments": "{}"}}
         return {"role": "assistant", "content": "ignored beside a call", "tool_calls": [call]}
 
-    dialogue = Dialogue("telecom", task_by_id("telecom", SERVICE), lambda role: ModelUser(role, complete))
+    dialogue = Dialogue("telecom", task_by_id("telecom", SERVICE), lambda role: Tau2ModelUser(role, complete))
     dialogue.episode.call("assistant", "get_customer_by_id", {"customer_id": "C1001"})
     assert dialogue.respond("Please switch airplane mode off.") is None
     assert [role for role, _ in seen[0]] == ["system", "user", "assistant", "user"]

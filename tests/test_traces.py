@@ -62,10 +62,11 @@ class Asking(Library):
 """
 
 
-@pytest.fixture
-def library(tmp_path) -> str:
-    (tmp_path / "library.py").write_text(LIBRARY)
-    return f"env.name={tmp_path / 'library.py'}:Library"
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("library") / "library.py"
+    file.write_text(LIBRARY)
+    return f"env.name={file}:Library"
 
 
 def calls(*pairs: tuple[str, str]) -> list[dict]:
@@ -319,19 +320,23 @@ def test_segments_of_a_row_that_do_not_fit_are_an_error_that_names_the_message(e
 # --- kills
 
 
-def many_rows(path: Path) -> str:
-    return write_rows(path, {f"{name}-{k}": row for k in range(40) for name, row in ROWS.items() if name != "clock"})
+@pytest.fixture(scope="module")
+def uninterrupted(library, tmp_path_factory) -> tuple[str, Path]:
+    """Rows, and the output of a command that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    few = {f"{name}-{k}": row for k in range(10) for name, row in ROWS.items() if name != "clock"}
+    rows = write_rows(folder / "rows.jsonl", few)
+    assert main(["traces", rows, "-o", str(folder / "out"), library]) == 0
+    return rows, folder / "out"
 
 
 FILES = ("train.jsonl", "rejected.jsonl", "summary.json")
 
 
-@pytest.mark.parametrize("stop", [0, 1, 70, 250])
+@pytest.mark.parametrize("stop", [0, 1, 20, 65])
 @pytest.mark.parametrize("cut", [0, 9])
-def test_an_interrupted_command_gives_the_same_files(tmp_path, library, monkeypatch, stop, cut):
-    rows = many_rows(tmp_path / "rows.jsonl")
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main(["traces", rows, "-o", str(whole), library]) == 0
+def test_an_interrupted_command_gives_the_same_files(uninterrupted, tmp_path, library, monkeypatch, stop, cut):
+    (rows, whole), broken = uninterrupted, tmp_path / "broken"
     add = Journal.add
 
     def stopping(journal, record):
@@ -352,11 +357,9 @@ def test_an_interrupted_command_gives_the_same_files(tmp_path, library, monkeypa
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_moment_gives_the_same_files(tmp_path, library):
-    rows = many_rows(tmp_path / "rows.jsonl")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(["traces", rows, "-o", str(whole), library]) == 0
-    for moment in (1, 90, 200):
+def test_kill_9_at_any_moment_gives_the_same_files(uninterrupted, tmp_path, library):
+    (rows, whole), killed = uninterrupted, tmp_path / "killed"
+    for moment in (1, 22, 50):
         pid = os.fork()
         if pid == 0:
             _kill_at(moment)

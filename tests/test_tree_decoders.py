@@ -16,7 +16,7 @@ from pact_fast.estimate.memory import estimate
 from pact_fast.estimate.workload import PackLoad
 from pact_fast.model.build import enable_gradient_checkpointing
 from pact_fast.model.forward import unsupported
-from pact_fast.model.recurrence.dispatch import _called_by, recurrent_layers
+from pact_fast.model.recurrence.dispatch import called_by, recurrent_layers
 from pact_fast.rollout.registry import engine_builder
 from pact_fast.train.learner import Learner
 from pact_fast.tree import PathCache, TokenTree, pack, tree_forward
@@ -43,7 +43,7 @@ def token_by_token(model, monkeypatch) -> None:
     """Recurrences of the model's own code as plain loops, which compute in fp64 where transformers casts to fp32."""
     for layer in recurrent_layers(model):
         namespace = inspect.unwrap(type(layer).forward).__globals__
-        for name in _called_by(layer) & ORACLES.keys():
+        for name in called_by(layer) & ORACLES.keys():
             monkeypatch.setitem(namespace, name, ORACLES[name])
 
 

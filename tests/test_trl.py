@@ -231,7 +231,7 @@ def test_dropout_is_the_same_for_both_and_trees_are_left_out(tmp_path):
     assert max(compare_steps(trainer)) < 1e-5
 
 
-def test_what_cannot_be_served_is_an_error_when_it_is_installed(tmp_path):
+def test_unsupported_settings_are_an_error_when_it_is_installed(tmp_path):
     trainer = sft_trainer(tmp_path)
     with pytest.raises(PactError, match="mode='fast' is unknown"):
         install(trainer, "fast")

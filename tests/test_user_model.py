@@ -147,9 +147,9 @@ def test_a_user_that_gives_away_what_is_to_be_found_leaks(renderer, tasks):
         assert trajectory.env_rewards["user_leak"] == 1.0
         env = made()
         env.reset(task)
-        assert leaks(env._domain, env._instance, trajectory) == found
+        assert leaks(env.domain, env.instance, trajectory) == found
         heard = replace(trajectory, opening=f"Is it {text}?")
-        assert leaks(env._domain, env._instance, heard) == []
+        assert leaks(env.domain, env.instance, heard) == []
 
 
 def test_tools_of_the_user_hide_its_device_and_act_on_it(tasks):
@@ -184,7 +184,7 @@ def test_flaws_of_a_dialogue_by_hand(renderer, tasks):
     env = made()
     env.reset(task)
     trajectory = dialogue(renderer, task, train_as="user")
-    assert user_flaws(env._domain, env._instance, trajectory) == CLEAN
+    assert user_flaws(env.domain, env.instance, trajectory) == CLEAN
     trajectory.turns[0].attempts = [ToolCall("nothing", {})]
-    assert user_flaws(env._domain, env._instance, trajectory)["user_protocol_break"] == 1.0
-    assert env._domain.name == DOMAIN
+    assert user_flaws(env.domain, env.instance, trajectory)["user_protocol_break"] == 1.0
+    assert env.domain.name == DOMAIN

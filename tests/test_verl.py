@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ import torch
 
 pytest.importorskip("verl", reason="install verl (--no-deps) for the tests of its adapter")
 
+import hydra
+import verl
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from verl.models.transformers.dense_common import forward_with_torch_backend
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
@@ -116,3 +120,23 @@ def test_verl_loads_the_plugin_that_the_environment_names():
     environment = {**os.environ, "PYTHONPATH": ROOT, "VERL_USE_EXTERNAL_MODULES": "pact_fast.integrations.verl_plugin"}
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
     assert ran.stdout.split()[-1] == "pact_fast.integrations.verl", ran.stderr[-2000:]
+
+
+@pytest.mark.slow  # a process of its own
+def test_the_examples_settings_are_verls_and_choose_our_engine():
+    text = (Path(ROOT) / "examples" / "verl_ppo.sh").read_text("utf-8")
+    words = shlex.split(text[text.index("-m verl.trainer.main_ppo") :].replace("\\\n", " "))
+    settings = [word for word in words if "=" in word]
+    assert len(settings) > 10
+    config = Path(verl.__file__).parent / "trainer" / "config"
+    with hydra.initialize_config_dir(str(config), version_base=None):
+        found = hydra.compose("ppo_trainer", settings).actor_rollout_ref
+    assert found.actor.use_prefix_grouper and found.rollout.n == 8 and found.actor.strategy == "fsdp2"
+    code = (
+        "import verl; from verl.workers.engine import EngineRegistry; "
+        "print(EngineRegistry._engines['language_model']['fsdp2']['cuda', 'pact_tree'].__name__)"
+    )
+    variables = dict(re.findall(r"^export (\w+)=(\S+)", text, re.M))
+    environment = {**os.environ, "PYTHONPATH": ROOT, **variables}
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
+    assert ran.stdout.split()[-1:] == ["Engine_pact_tree"], ran.stderr[-2000:]

@@ -10,7 +10,7 @@ pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md"
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
 from pact_fast.cli.main import main
-from tests.support.processes import run_ranks
+from tests.support.processes import deepspeed_on_gloo, run_ranks
 from tests.support.vllm_servers import forked_servers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -38,6 +38,7 @@ SETTINGS = [
 
 def train(arguments: list[str]) -> None:
     """In each rank."""
+    deepspeed_on_gloo()
     with forked_servers():
         status = main(arguments)
     sys.exit(status)

@@ -219,7 +219,7 @@ def test_a_running_server(policy, tmp_path):
 
 
 @pytest.mark.timing
-def test_nobody_at_the_address_is_an_error_within_the_deadline(policy, tmp_path):
+def test_a_server_that_does_not_answer_is_an_error_within_the_deadline(policy, tmp_path):
     config = policy.config.model_copy(deep=True)
     config.rollout.vllm_server_base_url, config.rollout.vllm_server_timeout = "http://127.0.0.1:9", 1.0
     started = time.monotonic()

@@ -119,7 +119,7 @@ def test_a_server_that_dies_or_hangs_while_it_receives(policy, engine, monkeypat
     exact(engine, policy, 7)
 
 
-def test_weights_that_are_gone_are_an_error_that_says_so(policy, engine, monkeypatch):
+def test_weights_that_are_unavailable_are_an_error_that_says_so(policy, engine, monkeypatch):
     engine.update_weights(policy.model, 8)
     os.killpg(engine.transport.pid, signal.SIGKILL)
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_a_running_server_that_was_not_started_for_it(policy, tmp_path, caplog):
         engine.shutdown()
 
 
-def test_which_way_is_taken(policy, monkeypatch):
+def test_which_transfer_is_chosen(policy, monkeypatch):
     config = policy.config.model_copy(deep=True, update={"device": "auto"})
 
     def way(wanted="auto", separate=True):

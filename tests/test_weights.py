@@ -55,7 +55,7 @@ def test_small_buckets_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("kind, more", [("qwen3", {"tie_word_embeddings": True}), ("qwen3_moe", MIXTURE)])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_what_is_announced_is_what_is_sent(kind, more, dtype, monkeypatch):
+def test_weights_that_are_sent_are_those_that_were_announced(kind, more, dtype, monkeypatch):
     monkeypatch.setattr("pact_fast.model.weights.BUCKET", 4000)
     weights = WeightSnapshot(build(kind, **more), dtype)
     announced = [tuple(shape) for shape in weights.metadata()]

@@ -40,7 +40,7 @@ class Group:
     advantages: list[np.ndarray] = field(default_factory=list)
 
 
-def _alone(*counts: int) -> tuple[int, ...]:
+def _own_counts(*counts: int) -> tuple[int, ...]:
     """Sums over a single rank."""
     return counts
 
@@ -68,11 +68,11 @@ class StepContext:
     prompts: int
     sampled_tokens: int
     max_completion_length: int
-    over_ranks: Callable[..., tuple[int, ...]] = _alone
+    over_ranks: Callable[..., tuple[int, ...]] = _own_counts
 
     def alone(self) -> StepContext:
         """The same step for a caller that the other ranks do not join: its counts are not summed."""
-        return replace(self, over_ranks=_alone)
+        return replace(self, over_ranks=_own_counts)
 
 
 @dataclass

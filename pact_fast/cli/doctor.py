@@ -197,7 +197,7 @@ class _Checks:
         return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {len(failed)} returned an error{lines}"
 
     def rows(self) -> str:
-        """The check of all rows that training makes before its first step."""
+        """The check of all rows, as training makes it before its first step, or when rows are drawn."""
         from pact_fast.algorithms.registry import make_algorithm
         from pact_fast.data.sources import FileTasks
         from pact_fast.train.check_rows import check_rows, rows_to_check
@@ -205,8 +205,9 @@ class _Checks:
 
         algorithm, progress = make_algorithm(self.config.algorithm), Progress()
         try:
-            with progress.rollouts(rows_to_check(self.tasks, self.config), "checking rows") as advance:
-                found = check_rows(self.tasks, self.config, self.renderer, algorithm, advance)
+            count = rows_to_check(self.tasks, self.config, complete=True)
+            with progress.rollouts(count, "checking rows") as advance:
+                found = check_rows(self.tasks, self.config, self.renderer, algorithm, advance, complete=True)
         finally:
             progress.close()
         if isinstance(self.tasks, FileTasks):

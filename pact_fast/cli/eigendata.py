@@ -42,15 +42,16 @@ def add_eigendata(commands: Any, command: Callable[..., argparse.ArgumentParser]
 
 def _run(arguments: argparse.Namespace) -> int:
     from pact_fast.envs.domain.base import make_domain
-    from pact_fast.synthesis.eigendata.engine import Engine, Settings
+    from pact_fast.synthesis.eigendata.engine import DataEngine, Settings
     from pact_fast.synthesis.eigendata.export import export
     from pact_fast.synthesis.eigendata.report import write_report
     from pact_fast.train.progress import Progress
 
     models = tuple(sorted(filter(None, arguments.models.replace(" ", "").split(","))))
     settings = Settings(arguments.domain, arguments.seed, arguments.rounds, arguments.plans, arguments.count, models)
-    with _roles(arguments, models) as roles:
-        engine = Engine(make_domain(arguments.domain), arguments.out, settings, roles, start=arguments.workflow)
+    domain = make_domain(arguments.domain)
+    with _roles(arguments, models) as (roles, workers):
+        engine = DataEngine(domain, arguments.out, settings, roles, start=arguments.workflow, workers=workers)
         progress = Progress()
         try:
             candidates = engine.run(progress.phase)
@@ -67,14 +68,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _roles(arguments: argparse.Namespace, models: tuple[str, ...]) -> Iterator[Any]:
-    """The back-ends, connected to the language model while they are needed; None: all rules."""
+def _roles(arguments: argparse.Namespace, models: tuple[str, ...]) -> Iterator[tuple[Any, int]]:
+    """(the backends, connected to the language model while they are needed; tasks at the same time)."""
     from pact_fast.errors import PactError
 
     if bool(models) != bool(arguments.llm):
         raise PactError("--models names the roles that a language model plays, and --llm its settings; give both")
     if not models:
-        yield None
+        yield None, 1
         return
     from pact_fast.llm import LLMClient
     from pact_fast.synthesis.eigendata.backends import check_roles, make_roles
@@ -82,4 +83,4 @@ def _roles(arguments: argparse.Namespace, models: tuple[str, ...]) -> Iterator[A
     check_roles(models)
     config = llm_config(arguments.llm, arguments.out)
     with LLMClient(config, "eigendata") as client:
-        yield make_roles(models, client)
+        yield make_roles(models, client), config.max_concurrency

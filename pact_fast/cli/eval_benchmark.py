@@ -18,7 +18,7 @@ from pact_fast.data.types import Task, Trajectory
 from pact_fast.errors import PactError
 from pact_fast.evaluation.benchmark import Benchmark, benchmark
 from pact_fast.evaluation.results import ResultStore, Sample
-from pact_fast.evaluation.summary import summarize, summary_table
+from pact_fast.evaluation.summary import summarise, summary_table
 from pact_fast.rewards.score import score_evaluation
 from pact_fast.rollout.agent import Job
 from pact_fast.train.checkpoint import run_weights
@@ -43,7 +43,7 @@ SPEED = (
 
 
 @dataclass(frozen=True)
-class Request:
+class EvalRequest:
     """What the command line asks for.
 
     name         of the benchmark, or `file.py:Class`
@@ -81,7 +81,7 @@ class BenchmarkTasks:
         return self._tasks[:count]
 
 
-def benchmark_command(request: Request) -> int:
+def benchmark_command(request: EvalRequest) -> int:
     """Evaluate, print the table, and print the summary as JSON."""
     kind = benchmark.get(request.name)
     chosen = kind.choose(request.categories)
@@ -100,7 +100,7 @@ def benchmark_command(request: Request) -> int:
         keys = [(task.id, k) for members in tasks.values() for task in members for k in range(request.samples)]
         summary = {
             "benchmark": request.name, "model": request.model, "samples": request.samples,
-            "temperature": request.temperature, **summarize(kind, store.samples(keys), request.samples),
+            "temperature": request.temperature, **summarise(kind, store.samples(keys), request.samples),
         }  # fmt: skip
         store.write_summary(summary)
         progress.print(summary_table(kind, summary, f"{request.name} · {request.model}"))
@@ -112,7 +112,7 @@ def benchmark_command(request: Request) -> int:
     return 0
 
 
-def benchmark_config(request: Request, kind: type[Benchmark]) -> tuple[Config, Path | None]:
+def benchmark_config(request: EvalRequest, kind: type[Benchmark]) -> tuple[Config, Path | None]:
     """The settings of an evaluation, and the run directory that the model comes from, if it does.
 
     Of a run or a recipe, everything but its data and environment is taken; the benchmark's settings come next, then
@@ -131,7 +131,7 @@ def benchmark_config(request: Request, kind: type[Benchmark]) -> tuple[Config, P
     return config_from(data, (*kind.settings, *engine, *request.settings), request.model), run
 
 
-def identity(request: Request, config: Config, run: Path | None) -> dict[str, Any]:
+def identity(request: EvalRequest, config: Config, run: Path | None) -> dict[str, Any]:
     """What every sample depends on. More samples, categories or tasks may be added to the same results."""
     rollout = config.rollout.model_dump(exclude=set(SPEED))
     return {
@@ -149,7 +149,7 @@ def identity(request: Request, config: Config, run: Path | None) -> dict[str, An
     }
 
 
-def _check(request: Request) -> None:
+def _check(request: EvalRequest) -> None:
     if request.samples < 1 or (request.limit is not None and request.limit < 1):
         raise PactError("--samples and --limit must be at least 1")
     if request.temperature < 0:
@@ -159,7 +159,7 @@ def _check(request: Request) -> None:
 
 
 def _run(
-    request: Request,
+    request: EvalRequest,
     config: Config,
     run: Path | None,
     tasks: dict[str, list[Task]],
@@ -189,7 +189,7 @@ def _run(
 
 
 def _run_part(
-    session: Session, part: list[tuple[str, Task, int]], request: Request, store: ResultStore, advance
+    session: Session, part: list[tuple[str, Task, int]], request: EvalRequest, store: ResultStore, advance
 ) -> None:
     """Sample some trajectories at once; each is stored as it ends."""
     sampling = Sampling(request.temperature, session.config.rollout.filters)

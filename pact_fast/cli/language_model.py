@@ -45,4 +45,4 @@ def _setting(item: str) -> dict[str, Any]:
     try:
         return {key: yaml.safe_load(value)}
     except yaml.YAMLError:
-        raise PactError(f"--llm {key}: the value is no YAML") from None
+        raise PactError(f"--llm {key}: the value is not YAML") from None

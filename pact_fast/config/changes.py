@@ -27,6 +27,8 @@ MAY_CHANGE = (
     "rollout.vllm_server_timeout", "rollout.vllm_gpu_memory_utilization", "rollout.vllm_tensor_parallel_size",
     "rollout.vllm_data_parallel_size", "rollout.vllm_enable_sleep_mode", "rollout.vllm_weight_transfer",
     "rollout.vllm_weights_dir", "rollout.verify_weights", "rollout.vllm_args",
+    # what is done about bad rows, which in large files are found when they are drawn
+    "data.on_bad_row",
     # code that is fixed or moved between two starts
     "algorithm.reward.functions",
     # the optimizer and the end of the run
@@ -36,7 +38,7 @@ MAY_CHANGE = (
     "trainer.save_steps", "trainer.save_minutes", "trainer.save_total_limit", "trainer.eval_steps", "trainer.eval_tasks",
     "trainer.log_completions", "trainer.save_rollouts", "trainer.keep_rollouts", "trainer.report_to",
 )  # fmt: skip
-DATA_FILES = ("data.train", "data.eval", "data.expert")  # a copy at another path is no change
+DATA_FILES = ("data.train", "data.eval", "data.expert")  # a copy at another path is not a change
 
 
 def check_resumed(config: Config, saved: Path) -> None:

@@ -95,8 +95,8 @@ class DataConfig(Section):
     shuffle: bool = Field(True, description="Shuffle the tasks in each epoch, from the seed.")
     on_bad_row: Literal["error", "skip"] = Field(
         "error",
-        description="A row that cannot be used (docs/data.md) stops the run before its first step, or is skipped and "
-        "listed in `skipped_rows.jsonl` of the run directory.",
+        description="A row that cannot be used (docs/data.md) stops the run before its first step (in large data: when it is "
+        "drawn), or is skipped and listed in `skipped_rows.jsonl` of the run directory.",
     )
 
     @field_validator("train", "eval", "expert")

@@ -72,7 +72,7 @@ def without_secrets(value: Any, name: str = "") -> Any:
 
 
 def _leaves(value: Any, key: str, name: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(dotted key, the last name in it, value) of everything that is no mapping or list."""
+    """(dotted key, the last name in it, value) of everything that is not a mapping or list."""
     if isinstance(value, dict):
         for part, inner in value.items():
             yield from _leaves(inner, f"{key}.{part}" if key else str(part), str(part))

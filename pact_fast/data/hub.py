@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from pact_fast.config import HubDataset
@@ -52,6 +52,16 @@ def hub_rows(dataset: HubDataset, part: bool) -> Iterator[NumberedRow]:
     return not_empty(dataset.label, _numbered(dataset, part))
 
 
+def hub_files(dataset: HubDataset) -> list[tuple[str, Path]]:
+    """(name for messages, path in the cache of huggingface_hub) of a split's files, downloaded. Raises as `hub_rows`."""
+    dataset = pin(dataset)
+    found = []
+    for path in _files(dataset):
+        with _hub_errors(dataset):
+            found.append((f"{dataset.label}: {path}", _download(dataset, path)))
+    return found
+
+
 def _numbered(dataset: HubDataset, part: bool) -> Iterator[NumberedRow]:
     number = 0
     for path in _files(dataset):
@@ -87,11 +97,17 @@ def _files(dataset: HubDataset) -> list[str]:
 
 def _open(dataset: HubDataset, path: str, part: bool) -> BinaryIO:
     """An open file of the repository, readable in any order."""
-    from huggingface_hub import HfFileSystem, hf_hub_download
-
     if part:
+        from huggingface_hub import HfFileSystem
+
         return HfFileSystem().open(f"datasets/{dataset.repo}@{dataset.revision}/{path}", "rb")
-    return open(hf_hub_download(dataset.repo, path, repo_type="dataset", revision=dataset.revision), "rb")
+    return _download(dataset, path).open("rb")
+
+
+def _download(dataset: HubDataset, path: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(dataset.repo, path, repo_type="dataset", revision=dataset.revision))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_fast.data.row_files import add_location
-from pact_fast.data.row_formats import ROW_FORMATS, detect_row_format
+from pact_fast.data.row_formats import ROW_FORMATS, RowFormat, detect_row_format
 from pact_fast.data.row_sources import Source, row_sources
 from pact_fast.data.rows import (
     OWN_FIELDS,
@@ -69,26 +69,25 @@ def read_tasks(
             (others), from 1, and the field.
         PactError: The format is unknown, or a package is missing.
     """
-    if format != "auto" and format not in ROW_FORMATS:
-        raise PactError(f"unknown data format {short(format)}{nearest(format, [*ROW_FORMATS, 'auto'])}")
+    given = row_format(format)
     tasks: list[Task] = []
     places: dict[str, tuple[str, int]] = {}  # id → source and line
     errors: list[DataError] = []
     stems: Counter[str] = Counter()
     chosen_sources = row_sources(sources, max_rows)
     for source in chosen_sources:
-        chosen, stem = ROW_FORMATS.get(format), None
+        chosen, stem = given, None
         for number, (line, row) in enumerate(itertools.islice(source.rows(), max_rows)):
             try:
                 with add_location(source.name, line):
                     if isinstance(row, DataError):
                         raise row
                     chosen = chosen or detect_row_format(row)
-                    stem = stem or _unique_stem(chosen.id_prefix or source.stem, stems)
+                    stem = stem or unique_stem(chosen.id_prefix or source.stem, stems)
                     task = task_from_row(chosen.convert(row), f"{stem}-{number}")
                     if environments is not None:
                         check_environment(task.env, environments)
-                    _check_new(task.id, places, source.name)
+                    check_new_id(task.id, places, source.name)
             except DataError as error:
                 if on_bad_row is None:
                     raise
@@ -103,13 +102,20 @@ def read_tasks(
     return tasks
 
 
-def _unique_stem(stem: str, taken: Counter[str]) -> str:
+def row_format(name: str) -> RowFormat | None:
+    """The format of that name; None for `auto`. PactError if there is none."""
+    if name != "auto" and name not in ROW_FORMATS:
+        raise PactError(f"unknown data format {short(name)}{nearest(name, [*ROW_FORMATS, 'auto'])}")
+    return ROW_FORMATS.get(name)
+
+
+def unique_stem(stem: str, taken: Counter[str]) -> str:
     """The stem for the first source that has it, `{stem}.2` for the second."""
     taken[stem] += 1
     return stem if taken[stem] == 1 else f"{stem}.{taken[stem]}"
 
 
-def _check_new(task_id: str, places: dict[str, tuple[str, int]], source: str) -> None:
+def check_new_id(task_id: str, places: dict[str, tuple[str, int]], source: str) -> None:
     """DataError if an earlier row has the id."""
     if task_id in places:
         other, line = places[task_id]

@@ -82,8 +82,7 @@ def rows_of(name: str, file: BinaryIO) -> Iterator[NumberedRow]:
 def _line_rows(file: BinaryIO) -> Iterator[NumberedRow]:
     for line, raw in enumerate(file, 1):
         try:
-            text = _decode(raw).strip()
-            row = _object(read_json(text, ""), "a line") if text else None
+            row = line_row(raw)
         except DataError as error:
             yield line, error
         else:
@@ -91,9 +90,15 @@ def _line_rows(file: BinaryIO) -> Iterator[NumberedRow]:
                 yield line, row
 
 
+def line_row(raw: bytes) -> Row | None:
+    """The row in a line; None if the line is blank. DataError, without its place, if the line cannot be read."""
+    text = decode(raw).strip()
+    return _object(read_json(text, ""), "a line") if text else None
+
+
 def _array_rows(name: str, file: BinaryIO) -> Iterator[NumberedRow]:
     with add_location(name):
-        rows = read_json(_decode(file.read()), "")
+        rows = read_json(decode(file.read()), "")
     for number, entry in enumerate(rows, 1):
         try:
             row: Row | DataError = _object(entry, "an entry of the array")
@@ -108,7 +113,8 @@ def _object(value: Any, what: str) -> Row:
     return value
 
 
-def _decode(raw: bytes) -> str:
+def decode(raw: bytes) -> str:
+    """The text of a line or file. DataError, without its place, if it is not UTF-8."""
     if b"\0" in raw:
         raise DataError("has NUL bytes; the file is damaged or UTF-16: save it as UTF-8")
     try:
@@ -118,28 +124,49 @@ def _decode(raw: bytes) -> str:
 
 
 def _parquet_rows(name: str, file: BinaryIO) -> Iterator[NumberedRow]:
-    import pyarrow.parquet as pq
-
     number = 0
-    try:
-        parquet = pq.ParquetFile(file, pre_buffer=False)  # a part of a remote file is read as such
-        columns = [c for c in parquet.schema_arrow.names if not c.startswith("__index_level_")]
-        for batch in _batches(parquet, name, file.seek(0, os.SEEK_END)):
+    with parquet_errors(name):
+        for batch in parquet_batches(name, file):
             for row in range(batch.num_rows):
                 number += 1
                 try:
-                    values: Row | DataError = {column: _value(batch.column(column)[row], column) for column in columns}
+                    values: Row | DataError = batch_row(batch, row)
                 except DataError as error:
                     values = error
                 yield number, values
+
+
+def parquet_batches(name: str, file: BinaryIO) -> Iterator[Any]:
+    """Batches of at most PARQUET_BATCH rows, without the index columns of pandas.
+
+    Raises DataError for a file that is damaged, or was made to become far larger than its compressed bytes.
+    """
+    import pyarrow.parquet as pq
+
+    with parquet_errors(name):
+        parquet = pq.ParquetFile(file, pre_buffer=False)  # a part of a remote file is read as such
+        columns = [c for c in parquet.schema_arrow.names if not c.startswith("__index_level_")]
+        for batch in _batches(parquet, name, file.seek(0, os.SEEK_END)):
+            yield batch.select(columns)
+
+
+@contextmanager
+def parquet_errors(name: str) -> Iterator[None]:
+    """DataError for whatever the reader of a damaged file happens to run into."""
+    try:
+        yield
     except PASSED_ON:
         raise
-    except BaseException as error:  # damaged metadata: whatever the reader happens to run into
+    except BaseException as error:
         raise DataError(f"is not a readable parquet file ({error_line(error)}); write it again", file=name) from None
 
 
+def batch_row(batch: Any, number: int) -> Row:
+    """A row of an Arrow batch as Python values. DataError, without its place, if a value has none."""
+    return {column: _value(batch.column(column)[number], column) for column in batch.schema.names}
+
+
 def _batches(parquet: Any, name: str, compressed: int) -> Iterator[Any]:
-    """Batches of rows. DataError for a file that was made to become far larger than its `compressed` bytes."""
     decoded = 0
     batches = parquet.iter_batches(PARQUET_BATCH)
     try:

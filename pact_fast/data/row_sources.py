@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pact_fast.config import DataConfig, HubDataset, expand_pattern, source_names
 from pact_fast.config.data_source import HUB
-from pact_fast.data.hub import hub_rows, pin
+from pact_fast.data.hub import hub_files, hub_rows, pin
 from pact_fast.data.row_files import NumberedRow, file_rows
 from pact_fast.errors import DataError
 
@@ -20,14 +20,19 @@ Source = str | Path
 class RowSource:
     """One file, or one split of a dataset.
 
-    name  for messages: the path, or the dataset with its split
-    stem  start of the ids of rows without an id
-    rows  makes an iterator over (line or row number from 1, the row or the reason why it cannot be read)
+    name   for messages: the path, or the dataset with its split
+    stem   start of the ids of rows without an id
+    rows   makes an iterator over (line or row number from 1, the row or the reason why it cannot be read)
+    files  finds (name for messages, path) of the local files that hold its rows, one after the other; none: there are no
+           such files
+    lines  rows are counted as lines of the file
     """
 
     name: str
     stem: str
     rows: Callable[[], Iterator[NumberedRow]]
+    files: Callable[[], list[tuple[str, Path]]]
+    lines: bool
 
 
 def row_sources(sources: Source | Sequence[Source], max_rows: int | None = None) -> list[RowSource]:
@@ -80,13 +85,16 @@ def _commits(names: list[str]) -> dict[HubDataset, str]:
 
 def _row_source(name: str, max_rows: int | None) -> RowSource:
     if not name.startswith(HUB):
-        return RowSource(name, Path(name).stem, partial(file_rows, Path(name)))
+        path = Path(name)
+        return RowSource(name, path.stem, partial(file_rows, path), lambda: [(name, path)], lines=True)
     try:
         dataset = HubDataset.parse(name)
     except ValueError as error:
         raise DataError(str(error)) from None
     stem = f"{dataset.repo.partition('/')[2]}-{dataset.split}"
-    return RowSource(dataset.label, stem, partial(hub_rows, dataset, max_rows is not None))
+    part = max_rows is not None  # read over the network
+    files: Callable[[], list[tuple[str, Path]]] = list if part else partial(hub_files, dataset)
+    return RowSource(dataset.label, stem, partial(hub_rows, dataset, part), files, lines=False)
 
 
 def _expanded(name: str) -> list[str]:

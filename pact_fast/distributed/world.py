@@ -111,6 +111,23 @@ class World:
         """Call `make` on rank 0 only, and return its result on every rank."""
         return self.all_gather(make() if self.is_main else None, what)[0]
 
+    def run_on_main(self, make: Callable[[], object], what: str) -> None:
+        """Let rank 0 make something on disk before other ranks read it. Its PactError is raised on all ranks.
+
+        `what` is the name of the thing in errors of the ranks that wait.
+        """
+
+        def attempt() -> str | None:
+            try:
+                make()
+            except PactError as error:
+                return str(error)
+            return None
+
+        problem = self.broadcast_from_main(attempt, what)
+        if problem is not None:
+            raise PactError(problem)
+
     def all_reduce_sum(self, values: torch.Tensor, what: str = "statistics") -> torch.Tensor:
         """The sum of `values` over all ranks, a new fp64 tensor on the CPU."""
         values = values.detach().to("cpu", torch.float64, copy=True)
@@ -126,10 +143,6 @@ class World:
     def any(self, flag: bool, what: str = "whether to continue") -> bool:
         """Whether `flag` is true on any rank."""
         return bool(self.all_reduce_sum(torch.tensor(float(flag)), what) > 0)
-
-    def barrier(self, what: str) -> None:
-        """Wait until every rank has called this."""
-        self.any(False, what)
 
     @contextmanager
     def peer_errors(self, what: str) -> Iterator[None]:
@@ -167,7 +180,7 @@ def init_world(device: str, *, timeout: float, sequence_parallel: int = 1) -> Wo
         PactError: The launcher's environment is incomplete, or `sequence_parallel` does not fit the number of ranks.
         PeerLost: Other ranks have not started within the timeout.
     """
-    launcher = _launcher_environment(os.environ)
+    launcher = launcher_environment(os.environ)
     os.environ.update(launcher)  # torch, DeepSpeed and vLLM read these
     if not launcher:
         if sequence_parallel > 1:
@@ -204,7 +217,7 @@ def _sequence_group(rank: int, size: int, sequence_parallel: int, timeout: float
     return result
 
 
-def _launcher_environment(env: Mapping[str, str]) -> dict[str, str]:
+def launcher_environment(env: Mapping[str, str]) -> dict[str, str]:
     """The LAUNCHER_VARIABLES of this process, as torchrun sets them or derived from SLURM's.
 
     Empty without a launcher and for a launcher of a single process.

@@ -125,7 +125,7 @@ class LookupChainTasks:
         )
 
 
-class GeneratedTasks:
+class LookupChainSource:
     """A TaskSource of generated tasks; training never sees the same index twice.
 
     The tasks name no environment, so that they run in the one that generated them: `LookupChain` or a subclass of it.
@@ -156,8 +156,8 @@ class LookupChain:
         return cls
 
     @classmethod
-    def tasks(cls, args: dict[str, Any], seed: int) -> GeneratedTasks:
-        return GeneratedTasks(args, seed)
+    def tasks(cls, args: dict[str, Any], seed: int) -> LookupChainSource:
+        return LookupChainSource(args, seed)
 
     def __init__(self) -> None:
         self._facts: Facts = {}
@@ -203,6 +203,7 @@ def relation_schema(relation: str) -> ToolSchema:
 
 
 def question_text(question: Question) -> str:
+    """The question as the policy reads it."""
     return f"From {' and '.join(question.starts)} follow: {' '.join(question.relations)}."
 
 

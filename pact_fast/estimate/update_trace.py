@@ -140,10 +140,13 @@ class _Head(torch.autograd.Function):
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, supervised: int, device: str) -> torch.Tensor:
         vocab, width = weight.shape
         rows = _chunk(weight, supervised, device)
-        grads = [t.new_empty(t.shape, dtype=torch.float32) for t in (hidden, weight) if t.requires_grad]
+        whole = hidden.dtype == torch.float32  # 16-bit types: only rows that a token reads have a sum (HiddenGradient)
+        sums = [hidden.new_empty(len(hidden) if whole else min(supervised, len(hidden)), width, dtype=torch.float32)]
+        sums += [weight.new_empty(weight.shape, dtype=torch.float32)] if weight.requires_grad else []
         columns = (width, width) if device == "cpu" else (vocab, width, width)
         chunk = [hidden.new_empty(rows, n, dtype=torch.float32) for n in columns]
-        ctx.save_for_backward(*(t.to(hidden.dtype) for t in grads))
+        results = [sums[0] if whole else hidden.new_empty(hidden.shape), *(t.to(weight.dtype) for t in sums[1:])]
+        ctx.save_for_backward(*results)
         del chunk
         return hidden.new_empty(())
 

@@ -27,7 +27,7 @@ Split = Literal["train", "test", "all"]
 
 
 @dataclass(frozen=True)
-class Group:
+class CategoryGroup:
     """A row of the table that averages categories.
 
     name        of the row
@@ -54,7 +54,7 @@ class Benchmark(ABC):
     refused: ClassVar[dict[str, str]] = {}
     settings: ClassVar[tuple[str, ...]] = ()
     metrics: ClassVar[dict[str, str]] = {}
-    groups: ClassVar[tuple[Group, ...]] = ()
+    groups: ClassVar[tuple[CategoryGroup, ...]] = ()
 
     def __init__(self, config: Config):
         self.config = config

@@ -113,7 +113,7 @@ class ResultStore:
             try:
                 sample = Sample(**value)
             except TypeError:
-                raise PactError(f"{self._results} is no file of results; name another folder with --out") from None
+                raise PactError(f"{self._results} is not a results file; name another folder with --out") from None
             self._done[sample.task, sample.sample] = sample
             kept.append(asdict(sample))
             self._failures += sample.page is not None

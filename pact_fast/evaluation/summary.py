@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from pact_fast.evaluation.benchmark import Benchmark, Group
+from pact_fast.evaluation.benchmark import Benchmark, CategoryGroup
 from pact_fast.evaluation.results import Sample
 from pact_fast.evaluation.statistics import estimate, pass_hat_k
 
@@ -17,7 +17,7 @@ Scores = dict[str, dict[str, float]]  # metric → {mean, low, high}
 TaskValues = dict[str, dict[str, list[float]]]  # metric → category → one value per task
 
 
-def summarize(kind: type[Benchmark], samples: Sequence[Sample], count: int) -> dict[str, Any]:
+def summarise(kind: type[Benchmark], samples: Sequence[Sample], count: int) -> dict[str, Any]:
     """Scores of a finished evaluation.
 
     `pass@1` is the mean success of a task's samples, averaged over tasks; `pass^k` for 2 ≤ k ≤ count; then the means of
@@ -42,7 +42,7 @@ def summarize(kind: type[Benchmark], samples: Sequence[Sample], count: int) -> d
         stops = Counter(sample.stop_reason for taken in tasks.values() for sample in taken)
         categories[name] = {
             "tasks": len(tasks),
-            **_scores(values, Group(name, (name,))),
+            **_scores(values, CategoryGroup(name, (name,))),
             "stop_reasons": dict(stops.most_common()),
         }
     groups = {
@@ -86,7 +86,7 @@ def _task_values(kind: type[Benchmark], by_task: Mapping[str, Mapping[str, list[
     return values
 
 
-def _scores(values: TaskValues, group: Group) -> Scores:
+def _scores(values: TaskValues, group: CategoryGroup) -> Scores:
     return {
         metric: estimate({name: columns[name] for name in group.categories}, group.by).to_json()
         for metric, columns in values.items()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pact_fast.errors import PactError
+from pact_fast.integrations.one_gradient import OneGradient
 from pact_fast.kernels import LossTokens, head_of, linear_logprob, pact_loss
 from pact_fast.kernels.head.logit_transform import causal_lm_of
 
@@ -39,25 +39,12 @@ def replace_forward(model: Any, make: Callable[[Any, Forward], Forward]) -> Call
     return remove
 
 
-class SumOfLogProbs(torch.autograd.Function):
-    """Log-probs [N] whose gradients have been formed with those of their sum: an upstream gradient must be one number."""
-
-    @staticmethod
-    def forward(ctx: Any, total: torch.Tensor, logprob: torch.Tensor) -> torch.Tensor:
-        return logprob.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if len(g) and not bool((g == g[0]).all()):
-            raise PactError('the loss weighs tokens differently; install the adapter with mode="head"')
-        return (g[0] if len(g) else g.sum()), None
-
-
 def summed_logprobs(hidden: torch.Tensor, head: Any, target: torch.Tensor, **options: Any) -> tuple[Any, Any, Any]:
     """(log-probs, entropies, statistics) [N] for a loss that is a multiple of Σ log-prob: 6NDV FLOPs instead of 8NDV."""
     tokens = LossTokens(torch.arange(len(target), device=target.device), target, sft_weight=1.0)
     out = pact_loss(head.input(hidden), head.weight, tokens, **head.options, **options)
-    return SumOfLogProbs.apply(-out.loss, out.logprob), out.entropy, out.row_statistics
+    formed = -torch.ones_like(out.logprob), torch.zeros_like(out.entropy)
+    return *OneGradient.apply(out.loss, out.logprob, out.entropy, *formed), out.row_statistics
 
 
 def separate_logprobs(hidden: torch.Tensor, head: Any, target: torch.Tensor, **options: Any) -> tuple[Any, Any, Any]:

@@ -1,4 +1,4 @@
-"""OpenRLHF: log-probs and entropies of its actors without logits, of the tokens that the loss reads.
+"""OpenRLHF: log-probs and entropies of its actors without logits, and its policy loss in one pass over them.
 
     ray.init(runtime_env={"worker_process_setup_hook": "pact_fast.integrations.openrlhf.install"})
     openrlhf.cli.train_ppo_ray.train(args)
@@ -8,57 +8,39 @@ Every worker then calls `install`. In a program without Ray, call it before trai
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from pact_fast.integrations.fused_forward import replace_forward
-from pact_fast.integrations.self_check import agree, check_head, due, z_dtype
-from pact_fast.kernels import head_of, linear_logprob
-from pact_fast.kernels.head.logit_transform import causal_lm_of, head_layer
+from pact_fast.integrations.class_head import replace_method
+from pact_fast.integrations.fused_forward import separate_logprobs
+from pact_fast.integrations.host_loss import HostLoss
+from pact_fast.integrations.openrlhf_step import loss_of_step
+from pact_fast.integrations.self_check import RandomState, agree, check_head, due, z_dtype
+from pact_fast.kernels import head_of
+from pact_fast.kernels.head.logit_transform import causal_lm_of, decoder_of, head_layer
+from pact_fast.model.forward import inside_forward
 
 HOST = "OpenRLHF"
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """What an actor's forward is about to score.
+class _State:
+    """What is known of an actor's model: whether it has been checked, and whether its loss is a sum over tokens."""
 
-    labels       int64 [B, L], the token after each position
-    rows         bool [B, L], those that are needed; the others get 0
-    temperature  of the policy
-    check        whether the kernels are compared with full logits
-    """
-
-    labels: torch.Tensor
-    rows: torch.Tensor
-    temperature: float
-    check: bool
-
-
-class _Scored:
-    """Stands where the actor expects logits: log-probs and entropies [B, L], final, so that its casts do nothing."""
-
-    def __init__(self, logprob: torch.Tensor, entropy: torch.Tensor):
-        self.logprob, self.entropy = logprob, entropy
-
-    def to(self, dtype: torch.dtype) -> _Scored:
-        return self
-
-    def div_(self, temperature: float) -> _Scored:
-        return self
+    def __init__(self) -> None:
+        self.checked, self.host_loss = False, HostLoss()
 
 
 def install() -> Callable[[], None]:
     """Let OpenRLHF's actors (0.9 to 0.11) score with these kernels; returns the function that undoes it.
 
     Served are forward passes that return log-probs: training steps, SFT and DPO losses, and the reference model's. Prompts are
-    not scored where an action mask says what counts. Left to OpenRLHF: ring attention, models with images, router losses, and
-    calls that ask for logits. Entropies are those of the policy at its temperature, as in 0.11.2.
+    not scored where an action mask says what counts. `ActorPPOTrainer.training_step` (0.11) differentiates its loss, whatever
+    it is, in the pass that makes the logits. Left to OpenRLHF: ring attention, models with images, router losses, and calls
+    that ask for logits. Entropies are those of the policy at its temperature, as in 0.11.2.
 
     Raises:
         ImportError: OpenRLHF is not installed.
@@ -66,29 +48,23 @@ def install() -> Callable[[], None]:
     """
     from openrlhf.models import actor as host
 
-    before, undo = host.Actor.forward, [_score_without_logits(host)]
-    patched: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model → whether it has been checked
-    pending: list[_Tokens] = []
+    states: WeakKeyDictionary[Any, _State] = WeakKeyDictionary()  # of causal LMs
+    losses: list[Any] = []  # the loss of the training step that runs
 
-    def forward(self: Any, sequences: torch.Tensor, action_mask: Any = None, **options: Any) -> Any:
-        if not _served(self, action_mask, options):
-            return before(self, sequences, action_mask, **options)
-        causal_lm = causal_lm_of(self.model)
-        if causal_lm not in patched:
-            undo.append(replace_forward(self.model, lambda model, own: _scoring(model, own, pending)))
-            patched[causal_lm] = False
-        tokens = _tokens(self, sequences, action_mask, options["attention_mask"])
-        check = torch.is_grad_enabled() and due(patched[causal_lm], int(tokens.rows.sum()))
-        if check:
-            patched[causal_lm] = True
-            _check(self, before, pending, sequences, action_mask, options)
-        with _scores(pending, tokens, check):
-            return before(self, sequences, action_mask, **options)
+    def make(before: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(self: Any, sequences: torch.Tensor, action_mask: Any = None, **options: Any) -> Any:
+            if len(undo) == 1:  # OpenRLHF's trainer is perhaps imported by now
+                undo.extend(loss_of_step(losses))
+            if not _served(self, action_mask, options):
+                return before(self, sequences, action_mask, **options)
+            state = states.setdefault(causal_lm_of(self.model), _State())
+            return _Forward(self, sequences, action_mask, options, state, losses).run(host, before)
 
-    host.Actor.forward = forward
+        return forward
+
+    undo = [replace_method(host.Actor, "forward", make), *loss_of_step(losses)]
 
     def remove() -> None:
-        host.Actor.forward = before
         while undo:
             undo.pop()()
 
@@ -106,96 +82,68 @@ def _served(actor: Any, action_mask: Any, options: dict[str, Any]) -> bool:
     )
 
 
-def _tokens(actor: Any, sequences: torch.Tensor, action_mask: Any, attention_mask: torch.Tensor) -> _Tokens:
-    """Labels and rows as the actor's model sees them: [B, L], or without padding [1, N] if it packs."""
-    labels, rows = sequences.roll(-1, dims=1), _without_padding(attention_mask)
-    if action_mask is not None:
-        count = action_mask.shape[1]
-        rows = torch.zeros_like(rows)
-        rows[:, -count - 1 : -1] = action_mask.bool()
-    if actor.packing_samples:
-        kept = attention_mask.flatten().nonzero().squeeze(1)
-        labels, rows = labels.flatten()[kept][None], rows.flatten()[kept][None]
-    return _Tokens(labels, rows, float(actor.temperature), check=False)
+class _Forward:
+    """One forward pass of an actor."""
 
+    def __init__(self, actor: Any, sequences: Any, action_mask: Any, options: Any, state: _State, losses: list[Any]):
+        self._actor, self._sequences, self._action_mask, self._options = actor, sequences, action_mask, options
+        self._state, self._attention, self._shape = state, options["attention_mask"].bool(), sequences.shape
+        self._step: Any = losses[-1] if losses and action_mask is not None and torch.is_grad_enabled() else None
+        scored = self._attention | self._attention.roll(-1, dims=1)  # the position or its label is a token
+        if action_mask is not None:
+            scored = torch.zeros_like(self._attention)
+            scored[:, -action_mask.shape[1] - 1 : -1] = action_mask.bool()
+        self._at = (scored & self._attention if actor.packing_samples else scored).flatten().nonzero().squeeze(1)
 
-def _without_padding(attention_mask: torch.Tensor) -> torch.Tensor:
-    """bool [B, L]: the position or its label is a token."""
-    return attention_mask.bool() | attention_mask.roll(-1, dims=1).bool()
+    def run(self, host: Any, before: Callable[..., Any]) -> Any:
+        """What `Actor.forward` returns."""
+        check = torch.is_grad_enabled() and due(self._state.checked, len(self._at))
+        random = RandomState(self._sequences.device) if check else None
+        scores = inside_forward(self._actor.model, functools.partial(self._score, host, check))
+        logprob, entropy = (self._scattered(values)[:, :-1] for values in scores)
+        if random is not None:
+            self._state.checked = True
+            own = {**self._options, "return_output": False, "return_entropy": False}
+            with random.replayed(), torch.no_grad():
+                theirs = before(self._actor, self._sequences, self._action_mask, **own)
+            kept = self._scattered(torch.ones_like(scores[0]))[:, -theirs.shape[1] - 1 : -1]
+            agree("log-probs", logprob[:, -theirs.shape[1] :] * kept, theirs * kept, self._dtype, HOST, scale=1.0)
+        if self._action_mask is not None:
+            logprob = logprob[:, -self._action_mask.shape[1] :] * self._action_mask.float()
+        if not self._options.get("return_output"):
+            return logprob
+        from transformers.modeling_outputs import CausalLMOutputWithPast
 
+        output = CausalLMOutputWithPast()
+        output.entropy = entropy
+        return logprob, output
 
-@contextmanager
-def _scores(pending: list[_Tokens], tokens: _Tokens, check: bool):
-    pending.append(_Tokens(tokens.labels, tokens.rows, tokens.temperature, check))
-    try:
-        yield
-    finally:
-        pending.pop()
+    def _score(self, host: Any, check: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-probs, entropies) [N]; runs inside the forward pass of the actor's model."""
+        causal_lm, mask, row = causal_lm_of(self._actor.model), self._options["attention_mask"], self._at
+        ids, position = self._sequences, (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 1)
+        if self._actor.packing_samples:
+            row = (self._attention.flatten().cumsum(0) - 1)[row]
+            ids, position, *_ = host.unpad_and_slice_tensor(ids, mask, None)
+            mask = None
+        hidden = decoder_of(causal_lm)(ids, attention_mask=mask, position_ids=position)[0].flatten(0, 1)
+        head, target = head_of(causal_lm), self._sequences.roll(-1, dims=1).flatten()[self._at]
+        temperature, self._dtype = float(self._actor.temperature), z_dtype(hidden, head)
+        if check:
+            check_head(head_layer(causal_lm), head, hidden, row, target, temperature, HOST)
+        if self._step is None:
+            return separate_logprobs(hidden[row], head, target, temperature=temperature)[:2]
+        return self._state.host_loss(hidden, head, row, target, self._loss, self._old_logprob(), temperature)
 
+    def _loss(self, logprob: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        """The loss of the training step, of log-probs and entropies [N]."""
+        actions = self._scattered(logprob)[:, -self._action_mask.shape[1] - 1 : -1]
+        return self._step.loss(actions, self._scattered(entropy)[:, :-1])
 
-def _scoring(causal_lm: Any, own: Callable[..., Any], pending: list[_Tokens]) -> Callable[..., Any]:
-    """The model's forward, with scores in place of logits while an actor waits for some."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+    def _old_logprob(self) -> torch.Tensor:
+        old = self._step.old_logprob.float()
+        return torch.nn.functional.pad(old, (self._shape[1] - old.shape[1] - 1, 1)).flatten()[self._at]
 
-    def forward(*args: Any, **options: Any) -> Any:
-        if not pending:
-            return own(*args, **options)
-        tokens = pending[-1]
-        hidden = causal_lm.base_model(*args, **options).last_hidden_state.flatten(0, 1)
-        head, row = head_of(causal_lm), tokens.rows.flatten().nonzero().squeeze(1)
-        target = tokens.labels.flatten()[row]
-        if tokens.check:
-            check_head(head_layer(causal_lm), head, hidden, row, target, tokens.temperature, HOST)
-        out = linear_logprob(
-            head.input(hidden[row]), head.weight, target, temperature=tokens.temperature, entropy=True, **head.options
-        )
-        assert out.entropy is not None
-        scored = [_scattered(values, row, tokens.labels) for values in (out.logprob, out.entropy)]
-        # DeepSpeed looks for tensors in what a forward returns
-        return CausalLMOutputWithPast(logits=_Scored(*scored), hidden_states=tuple(scored))  # type: ignore[arg-type]
-
-    return forward
-
-
-def _scattered(values: torch.Tensor, row: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return values.new_zeros(like.numel()).index_put((row,), values).view(like.shape)
-
-
-def _score_without_logits(host: Any) -> Callable[[], None]:
-    """Let the functions that the actor calls on its logits take scores; returns the function that undoes it."""
-    logprobs, entropy = host.log_probs_from_logits, host.compute_entropy
-
-    def log_probs_from_logits(logits: Any, *args: Any, **options: Any) -> torch.Tensor:
-        return logits.logprob if isinstance(logits, _Scored) else logprobs(logits, *args, **options)
-
-    def compute_entropy(logits: Any) -> torch.Tensor:
-        return logits.entropy if isinstance(logits, _Scored) else entropy(logits)
-
-    host.log_probs_from_logits, host.compute_entropy = log_probs_from_logits, compute_entropy
-
-    def remove() -> None:
-        host.log_probs_from_logits, host.compute_entropy = logprobs, entropy
-
-    return remove
-
-
-def _check(
-    actor: Any, before: Callable[..., Any], pending: list[_Tokens], sequences: Any, action_mask: Any, options: Any
-) -> None:
-    """Compare the log-probs of the first sequence with those of OpenRLHF's own code, without dropout."""
-    one = {**options, "attention_mask": options["attention_mask"][:1], "return_output": False, "return_entropy": False}
-    mask = None if action_mask is None else action_mask[:1]
-    training = actor.training
-    actor.eval()
-    try:
-        with torch.no_grad():
-            theirs = before(actor, sequences[:1], mask, **one)
-            with _scores(pending, _tokens(actor, sequences[:1], mask, one["attention_mask"]), check=False):
-                ours = before(actor, sequences[:1], mask, **one)
-    finally:
-        actor.train(training)
-    if mask is None:  # padding is not scored
-        kept = _without_padding(one["attention_mask"])[:, :-1].to(theirs)
-        ours, theirs = ours * kept, theirs * kept
-    head = head_of(actor.model)
-    agree("log-probs", ours, theirs, z_dtype(torch.empty(0, dtype=head.weight.dtype), head), HOST, scale=1.0)
+    def _scattered(self, values: torch.Tensor) -> torch.Tensor:
+        """[B, L] with values [N] at the positions that are scored, else 0."""
+        return values.new_zeros(self._sequences.numel()).index_put((self._at,), values).view(self._shape)

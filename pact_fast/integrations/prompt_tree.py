@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from pact_fast.errors import PactError
 from pact_fast.model.forward import unsupported
-from pact_fast.tree import TokenTree, pack, tree_forward
+from pact_fast.tree import Node, TokenTree, pack, tree_forward
 
 
 def unsupported_tree(causal_lm: Any) -> str | None:
@@ -26,28 +26,35 @@ def unsupported_tree(causal_lm: Any) -> str | None:
 
 
 class PromptTrees:
-    """The trees of TRL's inputs: prompt_ids [B, P] and prompt_mask, padded on the left; completion_ids [B, C] and mask."""
+    """One tree per distinct prompt, with a branch for each of its completions; both are lists of int64 arrays."""
 
-    def __init__(self, inputs: dict[str, torch.Tensor]):
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        prompts, prompt_masks, completions, masks = (inputs[name].cpu().numpy() for name in names)
-        lengths = masks.sum(1)
-        if (masks[:, :-1] < masks[:, 1:]).any():
-            raise PactError('TRL\'s GRPO: a completion has holes in its mask; use mode="loss"')
-        trees: dict[bytes, tuple[TokenTree, Any]] = {}
-        self._nodes: list[Any] = []
-        for i, (prompt, kept) in enumerate(zip(prompts, prompt_masks, strict=True)):
-            ids = prompt[kept != 0]
-            if ids.tobytes() not in trees:
+    def __init__(self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]):
+        trees: dict[bytes, tuple[TokenTree, Node]] = {}
+        self._nodes: list[Node] = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            key = prompt.tobytes()
+            if key not in trees:
                 tree = TokenTree()
-                trees[ids.tobytes()] = tree, tree.add(ids)
-            tree, root = trees[ids.tobytes()]
-            self._nodes.append(tree.add(completions[i, : lengths[i]], root))
-        everything = int(prompts.size + completions.size)
+                trees[key] = tree, tree.add(prompt)
+            tree, root = trees[key]
+            self._nodes.append(tree.add(completion, root))
+        everything = sum(map(len, prompts)) + sum(map(len, completions))
         (self.batch,) = pack([tree for tree, _ in trees.values()], max_tokens=everything, merge=True)
 
+    @staticmethod
+    def of_padded(inputs: dict[str, torch.Tensor]) -> PromptTrees:
+        """Of TRL's inputs: prompt_ids [B, P] and prompt_mask, padded on the left; completion_ids [B, C] and mask."""
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        prompts, prompt_masks, completions, masks = (inputs[name].cpu().numpy() for name in names)
+        if (masks[:, :-1] < masks[:, 1:]).any():
+            raise PactError('TRL\'s GRPO: a completion has holes in its mask; use mode="loss"')
+        return PromptTrees(
+            [ids[kept != 0] for ids, kept in zip(prompts, prompt_masks, strict=True)],
+            [ids[:n] for ids, n in zip(completions, masks.sum(1), strict=True)],
+        )
+
     def rows(self, at: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """int64 [N], the hidden state that predicts each token; at: (row, column) [N] in completion_ids."""
+        """int64 [N], the hidden state that predicts each token; at: (sequence, position) [N] in the completions."""
         sequence, position = (t.cpu().numpy() for t in at)
         by_node = [np.asarray(self.batch.rows(node)) for node in self._nodes]
         found = [by_node[i][t] for i, t in zip(sequence, position, strict=True)]

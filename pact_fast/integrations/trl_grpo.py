@@ -63,7 +63,7 @@ class OnePass:
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         at = mask.nonzero(as_tuple=True)
-        trees = PromptTrees(inputs) if self.tree else None
+        trees = PromptTrees.of_padded(inputs) if self.tree else None
         start = inputs["prompt_ids"].shape[1]
         row = trees.rows(at) if trees else at[0] * ids.shape[1] + at[1] + start - 1
         tokens = trl_loss.table(trainer, inputs, mask, at, row)

@@ -1,9 +1,9 @@
-r"""verl: its fused head, `use_fused_kernels`, on these kernels.
+r"""verl: its fused head on these kernels; and engines with the loss in one pass, and with prompts computed once.
 
-    VERL_USE_EXTERNAL_MODULES=pact_fast.integrations.verl_plugin python -m verl.trainer.main_ppo \
-        actor_rollout_ref.model.use_fused_kernels=true ...
+    VERL_USE_EXTERNAL_MODULES=pact_fast.integrations.verl_plugin VERL_ENGINE_VENDOR=pact python -m verl.trainer.main_ppo ...
 
-verl imports that module in every worker, and it calls `install`.
+verl imports that module in every worker. VERL_ENGINE_VENDOR: `pact`, `pact_tree`, or nothing for the head alone, which
+needs `actor_rollout_ref.model.use_fused_kernels=true`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from pact_fast.integrations.self_check import check_head, due
-from pact_fast.kernels import Head, linear_logprob
+from pact_fast.integrations.class_head import ClassHead, replace_method
 
 HOST = "verl"
 
@@ -32,39 +31,35 @@ def install() -> Callable[[], None]:
     """
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
-    before, checked = FusedLinearForPPO.forward, False
+    head = ClassHead(HOST)
 
-    def forward(
-        self: Any,
-        hidden_states: torch.Tensor,
-        vocab_weights: torch.Tensor,
-        input_ids: torch.Tensor,
-        temperature: float | torch.Tensor = 1.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        nonlocal checked
-        hidden, targets = hidden_states.flatten(0, -2), input_ids.flatten().long()
-        weight = vocab_weights.full_tensor() if hasattr(vocab_weights, "full_tensor") else vocab_weights
-        if torch.is_grad_enabled() and due(checked, len(targets)):
-            checked = True
-            _check(hidden, weight, targets, temperature)
-        out = linear_logprob(hidden, weight, targets, temperature=temperature, entropy=True)
-        assert out.entropy is not None
-        shape = input_ids.shape
-        return out.logprob.view(shape), out.entropy.to(hidden.dtype).view(shape)
+    def make(before: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(
+            self: Any,
+            hidden_states: torch.Tensor,
+            vocab_weights: torch.Tensor,
+            input_ids: torch.Tensor,
+            temperature: float | torch.Tensor = 1.0,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            logprob, entropy = head(hidden_states, vocab_weights, input_ids, temperature)
+            return logprob, entropy.to(hidden_states.dtype)
 
-    FusedLinearForPPO.forward = forward
+        return forward
 
-    def remove() -> None:
-        FusedLinearForPPO.forward = before
-
-    return remove
+    return replace_method(FusedLinearForPPO, "forward", make)
 
 
-def _check(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: Any) -> None:
-    rows = torch.arange(len(targets), device=targets.device)
-    value = float(torch.as_tensor(temperature).flatten()[0])
+def register_engines() -> None:
+    """Register engines that `VERL_ENGINE_VENDOR` chooses, for language models under `fsdp` and `fsdp2`.
 
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, weight)
+    `pact`: the loss, any that verl knows or that is registered with it, is differentiated in the pass that makes the logits,
+    which are made for tokens with a loss only. `pact_tree`: in addition, a prompt is computed once for all of its responses
+    in a micro-batch; set `actor.use_prefix_grouper=true`, which keeps them on one rank. Other micro-batches (images, Ulysses,
+    distillation, routing replay) are left to verl, with a warning that says why.
 
-    check_head(layer, Head(weight), hidden, rows, targets, value, HOST)
+    Raises:
+        ImportError: verl 0.9 or newer is not installed.
+    """
+    from pact_fast.integrations.verl_engine import register
+
+    register()

@@ -74,7 +74,7 @@ def read_answer(data: bytes, prompt_characters: int, secret: str | None = None) 
     text = message.get("content") or message.get("refusal") or ""
     reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
     if not isinstance(text, str) or not isinstance(reasoning, str):
-        raise Malformed(f"the content is no text but {short(text)}")
+        raise Malformed(f"the content is not text but {short(text)}")
     reason = choices[0].get("finish_reason") or "stop"
     if not isinstance(reason, str):
         raise Malformed(f"the finish reason is {short(reason)}")
@@ -121,7 +121,7 @@ def check_schema(value: Any, schema: dict[str, Any]) -> None:
 
 
 def read_tool_calls(answer: Answer) -> list[ToolCall]:
-    """The calls of an answer. Unusable with `tool_call` if the arguments of one are no JSON object."""
+    """The calls of an answer. Unusable with `tool_call` if the arguments of one are not a JSON object."""
     calls = []
     for name, text in answer.tool_calls:
         try:

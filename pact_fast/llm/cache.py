@@ -60,7 +60,11 @@ class AnswerCache:
     def put(self, key: str, answer: Answer, role: str, request: dict[str, Any]) -> Answer:
         """Keep an answer, and return the one that is kept: another writer may have been first.
 
-        The request is written beside it, for readers.
+        Args:
+            key: Hash of the request.
+            answer: The answer.
+            role: The role that asked, for readers of the file.
+            request: The request, likewise.
         """
         entry = {"format": FORMAT, "key": key, "role": role, "request": request, "answer": asdict(answer)}
         data = json.dumps(entry, indent=1).encode("ascii")

@@ -23,7 +23,7 @@ from pact_fast.llm.ledger import Ledger
 from pact_fast.llm.request import Request, request_body, request_key
 from pact_fast.text import short
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the first retry, and before any
+FIRST_WAIT, MAX_WAIT = 0.5, 30.0  # seconds before the first retry, and before any
 
 
 @dataclass(frozen=True)
@@ -341,4 +341,4 @@ def _prompt_tokens(body: dict[str, Any]) -> int:
 
 def _backoff(retry: int) -> float:
     """Seconds before a retry: doubled each time, with jitter, so that clients that failed together come back apart."""
-    return random.uniform(0.5, 1.0) * min(FIRST_WAIT * 2**retry, LONGEST_WAIT)
+    return random.uniform(0.5, 1.0) * min(FIRST_WAIT * 2**retry, MAX_WAIT)

@@ -91,7 +91,9 @@ class LLMConfig(Section):
     @classmethod
     def _is_variable(cls, value: str | None) -> str | None:
         if value is not None and not _VARIABLE.fullmatch(value):  # the value may be the key itself, and is not shown
-            raise ValueError("it is no name of an environment variable (OPENAI_API_KEY); write the key there, not here")
+            raise ValueError(
+                "it is not the name of an environment variable (OPENAI_API_KEY); write the key there, not here"
+            )
         return value
 
     @model_validator(mode="before")

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pact_fast.kernels.decoder import skinny
 from pact_fast.kernels.decoder.pointwise import rms_norm, rotary, serves, silu_mul
-from pact_fast.model.patch import ROTARY, is_gated_silu, is_rms_norm, is_rotary, rotary_served
+from pact_fast.model.patch import ROTARY, rotary_served
+from pact_fast.model.recognition import is_gated_silu, is_rms_norm, is_rotary
 from pact_fast.model.rematerialize import is_compiled
 
 _Entry = tuple[dict[str, Any], str, Any]  # (namespace, name, replacement)

@@ -58,7 +58,7 @@ def solve_score(feedback: Sequence[Feedback], expected: Mapping[str, Sequence[st
     Args:
         feedback: Every call, in order.
         expected: For each tool, the texts that its observations must contain: one text per sub-question, at least one
-            in total. An empty text is no sub-question.
+            in total. An empty text is not a sub-question.
     """
     parts = {name: [found for text in texts if (found := expected_parts(text))] for name, texts in expected.items()}
     statements = {part: stated(feedback, part) for texts in parts.values() for text in texts for part in text}

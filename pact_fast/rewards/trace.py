@@ -114,7 +114,14 @@ def _written(turn: TurnRecord) -> Iterator[str]:
 
 
 def has_evidence(turns: Sequence[TurnRecord], question: str, answer: str, evidence: Sequence[str]) -> bool:
-    """E: whether the observations support an answer."""
+    """E: whether the observations support an answer.
+
+    Args:
+        turns: Turns of the agent, with their observations.
+        question: The question.
+        answer: The agent's answer.
+        evidence: Texts that must have been observed where the question holds the answer, or it is yes or no.
+    """
     sought = normalize_answer(answer)
     if sought in YES_NO or holds(question, answer):
         return bool(evidence) and all(_observed(turns, text) for text in evidence)

@@ -1,6 +1,11 @@
 """Rollouts: the agent loop that samples multi-turn trajectories, and the engines that generate their tokens.
 
-agent         AgentLoop: renders prompts, asks an engine for turns, runs tool calls, records trajectories
+agent         AgentLoop: samples many trajectories at once
+turns         TurnLoop: what follows a sampled turn, such as tool calls, a user's reply, or the end
+env_calls     methods of environments, run in threads where they may take long
+episode       a trajectory under way, and the sides of the policies that take part in it
+pending       tool calls and replies that trajectories wait for
+schedule      which jobs run, and which are overdue or superfluous
 engine        Engine: the interface of an inference engine; token ids in, token ids and log-probs out
 registry      engines by name (`rollout.engine`), and `make_engine`
 self_play     both sides of an episode in which the policy, or a frozen model, plays the user

@@ -91,7 +91,7 @@ class Side:
         self.logprobs.append(np.full(n, np.nan, np.float32) if logprobs is None else logprobs)
         self.versions.append(np.full(n, version, np.int32))
 
-    def hear(self, text: str) -> None:
+    def add_message(self, text: str) -> None:
         """Record what the other side said after the last turn."""
         if self.turns:
             self.turns[-1].user = text

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -22,13 +22,6 @@ from pact_fast.data.types import ExpertTrace, Message, Task, ToolSchema, split_r
 from pact_fast.envs.base import Environment
 from pact_fast.errors import PactError
 from pact_fast.users.model import GREETING
-
-
-class EnvironmentWithUserPrompt(Environment, Protocol):
-    """An environment whose user a policy can play."""
-
-    def user_prompt(self) -> str:
-        """The system prompt of whoever plays the user: who he is, what he wants, and how he ends the dialogue."""
 
 
 def user_tools(env: Environment) -> list[ToolSchema]:

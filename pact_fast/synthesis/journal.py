@@ -69,7 +69,7 @@ class Journal:
             return None
         summary = _json(path.read_bytes())
         if not isinstance(summary, dict) or "made_from" not in summary:
-            raise PactError(f"{path} is no file of this command; name another folder with -o")
+            raise PactError(f"{path} is not a file of this command; name another folder with -o")
         self._check(summary["made_from"], path)
         return summary
 

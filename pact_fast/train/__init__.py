@@ -1,7 +1,10 @@
 """Training: a run's life cycle, rollout collection, optimizer steps, checkpoints, evaluation and metrics.
 
 run.py            life cycle: build, resume, step, evaluate, save, stop
-pretrain.py       the base model of a run
+preflight.py      settings and tasks that fit each other; check_rows.py: every row
+inputs.py         data files, tokenizer, rows and checkpoint, the same on all ranks
+models.py         base model, policy and reference policy
+pretrain.py       the training of the base model
 user_model.py     the frozen model that plays the user
 step.py           one training step: collect → score → plan → update → sync
 collect.py        rollouts → groups with rewards and advantages

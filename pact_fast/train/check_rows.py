@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from pact_fast.envs.registry import environment, environment_name, is_built_in
 from pact_fast.errors import DataError, PactError
 from pact_fast.files import io_errors, write_text
 from pact_fast.model.build import architecture
+from pact_fast.train.unique_ids import UniqueIds
 
 SKIPPED_ROWS = "skipped_rows.jsonl"  # in the run directory
 
@@ -44,14 +45,44 @@ class CheckedRows:
     trace: int
 
 
+class TaskCheck:
+    """The check of a task before it is trained on: `check(task)` raises a DataError that names file, line, field and cure.
+
+    Args:
+        config: Limits, algorithm and environment.
+        renderer: Renders prompts and traces.
+        algorithm: States whether traces are trained on, and rollouts sampled.
+    """
+
+    def __init__(self, config: Config, renderer: ChatRenderer, algorithm: Algorithm):
+        self._limits = row_limits(config, algorithm)
+        self.rows = RowCheck(renderer, self._limits)
+        self._default = environment_name(config.env, config.data)
+        self._class_of = functools.cache(environment.get)
+        self._user_is_policy = config.rollout.user == "policy"
+        # an error of the template, not of a row
+        self._check_dialogue = functools.cache(functools.partial(check_user_turns, renderer))
+
+    def __call__(self, task: Task) -> None:
+        env = self._class_of(task.env or self._default)
+        check_environment(task, env)
+        self.rows.check(task)
+        if has_user(env) or self._user_is_policy:
+            self._check_dialogue()
+        if self._limits.trace and has_user_turns(task):
+            self._check_dialogue(traces=True)
+
+
 def check_rows(
     tasks: TaskSource,
     config: Config,
     renderer: ChatRenderer,
     algorithm: Algorithm,
     advance: Callable[[], object] = lambda: None,
+    *,
+    complete: bool = False,
 ) -> CheckedRows:
-    """Render, check and measure every task of the files; of generated tasks, those of the first step.
+    """Render, check and measure the tasks of the files that `rows_to_check` counts; of generated tasks, the first step's.
 
     Args:
         tasks: The run's tasks.
@@ -59,39 +90,36 @@ def check_rows(
         renderer: Renders prompts and traces.
         algorithm: States whether traces are trained on, and rollouts sampled.
         advance: Called after each row.
+        complete: Check every row, also where there are too many to do so before the first step.
 
     Raises:
         DataError: A row cannot be trained on, unless data.on_bad_row=skip.
     """
-    limits = row_limits(config, algorithm)
-    check = RowCheck(renderer, limits)
-    default = environment_name(config.env, config.data)
-    class_of = functools.cache(environment.get)
-    from_files = isinstance(tasks, FileTasks)
+    check = TaskCheck(config, renderer, algorithm)
     errors: dict[int, DataError] = {}
-    check_dialogue = functools.cache(
-        functools.partial(check_user_turns, renderer)
-    )  # an error of the template, not of a row
-    rows = 0
-    chosen: Iterable[Task] = tasks if isinstance(tasks, FileTasks) else tasks.train(0, config.trainer.prompts_per_step)
-    for position, task in enumerate(chosen):
-        rows += 1
+    chosen: FileTasks | list[Task] = (
+        tasks if isinstance(tasks, FileTasks) else tasks.train(0, config.trainer.prompts_per_step)
+    )
+    positions = _positions(chosen, complete)
+    # ids of rows that are held were compared when they were read
+    ids = UniqueIds(chosen) if complete and isinstance(chosen, FileTasks) and chosen.reads_when_drawn else None
+    for position in positions:
         try:
-            env = class_of(task.env or default)
-            check_environment(task, env)
-            check.check(task)
-            if has_user(env) or config.rollout.user == "policy":
-                check_dialogue()
-            if limits.trace and has_user_turns(task):
-                check_dialogue(traces=True)
+            task = chosen[position]
+            check(task)
+            if ids:
+                ids.see(position, task)
         except DataError as error:
-            if config.data.on_bad_row == "error" or not from_files:
+            if config.data.on_bad_row == "error" or not isinstance(tasks, FileTasks):
                 raise
             errors[position] = error
         advance()
-    prompt = check.tokens(check.longest[1])[0] if check.longest else 0
-    trace = sum(check.tokens(check.longest_trace[1])) if check.longest_trace else 0
-    return CheckedRows(rows, errors, check.traces, prompt, trace)
+    if ids:
+        ids.check()
+    rows = check.rows
+    prompt = rows.tokens(rows.longest[1])[0] if rows.longest else 0
+    trace = sum(rows.tokens(rows.longest_trace[1])) if rows.longest_trace else 0
+    return CheckedRows(len(positions), errors, rows.traces, prompt, trace)
 
 
 def has_user_turns(task: Task) -> bool:
@@ -111,9 +139,13 @@ def check_environment(task: Task, env: type) -> None:
         raise with_place(task, error) from None
 
 
-def rows_to_check(tasks: TaskSource, config: Config) -> int:
+def rows_to_check(tasks: TaskSource, config: Config, complete: bool = False) -> int:
     """How many rows `check_rows` checks."""
-    return len(tasks) if isinstance(tasks, FileTasks) else config.trainer.prompts_per_step
+    return len(_positions(tasks, complete)) if isinstance(tasks, FileTasks) else config.trainer.prompts_per_step
+
+
+def _positions(tasks: FileTasks | list[Task], complete: bool) -> Sequence[int]:
+    return tasks.sample() if isinstance(tasks, FileTasks) and not complete else range(len(tasks))
 
 
 def row_limits(config: Config, algorithm: Algorithm) -> RowLimits:
@@ -141,8 +173,36 @@ def write_skipped(errors: list[DataError], run: Path) -> str | None:
         with io_errors(path):
             path.unlink(missing_ok=True)
         return None
-    lines = [
-        {"file": error.file, "line": error.line, "field": error.field, "problem": error.problem} for error in errors
-    ]
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(path, "".join(line + "\n" for line in map(_skipped_line, errors)))
     return f"skipped {len(errors):,} rows that cannot be used (data.on_bad_row=skip); they are listed in {path}"
+
+
+def _skipped_line(error: DataError) -> str:
+    found = {"file": error.file, "line": error.line, "field": error.field, "problem": error.problem}
+    return json.dumps(found, ensure_ascii=False)
+
+
+class SkippedRows:
+    """The list of rows that are skipped when they are drawn; it grows during a run, and stays when the run is resumed.
+
+    Args:
+        run: The run directory.
+        errors: Of the skipped rows; grows.
+    """
+
+    def __init__(self, run: Path, errors: Sequence[DataError]):
+        self._path, self._errors, self._written = run / SKIPPED_ROWS, errors, 0
+        with io_errors(self._path):
+            known = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        self._lines = dict.fromkeys(known)
+
+    def write(self) -> str | None:
+        """List what was found since the last call. Returns a line for people; None if there is nothing new."""
+        found = self._errors[self._written :]
+        self._written += len(found)
+        before = len(self._lines)
+        self._lines |= dict.fromkeys(map(_skipped_line, found))
+        if len(self._lines) == before:
+            return None
+        write_text(self._path, "".join(f"{line}\n" for line in self._lines))
+        return f"skipped {len(self._lines):,} rows so far that cannot be used; they are listed in {self._path}"

@@ -121,12 +121,12 @@ class RolloutCollector:
             step: Training step, from 0.
             oldest_version: A group with a token sampled by older weights than this version is stale.
         """
-        groups = self._exchange(self._prefetcher.get(step))
+        groups = self._gather_outcomes(self._prefetcher.get(step))
         stale = [i for i, group in enumerate(groups) if any(o.oldest < oldest_version for o in group.trajectories)]
         if stale:
             drawn = self._tasks.train(step, self._config.trainer.prompts_per_step)
             tasks = [drawn[index] for index in stale]
-            resampled = self._exchange(self._prefetcher.run(lambda: self._sample(step, tasks)))
+            resampled = self._gather_outcomes(self._prefetcher.run(lambda: self._sample(step, tasks)))
             for index, group in zip(stale, resampled, strict=True):
                 group.prompt_index = index
                 groups[index] = group
@@ -150,7 +150,7 @@ class RolloutCollector:
         )
 
         def sample(tasks: list[Task], first: int) -> list[SampledGroup]:
-            return self._exchange(self._prefetcher.run(lambda: self._sample(step, tasks, first)))
+            return self._gather_outcomes(self._prefetcher.run(lambda: self._sample(step, tasks, first)))
 
         chosen, self.filtered = filter_groups(groups, sample, further, config, self._algorithm.turn_advantages)
         if self.filtered.without_signal == len(chosen):
@@ -228,7 +228,7 @@ class RolloutCollector:
                 max_completion_length=limit,
             )  # fmt: skip
 
-    def _exchange(self, sampled: LocalRollouts) -> list[SampledGroup]:
+    def _gather_outcomes(self, sampled: LocalRollouts) -> list[SampledGroup]:
         """The groups with the outcomes of all ranks' rollouts, and this rank's own rollouts in their places."""
         groups, local = sampled
         use_turns = self._algorithm.turn_advantages and self._config.algorithm.filter_groups.enable

@@ -18,7 +18,7 @@ def export(run: Path, out: Path) -> Path:
     """Write weights (float32), configuration and tokenizer to the new folder `out`. Returns it.
 
     Raises:
-        PactError: `run` is no run directory or has no checkpoint, or `out` exists.
+        PactError: `run` is not a run directory or has no checkpoint, or `out` exists.
     """
     if not (run / "config.yaml").exists():
         raise PactError(f"{run} is not a run directory: it has no config.yaml")

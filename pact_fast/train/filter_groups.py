@@ -18,15 +18,15 @@ from pact_fast.config.schema import FilterGroupsConfig
 from pact_fast.data.sources import TaskSource
 from pact_fast.data.types import Task
 
-# Most groups that a step may sample in vain, relative to those that it cannot do without. Asking only for what is missing
-# samples none in vain, but takes many small rounds.
+# Most superfluous groups of a step, relative to those that it cannot do without. Sampling only as many as are missing would
+# leave none over, but takes many small rounds.
 WASTE = 0.3
 # Number of the first batch of further prompts, beyond the last step of any run, and not of this run: a run that is resumed
 # with more steps sees the same prompts.
 FURTHER_BATCHES = 1 << 24
 
 
-class Scored(Protocol):
+class RolloutRewards(Protocol):
     """A rollout, or what is known of it: its reward, and those of its turns."""
 
     @property
@@ -43,7 +43,7 @@ class ScoredGroup(Protocol):
     prompt_index: int
 
     @property
-    def trajectories(self) -> Sequence[Scored]: ...
+    def trajectories(self) -> Sequence[RolloutRewards]: ...
 
 
 G = TypeVar("G", bound=ScoredGroup)
@@ -106,7 +106,7 @@ def further_groups(missing: int, kept: int, sampled: int, budget: int) -> int:
         budget: Groups that may still be sampled.
     """
     needed = int(missing * (sampled + 2) / (kept + 1))  # by the yield so far, and one success of two before it
-    # in the worst case every further group has a signal: all beyond `missing` are then in vain
+    # in the worst case every further group has a signal: all beyond `missing` are then superfluous
     return min(budget, max(missing, min(needed, missing + int(WASTE * (sampled + missing)))))
 
 

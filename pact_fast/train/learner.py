@@ -138,7 +138,7 @@ class Learner:
         if self.policy.unshared:
             reason = f"prefixes are not shared, every sequence is computed whole: {self.policy.unshared}"
             warnings.warn(reason, stacklevel=2)
-        self._share = trainer.share_prefixes and self.policy.unshared is None
+        self._share_prefixes = trainer.share_prefixes and self.policy.unshared is None
 
     def _make_reference_forward(
         self, reference: PreTrainedModel, autocast: AbstractContextManager | None, dtype: str
@@ -264,7 +264,7 @@ class Learner:
             lambda tokens, pairs: per_token * tokens + per_pair * pairs,
             max_tokens=self.max_tokens,
             world=self.world,
-            share=self._share,
+            share=self._share_prefixes,
             merge=self.trainer.merge_rollouts,
         )
 

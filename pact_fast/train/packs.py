@@ -103,7 +103,7 @@ def make_packs(
     assignment = assign(table, max_tokens, world.replicas, flops)
     planned = _with_tokens(units, home.index(world.rank) if units else 0, assignment, batches)
     own = [assignment.bins[row[world.replica]] for row in assignment.table]
-    received = _exchange(planned, assignment, home, own, world)
+    received = _receive_units(planned, assignment, home, own, world)
     packs = []
     for numbers in own:
         members = [received[number] for number in numbers]
@@ -175,7 +175,7 @@ def _with_tokens(
     return result
 
 
-def _exchange(
+def _receive_units(
     planned: dict[int, ScoredUnit], assignment: Assignment, home: list[int], own: list[list[int]], world: World
 ) -> dict[int, ScoredUnit]:
     """The units of this replica's packs by number, from the ranks that planned them."""

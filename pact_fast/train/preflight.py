@@ -1,6 +1,7 @@
 """Checks of settings and tasks together, before a model is loaded: each alone is valid, and together they train nothing.
 
-`check_settings` needs no data; `check_tasks` reads all tasks of the data files, or the first step of generated ones.
+`check_settings` needs no data; `check_tasks` reads the tasks of the data files (of large ones, a sample), or the first step
+of generated ones.
 """
 
 from __future__ import annotations
@@ -107,14 +108,9 @@ def check_tasks(config: Config, algorithm: Algorithm, tasks: TaskSource, notes: 
 
 def _check_rewards(config: Config, algorithm: Algorithm, train: list[Task], notes: list[str]) -> None:
     """PactError if no task has anything to reward, or env_weight counts a success that a task does not have."""
-    reward = config.algorithm.reward
-    for task in train if reward.env_weight else ():
-        if not _gives_success(config, task):
-            raise PactError(
-                f"task {task.id}: algorithm.reward.env_weight counts the environment's 'success', and its row has none "
-                "(env_args.scoring); add it, or set algorithm.reward.env_weight=0"
-            )
-    if reward.functions:
+    for task in train:
+        check_success(config, algorithm, task)
+    if config.algorithm.reward.functions:
         return
     without = [task for task in train if not _is_rewarded(config, algorithm, task)]
     if without and len(without) == len(train):
@@ -127,6 +123,16 @@ def _check_rewards(config: Config, algorithm: Algorithm, train: list[Task], note
         )
     if without:
         notes.append(f"{len(without)} of {len(train)} tasks have nothing to reward, the first is {without[0].id}")
+
+
+def check_success(config: Config, algorithm: Algorithm, task: Task) -> None:
+    """PactError if env_weight counts a success that a training task does not have."""
+    rewarded = algorithm.needs_rollouts and algorithm.needs_rewards
+    if rewarded and config.algorithm.reward.env_weight and not _gives_success(config, task):
+        raise PactError(
+            f"task {task.id}: algorithm.reward.env_weight counts the environment's 'success', and its row has none "
+            "(env_args.scoring); add it, or set algorithm.reward.env_weight=0"
+        )
 
 
 def _is_rewarded(config: Config, algorithm: Algorithm, task: Task) -> bool:

@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,18 +24,14 @@ from transformers import PreTrainedModel
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.chat.rendering import make_renderer
 from pact_fast.chat.template_check import check_template
-from pact_fast.config import Config, DataConfig, load_config
-from pact_fast.data.row_sources import resolve_data
-from pact_fast.data.sources import FileTasks, TaskSource
+from pact_fast.config import Config
 from pact_fast.distributed.world import init_world
 from pact_fast.envs.registry import EnvironmentFactory, make_tasks
-from pact_fast.errors import DataError, PactError, ShutdownRequested
-from pact_fast.files import atomic_save_pretrained, io_errors, write_text
+from pact_fast.errors import PactError, ShutdownRequested
+from pact_fast.files import write_text
 from pact_fast.model import lora
 from pact_fast.model.adapter import adapter_tensors
-from pact_fast.model.build import check_context, make_model, make_policy
 from pact_fast.model.device import device_kind, free_memory, precision
-from pact_fast.model.logit_check import check_run
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.model.weights import checkpoint_weights, save_model_config
 from pact_fast.plugins import no_exit
@@ -49,24 +42,25 @@ from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.registry import engine_builder, make_engine
 from pact_fast.text import short
 from pact_fast.train import checkpoint, rng
-from pact_fast.train.check_rows import check_rows, rows_to_check, write_skipped
+from pact_fast.train.check_rows import SkippedRows
 from pact_fast.train.checkpoint_writer import PendingSave, start_save
 from pact_fast.train.collect import RolloutCollector
 from pact_fast.train.evaluate import Evaluator
+from pact_fast.train.inputs import newest_checkpoint, resolve_run_data, save_tokenizer, skip_bad_rows
 from pact_fast.train.learner import Learner, PacksTooLarge
 from pact_fast.train.metrics import MetricsWriter
+from pact_fast.train.models import ModelLoader
 from pact_fast.train.pack_budget import lower_pack_budget, with_pack_budget
 from pact_fast.train.preflight import check_settings, check_tasks
-from pact_fast.train.pretrain import pretrain
 from pact_fast.train.progress import Progress
 from pact_fast.train.records import RolloutWriter
-from pact_fast.train.run_dir import LATEST, folder_content, open_run, save_config, versions
+from pact_fast.train.run_dir import LATEST, open_run, save_config, versions
 from pact_fast.train.run_lock import RunLock
 from pact_fast.train.seeds import seed_generators
 from pact_fast.train.shutdown import GracefulShutdown
 from pact_fast.train.step import Stepper, StepResult
 from pact_fast.train.trackers.group import open_trackers
-from pact_fast.train.user_model import USER_FOLDER, UserSide, tokenizer_tasks, trains_user, with_user_model
+from pact_fast.train.user_model import with_user_model
 from pact_fast.train.warning_signs import WarningSigns
 
 
@@ -108,6 +102,7 @@ class Trainer:
     evaluator: Evaluator
     metrics: MetricsWriter | None = None
     signs: WarningSigns  # rank 0 has them
+    skipped_rows: SkippedRows | None = None  # rank 0 has them, where rows are checked when they are drawn
     _pending_save: PendingSave | None = None
     _lock: RunLock | None = None  # rank 0 has it
 
@@ -123,7 +118,7 @@ class Trainer:
         check_settings(config, self.algorithm)
         self.engine_builder = engine_builder(config)
         self.run = Path(config.output_dir)
-        config = self._resolve_data(config)
+        config = resolve_run_data(config, self.run, self.world)
         self.tasks = make_tasks(config)
         notes: list[str] = []
         check_tasks(config, self.algorithm, self.tasks, notes)
@@ -132,7 +127,7 @@ class Trainer:
         self.shutdown = GracefulShutdown()
         self._skipped = 0  # consecutive skipped updates
         self._saved_at = time.monotonic()
-        self._run_on_main(self._take_lock, "the lock of the run directory")
+        self.world.run_on_main(self._take_lock, "the lock of the run directory")
         try:
             self._open(config, notes)
         except BaseException:
@@ -141,18 +136,31 @@ class Trainer:
 
     def _open(self, config: Config, notes: list[str]) -> None:
         """Open the run directory, of which this process has the lock, and make what needs files of it."""
-        self._newest = self._newest_checkpoint(config)
-        self._run_on_main(lambda: notes.append(open_run(config, self._newest is not None) or ""), "the run directory")
+        self._newest = newest_checkpoint(config, self.run, self.world)
+        self.world.run_on_main(
+            lambda: notes.append(open_run(config, self._newest is not None) or ""), "the run directory"
+        )
         for note in filter(None, notes):
             self.progress.note(note)
         self._given = config
         self.config = with_pack_budget(config, self.run, self.world, self.device, self.progress.note)
-        self._run_on_main(self._save_tokenizer, "the tokenizer")
+        self.world.run_on_main(
+            lambda: save_tokenizer(self.config, self.run, self.tasks, self.make_env, resumed=self._newest is not None),
+            "the tokenizer",
+        )
         self.tokenizer = make_tokenizer(config.model, self.tasks, self.run / "tokenizer")
         self.renderer = make_renderer(config.model, self.tokenizer)
         for note in check_template(self.renderer):
             self.progress.note(note)
-        self._check_rows()
+        self.skipped_rows = skip_bad_rows(
+            self.config, self.run, self.tasks, self.renderer, self.algorithm, self.world, self.progress
+        )
+        self._note_skipped_rows()
+
+    def _note_skipped_rows(self) -> None:
+        """List rows that have been drawn since the last call, and that cannot be used."""
+        if self.skipped_rows and (note := self.skipped_rows.write()):
+            self.progress.note(note)
 
     def _take_lock(self) -> None:
         self._lock = RunLock(self.run, self.progress.note)
@@ -213,7 +221,21 @@ class Trainer:
     def _build(self, newest: Path | None) -> None:
         """Build model, learner, engine and the parts of a step. `newest`: the checkpoint that the weights come from."""
         config = self.config
-        self.model, reference = self._load_models(newest)
+        loader = ModelLoader(
+            config=config,
+            run=self.run,
+            tokenizer=self.tokenizer,
+            renderer=self.renderer,
+            tasks=self.tasks,
+            make_env=self.make_env,
+            algorithm=self.algorithm,
+            engine_builder=self.engine_builder,
+            device=self.device,
+            world=self.world,
+            progress=self.progress,
+            shutdown=self.shutdown,
+        )
+        self.model, reference = loader.load(newest)
         autocast = precision(config, self.device)
         per_update = config.trainer.prompts_per_update or config.trainer.prompts_per_step
         updates_per_batch = config.trainer.prompts_per_step // per_update
@@ -247,117 +269,6 @@ class Trainer:
             self.run, self.renderer, config.trainer.save_rollouts, keep=config.trainer.keep_rollouts, world=self.world
         )
 
-    def _load_models(self, newest: Path | None) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-        """The policy, and the frozen reference policy if there is a KL term (the policy itself if it has adapters)."""
-        config, base_dir = self.config, self.run / "base"
-        if config.pretrain:
-            with nullcontext() if self.world.is_main else self.shutdown.suspended():
-                self._run_on_main(lambda: self._pretrain(base_dir), "the base model")
-        base, several = base_dir if config.pretrain else None, self.world.size > 1
-        weights = newest and newest / "model"
-        model = make_policy(
-            config, self.tokenizer, base=base, checkpoint=weights, device=self.device, partition=several
-        )
-        check_context(config, model)
-        self._check_model(model)
-        if not self.algorithm.requirements(self.engine_builder.sampler_differs).reference:
-            return model, None
-        if config.model.lora:
-            return model, model
-        reference = make_model(config, self.tokenizer, path=base, device=self.device, partition=several)
-        return model, reference.eval().requires_grad_(False)
-
-    def _check_model(self, model: PreTrainedModel) -> None:
-        """Raise PactError if trainer or engine cannot compute the model's own logits."""
-        self.engine_builder.check_model(model)
-        check_run(self.config, model, self.tokenizer, self.engine_builder.logprobs, self.device)
-
-    def _pretrain(self, target: Path) -> None:
-        """Train and save the base model, and the model that plays the user if there is one, unless they are there."""
-        config = self.config
-        assert config.pretrain is not None
-        self._pretrain_one(target, "base model", self.tasks, config.pretrain.steps)
-        if trains_user(config):
-            side = UserSide(self.tasks, self.make_env)
-            self._pretrain_one(self.run / USER_FOLDER, "user model", side, config.pretrain.user_steps, start=target)
-
-    def _pretrain_one(
-        self, target: Path, name: str, tasks: TaskSource, steps: int, *, start: Path | None = None
-    ) -> None:
-        """Train a model on the expert traces of tasks, and save it, unless a complete one is there."""
-        config = self.config
-        if (target / "config.json").exists():
-            return
-        seed_generators(config.seed)
-        model = make_model(config, self.tokenizer, path=start, device=self.device)
-        self._check_model(model)
-        seed_generators(config.seed)
-        with self.progress.phase(name, steps) as advance:
-            pretrain(config, model, self.renderer, tasks, lambda step, loss: advance(f"loss {loss:.3f}"), steps=steps)
-        atomic_save_pretrained([model, self.tokenizer], target)
-
-    def _save_tokenizer(self) -> None:
-        """Save the tokenizer to the run directory; with a checkpoint, the one that is there stays.
-
-        Without one, a tokenizer of an earlier start is replaced: the settings are the same, but the files that they name
-        may have changed. Models that were trained with another tokenizer are then removed.
-        """
-        saved, trained = self.run / "tokenizer", [self.run / "base", self.run / USER_FOLDER]
-        if self._newest and saved.exists():
-            return
-        before = folder_content(saved)
-        with io_errors(saved):
-            shutil.rmtree(saved, ignore_errors=True)
-        tasks = tokenizer_tasks(self.config, self.tasks, self.make_env)
-        atomic_save_pretrained(make_tokenizer(self.config.model, tasks), saved)
-        for model in trained:
-            if model.exists() and folder_content(saved) != before:
-                with io_errors(model):
-                    shutil.rmtree(model)
-
-    def _check_rows(self) -> None:
-        """Check all rows on rank 0; every rank leaves the same ones out. DataError if a row is wrong and not skipped."""
-        found: dict[int, tuple[str, str, int | None, str]] = {}
-
-        def check() -> None:
-            with self.progress.phase("checking rows", rows_to_check(self.tasks, self.config)) as advance:
-                errors = check_rows(self.tasks, self.config, self.renderer, self.algorithm, lambda: advance("")).errors
-            found.update({i: (error.problem, error.file, error.line, error.field) for i, error in errors.items()})
-
-        self._run_on_main(check, "the check of the rows")
-        found = self.world.broadcast_from_main(lambda: found, "the skipped rows")
-        if isinstance(self.tasks, FileTasks):
-            self.tasks.skip({i: DataError(p, file=f, line=n, field=c) for i, (p, f, n, c) in found.items()})
-            skipped = self.tasks.skipped
-            if self.world.is_main and (note := write_skipped(skipped, self.run)):
-                self.progress.note(note)
-
-    def _resolve_data(self, config: Config) -> Config:
-        """The settings with the files and commits that the names of data stand for now, the same on all ranks."""
-        found: list[dict[str, Any]] = []
-
-        def find() -> None:
-            saved = self.run / "config.yaml"
-            resumed = config.resume == "auto" and saved.exists() and checkpoint.steps(self.run / "checkpoints")
-            recorded = load_config(str(saved)).data if resumed else None
-            found.append(resolve_data(config.data, recorded).model_dump())
-
-        self._run_on_main(find, "the data's files and revisions")
-        (data,) = self.world.broadcast_from_main(lambda: found, "the data's files and revisions")
-        return config.model_copy(update={"data": DataConfig.model_validate(data)})
-
-    def _newest_checkpoint(self, config: Config) -> Path | None:
-        """The checkpoint to resume from, chosen by rank 0."""
-        if config.resume != "auto":
-            return None
-
-        def newest() -> str | None:
-            path = checkpoint.latest(self.run / "checkpoints")
-            return str(path) if path else None
-
-        path = self.world.broadcast_from_main(newest, "the newest checkpoint")
-        return Path(path) if path else None
-
     def _start(self) -> RunState:
         """The state of a new run."""
         seed_generators(self.config.seed)  # whatever was drawn to build it, perhaps by an earlier process
@@ -381,7 +292,7 @@ class Trainer:
                 "it to continue from an older one"
             ) from error
         self._open_metrics(saved.step, written)
-        self._run_on_main(lambda: save_config(self._given), "config.yaml")
+        self.world.run_on_main(lambda: save_config(self._given), "config.yaml")
         self.progress.note(f"resuming {self.run} from step {saved.step}")
         return restored
 
@@ -396,20 +307,6 @@ class Trainer:
             self.config, self.tasks, self.collector, self.metrics, self.records, self.progress, self.world
         )
 
-    def _run_on_main(self, make: Callable[[], object], what: str) -> None:
-        """Let rank 0 make something on disk before other ranks read it. Its PactError is raised on all ranks."""
-
-        def attempt() -> str | None:
-            try:
-                make()
-            except PactError as error:
-                return str(error)
-            return None
-
-        problem = self.world.broadcast_from_main(attempt, what)
-        if problem is not None:
-            raise PactError(problem)
-
     # -- after each step ---------------------------------------------------------------------------------------------
 
     def _log_step(self, step: int, result: StepResult) -> None:
@@ -420,6 +317,7 @@ class Trainer:
             self.metrics.write(step, result.metrics | warnings)
             for text in texts:
                 self.progress.note(f"step {step}: {text}")
+            self._note_skipped_rows()
         self.records.write_step(step, result.batches, result.prompts)
         self.progress.step(step, self.config.trainer.max_steps, result.metrics)
         self._check_skipped(step, result)

@@ -99,7 +99,7 @@ def save_config(config: Config) -> None:
 
 
 def _check_kinds(run: Path) -> None:
-    """PactError if something stands where a run writes, and is no plain file or folder: a link leads to other files."""
+    """PactError if something stands where a run writes, and is not a plain file or folder: a link leads to other files."""
     for name in (*FOLDERS, *FILES):
         path = run / name
         wanted, is_wanted = ("folder", path.is_dir()) if name in FOLDERS else ("file", path.is_file())

@@ -41,9 +41,9 @@ class ModelUser:
 
     Args:
         client: The model.
-        prompt: System prompt: who the user is, what he wants, and that he ends the dialogue by `stop`.
+        prompt: System prompt: who the user is, what they want, and that they end the dialogue by `stop`.
         question: What the user has said already: the task's question.
-        tools: Tools of the user's own, for instance of his phone.
+        tools: Tools of the user's own, for instance of their phone.
         call: Runs one of them; needed where there are tools.
         stop: Ends the dialogue, at the end of a message of the user.
         max_messages: Most messages; after them the dialogue is over.

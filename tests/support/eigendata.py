@@ -19,7 +19,7 @@ from pact_fast.envs.domain import Checker, Domain, Instance, Step
 from pact_fast.envs.domain.base import make_domain
 from pact_fast.synthesis.eigendata.compose import RulesSynthesizer, seed_of, with_id
 from pact_fast.synthesis.eigendata.planner import RulesPlanner
-from pact_fast.synthesis.eigendata.roles import Plan
+from pact_fast.synthesis.eigendata.roles import TaskPlan
 from pact_fast.synthesis.eigendata.versions import START, Version
 
 VERSION = Version.read(START)
@@ -29,8 +29,8 @@ def helpdesk() -> Domain:
     return make_domain("helpdesk")
 
 
-def plans(domain: Domain, count: int, version: Version = VERSION) -> list[Plan]:
-    made: list[Plan] = []
+def plans(domain: Domain, count: int, version: Version = VERSION) -> list[TaskPlan]:
+    made: list[TaskPlan] = []
     for number in range(count):
         plan = RulesPlanner().plan(domain, made, version, random.Random(number))
         assert plan

@@ -39,6 +39,16 @@ def openrlhf_models() -> ModuleType:
     return importlib.import_module("openrlhf.models")
 
 
+def ppo_trainer() -> type:
+    """openrlhf's ActorPPOTrainer. Its package imports vLLM for two functions that are not called here."""
+    name = "openrlhf.trainer.ray.vllm_engine"
+    if name not in sys.modules and not importlib.util.find_spec("vllm"):
+        module = ModuleType(name)
+        vars(module).update({"batch_vllm_engine_call": None, "create_vllm_engines": None})
+        sys.modules[name] = module
+    return importlib.import_module("openrlhf.trainer.ray.ppo_actor").ActorPPOTrainer
+
+
 def _install() -> None:
     """Make these functions importable as flash_attn."""
     contents = {

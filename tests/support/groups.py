@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import numpy as np
@@ -20,6 +21,7 @@ from pact_fast.rewards.score import score
 GENERATED = (Component.REASONING, Component.TOOL_CALL, Component.ANSWER)
 
 
+@functools.cache  # a second to train; renderers hold no state of their users
 def lookup_chain_renderer(vocab_size: int = 512) -> ChatRenderer:
     return ChatRenderer(train_tokenizer(LookupChainTasks("train", 0).tasks(100), vocab_size))
 

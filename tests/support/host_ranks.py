@@ -12,6 +12,7 @@ import torch.distributed as dist
 from pact_fast.kernels import head_of, linear_logprob, vocab_parallel_logprob
 from pact_fast.tree import TokenTree, inside_forward, pack, tree_forward
 from tests.support.models import make
+from tests.support.processes import deepspeed_on_gloo
 
 SIZES = {2: (20, 17), 4: (3, 19, 1, 14)}  # rows of the vocabulary on each rank
 CASES = {
@@ -147,6 +148,7 @@ def _fsdp2(model):
 
 
 def _zero3(model):
+    deepspeed_on_gloo()
     import deepspeed
 
     config = {

@@ -6,6 +6,9 @@ trees see the same hidden states by construction.
 
 from __future__ import annotations
 
+import zlib
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -23,14 +26,21 @@ class Hiddens:
     """prefix of token ids → a leaf vector [WIDTH]."""
 
     def __init__(self):
-        self.leaves: dict[tuple, torch.Tensor] = {}
+        self.leaves: dict[bytes, torch.Tensor] = {}
 
-    def __call__(self, prefix) -> torch.Tensor:
-        key = tuple(int(i) for i in prefix)
+    def __call__(self, prefix: np.ndarray) -> torch.Tensor:
+        return self.of(key_of(prefix))
+
+    def of(self, key: bytes) -> torch.Tensor:
         if key not in self.leaves:
-            generator = torch.Generator().manual_seed(hash(key) % (1 << 62))
+            generator = torch.Generator().manual_seed(zlib.crc32(key))
             self.leaves[key] = torch.randn(WIDTH, dtype=torch.float64, generator=generator).requires_grad_()
         return self.leaves[key]
+
+
+def key_of(prefix: np.ndarray) -> bytes:
+    """Bytes are hashed once and compared fast; prefixes of hundreds of tokens are looked up thousands of times."""
+    return np.asarray(prefix, np.int64).tobytes()
 
 
 def head_weight() -> torch.Tensor:
@@ -44,28 +54,40 @@ def log_pi(hiddens: Hiddens, weight: torch.Tensor, context, ids, n: int) -> torc
     return torch.log_softmax(logits, -1)[int(ids[n])]
 
 
+class Truth(NamedTuple):
+    """A loss and its gradients, by the head and by the hidden state of every prefix."""
+
+    loss: float
+    weight: torch.Tensor
+    hiddens: dict[bytes, torch.Tensor]
+
+    @classmethod
+    def of(cls, loss: torch.Tensor, hiddens: Hiddens, weight: torch.Tensor) -> Truth:
+        leaves = [weight, *hiddens.leaves.values()]  # those of a teacher alone are not used, and have gradients of 0
+        by_weight, *by_leaf = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        return cls(float(loss.detach()), by_weight, dict(zip(hiddens.leaves, by_leaf, strict=True)))
+
+
 def assert_computes(
     algorithm: Algorithm,
     groups: list[Group],
     step: StepContext,
-    expected: torch.Tensor,
+    expected: torch.Tensor | Truth,
     hiddens: Hiddens,
     weight: torch.Tensor,
     share: bool = True,
     merge: bool = True,
 ) -> None:
     """The algorithm's loss of `groups` and its gradients by hidden states and head are those of `expected`, to 1e-10."""
-    leaves = [weight, *hiddens.leaves.values()]  # those of a teacher alone are not used, and have gradients of 0
-    expected_weight, *expected_leaves = torch.autograd.grad(expected, leaves, allow_unused=True, materialize_grads=True)
-    by_prefix = dict(zip(hiddens.leaves, expected_leaves, strict=True))
+    truth = expected if isinstance(expected, Truth) else Truth.of(expected, hiddens, weight)
     plans = algorithm.prompt_batches(groups, step)
     batches = pack([tree for plan in plans for tree in plan.trees], max_tokens=700, share=share, merge=merge)
     scored = [s for plan in plans for s in plan.scored]
     prefixes = [
-        [tuple(batch.input_ids[: q + 1][batch.subtree_end[: q + 1] > q]) for q in range(len(batch))]
+        [key_of(batch.input_ids[: q + 1][batch.subtree_end[: q + 1] > q]) for q in range(len(batch))]
         for batch in batches
     ]
-    rows = [torch.stack([hiddens(p).detach() for p in pack_prefixes]) for pack_prefixes in prefixes]
+    rows = [torch.stack([hiddens.of(p).detach() for p in pack_prefixes]) for pack_prefixes in prefixes]
     needs = algorithm.requirements(sampler_differs=False)
     if needs.old_logprob:
         fill_old(batches, scored, rows, weight)
@@ -82,12 +104,12 @@ def assert_computes(
         for prefix, gradient in zip(pack_prefixes, d_hidden, strict=True):
             leaf_grads[prefix] = leaf_grads.get(prefix, 0) + gradient
 
-    assert expected_weight.norm() > 1e-3  # the case exercises something (at ratio 1 a policy loss itself is near zero)
-    assert loss == pytest.approx(float(expected.detach()), rel=1e-10, abs=1e-12)
-    assert (weight_grad - expected_weight).norm() <= 1e-10 * expected_weight.norm()
+    assert truth.weight.norm() > 1e-3  # the case exercises something (at ratio 1 a policy loss itself is near zero)
+    assert loss == pytest.approx(truth.loss, rel=1e-10, abs=1e-12)
+    assert (weight_grad - truth.weight).norm() <= 1e-10 * truth.weight.norm()
     zero = torch.zeros(WIDTH, dtype=torch.float64)
-    prefixes_seen = list(set(leaf_grads) | set(by_prefix))
-    ours, theirs = (torch.stack([g.get(p, zero) for p in prefixes_seen]) for g in (leaf_grads, by_prefix))
+    prefixes_seen = list(set(leaf_grads) | set(truth.hiddens))
+    ours, theirs = (torch.stack([g.get(p, zero) for p in prefixes_seen]) for g in (leaf_grads, truth.hiddens))
     assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
 
 

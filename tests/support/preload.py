@@ -3,6 +3,9 @@
 A module of its own, because the fork server can import modules only. Run by `python -m`, a process does the same work itself.
 """
 
+import atexit
+import gc
+
 import pytest  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -18,3 +21,6 @@ from pact_fast.train.trackers.registry import tracker
 for registry in (algorithm, engine, environment, tool_format, tracker):
     registry.names()  # imports all that are registered
 get_checkpoint_conversion_mapping("qwen3")  # a thousand regular expressions, compiled once in a process
+gc.collect()
+atexit.register(gc.unfreeze)  # else libraries report leaks
+gc.freeze()  # a process that was forked neither looks through these objects nor copies their pages

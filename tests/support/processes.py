@@ -5,9 +5,9 @@ The imports of torch, transformers and the trainer take several seconds of CPU t
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -101,16 +101,70 @@ def _call(log: Path, variables: Mapping[str, str], function: Callable[..., objec
     os.environ.update(variables)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have children,
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]  # and forks them where it came from
-    _use_gloo()
     function(*arguments)
 
 
-def _use_gloo() -> None:
-    """DeepSpeed sums over processes with gloo, as over machines; here it would compile an operator for a minute first."""
-    with contextlib.suppress(ImportError):
-        import deepspeed
+def deepspeed_on_gloo() -> None:
+    """For ranks, before they use DeepSpeed: it sums over processes with gloo, as over machines.
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    By itself it would try the compiler for all of its operators in each process, and compile one for a minute.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}
+
+
+class ForkedModule:
+    """What `subprocess.Popen` and `subprocess.run` make of `python -m module …`, forked instead of started.
+
+    Args:
+        command: Begins with this interpreter and -m.
+        env: Variables; those that libraries read when they are loaded have no effect.
+        cwd: Its folder.
+        stdout: A file of this process for its standard output; None: `run` reads it.
+    """
+
+    def __init__(self, command: list[str], *, env: Mapping[str, str], cwd: Path, stdout: Any = None, **_: Any):
+        assert command[:2] == [sys.executable, "-m"]
+        self.args = command
+        self._output = tempfile.TemporaryFile("w+b") if stdout is None else stdout  # noqa: SIM115
+        self._errors = tempfile.TemporaryFile("w+b") if stdout is None else stdout  # noqa: SIM115
+        streams = [f"/proc/{os.getpid()}/fd/{stream.fileno()}" for stream in (self._output, self._errors)]
+        self._process = WARM.Process(target=_run_module, args=(command[2:], dict(env), cwd, streams))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return self._process.exitcode
+
+    @classmethod
+    def run(cls, command: list[str], *, timeout: float, **options: Any) -> subprocess.CompletedProcess[str]:
+        forked = cls(command, env=options["env"], cwd=options["cwd"])
+        status = forked.wait(timeout)
+        for stream in (forked._output, forked._errors):
+            stream.seek(0)
+        out, errors = (stream.read().decode() for stream in (forked._output, forked._errors))
+        return subprocess.CompletedProcess(command, status, out, errors)
+
+
+def _run_module(command: list[str], variables: dict[str, str], folder: Path, streams: list[str]) -> None:
+    os.setsid()
+    for descriptor, path in enumerate(streams, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    sys.argv = command[:]
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
 def redirect_output(log: Path) -> None:

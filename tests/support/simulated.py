@@ -1,4 +1,4 @@
-"""A small simulated task, and back-ends that answer it badly."""
+"""A small simulated task, and backends that answer it badly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pact_fast.envs.simulated.backend import ToolRequest
 from pact_fast.envs.simulated.faults import Faults
 from pact_fast.envs.simulated.recorded import ObservationStore
 from pact_fast.envs.simulated.utilities import CALCULATOR, COMPARE, DATE_DIFFERENCE, SEARCH_TOOL
-from pact_fast.envs.simulated.world import LOOKUP, Fact, Passage, ToolSpec, World
+from pact_fast.envs.simulated.world import LOOKUP, Fact, Passage, ToolSpec, ToolWorld
 from pact_fast.synthesis.mtr.tool_maker import VALUES
 
 QUESTION = "When was the director of Free Guy born?"
@@ -27,7 +27,7 @@ def look_up(name: str, relation: str, stateful: bool = False) -> ToolSpec:
     return ToolSpec(name, f"The {relation} of an entity.", parameters, VALUES, LOOKUP, relation, stateful)
 
 
-def world(stateful: bool = False, progress: float = 1.0) -> World:
+def world(stateful: bool = False, progress: float = 1.0) -> ToolWorld:
     tools = [look_up("get_director", "director", stateful), look_up("get_birth", "birth"), SEARCH_TOOL]
     tools += [CALCULATOR, COMPARE, DATE_DIFFERENCE]
     facts = (
@@ -41,7 +41,7 @@ def world(stateful: bool = False, progress: float = 1.0) -> World:
         Passage("Bergen", "Bergen is a rainy city in Norway."),
         Passage("Iron", "Iron is a metal."),
     )
-    return World({tool.name: tool for tool in tools}, facts, passages, progress)
+    return ToolWorld({tool.name: tool for tool in tools}, facts, passages, progress)
 
 
 def task(**changes: Any) -> Task:
@@ -59,7 +59,7 @@ def task(**changes: Any) -> Task:
 
 
 class Says:
-    """A back-end that gives its outputs in turn, the last one for ever, and counts."""
+    """A backend that gives its outputs in turn, the last one for ever, and counts."""
 
     version, deterministic, blocking = "says-1", False, False
 
@@ -76,7 +76,7 @@ class Says:
 
 
 def actor(*outputs: Any, store: ObservationStore | None = None, **faults: Any) -> ToolActor:
-    """An actor whose back-end says these outputs; without any, the facts of the row."""
+    """An actor whose backend says these outputs; without any, the facts of the row."""
     from pact_fast.envs.simulated.facts import FactsBackend
 
     return ToolActor(Says(*outputs) if outputs else FactsBackend(), store, Faults(**faults))

@@ -12,7 +12,7 @@ from pact_fast.envs.tau2.dialogue import Dialogue
 from pact_fast.envs.tau2.domains import domain
 from pact_fast.envs.tau2.episode import Episode
 from pact_fast.envs.tau2.reference import reference_actions, task_by_id
-from pact_fast.envs.tau2.users import ScriptedUser
+from pact_fast.envs.tau2.users import Tau2ScriptedUser
 from pact_fast.envs.tau2.verdict import judge
 
 needs_tau2 = pytest.mark.skipif(
@@ -43,7 +43,7 @@ def play_reference(name: str, task_id: str, solo: bool = False) -> float:
 
 def converse(name: str, task_id: str) -> tuple[Dialogue, list[str | None]]:
     """The reference solution with the scripted user: the agent makes its own calls and asks for the user's."""
-    dialogue = Dialogue(name, task_by_id(name, task_id), ScriptedUser)
+    dialogue = Dialogue(name, task_by_id(name, task_id), Tau2ScriptedUser)
     replies: list[str | None] = []
     for side, call in reference_actions(dialogue.episode.task):
         if side == "assistant":

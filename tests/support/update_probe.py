@@ -29,7 +29,7 @@ from pact_fast.model.build import architecture, enable_gradient_checkpointing
 from pact_fast.model.device import precision
 from pact_fast.train.learner import Learner, UpdateResult
 from pact_fast.tree import Node, TokenTree
-from tests.support.processes import run_ranks
+from tests.support.processes import deepspeed_on_gloo, run_ranks
 
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
 WARM_UP = (64, 32, 16, 2)
@@ -67,6 +67,8 @@ def fix_malloc() -> None:
 def main(out: Path, config: dict[str, Any], lengths: tuple[int, int, int, int], prompts: int, rates: bool) -> None:
     faulthandler.dump_traceback_later(280, exit=True)  # a hang says where
     fix_malloc()
+    if "deepspeed" in config["trainer"]:
+        deepspeed_on_gloo()
     world = init_world("cpu", timeout=250)
     parsed, small = parse_config(config), parse_config(config)
     assert parsed.model.random_init and small.model.random_init
@@ -89,7 +91,7 @@ def main(out: Path, config: dict[str, Any], lengths: tuple[int, int, int, int], 
     if world.is_main:
         out.write_text(json.dumps(report(memory, baseline, result, found)))
     if world.size > 1:
-        world.barrier("the end")
+        world.any(False, "the end")  # waits until every rank is here
         os._exit(0)  # how several processes take their connections down is not what is measured
 
 

@@ -16,12 +16,14 @@ from pact_fast.distributed.world import World
 from pact_fast.model.weights import WeightsUnavailable
 from pact_fast.rollout.registry import make_engine
 from tests.support.gloo_transfer import Group, native
+from tests.support.processes import deepspeed_on_gloo
 from tests.support.vllm_engines import largest_gap, make_policy, perturb, prompts, sample
 from tests.support.vllm_servers import forked_servers
 
 
 def run(folder: Path) -> None:
     """In each rank; rank 0 writes result.json."""
+    deepspeed_on_gloo()
     deepspeed.init_distributed("gloo")
     rank = torch.distributed.get_rank()
     policy = make_policy("rollout.vllm_mode=server", trained=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from pact_fast.kernels.fingerprint import fingerprint
 from pact_fast.model import weights
 from pact_fast.tree import TokenTree, pack, tree_forward
+from tests.support.processes import deepspeed_on_gloo
 
 SHAPE = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
@@ -23,7 +23,7 @@ SHAPE = dict(
 
 def main(folder: Path) -> None:
     """Writes what this rank saw to `folder`/RANK.json."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed_on_gloo()
     import deepspeed
 
     deepspeed.init_distributed("gloo")

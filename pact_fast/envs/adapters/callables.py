@@ -17,7 +17,7 @@ from pact_fast.plugins import no_exit
 STATE = "state"  # a parameter of this name gets the episode's dict; the policy does not see it
 
 
-class PythonTools:
+class FunctionTools:
     """Tools by name, served from Python callables.
 
     Args:

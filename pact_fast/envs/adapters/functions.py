@@ -12,7 +12,7 @@ from pydantic import Field
 
 from pact_fast.data.types import Task, ToolSchema, Trajectory
 from pact_fast.envs.adapters.arguments import BadCall
-from pact_fast.envs.adapters.callables import STATE, PythonTools, public_methods
+from pact_fast.envs.adapters.callables import STATE, FunctionTools, public_methods
 from pact_fast.envs.adapters.options import Args, read_args
 from pact_fast.envs.adapters.results import cut, failure, result_text
 from pact_fast.envs.python_tools.pool import SandboxPool
@@ -74,7 +74,7 @@ class Functions:
         sandbox: tuple[SandboxPool, dict[str, str]] | None = None,
     ):
         self._made, self._timeout, self._blocking, self._sandbox = made, timeout, blocking, sandbox
-        self._tools = PythonTools([])
+        self._tools = FunctionTools([])
 
     @property
     def blocking(self) -> bool:
@@ -90,7 +90,7 @@ class Functions:
                 continue
             with no_exit(f"the class {one.__name__}"):
                 functions += public_methods(one())
-        self._tools = PythonTools(functions, copy.deepcopy(state))
+        self._tools = FunctionTools(functions, copy.deepcopy(state))
         if not self._tools.schemas:
             raise PactError("env.args.tools: the classes have no public methods, so there are no tools")
 

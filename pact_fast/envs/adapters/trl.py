@@ -13,7 +13,7 @@ from pydantic import Field
 from pact_fast.data.types import Task, ToolSchema, Trajectory
 from pact_fast.envs.adapters.arguments import BadCall
 from pact_fast.envs.adapters.background import run
-from pact_fast.envs.adapters.callables import PythonTools, public_methods
+from pact_fast.envs.adapters.callables import FunctionTools, public_methods
 from pact_fast.envs.adapters.generated import GeneratedTasks
 from pact_fast.envs.adapters.options import Args, episode_seed, read_args
 from pact_fast.envs.adapters.results import cut
@@ -82,7 +82,7 @@ class Trl:
         self.blocking = blocking
         self._instances: dict[str, Any] = {}  # made once, reset often
         self._now: Any = None
-        self._tools = PythonTools([])
+        self._tools = FunctionTools([])
 
     def reset(self, task: Task) -> str | None:
         name = "" if "" in self._factories else str(task.columns.get("environment"))
@@ -93,7 +93,7 @@ class Trl:
         if name not in self._instances:
             self._instances[name] = _instance(self._factories[name])
         self._now = self._instances[name]
-        self._tools = PythonTools(public_methods(self._now, NOT_TOOLS))
+        self._tools = FunctionTools(public_methods(self._now, NOT_TOOLS))
         row = trl_row(task)
         if name:
             row.pop("environment", None)  # TRL does not forward it, either
@@ -216,7 +216,7 @@ def _instance(make: Callable[[], Any]) -> Any:
         raise PactError(f"env.args.factory: {name} cannot be called without arguments: {error}") from None
     if not callable(getattr(made, "reset", None)):
         raise PactError(f"env.args.factory: {type(made).__name__} has no method 'reset'; see docs/adapters.md")
-    if not PythonTools(public_methods(made, NOT_TOOLS)).schemas:
+    if not FunctionTools(public_methods(made, NOT_TOOLS)).schemas:
         raise PactError(
             f"env.args.factory: {type(made).__name__} has no public methods beside reset, so there are no tools"
         )
@@ -225,4 +225,4 @@ def _instance(make: Callable[[], Any]) -> Any:
 
 def _waits(instance: Any) -> bool:
     """Whether one of the tools is async, so that calls run beside the generation of others."""
-    return PythonTools(public_methods(instance, NOT_TOOLS)).is_async
+    return FunctionTools(public_methods(instance, NOT_TOOLS)).is_async

@@ -5,6 +5,7 @@ schemas    its function documents as OpenAI schemas
 calls      calls in Python's notation, parsed as data
 session    the API objects of one episode, and what calls do to them
 limits     what a call may cost
+prompts    prompts and later messages, as the official runner words them
 verdict    the check after every turn of a multi-turn task
 ast_match  the check of a single-turn task
 tasks      Tasks with expert traces, and the split into training and held-out ones

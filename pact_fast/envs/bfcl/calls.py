@@ -37,7 +37,7 @@ class PythonCall:
 def read_turn(text: str) -> list[PythonCall]:
     """The calls of an assistant turn, one or a list, with or without brackets and back quotes around them.
 
-    Positional arguments are dropped, as by the benchmark's decoder. Raises ValueError if the turn is no list of calls.
+    Positional arguments are dropped, as by the benchmark's decoder. Raises ValueError if the turn is not a list of calls.
     """
     text = text.strip("`\n ")
     text = text if text.startswith("[") else f"[{text}"

@@ -7,6 +7,9 @@ instance   a task of a domain as data: initial state, user, gold calls, checker
 checker    executes a checker: final state, assertions, what must be said
 controls   negative controls: what must pass, what must fail, and who is to blame
 user       the scripted user
+user_side  the user's side of an instance, for a policy or a model that plays the user
+user_quality
+           flaws of a policy or a model that plays the user
 env        the environment that plays an instance
 """
 

@@ -41,12 +41,12 @@ class UserAction:
 
 @dataclass(frozen=True)
 class IssueDraft:
-    """An issue of one subject: a small program that breaks something, mends it, and says what must hold then.
+    """An issue of one subject: edits that break something, the calls that fix it, and what must hold then.
 
     init        changes that break it
-    fix         calls that mend it, reads included
+    fix         calls that fix it, reads included
     last        calls that come after the fixes of all issues; equal ones are made once
-    assertions  conditions that hold when it is mended
+    assertions  conditions that hold when it is fixed
     complaint   what the user says about it
     knows       what the user can tell when asked
     secrets     values that the user must not say, because the agent has to find them
@@ -87,7 +87,7 @@ class Domain:
     predicates    conditions on the final state: functions whose first parameter is the database
     bookkeeping   what does not count when two final states are compared (logs, counters)
     subjects      entities that a task can be about, for example all customers
-    issues        kinds of problems, for the `rules` back-end of synthesis
+    issues        kinds of problems, for the `rules` backend of synthesis
     introduction  how a dialogue about a subject begins
 
     Only policy, base and agent_tools are compulsory; without issues, tasks need a model to be written.

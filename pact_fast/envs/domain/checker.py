@@ -19,7 +19,7 @@ class Sandbox(Protocol):
     """Runs Python source of strangers; `envs/python_tools/pool.py : SandboxPool` is one."""
 
     def call(self, source: str, function: str, arguments: dict[str, Any], timeout: float | None = None) -> str:
-        """Execute `source` and return what `function(**arguments)` returns, as text."""
+        """Execute `source` and return what `function(**arguments)` returns, as text; `timeout` in seconds."""
 
 
 @dataclass
@@ -75,7 +75,17 @@ def begin(domain: Domain, instance: Instance) -> Database:
 
 
 def run_step(domain: Domain, instance: Instance, db: Database, step: Step) -> tuple[str, bool]:
-    """(observation, whether the call was carried out) of one call by the agent or the user."""
+    """Make one call of the agent or the user.
+
+    Args:
+        domain: The domain, for its tools.
+        instance: The task, for the user's device.
+        db: The state; a call that is carried out may change it.
+        step: The call.
+
+    Returns:
+        (observation, whether the call was carried out).
+    """
     if step.by == "agent":
         return call_tool(domain.agent, db, step.name, step.arguments)
     return call_tool(domain.user, db, step.name, {"device": instance.user.device, **step.arguments})
@@ -84,7 +94,11 @@ def run_step(domain: Domain, instance: Instance, db: Database, step: Step) -> tu
 def replay(domain: Domain, instance: Instance, steps: Iterable[Step], *, watch: bool = False) -> Replay:
     """Make calls from the beginning of the episode. A failed call changes nothing, and the others go on.
 
-    `watch`: find out which calls change the state.
+    Args:
+        domain: The domain.
+        instance: The task.
+        steps: The calls, in their order.
+        watch: Find out which calls change the state.
     """
     played = Replay(begin(domain, instance))
     before = played.db.digest() if watch else ""

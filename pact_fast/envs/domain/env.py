@@ -11,7 +11,7 @@ from pact_fast.envs.domain.checker import Sandbox, Verdict, begin, judge
 from pact_fast.envs.domain.database import Database
 from pact_fast.envs.domain.instance import Instance
 from pact_fast.envs.domain.tools import call_tool
-from pact_fast.envs.domain.user import ScriptedUser
+from pact_fast.envs.domain.user import DomainUser
 from pact_fast.envs.domain.user_quality import user_flaws
 from pact_fast.envs.domain.user_side import call_as_user, user_dialogue, user_prompt, user_schemas
 from pact_fast.envs.python_tools.pool import SandboxPool
@@ -25,6 +25,10 @@ OVER = "error: the conversation is over"
 class DomainEnvironment:
     """Plays instances of one domain. `task.env_args` is an instance (`Instance.to_json`).
 
+    domain    the domain
+    instance  the task under way; valid after `reset` or `start`
+    user      the user of the episode
+
     Args:
         domain: A registered name, or `file.py:Class`.
         sandbox: Runs checkers that are Python functions; None: such instances are refused.
@@ -35,13 +39,13 @@ class DomainEnvironment:
     def __init__(self, domain: str = "", sandbox: Sandbox | None = None):
         if not domain:
             raise PactError("env.args.domain is missing: name a domain, for example env.args.domain=helpdesk")
-        self._domain, self._sandbox = make_domain(domain), sandbox
+        self.domain, self._sandbox = make_domain(domain), sandbox
 
     @classmethod
     def of(cls, domain: Domain, sandbox: Sandbox | None = None) -> DomainEnvironment:
-        """The environment of a domain that is at hand."""
+        """The environment of a domain that is loaded already."""
         made = DomainEnvironment.__new__(DomainEnvironment)
-        made._domain, made._sandbox = domain, sandbox
+        made.domain, made._sandbox = domain, sandbox
         return made
 
     @classmethod
@@ -56,23 +60,23 @@ class DomainEnvironment:
         return lambda: cls(**options, sandbox=sandbox)
 
     def reset(self, task: Task) -> str | None:
-        """DataError if the task is no instance of the domain."""
+        """DataError if the task is not an instance of the domain."""
         self.start(self._read(task))
         return None
 
     def start(self, instance: Instance) -> None:
         """Begin an episode: the initial state, and a user who has said the opening."""
-        self._instance = instance
-        self._db: Database = begin(self._domain, instance)
-        self.user = ScriptedUser(self._domain, instance, self._db)
+        self.instance = instance
+        self._db: Database = begin(self.domain, instance)
+        self.user = DomainUser(self.domain, instance, self._db)
         self._said: list[str] = []
         self._over = False
 
     def _read(self, task: Task) -> Instance:
         instance = Instance.from_json(task.env_args)
-        if instance.domain != self._domain.name:
+        if instance.domain != self.domain.name:
             raise DataError(
-                f"task {task.id} is of the domain {instance.domain!r}, and the environment plays {self._domain.name!r}; "
+                f"task {task.id} is of the domain {instance.domain!r}, and the environment plays {self.domain.name!r}; "
                 "set env.args.domain",
                 field="env_args",
             )
@@ -82,18 +86,18 @@ class DomainEnvironment:
 
     @staticmethod
     def check_task(task: Task) -> None:
-        """DataError if the task's env_args are no instance."""
+        """DataError if the task's env_args are not an instance."""
         Instance.from_json(task.env_args)
 
     @property
     def tools(self) -> list[ToolSchema]:
-        return self._domain.schemas
+        return self.domain.schemas
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         if self._over:
             return OVER
-        text, carried_out = call_tool(self._domain.agent, self._db, name, arguments)
-        if carried_out and name in self._domain.ends_dialogue:
+        text, carried_out = call_tool(self.domain.agent, self._db, name, arguments)
+        if carried_out and name in self.domain.ends_dialogue:
             self._over = True
         return text
 
@@ -108,22 +112,22 @@ class DomainEnvironment:
 
     def user_prompt(self) -> str:
         """The system prompt of a policy that plays the user."""
-        return user_prompt(self._instance)
+        return user_prompt(self.instance)
 
     @property
     def user_tools(self) -> list[ToolSchema]:
-        return user_schemas(self._domain, self._instance)
+        return user_schemas(self.domain, self.instance)
 
     def call_as_user(self, name: str, arguments: dict[str, Any]) -> str:
-        return call_as_user(self._domain, self._instance, self._db, name, arguments)
+        return call_as_user(self.domain, self.instance, self._db, name, arguments)
 
     def user_messages(self, task: Task) -> list[Message]:
         """What follows the question in the task's expert dialogue, from the user's side; empty without a dialogue."""
-        return user_dialogue(self._domain, self._instance, task.expert) if task.expert else []
+        return user_dialogue(self.domain, self.instance, task.expert) if task.expert else []
 
     def judge_user(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
         """Flaws of a policy that played the user (`user_flaws`). `trajectory`: its side."""
-        return user_flaws(self._domain, self._instance, trajectory, self._over)
+        return user_flaws(self.domain, self.instance, trajectory, self._over)
 
     # -- the verdict -------------------------------------------------------------------------------------------------
 
@@ -141,7 +145,7 @@ class DomainEnvironment:
 
     def verdict(self) -> Verdict:
         """The checker's verdict on the state as it is, and on what the agent has said."""
-        return judge(self._domain, self._instance, self._db, self._said, sandbox=self._sandbox)
+        return judge(self.domain, self.instance, self._db, self._said, sandbox=self._sandbox)
 
     def close(self) -> None:
         """Stop the sandbox."""

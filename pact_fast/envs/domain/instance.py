@@ -131,7 +131,7 @@ class Instance:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Instance:
-        """DataError that names the field if the data are no instance."""
+        """DataError that names the field if the data are not an instance."""
         try:
             checker = dict(value["checker"])
             return cls(

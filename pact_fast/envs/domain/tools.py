@@ -51,9 +51,17 @@ def schema_of(function: Tool, hidden: int = 1) -> ToolSchema:
 
 
 def call_tool(tools: Mapping[str, Tool], db: Database, name: str, arguments: Mapping[str, Any]) -> tuple[str, bool]:
-    """(observation, whether the call was carried out). Never raises; a failed call changes nothing.
+    """Call a tool. Never raises; a failed call changes nothing.
 
-    A dict or list is returned as JSON, None as "ok", anything else as str.
+    Args:
+        tools: {name: tool} of the agent or of the user.
+        db: The state.
+        name: The tool's name, known or not.
+        arguments: As the caller gave them; the tool checks them.
+
+    Returns:
+        (observation, whether the call was carried out). A result that is a dict or list is JSON, None is "ok", anything
+        else its str.
     """
     tool = tools.get(name)
     if tool is None:

@@ -18,7 +18,7 @@ CONFIRM = re.compile(r"shall i|should i|do you agree|confirm|is that (?:right|ok
 _ASKED = re.compile(r"\?|please|tell me|i need|give me|may i have|could you|can you", re.I)
 
 
-class ScriptedUser:
+class DomainUser:
     """The user of one episode.
 
     steps         calls that the user made, in order

@@ -14,12 +14,12 @@ from pact_fast.envs.domain.checker import begin, run_step
 from pact_fast.envs.domain.database import Database
 from pact_fast.envs.domain.instance import Instance, Step
 from pact_fast.envs.domain.tools import call_tool, schema_of
-from pact_fast.envs.domain.user import ScriptedUser
+from pact_fast.envs.domain.user import DomainUser
 from pact_fast.users.stop import STOP
 
 
 def user_prompt(instance: Instance) -> str:
-    """The system prompt of a model that plays the user: what he wants and knows, and how the dialogue ends."""
+    """The system prompt of a model that plays the user: what the user wants and knows, and how the dialogue ends."""
     user = instance.user
     known = "; ".join(f"your {name} is {value}" for name, value in user.knows.items())
     return "\n".join(
@@ -53,7 +53,7 @@ def user_dialogue(domain: Domain, instance: Instance, expert: ExpertTrace) -> li
         expert: The agent's side of a dialogue with the scripted user, which is played again.
     """
     db = begin(domain, instance)
-    script = ScriptedUser(domain, instance, db)
+    script = DomainUser(domain, instance, db)
     messages: list[Message] = []
     said = [(turn.content, turn.calls) for turn in expert.turns] + [(expert.answer or "", ())]
     for text, calls in said:

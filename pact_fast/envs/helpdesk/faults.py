@@ -1,4 +1,4 @@
-"""What can be wrong on a line. Each is a small program: break it, mend it, and what must hold then."""
+"""Issues of a line. Each says which edits break it, which calls fix it, and what must hold then."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def _assert(predicate: str, equals: object = True, **arguments: object) -> tuple
 
 
 def suspended(db: Database, subject: str, rng: random.Random) -> IssueDraft:
+    """The line is suspended until the balance is paid."""
     balance = rng.randint(10, 99)
     return IssueDraft(
         init=(Edit("accounts", subject, "balance", balance), Edit("accounts", subject, "status", "suspended")),
@@ -41,6 +42,7 @@ def suspended(db: Database, subject: str, rng: random.Random) -> IssueDraft:
 
 
 def out_of_data(db: Database, subject: str, rng: random.Random) -> IssueDraft:
+    """The data of the month are used up."""
     gigabytes = rng.randint(1, 9)
     return IssueDraft(
         init=(Edit("accounts", subject, "data_left", 0),),
@@ -51,6 +53,7 @@ def out_of_data(db: Database, subject: str, rng: random.Random) -> IssueDraft:
 
 
 def abroad(db: Database, subject: str, rng: random.Random) -> IssueDraft:
+    """Abroad, with roaming off in the account and on the phone."""
     line = _account_line(db, subject)
     return IssueDraft(
         init=(Edit("handsets", line, "abroad", True),),
@@ -64,6 +67,7 @@ def abroad(db: Database, subject: str, rng: random.Random) -> IssueDraft:
 
 
 def locked_sim(db: Database, subject: str, rng: random.Random) -> IssueDraft:
+    """The SIM card is locked."""
     line = _account_line(db, subject)
     return IssueDraft(
         init=(Edit("lines", line, "sim", "locked"), Edit("handsets", line, "sim", "locked")),
@@ -76,6 +80,7 @@ def locked_sim(db: Database, subject: str, rng: random.Random) -> IssueDraft:
 
 
 def old_profile(db: Database, subject: str, rng: random.Random) -> IssueDraft:
+    """The line has an old network profile."""
     line, profile = _account_line(db, subject), rng.choice(("P2", "P3", "P4"))
     return IssueDraft(
         init=(Edit("lines", line, "profile", profile), Edit("handsets", line, "profile", profile)),
@@ -88,6 +93,7 @@ def old_profile(db: Database, subject: str, rng: random.Random) -> IssueDraft:
 
 
 def airplane_mode(db: Database, subject: str, rng: random.Random) -> IssueDraft:
+    """The phone is in airplane mode."""
     line = _account_line(db, subject)
     return IssueDraft(
         init=(Edit("handsets", line, "airplane_mode", True),),
@@ -98,6 +104,7 @@ def airplane_mode(db: Database, subject: str, rng: random.Random) -> IssueDraft:
 
 
 def data_switched_off(db: Database, subject: str, rng: random.Random) -> IssueDraft:
+    """Mobile data are off on the phone."""
     line = _account_line(db, subject)
     return IssueDraft(
         init=(Edit("handsets", line, "mobile_data", False),),
@@ -108,6 +115,7 @@ def data_switched_off(db: Database, subject: str, rng: random.Random) -> IssueDr
 
 
 def loose_sim(db: Database, subject: str, rng: random.Random) -> IssueDraft:
+    """The SIM card is not in its place."""
     line = _account_line(db, subject)
     return IssueDraft(
         init=(Edit("handsets", line, "sim_seated", False),),

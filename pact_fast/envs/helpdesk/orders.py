@@ -24,6 +24,7 @@ def _assert(key: str, field: str, equals: object) -> tuple[Assertion, ...]:
 
 
 def cancel(db: Database, subject: str, rng: random.Random) -> IssueDraft:
+    """Cancel an order."""
     key, order = _order(db, subject, 0)
     return IssueDraft(
         init=(),
@@ -35,6 +36,7 @@ def cancel(db: Database, subject: str, rng: random.Random) -> IssueDraft:
 
 
 def move(db: Database, subject: str, rng: random.Random) -> IssueDraft:
+    """Send an order to another address."""
     key, order = _order(db, subject, 0)
     address = new_address(rng)
     return IssueDraft(
@@ -47,6 +49,7 @@ def move(db: Database, subject: str, rng: random.Random) -> IssueDraft:
 
 
 def refund(db: Database, subject: str, rng: random.Random) -> IssueDraft:
+    """Pay back a broken item."""
     key, order = _order(db, subject, 1)
     return IssueDraft(
         init=(),
@@ -59,6 +62,7 @@ def refund(db: Database, subject: str, rng: random.Random) -> IssueDraft:
 
 
 def when(db: Database, subject: str, rng: random.Random) -> IssueDraft:
+    """Say when an order arrives."""
     key, order = _order(db, subject, 2)
     return IssueDraft(
         init=(),

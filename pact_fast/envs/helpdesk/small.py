@@ -35,7 +35,7 @@ def base() -> Tables:
     rng = random.Random("helpdesk_small/1")
     words = [f"@{word}" for word in _WORDS.split()]
     rng.shuffle(words)
-    handles, accounts = words, [*words[1:], words[0]]  # nobody's account is called as he is
+    handles, accounts = words, [*words[1:], words[0]]  # no customer's handle is the name of their own account
     tables: Tables = {"accounts": {}, "handsets": {}, "journal": {}}
     for handle, account in zip(handles, accounts, strict=True):
         tables["accounts"][account] = {

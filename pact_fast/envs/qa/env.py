@@ -109,7 +109,7 @@ def shared_retriever(search: str, seconds: float) -> Retriever:
 
 
 def row_passages(task: Task) -> list[Passage]:
-    """The row's `env_args.passages`. PactError if they are no list of {title, text}."""
+    """The row's `env_args.passages`. PactError if they are not a list of {title, text}."""
     listed = task.env_args.get("passages") or []
     try:
         return [Passage(str(one["title"]), str(one["text"])) for one in listed]

@@ -150,7 +150,7 @@ def _documents(answer: Any, k: int) -> list[Passage]:
 
 
 def split_contents(contents: str) -> Passage:
-    """A passage of `"title"\\ntext`. TypeError if it is no text."""
+    """A passage of `"title"\\ntext`. TypeError if it is not text."""
     if not isinstance(contents, str):
         raise TypeError("contents must be text")
     title, _, text = contents.partition("\n")

@@ -1,12 +1,13 @@
 """Simulated tools over the facts of a question-answering row: the ToolActor of MTR (docs/mtr.md).
 
 env        the environment `simulated`: calls and rewards
-actor      ToolActor: input schema, cache, back-end, output check, repairs, typed errors
+actor      ToolActor: input schema, cache, backend, output check, repairs, typed errors
 world      what a row states: tools with output schemas, facts, passages
 backend    ToolBackend, the protocol of whatever answers calls
-facts      the back-end that looks up the row's own facts and searches its passages; no model
+facts      the backend that looks up the row's own facts and searches its passages; no model
+model      the backend that asks a language model
 utilities  calculator, date difference, compare: always computed in code
-recorded   the store of observations, and the back-end that only replays it
+recorded   the store of observations, and the backend that only replays it
 faults     timeouts, rate limits, empty and noisy results, drawn from a seed
 leaks      whether an observation says more than the facts behind its call
 schemas    JSON Schema checks (package jsonschema)

@@ -1,6 +1,6 @@
 """ToolActor: answers the calls of an episode so that every observation fits its schema, or is a typed error.
 
-    input schema → injected fault → store → utility in code, or back-end → output check → up to two repairs → typed error
+    input schema → injected fault → store → utility in code, or backend → output check → up to two repairs → typed error
 
 The output check: JSON of bounded size, the tool's output schema, no role or tool markup, and no gold answer beyond the
 facts behind the call.
@@ -23,7 +23,7 @@ from pact_fast.envs.simulated.leaks import leaked, plain_text
 from pact_fast.envs.simulated.recorded import ObservationStore, ReplayBackend, canonical, store_key
 from pact_fast.envs.simulated.schemas import schema_error
 from pact_fast.envs.simulated.utilities import UTILITIES, run_utility
-from pact_fast.envs.simulated.world import RESULT_LIMIT, SEARCH, ToolSpec, World
+from pact_fast.envs.simulated.world import RESULT_LIMIT, SEARCH, ToolSpec, ToolWorld
 from pact_fast.errors import PASSED_ON
 from pact_fast.text import short
 
@@ -62,17 +62,17 @@ class ToolActor:
         self.store = store or ObservationStore()
         own = f"{VERSION}/{backend.version}"
         replayed = self.store.writer if isinstance(backend, ReplayBackend) else None
-        self.version = replayed or own  # a replay looks up what another back-end has stored
+        self.version = replayed or own  # a replay looks up what another backend has stored
 
-    def episode(self, task_id: str, world: World, answers: Sequence[str] = ()) -> Episode:
-        """The calls of one trajectory. `answers` serve the leak check alone; the back-end never gets them."""
+    def episode(self, task_id: str, world: ToolWorld, answers: Sequence[str] = ()) -> Episode:
+        """The calls of one trajectory. `answers` serve the leak check alone; the backend never gets them."""
         return Episode(self, task_id, world, answers)
 
 
 class Episode:
     """The calls of one trajectory, in order."""
 
-    def __init__(self, actor: ToolActor, task_id: str, world: World, answers: Sequence[str]):
+    def __init__(self, actor: ToolActor, task_id: str, world: ToolWorld, answers: Sequence[str]):
         self._actor, self._task_id, self._world, self._answers = actor, task_id, world, tuple(answers)
         self._history: list[PastCall] = []
         self._made: Counter[str] = Counter()
@@ -127,7 +127,7 @@ class Episode:
         return actor.store.put(key, produced, actor.version)
 
     def _noise(self, tool: ToolSpec, arguments: dict[str, Any]) -> str:
-        """The least fitting passages, whatever the back-end."""
+        """The least fitting passages, whatever the backend."""
         passages = self._world.passages
         scores = BM25([f"{p.title} {p.text}" for p in passages]).scores(str(arguments.get("query", "")))
         worst = sorted(range(len(passages)), key=lambda i: (scores[i], i))[:RESULT_LIMIT]
@@ -144,7 +144,7 @@ class Episode:
                 raw = self._actor.backend.respond(request)
             except (*PASSED_ON, ToolFailure):
                 raise
-            except Exception as error:  # whatever somebody's back-end runs into
+            except Exception as error:  # whatever somebody's backend runs into
                 raise ToolFailure("unavailable", f"the tool failed ({type(error).__name__})") from error
             try:
                 return self._checked(raw, tool, arguments)

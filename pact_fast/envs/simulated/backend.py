@@ -1,6 +1,6 @@
 """ToolBackend, the protocol of whatever answers the calls of simulated tools, and what it is told.
 
-A back-end sees one call at a time: the tool with its output schema, the arguments (which fit the input schema already),
+A backend sees one call at a time: the tool with its output schema, the arguments (which fit the input schema already),
 the facts of the row, the earlier calls if the tool is stateful, and what was wrong with its earlier outputs for this call.
 It is never told the gold answer, nor a reference trajectory.
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from pact_fast.envs.simulated.world import ToolSpec, World
+from pact_fast.envs.simulated.world import ToolSpec, ToolWorld
 
 ERROR_KINDS = (
     "unknown_tool",  # the task has no such tool
     "invalid_arguments",  # the arguments do not fit the input schema
     "not_found",  # the row states nothing about it
-    "invalid_output",  # the back-end gave no valid output, repairs included
-    "unavailable",  # the back-end failed
+    "invalid_output",  # the backend gave no valid output, repairs included
+    "unavailable",  # the backend failed
     "not_recorded",  # replay: the call is not in the store
     "timeout",  # injected
     "rate_limited",  # injected
@@ -25,7 +25,7 @@ ERROR_KINDS = (
 
 
 class ToolFailure(Exception):
-    """A call that a back-end answers with a typed error. `kind`: one of ERROR_KINDS; the message repeats no argument."""
+    """A call that a backend answers with a typed error. `kind`: one of ERROR_KINDS; the message repeats no argument."""
 
     def __init__(self, kind: str, message: str):
         assert kind in ERROR_KINDS, kind
@@ -44,7 +44,7 @@ class PastCall:
 
 @dataclass(frozen=True)
 class ToolRequest:
-    """One call for a back-end.
+    """One call for a backend.
 
     task_id    id of the task
     tool       name, description, input and output schema
@@ -57,7 +57,7 @@ class ToolRequest:
     task_id: str
     tool: ToolSpec
     arguments: dict[str, Any]
-    world: World
+    world: ToolWorld
     history: tuple[PastCall, ...] = ()
     rejected: tuple[tuple[str, str], ...] = ()
 
@@ -80,5 +80,5 @@ class ToolBackend(Protocol):
 
         Raises:
             ToolFailure: The call fails; the policy sees a typed error.
-            PactError: The back-end cannot be used at all; the run ends.
+            PactError: The backend cannot be used at all; the run ends.
         """

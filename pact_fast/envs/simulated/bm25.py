@@ -39,4 +39,5 @@ class BM25:
 
 
 def words(text: str) -> list[str]:
+    """The words of a text, case-folded, in their order."""
     return _WORD.findall(text.casefold())

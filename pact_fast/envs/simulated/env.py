@@ -15,7 +15,7 @@ from pact_fast.envs.simulated.faults import Faults
 from pact_fast.envs.simulated.model import ModelBackend
 from pact_fast.envs.simulated.recorded import ObservationStore, ReplayBackend
 from pact_fast.envs.simulated.schemas import schema_error
-from pact_fast.envs.simulated.world import World
+from pact_fast.envs.simulated.world import ToolWorld
 from pact_fast.errors import PactError
 from pact_fast.rewards.answers import extract_answer
 from pact_fast.rewards.qa import QaSet, qa_scores
@@ -53,18 +53,18 @@ class Simulated:
         self._actor = actor or make_actor({})
         self._weight, self._metric = weight, metric
         self.blocking = self._actor.backend.blocking
-        self._world = World({})
+        self._world = ToolWorld({})
         self._episode: Episode = self._actor.episode("", self._world)
 
     @classmethod
     def check_task(cls, task: Task) -> None:
         """PactError if `tools` and `env_args` do not describe simulated tools, or there is no answer to reward."""
-        World.from_task(task.tools, task.env_args)
+        ToolWorld.from_task(task.tools, task.env_args)
         if not gold_answers(task):
             raise PactError(f"task {task.id}: the environment simulated needs an 'answer' or 'answers'")
 
     def reset(self, task: Task) -> str | None:
-        self._world = World.from_task(task.tools, task.env_args)
+        self._world = ToolWorld.from_task(task.tools, task.env_args)
         self._episode = self._actor.episode(task.id, self._world, gold_answers(task))
         return None
 
@@ -134,13 +134,13 @@ def make_actor(args: Mapping[str, Any]) -> ToolActor:
         if cache is None:
             raise PactError("env.args.backend=replay needs env.args.cache, the file to replay")
         if not Path(cache).is_file():
-            raise PactError(f"env.args.cache: no file {cache} to replay; record one with another back-end first")
+            raise PactError(f"env.args.cache: no file {cache} to replay; record one with another backend first")
         backend = ReplayBackend()
     elif name in BACKENDS:
         backend = BACKENDS[name](dict(args.get("backend_args") or {}))
     else:
         raise PactError(
-            f"env.args.backend: unknown back-end {short(name)}; there are: {', '.join([*BACKENDS, 'replay'])}"
+            f"env.args.backend: unknown backend {short(name)}; there are: {', '.join([*BACKENDS, 'replay'])}"
         )
     if not backend.deterministic and cache is None:
         raise PactError(

@@ -1,4 +1,4 @@
-"""The back-end `facts`: look-ups in the row's own facts, and BM25 search over its passages. Exact, and without a model."""
+"""The backend `facts`: look-ups in the row's own facts, and BM25 search over its passages. Exact, and without a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from pact_fast.envs.simulated.backend import ToolFailure, ToolRequest
 from pact_fast.envs.simulated.bm25 import BM25
-from pact_fast.envs.simulated.world import LOOKUP, RESULT_LIMIT, SEARCH, Passage, World
+from pact_fast.envs.simulated.world import LOOKUP, RESULT_LIMIT, SEARCH, Passage, ToolWorld
 
 PASSAGE_CHARACTERS = 1200  # of a search result
 
@@ -33,7 +33,7 @@ class FactsBackend:
         raise ToolFailure("unavailable", f"no facts can answer a tool of kind {tool.kind}")
 
 
-def look_up(world: World, relation: str, arguments: dict[str, Any]) -> list[str]:
+def look_up(world: ToolWorld, relation: str, arguments: dict[str, Any]) -> list[str]:
     """The values of all facts that a look-up asks for, each once, in the order of the row."""
     found = (value for fact in world.facts if fact.matches(relation, arguments) for value in fact.values)
     return list(dict.fromkeys(found))
@@ -45,6 +45,7 @@ def search(passages: tuple[Passage, ...], query: str, k: int = RESULT_LIMIT) -> 
 
 
 def passage_text(passage: Passage) -> str:
+    """Title and text of a passage on one line, truncated to PASSAGE_CHARACTERS."""
     text = " ".join(f"{passage.title} | {passage.text}".split())
     return text if len(text) <= PASSAGE_CHARACTERS else text[: PASSAGE_CHARACTERS - 1] + "…"
 

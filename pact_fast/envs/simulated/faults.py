@@ -35,7 +35,7 @@ class Faults:
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Faults:
-        """From `env.args.faults`. PactError for an unknown key, or a value that is no probability."""
+        """From `env.args.faults`. PactError for an unknown key, or a value that is not a probability."""
         known = [field.name for field in fields(cls)]
         for key, value in settings.items():
             if key not in known:

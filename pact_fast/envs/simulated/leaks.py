@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pact_fast.envs.simulated.facts import look_up, search
-from pact_fast.envs.simulated.world import LOOKUP, MODEL, SEARCH, ToolSpec, World, same_text
+from pact_fast.envs.simulated.world import LOOKUP, MODEL, SEARCH, ToolSpec, ToolWorld, same_text
 from pact_fast.rewards.qa import normalize_answer
 
 TRIVIAL = frozenset(("yes", "no", "noanswer", ""))  # answers that any text may hold
@@ -19,8 +19,16 @@ def mentions(text: str, answer: str) -> bool:
     return sought not in TRIVIAL and f" {sought} " in f" {normalize_answer(text)} "
 
 
-def leaked(output: Any, tool: ToolSpec, arguments: dict[str, Any], world: World, answers: Iterable[str]) -> bool:
-    """Whether an output holds a gold answer that neither the facts behind the call nor its arguments hold."""
+def leaked(output: Any, tool: ToolSpec, arguments: dict[str, Any], world: ToolWorld, answers: Iterable[str]) -> bool:
+    """Whether an output holds a gold answer that neither the facts behind the call nor its arguments hold.
+
+    Args:
+        output: What the simulator returned, JSON data.
+        tool: The tool that was called.
+        arguments: Those of the call.
+        world: The facts that all tools know.
+        answers: Gold answers, in all their spellings.
+    """
     text = plain_text(output)
     found = [answer for answer in answers if mentions(text, answer)]
     if not found:
@@ -29,7 +37,7 @@ def leaked(output: Any, tool: ToolSpec, arguments: dict[str, Any], world: World,
     return any(not mentions(known, answer) for answer in found)
 
 
-def facts_behind(tool: ToolSpec, arguments: dict[str, Any], world: World) -> list[str]:
+def facts_behind(tool: ToolSpec, arguments: dict[str, Any], world: ToolWorld) -> list[str]:
     """What the row states about a call: the values that a look-up asks for, or the passages that a search finds.
 
     Of a tool that a model has written: the facts whose arguments the call names, and the passages that a search for its
@@ -45,11 +53,11 @@ def facts_behind(tool: ToolSpec, arguments: dict[str, Any], world: World) -> lis
     return []
 
 
-def _found(world: World, query: str) -> list[str]:
+def _found(world: ToolWorld, query: str) -> list[str]:
     return [f"{p.title}. {p.text}" for p in search(world.passages, query)]
 
 
-def _facts_about(world: World, named: list[str]) -> list[str]:
+def _facts_about(world: ToolWorld, named: list[str]) -> list[str]:
     """The facts whose arguments are all among some texts, a line each: "director, Free Guy: Shawn Levy"."""
     about = [
         fact

@@ -1,4 +1,4 @@
-"""The back-end `model`: a language model writes what a tool returns, from the facts behind the call and nothing else.
+"""The backend `model`: a language model writes what a tool returns, from the facts behind the call and nothing else.
 
 The actor has checked the arguments before, looks the call up in its store, and checks what the model writes; it asks
 again with the error, twice at most. So this file has only to ask. The model sees neither the question nor the answers:
@@ -28,7 +28,7 @@ class ModelBackend:
     """Asks a language model.
 
     Args:
-        client: Its role names this back-end in reports.
+        client: Its role names this backend in reports.
     """
 
     deterministic = False

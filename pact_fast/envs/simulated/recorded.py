@@ -1,4 +1,4 @@
-"""Stored observations: one per key, the first that was written; and the back-end that only replays them."""
+"""Stored observations: one per key, the first that was written; and the backend that only replays them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IN_MEMORY = 65536  # observations of a store without a file; the oldest are drop
 class ObservationStore:
     """Observations by key. The first writer of a key wins, among threads, processes and ranks that share the file.
 
-    writer  version of actor and back-end that wrote the first one; None: the store is empty, or has no file
+    writer  version of actor and backend that wrote the first one; None: the store is empty, or has no file
 
     Args:
         path: A JSONL file of {key, observation, writer}, which is appended to; None: in memory only. A line that a killed
@@ -45,7 +45,7 @@ class ObservationStore:
     def put(self, key: str, observation: str, writer: str) -> str:
         """Store an observation. Returns the one that stands under the key: that of the first writer.
 
-        `writer`: version of actor and back-end.
+        `writer`: version of actor and backend.
         """
         with self._lock:
             if self._path is None:
@@ -96,7 +96,7 @@ def store_key(task_id: str, version: str, tool: str, arguments: dict[str, Any], 
 
     Args:
         task_id: Id of the task.
-        version: Of actor and back-end.
+        version: Of actor and backend.
         tool: Name of the tool.
         arguments: In any order.
         state: Digest of the earlier calls, for a stateful tool; else "".

@@ -1,4 +1,4 @@
-"""Utility tools, computed in code whatever the back-end: a wrong sum of a model would compound over the turns."""
+"""Utility tools, computed in code whatever the backend: a wrong sum of a model would compound over the turns."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ UTILITIES: dict[str, tuple[ToolSpec, Callable[[dict[str, Any]], dict[str, Any]]]
     "calculator": (CALCULATOR, _calculator),
     "date_difference": (DATE_DIFFERENCE, _date_difference),
     "compare": (COMPARE, _compare),
-}  # kinds that no back-end is asked for
+}  # kinds that no backend is asked for
 
 
 def run_utility(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:

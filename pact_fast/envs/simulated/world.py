@@ -12,7 +12,7 @@ from pact_fast.errors import PactError
 from pact_fast.rewards.qa import normalize_answer
 from pact_fast.text import short
 
-LOOKUP, SEARCH = "lookup", "search"  # kinds that a back-end answers; other names are utilities, or `model`
+LOOKUP, SEARCH = "lookup", "search"  # kinds that a backend answers; other names are utilities, or `model`
 MODEL = "model"
 RESULT_LIMIT = 3  # passages that a search returns, as in Search-R1
 
@@ -55,7 +55,7 @@ class ToolSpec:
 
     name, description, parameters  as in the schema
     output    JSON schema of what the tool returns
-    kind      lookup, search, the name of a utility, or model: only a model back-end can answer it
+    kind      lookup, search, the name of a utility, or model: only a model backend can answer it
     relation  of a look-up
     stateful  its result may depend on earlier calls
     """
@@ -85,8 +85,8 @@ class ToolSpec:
 
 
 @dataclass(frozen=True)
-class World:
-    """The tools, facts and passages of a row: all that a back-end knows."""
+class ToolWorld:
+    """The tools, facts and passages of a row: all that a backend knows."""
 
     tools: dict[str, ToolSpec]
     facts: tuple[Fact, ...] = ()
@@ -101,7 +101,7 @@ class World:
         }
 
     @classmethod
-    def from_task(cls, tools: list[ToolSchema], env_args: Mapping[str, Any]) -> World:
+    def from_task(cls, tools: list[ToolSchema], env_args: Mapping[str, Any]) -> ToolWorld:
         """From the columns `tools` and `env_args`. PactError that names what is missing or wrong."""
         extra = _part(env_args, "tools", dict)
         specs = {}

@@ -16,7 +16,7 @@ from pact_fast.envs.tau2.domains import domain
 from pact_fast.envs.tau2.episode import DONE, Episode
 from pact_fast.envs.tau2.reference import task_by_id
 from pact_fast.envs.tau2.tasks import PackageTasks, configured_task, tools_of
-from pact_fast.envs.tau2.users import Role, ScriptedUser, User, user_factory
+from pact_fast.envs.tau2.users import Role, Tau2ScriptedUser, User, user_factory
 from pact_fast.envs.tau2.verdict import judge, reward_basis
 from pact_fast.errors import DataError, PactError
 
@@ -54,7 +54,7 @@ class Tau2Args(BaseModel):
             raise PactError(f"{key}: {first['msg']} (docs/tau2.md)") from None
 
 
-class _Played(ABC):
+class _Tau2Environment(ABC):
     """What both environments share. Serves one task at a time, which its `env_args` name: domain and task."""
 
     blocking = False
@@ -126,7 +126,7 @@ class _Played(ABC):
 
 
 @environment("tau2_solo")
-class Tau2Solo(_Played):
+class Tau2Solo(_Tau2Environment):
     """Telecom, the agent alone on a ticket. There is nobody to talk to: a message without a call ends the episode."""
 
     solo = True
@@ -141,7 +141,7 @@ class Tau2Solo(_Played):
 
 
 @environment("tau2")
-class Tau2(_Played):
+class Tau2(_Tau2Environment):
     """A domain with a user.
 
     Args:
@@ -151,9 +151,9 @@ class Tau2(_Played):
 
     solo = False
 
-    def __init__(self, make_user: Callable[[Role], User] = ScriptedUser) -> None:
+    def __init__(self, make_user: Callable[[Role], User] = Tau2ScriptedUser) -> None:
         super().__init__()
-        self.blocking = make_user is not ScriptedUser
+        self.blocking = make_user is not Tau2ScriptedUser
         self._make_user = make_user
         self._dialogue: Dialogue | None = None
 

@@ -14,7 +14,7 @@ from pact_fast.envs.tau2.dialogue import Dialogue
 from pact_fast.envs.tau2.domains import domain
 from pact_fast.envs.tau2.episode import DONE, Episode
 from pact_fast.envs.tau2.reference import reference_actions
-from pact_fast.envs.tau2.users import ScriptedUser, opening
+from pact_fast.envs.tau2.users import Tau2ScriptedUser, opening
 
 REASONING = "template"  # how the reasoning of these traces was made, in the column `reasoning` of a task
 TRANSFERRED = "YOU ARE BEING TRANSFERRED TO A HUMAN AGENT. PLEASE HOLD ON."  # what the policies want said
@@ -36,7 +36,7 @@ def dialogue_trace(name: str, task: dict[str, Any]) -> ExpertTrace:
     The agent makes its own calls and asks the user for the user's, one at a time; at the end it says what the task wants
     said. The confirmations that the policies ask for are left out.
     """
-    dialogue = Dialogue(name, task, ScriptedUser)
+    dialogue = Dialogue(name, task, Tau2ScriptedUser)
     writer = _Writer(dialogue.episode, opening(task))
     for side, call in reference_actions(task):
         if side == "assistant":

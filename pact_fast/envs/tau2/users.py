@@ -72,13 +72,13 @@ class User(Protocol):
 def user_factory(name: str) -> Callable[[Role], User]:
     """`scripted`, or a function of your own as `file.py:name` that takes a Role. PactError if it is neither."""
     if name == "scripted":
-        return ScriptedUser
+        return Tau2ScriptedUser
     if ":" not in name:
         raise PactError(f"env.args.user: {name!r} is unknown; write scripted, or file.py:name of a function of a Role")
     return load_object(name, "user")
 
 
-class ModelUser:
+class Tau2ModelUser:
     """A user that a chat model plays, with the package's system prompt.
 
     Args:
@@ -97,7 +97,7 @@ class ModelUser:
         return UserTurn("" if calls else str(message.get("content") or ""), calls)
 
 
-class ScriptedUser:
+class Tau2ScriptedUser:
     """A user by rules, for tests, smoke runs and expert traces; not a stand-in for the package's simulator.
 
     It first tells its instructions. It does on its phone what the agent

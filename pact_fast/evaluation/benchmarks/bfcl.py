@@ -6,7 +6,7 @@ from pact_fast.data.types import Task
 from pact_fast.envs.bfcl.entries import CATEGORIES, MULTI_TURN, REFUSED, entries
 from pact_fast.envs.bfcl.env import check_format
 from pact_fast.envs.bfcl.tasks import is_held_out, make_task
-from pact_fast.evaluation.benchmark import Benchmark, Group, Split, benchmark
+from pact_fast.evaluation.benchmark import Benchmark, CategoryGroup, Split, benchmark
 
 
 @benchmark("bfcl")
@@ -22,10 +22,12 @@ class BfclBenchmark(Benchmark):
         "rollout.max_completion_length=16384",
     )
     groups = (
-        Group("multi_turn", MULTI_TURN),
-        Group("non_live_ast", ("simple_python", "multiple", "parallel", "parallel_multiple")),
-        Group("live_ast", ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple"), by="task"),
-        Group("irrelevance_detection", ("irrelevance", "live_irrelevance")),
+        CategoryGroup("multi_turn", MULTI_TURN),
+        CategoryGroup("non_live_ast", ("simple_python", "multiple", "parallel", "parallel_multiple")),
+        CategoryGroup(
+            "live_ast", ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple"), by="task"
+        ),
+        CategoryGroup("irrelevance_detection", ("irrelevance", "live_irrelevance")),
     )
 
     def tasks(self, category: str) -> list[Task]:

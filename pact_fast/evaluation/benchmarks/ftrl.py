@@ -8,7 +8,7 @@ from pact_fast.data.prompt_format import format_prompt
 from pact_fast.data.readers import read_tasks
 from pact_fast.data.types import Task
 from pact_fast.errors import PactError
-from pact_fast.evaluation.benchmark import Benchmark, Group, benchmark
+from pact_fast.evaluation.benchmark import Benchmark, CategoryGroup, benchmark
 from pact_fast.text import short
 
 KINDS = ("single_hop", "parallel_single_hop", "multi_hop", "parallel_multi_hop")
@@ -29,7 +29,7 @@ class Ftrl(Benchmark):
         "official_solve_r": "official R",
         "official_solve_f1": "official F1",
     }
-    groups = (Group("overall", KINDS, by="task"),)
+    groups = (CategoryGroup("overall", KINDS, by="task"),)
 
     def tasks(self, category: str) -> list[Task]:
         return [task for task in self._all if _kind(task) == category]

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pact_fast.data.types import Task
 from pact_fast.envs.tau2.reference import split_ids
 from pact_fast.envs.tau2.tasks import configured_task
-from pact_fast.evaluation.benchmark import Benchmark, Group, Split, benchmark
+from pact_fast.evaluation.benchmark import Benchmark, CategoryGroup, Split, benchmark
 
 # the package's limit of 200 messages, of which at most half are the agent's
 _SETTINGS = ("env.name=tau2", "rollout.max_turns=100", "rollout.max_prompt_length=16384")
@@ -20,7 +20,7 @@ class _Tau2(Benchmark):
     solo: ClassVar[bool] = False
     categories = ("test", "train")
     metrics = {"nothing": "doing nothing"}  # noqa: RUF012
-    groups = (Group("base", ("test", "train"), by="task"),)
+    groups = (CategoryGroup("base", ("test", "train"), by="task"),)
 
     def tasks(self, category: str) -> list[Task]:
         return [configured_task(self.domain, task_id, self.solo) for task_id in split_ids(self.domain, category)]

@@ -47,8 +47,9 @@ class LogitTransform:
 
 
 def causal_lm_of(model: Any) -> Any:
-    """The transformers model itself: without DDP, DeepSpeed's engine, torch.compile and peft around it."""
-    while (inner := model._modules.get("module") or model._modules.get("_orig_mod")) is not None:
+    """The transformers model itself: without DDP, FSDP1, DeepSpeed's engine, torch.compile and peft around it."""
+    wrappers = ("module", "_orig_mod", "_fsdp_wrapped_module")
+    while (inner := next((m for name in wrappers if (m := model._modules.get(name)) is not None), None)) is not None:
         model = inner
     get_base_model = getattr(model, "get_base_model", None)  # peft
     return get_base_model() if get_base_model else model
@@ -84,7 +85,7 @@ def logit_transform(model: Any) -> LogitTransform:
     takes milliseconds.
 
     Raises:
-        PactError: The code is no scaling, soft-cap or bias, or does not call decoder and head as modules.
+        PactError: The code is not a scaling, soft-cap or bias, or does not call decoder and head as modules.
     """
     causal_lm = causal_lm_of(model)
     head, family = head_layer(causal_lm), causal_lm.config.model_type

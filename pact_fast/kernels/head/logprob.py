@@ -71,7 +71,7 @@ def linear_logprob(
         backend: "auto", or one of `backends()`.
 
     Raises:
-        PactError: Shapes do not fit, a target is no token id, a temperature is not positive, or the backend does not
+        PactError: Shapes do not fit, a target is not a token id, a temperature is not positive, or the backend does not
             support these tensors. In the backward pass: the weight has been released or changed in place since.
     """
     check_head(hidden, weight, bias)

@@ -17,12 +17,14 @@ def forward(
     temperature: torch.Tensor,
     softcap: float | None,
 ) -> RowStats:
+    """As `softmax_torch.forward`."""
     logprob, lse, entropy = (torch.empty(len(z), dtype=torch.float32) for _ in range(3))
     torch.ops.pact_fast.head_softmax_forward(z, target, bias, temperature, softcap or 0.0, logprob, lse, entropy)
     return RowStats(logprob, lse, entropy)
 
 
 def divergence(z: torch.Tensor, lse: torch.Tensor, partner: torch.Tensor, kind: str) -> torch.Tensor:
+    """As `softmax_torch.divergence`."""
     result = torch.empty(len(z), dtype=torch.float32)
     torch.ops.pact_fast.head_softmax_divergence(z, lse, partner, kind == JSD, result)
     return result
@@ -40,6 +42,7 @@ def backward(
     h: torch.Tensor | None,
     pairing: Pairing | None = None,
 ) -> None:
+    """As `softmax_torch.backward`."""
     pairs = (None, None, None, None, False)
     if pairing is not None:
         pairs = (pairing.partner, pairing.divergence, pairing.own, pairing.cross, pairing.kind == JSD)  # type: ignore[assignment]

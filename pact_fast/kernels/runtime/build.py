@@ -7,7 +7,6 @@ kernels: docs/cpu-kernels.md.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import hashlib
 import os
@@ -21,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from pact_fast.files import cache_folder
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 # No -ffast-math: a library linked with it sets flush-to-zero for the whole process when loaded.
@@ -71,24 +72,6 @@ def find_compiler() -> str:
         if named
         else "no C++ compiler (c++, g++, clang++) on PATH; install one, for example the package g++"
     )
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/pact_fast, by default ~/.cache/pact_fast; for a user without a home, a private folder of the process."""
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "pact_fast"
-    try:
-        return Path.home() / ".cache" / "pact_fast"
-    except RuntimeError:  # a user id that the system does not know, as in some containers
-        return Path(_private_folder())
-
-
-@functools.cache
-def _private_folder() -> str:
-    """Removed at exit. A folder that others can foresee would let them choose the code that is loaded."""
-    folder = tempfile.mkdtemp(prefix="pact-fast-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def flags() -> list[str]:

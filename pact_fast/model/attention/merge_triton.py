@@ -1,6 +1,6 @@
 """Merge of partial attention results on CUDA by their log-sum-exp, in fp32: one pass over memory.
 
-Plain torch (`tree._merge`, which is the oracle) takes six passes.
+Plain torch (`tree.merge_partial`, which is the oracle) takes six passes.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ class _TreeAttention(torch.autograd.Function):
             total = out.to(lse.dtype)
             for call in levels:
                 rows = kernel.rows(call)
-                _merge(total, lse, rows, *kernel.forward(q, k, v, call, scale))
+                merge_partial(total, lse, rows, *kernel.forward(q, k, v, call, scale))
             out = total
         if sinks is not None:
             out, lse = add_sinks(out, lse, sinks)
@@ -207,7 +207,7 @@ class _TreeAttention(torch.autograd.Function):
         return *(d.to(q.dtype) for d in sums), dsinks, None, None, None
 
 
-def _merge(
+def merge_partial(
     total: torch.Tensor, lse: torch.Tensor, rows: slice | torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
 ) -> None:
     """Merge a partial result into the rows of total [1, H, T, D] and lse [1, H, T], in place and in their dtype.

@@ -24,18 +24,18 @@ _inside_tree = False  # in the forward pass of a tree
 
 def recurrent_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules that call a function of RULES."""
-    return [module for module in model.modules() if _called_by(module)]
+    return [module for module in model.modules() if called_by(module)]
 
 
 def follows_tree(layer: torch.nn.Module, kind: str) -> bool:
     """Whether a decoder layer of `kind` (an entry of config.layer_types) has only recurrences of RULES."""
-    called = [names for module in layer.modules() if (names := _called_by(module))]
+    called = [names for module in layer.modules() if (names := called_by(module))]
     if kind == "conv":
         return bool(called)
     return any(not STATES.isdisjoint(names) for names in called)
 
 
-def _called_by(module: Any) -> frozenset[str]:
+def called_by(module: Any) -> frozenset[str]:
     """The names of RULES that the module's forward calls."""
     cls: Any = type(module)
     return _called(cls)
@@ -56,12 +56,13 @@ def install(model: torch.nn.Module) -> None:
     """Put the dispatchers into the modules of the model's code."""
     for layer in recurrent_layers(model):
         namespace = _forward(type(layer)).__globals__
-        for name in _called_by(layer):
+        for name in called_by(layer):
             if not hasattr(namespace[name], "tree_rule"):
-                namespace[name] = _dispatcher(namespace[name], RULES[name])
+                namespace[name] = dispatcher(namespace[name], RULES[name])
 
 
-def _dispatcher(original: Callable[..., Any], rule: Callable[..., Any]) -> Callable[..., Any]:
+def dispatcher(original: Callable[..., Any], rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that computes `rule` on trees and `original` elsewhere. RuntimeError inside a tree without its layout."""
     on_tree = torch.compiler.disable(rule)
 
     @functools.wraps(original)

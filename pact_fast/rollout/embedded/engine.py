@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 from pact_fast.config.filters import SamplingFilters
 from pact_fast.kernels.decoder import sampling
 from pact_fast.model.adapter import ADAPTER_NAME, adapted_layers
+from pact_fast.model.device import release_memory
 from pact_fast.model.filters import filtered
 from pact_fast.model.head import head_layer, logit_transform
 from pact_fast.model.inference import linear
-from pact_fast.model.patch import is_plain_linear
+from pact_fast.model.recognition import is_plain_linear
 from pact_fast.model.weights import base_parameters, gathered
 from pact_fast.rollout.embedded.inverse_cdf import inverse_cdf
 from pact_fast.rollout.embedded.slot_cache import SlotCache, Text, forward_with
@@ -100,6 +101,9 @@ class TransformersEngine(Engine):
             self._cache.copy(last.slot, [closed.slot], last.length)
             last.slot = closed.slot
             self._slots[closed.slot] = last
+        if not self._sessions and not self._queue:  # the update needs the memory
+            self._cache.clear()
+            release_memory()
 
     def update_weights(self, model: PreTrainedModel, version: int) -> None:
         self.version = version  # it samples from the trainer's own parameters

@@ -53,6 +53,11 @@ class SlotCache:
         self._visible = 0
         self._allocated = 0  # slots that have memory
 
+    def clear(self) -> None:
+        """Give up all slots and their memory."""
+        self.capacity = self._allocated = 0
+        self.keys, self.values, self._padded = [], [], None
+
     def reserve(self, length: int, slots: int) -> None:
         """Grow to at least `length` positions and `slots` slots, so that slots that are never used take no memory."""
         if length <= self.capacity and slots <= self._allocated:

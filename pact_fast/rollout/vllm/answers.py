@@ -70,7 +70,7 @@ def read_world_size(engine: str, answer: Any) -> int:
     """The number of workers in the answer of /get_world_size. EngineError if it has another shape."""
     size = answer.get("world_size") if isinstance(answer, dict) else None
     if type(size) is not int or size < 1:
-        raise EngineError(engine, f"/get_world_size answers {short(size)}, which is no number of workers")
+        raise EngineError(engine, f"/get_world_size answers {short(size)}, which is not a number of workers")
     return size
 
 

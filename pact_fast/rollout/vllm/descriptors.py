@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import resource
 
-MOST_OPEN = 8192  # turns; as many as a large data-parallel server works on at once
+MAX_OPEN = 8192  # turns; as many as a large data-parallel server works on at once
 KEPT_FREE = 64  # descriptors for everything else that is opened meanwhile
-WANTED = MOST_OPEN + 1024
+WANTED = MAX_OPEN + 1024
 
 
 def open_request_limit() -> int:
@@ -21,8 +21,8 @@ def open_request_limit() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
     if soft == resource.RLIM_INFINITY:
-        return MOST_OPEN
-    return max(8, min(MOST_OPEN, soft - _open_files() - KEPT_FREE))
+        return MAX_OPEN
+    return max(8, min(MAX_OPEN, soft - _open_files() - KEPT_FREE))
 
 
 def _open_files() -> int:

@@ -1,18 +1,27 @@
 """EigenData: tasks with executable checkers, made by a workflow that improves itself (arXiv 2601.22607).
 
-roles      what the engine asks of a back-end: planner, synthesiser, verifiers, agent, reflector
-versions   prompts and workflow as versioned files
-planner    rules: pairs of synthesis and evaluation plan that do not overlap
-compose    rules: tasks composed of a domain's issues
-rollout    the scripted agent, perfect or noisy, in dialogue with the user
-assess     rules: scores rollouts and says who is to blame
-reflect    rules: rewrites prompts and workflow from the failures
-models     with a language model: the user's words, and reflection
-model_tasks, model_player  with a language model: plans, solutions, second opinions; agent and user
-actor      a language model that acts in JSON
-backends   which back-end plays which role
-generated  tasks of the small helpdesk without files, for the quickstart
 engine     plan → synthesis → verification → rollout → assessment → reflection, resumable
+roles      what the engine asks of a backend: planner, synthesizer, verifiers, player, reflector
+backends   which backend plays which role: the rules, or a language model
+pipeline   one attempt at a task: the stages in their order
+versions   prompts and workflow as versioned files
+evolution  measures proposals of the reflector on fixed probes, and keeps or rolls back
+records    candidates as lines of a file
+export     accepted tasks as training data
 quality    duplicates, diversity, difficulty, coverage, leakage
 report     the HTML report
+generated  tasks of the small helpdesk without files, for the recipe `eigendata-quickstart`
+
+The rules:
+
+planner    pairs of synthesis and evaluation plan that do not overlap
+compose    tasks composed of a domain's issues, verified by their controls
+rollout    the scripted agent, with or without errors, in dialogue with the user
+assess     scores of rollouts, and who is to blame for failures
+reflect    changes of prompts and workflow from the failures
+
+A language model in their place:
+
+model_planner, model_synthesizers, model_verifiers, model_player, model_reflector
+actor      lets a language model act in JSON
 """

@@ -13,10 +13,10 @@ from typing import Any
 from pact_fast.data.types import Message, ToolCall, ToolSchema
 from pact_fast.llm import InvalidAnswer, LLMClient
 
-LONGEST_SAY, LONGEST_ARGUMENT = 400, 80  # characters
+MAX_TEXT, MAX_ARGUMENT = 400, 80  # characters
 
 
-class Actor:
+class JsonActor:
     """One side of a dialogue, played by a model.
 
     Args:
@@ -34,7 +34,7 @@ class Actor:
         self._schema = act_schema(tools, speaks)
         self.messages: list[Message] = [{"role": "system", "content": f"{prompt}\n\n{_manual(tools, speaks)}"}]
 
-    def hear(self, text: str) -> None:
+    def observe(self, text: str) -> None:
         """Something was said to it, or a tool has answered."""
         self.messages.append({"role": "user", "content": text})
 
@@ -64,7 +64,7 @@ def act_schema(tools: Sequence[ToolSchema], speaks: bool = True) -> dict[str, An
         for tool in tools
     ]
     if speaks:
-        said = {"type": "string", "minLength": 1, "maxLength": LONGEST_SAY}
+        said = {"type": "string", "minLength": 1, "maxLength": MAX_TEXT}
         acts.append(_closed({"act": {"const": "say"}, "text": said}))
     return {"anyOf": [*acts, _closed({"act": {"const": "end"}})]}
 
@@ -72,7 +72,7 @@ def act_schema(tools: Sequence[ToolSchema], speaks: bool = True) -> dict[str, An
 def _arguments(parameters: dict[str, Any]) -> dict[str, Any]:
     """The schema of a tool's arguments, closed, and with an end to its texts."""
     properties = {
-        name: {**schema, "maxLength": LONGEST_ARGUMENT} if schema.get("type") == "string" else schema
+        name: {**schema, "maxLength": MAX_ARGUMENT} if schema.get("type") == "string" else schema
         for name, schema in (parameters.get("properties") or {}).items()
     }
     required = [name for name in parameters.get("required") or properties if name in properties]

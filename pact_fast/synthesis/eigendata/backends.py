@@ -1,4 +1,4 @@
-"""Which back-end plays which role: `rules`, or a language model."""
+"""Which backend plays which role: `rules`, or a language model."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from collections.abc import Collection
 from pact_fast.errors import PactError
 from pact_fast.llm import LLMClient
 from pact_fast.registry import did_you_mean
+from pact_fast.synthesis.eigendata.model_planner import ModelPlanner
 from pact_fast.synthesis.eigendata.model_player import ModelPlayer
-from pact_fast.synthesis.eigendata.model_tasks import (
-    ModelPlanner,
-    ModelSynthesizer,
-    ModelTaskVerifier,
-    ModelTrajectoryVerifier,
-)
-from pact_fast.synthesis.eigendata.models import ModelReflector, ModelWording
+from pact_fast.synthesis.eigendata.model_reflector import ModelReflector
+from pact_fast.synthesis.eigendata.model_synthesizers import ModelSynthesizer, ModelWording
+from pact_fast.synthesis.eigendata.model_verifiers import ModelTaskVerifier, ModelTrajectoryVerifier
 from pact_fast.synthesis.eigendata.pipeline import Roles
 
 ROLES = ("planner", "synthesizer", "wording", "verifier", "agent", "user", "reflection")
 
 
 def check_roles(names: Collection[str]) -> None:
-    """PactError if a name is no role."""
+    """PactError if a name is not a role."""
     for name in names:
         if name not in ROLES:
             raise PactError(f"unknown role '{name}'{did_you_mean(name, list(ROLES))}; the roles are {', '.join(ROLES)}")
@@ -35,7 +32,7 @@ def make_roles(names: Collection[str], client: LLMClient) -> Roles:
         client: The model.
 
     Raises:
-        PactError: A name is no role.
+        PactError: A name is not a role.
     """
     check_roles(names)
     roles = Roles()

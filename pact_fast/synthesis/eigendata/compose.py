@@ -10,7 +10,7 @@ from dataclasses import replace
 from pact_fast.envs.domain import Checker, Database, Domain, Instance, IssueDraft, Step, User
 from pact_fast.envs.domain.checker import Sandbox
 from pact_fast.envs.domain.controls import Finding, check_instance
-from pact_fast.synthesis.eigendata.roles import Plan
+from pact_fast.synthesis.eigendata.roles import TaskPlan
 from pact_fast.synthesis.eigendata.versions import CHOICES, Version
 
 OPENINGS = {
@@ -22,10 +22,10 @@ OPENINGS = {
 
 
 class RulesSynthesizer:
-    """A task is the sum of its issues' drafts: what breaks, what mends, what must hold, what the user says."""
+    """A task is the sum of its issues' drafts: edits, fixes, assertions, and what the user says."""
 
     def synthesize(
-        self, domain: Domain, plan: Plan, subject: str, version: Version, rng: random.Random
+        self, domain: Domain, plan: TaskPlan, subject: str, version: Version, rng: random.Random
     ) -> Instance | None:
         settings, db = version.settings("synthesis.yaml"), Database(domain.base)
         drafts = [issue.draw(db, subject, rng) for issue in domain.issues if issue.name in plan.issues]
@@ -69,7 +69,7 @@ class RulesTaskVerifier:
     def __init__(self, sandbox: Sandbox | None = None):
         self._sandbox = sandbox
 
-    def verify(self, domain: Domain, plan: Plan, instance: Instance, version: Version) -> list[Finding]:
+    def verify(self, domain: Domain, plan: TaskPlan, instance: Instance, version: Version) -> list[Finding]:
         return check_instance(domain, instance, plan.controls or None, self._sandbox)
 
 
@@ -92,7 +92,7 @@ def _gold(drafts: Sequence[IssueDraft], last_steps: str) -> list[Step]:
 
 
 def _opening(
-    drafts: Sequence[IssueDraft], plan: Plan, version: Version, rng: random.Random, secrets: Sequence[str]
+    drafts: Sequence[IssueDraft], plan: TaskPlan, version: Version, rng: random.Random, secrets: Sequence[str]
 ) -> str:
     hello, end = OPENINGS[plan.style] if version.settings("user.yaml")["greeting"] == "short" else ("", "")
     joins = rng.choice((" Also: ", " And another thing: ", " Besides, ", " "))

@@ -29,8 +29,9 @@ from pact_fast.synthesis.eigendata.evolution import Trial, evolve
 from pact_fast.synthesis.eigendata.pipeline import Pipeline, Roles
 from pact_fast.synthesis.eigendata.quality import Similarity
 from pact_fast.synthesis.eigendata.records import CandidateLog
-from pact_fast.synthesis.eigendata.roles import Candidate, Plan, Revision
+from pact_fast.synthesis.eigendata.roles import Candidate, Revision, TaskPlan
 from pact_fast.synthesis.eigendata.versions import CURE, START, Version
+from pact_fast.synthesis.ordered import ordered
 
 Advance = Callable[[str], None]
 
@@ -59,24 +60,31 @@ class Settings:
         return math.ceil(self.count / self.rounds)
 
 
-class Engine:
+class DataEngine:
     """Makes the tasks of a domain in a folder.
 
-        Engine(make_domain("helpdesk"), Path("out"), Settings("helpdesk")).run()
+        DataEngine(make_domain("helpdesk"), Path("out"), Settings("helpdesk")).run()
 
     Args:
         domain: The domain.
         out: The folder; one with the same settings is continued.
         settings: What to make.
-        roles: Back-ends; None: rules.
+        roles: Backends; None: rules.
         start: Folder of the first version's files; None: the shipped ones.
+        workers: Tasks at the same time, for models that answer several questions at a time. It changes no result.
 
     Raises:
         PactError: The folder holds the work of other settings, or another process works in it.
     """
 
     def __init__(
-        self, domain: Domain, out: Path, settings: Settings, roles: Roles | None = None, start: Path | None = None
+        self,
+        domain: Domain,
+        out: Path,
+        settings: Settings,
+        roles: Roles | None = None,
+        start: Path | None = None,
+        workers: int = 1,
     ):
         if min(settings.rounds, settings.plans, settings.count) < 1:
             raise PactError("rounds, plans and count must be at least 1")
@@ -87,7 +95,7 @@ class Engine:
             )
         self.domain, self.out, self.settings = domain, out, settings
         self.pipeline = Pipeline(domain, roles or Roles(), settings.seed)
-        self._start = start or START
+        self._start, self._workers = start or START, workers
         self.rejected: list[Revision] = []
         self.trials: list[Trial] = []
         self.rounds: list[dict[str, Any]] = []
@@ -100,7 +108,7 @@ class Engine:
         """
         with io_errors(self.out, CURE):
             self.out.mkdir(parents=True, exist_ok=True)
-        with self._locked():
+        with self.locked():
             self._check_settings()
             version = self._resume()
             log = CandidateLog(self.out / "candidates.jsonl")
@@ -122,39 +130,55 @@ class Engine:
         for candidate in log.candidates:
             if candidate.accepted and candidate.instance:
                 similarity.add(candidate.instance)
+
+        def attempts(slot: int) -> list[Candidate]:
+            return [] if slot in done else self._attempts(number, slot, 0, plans, version)
+
         with phase(f"round {number}", slots) as advance:
-            for slot in range((number - 1) * slots, number * slots):
-                if slot not in done:
-                    log.write(self._slot(number, slot, plans, version, similarity))
+            mine = range((number - 1) * slots, number * slots)
+            for slot, made in zip(mine, ordered(attempts, mine, self._workers), strict=True):
+                if made:
+                    log.write(self._without_duplicates(made, number, slot, plans, version, similarity))
                 advance(f"{sum(candidate.accepted for candidate in log.candidates)} accepted")
         log.sync()
-        made = [candidate for candidate in log.candidates if candidate.round == number]
+        of_round = [candidate for candidate in log.candidates if candidate.round == number]
         trials: list[Trial] = []
         after = version
         if number < self.settings.rounds:
-            after, trials = self._reflect(version, made)
-        self._save_round(number, version, after, made, trials)
+            after, trials = self._reflect(version, of_round)
+        self._save_round(number, version, after, of_round, trials)
         return after
 
-    def _slot(
-        self, number: int, slot: int, plans: list[Plan], version: Version, similarity: Similarity
-    ) -> list[Candidate]:
-        """The attempts at one task: until one is accepted, or the retries are used up."""
+    def _attempts(self, number: int, slot: int, first: int, plans: list[TaskPlan], version: Version) -> list[Candidate]:
+        """Attempts at one task from number `first`: until one has no findings, or the retries are used up."""
         plan = plans[slot % len(plans)]
-        attempts: list[Candidate] = []
-        for attempt in range(version.settings("workflow.yaml")["retries"] + 1):
-            candidate = Candidate(number, plan.number, slot, attempt, version.number)
-            self.pipeline.attempt(candidate, plan, version)
-            if candidate.instance and not candidate.findings:
-                if twin := similarity.twin(candidate.instance):
-                    candidate.findings = [Finding("duplicate", "task", f"too similar to {twin}")]
-                else:
-                    candidate.accepted = True
-                    similarity.add(candidate.instance)
-            attempts.append(candidate)
-            if candidate.accepted:
+        made: list[Candidate] = []
+        for attempt in range(first, version.settings("workflow.yaml")["retries"] + 1):
+            made.append(Candidate(number, plan.number, slot, attempt, version.number))
+            self.pipeline.attempt(made[-1], plan, version)
+            if made[-1].instance and not made[-1].findings:
                 break
-        return attempts
+        return made
+
+    def _without_duplicates(
+        self,
+        made: list[Candidate],
+        number: int,
+        slot: int,
+        plans: list[TaskPlan],
+        version: Version,
+        similarity: Similarity,
+    ) -> list[Candidate]:
+        """Accept the last attempt, unless a task before it is too similar: then with further attempts."""
+        while (last := made[-1]).instance and not last.findings:
+            earlier = similarity.duplicate_of(last.instance)
+            if earlier is None:
+                last.accepted = True
+                similarity.add(last.instance)
+                break
+            last.findings = [Finding("duplicate", "task", f"too similar to {earlier}")]
+            made += self._attempts(number, slot, len(made), plans, version)
+        return made
 
     def _reflect(self, version: Version, made: list[Candidate]) -> tuple[Version, list[Trial]]:
         number = max(version.number, *(trial.number for trial in self.trials), 1) + 1
@@ -212,7 +236,7 @@ class Engine:
         number = self.rounds[-1]["next_version"] if self.rounds else 1
         return Version.load(self.out / "versions", number)
 
-    def _save_plans(self, version: Version, plans: list[Plan]) -> None:
+    def _save_plans(self, version: Version, plans: list[TaskPlan]) -> None:
         folder = self.out / "plans"
         with io_errors(folder, CURE):
             folder.mkdir(exist_ok=True)
@@ -236,8 +260,8 @@ class Engine:
         write_text(self.out / "rounds.jsonl", text, CURE)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """The folder belongs to this process; the system lets go of it when the process ends, however it ends."""
+    def locked(self) -> Iterator[None]:
+        """Lock the folder for this process; the lock ends with the process, however it ends."""
         with io_errors(self.out, CURE):
             file = (self.out / "lock").open("w")
         with file:
@@ -250,7 +274,7 @@ class Engine:
 
 @contextmanager
 def silent(name: str, total: int) -> Iterator[Advance]:
-    """Progress that nobody sees."""
+    """Progress without any output."""
     yield lambda info: None
 
 

@@ -38,7 +38,7 @@ class Probe:
     def better_than(self, other: Probe, target: str) -> bool:
         """More accepted; or as many, and fewer findings, of the target, too; or fewer dialogues for nothing.
 
-        Several faults hide each other: mending one may accept nothing yet.
+        Several faults hide each other: fixing one may not yet increase acceptance.
         """
         if self.accepted != other.accepted:
             return self.accepted > other.accepted
@@ -72,7 +72,14 @@ class Trial:
 
 
 def probe(pipeline: Pipeline, version: Version, plans: int, count: int = PROBES) -> Probe:
-    """Measure a version: the same probes for every version, one attempt each."""
+    """Measure a version: the same probes for every version, one attempt each.
+
+    Args:
+        pipeline: Makes the tasks.
+        version: The version to measure.
+        plans: Plans to ask for.
+        count: Probes.
+    """
     made = pipeline.plans(version, plans)
     if not made:
         return Probe(0, count, Counter(), 0)

@@ -14,7 +14,7 @@ from pact_fast.envs.domain import Instance
 from pact_fast.envs.domain.env import instance_task
 from pact_fast.envs.registry import environment
 from pact_fast.files import write_text
-from pact_fast.synthesis.eigendata.engine import Engine
+from pact_fast.synthesis.eigendata.engine import DataEngine
 from pact_fast.synthesis.eigendata.quality import Leakage, coverage, diversity, leakage, pass_rates, split_of
 from pact_fast.synthesis.eigendata.roles import Candidate
 from pact_fast.synthesis.eigendata.versions import CURE, Version
@@ -36,7 +36,7 @@ class DataSet:
     summary: dict[str, Any]
 
 
-def export(engine: Engine, candidates: list[Candidate], phase: Callable[[str, int], Any]) -> DataSet:
+def export(engine: DataEngine, candidates: list[Candidate], phase: Callable[[str, int], Any]) -> DataSet:
     """Write train.jsonl, held_out.jsonl and summary.json of a finished engine."""
     domain, accepted = engine.domain, [candidate for candidate in candidates if candidate.accepted]
     version = Version.load(engine.out / "versions", engine.rounds[-1]["version"])
@@ -45,26 +45,35 @@ def export(engine: Engine, candidates: list[Candidate], phase: Callable[[str, in
         for candidate in accepted:
             rates[_instance(candidate).id] = pass_rates(domain, _instance(candidate), version)
             advance("")
-    halves: dict[str, list[Candidate]] = {"train": [], "held_out": []}
+    splits: dict[str, list[Candidate]] = {"train": [], "held_out": []}
     for candidate in accepted:
-        halves[split_of(_instance(candidate).subject)].append(candidate)
-    leaked = leakage(domain, *([_instance(c) for c in halves[half]] for half in ("train", "held_out")))
-    for half, members in halves.items():
-        write_tasks(engine.out / f"{half}.jsonl", [_task(engine, c, rates) for c in members])
-    summary = summarise(engine, candidates, accepted, halves, leaked, rates)
+        splits[split_of(_instance(candidate).subject)].append(candidate)
+    leaked = leakage(domain, *([_instance(c) for c in splits[split]] for split in ("train", "held_out")))
+    for split, members in splits.items():
+        write_tasks(engine.out / f"{split}.jsonl", [_task(engine, c, rates) for c in members])
+    summary = summarise(engine, candidates, accepted, splits, leaked, rates)
     write_text(engine.out / "summary.json", json.dumps(summary, indent=2) + "\n", CURE)
     return DataSet(candidates, accepted, rates, summary)
 
 
 def summarise(
-    engine: Engine,
+    engine: DataEngine,
     candidates: Sequence[Candidate],
     accepted: Sequence[Candidate],
-    halves: dict[str, list[Candidate]],
+    splits: dict[str, list[Candidate]],
     leaked: Leakage,
     rates: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """The numbers of summary.json."""
+    """The numbers of summary.json.
+
+    Args:
+        engine: The engine that ran.
+        candidates: All attempts.
+        accepted: The candidates that are rows.
+        splits: {split: its candidates}.
+        leaked: What the splits share.
+        rates: {id of a task: {reference policy: pass rate}}.
+    """
     instances = [_instance(candidate) for candidate in accepted]
     blame = Counter((f.control, f.blame) for c in candidates if c.findings for f in c.findings[:1])
     policies = list(next(iter(rates.values()), {}))
@@ -72,8 +81,8 @@ def summarise(
         **asdict(engine.settings),
         "attempts": len(candidates),
         "accepted": len(accepted),
-        "train": len(halves["train"]),
-        "held_out": len(halves["held_out"]),
+        "train": len(splits["train"]),
+        "held_out": len(splits["held_out"]),
         "rounds_made": engine.rounds,
         "attribution": [{"control": c, "blame": b, "count": n} for (c, b), n in sorted(blame.items())],
         "diversity": asdict(diversity(instances)),
@@ -83,7 +92,7 @@ def summarise(
     }
 
 
-def _task(engine: Engine, candidate: Candidate, rates: dict[str, dict[str, float]]) -> Task:
+def _task(engine: DataEngine, candidate: Candidate, rates: dict[str, dict[str, float]]) -> Task:
     instance = _instance(candidate)
     own = engine.domain.name in environment.names()  # an environment of its own plays it without arguments
     dialogue = candidate.rollout.messages if candidate.rollout and candidate.rollout.passed else None

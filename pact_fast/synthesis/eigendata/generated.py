@@ -20,11 +20,11 @@ from pact_fast.errors import PactError
 from pact_fast.synthesis.eigendata.pipeline import Pipeline, Roles
 from pact_fast.synthesis.eigendata.quality import split_of
 from pact_fast.synthesis.eigendata.roles import Candidate
-from pact_fast.synthesis.eigendata.rollout import Noise, ScriptedPlayer
+from pact_fast.synthesis.eigendata.rollout import AgentErrors, ScriptedPlayer
 from pact_fast.synthesis.eigendata.versions import START, Version
 
 DOMAIN = "helpdesk_small"
-MOST_ISSUES = 4
+MAX_ISSUES = 4
 TASK_ARGS = ("count", "max_issues", "early_stop")
 
 
@@ -40,24 +40,24 @@ class RulesTasks:
 
     def __init__(self, seed: int, count: int, max_issues: int, early_stop: float = 0.0):
         self._seed = seed
-        self._halves = _make(seed, count, max_issues, early_stop)
+        self._splits = _make(seed, count, max_issues, early_stop)
 
     def train(self, step: int, count: int) -> list[Task]:
-        tasks = self._halves["train"]
+        tasks = self._splits["train"]
         return random.Random(f"eigendata/{self._seed}/{step}").sample(tasks, min(count, len(tasks)))
 
     def held_out(self, count: int) -> list[Task]:
-        return self._halves["held_out"][:count]
+        return self._splits["held_out"][:count]
 
 
 @functools.lru_cache(maxsize=2)
 def _make(seed: int, count: int, max_issues: int, early_stop: float) -> dict[str, list[Task]]:
-    """Accepted tasks by half, with the scripted agent's dialogue as their expert trace."""
+    """Accepted tasks by split, with the scripted agent's dialogue as their expert trace."""
     domain = make_domain(DOMAIN)
     version = Version.read(START).changed(1, {"workflow.yaml": {"max_issues": max_issues}})
     pipeline = Pipeline(domain, Roles(), seed)
     plans = pipeline.plans(version, 64)
-    halves: dict[str, list[Task]] = {"train": [], "held_out": []}
+    splits: dict[str, list[Task]] = {"train": [], "held_out": []}
     for slot in range(count):
         candidate = Candidate(1, plans[slot % len(plans)].number, slot, 0, version.number)
         pipeline.attempt(candidate, plans[slot % len(plans)], version)
@@ -67,15 +67,15 @@ def _make(seed: int, count: int, max_issues: int, early_stop: float) -> dict[str
         if early_stop:
             messages = _hasty(domain, candidate.instance, version, early_stop, random.Random(f"{seed}/{slot}"))
         task = instance_task(domain, candidate.instance, DOMAIN, messages)
-        halves[split_of(candidate.instance.subject)].append(replace(task, env=None))
-    return halves
+        splits[split_of(candidate.instance.subject)].append(replace(task, env=None))
+    return splits
 
 
 def _hasty(
     domain: Domain, instance: Instance, version: Version, early_stop: float, rng: random.Random
 ) -> list[Message]:
     """A dialogue of an agent that may stop too early, but not before its first question is answered."""
-    player = ScriptedPlayer(Noise(stop=early_stop))
+    player = ScriptedPlayer(AgentErrors(stop=early_stop))
     while True:
         messages = player.play(domain, instance, version, rng).messages
         if sum(message["role"] == "assistant" for message in messages) > 1:
@@ -98,8 +98,8 @@ class GeneratedHelpdesk(SmallHelpdeskEnvironment):
         """PactError for arguments that make no tasks."""
         count, most, stop = args.get("count", 600), args.get("max_issues", 2), args.get("early_stop", 0.0)
         numbers = type(count) is int and type(most) is int and type(stop) in (int, float)
-        if not (numbers and count >= 10 and 1 <= most <= MOST_ISSUES and 0 <= stop < 1):
+        if not (numbers and count >= 10 and 1 <= most <= MAX_ISSUES and 0 <= stop < 1):
             raise PactError(
-                f"env.args: count must be at least 10, max_issues within 1..{MOST_ISSUES}, early_stop within [0, 1)"
+                f"env.args: count must be at least 10, max_issues within 1..{MAX_ISSUES}, early_stop within [0, 1)"
             )
         return RulesTasks(seed, count, most, stop)

@@ -9,13 +9,12 @@ from pact_fast.data.types import Message, ToolCall
 from pact_fast.envs.domain import Domain, DomainEnvironment, Instance, Step
 from pact_fast.envs.domain.user_side import call_as_user, user_prompt, user_schemas
 from pact_fast.llm import LLMClient
-from pact_fast.synthesis.eigendata.actor import Actor
-from pact_fast.synthesis.eigendata.models import prompt_of
+from pact_fast.synthesis.eigendata.actor import JsonActor
 from pact_fast.synthesis.eigendata.roles import Rollout
 from pact_fast.synthesis.eigendata.rollout import Act, gold_acts, play
 from pact_fast.synthesis.eigendata.versions import Version
 
-MOST_CALLS = 8  # of a user between two messages
+MAX_CALLS = 8  # of a user between two messages
 
 
 class ModelPlayer:
@@ -35,21 +34,21 @@ class ModelPlayer:
         messages: list[Message] = []
         acts = gold_acts(domain, instance)
         if self._agent is not None:
-            acts = _agent_acts(Actor(self._agent, prompt_of(version, "agent.md", policy=domain.policy), domain.schemas,
-                                     sample=sample), messages)  # fmt: skip
+            prompt = version.prompt("agent.md", policy=domain.policy)
+            acts = _agent_acts(JsonActor(self._agent, prompt, domain.schemas, sample=sample), messages)
         env = DomainEnvironment.of(domain)
         if self._user is not None:
             env = _WithModelUser(domain, self._user, sample)
         return play(domain, instance, acts, limit, env=env, messages=messages)
 
 
-def _agent_acts(actor: Actor, messages: list[Message]) -> Iterator[Act]:
+def _agent_acts(actor: JsonActor, messages: list[Message]) -> Iterator[Act]:
     """What the agent does. It hears everything that the dialogue gained since its last act, but its own words."""
     heard = 1  # the policy is in its prompt
     while True:
         for message in messages[heard:]:
             if message["role"] != "assistant":
-                actor.hear(f"{'Customer: ' if message['role'] == 'user' else ''}{message['content']}")
+                actor.observe(f"{'Customer: ' if message['role'] == 'user' else ''}{message['content']}")
         heard = len(messages)
         act = actor.act()
         if act is None:
@@ -61,25 +60,25 @@ class _WithModelUser(DomainEnvironment):
     """The environment of a domain whose user is a model. The calls that it makes are recorded as the scripted user's are."""
 
     def __init__(self, domain: Domain, client: LLMClient, sample: int):
-        self._domain, self._sandbox = domain, None
+        self.domain, self._sandbox = domain, None
         self._client, self._sample = client, sample
 
     def start(self, instance: Instance) -> None:
         super().start(instance)
-        tools = user_schemas(self._domain, instance)
-        self._actor = Actor(self._client, user_prompt(instance), tools, sample=self._sample)
+        tools = user_schemas(self.domain, instance)
+        self._actor = JsonActor(self._client, user_prompt(instance), tools, sample=self._sample)
 
     def respond(self, text: str) -> str | None:
         self._said.append(text)
         if self._over:
             return None
-        self._actor.hear(text)
-        for _ in range(MOST_CALLS):
+        self._actor.observe(text)
+        for _ in range(MAX_CALLS):
             act = self._actor.act()
             if not isinstance(act, ToolCall):
                 break
             self.user.steps.append(Step(act.name, act.arguments, "user"))
-            self._actor.hear(call_as_user(self._domain, self._instance, self._db, act.name, act.arguments))
+            self._actor.observe(call_as_user(self.domain, self.instance, self._db, act.name, act.arguments))
         else:
             act = None
         self._over = act is None

@@ -13,12 +13,12 @@ from pact_fast.synthesis.eigendata.planner import RulesPlanner
 from pact_fast.synthesis.eigendata.reflect import RulesReflector
 from pact_fast.synthesis.eigendata.roles import (
     Candidate,
-    Plan,
     Planner,
     Player,
     Reflector,
     Rollout,
     Synthesizer,
+    TaskPlan,
     TaskVerifier,
     TrajectoryVerifier,
 )
@@ -28,7 +28,7 @@ from pact_fast.synthesis.eigendata.versions import Version
 
 @dataclass
 class Roles:
-    """Who does what; the defaults are the `rules` back-end."""
+    """Who does what; the defaults are the `rules` backend."""
 
     planner: Planner = field(default_factory=RulesPlanner)
     synthesizer: Synthesizer = field(default_factory=RulesSynthesizer)
@@ -43,17 +43,18 @@ class Pipeline:
 
     Args:
         domain: The domain.
-        roles: The back-ends.
-        seed: Seed of all random numbers. A candidate is a function of seed, version and its position alone.
+        roles: The backends.
+        seed: Seed of all random numbers. A candidate is a function of seed, version and its position alone, so that several
+            can be made at the same time.
     """
 
     def __init__(self, domain: Domain, roles: Roles, seed: int):
         self.domain, self.roles, self.seed = domain, roles, seed
         self._subjects = domain.subjects()
 
-    def plans(self, version: Version, count: int) -> list[Plan]:
+    def plans(self, version: Version, count: int) -> list[TaskPlan]:
         """Up to `count` plans of a version; fewer if the planner has no more."""
-        made: list[Plan] = []
+        made: list[TaskPlan] = []
         while len(made) < count:
             rng = random.Random(seed_of(self.seed, "plan", len(made)))
             plan = self.roles.planner.plan(self.domain, made, version, rng)
@@ -62,8 +63,18 @@ class Pipeline:
             made.append(plan)
         return made
 
-    def attempt(self, candidate: Candidate, plan: Plan, version: Version, purpose: str = "slot") -> int:
-        """Run the stages on a candidate and fill it in; `accepted` is left to the caller. Returns dialogues played."""
+    def attempt(self, candidate: Candidate, plan: TaskPlan, version: Version, purpose: str = "slot") -> int:
+        """Run the stages on a candidate and fill it in; `accepted` is left to the caller.
+
+        Args:
+            candidate: The candidate; its position seeds its random numbers.
+            plan: The plan of its slot.
+            version: Prompts and workflow.
+            purpose: Candidates of another purpose draw other random numbers.
+
+        Returns:
+            Number of dialogues that were played.
+        """
         key = (self.seed, purpose, candidate.slot, candidate.attempt)
         rng = random.Random(seed_of(*key))
         subject = rng.choice(self._subjects) if self._subjects else ""
@@ -93,7 +104,7 @@ class Pipeline:
             candidate.stage = "verification" if candidate.findings else candidate.stage
         return len(rollouts)
 
-    def _verify(self, candidate: Candidate, plan: Plan, version: Version) -> list[Finding]:
+    def _verify(self, candidate: Candidate, plan: TaskPlan, version: Version) -> list[Finding]:
         assert candidate.instance
         return self.roles.task_verifier.verify(self.domain, plan, candidate.instance, version)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pact_fast.envs.domain import Domain
-from pact_fast.synthesis.eigendata.roles import Plan
+from pact_fast.synthesis.eigendata.roles import TaskPlan
 from pact_fast.synthesis.eigendata.versions import Version
 
 STYLES = ("plain", "polite", "hurried", "worried")
@@ -17,7 +17,9 @@ TRIES = 200  # of drawing a combination that does not exist yet
 class RulesPlanner:
     """A plan is a set of issues that no other plan has. Sizes go round; within a size, the least used issues come first."""
 
-    def plan(self, domain: Domain, existing: Sequence[Plan], version: Version, rng: random.Random) -> Plan | None:
+    def plan(
+        self, domain: Domain, existing: Sequence[TaskPlan], version: Version, rng: random.Random
+    ) -> TaskPlan | None:
         taken = {frozenset(plan.issues) for plan in existing}
         used = Counter(issue for plan in existing for issue in plan.issues)
         largest = min(version.settings("workflow.yaml")["max_issues"], len(domain.issues))
@@ -26,7 +28,7 @@ class RulesPlanner:
             size = 1 + (len(existing) + attempt) % largest
             chosen = _choose(domain, size, used, any_group, rng)
             if chosen and frozenset(chosen) not in taken:
-                return Plan(len(existing), tuple(chosen), STYLES[len(existing) % len(STYLES)])
+                return TaskPlan(len(existing), tuple(chosen), STYLES[len(existing) % len(STYLES)])
         return None
 
 

@@ -1,4 +1,4 @@
-"""What a data set is worth: near-duplicates, diversity, difficulty, coverage, and leakage between its two halves."""
+"""Quality of a data set: near-duplicates, diversity, difficulty, coverage, and leakage between its two splits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Similarity:
         self._digests[instance.digest] = instance.id
         self._words[frozenset(instance.issues)].append((instance.id, opening_words(instance)))
 
-    def twin(self, instance: Instance) -> str | None:
+    def duplicate_of(self, instance: Instance) -> str | None:
         """Id of a task that this one repeats; None: there is none."""
         if instance.digest in self._digests:
             return self._digests[instance.digest]
@@ -102,10 +102,20 @@ def coverage(domain: Domain, instances: Iterable[Instance]) -> dict[str, int]:
 
 
 def pass_rates(domain: Domain, instance: Instance, version: Version, rollouts: int = ROLLOUTS) -> dict[str, float]:
-    """Pass rate of every reference policy on a task: scripted agents with noise, the same for everybody."""
+    """Pass rate of every reference policy on a task: scripted agents with errors, the same for every data set.
+
+    Args:
+        domain: The domain.
+        instance: The task.
+        version: Gives the user's settings.
+        rollouts: Dialogues per policy.
+
+    Returns:
+        {policy: rate from 0 to 1}.
+    """
     rates = {}
-    for name, noise in REFERENCE_POLICIES.items():
-        player = ScriptedPlayer(noise)
+    for name, errors in REFERENCE_POLICIES.items():
+        player = ScriptedPlayer(errors)
         rng = random.Random(seed_of("difficulty", name, instance.id))
         passed = sum(player.play(domain, instance, version, rng).passed for _ in range(rollouts))
         rates[name] = passed / rollouts
@@ -120,7 +130,7 @@ def split_of(subject: str, held_out: float = HELD_OUT) -> str:
 
 @dataclass(frozen=True)
 class Leakage:
-    """What the two halves share, which should be nothing: ids of tasks, equal tasks, entities of the database."""
+    """What the two splits share, which should be nothing: ids of tasks, equal tasks, entities of the database."""
 
     ids: tuple[str, ...]
     tasks: tuple[str, ...]

@@ -12,7 +12,7 @@ import jinja2
 
 import pact_fast.report
 from pact_fast.files import write_text
-from pact_fast.synthesis.eigendata.engine import Engine
+from pact_fast.synthesis.eigendata.engine import DataEngine
 from pact_fast.synthesis.eigendata.export import DataSet
 from pact_fast.synthesis.eigendata.roles import Candidate
 from pact_fast.synthesis.eigendata.versions import CURE, STAGES
@@ -22,7 +22,7 @@ FAILURES = 24
 BINS = 5
 
 
-def write_report(engine: Engine, data: DataSet) -> Path:
+def write_report(engine: DataEngine, data: DataSet) -> Path:
     """Write report.html into the engine's folder. Returns its path."""
     folders = [Path(__file__).parent, Path(pact_fast.report.__file__).parent]
     templates = jinja2.Environment(

@@ -1,7 +1,7 @@
-"""What the engine asks of a back-end: one Protocol per role, and the records that pass between them.
+"""What the engine asks of a backend: one Protocol per role, and the records that pass between them.
 
-The `rules` back-end (planner.py, compose.py, rollout.py, assess.py, reflect.py) needs no model. A back-end of your own
-implements any of these and is passed to `Engine`.
+The `rules` backend (planner.py, compose.py, rollout.py, assess.py, reflect.py) needs no model. A backend of your own
+implements any of these and is passed to `DataEngine`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pact_fast.synthesis.eigendata.versions import Version
 
 
 @dataclass(frozen=True)
-class Plan:
+class TaskPlan:
     """A pair of synthesis plan and evaluation plan.
 
     number    position among the plans, from 0
@@ -105,7 +105,9 @@ class Revision:
 class Planner(Protocol):
     """Writes plans one after the other, each knowing what exists."""
 
-    def plan(self, domain: Domain, existing: Sequence[Plan], version: Version, rng: random.Random) -> Plan | None:
+    def plan(
+        self, domain: Domain, existing: Sequence[TaskPlan], version: Version, rng: random.Random
+    ) -> TaskPlan | None:
         """A plan that overlaps none of the existing ones, or None if there is nothing left to plan."""
 
 
@@ -113,7 +115,7 @@ class Synthesizer(Protocol):
     """Writes the task of a plan."""
 
     def synthesize(
-        self, domain: Domain, plan: Plan, subject: str, version: Version, rng: random.Random
+        self, domain: Domain, plan: TaskPlan, subject: str, version: Version, rng: random.Random
     ) -> Instance | None:
         """A task about `subject`, or None if the plan does not fit it."""
 
@@ -121,7 +123,7 @@ class Synthesizer(Protocol):
 class TaskVerifier(Protocol):
     """Says what is wrong with a task before it is played."""
 
-    def verify(self, domain: Domain, plan: Plan, instance: Instance, version: Version) -> list[Finding]:
+    def verify(self, domain: Domain, plan: TaskPlan, instance: Instance, version: Version) -> list[Finding]:
         """Findings, the most telling first; empty: the task is right."""
 
 

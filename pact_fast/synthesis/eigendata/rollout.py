@@ -1,6 +1,6 @@
-"""The scripted agent, perfect or noisy, in dialogue with the scripted user: the environment's own code plays both sides.
+"""The scripted agent, with or without errors, in dialogue with the scripted user: the environment's own code plays both sides.
 
-Noise turns the agent into reference policies of known weakness, whose pass rate measures how difficult a task is.
+With errors (`AgentErrors`) the agent is a reference policy of known weakness, whose pass rate measures how difficult a task is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pact_fast.synthesis.eigendata.versions import Version
 
 
 @dataclass(frozen=True)
-class Noise:
+class AgentErrors:
     """Errors of a scripted agent, as probabilities per gold step."""
 
     skip: float = 0.0
@@ -26,9 +26,9 @@ class Noise:
 
 
 REFERENCE_POLICIES = {
-    "careful": Noise(skip=0.02, wrong_argument=0.02, stop=0.01),
-    "average": Noise(skip=0.08, wrong_argument=0.06, stop=0.03),
-    "weak": Noise(skip=0.2, wrong_argument=0.12, stop=0.08),
+    "careful": AgentErrors(skip=0.02, wrong_argument=0.02, stop=0.01),
+    "average": AgentErrors(skip=0.08, wrong_argument=0.06, stop=0.03),
+    "weak": AgentErrors(skip=0.2, wrong_argument=0.12, stop=0.08),
 }
 
 Act = str | Step  # a message to the user, or a call
@@ -37,12 +37,12 @@ Act = str | Step  # a message to the user, or a call
 class ScriptedPlayer:
     """Plays the gold calls of an instance. Calls of the user are asked for in words, which the user has to understand."""
 
-    def __init__(self, noise: Noise | None = None):
-        self._noise = noise or Noise()
+    def __init__(self, errors: AgentErrors | None = None):
+        self._errors = errors or AgentErrors()
 
     def play(self, domain: Domain, instance: Instance, version: Version, rng: random.Random) -> Rollout:
         limit = version.settings("workflow.yaml")["max_messages"]
-        return play(domain, instance, _noisy(domain, instance, self._noise, rng), limit)
+        return play(domain, instance, _with_errors(domain, instance, self._errors, rng), limit)
 
 
 def play(
@@ -117,21 +117,21 @@ def request_text(domain: Domain, step: Step) -> str:
     return f"Please do this: {step.name.replace('_', ' ')}."
 
 
-def _noisy(domain: Domain, instance: Instance, noise: Noise, rng: random.Random) -> Iterator[Act]:
+def _with_errors(domain: Domain, instance: Instance, errors: AgentErrors, rng: random.Random) -> Iterator[Act]:
     """The gold acts with errors. The last one, which ends the dialogue, is always made."""
     acts = list(gold_acts(domain, instance))
     for act in acts[:-1]:
-        if rng.random() < noise.stop:
+        if rng.random() < errors.stop:
             break
-        if rng.random() < noise.skip:
+        if rng.random() < errors.skip:
             continue
-        if isinstance(act, Step) and rng.random() < noise.wrong_argument:
-            act = _disturbed(act, rng)
+        if isinstance(act, Step) and rng.random() < errors.wrong_argument:
+            act = _with_wrong_argument(act, rng)
         yield act
     yield acts[-1]
 
 
-def _disturbed(step: Step, rng: random.Random) -> Step:
+def _with_wrong_argument(step: Step, rng: random.Random) -> Step:
     """The step with one wrong argument."""
     if not step.arguments:
         return step

@@ -1,6 +1,6 @@
 """Prompts and workflow as versioned files: `versions/0003/workflow.yaml`. A version is never changed once written.
 
-The rules back-end reads settings (`*.yaml`); back-ends with a model read prompts (`*.md`) in the same folder.
+The rules backend reads settings (`*.yaml`); backends with a model read prompts (`*.md`) in the same folder.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import yaml
 
-from pact_fast.envs.domain.controls import CONTROLS
 from pact_fast.errors import PactError
 from pact_fast.files import io_errors, remove, write_text
 from pact_fast.registry import did_you_mean
@@ -76,6 +76,12 @@ class Version:
         """`synthesis.yaml@3:1f2e…`: names the version of one file, as accepted instances do."""
         return f"{file}@{self.number}:{hashlib.sha256(self.files[file].encode()).hexdigest()[:8]}"
 
+    def prompt(self, file: str, **values: str) -> str:
+        """A prompt with its $names filled in. PactError if the version has no such file."""
+        if file not in self.files:
+            raise PactError(f"version {self.number} of prompts and workflow has no {file}; copy it from {START / file}")
+        return Template(self.files[file]).safe_substitute(values)
+
     def changed(self, number: int, changes: Mapping[str, Mapping[str, Any]]) -> Version:
         """A new version with some keys changed, or the `text` of a prompt. PactError if a key or value is unknown."""
         files = dict(self.files)
@@ -125,7 +131,7 @@ def check(file: str, text: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise PactError(f"{file} is no YAML: {' '.join(str(error).split())[:120]}; correct it") from None
+        raise PactError(f"{file} is not YAML: {' '.join(str(error).split())[:120]}; correct it") from None
     known = CHOICES.get(file)
     if known is None or not isinstance(values, dict):
         raise PactError(f"{file} must be a mapping of settings; the files are {', '.join(CHOICES)}")
@@ -152,6 +158,3 @@ def _check_stages(stages: list[Any]) -> None:
         raise PactError(f"workflow.yaml: stages must begin with synthesis and be among {', '.join(STAGES)}, each once")
     if "assessment" in stages and "rollout" not in stages[: stages.index("assessment")]:
         raise PactError("workflow.yaml: the stage assessment needs rollout before it")
-
-
-ALL_CONTROLS = tuple(CONTROLS)

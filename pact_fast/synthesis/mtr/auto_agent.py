@@ -16,7 +16,7 @@ from pact_fast.envs.simulated.actor import Episode, error_kind
 from pact_fast.envs.simulated.leaks import mentions
 from pact_fast.envs.simulated.utilities import number, parse_date
 from pact_fast.envs.simulated.world import same_text
-from pact_fast.synthesis.mtr.plan import Hop, Plan, is_yes_no
+from pact_fast.synthesis.mtr.plan import Hop, LookupPlan, is_yes_no
 from pact_fast.synthesis.mtr.qa import QARow
 from pact_fast.synthesis.mtr.tool_maker import Toolset
 
@@ -33,8 +33,18 @@ class NoScript(Exception):
         super().__init__(reason)
 
 
-def script(row: QARow, plan: Plan, tools: Toolset, episode: Episode) -> ExpertTrace:
-    """The trace that follows a plan, one turn per depth, with the observations of `episode`. NoScript if there is none."""
+def script(row: QARow, plan: LookupPlan, tools: Toolset, episode: Episode) -> ExpertTrace:
+    """The trace that follows a plan, one turn per depth.
+
+    Args:
+        row: The question and its passages.
+        plan: The look-ups that answer it.
+        tools: The tools on offer.
+        episode: Gives the observations.
+
+    Raises:
+        NoScript: No such trace answers the question.
+    """
     if not plan.hops:
         raise NoScript("no_plan")
     writer = _Writer(row, tools, episode)
@@ -106,7 +116,7 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _compare(row: QARow, plan: Plan, writer: _Writer) -> str:
+def _compare(row: QARow, plan: LookupPlan, writer: _Writer) -> str:
     """The answer of a comparison, decided from what was observed. NoScript if that gives no answer."""
     chains = plan.roots()
     if len(chains) != 2:

@@ -110,7 +110,7 @@ def _distractors(rng: random.Random, names: list[str], needed: set[str], count: 
     return facts
 
 
-class GeneratedTasks:
+class GeneratedQuestionTasks:
     """A TaskSource of questions by index. The text of a question decides whether it is held out: one in eight is."""
 
     def __init__(self, shape: Shape, seed: int):
@@ -143,7 +143,7 @@ class GeneratedQuestions(Simulated):
         return super().factory({k: v for k, v in args.items() if k not in Shape.__dataclass_fields__}, tool_timeout)
 
     @classmethod
-    def tasks(cls, args: dict[str, Any], seed: int) -> GeneratedTasks:
+    def tasks(cls, args: dict[str, Any], seed: int) -> GeneratedQuestionTasks:
         """PactError for a shape that cannot be drawn."""
         given = {k: v for k, v in args.items() if k in Shape.__dataclass_fields__}
         shape = Shape(**(given | ({"hops": tuple(given["hops"])} if isinstance(given.get("hops"), list) else {})))
@@ -156,4 +156,4 @@ class GeneratedQuestions(Simulated):
             raise PactError(
                 "env.args: hops must be [low, high] within 1..4, distractors within 0..5, comparison in [0, 1]"
             )
-        return GeneratedTasks(shape, seed)
+        return GeneratedQuestionTasks(shape, seed)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pact_fast.data.types import Task
 from pact_fast.envs.simulated.actor import ToolActor
 from pact_fast.synthesis.mtr.auto_agent import NoScript, script
-from pact_fast.synthesis.mtr.plan import Plan, make_plan
+from pact_fast.synthesis.mtr.plan import LookupPlan, make_plan
 from pact_fast.synthesis.mtr.qa import QARow
 from pact_fast.synthesis.mtr.tool_maker import Toolset, make_tools
-from pact_fast.synthesis.mtr.verify import MAX_TURNS, reasons_against
+from pact_fast.synthesis.mtr.verify import MAX_TURNS, rejection_reasons
 
 SYSTEM = "Find the answer with the tools. End with the answer alone, in as few words as possible."
 
@@ -32,7 +32,7 @@ class MadeTask:
     reasons: tuple[str, ...]
 
 
-ToolMaker = Callable[[QARow, Plan], Toolset]
+ToolMaker = Callable[[QARow, LookupPlan], Toolset]
 
 
 def make_task(
@@ -58,7 +58,7 @@ def make_task(
         trace = script(row, plan, tools, actor.episode(task.id, tools.world, row.answers))
     except NoScript as error:
         return MadeTask(task, tools, plan.task_class, (error.reason,))
-    reasons = tuple(reasons_against(task, trace, actor, max_turns))
+    reasons = tuple(rejection_reasons(task, trace, actor, max_turns))
     if not reasons:
         task = replace(task, expert=trace, reference_calls=trace.calls)
     return MadeTask(task, tools, plan.task_class, reasons)

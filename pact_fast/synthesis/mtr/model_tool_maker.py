@@ -12,11 +12,11 @@ import hashlib
 from importlib.resources import files
 from typing import Any
 
-from pact_fast.envs.simulated.world import MODEL, ToolSpec, World
+from pact_fast.envs.simulated.world import MODEL, ToolSpec, ToolWorld
 from pact_fast.llm import InvalidAnswer, LLMClient
 from pact_fast.llm.answers import read_json
 from pact_fast.llm.request import Request
-from pact_fast.synthesis.mtr.plan import Plan
+from pact_fast.synthesis.mtr.plan import LookupPlan
 from pact_fast.synthesis.mtr.qa import QARow
 from pact_fast.synthesis.mtr.tool_maker import REASONS, Rejected, Toolset, accept, merged, secrets, utilities
 
@@ -91,7 +91,7 @@ class ModelToolMaker:
         except InvalidAnswer:
             return None
 
-    def make(self, row: QARow, plan: Plan) -> Toolset:
+    def make(self, row: QARow, plan: LookupPlan) -> Toolset:
         """The tools of a row: those that the model writes and the checks accept, and the utilities of its class.
 
         Args:
@@ -106,7 +106,7 @@ class ModelToolMaker:
         def problem(value: Any) -> str | None:
             # a leak is not sent back: the model must not learn that it has guessed an answer
             _, rejected = accept(merged(drafts_of(value)), ())
-            return "; ".join(f"the tool {one.name!r} fails: {_explained(one)}" for one in rejected) or None
+            return "; ".join(f"the tool {one.name!r} fails: {_explain(one)}" for one in rejected) or None
 
         asked = f"class: {plan.task_class} ({CLASSES.get(plan.task_class, 'another')})\nquestion: {row.question}"
         messages = [{"role": "system", "content": prompt_text()}, {"role": "user", "content": asked}]
@@ -121,16 +121,18 @@ class ModelToolMaker:
         return _toolset(row, plan, tools, rejected, len(drafts))
 
 
-def _toolset(row: QARow, plan: Plan, tools: dict[str, ToolSpec], rejected: tuple[Rejected, ...], made: int) -> Toolset:
-    """The tools that were accepted, with the utilities of the class, and what a model back-end may know."""
+def _toolset(
+    row: QARow, plan: LookupPlan, tools: dict[str, ToolSpec], rejected: tuple[Rejected, ...], made: int
+) -> Toolset:
+    """The tools that were accepted, with the utilities of the class, and what a model backend may know."""
     for tool in utilities(row, plan):
         tools.setdefault(tool.name, tool)
     facts = tuple(hop.fact for hop in (*plan.hops, *plan.other) if hop.arguments)
     evidence = tuple(dict.fromkeys(hop.values[0] for hop in plan.hops))
-    return Toolset(World(tools, facts, row.passages), evidence, made, rejected)
+    return Toolset(ToolWorld(tools, facts, row.passages), evidence, made, rejected)
 
 
-def _explained(rejected: Rejected) -> str:
+def _explain(rejected: Rejected) -> str:
     return ", ".join(REASONS[reason] for reason in rejected.reasons)
 
 

@@ -16,13 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -38,9 +37,7 @@ from pact_fast.synthesis.mtr.page import write_page
 from pact_fast.synthesis.mtr.readers import read_rows
 from pact_fast.synthesis.mtr.tool_maker import make_tools
 from pact_fast.synthesis.mtr.verify import MAX_TURNS
-
-T = TypeVar("T")
-R = TypeVar("R")
+from pact_fast.synthesis.ordered import ordered
 
 VERSION = 2  # of what a row gives
 MANIFEST = "manifest.json"
@@ -115,25 +112,6 @@ def _digest(source: Path) -> str:
         raise DataError("no such file; name a file of QA rows", file=str(source))
     with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def ordered(make: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """`make` of every item, in their order, computed by some threads that are a few items ahead."""
-    if workers == 1:
-        yield from map(make, items)
-        return
-    waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(make, item))
-                if len(waiting) == 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def _rows(source: Path, limit: int | None) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from pact_fast.synthesis.mtr.qa import QARow, SubQuestion, Triple
 REFERENCE = re.compile(r"#(\d+)")
 RELATION = re.compile(r"\s*>>\s*")  # of MuSiQue's sub-questions that are triples: "Bubye River >> country"
 SAME_NAME = 0.4  # least overlap of two spellings of a name
-# First words of relations that are no nouns: "shares border with"
+# First words of relations that are not nouns: "shares border with"
 _VERBS = re.compile(
     r"(?:applies|contains|educated|follow\w*|has|headquarters|is|located|made|named|owned|part|present|shares|was)\b"
 )
@@ -51,7 +51,7 @@ class Hop:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LookupPlan:
     """The look-ups of a question, and how their values give the answer.
 
     task_class  bridge, comparison, bridge_comparison, inference or composition
@@ -96,17 +96,17 @@ def classify(row: QARow) -> str:
     return "bridge"
 
 
-def make_plan(row: QARow) -> Plan:
+def make_plan(row: QARow) -> LookupPlan:
     """The plan of a row. Without decomposition and triples it has no hops."""
     task_class = classify(row)
     if row.triples:
         hops = _hops_of_triples(row.triples, row.question)
         other = _hops_of_triples(row.other_facts, row.question)
-        plan = Plan(task_class, tuple(hops), other=tuple(other))
+        plan = LookupPlan(task_class, tuple(hops), other=tuple(other))
         if task_class.endswith("comparison"):
-            return Plan(task_class, tuple(hops), tuple(entity for entity, _ in plan.roots()), tuple(other))
+            return LookupPlan(task_class, tuple(hops), tuple(entity for entity, _ in plan.roots()), tuple(other))
         return plan
-    return Plan(task_class, tuple(_hops_of_decomposition(row.decomposition, row.question)))
+    return LookupPlan(task_class, tuple(_hops_of_decomposition(row.decomposition, row.question)))
 
 
 def _hops_of_triples(triples: Sequence[Triple], question: str) -> list[Hop]:
@@ -187,7 +187,7 @@ def described(relation: str) -> str:
 
 
 def _noun(relation: str) -> str:
-    """`the director`, or `"shares border with"` for a relation that is no noun."""
+    """`the director`, or `"shares border with"` for a relation that is not a noun."""
     return f'"{relation}"' if _VERBS.match(relation.lower()) else f"the {relation}"
 
 

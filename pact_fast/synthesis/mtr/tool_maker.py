@@ -19,11 +19,11 @@ from pact_fast.envs.simulated.actor import MARKUP
 from pact_fast.envs.simulated.leaks import mentions
 from pact_fast.envs.simulated.schemas import schema_error, unsupported
 from pact_fast.envs.simulated.utilities import CALCULATOR, COMPARE, DATE_DIFFERENCE, SEARCH_TOOL
-from pact_fast.envs.simulated.world import LOOKUP, ToolSpec, World
+from pact_fast.envs.simulated.world import LOOKUP, ToolSpec, ToolWorld
 from pact_fast.errors import DataError
 from pact_fast.rewards.trace import holds
 from pact_fast.synthesis.mtr.names import is_valid
-from pact_fast.synthesis.mtr.plan import Hop, Plan
+from pact_fast.synthesis.mtr.plan import Hop, LookupPlan
 from pact_fast.synthesis.mtr.qa import QARow
 
 MAX_PARAMETERS = 5
@@ -34,7 +34,7 @@ REASONS = {
     "no_description": "the description is empty",
     "markup": "name, description or parameters hold role or tool markup of a chat template",
     "leaks_answer": "name or description hold the answer, or an answer on the way to it",
-    "bad_parameters": "parameters are no object schema, or use types and keywords that cannot be checked",
+    "bad_parameters": "the parameters are not an object schema, or use types and keywords that cannot be checked",
     "open_parameters": "additionalProperties is not false",
     "unknown_required": "a required parameter is not among the properties",
     "too_many_parameters": f"more than {MAX_PARAMETERS} parameters",
@@ -69,13 +69,13 @@ class Toolset:
     rejected  those that failed their checks
     """
 
-    world: World
+    world: ToolWorld
     evidence: tuple[str, ...]
     made: int
     rejected: tuple[Rejected, ...]
 
 
-def make_tools(row: QARow, plan: Plan) -> Toolset:
+def make_tools(row: QARow, plan: LookupPlan) -> Toolset:
     """The tools of a row, by rules."""
     drafts = [(hop_tool(hop), hop.arguments) for hop in (*plan.hops, *plan.other) if hop.arguments]
     made = len(drafts)
@@ -84,7 +84,7 @@ def make_tools(row: QARow, plan: Plan) -> Toolset:
         tools.setdefault(tool.name, tool)
     facts = tuple(hop.fact for hop in (*plan.hops, *plan.other) if hop.arguments and hop.relation in tools)
     evidence = tuple(dict.fromkeys(hop.values[0] for hop in plan.hops))
-    return Toolset(World(tools, facts, row.passages), evidence, made, rejected)
+    return Toolset(ToolWorld(tools, facts, row.passages), evidence, made, rejected)
 
 
 def hop_tool(hop: Hop) -> ToolSpec:
@@ -99,7 +99,7 @@ def hop_tool(hop: Hop) -> ToolSpec:
     return ToolSpec(hop.relation, hop.description, parameters, VALUES, LOOKUP, hop.relation)
 
 
-def utilities(row: QARow, plan: Plan) -> list[ToolSpec]:
+def utilities(row: QARow, plan: LookupPlan) -> list[ToolSpec]:
     """The utility tools of a task's class."""
     tools = [SEARCH_TOOL] if row.passages else []
     if plan.task_class.endswith("comparison"):
@@ -109,7 +109,7 @@ def utilities(row: QARow, plan: Plan) -> list[ToolSpec]:
     return tools
 
 
-def secrets(row: QARow, plan: Plan) -> list[str]:
+def secrets(row: QARow, plan: LookupPlan) -> list[str]:
     """What no interface may say: the answers, and the values on the way to them, unless the question says them."""
     found = [*row.answers, *(value for hop in plan.hops for value in hop.values)]
     return [text for text in dict.fromkeys(found) if not holds(row.question, text)]

@@ -9,7 +9,7 @@ from pact_fast.data.types import ExpertTrace, Task, ToolCall, TurnRecord, text_o
 from pact_fast.envs.simulated.actor import ToolActor, error_kind
 from pact_fast.envs.simulated.env import gold_answers
 from pact_fast.envs.simulated.schemas import schema_error
-from pact_fast.envs.simulated.world import World
+from pact_fast.envs.simulated.world import ToolWorld
 from pact_fast.rewards.answers import CLOSE, OPEN, extract_answer
 from pact_fast.rewards.trace import OBSERVATION_MARKUP, has_evidence, is_right, novel_calls
 
@@ -23,7 +23,7 @@ REASONS = {
     "malformed_call": "a call could not be read, or a limit cut the trace",
     "imitated_observation": "text that the agent wrote imitates an observation",
     "invalid_call": "a call names no tool of the task, or does not fit its input schema",
-    "invalid_observation": "an observation does not fit its output schema, and is no typed error",
+    "invalid_observation": "an observation does not fit its output schema, and is not a typed error",
     "not_repeatable": "the same calls give other observations",
     "wrong_answer": "the answer is none of the gold answers (exact match)",
     "too_many_turns": "more assistant turns than allowed",
@@ -32,8 +32,15 @@ REASONS = {
 }
 
 
-def reasons_against(task: Task, trace: ExpertTrace, actor: ToolActor, max_turns: int = MAX_TURNS) -> list[str]:
-    """The reasons why a trace is not kept, keys of REASONS in their order; empty: it is kept."""
+def rejection_reasons(task: Task, trace: ExpertTrace, actor: ToolActor, max_turns: int = MAX_TURNS) -> list[str]:
+    """The reasons why a trace is not kept, keys of REASONS in their order; empty: it is kept.
+
+    Args:
+        task: The question with its tools.
+        trace: The trace.
+        actor: Plays the tools while the trace is executed.
+        max_turns: Most assistant turns of a trace.
+    """
     found = set(_reasons(task, trace, actor, max_turns))
     return [reason for reason in REASONS if reason in found]
 
@@ -57,7 +64,7 @@ def _reasons(task: Task, trace: ExpertTrace, actor: ToolActor, max_turns: int) -
 
 
 def _call_reasons(task: Task, trace: ExpertTrace, actor: ToolActor) -> Iterator[str]:
-    world = World.from_task(task.tools, task.env_args)
+    world = ToolWorld.from_task(task.tools, task.env_args)
     episode = actor.episode(task.id, world, gold_answers(task))
     for turn in trace.turns:
         for call, observation in zip(turn.calls, turn.observations, strict=True):

@@ -33,7 +33,7 @@ from pact_fast.synthesis.traces.reference import Planned, ReferenceActor, plan
 from pact_fast.synthesis.traces.segments import with_model_segments
 from pact_fast.synthesis.traces.teacher import TeacherActor
 from pact_fast.synthesis.traces.transcript import CannotAct, Key, play
-from pact_fast.synthesis.traces.verify import reasons_against, same_play, trace_of
+from pact_fast.synthesis.traces.verify import rejection_reasons, same_episode, trace_of
 
 VERSION = 1  # of what a row gives
 PART = 64  # rows that are played at once, and lost to a kill: the model's answers are kept
@@ -163,18 +163,18 @@ class _Maker:
             return str(error)
         return None
 
-    def _by_reference(self, tasks: dict[int, Task], tick: Callable[[], object]) -> dict[int, Record | _Made]:
+    def _by_reference(self, tasks: dict[int, Task], tick: Callable[[], object]) -> dict[int, Record | _PlayedTrace]:
         """Episodes of the rows' own calls."""
         plans = {index: planned for index, task in tasks.items() if (planned := plan(task))}
-        results: dict[int, Record | _Made] = {
+        results: dict[int, Record | _PlayedTrace] = {
             index: _rejected(task, ["no_reference"]) for index, task in tasks.items() if index not in plans
         }
         played = [((index, 0), tasks[index]) for index in plans]
         trajectories, failures = self._play(played, plans, tick)
         for (key, task), trajectory in zip(played, trajectories, strict=True):
             failure = failures.get(key)
-            reasons = [failure.reason] if failure else reasons_against(task, trajectory, copied=True)
-            made = _Made(trajectory, "template" if plans[key[0]].templates else "row", "reference")
+            reasons = [failure.reason] if failure else rejection_reasons(task, trajectory, copied=True)
+            made = _PlayedTrace(trajectory, "template" if plans[key[0]].templates else "row", "reference")
             results[key[0]] = _rejected(task, reasons, failure.detail if failure else "") if reasons else made
         return results
 
@@ -187,29 +187,29 @@ class _Maker:
         limits = limits.model_copy(update={"max_turns": max(limits.max_turns, longest + 1)})
         return play(played, ReferenceActor(plans), self._make_env, limits, tick)
 
-    def _by_teacher(self, tasks: dict[int, Task], tick: Callable[[], object]) -> dict[int, Record | _Made]:
+    def _by_teacher(self, tasks: dict[int, Task], tick: Callable[[], object]) -> dict[int, Record | _PlayedTrace]:
         """Episodes of the teacher, repeated for rows of which none was kept."""
         assert self._client is not None
         teacher = TeacherActor(self._client)
-        results: dict[int, Record | _Made] = {}
+        results: dict[int, Record | _PlayedTrace] = {}
         for attempt in range(self._settings.attempts):
-            played = [((i, attempt), task) for i, task in tasks.items() if not isinstance(results.get(i), _Made)]
+            played = [((i, attempt), task) for i, task in tasks.items() if not isinstance(results.get(i), _PlayedTrace)]
             first = tick if attempt == 0 else lambda: None
             trajectories, failures = play(played, teacher, self._make_env, self._config.rollout, first)
             for (key, task), trajectory in zip(played, trajectories, strict=True):
                 failure = failures.get(key)
-                reasons = [failure.reason] if failure else reasons_against(task, trajectory, copied=False)
-                made = _Made(trajectory, "teacher", f"teacher:{self._client.config.model}")
+                reasons = [failure.reason] if failure else rejection_reasons(task, trajectory, copied=False)
+                made = _PlayedTrace(trajectory, "teacher", f"teacher:{self._client.config.model}")
                 results[key[0]] = _rejected(task, reasons, failure.detail if failure else "") if reasons else made
         return results
 
-    def _verified(self, tasks: dict[int, Task], made: dict[int, Record | _Made]) -> dict[int, Record]:
+    def _verified(self, tasks: dict[int, Task], made: dict[int, Record | _PlayedTrace]) -> dict[int, Record]:
         """The records of what was made: played again from the trace alone, with segments by a model if that is asked."""
-        kept: dict[int, tuple[_Made, ExpertTrace]] = {}
+        kept: dict[int, tuple[_PlayedTrace, ExpertTrace]] = {}
         records: dict[int, Record] = {}
         for index, result in made.items():
-            trace = trace_of(result.trajectory) if isinstance(result, _Made) else None
-            if isinstance(result, _Made) and trace is not None:
+            trace = trace_of(result.trajectory) if isinstance(result, _PlayedTrace) else None
+            if isinstance(result, _PlayedTrace) and trace is not None:
                 kept[index] = result, trace
             else:
                 records[index] = result if isinstance(result, dict) else _rejected(tasks[index], ["unfinished"])
@@ -218,7 +218,7 @@ class _Maker:
         played = [((index, 0), rows[index]) for index in plans]
         again, _ = self._play(played, plans)
         for ((index, _), _), trajectory in zip(played, again, strict=True):
-            if not same_play(kept[index][0].trajectory, trajectory):
+            if not same_episode(kept[index][0].trajectory, trajectory):
                 records[index] = _rejected(tasks[index], ["not_repeatable"])
                 del kept[index]
         traces, counts = self._segmented([trace for _, trace in kept.values()])
@@ -235,7 +235,7 @@ class _Maker:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _PlayedTrace:
     """An episode that has no reason against it so far.
 
     reasoning  how its reasoning was made: `template`, `row` or `teacher`
@@ -251,7 +251,7 @@ def _rejected(task: Task, reasons: Sequence[str], detail: str = "") -> Record:
     return {"id": task.id, "reasons": list(reasons)} | ({"detail": detail} if detail else {})
 
 
-def _kept(task: Task, trace: ExpertTrace, made: _Made, segments: dict[str, int]) -> Record:
+def _kept(task: Task, trace: ExpertTrace, made: _PlayedTrace, segments: dict[str, int]) -> Record:
     record: Record = {
         "id": task.id, "reasons": [], "trace": trace.to_messages(), "reasoning": made.reasoning, "source": made.source,
         "rewards": made.trajectory.env_rewards,

@@ -53,7 +53,7 @@ def success_of(task: Task, trajectory: Trajectory) -> float | None:
     return None
 
 
-def reasons_against(task: Task, trajectory: Trajectory, *, copied: bool) -> list[str]:
+def rejection_reasons(task: Task, trajectory: Trajectory, *, copied: bool) -> list[str]:
     """The reasons why what was done is not kept, keys of REASONS in their order; empty: it is kept.
 
     Args:
@@ -124,7 +124,7 @@ def _question(task: Task) -> str:
     return "\n".join(text_of(message.get("content")) for message in task.prompt)
 
 
-def same_play(first: Trajectory, second: Trajectory) -> bool:
+def same_episode(first: Trajectory, second: Trajectory) -> bool:
     """Whether two episodes had the same calls, observations, replies and rewards."""
 
     def seen(trajectory: Trajectory) -> list[tuple[list[ToolCall | str], list[str], str | None]]:

@@ -61,7 +61,14 @@ class Trackers:
 
 
 def open_trackers(config: Config, run: Path, first: int, note: Callable[[str], None]) -> Trackers:
-    """The trackers that `trainer.report_to` names. `first`: the step that the run resumes from, 0 for a new one."""
+    """The trackers that `trainer.report_to` names.
+
+    Args:
+        config: Settings of the run; secrets are left out of what trackers get.
+        run: The run directory.
+        first: The step that the run resumes from, 0 for a new one.
+        note: Prints a line.
+    """
     classes = tracker_classes(config.trainer.report_to)
     settings = without_secrets(config.model_dump(mode="json"))
     tracked = TrackedRun(run.resolve().name, _run_id(run, first), run, settings, first)

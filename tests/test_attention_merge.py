@@ -10,7 +10,7 @@ import importlib
 import pytest
 import torch
 
-from pact_fast.model.attention.tree import _merge
+from pact_fast.model.attention.tree import merge_partial
 from tests.support.triton_interpreter import interpreter
 
 pytest.importorskip("triton", reason="needs triton: pip install triton")
@@ -34,7 +34,7 @@ def test_merge_is_that_of_plain_torch(gathered, width, dtype):
     lse[..., 13] = 60.0  # one side alone
     where = torch.randperm(rows)[:n] if gathered else slice(7, 7 + n)
     exact = [t.double() for t in (total, lse)]
-    _merge(*exact, where, part.double(), part_lse.double())
+    merge_partial(*exact, where, part.double(), part_lse.double())
     given = [t.to(DEVICE) for t in (total, lse)]
     arguments = [*given, where.to(DEVICE) if gathered else where, part.to(DEVICE), part_lse.to(DEVICE)]
     if DEVICE == "cuda":

@@ -1,4 +1,4 @@
-"""Activations that are made again in the backward pass: the same bits, and less memory."""
+"""Rematerialization: activations recomputed in the backward pass have the same bits and need less memory."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_views_slices_and_shared_results_are_told_apart():
         assert torch.equal(one, other)
 
 
-def test_what_changed_in_between_is_an_error_as_ever():
+def test_an_input_changed_in_place_before_the_backward_pass_is_an_error():
     a, b, w = (torch.randn(4, 4, requires_grad=True) for _ in range(3))
     with Rematerialize():
         c = a * 1.0
@@ -131,7 +131,7 @@ def test_what_changed_in_between_is_an_error_as_ever():
         total.backward()
 
 
-def test_what_changed_before_its_use_is_kept_as_it_was_used():
+def test_an_input_changed_before_its_use_is_kept_as_it_was_used():
     a, b, w = (torch.randn(4, 4, requires_grad=True) for _ in range(3))
     with Rematerialize():
         c = a * b
@@ -141,7 +141,7 @@ def test_what_changed_before_its_use_is_kept_as_it_was_used():
     torch.testing.assert_close(w.grad, (a * b + 1.0).detach().sum(0)[:, None].expand(4, 4))
 
 
-def test_products_are_made_again_once_for_each_use():
+def test_products_are_recomputed_once_for_each_use():
     """The check that something is made again at all."""
     made = []
     original = rematerialize._unpack

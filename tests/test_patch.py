@@ -1,4 +1,4 @@
-"""Norms and gated MLPs of real decoders through kernels of one pass: whom it serves, while it lasts, and what it gives."""
+"""Kernels patched into real decoders (norms, gated MLPs, rotary): which modules, for how long, and with which results."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pact_fast.kernels.runtime import build
+from pact_fast.model import recognition
 from pact_fast.model.build import enable_gradient_checkpointing
-from pact_fast.model.patch import _is_gated, _is_norm, _is_rotary, _is_silu, fused_kernels, without_fused_kernels
+from pact_fast.model.patch import fused_kernels, without_fused_kernels
 from tests.support.memory import decoder_step, peak_bytes
 from tests.support.models import KINDS, make
 from tests.support.trees import as_tree, gradients, trees
@@ -84,13 +85,12 @@ def test_a_rotary_function_that_turns_pairs_is_left_alone():
         turned = [torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) for x in (q, k)]
         return tuple(x * cos[:, None] + y * sin[:, None] for x, y in zip((q, k), turned, strict=True))
 
-    assert not _is_rotary(neighbours)
+    assert not recognition.is_rotary(neighbours)
 
 
-def test_a_try_out_without_numbers_says_nothing():
+def test_a_probe_on_fake_tensors_is_not_remembered():
     """The first model that a process sees may be one of sizes alone (estimate/update_trace.py)."""
-    for known in (_is_norm, _is_gated, _is_silu, _is_rotary):
-        known.cache_clear()
+    recognition.forget()
     model = make("qwen3")
     with FakeTensorMode(), fused_kernels(model):
         pass
@@ -159,14 +159,14 @@ class Scaled(Gated):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * self.factor
 
 
-def test_what_only_looks_alike_is_left_alone():
+def test_modules_that_only_look_alike_are_left_alone():
     gated = [kind(nn.SiLU()) for kind in (ClampedUp, ClampedGate, Scaled, Gated)]
     model = nn.ModuleList([Shifted(), Gated(nn.GELU()), *gated])
     with fused_kernels(model):
         assert ["forward" in vars(m) for m in model] == [False] * 5 + [True]
 
 
-def test_a_forward_that_somebody_else_has_put_there_stays():
+def test_a_forward_that_was_replaced_before_stays():
     model = Gated(nn.SiLU())
     model.forward = other = lambda x: x
     with fused_kernels(nn.ModuleList([model])):
@@ -196,7 +196,7 @@ def test_gradient_checkpointing_is_left_alone():
         assert changed(model)
 
 
-def test_a_decoder_elsewhere_is_left_alone():
+def test_a_decoder_on_another_device_is_left_alone():
     model = make("qwen3").to("meta")
     with fused_kernels(model):
         assert not changed(model)

@@ -1,4 +1,4 @@
-"""Rollouts that begin alike are computed once up to where they part, and callers do not notice."""
+"""Merging: what sibling rollouts have in common at their start is computed once, with the same results."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_every_path_is_read_back_through_the_callers_own_nodes(seed, eager):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_only_what_pays_is_merged_and_nothing_gets_lost(seed):
+def test_merging_never_adds_tokens_and_loses_no_node(seed):
     trees = forest(seed)
     batches = pack(trees, max_tokens=1000, merge=True)
     assert prefixes(trees) <= sum(map(len, batches)) <= sum(map(len, trees))
@@ -169,7 +169,7 @@ def test_merging_leaves_the_callers_tree_alone(eager):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_dealt_out_every_node_is_somewhere_once_and_the_work_is_that_of_the_merged_layout(seed, eager):
+def test_distributed_packs_hold_every_node_once_and_their_work_is_that_of_the_merged_layout(seed, eager):
     trees = forest(seed, trees=5)
     ranks = 2 + seed % 2
     table = distribute_packs(trees, max_tokens=60, ranks=ranks, cost=cost, merge=True)

@@ -1,4 +1,4 @@
-"""tree_forward as a guest in a model of somebody else: before, between and after, the model is what it was."""
+"""tree_forward inside a host's model: before, between and after, the model computes what it did."""
 
 from __future__ import annotations
 

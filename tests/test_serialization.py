@@ -1,4 +1,4 @@
-"""What processes tell each other arrives as it was; other bytes are refused."""
+"""Messages between ranks: values come back equal, and other bytes are refused."""
 
 import math
 import pickle
