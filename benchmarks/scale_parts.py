@@ -176,7 +176,7 @@ def turns(count: int) -> Measured:
     from pact_fast.rollout.vllm.engine import VllmEngine
 
     command = [sys.executable, "-m", "benchmarks.instant_server"]
-    context = np.arange(512) % 97 + 2
+    context: np.ndarray = np.arange(512) % 97 + 2
     with (
         tempfile.TemporaryDirectory() as folder,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server,
