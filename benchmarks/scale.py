@@ -12,7 +12,9 @@ step       one rank of a training step without the model: rollouts of 4,096 toke
            holds, and whatever they would send is decoded here. MB: peak memory beyond what the imports take
 assign     packs are assigned to 64 ranks; size: parts
 rollouts   rollouts of one step are looked up in rollouts/, with 32 rollouts of 4,096 tokens a step; size: steps
-save       a checkpoint of fp32 weights with AdamW's states, of which training waits for "blocked"; size: MB of weights
+save       a checkpoint of fp32 weights with AdamW's states; size: MB of weights. Training waits for "blocked", and for
+           what is left of "copies" when it comes to the next optimizer step
+turns      turns of a vLLM server, all open at once, in the client; size: turns
 read       a JSONL file whose rows are held is read, and the 256 tasks of the first step are drawn; size: rows of about 1 kB
 index      a JSONL file whose rows are not held is opened and the tasks of three steps are drawn, in a process of its own;
            size: rows of 4 kB. MB: peak memory beyond imports; "again": a process that finds the index

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -135,25 +137,68 @@ def rollouts(steps: int) -> Measured:
 
 
 def save(megabytes: int) -> Measured:
-    """A checkpoint of fp32 weights and AdamW's states; "blocked": of the thread that trains."""
+    """A checkpoint of fp32 weights and AdamW's states; seconds of processor time per GB of weights.
+
+    blocked  of the thread that trains, until it goes on
+    copies   of the thread that writes; training waits for what is left of them when it comes to the next optimizer step
+    all      of both, until the checkpoint is complete
+    """
     import torch
 
-    from pact_fast.train.checkpoint import start_save
+    from pact_fast.model.shards import host_copy
+    from pact_fast.train.checkpoint_writer import start_save
 
     count = max(1, megabytes // 16)
     tensors = {f"w{i}": torch.full((megabytes * MB // 4 // count,), float(i)) for i in range(count)}
-    optimizer = {f"{name}/{kind}": tensor for name, tensor in tensors.items() for kind in ("exp_avg", "exp_avg_sq")}
+    moments = ("exp_avg", "exp_avg_sq")
+    optimizer = {f"{name}/{kind}": tensor.clone() for name, tensor in tensors.items() for kind in moments}
+    live = [*tensors.values(), *optimizer.values()]
+    copies = timed(lambda: [host_copy(tensor) for tensor in live])
     with tempfile.TemporaryDirectory() as folder:
         began, waited = time.process_time(), time.thread_time()
         pending = start_save(
             Path(folder), 1, tensors={"optimizer": optimizer}, weights=tensors, state={},
-            write_model=lambda path: path.mkdir(), keep=1, budget=1 << 40,
+            write_model=lambda path: path.mkdir(), keep=1, budget=1 << 40, live=live,
         )  # fmt: skip
         blocked = time.thread_time() - waited
         pending.finish()
         total = time.process_time() - began
     gb = megabytes * MB / 1e9
-    return Measured(megabytes, total, {"blocked s": blocked, "blocked s/GB": blocked / gb, "all s/GB": total / gb})
+    return Measured(
+        megabytes, total, {"blocked s/GB": blocked / gb, "copies s/GB": copies / gb, "all s/GB": total / gb}
+    )
+
+
+def turns(count: int) -> Measured:
+    """Turns with contexts of 512 tokens and 32 sampled ones, all open at once, against a server that answers at once."""
+    from pact_fast.rollout.engine import Request
+    from pact_fast.rollout.vllm.client import VllmServerTransport
+    from pact_fast.rollout.vllm.engine import VllmEngine
+
+    command = [sys.executable, "-m", "benchmarks.instant_server"]
+    context: np.ndarray = np.arange(512) % 97 + 2
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server,
+    ):
+        assert server.stdin and server.stdout
+        url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        transport = VllmServerTransport("the server", url, Path(folder), Path(folder), timeout=600)
+        engine = VllmEngine(transport, [1], deadline=600, vocab_size=100)
+        engine.version = 0
+
+        def sample(sessions: range) -> None:
+            for session in sessions:
+                engine.submit(Request(session, context, 32))
+            done = 0
+            while done < len(sessions):
+                done += len(engine.step(1.0))
+
+        sample(range(16))  # warm: imports
+        seconds = timed(lambda: sample(range(16, 16 + count)))
+        transport.close()
+        server.stdin.close()
+    return Measured(count, seconds, {"ms/turn": 1000 * seconds / count, "restarts": engine.restarts})
 
 
 PARTS: dict[str, Part] = {
@@ -163,5 +208,6 @@ PARTS: dict[str, Part] = {
     "index": Part((20_000, 200_000, 1_000_000), index),
     "start": Part((10_000, 100_000, 1_000_000), start),
     "rollouts": Part((50, 500, 5_000), rollouts),
+    "turns": Part((64, 1_024, 8_192), turns),
     "save": Part((32, 128, 256), save),
 }

@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 from pact_fast.config import TrainerConfig
 from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
-from pact_fast.model import shards
-from pact_fast.train import checkpoint
+from pact_fast.model import shards, snapshot
+from pact_fast.train import checkpoint, checkpoint_writer, rng
 from pact_fast.train.backends.replicated import Replicated
 
 
@@ -47,7 +47,7 @@ def write_model(path: Path) -> None:
 
 
 def save(root: Path, step: int, keep: int = 3) -> Path:
-    return checkpoint.save(root, step, **content(step), write_model=write_model, keep=keep)
+    return checkpoint_writer.save(root, step, **content(step), write_model=write_model, keep=keep)
 
 
 def check(path: Path) -> int:
@@ -78,7 +78,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_without_a_model_there_is_no_model_folder(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, 1, tensors={}, state={}, write_model=None, keep=1)
+    path = checkpoint_writer.save(tmp_path, 1, tensors={}, state={}, write_model=None, keep=1)
     assert checkpoint.load(path).model_dir is None
 
 
@@ -89,11 +89,11 @@ def test_no_checkpoints_no_latest(tmp_path: Path) -> None:
 
 def test_floats_of_the_state_are_exact_and_nan_is_refused(tmp_path: Path) -> None:
     values = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, 2**53 + 1]
-    path = checkpoint.save(tmp_path, 1, tensors={}, state={"values": values}, write_model=None, keep=1)
+    path = checkpoint_writer.save(tmp_path, 1, tensors={}, state={"values": values}, write_model=None, keep=1)
     loaded = checkpoint.load(path).state["values"]
     assert [repr(v) for v in loaded] == [repr(v) for v in values]
     with pytest.raises(ValueError, match="JSON compliant"):
-        checkpoint.save(tmp_path, 2, tensors={}, state={"value": float("nan")}, write_model=None, keep=1)
+        checkpoint_writer.save(tmp_path, 2, tensors={}, state={"value": float("nan")}, write_model=None, keep=1)
     assert checkpoint.latest(tmp_path) == path
     assert hidden(tmp_path) == []
 
@@ -244,12 +244,12 @@ def full_disk(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["shards.write_file", "_sync_tree", "_describe", "_sync"])
+@pytest.mark.parametrize("where", ["snapshot.shards.write_file", "_sync_tree", "_describe", "_sync"])
 def test_a_full_disk_is_a_one_line_error_and_costs_nothing(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = save(tmp_path, 1, keep=1)
-    monkeypatch.setattr(f"pact_fast.train.checkpoint.{where}", full_disk)
+    monkeypatch.setattr(f"pact_fast.train.checkpoint_writer.{where}", full_disk)
     with pytest.raises(PactError, match=r"step_2.*No space left on device.*free some space") as caught:
         save(tmp_path, 2, keep=1)
     assert "\n" not in str(caught.value)
@@ -269,7 +269,7 @@ def test_a_write_that_the_system_refuses_is_the_same_error(tmp_path: Path) -> No
             torch.set_num_threads(1)  # OpenMP's other threads did not come along
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-            checkpoint.save(tmp_path, 2, tensors=tensors, state={}, write_model=None, keep=1)
+            checkpoint_writer.save(tmp_path, 2, tensors=tensors, state={}, write_model=None, keep=1)
         except PactError as error:
             code = 42 if "step_2" in str(error) else 2
         finally:
@@ -287,7 +287,7 @@ def test_a_failing_model_writer_leaves_nothing_behind(tmp_path: Path) -> None:
 
     save(tmp_path, 1)
     with pytest.raises(RuntimeError, match="interrupted"):
-        checkpoint.save(tmp_path, 2, **content(2), write_model=fail, keep=1)
+        checkpoint_writer.save(tmp_path, 2, **content(2), write_model=fail, keep=1)
     assert os.listdir(tmp_path) == ["step_1"]
 
 
@@ -295,10 +295,10 @@ def test_a_failing_model_writer_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_large_tensors_go_to_several_files_and_come_back_one_by_one(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "SHARD_BYTES", 300)
+    monkeypatch.setattr(snapshot, "SHARD_BYTES", 300)
     tensors = {f"t{i}": torch.arange(20.0) + i for i in range(9)}  # three to a file
     model = {"a.weight": torch.randn(20, 2), "b.weight": torch.randn(20, 2)}
-    path = checkpoint.save(
+    path = checkpoint_writer.save(
         tmp_path, 1, tensors={"optimizer": tensors, "rng": {}}, state={}, write_model=None, weights=model, keep=1
     )
     names = [f"optimizer-{i:05d}.safetensors" for i in range(3)]
@@ -325,7 +325,7 @@ def test_model_shards_are_read_by_hugging_face_with_one_file_in_memory(tmp_path:
     alive: list[weakref.ref] = []
     most = 0
 
-    original = shards._cpu_copy
+    original = shards.host_copy
 
     def copied(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal most
@@ -340,7 +340,7 @@ def test_model_shards_are_read_by_hugging_face_with_one_file_in_memory(tmp_path:
             tensor = buffer[: weight.numel()].view(weight.shape)
             yield name, tensor.copy_(weight)
 
-    monkeypatch.setattr(shards, "_cpu_copy", copied)
+    monkeypatch.setattr(shards, "host_copy", copied)
     config.save_pretrained(tmp_path)
     shards.write_model_shards(gathered(), tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -365,7 +365,7 @@ def test_what_was_gathered_may_be_released_before_it_is_written(tmp_path: Path) 
         for i in range(5):
             yield f"t{i}", buffer.fill_(i)
 
-    path = checkpoint.save(tmp_path, 1, tensors={"optimizer": gathered()}, state={}, write_model=None, keep=1)
+    path = checkpoint_writer.save(tmp_path, 1, tensors={"optimizer": gathered()}, state={}, write_model=None, keep=1)
     assert [float(t[0]) for t in checkpoint.load(path).tensors["optimizer"].values()] == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
@@ -394,7 +394,9 @@ def test_adamw_continues_bit_for_bit(tmp_path: Path) -> None:
     backend = make_backend()
     train(backend, 0, 3)
     weights = copy.deepcopy(backend.model.state_dict())
-    path = checkpoint.save(tmp_path, 3, tensors={"optimizer": backend.state()}, state={}, write_model=None, keep=1)
+    path = checkpoint_writer.save(
+        tmp_path, 3, tensors={"optimizer": backend.state()}, state={}, write_model=None, keep=1
+    )
     expected = train(backend, 3, 5)
 
     resumed = make_backend()
@@ -415,7 +417,9 @@ def test_adamw_continues_bit_for_bit(tmp_path: Path) -> None:
 
 def test_an_optimizer_that_never_stepped_is_saved_too(tmp_path: Path) -> None:
     backend = make_backend()
-    path = checkpoint.save(tmp_path, 1, tensors={"optimizer": backend.state()}, state={}, write_model=None, keep=1)
+    path = checkpoint_writer.save(
+        tmp_path, 1, tensors={"optimizer": backend.state()}, state={}, write_model=None, keep=1
+    )
     backend.load_state(checkpoint.load(path).tensors["optimizer"])
     assert len(backend.optimizer.state) == 0
 
@@ -440,11 +444,11 @@ def test_generators_continue_where_they_were(tmp_path: Path) -> None:
     np.random.seed(2)
     torch.manual_seed(3)
     draws()  # gauss and randn now hold a spare number each
-    state, tensors = checkpoint.rng_state()
-    path = checkpoint.save(tmp_path, 1, tensors={"rng": tensors}, state={"rng": state}, write_model=None, keep=1)
+    state, tensors = rng.rng_state()
+    path = checkpoint_writer.save(tmp_path, 1, tensors={"rng": tensors}, state={"rng": state}, write_model=None, keep=1)
     expected = [draws() for _ in range(3)]
     saved = checkpoint.load(path)
-    checkpoint.set_rng_state(saved.state["rng"], saved.tensors["rng"])
+    rng.set_rng_state(saved.state["rng"], saved.tensors["rng"])
     assert [draws() for _ in range(3)] == expected
     assert [draws() for _ in range(3)] != expected
 

@@ -28,7 +28,7 @@ from pact_fast.files import write_named, write_text
 from pact_fast.limits import memory_limit, time_limit
 from pact_fast.model.build import architecture, from_config, from_pretrained, make_model
 from pact_fast.report import write_view
-from pact_fast.train import checkpoint
+from pact_fast.train import checkpoint, checkpoint_writer
 from pact_fast.train.pack_budget import with_pack_budget
 from pact_fast.train.run_dir import FILES, FOLDERS, HEADER, open_run, save_config
 
@@ -142,7 +142,7 @@ def test_damage_of_the_right_size_is_passed_over(damage, tmp_path, caplog):
 
         tensors = {"optimizer": {"w": torch.zeros(4)}}
         weights = {"w": torch.zeros(3)}
-        return checkpoint.save(
+        return checkpoint_writer.save(
             tmp_path, step, tensors=tensors, state={"x": 1}, write_model=model, weights=weights, keep=9
         )
 

@@ -5,10 +5,11 @@ import yaml
 
 from pact_fast.cli.main import main
 from pact_fast.config import parse_config
-from pact_fast.estimate import hardware
+from pact_fast.estimate import hardware, overhead
 from pact_fast.estimate.sharding import Sharding
 from pact_fast.estimate.time import estimate_step
 from pact_fast.estimate.workload import Lengths
+from pact_fast.model.build import meta_model
 from tests.support.models import DEEP
 from tests.support.update_probe import probe
 
@@ -83,6 +84,49 @@ def test_sharing_prefixes_saves_what_the_plan_says():
     assert (found.tokens, found.unshared) == (6144, 30720 - 2048)
 
 
+def seconds_of(found, name):
+    return sum(part.seconds for part in found.parts if part.name == name)
+
+
+def test_what_does_not_shrink_with_the_number_of_devices_is_planned_too():
+    """By hand: 64 prompts of 4 rollouts of 64 tokens. Constants as measured, see estimate/overhead.py."""
+    config = settings(DEEP, trainer={"prompts_per_step": 64, "save_rollouts": 32})
+    for gpus in (8, 64):
+        expected = 256 * 64 / gpus * 3.1e-7 + 256 * 4.6e-6 + gpus * 2.5e-4
+        found = planned(config, gpus=gpus)
+        assert seconds_of(found, "packs and metrics, processor") == pytest.approx(expected)
+        assert seconds_of(found, "rollouts to disk, processor") == pytest.approx(32 * 64 * 8e-7)
+    many = seconds_of(planned(config, gpus=512), "packs and metrics, processor")
+    assert many > seconds_of(planned(config, gpus=64), "packs and metrics, processor")
+
+
+def test_fingerprints_read_the_weights_three_times():
+    config = settings(DEEP, rollout={"engine": "vllm"})
+    found = planned(config)
+    [part] = [part for part in found.parts if part.name == "fingerprints of the weights"]
+    assert part.amount == 3 * 4 * found.memory.parameters and part.rate == found.hardware.memory
+    assert part.seconds <= 3 / LENGTHS.response * seconds_of(found, "decoding")  # as docs/planning.md says
+    assert "fingerprints" not in str(planned(settings(DEEP)).parts)  # the embedded engine has the trainer's weights
+    never = settings(DEEP, rollout={"engine": "vllm", "verify_weights": "never"})
+    assert "fingerprints" not in str(planned(never).parts)
+
+
+def test_a_save_waits_for_the_copies_that_a_step_leaves_over():
+    """By hand: 12 bytes a parameter at 6 GB/s. Without ZeRO a step hides them; with it, none."""
+    config = settings(DEEP, trainer={"save_steps": 4})
+    parsed, parameters = parse_config(config), planned(config).memory.parameters
+    model = meta_model(parsed)
+
+    def waited(sharding, seconds):
+        [part] = overhead.checkpoint(parsed, hardware.named("h100"), sharding, model, seconds)
+        return part.seconds
+
+    copies = 12 * parameters / 6e9
+    assert waited(Sharding(), 2 * copies) == 0 and waited(Sharding(), copies / 4) == pytest.approx(3 / 16 * copies)
+    gathered = 2 * 7 / 8 * 12 * parameters / hardware.named("h100").link
+    assert waited(Sharding(8, 2), 100.0) == pytest.approx((copies / 8 + gathered) / 4)
+
+
 @pytest.mark.slow
 def test_decoding_is_bound_by_memory_and_its_batch():
     alone = planned(settings(DEEP, rollout={"max_batch_size": 1}), lengths=LENGTHS)
@@ -113,6 +157,17 @@ def test_the_command_prints_the_bottleneck_and_that_rates_are_assumed_and_times_
     assert "one training step (experimental)" in report and "note: experimental: the time estimate" in report
     for part in ("matrix products", "attention", "head", "optimizer", "reduce-scatter", "all-gather", "decoding"):
         assert part in report
+
+
+def test_several_numbers_of_devices_are_compared(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["plan", recipe, "seed=1", "--gpu", "h100", "--gpus", "8", "64", "512"]) == 0
+    report = capsys.readouterr().out
+    for words in ("8 devices", "64 devices", "512 devices: bottleneck", "packs and metrics", "decoding", "optimizer"):
+        assert words in report
+    total = next(line for line in report.splitlines() if "total" in line)
+    seconds = [float(cell) for cell in total.replace("│", " ").split()[1:]]
+    assert len(seconds) == 3 and seconds[0] < seconds[2]  # of a tiny model, which collectives slow down
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -53,7 +55,7 @@ def memory_command(config: Config, world_size: int | None, zero_stage: int | Non
 def plan_command(
     config: Config,
     *,
-    gpus: int,
+    gpus: Sequence[int],
     gpu: str,
     zero_stage: int | None,
     prompt: int | None,
@@ -64,14 +66,14 @@ def plan_command(
 
     Args:
         config: The run's configuration.
-        gpus: Devices that train and sample.
+        gpus: Devices that train and sample; several numbers are compared.
         gpu: A name in `hardware.NAMES`; "this": measure this machine.
         zero_stage: ZeRO stage instead of the configured one.
         prompt: Tokens of a prompt; default: the limit of the settings. The same for the next two.
         trace: Tokens of an expert trace.
         response: Tokens of a rollout.
     """
-    for name, value in (("--gpus", gpus), ("--prompt", prompt), ("--response", response)):
+    for name, value in (*(("--gpus", number) for number in gpus), ("--prompt", prompt), ("--response", response)):
         if value is not None and value < 1:
             raise PactError(f"{name} {value}: give an integer of at least 1")
     if trace is not None and trace < 0:
@@ -82,8 +84,12 @@ def plan_command(
     else:
         device = hardware.named(gpu)
     lengths = default_lengths(config, prompt, trace, response)
-    step = estimate_step(config, device, lengths, sharding_of(config, gpus, zero_stage), gpus)
-    _print_plan(Console(), step, gpus)
+    steps = {n: estimate_step(config, device, lengths, sharding_of(config, n, zero_stage), n) for n in gpus}
+    if len(steps) > 1:
+        _print_comparison(Console(), steps)
+        return 0
+    for number, step in steps.items():
+        _print_plan(Console(), step, number)
     return 0
 
 
@@ -110,7 +116,8 @@ def time_table(step: StepEstimate) -> Table:
         table.add_column(name, justify="right")
     for part in step.parts:
         fraction = f"{part.seconds / step.seconds:.0%}"
-        amount, rate = _short(part.amount, part.unit), _short(part.rate, part.unit + "/s")
+        measured = part.unit == "s"  # elsewhere, as seconds
+        amount, rate = ("", "") if measured else (_short(part.amount, part.unit), _short(part.rate, part.unit + "/s"))
         table.add_row(part.phase, part.name, amount, rate, f"{part.seconds:.3g}", fraction)
     table.add_section()
     table.add_row("", "total", "", "", f"{step.seconds:.3g}", "")
@@ -132,6 +139,46 @@ def _print_plan(console: Console, step: StepEstimate, gpus: int) -> None:
     )
     console.print(memory_table(step.memory, f"peak on one device of {format_bytes(step.hardware.capacity)}"))
     _notes(console, [EXPERIMENTAL, step.hardware.source, *step.memory.notes, *step.notes])
+
+
+def comparison_table(steps: Mapping[int, StepEstimate]) -> Table:
+    """Seconds of each part of a step, and their fractions of it, for several numbers of devices."""
+    table = Table(title="seconds of one training step (experimental)")
+    table.add_column("phase")
+    table.add_column("part")
+    for number in steps:
+        table.add_column(f"{number} devices", justify="right")
+    found = [{(part.phase, part.name): part.seconds for part in step.parts} for step in steps.values()]
+    names = dict.fromkeys(name for parts in found for name in parts)  # the parts depend on the number of devices
+    for name in names:
+        cells = [
+            f"{parts[name]:.3g} ({parts[name] / step.seconds:.0%})" if name in parts else ""
+            for parts, step in zip(found, steps.values(), strict=True)
+        ]
+        table.add_row(*name, *cells)
+    table.add_section()
+    table.add_row("", "total", *(f"{step.seconds:.3g}" for step in steps.values()))
+    return table
+
+
+def _print_comparison(console: Console, steps: Mapping[int, StepEstimate]) -> None:
+    first = next(iter(steps.values()))
+    lengths = first.lengths
+    console.print(
+        f"{first.hardware.name}; prompts of {lengths.prompt} tokens, traces of {lengths.trace}, {lengths.rollouts} "
+        f"rollouts of {lengths.response}; the same {first.tokens:,.0f} decoder tokens per step on all devices together",
+        highlight=False,
+    )
+    console.print(comparison_table(steps))
+    for number, step in steps.items():
+        part = step.bottleneck
+        console.print(
+            f"{number} devices: bottleneck {part.phase}, {part.name}; {format_bytes(step.memory.total)} of "
+            f"{format_bytes(step.hardware.capacity)} on one device",
+            highlight=False,
+        )
+    notes = [EXPERIMENTAL, first.hardware.source, *(note for step in steps.values() for note in step.notes)]
+    _notes(console, list(dict.fromkeys(notes)))
 
 
 def _notes(console: Console, notes: list[str]) -> None:

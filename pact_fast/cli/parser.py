@@ -76,6 +76,7 @@ compared with measured updates on CPUs only; use them to compare settings. Needs
 PLAN_EXAMPLES = """\
   pact-fast plan quickstart
   pact-fast plan gpu-8 --gpus 8 --gpu h100 --prompt 1024 --trace 1024 --response 2048
+  pact-fast plan gpu-8 --gpus 8 64 512 --gpu h100
 """
 VIEW = """\
 Write an HTML page of a run's rollouts: every token with its component, advantage and weight. Opens offline; prints its path.
@@ -204,7 +205,10 @@ def _add_plan(subparsers: Any) -> None:
         subparsers, "plan", commands.run_plan, "estimate time and memory of a step (experimental)", PLAN, PLAN_EXAMPLES
     )
     _recipe(plan)
-    plan.add_argument("--gpus", type=int, default=1, help="devices that train and sample (default: 1)")
+    plan.add_argument(
+        "--gpus", type=int, nargs="+", default=[1], metavar="N",
+        help="devices that train and sample (default: 1); several numbers are compared",
+    )  # fmt: skip
     plan.add_argument(
         "--gpu",
         default="this",

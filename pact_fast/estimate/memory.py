@@ -83,7 +83,25 @@ def estimate(
             f"the longest path alone takes {result.tokens} tokens, more than trainer.max_tokens_per_pack: "
             "rollout.max_prompt_length + rollout.max_completion_length"
         )
+    saved = checkpoint_bytes(config, sharding, trace.parameters, trace.trained)
+    result.notes.append(
+        f"a checkpoint takes {format_bytes(saved)} of the hosts' memory, spread over {sharding.devices} devices, while it is "
+        "written; at most half of what is free"
+    )
     return result
+
+
+def checkpoint_bytes(config: Config, sharding: Sharding, parameters: int, trained: int) -> int:
+    """Bytes of a checkpoint, all ranks: weights (with LoRA, the adapters), AdamW's moments, and ZeRO's master of bf16.
+
+    Args:
+        config: The run's configuration.
+        sharding: How training state is split over devices.
+        parameters: Elements of the model's parameters.
+        trained: Of these, elements that are trained.
+    """
+    bf16 = sharding.zero and config.model.dtype == "bfloat16"
+    return (trained if config.model.lora else parameters) * (2 if bf16 else 4) + trained * (12 if bf16 else 8)
 
 
 def default_load(config: Config) -> PackLoad:

@@ -1,8 +1,8 @@
 """Estimated time of a training step, and its bottleneck: `pact-fast plan RECIPE`. Experimental.
 
-Each part of a step is an amount (FLOPs or bytes) divided by a rate. Parts are assumed not to overlap. Amounts come from
-the code that runs: token trees of the algorithm's routes, packs, and a traced update (update_trace.py). Only updates on
-CPUs have been compared with measurements (docs/benchmarks.md).
+Each part of a step is an amount (FLOPs, bytes, or seconds measured elsewhere) divided by a rate. Parts are assumed not to
+overlap. Amounts come from the code that runs: token trees of the algorithm's routes, packs, and a traced update
+(update_trace.py). Only updates on CPUs have been compared with measurements (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.batch.flops import work_of_packs
 from pact_fast.config import Config
+from pact_fast.estimate import overhead
 from pact_fast.estimate.hardware import Hardware
 from pact_fast.estimate.memory import MemoryEstimate, estimate
 from pact_fast.estimate.sharding import Sharding
+from pact_fast.estimate.step_part import StepPart
 from pact_fast.estimate.workload import Lengths, PackLoad, update_loads
 from pact_fast.model.build import meta_model
 from pact_fast.model.flops import decoder_flops
@@ -25,29 +27,6 @@ from pact_fast.rollout.registry import engine_builder
 
 SAMPLE = 16  # prompts whose packs are made; the result is scaled to all prompts of a step
 OPTIMIZER_PASSES = 10  # 4-byte reads and writes per trained weight: norm 1, clip 2, fused AdamW 7
-
-
-@dataclass(frozen=True)
-class StepPart:
-    """One part of a step's time on one device.
-
-    phase   rollout, update, before (passes without gradient) or communication
-    name    for display
-    amount  per step, in `unit`
-    unit    "FLOP" or "B"
-    rate    per second
-    """
-
-    phase: str
-    name: str
-    amount: float
-    unit: str
-    rate: float
-
-    @property
-    def seconds(self) -> float:
-        """Amount over rate; 0 for an unknown rate."""
-        return self.amount / self.rate if self.rate else 0.0
 
 
 @dataclass
@@ -112,7 +91,10 @@ def estimate_step(config: Config, hardware: Hardware, lengths: Lengths, sharding
         *_rollouts(config, hardware, lengths, model, gpus),
         *_passes(config, hardware, sharding, loads, model, scale, updates, memory.traffic),
         *_communication(config, hardware, model, sharding, updates, math.ceil(len(loads) * scale / updates)),
+        *overhead.fingerprints(config, hardware, model),
+        *overhead.planning(config, lengths, gpus),
     ]
+    parts += overhead.checkpoint(config, hardware, sharding, model, sum(part.seconds for part in parts))
     tokens = sum(len(load.batch) for load in loads)
     paths = _unshared(config, lengths, sample)
     result = StepEstimate(parts, memory, hardware, lengths, tokens * prompts / sample, paths * prompts / sample)

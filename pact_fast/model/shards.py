@@ -1,8 +1,8 @@
-"""Named tensors in sharded safetensors files.
+"""Named tensors in safetensors files.
 
-`write` is for checkpoints: all ranks write in parallel, and the result does not depend on their number.
-`write_model_shards` is for a single rank that hands weights to another program. `TensorFiles` reads tensors one at a
-time.
+`write_file` writes one, hashed on the way. `write_model_shards` is for a single rank that hands weights to another
+program. `TensorFiles` reads tensors one at a time. Checkpoints, which all ranks write in the background, are in
+snapshot.py.
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ import itertools
 import json
 import os
 import struct
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]
-SHARD_BYTES = 2 << 30  # of a file of `write`; without a budget, a rank holds two of them in memory at a time
 MODEL_SHARD_BYTES = 1 << 30  # of a file of `write_model_shards`; the rank holds one of them at a time
 PIECE = 16 << 20  # bytes that are hashed and written at a time
 DTYPES = {
@@ -38,92 +36,6 @@ class FileDigest(NamedTuple):
 
     size: int
     sha256: str
-
-
-class BackgroundWriter:
-    """Writes files of tensors in a thread, one after the other, each with its SHA-256 and flushed to disk.
-
-    Args:
-        budget: Bytes of tensors that may wait for the thread; `submit` waits where there would be more.
-    """
-
-    def __init__(self, budget: int = 0):
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._budget, self._waiting = budget, 0
-        self._tasks: deque[tuple[Future, int]] = deque()
-        self._error: BaseException | None = None
-        self._files: dict[Path, FileDigest] = {}
-
-    def submit(self, tensors: Tensors, path: Path) -> None:
-        """Write tensors, which nobody changes any more, to `path`."""
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        while self._tasks and self._waiting + size > self._budget:
-            self._collect()
-        self._waiting += size
-        self._tasks.append((self._pool.submit(self._write, tensors, path), size))
-
-    def then(self, work: Callable[[dict[Path, FileDigest]], None]) -> None:
-        """Call work(files so far), which may change them, after the files that were submitted."""
-        self._tasks.append((self._pool.submit(work, self._files), 0))
-
-    def failed(self) -> bool:
-        """Whether something that has ended could not be written."""
-        while self._tasks and self._tasks[0][0].done():
-            self._collect()
-        return self._error is not None
-
-    def done(self) -> bool:
-        """Whether nothing is waiting or being written."""
-        return self.failed() or not self._tasks
-
-    def finish(self) -> dict[Path, FileDigest]:
-        """Wait for all files. Raises the first error."""
-        while self._tasks:
-            self._collect()
-        self._pool.shutdown()
-        if self._error is not None:
-            raise self._error
-        return self._files
-
-    def _collect(self) -> None:
-        future, size = self._tasks.popleft()
-        self._error = self._error or future.exception()
-        self._waiting -= size
-
-    def _write(self, tensors: Tensors, path: Path) -> None:
-        if self._error is None:
-            self._files[path] = write_file(tensors, path)
-        tensors.clear()
-
-
-def write(
-    folder: Path,
-    name: str,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    writer: BackgroundWriter,
-    rank: int = 0,
-    size: int = 1,
-) -> None:
-    """Write `folder/name.safetensors`, or `name-00000.safetensors` and so on with Hugging Face's index.
-
-    A partitioned tensor has to be gathered by all ranks, so every rank iterates over all tensors in the same order.
-    Each rank copies the tensors of every `size`-th file and hands them to the writer. Returns when all are copied; the
-    iterable is exhausted even after an error, because other ranks would wait for this one.
-
-    Args:
-        folder: An existing folder.
-        name: Name of the file without its suffix.
-        tensors: (name, tensor) pairs.
-        writer: Writes the files of this rank, and has their errors.
-        rank: Number of this rank.
-        size: Number of ranks that call.
-    """
-    shards = _ShardWriter(folder, name, writer, rank, size)
-    for key, tensor in tensors:
-        shards.add(key, tensor)
-    shards.flush()
-    if shards.number > 1 and rank == 0:
-        writer.then(shards.write_index)
 
 
 def write_model_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
@@ -142,7 +54,7 @@ def write_model_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path
         file_of |= dict.fromkeys(shard, file)
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
         shard.clear()  # before the next file is filled
-    _write_index(folder / "model.safetensors.index.json", file_of, {"total_size": total_bytes})
+    write_index(folder / "model.safetensors.index.json", file_of, {"total_size": total_bytes})
 
 
 def _shards(tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -153,15 +65,24 @@ def _shards(tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iter
         if shard and size + tensor.nbytes > max_bytes:
             yield shard
             shard, size = {}, 0
-        shard[name] = _cpu_copy(tensor)
+        shard[name] = host_copy(tensor)
         size += tensor.nbytes
     if shard:
         yield shard
 
 
-def _cpu_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy even of a tensor on the CPU: a gathered tensor is released when the iterator moves on."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy on the CPU, also of a tensor that is there: a gathered one is released when the iterator moves on.
+
+    One thread copies: in the background, all of torch's would take the cores from those that compute.
+    """
+    source = tensor.detach()
+    target = torch.empty(source.shape, dtype=source.dtype)
+    if source.device.type == "cpu" and source.is_contiguous():
+        np.copyto(_bytes(target), _bytes(source))
+    else:
+        target.copy_(source)
+    return target
 
 
 def write_file(tensors: Tensors, path: Path) -> FileDigest:
@@ -182,7 +103,7 @@ def write_file(tensors: Tensors, path: Path) -> FileDigest:
     digest = hashlib.sha256()
     head: Iterable[bytes | memoryview] = (struct.pack("<Q", len(text)), text)
     with path.open("wb", buffering=0) as file:
-        for part in itertools.chain(head, (_bytes_of(tensors[key]) for key in order)):
+        for part in itertools.chain(head, (_bytes(tensors[key].contiguous()).data for key in order)):
             for start in range(0, len(part), PIECE):
                 piece = memoryview(part)[start : start + PIECE]
                 digest.update(piece)
@@ -192,57 +113,19 @@ def write_file(tensors: Tensors, path: Path) -> FileDigest:
     return FileDigest(8 + len(text) + end, digest.hexdigest())
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.view(-1).view(torch.uint8).numpy()
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})  # transformers requires the metadata
 
 
-def _write_index(path: Path, file_of: dict[str, str], metadata: dict[str, Any]) -> None:
+def write_index(path: Path, file_of: dict[str, str], metadata: dict[str, Any]) -> None:
+    """Write Hugging Face's index of a model in several files: `file_of` maps tensors to names of files."""
     index = {"metadata": metadata, "weight_map": file_of}
     path.write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-class _ShardWriter:
-    """Fills one file after the other, and hands those of this rank to the writer."""
-
-    def __init__(self, folder: Path, name: str, writer: BackgroundWriter, rank: int, size: int):
-        self.folder, self.name, self.writer, self.rank, self.ranks = folder, name, writer, rank, size
-        self.number, self.size = 0, 0  # of the file that is being filled, and its bytes so far
-        self.pending: Tensors = {}  # tensors of that file, if this rank writes it
-        self.file_number: dict[str, int] = {}  # tensor name → number of its file
-
-    def add(self, key: str, tensor: torch.Tensor) -> None:
-        if self.size and self.size + tensor.nbytes > SHARD_BYTES:
-            self.flush()
-        self.size += tensor.nbytes
-        self.file_number[key] = self.number
-        if self.number % self.ranks == self.rank and not self.writer.failed():
-            self.pending[key] = _cpu_copy(tensor)
-
-    def flush(self) -> None:
-        """Hand on the current file, and start the next one."""
-        no_tensors = self.number == 0 and not self.file_number  # readers expect a file all the same
-        if self.pending or (no_tensors and self.rank == 0):
-            self.writer.submit(self.pending, self.path(self.number))
-        self.pending, self.size = {}, 0
-        self.number += 1
-
-    def path(self, number: int) -> Path:
-        """The first file has no number until it is known that there are several."""
-        return self.folder / (f"{self.name}-{number:05d}.safetensors" if number else f"{self.name}.safetensors")
-
-    def write_index(self, files: dict[Path, FileDigest]) -> None:
-        """Rename the first file, which readers would take for the only one, and write the index."""
-        if self.path(0) not in files:
-            return  # it could not be written
-        first = self.folder / f"{self.name}-00000.safetensors"
-        self.path(0).rename(first)
-        files[first] = files.pop(self.path(0))
-        path = self.folder / f"{self.name}.safetensors.index.json"
-        _write_index(path, {key: f"{self.name}-{n:05d}.safetensors" for key, n in self.file_number.items()}, {})
 
 
 class TensorFiles(Mapping[str, torch.Tensor]):

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 
@@ -95,6 +95,7 @@ class Learner:
         sampler_differs: Rollouts come from other kernels or older weights (vLLM) and are corrected for it.
         world: Ranks of the run; default: one process.
         dtype: "float32" or "bfloat16", as `model.dtype` of the configuration.
+        before_step: Called before an optimizer step changes weights and optimizer state.
     """
 
     def __init__(
@@ -112,10 +113,12 @@ class Learner:
         sampler_differs: bool = False,
         world: World | None = None,
         dtype: str = "float32",
+        before_step: Callable[[], object] = lambda: None,
     ):
         self.model, self.trainer = model, trainer
         self.total_updates, self.temperature = total_updates, temperature
         self.updates_per_batch = updates_per_batch
+        self._before_step = before_step
         self.updates = 0
         self.world = world or World()
         self.requirements = algorithm.requirements(sampler_differs)
@@ -243,6 +246,7 @@ class Learner:
 
         If the norm is not finite, the parameters keep their values.
         """
+        self._before_step()
         norm = self.backend.step(self.learning_rate() * lr_scale)
         self.updates += 1
         return norm

@@ -41,9 +41,9 @@ from pact_fast.rollout.agent import AgentLoop
 from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.registry import engine_builder, make_engine
 from pact_fast.text import short
-from pact_fast.train import checkpoint
+from pact_fast.train import checkpoint, rng
 from pact_fast.train.check_rows import SkippedRows
-from pact_fast.train.checkpoint import PendingSave
+from pact_fast.train.checkpoint_writer import PendingSave, start_save
 from pact_fast.train.collect import RolloutCollector
 from pact_fast.train.evaluate import Evaluator
 from pact_fast.train.inputs import newest_checkpoint, resolve_run_data, save_tokenizer, skip_bad_rows
@@ -254,6 +254,7 @@ class Trainer:
             sampler_differs=self.engine_builder.sampler_differs,
             world=self.world,
             dtype=config.model.dtype,
+            before_step=self._wait_for_copies,
         )
         # after the learner: ZeRO may have sharded the model over ranks
         engine = make_engine(config, self.model, self.renderer, folder=self.run, autocast=autocast, world=self.world)
@@ -283,7 +284,7 @@ class Trainer:
         state = saved.state
         try:
             self.learner.backend.load_state(saved.tensors["optimizer"])
-            checkpoint.set_rng_state(state["rng"], saved.tensors["rng"])
+            rng.set_rng_state(state["rng"], saved.tensors["rng"])
             self.learner.updates, written = int(state["updates"]), int(state["metrics_bytes"])
             restored = RunState(
                 saved.step, float(state["wall_seconds"]), state["base"], bool(state.get("owes_evaluation", False))
@@ -384,7 +385,7 @@ class Trainer:
         """Begin to save a checkpoint of the finished step; the one before it is completed first."""
         self._finish_save(wait=True)
         self._saved_at = time.monotonic()
-        rng_state, rng_tensors = checkpoint.rng_state()
+        rng_state, rng_tensors = rng.rng_state()
         lora_config = self.config.model.lora
         saved = {
             "rng": rng_state,
@@ -404,7 +405,7 @@ class Trainer:
                 save_model_config(self.model, path)
             self.tokenizer.save_pretrained(path)
 
-        self._pending_save = checkpoint.start_save(
+        self._pending_save = start_save(
             self.run / "checkpoints",
             state.step,
             tensors={"optimizer": self.learner.backend.state(), "rng": rng_tensors},
@@ -412,19 +413,25 @@ class Trainer:
             write_model=write_model,
             weights=None if lora_config else checkpoint_weights(self.model),
             keep=self.config.trainer.save_total_limit,
+            live=self.learner.backend.changed_by_step(),
             world=self.world,
             budget=free_memory(torch.device("cpu")) // 2,
             before_rename=self._check_lock,
+            after_rename=lambda path: write_text(self.run / LATEST, path.name + "\n"),
         )
 
     def _finish_save(self, wait: bool) -> None:
-        """Complete the checkpoint that is being written, if there is one; without `wait`, only if all is written."""
+        """Raise what kept the last checkpoint from being written; with `wait`, it is complete when this returns."""
         pending = self._pending_save
         if pending is None or not (wait or pending.ready()):
             return
         self._pending_save = None
-        newest = pending.finish()
-        self.world.run_on_main(lambda: write_text(self.run / LATEST, newest.name + "\n"), "the name of the checkpoint")
+        pending.finish()
+
+    def _wait_for_copies(self) -> None:
+        """Wait until the checkpoint that is being written has copies of weights and optimizer state."""
+        if self._pending_save:
+            self._pending_save.wait_copied()
 
     def _finish(self, state: RunState) -> dict[str, Any]:
         """Evaluate the trained model; write summary.json and report.html."""
@@ -454,9 +461,12 @@ class Trainer:
     def _close(self) -> None:
         """Stop sampling, environments and the engine; then let the trackers send what is left."""
         failed = sys.exc_info()[0] is not None
-        if self.world.size == 1:  # with others, who knows whether they are still there
+        pending, self._pending_save = self._pending_save, None
+        if pending and self.world.size == 1:
             with contextlib.suppress(PactError):
-                self._finish_save(wait=True)
+                pending.finish()
+        elif pending:  # who knows whether the others are still there
+            pending.finish_alone()
         self.collector.close()
         self.loop.close()
         if self.users:

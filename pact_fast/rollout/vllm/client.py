@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
@@ -107,8 +106,6 @@ class VllmServerTransport(VllmTransport):
             self._results.put(read_completion(self.name, answer, turn))
         except EngineError as error:
             self._results.put(error)
-        except httpx.TransportError as error:
-            self._results.put(EngineDied(self.name, f"the connection broke: {error or type(error).__name__}"))
         except Exception as error:  # whatever it is, nobody waits for this coroutine
             self._results.put(EngineError(self.name, f"the request of a turn failed: {type(error).__name__}: {error}"))
 
@@ -215,14 +212,7 @@ class VllmServerTransport(VllmTransport):
             EngineDied: The connection broke, or status 5xx.
             EngineError: Status 4xx, or an answer that cannot be read.
         """
-        try:
-            return checked_json(self._http.request(method, path, timeout=self._timeout, **kwargs), self.name)
-        except httpx.TimeoutException:
-            raise EngineTimeout(
-                self.name, f"no answer to {path} within {self._timeout:g} s (rollout.engine_timeout)"
-            ) from None
-        except httpx.TransportError as error:
-            raise EngineDied(self.name, f"{path}: {error or type(error).__name__}") from None
+        return checked_json(self._http.request(method, path, timeout=self._timeout, **kwargs), self.name)
 
     def close(self) -> None:
         self._drop_turns()
@@ -240,7 +230,7 @@ class VllmServerTransport(VllmTransport):
                 models = checked_json(self._http.request("GET", "/v1/models", timeout=5.0), self.name)
                 self._served_model = read_served_model(self.name, models)
                 return
-            except (httpx.HTTPError, EngineDied):
+            except (EngineTimeout, EngineDied):
                 if time.monotonic() > end:
                     raise EngineDied(self.name, f"it does not serve within {deadline:g} s") from None
                 time.sleep(READY_POLL)

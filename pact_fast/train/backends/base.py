@@ -58,6 +58,13 @@ class Backend(Protocol):
         """
         ...
 
+    def changed_by_step(self) -> Iterator[torch.Tensor]:
+        """Tensors of weights and optimizer state that `step` changes in place, and nothing else changes or moves.
+
+        A save copies them in the background until the next step; what is not among them, at once.
+        """
+        ...
+
     def load_state(self, saved: Mapping[str, torch.Tensor]) -> None:
         """Restore what `state` yielded.
 

@@ -53,6 +53,11 @@ class Replicated:
             for kind, value in self.optimizer.state.get(parameter, {}).items():
                 yield f"{name}/{kind}", value
 
+    def changed_by_step(self) -> Iterator[torch.Tensor]:
+        yield from self.model.parameters()
+        for state in self.optimizer.state.values():
+            yield from state.values()
+
     def load_state(self, saved: Mapping[str, torch.Tensor]) -> None:
         names = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         entries: dict[torch.Tensor, dict[str, torch.Tensor]] = {}

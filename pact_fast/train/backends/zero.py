@@ -83,6 +83,10 @@ class Zero:
                 yield f"{name}/{kind}", safe_get_full_optimizer_state(parameter, kind)
             yield f"{name}/step", self._steps()
 
+    def changed_by_step(self) -> Iterator[torch.Tensor]:
+        """None: DeepSpeed gathers, moves and offloads tensors whenever it wants."""
+        return iter(())
+
     def load_state(self, saved: Mapping[str, torch.Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 

@@ -1,0 +1,85 @@
+"""Parts of a step outside the model's passes: planning on the processor, fingerprints of weights, checkpoints.
+
+Seconds of processor time were measured on a CPU by `python -m benchmarks.scale` and
+`python -m benchmarks.weights_fingerprint` (docs/benchmarks.md). What happens on a GPU is an assumption.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from pact_fast.algorithms.registry import make_algorithm
+from pact_fast.config import Config
+from pact_fast.estimate.hardware import GIGA, Hardware
+from pact_fast.estimate.memory import checkpoint_bytes
+from pact_fast.estimate.sharding import Sharding
+from pact_fast.estimate.step_part import StepPart
+from pact_fast.estimate.workload import Lengths
+from pact_fast.rollout.registry import engine_builder
+
+# seconds of a rank's processor time, a fit to the part `step` at 64 prompts on 64 ranks to 1,024 on 512
+PLAN_TOKEN = 3.1e-7  # a token of the rollouts that the rank plans
+PLAN_ROLLOUT = 4.6e-6  # a rollout of the whole batch, a row of the table
+PLAN_RANK = 2.5e-4  # a rank, in collectives
+WRITE_TOKEN = 8e-7  # a token that rank 0 writes to rollouts/
+# bytes/s
+FINGERPRINT_CPU = GIGA / 0.17  # measured; a GPU reads them at its memory's rate, an assumption
+HOST_COPY = {
+    "cpu": 1.5 * GIGA,
+    "cuda": 6.0 * GIGA,
+}  # measured, into fresh pages; assumed, for memory that is not pinned
+
+
+def planning(config: Config, lengths: Lengths, gpus: int) -> list[StepPart]:
+    """What rank 0 computes in Python: it plans its prompts, assigns packs, reduces metrics and writes rollouts."""
+    rollouts = config.trainer.prompts_per_step * lengths.rollouts
+    if not make_algorithm(config.algorithm).needs_rollouts:
+        return []
+    own = rollouts * lengths.response / gpus
+    seconds = own * PLAN_TOKEN + rollouts * PLAN_ROLLOUT + gpus * PLAN_RANK
+    written = min(config.trainer.save_rollouts, rollouts) * lengths.response * WRITE_TOKEN
+    return [
+        StepPart("planning", "packs and metrics, processor", seconds, "s", 1.0),
+        StepPart("planning", "rollouts to disk, processor", written, "s", 1.0),
+    ]
+
+
+def fingerprints(config: Config, hardware: Hardware, model: PreTrainedModel) -> list[StepPart]:
+    """The weights are read by the trainer once, and by each engine twice: after the update, and before the next one."""
+    builder = engine_builder(config)
+    checked = config.rollout.verify_weights == "always" and make_algorithm(config.algorithm).needs_rollouts
+    if not builder.own_weights or not checked:
+        return []
+    size = 4 if config.model.dtype == "float32" else 2
+    read = size * _count(model, trained_only=bool(config.model.lora)) * (1 + 2 / builder.devices_per_engine())
+    rate = hardware.memory if hardware.device == "cuda" else FINGERPRINT_CPU
+    return [StepPart("communication", "fingerprints of the weights", read, "B", rate)]
+
+
+def checkpoint(
+    config: Config, hardware: Hardware, sharding: Sharding, model: PreTrainedModel, seconds: float
+) -> list[StepPart]:
+    """What a step waits for checkpoints, on average.
+
+    Args:
+        config: The run's configuration.
+        hardware: Rates of a device.
+        sharding: How training state is split.
+        model: The model, on the meta device.
+        seconds: Of a step without checkpoints.
+    """
+    size = checkpoint_bytes(config, sharding, _count(model), _count(model, trained_only=True))
+    copies = size / sharding.devices / HOST_COPY[hardware.device]
+    if sharding.zero:  # gathered by all, and copied at once
+        link = hardware.link if sharding.devices <= hardware.node else hardware.network
+        ring = (sharding.devices - 1) / sharding.devices
+        waited = copies + (1 if sharding.stage == 3 else 2) * ring * size / link
+    else:  # copied until the next optimizer step
+        waited = max(0.0, copies - seconds)
+    minutes = config.trainer.save_minutes
+    interval = config.trainer.save_steps if minutes is None else max(1.0, 60 * minutes / seconds)
+    return [StepPart("checkpoint", "copies that training waits for", waited / interval, "s", 1.0)]
+
+
+def _count(model: PreTrainedModel, trained_only: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)

@@ -1,0 +1,283 @@
+"""Saving a checkpoint while training goes on: copied in memory, written to a hidden folder, and renamed when it is complete.
+
+    start_save           every rank takes its share of the files; a thread on each copies and writes them
+    wait_copied          training waits for the copies before the next optimizer step, which would change the tensors
+    .part-N.json         rank N's thread says that it has written its files, and their digests
+    manifest, rename     rank 0's thread, when all parts are there
+
+A process that is killed at any moment leaves the earlier checkpoints intact, and at most a hidden folder, which the next
+save removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from pact_fast.distributed.world import World
+from pact_fast.errors import PactError, error_line
+from pact_fast.files import write_bytes
+from pact_fast.model import snapshot
+from pact_fast.train.checkpoint import hide_and_remove, prune, sha256
+
+NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+FileTable = dict[str, dict[str, Any]]  # path in the folder → size and SHA-256, as in manifest.json
+POLL = 0.05  # seconds between looks for the parts of other ranks
+PATIENCE = 10.0  # seconds for other ranks' parts when this rank ends without them
+
+
+def save(root: Path, step: int, **arguments: Any) -> Path:
+    """`start_save`, and wait until the checkpoint is complete. Returns its path. PactError: see `PendingSave.finish`."""
+    return start_save(root, step, **arguments).finish()
+
+
+def start_save(
+    root: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, NamedTensors],
+    state: dict[str, Any],
+    write_model: Callable[[Path], None] | None,
+    weights: NamedTensors | None = None,
+    keep: int,
+    live: Iterable[torch.Tensor] = (),
+    world: World | None = None,
+    budget: int = 0,
+    before_rename: Callable[[], object] = lambda: None,
+    after_rename: Callable[[Path], object] = lambda path: None,
+) -> PendingSave:
+    """Begin to write `root/step_{step}` in a thread. Tensors may change when this returns, those in `live` later.
+
+    A collective: all ranks call it with the same tensors in the same order. Files are written in parallel; `root` must be
+    one folder for all ranks. Only one run at a time may save to `root`, and one save at a time may be pending. The
+    checkpoint appears as soon as all ranks have written their files; it replaces one of the same step, and all but the
+    newest `keep` complete ones are removed. `PendingSave.finish` has the errors.
+
+    Args:
+        root: Folder of the checkpoints.
+        step: Training step.
+        tensors: Groups of named tensors; group `name` goes to name.safetensors, large groups to several files.
+        state: JSON data for state.json; floats are stored exactly. Rank 0's counts.
+        write_model: Fills the folder model/ on rank 0; None for no such folder.
+        weights: The model's weights, written to model/model.safetensors.
+        keep: Number of complete checkpoints to keep.
+        live: Tensors of this rank that keep their values until `PendingSave.wait_copied`: they are copied in the thread.
+        world: All ranks; default: one process.
+        budget: Bytes of copies that a rank may hold; where there are more, they wait for the disk.
+        before_rename: Called on rank 0, in the thread, just before the checkpoint appears; may raise a PactError.
+        after_rename: Called on rank 0, in the thread, with the path of the complete checkpoint.
+
+    Raises:
+        PactError: The disk is full or not writable. Earlier checkpoints are intact.
+        ValueError: `state` has a NaN or an infinity.
+    """
+    world = world or World()
+    temporary = root / f".tmp-step_{step}-{world.broadcast_from_main(os.getpid, 'a checkpoint')}"
+    pending = PendingSave(root / f"step_{step}", temporary, world, snapshot.SnapshotWriter(budget, live))
+
+    def complete(files: FileTable) -> None:
+        _complete(temporary, pending.path, step, files, before_rename)
+        prune(root, keep)
+        after_rename(pending.path)
+
+    with pending.errors():
+        pending.on_main(lambda: _begin(root, temporary))
+        for name, entries in tensors.items():
+            pending.write(temporary, name, entries)
+        if write_model:
+            pending.on_main(lambda: write_model(temporary / "model"))
+        if weights is not None:
+            pending.write(temporary / "model", "model", weights)
+        pending.on_main(lambda: _write_state(temporary / "state.json", state))
+        pending.close(complete)
+    return pending
+
+
+class PendingSave:
+    """A checkpoint that is being written. All ranks must call `ready`, `finish`, `on_main` and `write`.
+
+    path  where it will be
+    """
+
+    def __init__(self, path: Path, temporary: Path, world: World, writer: snapshot.SnapshotWriter):
+        self.path, self._temporary, self._world, self._writer = path, temporary, world, writer
+
+    def write(self, folder: Path, name: str, entries: NamedTensors) -> None:
+        """Take named tensors for folder/name.safetensors or several such files, each written by one of the ranks."""
+        pairs = entries.items() if isinstance(entries, Mapping) else entries
+        self.on_main(lambda: folder.mkdir(exist_ok=True))
+        snapshot.write(folder, name, pairs, self._writer, self._world.rank, self._world.size)
+
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Call `work` on rank 0. Its error is raised on all ranks."""
+        error: Exception | None = None
+        if self._world.is_main:
+            try:
+                work()
+            except Exception as caught:
+                error = caught
+        self._raise_on_all(error)
+
+    def close(self, complete: Callable[[FileTable], None]) -> None:
+        """No more files follow. Rank 0 calls `complete` in its thread when all ranks have written theirs."""
+
+        def last(digests: snapshot.Digests) -> None:
+            own = {path.relative_to(self._temporary).as_posix(): d._asdict() for path, d in digests.items()}
+            if self._world.is_main:
+                complete(self._others() | own)
+            else:
+                write_bytes(self._part(self._world.rank), json.dumps(own).encode())
+
+        self._writer.close(last)
+
+    def wait_copied(self) -> None:
+        """Wait until this rank has copied the live tensors, so that they may change."""
+        self._writer.wait_copied()
+
+    def ready(self) -> bool:
+        """Whether `finish` would not wait: all ranks are done, or one has failed."""
+        # of all ranks, so that they go on together; a failure on one must not wait for the others
+        writer = self._writer
+        working, failed = self._world.sum_counts(not writer.ended(), writer.failed())
+        return bool(failed) or not working
+
+    def finish(self) -> Path:
+        """Wait until the checkpoint is complete. Returns its path.
+
+        Raises:
+            PactError: A file could not be written. Earlier checkpoints are intact.
+        """
+        with self.errors():
+            self._raise_on_all(self._writer.wait_written())  # first: rank 0 would wait for the part of one that failed
+            self._raise_on_all(self._writer.wait_ended())
+        return self.path
+
+    def finish_alone(self) -> None:
+        """End without the other ranks, which may not be there any more; the checkpoint is completed if they have done theirs.
+
+        Errors are left to whoever resumes: the checkpoint is then not there.
+        """
+        if self._writer.wait_written() is None:
+            self._writer.wait_ended(PATIENCE)
+        self._writer.abandon()
+        self._writer.wait_ended()
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn an error of the disk into a PactError; after any error, nothing is left of the checkpoint."""
+        try:
+            yield
+        except BaseException as error:
+            self._writer.abandon()
+            self._writer.wait_ended()
+            if self._world.is_main:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            if not isinstance(error, (OSError, SafetensorError)):
+                raise
+            cure = (
+                "free some space or make the folder writable; earlier checkpoints are intact, continue with resume=auto"
+            )
+            raise PactError(f"cannot save the checkpoint {self.path}: {error_line(error)}; {cure}") from error
+
+    def _part(self, rank: int) -> Path:
+        return self._temporary / f".part-{rank}.json"
+
+    def _others(self) -> FileTable:
+        """The files of all other ranks, when they are written. The notes about them are removed."""
+        files: FileTable = {}
+        for rank in range(1, self._world.size):
+            part = self._part(rank)
+            while not part.exists():
+                if self._writer.abandoned(POLL):
+                    raise snapshot.Abandoned(f"rank {rank} has not written its part of the checkpoint")
+            files |= json.loads(part.read_bytes())
+            part.unlink()
+        return files
+
+    def _raise_on_all(self, error: BaseException | None) -> None:
+        """Raise an error of any rank on all ranks, when none of them writes any more."""
+        errors = self._world.all_gather(None if error is None else str(error), "a checkpoint")
+        if not any(other is not None for other in errors):
+            return
+        self._writer.abandon()
+        self._writer.wait_ended()
+        self._world.barrier("a checkpoint")  # rank 0 removes the folder next
+        if error is not None:
+            raise error
+        for rank, other in enumerate(errors):
+            if other is not None:
+                raise OSError(f"rank {rank}: {other}")
+
+
+def _begin(root: Path, temporary: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(root)
+    temporary.mkdir()
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    path.write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+
+
+def _complete(temporary: Path, final: Path, step: int, files: FileTable, before_rename: Callable[[], object]) -> None:
+    """Write the manifest, flush everything to disk, and rename the folder to its final name."""
+    others = {name: _describe(temporary / name) for name in _names(temporary) if name not in files}
+    manifest = {"step": step, "files": files | others}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync_tree(temporary)
+    before_rename()
+    if final.exists() or final.is_symlink():
+        hide_and_remove(final)
+    temporary.rename(final)
+    _sync(final.parent)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "sha256": sha256(file)}
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Delete hidden folders of dead processes. One with our own process id is a leftover, too: ids are reused."""
+    for path in root.iterdir():
+        match = re.fullmatch(r"\.(?:tmp|trash)-step_\d+-(\d+)", path.name)
+        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # alive, owned by another user
+        pass
+    return True
+
+
+def _sync_tree(folder: Path) -> None:
+    """fsync files and folders, each folder after its content."""
+    for directory, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _sync(Path(directory, name))
+        _sync(Path(directory))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
