@@ -95,5 +95,5 @@ def test_the_kernels_run_where_nothing_but_torch_is_installed():
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [
-        "pact_fast." + name for name in ("components", "errors", "openmp", "plugins", "registry")
+        "pact_fast." + name for name in ("components", "errors", "files", "openmp", "plugins", "registry")
     ]
