@@ -210,7 +210,7 @@ class PendingSave:
             return
         self._writer.abandon()
         self._writer.wait_ended()
-        self._world.barrier("a checkpoint")  # rank 0 removes the folder next
+        self._world.all_gather(None, "a checkpoint")  # rank 0 removes the folder next
         if error is not None:
             raise error
         for rank, other in enumerate(errors):
