@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.support.faults import at_call
-from tests.support.runs import SETTINGS, TINY_RUN, RunProcess, metrics
+from tests.support.runs import SETTINGS, TINY_RUN, RunProcess, cut_back, metrics
 
 pytestmark = pytest.mark.slow
 
@@ -84,3 +84,20 @@ def test_generators_do_not_depend_on_which_process_made_the_base_model(tmp_path)
     assert metrics(killed) == metrics(whole)
     states = [(run / "checkpoints/step_1/rng.safetensors").read_bytes() for run in (whole, killed)]
     assert states[0] == states[1]
+
+
+def test_a_base_model_without_an_outcome_is_not_evaluated_again(tmp_path):
+    """The evaluation at step 0 has no rate where the environment gives no success; a resumed run has made it all the same."""
+    (tmp_path / "silent.py").write_text(
+        "from pact_fast.envs.lookup_chain import LookupChain\n\n"
+        "class Silent(LookupChain):\n    def reward(self, task, trajectory):\n        return {}\n"
+    )
+    settings = TINY_RUN | {"env": TINY_RUN.get("env", {}) | {"name": f"{tmp_path / 'silent.py'}:Silent"}}
+    settings["trainer"] = TINY_RUN["trainer"] | {"max_steps": 2, "save_steps": 1, "eval_tasks": 2}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    recipe, whole = [str(tmp_path / "tiny.yaml")], tmp_path / "whole"
+    RunProcess(whole, recipe=recipe).succeed()
+    killed = cut_back(whole, tmp_path / "killed", 1)
+    RunProcess(killed, recipe=recipe).succeed()
+    assert [record["step"] for record in metrics(whole)] == [0, 1, 2, 2]
+    assert metrics(killed) == metrics(whole)

@@ -199,7 +199,7 @@ class Trainer:
             state = self._restore(newest) if newest else self._start()
             self._began = self._started - state.wall_seconds
             self.engine.update_weights(self.model, self.learner.updates)
-            if state.base is None:
+            if state.step == 0:
                 state.base = self.evaluator.evaluate(0, "base")
             if state.owes_evaluation:
                 self.evaluator.evaluate(state.step, "eval")
