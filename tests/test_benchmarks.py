@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +32,7 @@ from benchmarks import (
     weights_fingerprint,
 )
 from pact_fast.cli.main import main as pact_fast_main
+from tests.support.processes import ForkedModule
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -206,7 +208,9 @@ def test_fingerprints_are_checked_before_they_are_timed(tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
-def test_gpu_suite_runs_dry_without_a_gpu(tmp_path):
+def test_gpu_suite_runs_dry_without_a_gpu(tmp_path, monkeypatch):
+    names = {name: getattr(subprocess, name) for name in ("STDOUT", "TimeoutExpired")}
+    monkeypatch.setattr(gpu_suite, "subprocess", SimpleNamespace(Popen=ForkedModule, **names))
     out = tmp_path / "suite.json"
     names = ("correctness", "head", "recurrences", "softmax")
     status = gpu_suite.main(["--device", "cpu", "--only", *names, "--out", str(out)])
@@ -322,7 +326,8 @@ def test_quickstart_results_are_stamped(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_decoding_compares_the_engine_with_generate_on_the_same_work(tmp_path, capsys):
+def test_decoding_compares_the_engine_with_generate_on_the_same_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "subprocess", ForkedModule)
     out = tmp_path / "decoding.json"
     options = ["--tiny", "--batches", "2", "--prompt", "7", "--tokens", "3", "--rounds", "2", "--prefill", "2x50"]
     methods = ["engine", "generate", "generate static"]

@@ -134,7 +134,7 @@ SMALL = ("one token", "odd sizes", "a vocabulary of five", "certain and impossib
 def yardstick(name: str, dtype: torch.dtype, entropy_coef: float) -> list[tuple]:
     """For each draw of a case: parameters, table, options, the truth, and the errors of torch's own code."""
     found = []
-    for draw in range(CASES[name].draws):
+    for draw in range(CASES[name].draws // 2 if interpreted() else CASES[name].draws):
         parameters, table, options = CASES[name].inputs(dtype, draw)
         truth = plain([p.double() for p in parameters], table, options, entropy_coef)
         own = errors(plain(parameters, table, options, entropy_coef), truth)
@@ -142,12 +142,24 @@ def yardstick(name: str, dtype: torch.dtype, entropy_coef: float) -> list[tuple]
     return found
 
 
+# What large cases have of fp16 and of no entropy term where there is no GPU
+RARE: dict[str, set] = {
+    "wide": set(),
+    "spread logits": {torch.float16},
+    "Qwen's vocabulary": {0.0},
+    "70,001 tokens": set(),
+}
+
+
 def combinations() -> list:
-    """Case, dtype and entropy coefficient; all of them, but for the longest case."""
-    found = []
+    """Case, dtype and entropy coefficient; all of them, but for large cases."""
+    found, gpu = [], torch.cuda.is_available()
     for name in CASES:
         for dtype, entropy_coef in [*((dtype, ENTROPY) for dtype in DTYPES), (torch.bfloat16, 0.0)]:
-            if name == "70,001 tokens" and (dtype == torch.float16 or not entropy_coef):
+            rare = {dtype, entropy_coef} & {torch.float16, 0.0}
+            if name == "70,001 tokens" and (rare or (dtype == torch.float32 and not gpu)):
+                continue
+            if not gpu and rare - RARE.get(name, rare):
                 continue
             words = (name, str(dtype).removeprefix("torch."), str(entropy_coef))
             marks = () if name in (*SMALL, "strided hidden") else pytest.mark.slow
@@ -204,7 +216,7 @@ def test_runs_are_bit_identical_for_any_number_of_threads(dtype, backend):
     parameters, table, options = CASES["odd sizes, shared rows"].inputs(dtype)
     before = torch.get_num_threads()
     runs = []
-    for threads in (1, 1, 2):
+    for threads in (1, 1, 2) if backend == "cpp" else (1, 1):
         torch.set_num_threads(threads)
         runs.append(ours(parameters, table, options, backend))
     torch.set_num_threads(before)

@@ -48,9 +48,18 @@ def test_opcheck_of_pact_loss(dtype, backend, paired, monkeypatch):
     torch.library.opcheck(op, seen["arguments"], seen["settings"])
 
 
+@pytest.fixture
+def inductor():
+    """Inductor in this process, without what only makes its code fast: vector instructions cost a compilation each to try."""
+    from torch._inductor import config
+
+    with config.patch({"compile_threads": 1, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": False}):
+        yield
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy_loss", ["ppo", "cispo", "gspo"])
-def test_compiled_losses_and_gradients_are_the_eager_ones(policy_loss):
+def test_compiled_losses_and_gradients_are_the_eager_ones(policy_loss, inductor):
     table = tokens()
 
     def run(hidden, weight, bias):
@@ -75,7 +84,9 @@ def test_compiled_losses_and_gradients_are_the_eager_ones(policy_loss):
     "wrong, mode", [(-100, "inductor"), *itertools.product([-100, -1, VOCAB], ["eager", "aot_eager"])]
 )
 @pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
-def test_a_target_outside_the_vocabulary_is_an_error_in_compiled_graphs_too(backend, mode, wrong):
+def test_a_target_outside_the_vocabulary_is_an_error_in_compiled_graphs_too(backend, mode, wrong, request):
+    if mode == "inductor":
+        request.getfixturevalue("inductor")
     hidden, weight, _ = inputs()
     table = tokens()
     targets = torch.arange(ROWS)

@@ -68,7 +68,7 @@ FULL = pytest.param(20, marks=pytest.mark.skipif(not os.environ.get("PACT_TEST_T
 
 @pytest.mark.parametrize("count", [3, FULL])
 def test_rewards_of_rl_on_telecom_are_those_of_the_package_s_evaluator(tmp_path, count):
-    """GRPO, two steps of 8 rollouts per task with the scripted user: every episode is judged again by the package.
+    """GRPO, two steps of 4 rollouts per task with the scripted user: every episode is judged again by the package.
 
     A tiny policy solves nothing, so every second rollout plays the expert trace: rewards differ within groups. All 20 tasks
     take minutes: PACT_TEST_TAU2_FULL=1.
@@ -84,7 +84,7 @@ def test_rewards_of_rl_on_telecom_are_those_of_the_package_s_evaluator(tmp_path,
         "env": {"name": "tests.support.tau2_run:Watched"},
         "rollout": {
             "engine": "tests.support.tau2_run:HalfExpert",
-            "num_generations": 8,
+            "num_generations": 4,
             "max_user_turns": 12,
             **limits,
         },
@@ -99,7 +99,7 @@ def test_rewards_of_rl_on_telecom_are_those_of_the_package_s_evaluator(tmp_path,
     steps = [record for record in metrics(run) if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2]
     played = [json.loads(line) for line in episodes.read_text().splitlines()]
-    assert len(played) == 2 * 8 * count and {one["task"] for one in played} == {task.env_args["task"] for task in tasks}
+    assert len(played) == 2 * 4 * count and {one["task"] for one in played} == {task.env_args["task"] for task in tasks}
     for one in played:
         events = [Event(c["side"], "", c["name"], c["arguments"], c["answer"]) for c in one["calls"]]
         events += [Event("assistant", text) for text in one["said"]]

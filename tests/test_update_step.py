@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import update_run, update_step
+from benchmarks import harness, update_run, update_step
 from benchmarks.update_methods import METHODS, loss_tokens, packed
 from benchmarks.update_peers import flex_forward
 from benchmarks.update_problem import Shape, make_problem, token_tree
 from pact_fast.kernels import LossContext
 from pact_fast.train import learner
 from pact_fast.tree import pack, tree_forward
+from tests.support.processes import ForkedModule
 
 TINY = ["--device", "cpu", "--model", "tiny", "--shape", "32,24,16,4,8", "--rounds", "1"]
 
@@ -63,7 +64,8 @@ def test_all_methods_compute_the_same_update(tmp_path, capsys, options):
 @pytest.mark.timing
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
+def test_memory_is_measured_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "subprocess", ForkedModule)  # one that is started: tests/test_benchmarks.py
     status, report = run(tmp_path, "--only", "tree")
     (row,) = report["cases"][0]["rows"]
     assert status == 0 and 0 < row["peak_bytes"] < 1 << 30

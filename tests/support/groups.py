@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 
@@ -11,6 +12,7 @@ from pact_fast.algorithms.base import Group, StepContext
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
 from pact_fast.config import AlgorithmConfig
+from pact_fast.config.schema import RewardConfig
 from pact_fast.data.types import Task, Trajectory, TurnRecord
 from pact_fast.distributed.world import World
 from pact_fast.envs.lookup_chain import LookupChainTasks, TraceNoise, noisy_trace
@@ -59,16 +61,28 @@ def trajectory_of(renderer: ChatRenderer, task: Task, rng: random.Random) -> Tra
 def make_groups(
     renderer: ChatRenderer, config: AlgorithmConfig, prompts: int, rollouts: int, seed: int = 0, use_turns: bool = True
 ):
-    """Rewarded groups with advantages, as the training loop makes them."""
+    """Rewarded groups with advantages, as the training loop makes them; the caller may change them."""
+    made = _made_groups(renderer, config.reward.model_dump_json(), prompts, rollouts, seed, use_turns)
+    return [
+        Group(
+            copy.copy(g.task), g.prompt_index, g.prompt_ids, copy.deepcopy(g.trajectories), copy.deepcopy(g.advantages)
+        )
+        for g in made
+    ]
+
+
+@functools.cache  # rendering takes longer than most of what is done with the groups
+def _made_groups(
+    renderer: ChatRenderer, reward: str, prompts: int, rollouts: int, seed: int, use_turns: bool
+) -> list[Group]:
+    config = RewardConfig.model_validate_json(reward)
     rng = random.Random(seed)
     groups = []
     for index, task in enumerate(LookupChainTasks("train", seed).tasks(prompts)):
         trajectories = [trajectory_of(renderer, task, rng) for _ in range(rollouts)]
         for t in trajectories:
-            score(config.reward, task, t)
-        advantages = token_advantages(
-            trajectories, gamma=config.reward.gamma, combine="sum", scale=True, use_turns=use_turns
-        )
+            score(config, task, t)
+        advantages = token_advantages(trajectories, gamma=config.gamma, combine="sum", scale=True, use_turns=use_turns)
         groups.append(Group(task, index, renderer.prompt_ids(task.prompt, task.tools), trajectories, advantages))
     return groups
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -55,7 +54,9 @@ def grpo_trainer(
     )  # fmt: skip
 
 
-def prompts() -> datasets.Dataset:
+def prompts() -> Any:
+    import datasets
+
     return datasets.Dataset.from_dict({"prompt": PROMPTS * 2})
 
 
@@ -67,6 +68,7 @@ def rloo_trainer(folder: Path) -> Any:
 
 
 def dpo_trainer(folder: Path) -> Any:
+    import datasets
     from trl import DPOConfig, DPOTrainer
 
     pairs = {"prompt": PROMPTS, "chosen": [" is warm today."] * 4, "rejected": [" jumps over", " the fox"] * 2}
@@ -81,6 +83,7 @@ def dpo_trainer(folder: Path) -> Any:
 
 
 def sft_trainer(folder: Path, peft_config: Any = None, **changes: Any) -> Any:
+    import datasets
     from trl import SFTConfig, SFTTrainer
 
     rows = {"prompt": PROMPTS * 4, "completion": [" is warm today.", " the weather.", " jumps over the fox", ""] * 4}
@@ -102,29 +105,26 @@ def compare_steps(trainer: Any) -> list[float]:
     own_step = trainer.training_step
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
 
-    def gradients(run: Any) -> list[torch.Tensor]:
-        before = [None if p.grad is None else p.grad.clone() for p in parameters]
-        run()
-        found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
-        for i, old in enumerate(before):
-            found[i] -= 0 if old is None else old
-            parameters[i].grad = old
-        return found
+    def gradients(run: Any) -> tuple[list[torch.Tensor], Any]:
+        """What `run` adds to the gradients, and what it returns."""
+        before = [0 if p.grad is None else p.grad.clone() for p in parameters]
+        result = run()
+        after = (torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
+        return [new - old for new, old in zip(after, before, strict=True)], result
 
     def training_step(model: Any, inputs: Any, count: Any = None) -> Any:
         prepared = trainer._prepare_inputs(inputs)
         original = trainer._prepare_inputs
         trainer._prepare_inputs = lambda _: {k: v.clone() if torch.is_tensor(v) else v for k, v in prepared.items()}
         step, state = getattr(trainer, "_step", None), torch.get_rng_state()
-        theirs = without(trainer, lambda: gradients(lambda: own_step(model, inputs, count)))
+        held = [None if p.grad is None else p.grad.clone() for p in parameters]
+        theirs, _ = without(trainer, lambda: gradients(lambda: own_step(model, inputs, count)))
+        for parameter, grad in zip(parameters, held, strict=True):
+            parameter.grad = grad
         if step is not None:
             trainer._step = step
         torch.set_rng_state(state)
-        ours = gradients(lambda: own_step(model, inputs, count))
-        if step is not None:
-            trainer._step = step
-        torch.set_rng_state(state)
-        loss = own_step(model, inputs, count)
+        ours, loss = gradients(lambda: own_step(model, inputs, count))
         trainer._prepare_inputs = original
         scale = max(float(b.norm()) for b in theirs)
         differences.append(
