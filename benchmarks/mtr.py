@@ -21,7 +21,6 @@ if not __package__:  # started as a file
 
 import argparse
 import json
-import math
 import resource
 import subprocess
 import sys
@@ -29,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import exit_status, make_parser, markdown, new_report, write_report
+from pact_fast.report.before_after import Comparison, Rate
+from pact_fast.train.evaluate import Rate as WilsonRate
 
 RECIPE = "mtr-quickstart"
 PARTS = {"A": "reward/trace_answer", "C": "reward/trace_consistency"}
@@ -57,39 +58,31 @@ def reward_parts(run: Path) -> dict[str, list[float]]:
     return {part: [sum(record[key] for record in end) / tenth for end in ends] for part, key in PARTS.items()}
 
 
-def difference(before: dict[str, float], after: dict[str, float]) -> tuple[float, float, float]:
-    """The difference of two success rates (`mean` of `n` samples each), and its 95 % interval from their Wilson intervals."""
-    (low0, high0), (low1, high1) = (wilson(rate["mean"], rate["n"]) for rate in (before, after))
-    gain = after["mean"] - before["mean"]
-    down = math.hypot(after["mean"] - low1, high0 - before["mean"])
-    return gain, gain - down, gain + math.hypot(high1 - after["mean"], before["mean"] - low0)
-
-
-def wilson(rate: float, n: float, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a success rate of n samples."""
-    centre, scale = rate + z * z / (2 * n), 1 + z * z / n
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return (centre - half) / scale, (centre + half) / scale
+def gain(run: dict[str, Any]) -> Rate:
+    """What stage 2 adds to the success rate, with its interval."""
+    change = Comparison("", Rate.read(run["base_success"]), Rate.read(run["success"])).change
+    assert change and change.ends
+    return change
 
 
 def over_all(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The runs as one, for the last line: they have the same number of questions."""
+    """The runs as one, for the last line."""
     pooled: dict[str, Any] = {"seed": "all", "cpu_seconds": sum(run["cpu_seconds"] for run in runs)}
     for name in ("base_success", "success", "base_greedy", "greedy"):
-        values = [run[name] for run in runs]
-        pooled[name] = {key: sum(value[key] for value in values) for key in ("mean", "n")}
-        pooled[name]["mean"] /= len(runs)
+        successes = sum(round(run[name]["mean"] * run[name]["n"]) for run in runs)
+        failures = sum(run[name]["n"] for run in runs) - successes
+        pooled[name] = WilsonRate.of([1.0] * successes + [0.0] * failures).to_json()
     return pooled | {part: [sum(run[part][i] for run in runs) / len(runs) for i in (0, 1)] for part in PARTS}
 
 
 def row(run: dict[str, Any]) -> list[str]:
-    gain, low, high = difference(run["base_success"], run["success"])
+    change = gain(run)
     rates = [f"{run[name]['mean']:.2f}" for name in ("base_success", "success", "base_greedy", "greedy")]
     parts = [f"{run[part][0]:.2f}, {run[part][1]:.2f}" for part in PARTS]
     return [
         str(run["seed"]),
         *rates,
-        f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]",
+        f"{change.mean:+.2f} [{', '.join(f'{end:+.2f}' for end in change.ends or ())}]",
         *parts,
         f"{run['cpu_seconds'] / 60:.1f}",
     ]
@@ -117,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         write_report(report, args.out)
     pooled = over_all(report["runs"])
     print(markdown(HEADINGS, [row(run) for run in [*report["runs"], pooled]]))
-    low = difference(pooled["base_success"], pooled["success"])[1]
+    low, _ = gain(pooled).ends or (0.0, 0.0)
     failures = [] if low > 0 else ["the interval of the gain does not exclude zero"]
     failures += ["C rises while A falls"] if pooled["C"][1] > pooled["C"][0] and pooled["A"][1] < pooled["A"][0] else []
     return exit_status(failures)

@@ -7,12 +7,17 @@ import json
 import pytest
 
 from benchmarks import mtr
+from pact_fast.train.evaluate import Rate
 
 
 def test_the_interval_is_that_of_newcombe():
     """The example of Newcombe (1998), 56 of 70 against 48 of 80, method 10."""
-    gain, low, high = mtr.difference({"mean": 48 / 80, "n": 80}, {"mean": 56 / 70, "n": 70})
-    assert (gain, low, high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    change = mtr.gain({"base_success": rate(48, 80), "success": rate(56, 70)})
+    assert (change.mean, *change.ends) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+
+
+def rate(successes: int, n: int) -> dict:
+    return Rate.of([1.0] * successes + [0.0] * (n - successes)).to_json()
 
 
 @pytest.mark.parametrize(
@@ -25,7 +30,7 @@ def test_a_gain_must_be_certain_and_consistency_must_not_replace_answers(tmp_pat
         run = tmp_path / f"seed_{seed}"
         run.mkdir()
         rates = {"base_success": 0.7, "success": after, "base_greedy": 0.8, "greedy": 0.9}
-        summary = {name: {"mean": rate, "n": 200} for name, rate in rates.items()} | {"wall_seconds": 1.0}
+        summary = {name: rate(round(200 * mean), 200) for name, mean in rates.items()} | {"wall_seconds": 1.0}
         (run / "summary.json").write_text(json.dumps(summary))
         answers = (0.7, after)
         records = [{"step": 0}] + [

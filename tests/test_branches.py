@@ -22,6 +22,7 @@ from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.embedded.engine import TransformersEngine
 from pact_fast.train.importance import set_importance_weights
 from pact_fast.train.records import rollout_record
+from tests.support.asking_user import AskingUser
 from tests.support.groups import lookup_chain_renderer, make_groups, step_context_of
 from tests.support.loss_formulas import VOCAB, Hiddens, assert_computes, head_weight
 from tests.support.trl_templates import tokenizer_for
@@ -233,32 +234,10 @@ def test_rollouts_with_branches_after_an_undivided_context_are_an_error():
         add_branches(tree, tree.add(np.arange(9)), dialogue.trajectory(0.0))
 
 
-class Asking:
-    """A user who asks three more times."""
-
-    blocking = False
-    tools = (
-        {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}},
-    )
-
-    def reset(self, task):
-        self.asked = 0
-
-    def call(self, name, arguments):
-        return "7"
-
-    def respond(self, text):
-        self.asked += 1
-        return "And Rome?" if self.asked < 4 else None
-
-    def reward(self, task, trajectory):
-        return {"success": 1.0}
-
-
 def sampled_dialogues(renderer, keys, slots):
     """Dialogues of a tiny model with random weights, of which a quarter of all tokens end a turn."""
     engine = TransformersEngine(tiny_model(), range(0, VOCAB_OF_TRL, 4), slots=slots)
-    loop = AgentLoop(engine, renderer, lambda task: Asking(), RolloutConfig(max_turn_tokens=40, max_turns=9))
+    loop = AgentLoop(engine, renderer, lambda task: AskingUser(), RolloutConfig(max_turn_tokens=40, max_turns=9))
     task = Task("t", [{"role": "user", "content": "How warm is Oslo?"}])
     return loop.run([Job(task, (7, key)) for key in keys])
 

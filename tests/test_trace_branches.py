@@ -26,6 +26,7 @@ from pact_fast.rewards.advantages import token_advantages
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.train.pretrain import _batch
 from pact_fast.train.records import rollout_record
+from tests.support.asking_user import AskingUser
 from tests.support.groups import step_context_of
 from tests.support.loss_formulas import WIDTH, Hiddens, assert_computes
 from tests.support.scripted_engine import Script
@@ -158,24 +159,9 @@ def test_without_a_user_or_where_reasoning_is_kept_nothing_branches():
 # -- losses ----------------------------------------------------------------------------------------------------------
 
 
-class Desk:
-    """A user who asks once more."""
-
-    blocking = False
+class Desk(AskingUser):
     tools = (WEATHER,)
-
-    def reset(self, task):
-        self.asked = 0
-
-    def call(self, name, arguments):
-        return "7"
-
-    def respond(self, text):
-        self.asked += 1
-        return "And Rome?" if self.asked < 2 else None
-
-    def reward(self, task, trajectory):
-        return {"success": 1.0}
+    questions = 1
 
 
 def group_of(renderer: ChatRenderer, expert: ExpertTrace = DIALOGUE) -> Group:

@@ -78,19 +78,26 @@ def test_the_example_of_the_user_is_what_it_sees_and_says_in_a_rollout(renderer,
     assert len(issues) == 6
 
 
+class Watching(Script):
+    """Notes who asks, and at which temperature."""
+
+    name, applies_filters, shutdown = "a script", True, None
+
+    def __init__(self, renderer, turns, asked):
+        super().__init__(renderer, turns)
+        self.asked = asked
+
+    def submit(self, request):
+        self.asked.append((request.user, request.temperature))
+        super().submit(request)
+
+
 def test_a_user_with_a_model_of_its_own_speaks_greedily_from_its_own_engine(renderer, tasks):
     task = tasks.train(0, 1)[0]
     asked = []
 
-    class Watching(Script):
-        name, applies_filters, shutdown = "a script", True, None
-
-        def submit(self, request):
-            asked.append((request.user, request.temperature))
-            super().submit(request)
-
     turns = {0: turns_of(renderer, task.expert), 1: turns_of(renderer, example(task).expert)}
-    engine = WithFrozenModel(Watching(renderer, {0: turns[0]}), Watching(renderer, {1: turns[1]}))
+    engine = WithFrozenModel(Watching(renderer, {0: turns[0]}, asked), Watching(renderer, {1: turns[1]}, asked))
     limits = RolloutConfig(user="model", **LIMITS)
     (trajectory,) = AgentLoop(engine, renderer, made, limits).run([Job(task, (0,), temperature=0.7)])
     assert trajectory.env_rewards["success"] == 1.0
@@ -102,15 +109,8 @@ def test_a_frozen_agent_speaks_greedily_to_a_user_that_is_trained(renderer, task
     task = tasks.train(0, 1)[0]
     asked = []
 
-    class Watching(Script):
-        name, applies_filters, shutdown = "a script", True, None
-
-        def submit(self, request):
-            asked.append((request.user, request.temperature))
-            super().submit(request)
-
     turns = {0: turns_of(renderer, task.expert), 1: turns_of(renderer, example(task).expert)}
-    policy, frozen = Watching(renderer, {1: turns[1]}), Watching(renderer, {0: turns[0]})
+    policy, frozen = Watching(renderer, {1: turns[1]}, asked), Watching(renderer, {0: turns[0]}, asked)
     limits = RolloutConfig(user="policy", train_as="user", agent_model="x", **LIMITS)
     loop = AgentLoop(WithFrozenModel(policy, frozen, plays_user=False), renderer, made, limits)
     (trajectory,) = loop.run([Job(task, (0,), temperature=0.7)])

@@ -16,31 +16,11 @@ from pact_fast.data.types import Task
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.rollout.engine import Request
 from pact_fast.rollout.registry import make_engine
+from tests.support.asking_user import AskingUser
 from tests.support.trl_templates import tokenizer_for
 from tests.support.vllm_engines import SETTINGS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-WEATHER = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}
-
-
-class Asking:
-    """A user who asks three more times."""
-
-    blocking = False
-    tools = (WEATHER,)
-
-    def reset(self, task):
-        self.asked = 0
-
-    def call(self, name, arguments):
-        return "7"
-
-    def respond(self, text):
-        self.asked += 1
-        return "And Rome?" if self.asked < 4 else None
-
-    def reward(self, task, trajectory):
-        return {"success": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +67,7 @@ def finished(engine):
 
 
 def test_every_branch_is_sampled_in_its_own_context(engine, renderer, model):
-    loop = AgentLoop(engine, renderer, lambda task: Asking(), RolloutConfig(max_turn_tokens=40, max_turns=9))
+    loop = AgentLoop(engine, renderer, lambda task: AskingUser(), RolloutConfig(max_turn_tokens=40, max_turns=9))
     task = Task("t", [{"role": "user", "content": "How warm is Oslo?"}])
     for trajectory in loop.run([Job(task, (7, key)) for key in range(4)]):
         assert len(trajectory.branches) == 3 and trajectory.rewound > 0
