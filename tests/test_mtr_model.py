@@ -17,11 +17,11 @@ from pact_fast.envs.simulated.schemas import schema_error
 from pact_fast.envs.simulated.world import MODEL
 from pact_fast.errors import PactError
 from pact_fast.llm import LLMClient, ServerFailed
-from pact_fast.synthesis.mtr.model_tool_maker import INTERFACES, NO_INTERFACE, ModelToolMaker
+from pact_fast.synthesis.mtr.model_tool_maker import INTERFACES, ModelToolMaker
 from pact_fast.synthesis.mtr.plan import make_plan
 from pact_fast.synthesis.mtr.qa import QARow, SubQuestion
 from pact_fast.synthesis.mtr.readers import read_rows
-from pact_fast.synthesis.mtr.tool_maker import REASONS, check_tool, secrets
+from pact_fast.synthesis.mtr.tool_maker import NO_INTERFACE, REASONS, check_tool, secrets
 from tests.support import simulated
 from tests.support.llm_server import in_turn, llm_server, refused, said
 from tests.support.optional import needs

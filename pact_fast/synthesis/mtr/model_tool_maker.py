@@ -18,7 +18,16 @@ from pact_fast.llm.answers import read_json
 from pact_fast.llm.request import Request
 from pact_fast.synthesis.mtr.plan import LookupPlan
 from pact_fast.synthesis.mtr.qa import QARow
-from pact_fast.synthesis.mtr.tool_maker import REASONS, Rejected, Toolset, accept, merged, secrets, utilities
+from pact_fast.synthesis.mtr.tool_maker import (
+    NO_INTERFACE,
+    REASONS,
+    Rejected,
+    Toolset,
+    accept,
+    merged,
+    secrets,
+    utilities,
+)
 
 PROMPT = "tool_maker.v1.txt"
 CLASSES = {
@@ -66,7 +75,6 @@ CLASS = {
     "required": ["class"],
     "additionalProperties": False,
 }
-NO_INTERFACE = "no_interface"  # beside tool_maker.REASONS: the model wrote none that fits its schema, repairs included
 
 
 class ModelToolMaker:

@@ -28,7 +28,9 @@ from pact_fast.synthesis.mtr.qa import QARow
 
 MAX_PARAMETERS = 5
 SCALARS = frozenset(("string", "integer", "number", "boolean"))
+NO_INTERFACE = "no_interface"
 REASONS = {
+    NO_INTERFACE: "a language model wrote no interface that can be read, repairs included",
     "bad_name": "the name is not ^[a-zA-Z0-9_-]{1,64}$, or a Python keyword",
     "duplicate_name": "another tool of the task has the name, with other parameters",
     "no_description": "the description is empty",
