@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pact_fast.envs.python_tools.pool import WORKER_FAILED, SandboxPool
+from pact_fast.envs.python_tools.pool import WORKER_FAILED, SandboxPool, _Job
 from pact_fast.errors import PactError
 from tests.support.sandbox_tools import MARKS, NAMED, echo, named, nothing_is_left, tool, wait_for
 
@@ -86,3 +86,27 @@ def test_close_ends_calls_under_way_at_once_from_any_thread_and_twice():
         assert time.monotonic() - started < 3.0
     with pytest.raises(PactError, match="the tool pool is closed"):
         echo(pool, "x")
+
+
+def test_what_a_signal_handler_raises_reaches_the_caller_wherever_it_waits():
+    """Also between two lines of the code that waits: 1.5 % of these are another exception where that is a Future."""
+    armed = False
+
+    def interrupt(*_):
+        nonlocal armed
+        if armed:
+            armed = False
+            raise Interrupted
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for number in range(2000):
+            job = _Job({}, 1.0)
+            with pytest.raises(Interrupted):
+                armed = True
+                # again, as the first one may come just before the system call that waits
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + number % 40), 0.02)
+                job.result()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

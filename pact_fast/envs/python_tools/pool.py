@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import queue
@@ -9,7 +10,6 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any
 
 from pact_fast.envs.python_tools.client import Worker
@@ -102,7 +102,7 @@ class SandboxPool:
         job = _Job(request, self.timeout if timeout is None else timeout)
         try:
             self._state.submit(job)
-            return job.future.result()
+            return job.result()
         except BaseException:  # whatever interrupts the caller: KeyboardInterrupt, a signal handler's exception
             job.abandon()
             raise
@@ -127,17 +127,38 @@ class SandboxPool:
 
 
 class _Job:
-    """A call on its way: handed to one thread, which sets its future."""
+    """A call on its way: handed to one thread, which finishes it.
+
+    Its caller waits on a bare lock. The condition of a Future is Python code, and what a signal handler raises in the
+    middle of that reaches the caller as another exception: RuntimeError, "cannot release un-acquired lock".
+    """
 
     def __init__(self, request: dict[str, Any], timeout: float):
         self.request, self.timeout = request, timeout
-        self.future: Future[str] = Future()
         self._lock = threading.RLock()
         self._worker: Worker | None = None
+        self._abandoned = False
+        self._result: str | BaseException | None = None
+        self._finished = threading.Lock()
+        self._finished.acquire()
+
+    def result(self) -> str:
+        """Wait for the observation. Raises what `finish` was given, or whatever interrupts the caller."""
+        self._finished.acquire()
+        if isinstance(self._result, BaseException):
+            raise self._result
+        assert self._result is not None
+        return self._result
+
+    def finish(self, result: str | BaseException) -> None:
+        self._result = result
+        self._finished.release()
 
     def run(self, worker: Worker) -> str:
         """The observation. OSError if the worker fails, or the caller gives up."""
         with self._lock:
+            if self._abandoned:
+                return ""
             self._worker = worker
         try:
             return worker.call(self.request, self.timeout, GRACE_SECONDS)
@@ -146,9 +167,9 @@ class _Job:
                 self._worker = None
 
     def abandon(self) -> None:
-        """Nobody waits for the answer: do not start, or end by disconnecting the worker."""
-        self.future.cancel()
+        """Nobody waits for the answer: run nothing, or end by disconnecting the worker."""
         with self._lock:
+            self._abandoned = True
             if self._worker:
                 self._worker.disconnect()
 
@@ -166,8 +187,8 @@ class _State:
         self._lock = threading.RLock()  # a signal handler may close the pool
         self._closed = False
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)  # threads that wait for a job
-        self._threads: list[threading.Thread] = []
+        self._idle = 0  # threads that wait for a job
+        self._threads = 0
         self._running: set[Worker] = set()
         self._first: Worker | None = None
 
@@ -183,12 +204,15 @@ class _State:
             if self._closed:
                 raise PactError(CLOSED)
             # idle threads first: their workers are warm
-            if not self._idle.acquire(blocking=False):
-                self._threads = [thread for thread in self._threads if thread.is_alive()]
-                if len(self._threads) < self._limit:
-                    thread = threading.Thread(target=self._serve, name="pact-fast tools", daemon=True)
-                    self._threads.append(thread)
-                    thread.start()
+            if self._idle:
+                self._idle -= 1
+            elif self._threads < self._limit:
+                self._threads += 1
+                try:
+                    _thread.start_new_thread(self._serve, ())  # Thread.start waits in Python code: see _Job
+                except RuntimeError:  # the system has no more
+                    self._threads -= 1
+                    raise
             self._jobs.put(job)
 
     def running(self) -> list[Worker]:
@@ -204,7 +228,7 @@ class _State:
         for worker in stopping:
             worker.disconnect()
         self._drop_waiting_jobs()
-        for _ in self._threads:
+        for _ in range(self._threads):
             self._jobs.put(None)
         deadline = time.monotonic() + KILL_SECONDS
         for worker in stopping:
@@ -215,9 +239,6 @@ class _State:
         with self._lock:
             worker, self._first = self._first, None
         while (job := self._jobs.get()) is not None:
-            if not job.future.set_running_or_notify_cancel():
-                self._idle.release()
-                continue
             answer: str | BaseException
             try:
                 worker = worker or self._start()
@@ -229,12 +250,13 @@ class _State:
             if worker and (answer is WORKER_FAILED or not isinstance(answer, str) or worker.disconnected):
                 self._retire(worker, KILL_SECONDS)
                 worker = None
-            self._idle.release()  # before the answer: its caller may have the next call
-            if isinstance(answer, str):
-                job.future.set_result(answer)
-            else:
-                job.future.set_exception(answer)
+            self._wait_again()  # before the answer: its caller may have the next call
+            job.finish(answer)
             del job, answer
+
+    def _wait_again(self) -> None:
+        with self._lock:
+            self._idle += 1
 
     def _drop_waiting_jobs(self) -> None:
         while True:
@@ -242,8 +264,8 @@ class _State:
                 job = self._jobs.get_nowait()
             except queue.Empty:
                 return
-            if job and job.future.set_running_or_notify_cancel():
-                job.future.set_result(WORKER_FAILED)
+            if job:
+                job.finish(WORKER_FAILED)
 
     def _start(self) -> Worker:
         with self._lock:
