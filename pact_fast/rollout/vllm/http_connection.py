@@ -68,6 +68,8 @@ class Connection(asyncio.BufferedProtocol):
         self._engine, self._buffer, self._free = engine, buffer, free
         self.exchange: Exchange | None = None
         self.idle_since, self.lost = 0.0, False
+        self._answer: Answer | None = None
+        self._refusal: EngineError | None = None
         self._reset()
 
     def send(self, exchange: Exchange, data: bytes) -> None:
@@ -169,8 +171,7 @@ class Connection(asyncio.BufferedProtocol):
         self._body: list[bytes] = []
         self._status = self._head_bytes = self._body_bytes = 0
         self._in_body = self._ends_with_connection = self._reusable = False
-        self._answer: Answer | None = None
-        self._refusal: EngineError | None = None
+        self._answer = self._refusal = None
 
     def _make_answer(self) -> Answer:
         assert self.exchange
