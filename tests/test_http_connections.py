@@ -140,7 +140,8 @@ NOT_REUSED = {
 
 
 @pytest.mark.parametrize("name", NOT_REUSED)
-def test_an_answer_never_reaches_another_request(served, name):
+def test_an_answer_never_reaches_another_request(served, name, monkeypatch):
+    monkeypatch.setattr(http_pool, "KEEP_ALIVE", 60.0)  # so that nothing else closes it
     server, client = served(NOT_REUSED[name])
     for _ in range(3):
         assert ask(client).content == b"{}"
