@@ -14,7 +14,12 @@ assign     packs are assigned to 64 ranks; size: parts
 rollouts   rollouts of one step are looked up in rollouts/, with 32 rollouts of 4,096 tokens a step; size: steps
 save       a checkpoint of fp32 weights with AdamW's states; size: MB of weights. Training waits for "blocked", and for
            what is left of "copies" when it comes to the next optimizer step
-turns      turns of a vLLM server, all open at once, in the client; size: turns
+zero       the same under DeepSpeed ZeRO in two processes (gloo), stages 2 and 3: what training waits for; size: MB of weights.
+           Seconds per GB of weights: of the training thread, of the process (gathering has threads of its own), of wall time
+turns      turns of a vLLM server, contexts of 512 tokens and 32 sampled, all open at once, in the client; size: turns. The
+           median, the least and the most of three clients
+tools      calls of a Python tool that waits for a second, all at once; size: calls. The trainer's processor time, and seconds
+           of wall time with workers that must start (cold) and with those that have
 read       a JSONL file whose rows are held is read, and the 256 tasks of the first step are drawn; size: rows of about 1 kB
 index      a JSONL file whose rows are not held is opened and the tasks of three steps are drawn, in a process of its own;
            size: rows of 4 kB. MB: peak memory beyond imports; "again": a process that finds the index

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import resource
-import subprocess
-import sys
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -169,36 +168,30 @@ def save(megabytes: int) -> Measured:
     )
 
 
+def zero(megabytes: int) -> Measured:
+    """A save under DeepSpeed ZeRO, whose tensors the training thread gathers from two processes."""
+    from benchmarks.scale_zero import measure_saves
+
+    return Measured(megabytes, *measure_saves(megabytes))
+
+
 def turns(count: int) -> Measured:
-    """Turns with contexts of 512 tokens and 32 sampled ones, all open at once, against a server that answers at once."""
-    from pact_fast.rollout.engine import Request
-    from pact_fast.rollout.vllm.client import VllmServerTransport
-    from pact_fast.rollout.vllm.engine import VllmEngine
+    """Turns of a vLLM server, median of three clients, each with connections of its own."""
+    from benchmarks.scale_turns import ROUNDS, serve_instantly, time_turns
 
-    command = [sys.executable, "-m", "benchmarks.instant_server"]
-    context: np.ndarray = np.arange(512) % 97 + 2
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server,
-    ):
-        assert server.stdin and server.stdout
-        url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
-        transport = VllmServerTransport("the server", url, Path(folder), Path(folder), timeout=600)
-        engine = VllmEngine(transport, [1], deadline=600, vocab_size=100)
-        engine.version = 0
+    with serve_instantly() as url:
+        rounds = [time_turns(url, count) for _ in range(ROUNDS)]
+    seconds = statistics.median(taken for taken, _ in rounds)
+    least, most = (1000 * found(rounds)[0] / count for found in (min, max))
+    more = {"ms/turn": 1000 * seconds / count, "least": least, "most": most, "restarts": sum(n for _, n in rounds)}
+    return Measured(count, seconds, more)
 
-        def sample(sessions: range) -> None:
-            for session in sessions:
-                engine.submit(Request(session, context, 32))
-            done = 0
-            while done < len(sessions):
-                done += len(engine.step(1.0))
 
-        sample(range(16))  # warm: imports
-        seconds = timed(lambda: sample(range(16, 16 + count)))
-        transport.close()
-        server.stdin.close()
-    return Measured(count, seconds, {"ms/turn": 1000 * seconds / count, "restarts": engine.restarts})
+def tools(calls: int) -> Measured:
+    """Tool calls that wait for a second, all at once, on as many workers as there may be."""
+    from benchmarks.scale_turns import time_tools
+
+    return Measured(calls, *time_tools(calls))
 
 
 PARTS: dict[str, Part] = {
@@ -209,5 +202,7 @@ PARTS: dict[str, Part] = {
     "start": Part((10_000, 100_000, 1_000_000), start),
     "rollouts": Part((50, 500, 5_000), rollouts),
     "turns": Part((64, 1_024, 8_192), turns),
+    "tools": Part((64, 256), tools),
+    "zero": Part((64,), zero),
     "save": Part((32, 128, 256), save),
 }

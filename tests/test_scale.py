@@ -39,3 +39,9 @@ def test_a_rank_has_no_more_to_do_when_prompts_and_ranks_grow_together():
 def test_parts_have_a_table(capsys):
     assert scale.main(["--parts", "assign", "--largest", "1024"]) == 0
     assert "| assign | 1,024 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_turn_costs_no_more_when_many_are_open():
+    """It used to take 4 times as long at 8,192 as at 64: the pool looked at all connections for every request."""
+    assert exponent(scale_parts.turns, 64, 1_024, times=1) < 1.4

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pact_fast.envs.python_tools.client import Worker
+from pact_fast.envs.python_tools.fork_server import ForkServer
 from pact_fast.envs.python_tools.protections import PROTECTIONS
 from pact_fast.errors import PactError
 from pact_fast.registry import did_you_mean
@@ -182,7 +183,7 @@ class _State:
     """
 
     def __init__(self, workers: int, options: tuple[int, int, str], require: frozenset[str]):
-        self._limit, self._options, self._require = workers, options, require
+        self._limit, self._forks, self._require = workers, ForkServer(*options), require
         self._owner = os.getpid()
         self._lock = threading.RLock()  # a signal handler may close the pool
         self._closed = False
@@ -191,10 +192,12 @@ class _State:
         self._threads = 0
         self._running: set[Worker] = set()
         self._first: Worker | None = None
+        self._promised: frozenset[str] = frozenset()  # protections of the first worker, which every other one has too
 
     def start_first(self) -> frozenset[str]:
         """Start a worker, so that errors come early. Returns its protections."""
-        self._first = self._start()
+        self._first = self._start(probe=True)  # those to come are forked from the same process
+        self._promised = self._first.protections
         return self._first.protections
 
     def submit(self, job: _Job) -> None:
@@ -233,6 +236,7 @@ class _State:
         deadline = time.monotonic() + KILL_SECONDS
         for worker in stopping:
             self._retire(worker, max(0.0, deadline - time.monotonic()))
+        self._forks.close()  # last: it is the parent of the workers
 
     def _serve(self) -> None:
         """Run jobs until the pool is closed. A thread of the pool."""
@@ -250,6 +254,7 @@ class _State:
             if worker and (answer is WORKER_FAILED or not isinstance(answer, str) or worker.disconnected):
                 self._retire(worker, KILL_SECONDS)
                 worker = None
+                self._forks.discard()  # what has ended or stopped a worker may have done the same to the server
             self._wait_again()  # before the answer: its caller may have the next call
             job.finish(answer)
             del job, answer
@@ -267,22 +272,27 @@ class _State:
             if job:
                 job.finish(WORKER_FAILED)
 
-    def _start(self) -> Worker:
+    def _start(self, *, probe: bool = False) -> Worker:
         with self._lock:
             if self._closed:
                 raise PactError(CLOSED)
-            worker = Worker(*self._options)
+        worker = Worker(self._forks)  # without the lock: workers start side by side
+        with self._lock:
             self._running.add(worker)
+            if self._closed:
+                worker.disconnect()
         try:
-            worker.wait_until_ready()
+            worker.wait_until_ready(probe=probe)
         except BaseException:
             self._retire(worker, 0.0)
             raise
-        if missing := self._require - worker.protections:
+        if missing := (self._require | self._promised) - worker.protections:
             self._retire(worker, KILL_SECONDS)
             names = ", ".join(name for name in PROTECTIONS if name in missing)
             raise PactError(
-                f"env.args.require: this machine does not give tools the protection {names}; docs/environments.md says "
+                f"a tool worker lacks the protection {names}, which the first one has"
+                if missing <= self._promised
+                else f"env.args.require: this machine does not give tools the protection {names}; docs/environments.md says "
                 "what each needs"
             )
         return worker

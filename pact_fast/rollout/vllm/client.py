@@ -7,10 +7,11 @@ through files that the server reads (weight_files, `collective_rpc("reload_weigh
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import queue
 import time
-from concurrent.futures import Future
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,32 @@ import torch
 
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
 from pact_fast.model.weights import WeightShard, WeightSnapshot
+from pact_fast.rollout.vllm import http_client
 from pact_fast.rollout.vllm.answers import read_completion, read_reports, read_results, read_served_model
 from pact_fast.rollout.vllm.colocated import WORKER_EXTENSION, filter_params, merge_reports
-from pact_fast.rollout.vllm.http_client import HttpClient, checked_json
+from pact_fast.rollout.vllm.http_connection import Answer, Exchange
 from pact_fast.rollout.vllm.transport import TurnOutput, TurnRequest, VllmTransport
 from pact_fast.rollout.vllm.weight_files import WeightFiles
 from pact_fast.rollout.vllm.weight_transfer import FILES, NCCL, NcclTransfer
 
 log = logging.getLogger(__name__)
 READY_POLL = 0.2  # seconds between tries while a server starts
+
+
+class _Turn(Exchange):
+    """A turn on its way to a server and back."""
+
+    __slots__ = ("_request", "_transport")
+
+    def __init__(self, transport: VllmServerTransport, request: TurnRequest):
+        super().__init__("POST", "/v1/completions", http_client.MAX_TURN_BYTES, turn=True)
+        self._transport, self._request = transport, request
+
+    def body(self) -> bytes:
+        return self._transport.encode_turn(self._request)
+
+    def finish(self, outcome: Answer | EngineError) -> None:
+        self._transport.finish_turn(self._request, outcome)
 
 
 class VllmServerTransport(VllmTransport):
@@ -57,9 +75,11 @@ class VllmServerTransport(VllmTransport):
     ):
         self.name, self._timeout = name, timeout
         self.weight_files = WeightFiles(weights_folder, model_folder)
-        self._results: queue.SimpleQueue[TurnOutput | EngineError] = queue.SimpleQueue()
-        self._http = HttpClient(name, base_url, uds)
-        self._turns: dict[str, Future] = {}  # under way, by key
+        self._results: queue.SimpleQueue[list[tuple[str, TurnOutput | EngineError]]] = queue.SimpleQueue()  # by key
+        self._batch: list[tuple[str, TurnOutput | EngineError]] = []  # for the results; of the connections' thread
+        self._errors: deque[EngineError] = deque()  # taken from the results
+        self._http = http_client.HttpClient(name, base_url, uds)
+        self._turns: dict[str, _Turn] = {}  # under way, by key
         self._transfer = None if transfer == FILES else NcclTransfer(name, self.call, timeout)
         self._weights: tuple[Path | WeightSnapshot, int] | None = None  # last loaded weights (or their folder), version
         self._adapter: tuple[Path, int] | None = None  # last loaded adapter's folder, version
@@ -68,53 +88,67 @@ class VllmServerTransport(VllmTransport):
     # -- turns ---------------------------------------------------------------------------------------------------------
 
     def submit(self, turn: TurnRequest) -> None:
-        self._turns[turn.key] = self._http.start(self._complete(turn))
+        exchange = self._turns[turn.key] = _Turn(self, turn)
+        self._http.start(exchange)
 
     def poll(self, timeout: float) -> list[TurnOutput]:
         found: list[TurnOutput] = []
-        wait = max(timeout, 0.0)
+        wait = 0.0 if self._errors else max(timeout, 0.0)
         with contextlib.suppress(queue.Empty):
             while True:
-                item = self._results.get(timeout=wait) if wait else self._results.get_nowait()
-                wait = 0.0
-                if isinstance(item, TurnOutput):
-                    self._turns.pop(item.key, None)
-                    found.append(item)
-                elif found:  # finished turns first; the error is raised by the next call
-                    self._results.put(item)
-                    return found
-                else:
-                    raise item
+                for key, outcome in self._results.get(timeout=wait) if wait else self._results.get_nowait():
+                    if self._turns.pop(key, None) is None:
+                        continue  # aborted
+                    if isinstance(outcome, TurnOutput):
+                        found.append(outcome)
+                    else:
+                        self._errors.append(outcome)
+                    wait = 0.0
+        if self._errors and not found:  # finished turns first; the error is raised by the next call
+            raise self._errors.popleft()
         return found
 
     def abort(self, keys: list[str]) -> None:
         for key in keys:
-            task = self._turns.pop(key, None)
-            if task:
-                task.cancel()  # closes the connection, upon which vLLM drops the request
+            exchange = self._turns.pop(key, None)
+            if exchange:
+                self._http.cancel(exchange)
 
-    async def _complete(self, turn: TurnRequest) -> None:
-        """Send a turn, and put its output, or an EngineError, into the queue of results."""
+    def encode_turn(self, turn: TurnRequest) -> bytes:
+        """The JSON of a turn's request."""
         body = {
             "model": self.adapter_name or self._served_model,
             "prompt": turn.ids, "max_tokens": turn.max_tokens, "temperature": turn.temperature,
             **filter_params(turn), "seed": turn.seed, "logprobs": 0, "stop_token_ids": turn.stop, "ignore_eos": True,
             "return_token_ids": True, "skip_special_tokens": False,
         }  # fmt: skip
+        return json.dumps(body, separators=(",", ":")).encode()
+
+    def finish_turn(self, turn: TurnRequest, answer: Answer | EngineError) -> None:
+        """Put the turn's output, or an EngineError, into the results. Called in the thread of the connections."""
+        outcome: TurnOutput | EngineError
         try:
-            answer = checked_json(await self._http.post("/v1/completions", body), self.name)
-            self._results.put(read_completion(self.name, answer, turn))
+            if isinstance(answer, EngineError):
+                outcome = answer
+            else:
+                outcome = read_completion(self.name, http_client.checked_json(answer, self.name), turn)
         except EngineError as error:
-            self._results.put(error)
-        except Exception as error:  # whatever it is, nobody waits for this coroutine
-            self._results.put(EngineError(self.name, f"the request of a turn failed: {type(error).__name__}: {error}"))
+            outcome = error
+        except Exception as error:  # whatever it is, nobody waits for this call
+            outcome = EngineError(self.name, f"the request of a turn failed: {type(error).__name__}: {error}")
+        self._batch.append((turn.key, outcome))
+        if len(self._batch) == 1:
+            self._http.call_soon(self._hand_over)
+
+    def _hand_over(self) -> None:
+        """Wake the sampling thread once for all turns that have ended together."""
+        batch, self._batch = self._batch, []
+        self._results.put(batch)
 
     def _drop_turns(self) -> None:
         """Abort all turns under way, and discard results that nobody has polled."""
-        self.abort(list(self._turns))
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._results.get_nowait()
+        self.abort(list(self._turns))  # their results will be unknown to `poll`
+        self._errors.clear()
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -212,7 +246,7 @@ class VllmServerTransport(VllmTransport):
             EngineDied: The connection broke, or status 5xx.
             EngineError: Status 4xx, or an answer that cannot be read.
         """
-        return checked_json(self._http.request(method, path, timeout=self._timeout, **kwargs), self.name)
+        return http_client.checked_json(self._http.request(method, path, timeout=self._timeout, **kwargs), self.name)
 
     def close(self) -> None:
         self._drop_turns()
@@ -227,7 +261,7 @@ class VllmServerTransport(VllmTransport):
         while True:
             self._check_alive()
             try:
-                models = checked_json(self._http.request("GET", "/v1/models", timeout=5.0), self.name)
+                models = http_client.checked_json(self._http.request("GET", "/v1/models", timeout=5.0), self.name)
                 self._served_model = read_served_model(self.name, models)
                 return
             except (EngineTimeout, EngineDied):

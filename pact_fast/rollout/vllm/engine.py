@@ -78,6 +78,7 @@ class VllmEngine(Engine):
         self._vocab_size = vocab_size or 1 << 62
         self._verifier = WeightVerifier(transport, verify_weights)
         self._sessions: dict[int, _Session] = {}
+        self._unfinished: set[int] = set()  # sessions with a turn under way: thousands of others may be open
         self._closed = False
         self._turn_count = 0  # makes the key of every turn unique
         # A plain lock is not fair: the sampling thread would take it again and again, and an update would wait for
@@ -116,6 +117,7 @@ class VllmEngine(Engine):
             self.version,
             request.filters,
         )
+        self._unfinished.add(request.session)
         self._call_or_recover(lambda: self.transport.submit(turn))
 
     def step(self, timeout: float | None = None) -> list[Completion]:
@@ -134,7 +136,7 @@ class VllmEngine(Engine):
 
     def has_unfinished_turns(self) -> bool:
         """True if a turn was submitted and has not finished."""
-        return any(session.turn for session in self._sessions.values())
+        return bool(self._unfinished)
 
     def _poll(self, timeout: float) -> list[Completion]:
         """Turns that finished; an engine that died, or has finished no turn within the deadline, is restarted."""
@@ -161,6 +163,7 @@ class VllmEngine(Engine):
     def close(self, session: int) -> None:
         with self._exclusive():
             closed = self._sessions.pop(session, None)
+            self._unfinished.discard(session)
             self._completed = [done for done in self._completed if done.session != session]
             if closed and closed.turn and not self._closed:
                 key = closed.turn.key
@@ -187,6 +190,7 @@ class VllmEngine(Engine):
         if session is None or session.turn is None or session.turn.key != output.key:
             return None
         turn, session.turn = session.turn, None
+        self._unfinished.discard(number)
         self._check_ids(output.ids, turn.max_tokens)
         with np.errstate(over="ignore"):  # becomes an infinity, which is refused
             ids, logprobs = np.array(output.ids, np.int64), np.array(output.logprobs, np.float32)

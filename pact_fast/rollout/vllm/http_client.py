@@ -3,63 +3,62 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
 import threading
-from collections.abc import AsyncIterator, Coroutine
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
-
-import aiohttp
+from typing import Any
 
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout
 from pact_fast.rollout.vllm.descriptors import open_request_limit
+from pact_fast.rollout.vllm.http_connection import Answer, Exchange
+from pact_fast.rollout.vllm.http_pool import ConnectionPool
 
-CONNECT_TIMEOUT = 60.0  # seconds; thousands of connections that open at once take some of them
-KEEP_ALIVE = 2.0  # seconds that an idle connection is kept; vLLM closes it after 5, perhaps while we send
 MAX_TURN_BYTES = 32 << 20  # of the answer to a turn: over 200 bytes for each of 131,072 tokens
 MAX_ANSWER_BYTES = (
     256 << 20
 )  # of any other: reports of a large mixture of experts have some 100 bytes per tensor and worker
 
 
-class Answer(NamedTuple):
-    """The response to a request: path of the request, status, content type, and all of the body."""
-
-    path: str
-    status: int
-    kind: str
-    content: bytes
-
-
 class HttpClient:
-    """One aiohttp session in an event loop of its own thread; callers block, or start coroutines.
+    """Connections in an event loop of its own thread; callers block, or start exchanges.
 
     Its cost per turn does not grow with the number of open ones.
 
     Args:
         engine: Name of the server, for messages.
-        base_url: URL of the server; over a Unix socket only its scheme matters.
+        base_url: URL of the server; over a Unix socket only its path matters.
         uds: Path of a Unix socket; None: TCP.
 
     Turns beyond what the process may open wait for their turn here, so that a limit of this process is not taken for a dead
     server. VLLM_API_KEY in the environment is sent as bearer token. Answers are not compressed, and bounded in size: whatever
     sends more is an EngineError before the rest is read.
+
+    Raises:
+        PactError: The URL, or VLLM_API_KEY, cannot be sent.
     """
 
     def __init__(self, engine: str, base_url: str, uds: str | None):
-        self._engine, self._base_url = engine, base_url.rstrip("/")
+        self._engine = engine
+        self._pool = ConnectionPool(engine, base_url, uds, open_request_limit())
+        self._inbox: deque[tuple[Callable[[Exchange], None], Exchange]] = deque()
+        self._woken = False  # the loop will look into the inbox
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-http", daemon=True)
         self._thread.start()
-        self._open_turns = asyncio.Semaphore(open_request_limit())
-        self._session: aiohttp.ClientSession = self.start(_make_session(uds)).result()
 
-    def start(self, coroutine: Coroutine[Any, Any, Any]) -> Future:
-        """Run a coroutine in the background."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+    def start(self, exchange: Exchange) -> None:
+        """Send a request in the background."""
+        self._post(self._pool.send, exchange)
+
+    def cancel(self, exchange: Exchange) -> None:
+        """Nobody waits for the exchange any more. Its `finish` may be under way at this moment."""
+        self._post(self._pool.cancel, exchange)
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """For `Exchange.finish`: call back once all that has arrived is read."""
+        self._loop.call_soon(callback)
 
     def request(self, method: str, path: str, timeout: float, json: dict[str, Any] | None = None) -> Answer:
         """Send a request and wait at most `timeout` seconds for all of its response.
@@ -69,65 +68,57 @@ class HttpClient:
             EngineTimeout: There is none in time.
             EngineDied: The connection broke.
         """
-
-        async def send() -> Answer:
-            try:  # a timeout of the session would start anew with every byte
-                return await asyncio.wait_for(self._send(method, path, MAX_ANSWER_BYTES, json), timeout)
-            except TimeoutError:
-                problem = f"no answer to {path} within {timeout:g} s (rollout.engine_timeout)"
-                raise EngineTimeout(self._engine, problem) from None
-
-        return self.start(send()).result()
-
-    async def post(self, path: str, body: dict[str, Any]) -> Answer:
-        """Send the JSON of a turn; for coroutines. Errors: see `request`."""
-        async with self._open_turns:
-            return await self._send("POST", path, MAX_TURN_BYTES, body)
-
-    async def _send(self, method: str, path: str, limit: int, body: dict[str, Any] | None) -> Answer:
-        async with self._response(method, path, body) as response:
-            encoding = response.headers.get("content-encoding", "identity")
-            if encoding != "identity":  # a few bytes could become gigabytes
-                raise EngineError(self._engine, f"{path}: the answer is compressed ({ascii(encoding)[:40]}), unasked")
-            content = bytearray()
-            async for chunk in response.content.iter_any():
-                content += chunk
-                if len(content) > limit:
-                    response.close()
-                    raise EngineError(self._engine, f"{path}: the answer has more than {limit >> 20} MiB")
-            return Answer(path, response.status, response.headers.get("content-type", ""), bytes(content))
-
-    @asynccontextmanager
-    async def _response(
-        self, method: str, path: str, body: dict[str, Any] | None
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response without its body. EngineDied if the connection breaks, while the body is read, too."""
+        exchange = _Request(method, path, json)
+        self.start(exchange)
         try:
-            async with self._session.request(
-                method, self._base_url + path, json=body, allow_redirects=False
-            ) as response:
-                yield response
-        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: a response that is no HTTP
-            raise EngineDied(self._engine, f"{path}: {str(error) or type(error).__name__}") from None
+            return exchange.answer.result(timeout)
+        except TimeoutError:
+            problem = f"no answer to {path} within {timeout:g} s (rollout.engine_timeout)"
+            raise EngineTimeout(self._engine, problem) from None
+        finally:
+            if not exchange.answer.done():
+                self.cancel(exchange)
 
     def close(self) -> None:
         """Close all connections and end the thread."""
-        with contextlib.suppress(Exception):
-            self.start(self._session.close()).result(timeout=5)
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._pool.close)
+        self._loop.call_soon_threadsafe(self._loop.call_soon, self._loop.stop)  # after what closing has scheduled
         self._thread.join(timeout=5)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def _post(self, action: Callable[[Exchange], None], exchange: Exchange) -> None:
+        """Have the loop do something. It is woken once for all that comes before it looks: waking costs more than a look."""
+        self._inbox.append((action, exchange))
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._empty_inbox)
+
+    def _empty_inbox(self) -> None:
+        self._woken = False  # first: what is posted from now on wakes the loop again
+        while self._inbox:
+            action, exchange = self._inbox.popleft()
+            action(exchange)
 
 
-async def _make_session(uds: str | None) -> aiohttp.ClientSession:
-    kept: dict[str, Any] = {"limit": 0, "keepalive_timeout": KEEP_ALIVE}
-    key = os.environ.get("VLLM_API_KEY")
-    return aiohttp.ClientSession(
-        connector=aiohttp.UnixConnector(uds, **kept) if uds else aiohttp.TCPConnector(**kept),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),  # VllmEngine has a deadline for turns
-        auto_decompress=False,
-        headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {}),
-        cookie_jar=aiohttp.DummyCookieJar(),
-    )
+class _Request(Exchange):
+    """A request for which a thread waits."""
+
+    __slots__ = ("_body", "answer")
+
+    def __init__(self, method: str, path: str, body: dict[str, Any] | None):
+        super().__init__(method, path, MAX_ANSWER_BYTES, turn=False)
+        self._body = b"" if body is None else json.dumps(body).encode()
+        self.answer: Future[Answer] = Future()
+
+    def body(self) -> bytes:
+        return self._body
+
+    def finish(self, outcome: Answer | EngineError) -> None:
+        if isinstance(outcome, EngineError):
+            self.answer.set_exception(outcome)
+        else:
+            self.answer.set_result(outcome)
 
 
 def checked_json(answer: Answer, engine: str) -> Any:
@@ -138,10 +129,10 @@ def checked_json(answer: Answer, engine: str) -> Any:
         EngineError: Status 4xx or 3xx, or something that is not JSON though it says so.
     """
     path, status = answer.path, answer.status
-    text = answer.content[:300].decode("utf-8", "replace")
-    if status >= 500:
-        raise EngineDied(engine, f"status {status} from {path}: {text}")
     if not 200 <= status < 300:
+        text = answer.content[:300].decode("utf-8", "replace")
+        if status >= 500:
+            raise EngineDied(engine, f"status {status} from {path}: {text}")
         raise EngineError(engine, f"{path} refused ({status}): {text}")
     if "json" not in answer.kind:
         return None

@@ -3,6 +3,9 @@
     trainer ─ socket ─ supervisor ─ socket ─ zygote ─ fork ─ reaper ─ fork ─ init ─ fork ─ tool
                        (one of both per worker)              (new PID and IPC namespaces, if the system allows it)
 
+Supervisors are forked from the fork server, one per pool, which has started Python, imported the modules and tried out
+once what the system allows: a worker takes a few milliseconds then. Each worker applies all protections itself.
+
 The supervisor talks to the trainer, passes each request to the tool through a pipe, watches the time, and validates
 whatever the tool writes back. The zygote, its child, has imported the common modules and forks the other processes in
 advance; they wait for a request and serve one call. It never sees a request, a source or an observation, so nothing of
@@ -26,4 +29,5 @@ tool         the tool's process: gives up rights, runs the source
 zygote       forks the processes of a call
 bubblewrap   starts them with bwrap instead
 supervisor   serves the trainer
+fork_server  forks the supervisors
 """

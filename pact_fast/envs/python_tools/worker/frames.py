@@ -7,6 +7,10 @@ import struct
 from typing import Any
 
 LENGTH = struct.Struct("!I")
+START, PID = (
+    b"worker",
+    struct.Struct("!I"),
+)  # to the fork server, with two descriptors; from the forked worker, with one
 
 
 def frame(message: Any) -> bytes:

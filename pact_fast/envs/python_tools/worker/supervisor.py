@@ -20,7 +20,7 @@ from .leftovers import end_descendants, remove_files_of, remove_tree
 from .linux import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, libc_call
 from .settings import Settings, unused_uid
 from .tool import truncate
-from .zygote import CALL, CAUSE, END, start_zygote
+from .zygote import CALL, CAUSE, END, Trials, start_zygote
 
 GARBAGE = "error: the tool wrote garbage to its result channel"
 ZYGOTE_SECONDS = 1.0  # for the zygote to clean up after itself; less than the trainer grants both
@@ -37,13 +37,13 @@ class Supervisor:
     request: its `id`, and the observation `text`.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, trainer_process: int, trials: Trials):
         self.settings = settings
         self.group: str | None = None
         self.trainer = socket.socket(fileno=0)
-        self.trainer_process = os.pidfd_open(os.getppid())
+        self.trainer_process = trainer_process
         libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1)  # what the zygote leaves behind if it is killed
-        zygote, self.control = start_zygote(settings)
+        zygote, self.control = start_zygote(settings, trials)
         self.zygote = os.pidfd_open(zygote)
         libc_call("prctl", PR_SET_DUMPABLE, 0)  # a tool of the same user must not read this process's memory
 
@@ -166,14 +166,21 @@ class Supervisor:
         return bytes(data)
 
 
-def main(argv: list[str]) -> None:
-    """Arguments: address space in MiB, characters of an observation, the kind of sandbox."""
+def main(argv: list[str], trainer_process: int, trials: Trials) -> None:
+    """Serve the trainer on descriptor 0.
+
+    Args:
+        argv: Address space in MiB, characters of an observation, the kind of sandbox.
+        trainer_process: A descriptor of the trainer's process (pidfd).
+        trials: What the system allows.
+    """
     folder = tempfile.mkdtemp(prefix="pact-tool-")
     os.chmod(folder, 0o711)  # a tool of another user works in a folder inside
     uid = unused_uid(os.getpid()) if os.geteuid() == 0 else None
     supervisor = None
     try:
-        supervisor = Supervisor(Settings(int(argv[0]) << 20, int(argv[1]), argv[2], folder, uid))
+        settings = Settings(int(argv[0]) << 20, int(argv[1]), argv[2], folder, uid)
+        supervisor = Supervisor(settings, trainer_process, trials)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         supervisor.serve()
     finally:

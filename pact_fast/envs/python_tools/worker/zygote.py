@@ -47,6 +47,18 @@ class Call:
     work: str
 
 
+@dataclass(frozen=True)
+class Trials:
+    """What the system allows. Tried out once, for all workers of a fork server: each of them applies it.
+
+    isolated  `namespaces.enter` succeeds
+    code      the filter of system calls; None if the system takes none
+    """
+
+    isolated: bool
+    code: bytes | None
+
+
 class Launcher(Protocol):
     """Starts and ends the processes of calls.
 
@@ -69,16 +81,16 @@ class Launcher(Protocol):
 class Forks:
     """Forks the processes: reaper, init and tool in namespaces of their own, or the tool alone."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, trials: Trials):
         self.settings = settings
         self.process = os.pidfd_open(os.getpid())
         self.null = os.open(os.devnull, os.O_RDWR)
-        self.isolated = works(namespaces.enter)
+        self.isolated = trials.isolated
         if self.isolated:
-            namespaces.enter()
+            namespaces.enter()  # a worker that cannot does not start: it would protect less than the others
             namespaces.redirect_imports(os.path.dirname(os.__file__), namespaces.LIBRARY)
         libc_call("prctl", PR_SET_DUMPABLE, 0)  # a tool of the same user must not read this process's memory
-        self.code = usable_filter()
+        self.code = trials.code
         self.own_user = self.isolated or settings.uid is not None  # which has no processes but the call's
         self.group = None if self.own_user else make_group(os.path.basename(settings.folder), PROCESSES)
         self.protections = [
@@ -176,6 +188,11 @@ class Forks:
         return folder
 
 
+def try_out(sandbox: str) -> Trials:
+    """Find out, in children, what the system allows a worker that starts here."""
+    return Trials(sandbox == "namespaces" and works(namespaces.enter), usable_filter())
+
+
 def usable_filter() -> bytes | None:
     """The filter of system calls; None if the system takes none."""
     code = seccomp.program()
@@ -194,7 +211,7 @@ def forward_exit(child: int, highest: int = 255) -> NoReturn:
             os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else min(os.WEXITSTATUS(status), highest))
 
 
-def start_zygote(settings: Settings) -> tuple[int, socket.socket]:
+def start_zygote(settings: Settings, trials: Trials) -> tuple[int, socket.socket]:
     """Fork the zygote. Returns its pid, and the socket to it.
 
     Its first message there is the JSON of the launcher's protections and group. Then it sends the descriptors of a call
@@ -212,7 +229,7 @@ def start_zygote(settings: Settings) -> tuple[int, socket.socket]:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)  # the trainer's socket
         os.close(null)
-        launcher = _launcher(settings)
+        launcher = _launcher(settings, trials)
         _serve(theirs, launcher)
     except SystemExit as error:
         print(error, file=sys.stderr)
@@ -226,12 +243,12 @@ def start_zygote(settings: Settings) -> tuple[int, socket.socket]:
         os._exit(0)
 
 
-def _launcher(settings: Settings) -> Launcher:
+def _launcher(settings: Settings, trials: Trials) -> Launcher:
     if settings.sandbox == "bubblewrap":
         from .bubblewrap import Bubblewrap
 
-        return Bubblewrap(settings)
-    return Forks(settings)
+        return Bubblewrap(settings, trials)
+    return Forks(settings, trials)
 
 
 def _serve(supervisor: socket.socket, launcher: Launcher) -> None:
