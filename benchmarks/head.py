@@ -46,6 +46,7 @@ import torch
 from benchmarks.harness import (
     Case,
     add_case_options,
+    add_clock_option,
     add_device_option,
     failure,
     log,
@@ -352,10 +353,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
         help=f"default: all of {', '.join(METHODS)}",
     )  # fmt: skip
-    parser.add_argument(
-        "--processor-time", action="store_true",
-        help="times on the CPU are processor time of this process, which other programs disturb less",
-    )  # fmt: skip
+    add_clock_option(parser)
     add_case_options(parser, rounds=7)
     args = parser.parse_args(argv)
     on_cuda = args.device == "cuda"
@@ -376,7 +374,6 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in args.dtypes
         for fraction in args.fractions
     ]
-    clock = time.process_time if args.processor_time else time.perf_counter
     compiled_for: tuple[object, ...] | None = None
 
     def measure(case: HeadCase) -> dict[str, Any]:
@@ -384,9 +381,9 @@ def main(argv: list[str] | None = None) -> int:
         if compiled_for != (case.shape, case.dtype):
             torch._dynamo.reset()  # else many shapes exceed the recompile limit
             compiled_for = (case.shape, case.dtype)
-        return measure_case(case, torch.device(args.device), args.methods, args.rounds, not args.no_memory, clock)
+        return measure_case(case, torch.device(args.device), args.methods, args.rounds, not args.no_memory, args.clock)
 
-    report = new_report("head", args, device=args.device, rounds=args.rounds, clock=clock.__name__)
+    report = new_report("head", args, device=args.device, rounds=args.rounds, clock=args.clock.__name__)
     return run_cases(args, report, cases, measure, table)
 
 
