@@ -1,0 +1,37 @@
+"""The comparison with a host's own code on its first batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pact_fast.errors import PactError
+from pact_fast.integrations.self_check import check_head
+from pact_fast.kernels import Head
+
+HIDDEN = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def layer() -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(8, 19, bias=False)
+
+
+def check(layer: torch.nn.Linear, weight: torch.Tensor, tokens: int) -> list[int]:
+    """Rows of the calls of `layer`."""
+    rows: list[int] = []
+    layer.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    at = torch.arange(tokens)
+    check_head(layer, Head(weight), HIDDEN, at, at, 0.7, "host")
+    return rows
+
+
+def test_without_a_token_the_layer_runs_as_on_ranks_that_have_some(layer):
+    """Its hooks may gather a weight that is split over the ranks."""
+    assert check(layer, layer.weight, 0) == [0] and check(layer, layer.weight, 3)[-1] == 3
+
+
+def test_another_weight_than_that_of_the_layer_is_an_error(layer):
+    with pytest.raises(PactError, match="host: log-probs"):
+        check(layer, layer.weight * 1.5, 3)
