@@ -8,9 +8,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 pytest.importorskip("vllm", reason="vllm is not installed; see docs/rollouts.md")
 
+from pact_fast.cli.main import main
 from pact_fast.errors import PactError
 from pact_fast.model.weights import WeightMismatch
 from pact_fast.rollout.registry import make_engine
+from tests.support.model_runs import recipe
+from tests.support.runs import assert_same, cut_back, metrics
 from tests.support.vllm_engines import largest_gap, make_policy, perturb, prompts, sample
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -130,3 +133,23 @@ def test_a_model_that_vllm_cannot_build_is_one_line_with_the_cure(policy):
     model = build("gpt_oss", len(policy.renderer.tokenizer), plain)
     with pytest.raises(PactError, match=r"vLLM does not start with this model: KeyError: .*; docs/models.md says"):
         make_engine(policy.config, model, policy.renderer)
+
+
+RUNS = {  # model, settings, largest difference of a log-prob
+    "gemma3_text": (dict(head_dim=32), [], 1e-4),
+    "qwen3_5_text": (dict(head_dim=32, **DELTA), ["model.dtype=bfloat16"], 0.2),
+}
+
+
+@pytest.mark.parametrize("kind", cases(RUNS))
+def test_two_steps_agree_with_the_trainer_and_a_resumed_run_repeats_them(kind, tmp_path):
+    changes, more, bound = RUNS[kind]
+    settings = [*recipe(tmp_path, kind, **changes), "device=cpu", "rollout.engine=vllm", *more]
+    run = tmp_path / "run"
+    assert main(["train", *settings, f"output_dir={run}"]) == 0
+    steps = [record for record in metrics(run) if "loss" in record]
+    assert len({record["loss"] for record in steps}) == 2
+    assert max(record["mismatch/max"] for record in steps) < bound
+    again = cut_back(run, tmp_path / "resumed", 1)
+    assert main(["train", *settings, f"output_dir={again}", "resume=auto"]) == 0
+    assert_same(again, run)
