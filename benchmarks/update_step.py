@@ -62,6 +62,7 @@ from benchmarks.update_problem import Shape, make_problem, token_tree
 from benchmarks.update_run import CHECKED, DEFAULT_LAYERS, MODELS, REFERENCE, Bench, UpdateCase, check, time_attention
 from pact_fast.batch.flops import work_of_packs
 from pact_fast.kernels import LossContext
+from pact_fast.model.device import release_memory
 from pact_fast.model.flops import decoder_flops
 from pact_fast.tree import pack
 
@@ -84,6 +85,8 @@ def prepare(bench: Bench, name: str, memory: bool) -> dict[str, Any]:
                 torch.cuda.synchronize()
             row = {"status": "ok", "setting": setting, "tokens": tokens, "trial_s": time.perf_counter() - begin}
             if memory:
+                bench.clear()
+                release_memory()  # the gigabytes that whole sequences took: a CPU's probe runs beside this process
                 row |= (
                     peak(bench, name, setting)
                     if bench.device.type == "cuda"

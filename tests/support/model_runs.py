@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,10 +23,14 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def recipe(folder: Path, kind: str) -> list[str]:
-    """Recipe file and settings; rewards differ from rollout to rollout, so that the policy loss has a gradient, too."""
+def recipe(folder: Path, kind: str, **changes: Any) -> list[str]:
+    """Recipe file and settings; rewards differ from rollout to rollout, so that the policy loss has a gradient, too.
+
+    `changes` are made to the model's configuration.
+    """
     (folder / "rewards.py").write_text(REWARD)
-    model = {"model_type": kind, **SHAPE, **DECODERS[kind], "max_position_embeddings": 1024, "initializer_range": 0.3}
+    fixed = {"max_position_embeddings": 1024, "initializer_range": 0.3}
+    model = {"model_type": kind, **SHAPE, **DECODERS[kind], **fixed, **changes}
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(TINY_RUN | {"model": {**TINY_RUN["model"], "random_init": model}}))
     return [str(file), *SETTINGS, f"algorithm.reward.functions=[{folder / 'rewards.py'}:short]"]

@@ -17,6 +17,7 @@ from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.config import Config
 from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
+from pact_fast.model.forward import RECURRENT_LAYERS, layer_kinds
 from pact_fast.model.weights import save_model_config
 from pact_fast.rollout.engine import Engine
 from pact_fast.rollout.registry import EngineBuilder, engine
@@ -43,6 +44,16 @@ class VllmBuilder(EngineBuilder):
                 "one server; lower it, or start more training processes"
             )
         return [i * world.size // count for i in range(count)]
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """vLLM's CPU build computes delta rules in bf16 alone, and finds out only as it samples."""
+        config, dtype = model.config.get_text_config(), self.config.model.dtype
+        elsewhere = torch.cuda.is_available() or self.config.rollout.vllm_server_base_url
+        if not elsewhere and "linear_attention" in layer_kinds(config) and dtype != "bfloat16":
+            raise PactError(
+                f"vLLM's CPU build computes the linear attention of {config.model_type} in bfloat16 only, and model.dtype is "
+                f"{dtype}; set model.dtype=bfloat16, or use a GPU"
+            )
 
     def memory_fraction(self) -> float:
         rollout = self.config.rollout
@@ -94,6 +105,7 @@ def _make_transport(
         "tensor_parallel_size": rollout.vllm_tensor_parallel_size,
         "seed": config.seed,
         **(_lora_args(config.model.lora.r) if config.model.lora else {}),
+        **({} if caches_prefixes(model) else {"enable_prefix_caching": False}),
         **rollout.vllm_args,
     }
     if torch.cuda.is_available():
@@ -157,6 +169,12 @@ def server_devices(world: World, servers: list[int], wanted: int, count: int) ->
             "rollout.vllm_data_parallel_size"
         )
     return list(range(first, first + wanted))
+
+
+def caches_prefixes(model: PreTrainedModel) -> bool:
+    """Whether vLLM may keep prefixes of contexts. For recurrent states it has to compute prompts in chunks, and on a CPU it
+    may not: see `engine_args`."""
+    return torch.cuda.is_available() or not RECURRENT_LAYERS.intersection(layer_kinds(model.config.get_text_config()))
 
 
 def _lora_args(rank: int) -> dict[str, object]:

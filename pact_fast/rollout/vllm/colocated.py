@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -14,11 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from pact_fast.errors import EngineError, PactError
+from pact_fast.errors import EngineError, PactError, foreign_errors
 from pact_fast.model.adapter import write_adapter
 from pact_fast.model.weights import WeightShard, WeightSnapshot
 from pact_fast.rollout.vllm.transport import TurnOutput, TurnRequest, VllmTransport
 
+CURE = (
+    "docs/models.md says what vLLM needs for which models; install that, change rollout.vllm_args, or use another model or "
+    "another rollout.engine"
+)
 WORKER_EXTENSION = "pact_fast.rollout.vllm.worker.WeightReport"
 
 
@@ -38,7 +43,8 @@ class ColocatedVllm(VllmTransport):
         self._may_sleep, self._asleep = sleep, False
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         vllm = import_vllm()
-        with _preserved_rng():  # vLLM seeds the random generators of this process
+        # vLLM seeds the random generators of this process
+        with _preserved_rng(), _start_errors(model_folder):
             from vllm.v1.engine.llm_engine import LLMEngine
 
             settings = vllm.EngineArgs(
@@ -61,7 +67,8 @@ class ColocatedVllm(VllmTransport):
         )
 
     def poll(self, timeout: float) -> list[TurnOutput]:
-        outputs = self.llm_engine.step()
+        with foreign_errors(f"{self.name} cannot sample", CURE):
+            outputs = self.llm_engine.step()
         return [_turn_output(output) for output in outputs if output.finished]
 
     def abort(self, keys: list[str]) -> None:
@@ -69,7 +76,8 @@ class ColocatedVllm(VllmTransport):
 
     def load_weights(self, weights: WeightSnapshot, version: int) -> None:
         tensors = iter(weights)
-        self.llm_engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        with foreign_errors(f"{self.name} cannot load the model's weights", CURE):
+            self.llm_engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
         for _ in tensors:  # exhaust it, should the loader stop early: gathering is a collective
             pass
         self.llm_engine.collective_rpc("pact_finish_loading", args=(version,))
@@ -183,6 +191,29 @@ def _turn_output(output: Any) -> TurnOutput:
     ids = list(sample.token_ids)
     logprobs = [row[token].logprob for row, token in zip(sample.logprobs, ids, strict=True)]
     return TurnOutput(output.request_id, ids, logprobs, output.num_cached_tokens)
+
+
+@contextmanager
+def _start_errors(model_folder: Path) -> Iterator[None]:
+    """Turn whatever vLLM raises as it starts into one line with the cure.
+
+    vLLM imports a model's code in another process first, and if that fails, its error names no reason. So it is imported
+    here once more.
+    """
+    with foreign_errors("vLLM does not start with this model", CURE):
+        try:
+            yield
+        except Exception:
+            _import_architecture(model_folder)
+            raise
+
+
+def _import_architecture(model_folder: Path) -> None:
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    for name in json.loads((model_folder / "config.json").read_text(encoding="utf-8"))["architectures"]:
+        if name in ModelRegistry.models:
+            ModelRegistry.models[name].load_model_cls()
 
 
 @contextmanager

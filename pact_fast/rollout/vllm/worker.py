@@ -34,8 +34,9 @@ class WeightReport:
     def pact_report_weights(self) -> dict:
         """{version, shards} of the weights in use, version -1 before the first; {error} if they cannot be read."""
         try:
+            dtype = self.vllm_config.model_config.dtype  # type: ignore[attr-defined]
             with torch.inference_mode():
-                found = [list(shard) for shard in weight_shards(self._pact_model())]
+                found = [list(shard) for shard in weight_shards(self._pact_model(), dtype)]
         except NotImplementedError as error:
             return {"error": str(error)}
         return {"version": getattr(self, "_pact_version", -1), "shards": found}
@@ -55,18 +56,37 @@ class WeightReport:
         return self.model_runner.get_model()  # type: ignore[attr-defined]
 
 
-def weight_shards(model: torch.nn.Module) -> Iterator[WeightShard]:
-    """Every weight of vLLM's model on this device, under checkpoint names; fused matrices are split again."""
-    packed = getattr(model, "packed_modules_mapping", {})
+def weight_shards(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[WeightShard]:
+    """Every weight of vLLM's model on this device, under checkpoint names; fused matrices are split again.
+
+    `dtype` is that of the weights as they were sent.
+    """
+    packed = _packed_names(model)
     done: set[int] = set()
     for name, module in model.named_modules():
         name = name.removesuffix(".base_layer")  # under an adapter
         shards = _matrix_shards(name, module, packed)
         if shards is None:
-            shards = _replicated_shards(name, module, done)
+            shards = _replicated_shards(name, module, done, dtype)
         else:
             done |= {id(parameter) for parameter in module.parameters(recurse=False)}
         yield from shards
+
+
+def _packed_names(model: torch.nn.Module) -> dict[str, list[str]]:
+    """Names of the checkpoint's matrices in every fused layer, in order; a matrix with several parts there is repeated."""
+    packed = dict(getattr(model, "packed_modules_mapping", {}))
+    for module in model.modules():
+        stacked = getattr(getattr(module, "hf_to_vllm_mapper", None), "orig_to_new_stacked", None) or {}
+        for fused in {layer for layer, index in stacked.values() if isinstance(index, tuple)}:
+            parts = {
+                i: name.strip(".")
+                for name, (layer, index) in stacked.items()
+                if layer == fused
+                for i in (index if isinstance(index, tuple) else (index,))
+            }
+            packed[fused.strip(".")] = [parts[i] for i in sorted(parts)]
+    return packed
 
 
 def _matrix_shards(name: str, module: Any, packed: dict[str, list[str]]) -> Iterator[WeightShard] | None:
@@ -83,12 +103,18 @@ def _matrix_shards(name: str, module: Any, packed: dict[str, list[str]]) -> Iter
     return None
 
 
-def _replicated_shards(name: str, module: torch.nn.Module, done: set[int]) -> Iterator[WeightShard]:
+def _replicated_shards(name: str, module: torch.nn.Module, done: set[int], dtype: torch.dtype) -> Iterator[WeightShard]:
     """Norms and other parameters that every device holds whole."""
     for key, parameter in module.named_parameters(recurse=False):
         if id(parameter) not in done:
             done.add(id(parameter))
-            yield _shard(f"{name}.{key}", parameter)
+            yield _shard(f"{name}.{key}", _as_sent(parameter, dtype))
+
+
+def _as_sent(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A parameter that vLLM holds in fp32 (decays of delta rules), in the dtype that was sent if that holds its values."""
+    sent = parameter.to(dtype)
+    return sent if torch.equal(sent.to(parameter.dtype), parameter) else parameter
 
 
 def _shard(name: str, tensor: torch.Tensor, row: int = 0, col: int = 0) -> WeightShard:
@@ -102,9 +128,12 @@ def _linear(name: str, module: Any, packed: dict[str, list[str]]) -> Iterator[We
     matrix, bias = _matrix(module), getattr(module, "bias", None)
     parts = _fused_parts(module, len(matrix))
     names = _fused_names(name, len(parts), packed)
+    above: dict[str, int] = {}  # rows of the checkpoint's matrix that belong to earlier parts
     col = module.tp_rank * matrix.shape[1] if isinstance(module, RowParallelLinear) else 0
     local = 0
     for part, (row, rows) in zip(names, parts, strict=True):
+        row += above.get(part, 0)
+        above[part] = above.get(part, 0) + rows * getattr(module, "tp_size", 1)
         yield _shard(f"{part}.weight", matrix[local : local + rows], row, col)
         if bias is not None and bias.numel():
             yield _shard(f"{part}.bias", bias[local : local + rows], row)
@@ -180,7 +209,34 @@ def _local_experts(module: Any) -> list[int]:
 def _matrix(module: Any) -> torch.Tensor:
     """The matrix [out, in] that a linear layer multiplies with on this device."""
     weight = module.weight
+    if hasattr(module, "_cpu_unpacked_conv_weight"):
+        return _read_back_convolution(module)
+    if weight.ndim == 3:  # a causal convolution [channels, 1, width]
+        return _whole_convolution(module, weight[:, 0])
     return weight if weight.ndim == 2 and weight.numel() else _read_back(module)
+
+
+def _whole_convolution(module: Any, weight: torch.Tensor) -> torch.Tensor:
+    if module.tp_size > 1:
+        raise NotImplementedError("the engine divides the channels of a convolution over devices; use one device")
+    return weight
+
+
+def _read_back_convolution(module: Any) -> torch.Tensor:
+    """Weights [channels, width] of a causal convolution with a kernel's own layout: its response to an impulse, reversed."""
+    from vllm import _custom_ops as ops
+
+    channels, width = module._cpu_unpacked_conv_weight.shape
+    dtype = module._cpu_unpacked_conv_weight.dtype
+    impulse = torch.zeros(width, channels, dtype=dtype)
+    impulse[0] = 1
+    response = ops.causal_conv1d_fwd_cpu(
+        x=impulse.t(), weight=module.weight, bias=None,
+        conv_states=torch.zeros(1, width - 1, channels, dtype=dtype).transpose(1, 2),
+        query_start_loc=torch.tensor([0, width], dtype=torch.int32), cache_indices=torch.zeros(1, dtype=torch.int32),
+        has_initial_state=torch.zeros(1, dtype=torch.bool), silu_activation=False, is_weight_packed=True,
+    )  # fmt: skip
+    return _whole_convolution(module, response.flip(1).contiguous())
 
 
 def _read_back(module: Any) -> torch.Tensor:
