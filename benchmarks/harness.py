@@ -83,6 +83,14 @@ def add_case_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("--probe", help=argparse.SUPPRESS)  # memory of one method on the CPU, in a process of its own
 
 
+def add_clock_option(parser: argparse.ArgumentParser) -> None:
+    """args.clock, a function that returns seconds."""
+    parser.add_argument(
+        "--processor-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter,
+        help="times on the CPU are processor time of this process, which other programs disturb less",
+    )  # fmt: skip
+
+
 def new_report(name: str, args: argparse.Namespace, **fields: Any) -> dict[str, Any]:
     """A result file's head: the benchmark's name, stamp and `fields`."""
     return {"benchmark": name, **stamp(args.date, args.commit), **fields}

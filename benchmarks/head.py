@@ -18,7 +18,9 @@ part in every round, in rotating order; those that take over ten times the GEMMs
 warm-up are not timed.
 
 function_to_built_in: time of a loss that autograd differentiates, relative to the built-in rule, with
-    --shapes 16384x256x8192 --fractions 1 --no-memory --methods "pact cpp" "pact cpp, loss as a function"
+    OMP_NUM_THREADS=1 python -m benchmarks.head --shapes 2048x256x8192 --fractions 1 --no-memory --rounds 100 \
+        --processor-time --methods "pact cpp" "pact cpp, loss as a function"
+    Short calls and many rounds: where other programs run beside it, a call differs from the next by a quarter.
 
 Exit status 1: one of our backends fails, or its error is above twice that of plain torch in the same dtype.
 """
@@ -35,6 +37,8 @@ import gc
 import json
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,6 +47,7 @@ import torch
 from benchmarks.harness import (
     Case,
     add_case_options,
+    add_clock_option,
     add_device_option,
     failure,
     log,
@@ -89,7 +94,10 @@ class HeadCase(Case):
         return f"{self.name}: N={n} D={d} V={v}, {self.dtype}, {self.fraction:g} of the tokens active"
 
 
-def measure_case(case: HeadCase, device: torch.device, names: list[str], rounds: int, memory: bool) -> dict[str, Any]:
+def measure_case(
+    case: HeadCase, device: torch.device, names: list[str], rounds: int, memory: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:  # fmt: skip
     """Results of one case: a row for each method, with the reason in place of numbers where it does not run.
 
     Args:
@@ -98,6 +106,7 @@ def measure_case(case: HeadCase, device: torch.device, names: list[str], rounds:
         names: Of METHODS.
         rounds: Paired rounds.
         memory: Whether to measure peak memory.
+        clock: Of `paired_rounds`.
     """
     problem = case.problem(device)
     rows: dict[str, dict[str, Any]] = {}
@@ -105,7 +114,7 @@ def measure_case(case: HeadCase, device: torch.device, names: list[str], rounds:
         log(f"  {name}")
         rows[name] = _prepare(name, case, problem, memory)
     live = [name for name in names if rows[name]["status"] == "ok"]
-    _time(rows, live, problem, rounds)
+    _time(rows, live, problem, rounds, clock)
     references = {kind: _reference(problem, kind) for kind in ("rl", "ce")}
     torch_own = _errors(METHODS["eager"], {}, problem, references)
     for name in live:
@@ -172,7 +181,9 @@ def _step(method: HeadMethod, problem: HeadProblem, setting: dict[str, Any]) -> 
     return method.step(problem, **setting)
 
 
-def _time(rows: dict[str, dict[str, Any]], live: list[str], problem: HeadProblem, rounds: int) -> None:
+def _time(
+    rows: dict[str, dict[str, Any]], live: list[str], problem: HeadProblem, rounds: int, clock: Callable[[], float]
+) -> None:
     if not live:
         return
     base = "gemms" if "gemms" in live else None
@@ -181,7 +192,7 @@ def _time(rows: dict[str, dict[str, Any]], live: list[str], problem: HeadProblem
         calls = {
             name: lambda name=name, call=call: call(METHODS[name], problem, rows[name]["setting"]) for name in live
         }
-        times = paired_rounds(calls, count, problem.hidden.device, between=problem.clear)
+        times = paired_rounds(calls, count, problem.hidden.device, problem.clear, clock)
         for name in live:
             rows[name][column] = {"median": statistics.median(times[name]), "rounds": times[name]}
             if base:
@@ -343,6 +354,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
         help=f"default: all of {', '.join(METHODS)}",
     )  # fmt: skip
+    add_clock_option(parser)
     add_case_options(parser, rounds=7)
     args = parser.parse_args(argv)
     on_cuda = args.device == "cuda"
@@ -370,9 +382,9 @@ def main(argv: list[str] | None = None) -> int:
         if compiled_for != (case.shape, case.dtype):
             torch._dynamo.reset()  # else many shapes exceed the recompile limit
             compiled_for = (case.shape, case.dtype)
-        return measure_case(case, torch.device(args.device), args.methods, args.rounds, not args.no_memory)
+        return measure_case(case, torch.device(args.device), args.methods, args.rounds, not args.no_memory, args.clock)
 
-    report = new_report("head", args, device=args.device, rounds=args.rounds)
+    report = new_report("head", args, device=args.device, rounds=args.rounds, clock=args.clock.__name__)
     return run_cases(args, report, cases, measure, table)
 
 

@@ -11,7 +11,8 @@ head         our log-probs in TRL's loss (install(trainer, "head"))
 loss         one pass over the logits (install(trainer, "loss"))
 tree         one pass, and a prompt is computed once for its completions (install(trainer, "tree"))
 
-ms           median over paired rounds in rotating order; the first batch, which is checked against TRL, is not timed
+ms           median over paired rounds in rotating order; the first batch, which is checked against TRL, is not timed;
+             where other programs run beside it: --processor-time, with OMP_NUM_THREADS=1
 ratio        time of trl compact relative to the method: median over rounds of the ratio within a round
 MiB          peak memory of a call beyond what was held before
 gradient     largest relative difference of a parameter's gradient from that of trl
@@ -42,6 +43,7 @@ import torch
 from benchmarks.harness import (
     Case,
     add_case_options,
+    add_clock_option,
     log,
     make_parser,
     markdown,
@@ -81,6 +83,7 @@ class StepCase(Case):
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "hosts")
     add_case_options(parser, rounds=3)
+    add_clock_option(parser)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     for name, default in StepCase().request().items():
         if name != "dtype":
@@ -108,12 +111,20 @@ class Step:
 
     def _run(self) -> None:
         trainer = self.trainer
-        trainer.model.zero_grad(set_to_none=True)
+        self.clear()
         with trainer.accelerator.autocast():
             trainer._compute_loss(trainer.model, dict(self.inputs)).backward()
 
+    def share_weights(self, other: Step) -> None:
+        """Of all methods together: of a real model there is no room for five."""
+        for mine, theirs in zip(self.trainer.model.parameters(), other.trainer.model.parameters(), strict=True):
+            mine.data = theirs.data
+
     def gradients(self) -> list[torch.Tensor]:
-        return [p.grad.float().clone() for p in self.trainer.model.parameters() if p.grad is not None]
+        return [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+
+    def clear(self) -> None:
+        self.trainer.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def logprob_error(self) -> float:
@@ -141,9 +152,11 @@ def trainer_of(case: StepCase) -> Any:
     words = Tokenizer(models.WordLevel({"<eos>": 0, "word": 1}, unk_token="<eos>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
     torch.manual_seed(0)
+    heads = max(case.width // 64, 1)
+    shared = next(n for n in range(max(heads // 2, 1), 0, -1) if heads % n == 0)
     config = AutoConfig.for_model(
         "qwen3", vocab_size=case.vocab, hidden_size=case.width, intermediate_size=3 * case.width, head_dim=64,
-        num_hidden_layers=case.layers, num_attention_heads=case.width // 64, num_key_value_heads=case.width // 128 or 1,
+        num_hidden_layers=case.layers, num_attention_heads=heads, num_key_value_heads=shared,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32)
     count = case.prompts * case.completions
@@ -175,22 +188,36 @@ def inputs_of(case: StepCase) -> dict[str, torch.Tensor]:
     }
 
 
+def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """Largest relative difference of a parameter's gradient; small gradients are measured by the largest."""
+    scale = max(float(b.norm()) for b in theirs)
+    pairs = zip(ours, theirs, strict=True)
+    return max(float((a.float() - b.float()).norm()) / max(float(b.norm()), 1e-3 * scale) for a, b in pairs)
+
+
 def measure(args: argparse.Namespace) -> Callable[[StepCase], dict[str, Any]]:
     def run(case: StepCase) -> dict[str, Any]:
         steps = {name: Step(case, name) for name in METHODS}
+        expected, differences = [], {}
         for name, step in steps.items():
+            step.share_weights(steps["trl"])
             log(f"  {name}: first call")
             step()  # ours are checked
-        expected = steps["trl"].gradients()
-        scale = max(float(b.norm()) for b in expected)
-        times = paired_rounds(steps, dict.fromkeys(METHODS, args.rounds), torch.device("cpu"))
+            expected = expected or step.gradients()  # of trl, the first
+            differences[name] = difference(step.gradients(), expected)
+            step.clear()
+
+        def clear() -> None:
+            for step in steps.values():
+                step.clear()
+
+        rounds = dict.fromkeys(METHODS, args.rounds)
+        times = paired_rounds(steps, rounds, torch.device("cpu"), clear, args.clock)
         results: dict[str, Any] = {}
         for name, step in steps.items():
-            pairs = zip(step.gradients(), expected, strict=True)
-            difference = max(float((a - b).norm()) / max(float(b.norm()), 1e-3 * scale) for a, b in pairs)
             results[name] = {
                 "ms": statistics.median(times[name]), "rounds": times[name],
-                "ratio": median_ratio(times["trl compact"], times[name]), "gradient": difference,
+                "ratio": median_ratio(times["trl compact"], times[name]), "gradient": differences[name],
                 "logprob_error": step.logprob_error() if name in ("trl", "head") else None,
             }  # fmt: skip
             if not args.no_memory:
@@ -206,7 +233,7 @@ def probe(request: dict[str, Any]) -> None:
     """Peak memory of one call of one method, in this process."""
     step = Step(StepCase(**request["case"]), request["method"])
     step()
-    step.trainer.model.zero_grad(set_to_none=True)
+    step.clear()
     with PeakMemory(torch.device("cpu")) as peak:
         step()
     print(json.dumps({"bytes": peak.bytes}))
@@ -230,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         probe(json.loads(args.probe))
         return 0
     case = StepCase(**{name: getattr(args, name) for name in StepCase().request()})
-    return run_cases(args, new_report("hosts", args), [case], measure(args), table)
+    return run_cases(args, new_report("hosts", args, clock=args.clock.__name__), [case], measure(args), table)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ MIB = 1 << 20
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
-def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Duration of one call. On CUDA: between two events, with the device synchronised before and after."""
+def milliseconds(
+    call: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Duration of one call by `clock`. On CUDA: between two events, with the device synchronised before and after."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -27,9 +29,9 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end)
-    begin = time.perf_counter()
+    begin = clock()
     call()
-    return 1e3 * (time.perf_counter() - begin)
+    return 1e3 * (clock() - begin)
 
 
 def paired_rounds(
@@ -37,6 +39,7 @@ def paired_rounds(
     rounds: Mapping[str, int],
     device: torch.device,
     between: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, once per round, in an order that rotates by one from round to round.
 
@@ -47,6 +50,7 @@ def paired_rounds(
         rounds: Number of rounds by name; a call takes part in the first of them.
         device: Where the calls run.
         between: Called before every call, not timed.
+        clock: In seconds; `time.process_time` leaves out the time that other processes take. CUDA has its own.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -58,7 +62,7 @@ def paired_rounds(
             for name in names[turn:] + names[:turn]:
                 if index < rounds[name]:
                     between()
-                    times[name].append(milliseconds(calls[name], device))
+                    times[name].append(milliseconds(calls[name], device, clock))
     finally:
         gc.enable()
     return times

@@ -170,6 +170,16 @@ def test_every_call_takes_part_in_its_rounds_in_rotating_order():
     assert {name: len(column) for name, column in times.items()} == {"a": 3, "b": 3, "c": 2}
 
 
+def test_times_are_those_of_the_clock_that_is_given():
+    now = [0.0]
+
+    def work():
+        now[0] += 0.25
+
+    times = measure.paired_rounds({"a": work}, {"a": 2}, head.torch.device("cpu"), clock=lambda: now[0])
+    assert times == {"a": [250.0, 250.0]}
+
+
 def test_correctness_flags_a_kernel_that_is_wrong(monkeypatch, capsys):
     case = correctness.KernelCase("odd V", 40, 16, 131, "float32")
     device = head.torch.device("cpu")

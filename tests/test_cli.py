@@ -231,6 +231,7 @@ def test_the_versions_of_this_environment_are_among_the_tested_ones():
     )
 
 
+@pytest.mark.slow
 def test_doctor_fails_with_the_reason(capsys):
     assert main(["doctor", "quickstart", "rollout.max_prompt_length=30"]) == 1
     assert "FAIL  rows" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import gc
 
 import numpy as np
+import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -154,6 +155,7 @@ def test_inverse_cdf_returns_no_token_of_probability_0():
         assert first_and_last.tolist() == [possible[0], possible[-1]]
 
 
+@pytest.mark.slow
 def test_the_cache_is_given_up_with_the_last_session_and_begins_anew():
     model, prompt = tiny_model(), np.arange(3, 40)
     engine = TransformersEngine(model, [EOT], slots=2)

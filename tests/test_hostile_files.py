@@ -324,6 +324,7 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", TEMPLATES)
 def test_a_template_is_a_program_whose_errors_are_one_line(source, monkeypatch):
     monkeypatch.setattr("pact_fast.chat.chat_template.SECONDS", 0.5)

@@ -89,15 +89,22 @@ def deep():
     return config
 
 
+@pytest.fixture
+def flat(deep):
+    """Where depth does not matter: every layer is traced."""
+    deep.model.random_init["num_hidden_layers"] = 1
+    return deep
+
+
 @pytest.mark.slow
-def test_activations_are_those_of_the_device(deep):
+def test_activations_are_those_of_the_device(flat):
     """Norms, gated units and rotary embeddings are one step each on CPU only (model/patch.py)."""
     if build.status() != "ready":
         pytest.skip("no C++ library: the steps are the same everywhere")
-    load = full_load(deep, 2048)
+    load = full_load(flat, 2048)
 
     def activations(device: str) -> int:
-        return estimate(deep, [load], device=device).parts["activations"]
+        return estimate(flat, [load], device=device).parts["activations"]
 
     on_cpu, on_cuda = activations("cpu"), activations("cuda")
     with without_fused_kernels():
@@ -122,16 +129,16 @@ def test_a_path_that_cannot_fit_is_one_line_that_names_the_cure(deep):
         auto_pack_tokens(deep, 400 * MIB)
 
 
-def test_a_path_longer_than_the_budget_counts_whole(deep):
-    deep.trainer.max_tokens_per_pack = 256
-    assert len(default_load(deep).batch) == 1024
-    assert "longest path" in estimate(deep).notes[0]
+def test_a_path_longer_than_the_budget_counts_whole(flat):
+    flat.trainer.max_tokens_per_pack = 256
+    assert len(default_load(flat).batch) == 1024
+    assert "longest path" in estimate(flat).notes[0]
 
 
 @pytest.mark.slow
-def test_zero_shards_more_with_every_stage(deep):
-    deep.model.dtype = "bfloat16"
-    found = [estimate(deep, sharding=Sharding(8, stage)) for stage in (1, 2, 3)]
+def test_zero_shards_more_with_every_stage(flat):
+    flat.model.dtype = "bfloat16"
+    found = [estimate(flat, sharding=Sharding(8, stage)) for stage in (1, 2, 3)]
     weights = 2 * found[0].parameters
     states = 8 * found[0].parameters / 8
     for stage, one in zip((1, 2, 3), found, strict=True):
@@ -139,18 +146,18 @@ def test_zero_shards_more_with_every_stage(deep):
         assert one.parts["optimizer states"] == pytest.approx(states, rel=0.01)
         assert one.parts["fp32 master weights"] == pytest.approx(states / 2, rel=0.01)
     assert found[0].parts["gradients"] > 4 * found[1].parts["gradients"]
-    offloaded = estimate(deep, sharding=Sharding(8, 2, optimizer_on_host=True))
+    offloaded = estimate(flat, sharding=Sharding(8, 2, optimizer_on_host=True))
     assert offloaded.parts["optimizer states"] == offloaded.parts["fp32 master weights"] == 0
 
 
 @pytest.mark.slow
-def test_reference_model_and_rollout_engine_count(deep):
-    plain = estimate(deep).total
-    deep.algorithm.beta = 0.01
-    assert estimate(deep).total == plain + 4 * estimate(deep).parameters
-    deep.rollout.engine = "vllm"
-    assert estimate(deep, device="cuda", capacity=10 << 30).parts["rollout engine"] == 3 << 30
-    assert "rollout engine takes 30%" in estimate(deep).notes[0]
+def test_reference_model_and_rollout_engine_count(flat):
+    plain = estimate(flat).total
+    flat.algorithm.beta = 0.01
+    assert estimate(flat).total == plain + 4 * estimate(flat).parameters
+    flat.rollout.engine = "vllm"
+    assert estimate(flat, device="cuda", capacity=10 << 30).parts["rollout engine"] == 3 << 30
+    assert "rollout engine takes 30%" in estimate(flat).notes[0]
 
 
 @pytest.mark.timing

@@ -48,6 +48,7 @@ def table_of(batch, scored):
     return [sequence, pairs, *(c[order].tolist() for c in columns)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "parallel", "prompts", "budget", "merge"),
     [(2, 1, 5, 900, False), (3, 1, 4, 300, True), (4, 2, 3, 700, True), (5, 1, 2, 10_000, False), (2, 2, 4, 900, True)],
@@ -81,6 +82,7 @@ def test_packs_and_loss_tables_are_those_of_a_process_that_has_everything(
         assert found.longest == max(leaf.end for tree in trees for leaf in tree.leaves())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
 @pytest.mark.parametrize("branched", [False, True], ids=["straight", "branched"])
 @pytest.mark.parametrize("name", ["pact", "chord", "luffy", "sdft"])

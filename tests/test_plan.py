@@ -14,6 +14,7 @@ from tests.support.models import DEEP
 from tests.support.update_probe import probe
 
 WIDE = {**DEEP, "num_hidden_layers": 2, "vocab_size": 32768}
+FLAT = {**DEEP, "num_hidden_layers": 1}  # where depth does not matter: every layer is traced
 LENGTHS = Lengths(128, 64, 64, 4)
 FACTOR = 2.0  # between estimated and measured seconds
 ATTEMPTS = 3  # a machine shared with others may be busy during one measurement and idle during another
@@ -78,7 +79,7 @@ def test_stage_3_sends_more_than_stage_2():
 
 
 def test_sharing_prefixes_saves_what_the_plan_says():
-    config = settings(DEEP, rollout={"num_generations": 8})
+    config = settings(FLAT, rollout={"num_generations": 8})
     found = planned(config, lengths=Lengths(1024, 1024, 256, 8))
     # the lengths of docs/tree.md, where "every sequence alone" runs the demonstration once more for itself
     assert (found.tokens, found.unshared) == (6144, 30720 - 2048)
@@ -90,7 +91,7 @@ def seconds_of(found, name):
 
 def test_what_does_not_shrink_with_the_number_of_devices_is_planned_too():
     """By hand: 64 prompts of 4 rollouts of 64 tokens. Constants as measured, see estimate/overhead.py."""
-    config = settings(DEEP, trainer={"prompts_per_step": 64, "save_rollouts": 32})
+    config = settings(FLAT, trainer={"prompts_per_step": 64, "save_rollouts": 32})
     for gpus in (8, 64):
         expected = 256 * 64 / gpus * 3.1e-7 + 256 * 4.6e-6 + gpus * 2.5e-4
         found = planned(config, gpus=gpus)
@@ -101,19 +102,19 @@ def test_what_does_not_shrink_with_the_number_of_devices_is_planned_too():
 
 
 def test_fingerprints_read_the_weights_three_times():
-    config = settings(DEEP, rollout={"engine": "vllm"})
+    config = settings(FLAT, rollout={"engine": "vllm"})
     found = planned(config)
     [part] = [part for part in found.parts if part.name == "fingerprints of the weights"]
     assert part.amount == 3 * 4 * found.memory.parameters and part.rate == found.hardware.memory
     assert part.seconds <= 3 / LENGTHS.response * seconds_of(found, "decoding")  # as docs/planning.md says
-    assert "fingerprints" not in str(planned(settings(DEEP)).parts)  # the embedded engine has the trainer's weights
-    never = settings(DEEP, rollout={"engine": "vllm", "verify_weights": "never"})
+    assert "fingerprints" not in str(planned(settings(FLAT)).parts)  # the embedded engine has the trainer's weights
+    never = settings(FLAT, rollout={"engine": "vllm", "verify_weights": "never"})
     assert "fingerprints" not in str(planned(never).parts)
 
 
 def test_a_save_waits_for_the_copies_that_a_step_leaves_over():
     """By hand: 12 bytes a parameter at 6 GB/s. Without ZeRO a step hides them; with it, none."""
-    config = settings(DEEP, trainer={"save_steps": 4})
+    config = settings(FLAT, trainer={"save_steps": 4})
     parsed, parameters = parse_config(config), planned(config).memory.parameters
     model = meta_model(parsed)
 
@@ -141,7 +142,7 @@ def test_decoding_is_bound_by_memory_and_its_batch():
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(settings(DEEP)))
+    path.write_text(yaml.safe_dump(settings(FLAT)))
     return str(path)
 
 

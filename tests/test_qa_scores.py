@@ -122,6 +122,7 @@ def mutations(rng, answer, others):
     yield rng.choice(["yes", "no", "noanswer", "Yes.", "no, the", "", "a", "the answer is " + answer])
 
 
+@pytest.mark.slow
 def test_scores_equal_those_of_another_implementation_on_the_rows_of_the_sets():
     if "PACT_TEST_DATA" not in os.environ:
         pytest.skip("set PACT_TEST_DATA to a folder with qa/*.jsonl")

@@ -117,6 +117,7 @@ def test_a_test_of_the_name_is_found(line):
     assert name_tests(line, {"pact", "sft"}) == [1]
 
 
+@pytest.mark.slow
 def test_no_package_but_algorithms_tests_an_algorithms_name():
     names = set(algorithm.names())
     assert {"pact", "grpo", "matchtir", "sft"} <= names

@@ -6,6 +6,7 @@ message. It knows nothing of branches.
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -46,6 +47,17 @@ DIALOGUE = ExpertTrace(
     ),
     "21, and 8 in Oslo.",
     "Both are known.",
+)
+INTERRUPTED_TWICE = ExpertTrace(
+    (
+        *DIALOGUE.turns[:1],
+        ExpertTurn("I look.\nTwice.", (OSLO,), ("7",), "", "Hurry up."),
+        ExpertTurn("Rome, too.", (ROME,), ("21",)),
+        ExpertTurn("Both.", (), (), "7 and 21.", "And Oslo again?"),
+        ExpertTurn("Again.", (OSLO,), ("8",), "", "Well?"),
+    ),
+    "8.",
+    "So it is.",
 )
 INTERRUPTED = ExpertTrace((*DIALOGUE.turns[:1], ExpertTurn("I look.", (OSLO,), ("7",), "", "Hurry up.")), "7.", "Done.")
 
@@ -100,10 +112,15 @@ def seen_before(context, prompt_ids: np.ndarray) -> list[tuple[np.ndarray, int, 
     ]
 
 
-@pytest.mark.parametrize("name", DROPS)
-def test_every_turn_is_trained_in_what_the_template_shows_before_it(name):
-    renderer, task = dropping(name), task_of(DIALOGUE)
-    check_user_turns(renderer)
+# gpt-oss keeps the reasoning before a call until an answer has followed
+@pytest.mark.parametrize(
+    ("name", "expert", "branches"),
+    [(name, DIALOGUE, 2) for name in DROPS]
+    + [(name, INTERRUPTED_TWICE, 2 if name == "gptoss" else 4) for name in DROPS],
+)
+def test_every_turn_is_trained_in_what_the_template_shows_before_it(name, expert, branches):
+    renderer, task = dropping(name), task_of(expert)
+    check_user_turns(renderer, after_results=True)
     context = renderer.trace_context(task, task.expert, "turns", answer=True)
     expected = [
         (np.concatenate([shown, written[:n]]), written[n])
@@ -111,7 +128,7 @@ def test_every_turn_is_trained_in_what_the_template_shows_before_it(name):
         for n in range(len(written))
     ]
     found = seen_before(context, renderer.prompt_ids(task.prompt, task.tools))
-    assert len(context.branches) == 2 and len(found) == len(expected)
+    assert len(context.branches) == branches and len(found) == len(expected)
     for (before, _, token), (shown, written) in zip(found, expected, strict=True):
         np.testing.assert_array_equal(before, shown)
         assert token == written
@@ -127,24 +144,22 @@ def test_what_follows_the_trace_sees_its_last_branch(name):
 
 
 @pytest.mark.parametrize("name", DROPS)
-def test_a_user_who_interrupts_after_a_result_is_rendered_as_the_template_does_or_refused(name):
+def test_what_follows_an_interruption_sees_what_the_template_renders(name):
     renderer, task = dropping(name), task_of(INTERRUPTED)
-    try:
-        check_user_turns(renderer, after_results=True)
-    except PactError as error:
-        assert (
-            name in INTERRUPTIONS_REFUSED
-            and "changes more than that" in str(error)
-            and "model.chat_template" in str(error)
-        )
-        return
-    assert name not in INTERRUPTIONS_REFUSED
     context = renderer.trace_context(task, task.expert, "turns")
     [*_, (ids, _)] = context.last_branch().sequences()
     np.testing.assert_array_equal(ids, shown_before(renderer, task)[-1])
 
 
-INTERRUPTIONS_REFUSED = ["gptoss"]  # keeps the reasoning before a call until an answer has followed
+def test_a_template_that_changes_an_interruption_later_on_is_refused():
+    tokenizer = copy.deepcopy(tokenizer_for("gptoss"))
+    user = '"<|start|>user<|message|>" + '
+    changed = user + '("(so) " if loop.nextitem is defined and (loop.previtem or {}).role == "tool" else "") + '
+    tokenizer.chat_template = tokenizer.chat_template.replace(user, changed)
+    renderer = ChatRenderer(tokenizer, variables={"strftime_now": "2025-06-30"})
+    check_user_turns(renderer)
+    with pytest.raises(PactError, match=r"changes more than that .*\(so\).* model\.chat_template"):
+        check_user_turns(renderer, after_results=True)
 
 
 def test_without_a_user_or_where_reasoning_is_kept_nothing_branches():

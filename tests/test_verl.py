@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,8 +20,10 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from pact_fast.errors import PactError
 from pact_fast.integrations import verl as adapter
 from pact_fast.integrations.verl import install
+from tests.support import verl_plugin
+from tests.support.processes import run_ranks
 
-ROOT = str(Path(__file__).parents[1])
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -113,18 +112,12 @@ def test_a_broken_kernel_is_an_error_on_the_first_batch(installed, monkeypatch):
 
 @pytest.mark.slow  # a process of its own
 def test_verl_loads_the_plugin_that_the_environment_names():
-    code = (
-        "import verl; from verl.utils.experimental.torch_functional import FusedLinearForPPO as F; "
-        "print(F.forward.__module__)"
-    )
-    environment = {**os.environ, "PYTHONPATH": ROOT, "VERL_USE_EXTERNAL_MODULES": "pact_fast.integrations.verl_plugin"}
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
-    assert ran.stdout.split()[-1] == "pact_fast.integrations.verl", ran.stderr[-2000:]
+    run_ranks(verl_plugin.check_head, {"VERL_USE_EXTERNAL_MODULES": "pact_fast.integrations.verl_plugin"}, ranks=1)
 
 
 @pytest.mark.slow  # a process of its own
 def test_the_examples_settings_are_verls_and_choose_our_engine():
-    text = (Path(ROOT) / "examples" / "verl_ppo.sh").read_text("utf-8")
+    text = (ROOT / "examples" / "verl_ppo.sh").read_text("utf-8")
     words = shlex.split(text[text.index("-m verl.trainer.main_ppo") :].replace("\\\n", " "))
     settings = [word for word in words if "=" in word]
     assert len(settings) > 10
@@ -132,11 +125,5 @@ def test_the_examples_settings_are_verls_and_choose_our_engine():
     with hydra.initialize_config_dir(str(config), version_base=None):
         found = hydra.compose("ppo_trainer", settings).actor_rollout_ref
     assert found.actor.use_prefix_grouper and found.rollout.n == 8 and found.actor.strategy == "fsdp2"
-    code = (
-        "import verl; from verl.workers.engine import EngineRegistry; "
-        "print(EngineRegistry._engines['language_model']['fsdp2']['cuda', 'pact_tree'].__name__)"
-    )
     variables = dict(re.findall(r"^export (\w+)=(\S+)", text, re.M))
-    environment = {**os.environ, "PYTHONPATH": ROOT, **variables}
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
-    assert ran.stdout.split()[-1:] == ["Engine_pact_tree"], ran.stderr[-2000:]
+    run_ranks(verl_plugin.check_engine, variables, "Engine_pact_tree", ranks=1)

@@ -17,6 +17,7 @@ from pact_fast.integrations import host_loss, verl_engine
 from pact_fast.integrations.verl import register_engines
 from tests.support import verl_engines
 from tests.support.broken_kernels import break_kernels
+from tests.support.processes import run_ranks
 from tests.support.small_chunks import make_small_chunks
 
 pytestmark = pytest.mark.slow
@@ -152,3 +153,9 @@ def test_a_broken_kernel_is_an_error_on_the_first_batch(where, make, monkeypatch
     monkeypatch.setattr(engine, "_pact_checked", False, raising=False)
     with pytest.raises(PactError, match=r"verl's engine: (log-probs|gradients)"):
         verl_engines.step(engine, verl_engines.batch(), verl_engines.policy_loss())
+
+
+def test_steps_of_two_ranks_have_verls_gradients(tmp_path):
+    from tests.support import verl_ranks
+
+    run_ranks(verl_ranks.steps, verl_engines.save_model(tmp_path))

@@ -225,9 +225,12 @@ def test_a_connection_that_breaks_is_a_dead_engine(server, transport):
 def test_models_of_another_shape(server, tmp_path, models):
     server.answers["/v1/models"] = models
     url = f"http://127.0.0.1:{server.server_port}"
+    before = set(threading.enumerate())
     with pytest.raises(EngineError) as caught:
         VllmServerClient(url, tmp_path, tmp_path, timeout=5, start_timeout=5)
     assert type(caught.value) is EngineError
+    left = {thread.name for thread in set(threading.enumerate()) - before}
+    assert "vllm-http" not in left  # its session is closed
 
 
 SHARD = ["w", 0, 0, 2, 2, 123]

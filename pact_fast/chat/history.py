@@ -63,8 +63,9 @@ class Renderer(Protocol):
 class History:
     """Rewrites the past of a conversation as the template of a renderer does.
 
-    drops_reasoning  the template drops the reasoning of earlier turns once the user speaks again
-    ends             the tokens that end an earlier answer, and a turn with calls
+    drops_reasoning       the template drops the reasoning of earlier turns once the user speaks again
+    keeps_until_answered  it keeps that of turns with calls until an answer has followed them
+    ends                  the tokens that end an earlier answer, and a turn with calls
     """
 
     def __init__(self, renderer: Renderer):
@@ -86,6 +87,18 @@ class History:
         return False
 
     @functools.cached_property
+    def keeps_until_answered(self) -> bool:
+        """gpt-oss: a user who speaks right behind the results of calls does not make the template drop anything."""
+        return _REASONING in self._render([QUESTION, _turn("", True), _RESULT, QUESTION])
+
+    def rewrites(self, replied: bool) -> bool:
+        """Whether a message of the user changes the past, so that `go_on` has to write it anew.
+
+        `replied`: the user replies to a turn; False: there are results of its calls between.
+        """
+        return self.drops_reasoning and (replied or not self.keeps_until_answered)
+
+    @functools.cached_property
     def ends(self) -> tuple[str, str]:
         """The end of an answer that the user replies to may differ from that of the last one (gpt-oss)."""
         eot, call_eot = self._renderer.ends
@@ -97,13 +110,15 @@ class History:
         return (found.group() if found else eot), call_eot
 
     def go_on(self, pieces: Sequence[Tokens], said: Tokens, replied: bool = True) -> tuple[int, Tokens]:
-        """What follows when the user has spoken: (tokens of the sequence that stay, the tokens behind them).
+        """What follows when the user has spoken, where that `rewrites` the past.
+
+        Returns (tokens of the sequence that stay, the tokens behind them).
 
         Less than pieces[0] stays where the template leaves out what the generation prompt has opened for the turn.
 
         Args:
-            pieces: The sequence: what there was when the user spoke last, then turns, and the text behind each of them but
-                the last.
+            pieces: The sequence: what there was when the past was rewritten last, then turns, and the text behind each of
+                them but the last.
             said: The user's message, as `bridge_tokens` renders it, perhaps behind results of the last turn's calls.
             replied: The user replies to the last turn; False: there are results between.
         """

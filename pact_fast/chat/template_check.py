@@ -70,12 +70,16 @@ def _check_rewritten(renderer: ChatRenderer, turns: Sequence[Turn]) -> None:
         thought = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _REASONING)
         spoken = call_message(*calls) if calls else {"role": "assistant", "content": text}
         messages += [{**spoken, **thought}, *following]
-        if following[-1]["role"] != "user":
+        spoke = following[-1]["role"] == "user"
+        if spoke and renderer.history.rewrites(replied=not calls):
+            keep, tokens = renderer.history.go_on(pieces, said, replied=not calls)
+            pieces = [joined([joined(pieces)[:keep], tokens])]
+        else:
             pieces.append(said)
+        if not spoke:
             continue
-        keep, tokens = renderer.history.go_on(pieces, said, replied=not calls)
-        pieces = [joined([joined(pieces)[:keep], tokens])]
-        ours, theirs = _text(renderer, pieces[0].ids), _rendered(renderer, messages)
+        ids = joined(pieces).ids
+        ours, theirs = _text(renderer, ids), _rendered(renderer, messages)
         if ours != theirs:
             at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
             raise PactError(
@@ -83,7 +87,7 @@ def _check_rewritten(renderer: ChatRenderer, turns: Sequence[Turn]) -> None:
                 f"that (it writes {theirs[at : at + 40]!r} instead of {ours[at : at + 40]!r}), so a dialogue with a user "
                 f"cannot be rendered; {CURES}"
             )
-        if renderer.tokenizer.encode(ours, add_special_tokens=False) != pieces[0].ids.tolist():
+        if renderer.tokenizer.encode(ours, add_special_tokens=False) != ids.tolist():
             raise PactError(
                 "without the reasoning of earlier turns, a conversation does not have the token ids that the tokenizer gives "
                 f"it; use a byte-level BPE tokenizer, or {CURES}"

@@ -62,9 +62,8 @@ class TraceWriter:
 
     def __init__(self, prompt_ids: np.ndarray, history: History | None):
         self._prompt_ids, self._history = prompt_ids, history
-        self._sequence = [
-            untouched(prompt_ids)
-        ]  # since the user spoke last: what there was, then turns and text between them
+        # since the past was rewritten last: what there was, then turns and text between them
+        self._sequence = [untouched(prompt_ids)]
         self._tokens: list[Tokens] = []
         self._levels: list[np.ndarray] = []
         self._generated: list[np.ndarray] = []
@@ -83,7 +82,7 @@ class TraceWriter:
             user: There is such a message.
             replied: It follows the turn itself, not results of its calls.
         """
-        if not user or self._history is None:
+        if not (user and self._history and self._history.rewrites(replied)):
             self._append(tokens)
             self._sequence.append(tokens)
             return

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from pact_fast.integrations.one_gradient import OneGradient
 from pact_fast.kernels import LossTokens, head_of, linear_logprob, pact_loss
-from pact_fast.kernels.head.logit_transform import causal_lm_of
+from pact_fast.kernels.head.logit_transform import causal_lm_of, head_layer
 
 Forward = Callable[..., Any]
 
@@ -19,10 +20,12 @@ Forward = Callable[..., Any]
 def replace_forward(model: Any, make: Callable[[Any, Forward], Forward]) -> Callable[[], None]:
     """Put `make(causal_lm, its forward)` in front of the causal LM's forward; returns the function that removes it.
 
-    The signature stays, because trainers and `generate` read it. Raises PactError if the model's head is not supported.
+    The signature stays, because trainers and `generate` read it. With ranks of ZeRO-3, all of them call it. Raises PactError
+    if the model's head is not supported.
     """
     causal_lm = causal_lm_of(model)
-    head_of(causal_lm)  # the reason why not, now; what it finds is kept for forward passes
+    with _gathered(head_layer(causal_lm)):
+        head_of(causal_lm)  # the reason why not, now; what it finds is kept for forward passes
     before = causal_lm.forward
     forward = functools.wraps(getattr(before, "__func__", before))(make(causal_lm, before))
     forward.own = before  # type: ignore[attr-defined]
@@ -37,6 +40,16 @@ def replace_forward(model: Any, make: Callable[[Any, Forward], Forward]) -> Call
             del causal_lm.forward
 
     return remove
+
+
+def _gathered(layer: Any) -> AbstractContextManager[Any]:
+    """Whole parameters of a layer, where ZeRO-3 has partitioned them as the model was loaded."""
+    split = [parameter for parameter in layer.parameters() if hasattr(parameter, "ds_shape")]
+    if not split:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(split)
 
 
 def summed_logprobs(hidden: torch.Tensor, head: Any, target: torch.Tensor, **options: Any) -> tuple[Any, Any, Any]:

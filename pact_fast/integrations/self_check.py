@@ -46,11 +46,10 @@ def check_head(
 ) -> None:
     """Log-probs, and gradients of hidden states and head, against full logits of the model's own `layer`, for a few tokens.
 
-    hidden [T, D]; row, targets [N]. Raises PactError.
+    hidden [T, D]; row, targets [N]. With no token the layer runs, too: other ranks may have some, and gather its weight.
+    Raises PactError.
     """
     at = torch.linspace(0, len(targets) - 1, min(ROWS, len(targets)), device=targets.device).long().unique()
-    if not len(at):
-        return
     rows, target = hidden.detach()[row[at]].requires_grad_(), targets[at]
     upstream = torch.linspace(0.5, 1.5, len(at), device=hidden.device)
 

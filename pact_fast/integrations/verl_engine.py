@@ -95,7 +95,9 @@ def _score(engine: Any, tokens: ScoredTokens, loss_function: Any, check: bool) -
     head = head_of(causal_lm)
     engine._pact_dtype = z_dtype(hidden, head)
     if check:
-        temperature = tokens.temperature if isinstance(tokens.temperature, float) else tokens.temperature[0].item()
+        temperature = tokens.temperature
+        if isinstance(temperature, torch.Tensor):  # of each token
+            temperature = temperature[0].item() if len(temperature) else 1.0
         check_head(head_layer(causal_lm), head, hidden, row, tokens.target, temperature, HOST)
     if loss_function is None or not torch.is_grad_enabled():
         return separate_logprobs(hidden[row], head, tokens.target, temperature=tokens.temperature)[:2]

@@ -1,4 +1,4 @@
-"""verl's FSDP2 engine on the CPU, in one process with gloo, and micro-batches for it."""
+"""verl's FSDP2 engine on the CPU with gloo, and micro-batches for it."""
 
 from __future__ import annotations
 
@@ -116,11 +116,11 @@ class CpuFSDP(FullyShardedDataParallel):
         super().__init__(*args, **options | {"sync_module_states": False})
 
 
-def batch(*, kl: bool = False, importance: bool = False, entropy: bool = False, **settings: Any) -> Any:
+def batch(*, kl: bool = False, importance: bool = False, entropy: bool = False, seed: int = 1, **settings: Any) -> Any:
     """Four sequences of two prompts, with observations inside the responses."""
     from verl.utils import tensordict_utils as tu
 
-    random = torch.Generator().manual_seed(1)
+    random = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(1, 300, (n,), generator=random) for n in (5, 3)]
     prompts = [prompts[i] for i in (0, 0, 1, 1)]
     responses = [torch.randint(1, 300, (n,), generator=random) for n in (6, 4, 7, 2)]

@@ -175,7 +175,7 @@ class CallableLoss(PolicyLoss):
                 )
             slopes: tuple[torch.Tensor | None, ...] = (None, None)
             if loss.requires_grad:
-                slopes = torch.autograd.grad(loss.sum(), (x, y), allow_unused=True)
+                slopes = torch.autograd.grad(loss, (x, y), torch.ones_like(loss), allow_unused=True)
         slope = torch.zeros_like(logprob) if slopes[0] is None else slopes[0]
         return PolicyTerm(loss.detach().to(logprob.dtype), slope, entropy_slope=slopes[1])
 

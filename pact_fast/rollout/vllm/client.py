@@ -298,13 +298,21 @@ class VllmServerClient(VllmServerTransport):
         transfer_required: bool = False,
     ):
         super().__init__(f"vLLM at {url}", url, model_folder, weights_folder, timeout=timeout, transfer=transfer)
+        try:
+            self._join(start_timeout, transfer_required)
+        except BaseException:
+            self._http.close()  # nobody else can
+            raise
+
+    def _join(self, start_timeout: float, transfer_required: bool) -> None:
+        """Wait for the server, and check that it can do what is asked of it."""
         self._wait_ready(start_timeout)
         self._check_extension()
         if self._transfer and any(found != NCCL for found in self.rpc("pact_transfer_backend") or [None]):
             problem = f'{self.name} was not started with --weight-transfer-config \'{{"backend": "{NCCL}"}}\''
             if transfer_required:
                 raise PactError(f"{problem}; do so, or set rollout.vllm_weight_transfer=files")
-            log.warning("%s; its weights go through files in %s", problem, weights_folder)
+            log.warning("%s; its weights go through files in %s", problem, self.weight_files.folder)
             self._transfer = None
 
     def _check_extension(self) -> None:

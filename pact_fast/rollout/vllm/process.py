@@ -46,6 +46,7 @@ class VllmServerProcess(VllmServerTransport):
         **args: Any,
     ):
         import_vllm()
+        self._args = engine_args(args)
         self._socket = socket_folder() / "socket"
         super().__init__(
             "the vLLM server", "http://vllm", model_folder, weights_folder, timeout=timeout, transfer=transfer,
@@ -53,7 +54,6 @@ class VllmServerProcess(VllmServerTransport):
         )  # fmt: skip
         self._model_folder, self._devices, self._log = model_folder, devices, log
         self._start_timeout = start_timeout
-        self._args = engine_args(args)
         self._process: subprocess.Popen | None = None
 
     @property
