@@ -1,5 +1,6 @@
 """Connections to a vLLM server: what goes over them, when they are used again, and who waits for one. No vLLM is needed."""
 
+import asyncio
 import contextlib
 import errno
 import json
@@ -209,6 +210,25 @@ def test_turns_beyond_the_limit_wait_and_other_requests_do_not(served, monkeypat
     assert [body for _, _, body in server.requests].count(
         b"[1]"
     ) == 5  # all but the one that was cancelled as it waited
+
+
+def test_few_connections_open_at_a_time(served, monkeypatch):
+    monkeypatch.setattr(http_pool, "MAX_OPENING", 4)
+    connect, opening, most = http_pool.ConnectionPool._connect, [], []
+
+    async def slow(pool):
+        opening.append(pool)
+        most.append(len(opening))
+        await asyncio.sleep(0.02)
+        opening.pop()
+        return await connect(pool)
+
+    monkeypatch.setattr(http_pool.ConnectionPool, "_connect", slow)
+    _, client = served([OK])
+    turns = [Turn() for _ in range(40)]
+    for turn in turns:
+        client.start(turn)
+    assert all(turn.outcome.result(10).content == b"{}" for turn in turns) and max(most) == 4
 
 
 def test_a_limit_of_ours_makes_turns_wait_and_is_no_dead_server(served, monkeypatch):

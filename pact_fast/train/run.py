@@ -46,6 +46,7 @@ from pact_fast.train.check_rows import SkippedRows
 from pact_fast.train.checkpoint_writer import PendingSave, start_save
 from pact_fast.train.collect import RolloutCollector
 from pact_fast.train.evaluate import Evaluator
+from pact_fast.train.frozen_heap import frozen_heap
 from pact_fast.train.inputs import newest_checkpoint, resolve_run_data, save_tokenizer, skip_bad_rows
 from pact_fast.train.learner import Learner, PacksTooLarge
 from pact_fast.train.metrics import MetricsWriter
@@ -181,7 +182,7 @@ class Trainer:
         """
         with self.shutdown:
             try:
-                with no_exit("code of the run"):
+                with no_exit("code of the run"), frozen_heap():
                     return self._train()
             except ShutdownRequested:
                 name = self.shutdown.signal_name

@@ -13,7 +13,10 @@ from collections import deque
 from pact_fast.errors import EngineDied, EngineError, PactError
 from pact_fast.rollout.vllm.http_connection import READ_BYTES, Connection, Exchange
 
-CONNECT_TIMEOUT = 60.0  # seconds; thousands of connections that open at once take some of them
+CONNECT_TIMEOUT = 60.0  # seconds; a busy server takes some of them
+MAX_OPENING = (
+    256  # connections that open at a time for turns; more than a server's backlog would wait for repeated packets
+)
 KEEP_ALIVE = 2.0  # seconds that an idle connection is kept; vLLM closes it after 5, perhaps while we send
 OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)  # of files of the process, of the system, of ports
 
@@ -48,7 +51,7 @@ class ConnectionPool:
 
     def send(self, exchange: Exchange) -> None:
         """Send now or, if too many turns are open, later. The exchange is told how it ends."""
-        if exchange.turn and self._turns >= self._limit:
+        if exchange.turn and not self._may_start():
             self._waiting.append(exchange)
         else:
             self._begin(exchange)
@@ -81,7 +84,15 @@ class ConnectionPool:
             return self._write(connection, exchange)
         task = asyncio.get_running_loop().create_task(self._open(exchange))
         self._opening.add(task)
-        task.add_done_callback(self._opening.discard)
+        task.add_done_callback(self._opened)
+
+    def _opened(self, task: asyncio.Task) -> None:
+        self._opening.discard(task)
+        self._start_waiting()
+
+    def _may_start(self) -> bool:
+        """Whether a turn may be sent, or a connection opened for it."""
+        return self._turns < self._limit and (bool(self._idle) or len(self._opening) < MAX_OPENING)
 
     def _idle_connection(self) -> Connection | None:
         """The one that has been idle for the shortest time: the server keeps it the longest."""
@@ -107,7 +118,7 @@ class ConnectionPool:
         """Connect, then send."""
         try:
             connection = await self._connect()
-        except (OSError, ValueError) as error:  # ValueError: a host that is none
+        except Exception as error:  # whatever it is, nobody waits for this task
             self._not_connected(exchange, error)
             return
         if not connection.usable:
@@ -169,7 +180,7 @@ class ConnectionPool:
         if self._starting:  # from within the loop below, which goes on
             return
         self._starting = True
-        while self._waiting and self._turns < self._limit:
+        while self._waiting and self._may_start():
             exchange = self._waiting.popleft()
             if not exchange.cancelled:
                 self._begin(exchange)
