@@ -4,19 +4,27 @@ A module of its own, because the fork server can import modules only. Run by `py
 """
 
 import atexit
+import contextlib
 import gc
+import os
 
 import pytest  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
+import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import pact_fast.report
+import pact_fast.rollout.embedded.engine
 import pact_fast.train.run  # noqa: F401
 from pact_fast.algorithms.registry import algorithm
 from pact_fast.chat.formats.registry import tool_format
 from pact_fast.envs.registry import environment
 from pact_fast.rollout.registry import engine
 from pact_fast.train.trackers.registry import tracker
+
+with contextlib.suppress(ImportError):  # whoever saves a model imports it, through accelerate
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # noqa: F401
 
 for registry in (algorithm, engine, environment, tool_format, tracker):
     registry.names()  # imports all that are registered
