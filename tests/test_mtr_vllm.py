@@ -1,6 +1,6 @@
 """MTR's ToolMaker and ToolActor by a small model in real vLLM: what it writes is valid, or rejected with a reason.
 
-`PACT_MODEL_TASKS=50` takes fifty rows and kills the run five times, which takes minutes of a free machine; without it, four
+`PACT_MODEL_TASKS=50` takes fifty rows and kills the run five times, which takes minutes of a free machine; without it, two
 rows and one kill.
 """
 
@@ -40,7 +40,7 @@ from tests.support.vllm_servers import Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SMOLLM2 = runpy.run_path(str(Path(__file__).parent.parent / "examples/smollm2_from_package.py"))
-COUNT = int(os.environ.get("PACT_MODEL_TASKS", "4"))
+COUNT = int(os.environ.get("PACT_MODEL_TASKS", "2"))
 KILLS = 5 if COUNT >= 50 else 1
 SECONDS = 3600.0
 ARGS = {
