@@ -22,6 +22,9 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 from pact_fast.rollout.vllm import builder, process, weight_transfer
 from tests.support.processes import environment
 
+# A broadcast under way cannot be aborted, as NCCL's can. It lasts longer than the tests' rollout.engine_timeout of 10 s, which
+# has to find out by itself that a server hangs.
+SECONDS = timedelta(seconds=15)
 EXTENSION = "tests.support.gloo_server.WeightReport"
 
 
@@ -32,7 +35,7 @@ class Group:
     given_up = threading.Event()
 
     def __init__(self, nccl_id: bytes, rank: int, size: int, device: object):
-        self.seconds = timedelta(seconds=60)
+        self.seconds = SECONDS
         store = TCPStore("127.0.0.1", int(nccl_id.rstrip(b"\0")), size, rank == 0, self.seconds)
         self.store, self.gloo = store, ProcessGroupGloo(store, rank, size, self.seconds)
 
