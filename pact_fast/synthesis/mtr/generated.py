@@ -7,7 +7,7 @@ answer it, further triples that give tools which lead astray. ToolMaker and Auto
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ _PLACES = """alba bree cove dale elm fjord glen hythe isle kirk lund moor nook o
     york zell"""
 PEOPLE = tuple(f"@{name.capitalize()}" for name in _PEOPLE.split())
 PLACES = tuple(f"@{name.capitalize()}" for name in _PLACES.split())
+NAMED = ("person", "place")  # what a chain goes through, and ends in: a year has more tokens, and is harder to copy
 TOKENS = {"person": PEOPLE, "place": PLACES, "year": tuple(str(year) for year in range(1900, 2000))}
 
 
@@ -52,7 +53,7 @@ def make_row(rng: random.Random, row_id: str, shape: Shape) -> QARow:
     """A question with its facts."""
     compares = rng.random() < shape.comparison
     length = rng.randint(*shape.hops)
-    relations = _chain(rng, length, "year" if compares else None)
+    relations = _chain(rng, length, ("year",) if compares else NAMED)
     kinds = [RELATIONS[relation] for relation in relations]
     ends = rng.sample(TOKENS[kinds[0][0]], 2 if compares else 1)
     used = set(ends)
@@ -77,8 +78,8 @@ def make_row(rng: random.Random, row_id: str, shape: Shape) -> QARow:
     return QARow(row_id, question, (answer,), triples=tuple(triples), other_facts=tuple(other), type=kind)
 
 
-def _chain(rng: random.Random, length: int, last: str | None) -> list[str]:
-    """Relations that fit one after the other, each once; the last one leads to something of the kind `last`."""
+def _chain(rng: random.Random, length: int, last: Sequence[str]) -> list[str]:
+    """Relations that fit one after the other, each once; the last one leads to something of a kind in `last`."""
     while True:
         chain: list[str] = []
         kind = rng.choice(("person", "place"))
@@ -87,9 +88,7 @@ def _chain(rng: random.Random, length: int, last: str | None) -> list[str]:
             fitting = [
                 relation
                 for relation, (start, end) in RELATIONS.items()
-                if start == kind
-                and relation not in chain
-                and (end == last if final and last else final or end != "year")
+                if start == kind and relation not in chain and end in (last if final else NAMED)
             ]
             if not fitting:
                 break
