@@ -14,7 +14,9 @@ from typing import Any
 from pact_fast.data.types import Task
 from pact_fast.envs.simulated.env import Simulated, make_actor
 from pact_fast.errors import PactError
-from pact_fast.synthesis.mtr.make_task import make_task
+from pact_fast.synthesis.mtr.auto_agent import script
+from pact_fast.synthesis.mtr.make_task import MadeTask, make_task
+from pact_fast.synthesis.mtr.plan import make_plan
 from pact_fast.synthesis.mtr.qa import QARow, Triple
 
 SYSTEM = "Use the tools."
@@ -42,11 +44,14 @@ class Shape:
     hops         least and most relations of a chain
     distractors  relations offered beyond those of the question
     comparison   probability of a question that compares two chains
+    early_stop   probability, after every look-up of a chain but the last, that a trace for training answers with what it has
+                 found so far: a weak teacher, whose traces are not filtered by their answers
     """
 
     hops: tuple[int, int] = (2, 3)
     distractors: int = 2
     comparison: float = 0.0
+    early_stop: float = 0.0
 
 
 def make_row(rng: random.Random, row_id: str, shape: Shape) -> QARow:
@@ -128,13 +133,25 @@ class GeneratedQuestionTasks:
             if (sum(row.question.encode()) % 8 == 0) == (split == "eval"):
                 made = make_task(row, self._actor, system=SYSTEM)
                 if not made.reasons:
-                    return replace(made.task, env=None)
+                    return self._as_taught(row, made, rng) if split == "train" else replace(made.task, env=None)
+
+    def _as_taught(self, row: QARow, made: MadeTask, rng: random.Random) -> Task:
+        """The task with the trace of a teacher that may stop too early."""
+        plan = make_plan(row)
+        hops = len(plan.hops) if plan.entities else 1
+        while hops < len(plan.hops) and rng.random() >= self._shape.early_stop:
+            hops += 1
+        if hops == len(plan.hops):
+            return replace(made.task, env=None)
+        episode = self._actor.episode(made.task.id, made.tools.world, row.answers)
+        trace = script(row, replace(plan, hops=plan.hops[:hops]), made.tools, episode)
+        return replace(made.task, env=None, expert=trace, reference_calls=trace.calls)
 
 
 class GeneratedQuestions(Simulated):
     """`simulated` with tasks of its own: env.name=pact_fast.synthesis.mtr.generated:GeneratedQuestions.
 
-    `env.args`: those of `simulated`, and `hops`, `distractors`, `comparison` (`Shape`).
+    `env.args`: those of `simulated`, and `hops`, `distractors`, `comparison`, `early_stop` (`Shape`).
     """
 
     @classmethod
@@ -148,11 +165,13 @@ class GeneratedQuestions(Simulated):
         shape = Shape(**(given | ({"hops": tuple(given["hops"])} if isinstance(given.get("hops"), list) else {})))
         try:
             low, high = shape.hops
-            fits = 1 <= low <= high <= 4 and 0 <= shape.distractors <= 5 and 0 <= shape.comparison <= 1
+            fits = 1 <= low <= high <= 4 and 0 <= shape.distractors <= 5
+            fits = fits and 0 <= shape.comparison <= 1 and 0 <= shape.early_stop < 1
         except (TypeError, ValueError):
             fits = False
         if not fits:
             raise PactError(
-                "env.args: hops must be [low, high] within 1..4, distractors within 0..5, comparison in [0, 1]"
+                "env.args: hops must be [low, high] within 1..4, distractors within 0..5, comparison in [0, 1], early_stop in "
+                "[0, 1)"
             )
         return GeneratedQuestionTasks(shape, seed)
