@@ -128,6 +128,12 @@ def test_generated_questions_are_repeatable_and_their_halves_are_apart():
     assert all(t.expert and t.answer == t.expert.answer for t in (*train, *held_out))
 
 
+def test_generated_chains_end_in_a_name_unless_years_are_compared():
+    assert all(task_.answer.startswith("@") for task_ in GeneratedQuestions.tasks({}, 0).train(0, 40))
+    compared = GeneratedQuestions.tasks({"comparison": 1.0}, 0).train(0, 5)
+    assert all("compare" in {call.name for call in task_.expert.calls} for task_ in compared)
+
+
 @pytest.mark.parametrize("name", ["musique_train_passages", "2wikimultihopqa_dev_passages"])
 def test_four_of_five_real_rows_give_a_trace_that_an_independent_check_accepts(name):
     """The check knows nothing of ours but the data row: schemas by jsonschema, texts by containment."""

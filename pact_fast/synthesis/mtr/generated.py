@@ -7,14 +7,16 @@ answer it, further triples that give tools which lead astray. ToolMaker and Auto
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pact_fast.data.types import Task
 from pact_fast.envs.simulated.env import Simulated, make_actor
 from pact_fast.errors import PactError
-from pact_fast.synthesis.mtr.make_task import make_task
+from pact_fast.synthesis.mtr.auto_agent import script
+from pact_fast.synthesis.mtr.make_task import MadeTask, make_task
+from pact_fast.synthesis.mtr.plan import make_plan
 from pact_fast.synthesis.mtr.qa import QARow, Triple
 
 SYSTEM = "Use the tools."
@@ -31,6 +33,7 @@ _PLACES = """alba bree cove dale elm fjord glen hythe isle kirk lund moor nook o
     york zell"""
 PEOPLE = tuple(f"@{name.capitalize()}" for name in _PEOPLE.split())
 PLACES = tuple(f"@{name.capitalize()}" for name in _PLACES.split())
+NAMED = ("person", "place")  # what a chain goes through, and ends in: a year has more tokens, and is harder to copy
 TOKENS = {"person": PEOPLE, "place": PLACES, "year": tuple(str(year) for year in range(1900, 2000))}
 
 
@@ -41,18 +44,21 @@ class Shape:
     hops         least and most relations of a chain
     distractors  relations offered beyond those of the question
     comparison   probability of a question that compares two chains
+    early_stop   probability, after every look-up of a chain but the last, that a trace for training answers with what it has
+                 found so far: a weak teacher, whose traces are not filtered by their answers
     """
 
     hops: tuple[int, int] = (2, 3)
     distractors: int = 2
     comparison: float = 0.0
+    early_stop: float = 0.0
 
 
 def make_row(rng: random.Random, row_id: str, shape: Shape) -> QARow:
     """A question with its facts."""
     compares = rng.random() < shape.comparison
     length = rng.randint(*shape.hops)
-    relations = _chain(rng, length, "year" if compares else None)
+    relations = _chain(rng, length, ("year",) if compares else NAMED)
     kinds = [RELATIONS[relation] for relation in relations]
     ends = rng.sample(TOKENS[kinds[0][0]], 2 if compares else 1)
     used = set(ends)
@@ -77,8 +83,8 @@ def make_row(rng: random.Random, row_id: str, shape: Shape) -> QARow:
     return QARow(row_id, question, (answer,), triples=tuple(triples), other_facts=tuple(other), type=kind)
 
 
-def _chain(rng: random.Random, length: int, last: str | None) -> list[str]:
-    """Relations that fit one after the other, each once; the last one leads to something of the kind `last`."""
+def _chain(rng: random.Random, length: int, last: Sequence[str]) -> list[str]:
+    """Relations that fit one after the other, each once; the last one leads to something of a kind in `last`."""
     while True:
         chain: list[str] = []
         kind = rng.choice(("person", "place"))
@@ -87,9 +93,7 @@ def _chain(rng: random.Random, length: int, last: str | None) -> list[str]:
             fitting = [
                 relation
                 for relation, (start, end) in RELATIONS.items()
-                if start == kind
-                and relation not in chain
-                and (end == last if final and last else final or end != "year")
+                if start == kind and relation not in chain and end in (last if final else NAMED)
             ]
             if not fitting:
                 break
@@ -129,13 +133,25 @@ class GeneratedQuestionTasks:
             if (sum(row.question.encode()) % 8 == 0) == (split == "eval"):
                 made = make_task(row, self._actor, system=SYSTEM)
                 if not made.reasons:
-                    return replace(made.task, env=None)
+                    return self._as_taught(row, made, rng) if split == "train" else replace(made.task, env=None)
+
+    def _as_taught(self, row: QARow, made: MadeTask, rng: random.Random) -> Task:
+        """The task with the trace of a teacher that may stop too early."""
+        plan = make_plan(row)
+        hops = len(plan.hops) if plan.entities else 1
+        while hops < len(plan.hops) and rng.random() >= self._shape.early_stop:
+            hops += 1
+        if hops == len(plan.hops):
+            return replace(made.task, env=None)
+        episode = self._actor.episode(made.task.id, made.tools.world, row.answers)
+        trace = script(row, replace(plan, hops=plan.hops[:hops]), made.tools, episode)
+        return replace(made.task, env=None, expert=trace, reference_calls=trace.calls)
 
 
 class GeneratedQuestions(Simulated):
     """`simulated` with tasks of its own: env.name=pact_fast.synthesis.mtr.generated:GeneratedQuestions.
 
-    `env.args`: those of `simulated`, and `hops`, `distractors`, `comparison` (`Shape`).
+    `env.args`: those of `simulated`, and `hops`, `distractors`, `comparison`, `early_stop` (`Shape`).
     """
 
     @classmethod
@@ -149,11 +165,13 @@ class GeneratedQuestions(Simulated):
         shape = Shape(**(given | ({"hops": tuple(given["hops"])} if isinstance(given.get("hops"), list) else {})))
         try:
             low, high = shape.hops
-            fits = 1 <= low <= high <= 4 and 0 <= shape.distractors <= 5 and 0 <= shape.comparison <= 1
+            fits = 1 <= low <= high <= 4 and 0 <= shape.distractors <= 5
+            fits = fits and 0 <= shape.comparison <= 1 and 0 <= shape.early_stop < 1
         except (TypeError, ValueError):
             fits = False
         if not fits:
             raise PactError(
-                "env.args: hops must be [low, high] within 1..4, distractors within 0..5, comparison in [0, 1]"
+                "env.args: hops must be [low, high] within 1..4, distractors within 0..5, comparison in [0, 1], early_stop in "
+                "[0, 1)"
             )
         return GeneratedQuestionTasks(shape, seed)

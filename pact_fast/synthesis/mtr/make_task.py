@@ -65,10 +65,11 @@ def make_task(
 
 
 def _task(row: QARow, tools: Toolset, system: str) -> Task:
+    """Tools are offered by name: the order in which they were made is that of the plan, and gives it away."""
     return Task(
         id=row.id,
         prompt=[{"role": "system", "content": system}, {"role": "user", "content": row.question}],
-        tools=[tool.schema for tool in tools.world.tools.values()],
+        tools=[tools.world.tools[name].schema for name in sorted(tools.world.tools)],
         answer=row.answers[0],
         env="simulated",
         env_args={**tools.world.to_env_args(), "evidence": list(tools.evidence)},
