@@ -85,6 +85,7 @@ def evaluate(model: Path, seed: int, user: str, tuned: Path, args: argparse.Name
     )
     if model.name == "base":
         own += ["rollout.max_turns=12", "rollout.max_turn_tokens=48", "rollout.max_completion_length=320"]
+        own += ["rollout.max_prompt_length=256"]
     command = ["eval", BENCHMARK, "--model", str(model), "--samples", str(args.samples), "--temperature", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "pact_fast", *command, "--out", str(out), *own],
