@@ -10,7 +10,8 @@ unfiltered    GRPO without filtering: the same number of steps
 
 The other variants start from the recipe's own agent and user, so that they differ in stage 3 alone. Every agent is evaluated
 before and after stage 3 on the held-out tasks, with the tuned user and with the scripted one: pass^1 and pass^k of --samples
-samples per task, with bootstrap intervals over the tasks.
+samples per task, with bootstrap intervals over the tasks. The second table has paired differences of pass^1 over the
+tasks of all seeds: what stage 3 adds to SFT, and what a variant of it adds to the recipe.
 
 without signal  share of the sampled tokens whose group has no signal: of those that were trained on, and of groups that
                 were sampled at all
@@ -32,9 +33,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import make_parser, markdown, new_report, write_report
+from pact_fast.evaluation.statistics import estimate
 
 RECIPE, BENCHMARK = "eigendata-quickstart", "helpdesk-small"
 VARIANTS = ("recipe", "untuned_user", "unfiltered")
+SFT = "SFT"
 USERS = ("tuned", "scripted")
 
 
@@ -85,12 +88,44 @@ def evaluate(model: Path, seed: int, user: str, tuned: Path, args: argparse.Name
     )
     if model.name == "base":
         own += ["rollout.max_turns=12", "rollout.max_turn_tokens=48", "rollout.max_completion_length=320"]
+        own += ["rollout.max_prompt_length=256"]
     command = ["eval", BENCHMARK, "--model", str(model), "--samples", str(args.samples), "--temperature", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "pact_fast", *command, "--out", str(out), *own],
         check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     return json.loads(done.stdout)["categories"]["held_out"]
+
+
+def rates(folder: Path, seed: int, agent: str, user: str) -> dict[str, float]:
+    """Rate of success of every held-out task, as evaluated."""
+    lines = (folder / "evals" / f"{_place(seed, agent)}_{user}" / "results.jsonl").read_text().splitlines()
+    found: dict[str, list[float]] = {}
+    for line in map(json.loads, lines):
+        found.setdefault(line["task"], []).append(line["rewards"]["success"])
+    return {task: sum(values) / len(values) for task, values in found.items()}
+
+
+def _place(seed: int, agent: str) -> str:
+    return f"recipe_{seed}_base" if agent == SFT else f"{agent}_{seed}"
+
+
+def differences(folder: Path, seeds: list[int], variants: list[str]) -> list[dict[str, Any]]:
+    """Paired differences of pass^1 with 95 % bootstrap intervals, over the tasks of all seeds, which weigh the same."""
+    pairs = [(variant, SFT) for variant in variants] + [
+        (variant, "recipe") for variant in variants if variant != "recipe"
+    ]
+    found = []
+    for agent, to in pairs:
+        row: dict[str, Any] = {"agent": agent, "to": to}
+        for user in USERS:
+            values = {}
+            for seed in seeds:
+                ours, theirs = (rates(folder, seed, name, user) for name in (agent, to))
+                values[str(seed)] = [ours[task] - theirs[task] for task in theirs]
+            row[user] = estimate(values, by="task").to_json()
+        found.append(row)
+    return found
 
 
 def rows(report: dict[str, Any], samples: int) -> list[list[str]]:
@@ -134,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = args.folder / f"recipe_{seed}"
         for variant in dict.fromkeys(["recipe", *args.variants]):
             made = train(variant, seed, args.folder, [f"threads={args.threads}", *args.settings])
-            agents = {"SFT": recipe / "base"} if variant == "recipe" else {}
+            agents = {SFT: recipe / "base"} if variant == "recipe" else {}
             agents[f"SFT + GRPO ({variant})"] = Path(made["run"])
             for agent, model in agents.items():
                 scores = {user: evaluate(model, seed, user, recipe / "user", args) for user in USERS}
@@ -149,6 +184,12 @@ def main(argv: list[str] | None = None) -> int:
             ["seed", "agent", *heads, "tokens without signal", "groups", "CPU minutes"], rows(report, args.samples)
         )
     )
+    variants = list(dict.fromkeys(["recipe", *args.variants]))
+    report["differences"] = differences(args.folder, args.seeds, variants)
+    write_report(report, args.out)
+    names = [f"difference of pass^1, {user} user" for user in USERS]
+    table = [[row["agent"], row["to"], *(_percent(row[user]) for user in USERS)] for row in report["differences"]]
+    print(markdown(["stage 3", "compared with", *names], table))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -62,8 +63,12 @@ def test_generated_tasks_are_sound_and_no_customer_is_on_both_sides():
     tasks = GeneratedHelpdesk.tasks({"count": 40, "max_issues": 2}, 0)
     held_out, train = tasks.held_out(1000), tasks.train(0, 1000)
     assert len(held_out) + len(train) == 40  # every composed task passes its controls
-    customers = [{task.env_args["subject"] for task in half} for half in (held_out, train)]
-    assert not customers[0] & customers[1]
+    customers, words = [], []
+    for half in (held_out, train):
+        pairs = {(task.env_args["subject"], task.env_args["user"]["knows"]["handle"]) for task in half}
+        customers.append(pairs)
+        words.append({word for pair in pairs for word in pair})
+    assert not customers[0] & customers[1] and words[0] & words[1]
     assert [task.id for task in tasks.train(3, 8)] == [task.id for task in tasks.train(3, 8)]
     assert [task.id for task in tasks.train(3, 8)] != [task.id for task in tasks.train(4, 8)]
     for args in ({"count": 3}, {"max_issues": 9}, {"count": "x"}, {"early_stop": 1}):
@@ -119,6 +124,12 @@ def test_variants_start_from_the_recipe_s_models_and_the_table_has_a_line_for_ea
             (tmp_path / out / "metrics.jsonl").write_text("")
         score = {"mean": 0.5, "low": 0.4, "high": 0.6}
         row = {"pass@1": score, "pass^2": score, "tasks": 3}
+        if "eval" in command:  # of two samples each, GRPO solves one more of the second task
+            place = Path(asked[-1][asked[-1].index("--out") + 1])
+            place.mkdir(parents=True)
+            solved = {"a": [1, 0], "b": [0, 0 if "base" in place.name else 1]}
+            lines = [{"task": t, "rewards": {"success": x}} for t, xs in solved.items() for x in xs]
+            (place / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return type("Done", (), {"returncode": 0, "stdout": json.dumps({"categories": {"held_out": row}})})
 
     monkeypatch.setattr(eigendata.subprocess, "run", run)
@@ -130,4 +141,8 @@ def test_variants_start_from_the_recipe_s_models_and_the_table_has_a_line_for_ea
     assert f"rollout.user_model={folder / 'recipe_0' / 'base'}" in trained[1]
     assert "algorithm.filter_groups.enable=false" in trained[2] and "pretrain=null" in trained[2]
     assert capsys.readouterr().out.count("50 [40, 60]") == 4 * 4
-    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 4
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert len(report["results"]) == 4
+    found = {(row["agent"], row["to"]): row["scripted"] for row in report["differences"]}
+    assert found["recipe", "SFT"] == {"mean": 0.25, "low": 0.0, "high": 0.5}
+    assert found["unfiltered", "recipe"] == {"mean": 0.0, "low": 0.0, "high": 0.0} and len(found) == 5

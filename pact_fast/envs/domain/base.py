@@ -122,8 +122,8 @@ class Domain:
         """Entities that a task can be about; a task of one never shows another."""
         return []
 
-    def introduction(self, db: Database, subject: str) -> Introduction:
-        """How a dialogue about `subject` begins."""
+    def introduction(self, db: Database, subject: str, rng: random.Random) -> Introduction:
+        """How a dialogue about `subject` begins. What is left open is drawn with `rng`."""
         return Introduction()
 
 
@@ -135,12 +135,14 @@ class Introduction:
     knows    what the user can tell when asked
     device   the device that the user's tools act on
     secrets  values that the user must not say
+    init     edits of the initial state
     """
 
     first: tuple[Step, ...] = ()
     knows: Mapping[str, str] = field(default_factory=dict)
     device: str | None = None
     secrets: tuple[str, ...] = ()
+    init: tuple[Edit, ...] = ()
 
 
 domain: Registry[type[Domain]] = Registry("domain", "DOMAIN", "pact_fast.envs", base=Domain)

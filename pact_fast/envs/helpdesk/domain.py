@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Helpdesk(Domain):
     def subjects(self) -> list[str]:
         return list(self.base["accounts"])
 
-    def introduction(self, db: Database, subject: str) -> Introduction:
+    def introduction(self, db: Database, subject: str, rng: random.Random) -> Introduction:
         account = db["accounts"].peek(subject)
         return Introduction(
             first=(

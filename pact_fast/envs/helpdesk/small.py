@@ -122,14 +122,21 @@ class SmallHelpdesk(Domain):
     def subjects(self) -> list[str]:
         return list(self.base["accounts"])
 
-    def introduction(self, db: Database, subject: str) -> Introduction:
-        handle: Any = db["accounts"].peek(subject)["handle"]
+    def introduction(self, db: Database, subject: str, rng: random.Random) -> Introduction:
+        """Two customers change handles, so that no pair of handle and account can be learnt by heart."""
+        other = rng.choice([key for key in self.base["accounts"] if key != subject and _handle(db, key) != subject])
+        handle = _handle(db, other)
         return Introduction(
             first=(Step("find_account", {"handle": handle}),),
             knows={"handle": handle},
             device=subject,
             secrets=(subject,),
+            init=(Edit("accounts", subject, "handle", handle), Edit("accounts", other, "handle", _handle(db, subject))),
         )
+
+
+def _handle(db: Database, account: str) -> Any:
+    return db["accounts"].peek(account)["handle"]
 
 
 @environment("helpdesk_small")

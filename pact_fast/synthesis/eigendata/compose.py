@@ -33,7 +33,7 @@ class RulesSynthesizer:
             return None
         found = [draft for draft in drafts if draft is not None]
         rng.shuffle(found)
-        begin = domain.introduction(db, subject)
+        begin = domain.introduction(db, subject, rng)
         secrets = dict.fromkeys([*begin.secrets, *(secret for draft in found for secret in draft.secrets)])
         assertions = [item for draft in found for item in draft.assertions] if settings["assertions"] else []
         say = dict.fromkeys(text for draft in found for text in draft.say) if settings["must_say"] else {}
@@ -42,7 +42,7 @@ class RulesSynthesizer:
             domain=domain.name,
             subject=subject,
             issues=tuple(plan.issues),
-            init=tuple(edit for draft in found for edit in draft.init),
+            init=(*begin.init, *(edit for draft in found for edit in draft.init)),
             user=User(
                 opening=_opening(found, plan, version, rng, tuple(secrets)),
                 knows={**begin.knows, **{k: v for draft in found for k, v in draft.knows.items()}},
