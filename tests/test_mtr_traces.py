@@ -134,6 +134,27 @@ def test_generated_chains_end_in_a_name_unless_years_are_compared():
     assert all("compare" in {call.name for call in task_.expert.calls} for task_ in compared)
 
 
+def test_a_teacher_that_stops_early_answers_with_what_it_has_found_and_only_in_training():
+    args = {"hops": [2, 3], "comparison": 0.3}
+    whole, hasty = (GeneratedQuestions.tasks({**args, "early_stop": p}, 0) for p in (0.0, 0.5))
+    pairs = list(zip(whole.train(0, 80), hasty.train(0, 80), strict=True))
+    assert all(a.prompt == b.prompt and a.answer == b.answer for a, b in pairs)
+    assert whole.held_out(20) == hasty.held_out(20)
+    stopped = [(a, b) for a, b in pairs if a.expert != b.expert]
+    assert 0.3 < len(stopped) / len(pairs) < 0.7
+    for a, b in stopped:
+        assert b.expert.turns == a.expert.turns[: len(b.expert.turns)] and "compare" not in b.prompt[-1]["content"]
+        assert b.expert.answer in b.expert.turns[-1].observations[0] and b.expert.answer != b.answer
+    shares = [len(b.expert.turns) / len(a.expert.turns) for a, b in stopped]
+    assert set(np.round(shares, 2)) == {0.5, 0.33, 0.67}
+
+
+def test_tools_are_offered_in_an_order_that_says_nothing_of_the_plan():
+    for task_ in GeneratedQuestions.tasks({}, 0).train(0, 20):
+        names = [tool["function"]["name"] for tool in task_.tools]
+        assert names == sorted(names)
+
+
 @pytest.mark.parametrize("name", ["musique_train_passages", "2wikimultihopqa_dev_passages"])
 def test_four_of_five_real_rows_give_a_trace_that_an_independent_check_accepts(name):
     """The check knows nothing of ours but the data row: schemas by jsonschema, texts by containment."""
