@@ -5,8 +5,9 @@ python -m benchmarks.update_step --model qwen3-1.7b --shape 4096,4096,1024,8 --o
 
 All methods use the same data, weights and loss (update_problem.py): optional log-probs of the old policy (--old), forward,
 loss, backward, gradient clipping, AdamW. Each prompt is a micro-batch. Before anything is timed, loss and gradients of every
-method are compared with those of full-logits in fp64 at a small shape: to 1e-5 in fp32, in bf16 to twice the error of
-full-logits in bf16.
+method are compared with those of full-logits in fp64 at a small shape: to 1e-5 in fp32, or twice the error of full-logits
+itself, if that is more; in bf16 to twice that of full-logits in bf16. Recurrent layers, which transformers computes in fp32
+even in an fp64 model, run token by token in the reference (recurrences.py).
 
 seconds      median over rounds. Every method runs once per round, in rotating order, after one step of warm-up; those
              three times as slow as the tree take part in the first three rounds

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import recurrences
 from pact_fast.batch.packing import PackedBatch
 from pact_fast.model.recurrence import dispatch, rules, segments
 from pact_fast.model.recurrence.plan import RecurrencePlan
 from pact_fast.tree import TokenTree, pack
-from tests.support import recurrences
 
 HEADS, GROUPS, KEY, VALUE = 4, 2, 3, 5
 SIZES = (0, 1, 1, 2, 3, 5, 9, 17)

@@ -17,11 +17,11 @@ from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from benchmarks import recurrences
 from pact_fast.batch.packing import PackedBatch
 from pact_fast.model.recurrence import rules
 from pact_fast.model.recurrence.plan import RecurrencePlan
 from pact_fast.tree import TokenTree, pack
-from tests.support import recurrences
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 HEADS, GROUPS, KEY, VALUE, TAPS = 4, 2, 32, 32, 4

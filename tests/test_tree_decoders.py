@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.recurrences import token_by_token
 from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.config import AlgorithmConfig, TrainerConfig, load_config
 from pact_fast.errors import PactError
@@ -16,36 +16,20 @@ from pact_fast.estimate.memory import estimate
 from pact_fast.estimate.workload import PackLoad
 from pact_fast.model.build import enable_gradient_checkpointing
 from pact_fast.model.forward import unsupported
-from pact_fast.model.recurrence.dispatch import called_by, recurrent_layers
 from pact_fast.rollout.registry import engine_builder
 from pact_fast.train.learner import Learner
 from pact_fast.tree import PathCache, TokenTree, pack, tree_forward
-from tests.support import recurrences
 from tests.support.groups import lookup_chain_renderer, make_groups, step_context_of
 from tests.support.models import DECODERS, SHAPE, make
 from tests.support.trees import alone, as_tree, gradients, path_ids, trees
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 QUICK = ["gpt_oss", "gemma2", "qwen3_5_text", "nemotron_h", "lfm2"]
-ORACLES = {
-    "torch_chunk_gated_delta_rule": recurrences.delta_rule,
-    "chunk_kimi_delta_attention": recurrences.delta_rule,
-    "mamba2_chunk_scan": recurrences.state_space_scan,
-    "causal_conv1d_fn": recurrences.convolution,
-}
 
 
 def every_kind(quick=QUICK):
     """All kinds, those outside of `quick` marked slow."""
     return [pytest.param(kind, marks=() if kind in quick else pytest.mark.slow) for kind in DECODERS]
-
-
-def token_by_token(model, monkeypatch) -> None:
-    """Recurrences of the model's own code as plain loops, which compute in fp64 where transformers casts to fp32."""
-    for layer in recurrent_layers(model):
-        namespace = inspect.unwrap(type(layer).forward).__globals__
-        for name in called_by(layer) & ORACLES.keys():
-            monkeypatch.setitem(namespace, name, ORACLES[name])
 
 
 def results(model, forest, *, tree: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,23 +53,22 @@ def own_states(model, ids: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", every_kind())
 @pytest.mark.slow
-def test_fp32_errors_are_at_most_twice_those_of_transformers(kind, monkeypatch):
+def test_fp32_errors_are_at_most_twice_those_of_transformers(kind):
     """Hidden states and all gradients, against fp64."""
-    assert_errors_at_most_twice(kind, "cpu", monkeypatch)
+    assert_errors_at_most_twice(kind, "cpu")
 
 
 @needs_gpu
 @pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_next", "kimi_linear", "nemotron_h"])
-def test_fp32_errors_on_a_gpu_with_the_kernels_that_are_installed(kind, monkeypatch):
+def test_fp32_errors_on_a_gpu_with_the_kernels_that_are_installed(kind):
     """Those of the packages fla, mamba_ssm and causal_conv1d, or transformers' torch code."""
-    assert_errors_at_most_twice(kind, "cuda", monkeypatch)
+    assert_errors_at_most_twice(kind, "cuda")
 
 
-def assert_errors_at_most_twice(kind: str, device: str, monkeypatch) -> None:
+def assert_errors_at_most_twice(kind: str, device: str) -> None:
     forest, model = trees(), make(kind).to(device)
     assert unsupported(model) is None
-    with monkeypatch.context() as patch:
-        token_by_token(model, patch)
+    with token_by_token(model):
         truth = results(model, forest, tree=False)
     small = make(kind).float().to(device)
     theirs, ours = (results(small, forest, tree=tree) for tree in (False, True))

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
 import torch
 from torch.nn.functional import silu, softplus
+
+from pact_fast.model.recurrence.dispatch import called_by, recurrent_layers
 
 
 def delta_rule(
@@ -73,3 +80,22 @@ def one_after_the_other(rule):
         return torch.cat(outputs, 1), torch.cat(states) if settings["output_final_state"] else None
 
     return run
+
+
+RULES = {
+    "torch_chunk_gated_delta_rule": delta_rule,
+    "chunk_kimi_delta_attention": delta_rule,
+    "mamba2_chunk_scan": state_space_scan,
+    "causal_conv1d_fn": convolution,
+}
+
+
+@contextmanager
+def token_by_token(model: torch.nn.Module) -> Iterator[None]:
+    """Recurrences of the model's own code as these loops, which compute in fp64 where transformers casts to fp32."""
+    with ExitStack() as stack:
+        for layer in recurrent_layers(model):
+            namespace = inspect.unwrap(type(layer).forward).__globals__
+            for name in called_by(layer) & RULES.keys():
+                stack.enter_context(mock.patch.dict(namespace, {name: RULES[name]}))
+        yield
