@@ -97,6 +97,17 @@ def test_wrapped_models_are_unwrapped():
     assert head_of(torch.nn.DataParallel(model)).weight is model.lm_head.weight
 
 
+def test_hooks_of_the_modules_do_not_run():
+    """They gather weights, and take what runs for a step of training."""
+    model, ran = make("granite", logits_scaling=8.0), []
+    for module in (model.model, model.lm_head):
+        module.register_forward_pre_hook(lambda *_: ran.append("before"))
+        module.register_forward_hook(lambda *_: ran.append("after"))
+    assert head_of(model).logit_scale == 0.125 and not ran
+    model(input_ids=IDS)
+    assert len(ran) == 4
+
+
 def partitioned(model):
     model.lm_head.weight.ds_shape = torch.Size((97, 32))
     model.lm_head.weight.data = torch.empty(0, dtype=torch.float64)

@@ -36,6 +36,19 @@ def test_without_a_token_the_layer_runs_as_on_ranks_that_have_some(layer):
     assert check(layer, layer.weight, 0) == [0] and check(layer, layer.weight, 3)[-1] == 3
 
 
+def test_the_layer_runs_after_the_last_use_of_its_weight(layer):
+    """ZeRO-3 gathers it for the layer's own forward, and releases it then."""
+    whole = layer.weight.data
+
+    def set_weight(data):
+        layer.weight.data = data
+
+    layer.register_forward_pre_hook(lambda *_: set_weight(whole))
+    layer.register_forward_hook(lambda *_: set_weight(whole.new_empty(0)))
+    check(layer, layer.weight, 3)
+    assert not layer.weight.numel()
+
+
 def test_another_weight_than_that_of_the_layer_is_an_error(layer):
     with pytest.raises(PactError, match="host: log-probs"):
         check(layer, layer.weight * 1.5, 3)

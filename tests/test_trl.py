@@ -12,8 +12,15 @@ from pact_fast.integrations import trl_loss
 from pact_fast.integrations.trl import install
 from pact_fast.tree import tree_forward
 from tests.support.optional import needs
-from tests.support.processes import environment
-from tests.support.trl_trainers import compare_steps, dpo_trainer, grpo_trainer, rloo_trainer, sft_trainer
+from tests.support.processes import environment, run_ranks
+from tests.support.trl_trainers import (
+    compare_steps,
+    dpo_trainer,
+    grpo_trainer,
+    rloo_trainer,
+    sft_trainer,
+    tiny_model,
+)
 
 needs("trl", reason="install trl for the tests of its adapter")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -83,6 +90,13 @@ def test_the_head_serves_other_trainers(make, tmp_path):
     installed = install(trainer)
     assert installed.served.keys() == {"head"} and "has no loss of ours" in installed.reasons["loss"]
     assert max(compare_steps(trainer)) < 1e-5
+
+
+def test_steps_of_two_ranks_under_zero3_have_the_gradients_of_trls_own_code(tmp_path):
+    from tests.support import trl_ranks
+
+    tiny_model().save_pretrained(tmp_path / "model")
+    run_ranks(trl_ranks.steps, tmp_path)
 
 
 def test_bf16_steps_differ_by_the_roundings_of_trls_own_head(tmp_path):

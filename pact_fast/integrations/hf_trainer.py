@@ -66,6 +66,7 @@ def _without_logits(causal_lm: Any, before: Callable[..., Any]) -> Callable[...,
             dtype = z_dtype(hidden, head)
             agree("the loss", total / divisor, theirs, dtype, HOST)
             rows = torch.nn.functional.pad(kept, (0, 1)).flatten().nonzero().squeeze(1)
+            head = head_of(causal_lm)  # again: ZeRO-3 has released its weight with the model's own forward
             check_head(head_layer(causal_lm), head, hidden.flatten(0, 1), rows, labels[:, 1:][kept], 1.0, HOST)
         return CausalLMOutputWithPast(loss=total / divisor)
 

@@ -127,10 +127,11 @@ class _Forward:
             ids, position, *_ = host.unpad_and_slice_tensor(ids, mask, None)
             mask = None
         hidden = decoder_of(causal_lm)(ids, attention_mask=mask, position_ids=position)[0].flatten(0, 1)
-        head, target = head_of(causal_lm), self._sequences.roll(-1, dims=1).flatten()[self._at]
-        temperature, self._dtype = float(self._actor.temperature), z_dtype(hidden, head)
+        target, temperature = self._sequences.roll(-1, dims=1).flatten()[self._at], float(self._actor.temperature)
         if check:
-            check_head(head_layer(causal_lm), head, hidden, row, target, temperature, HOST)
+            check_head(head_layer(causal_lm), head_of(causal_lm), hidden, row, target, temperature, HOST)
+        head = head_of(causal_lm)  # after the check, with which ZeRO-3 releases its weight
+        self._dtype = z_dtype(hidden, head)
         if self._step is None:
             return separate_logprobs(hidden[row], head, target, temperature=temperature)[:2]
         return self._state.host_loss(hidden, head, row, target, self._loss, self._old_logprob(), temperature)

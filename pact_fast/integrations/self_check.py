@@ -47,6 +47,7 @@ def check_head(
     """Log-probs, and gradients of hidden states and head, against full logits of the model's own `layer`, for a few tokens.
 
     hidden [T, D]; row, targets [N]. With no token the layer runs, too: other ranks may have some, and gather its weight.
+    The layer runs last, because ZeRO-3 releases its weight with it: `head` is then no longer of use in a forward pass.
     Raises PactError.
     """
     at = torch.linspace(0, len(targets) - 1, min(ROWS, len(targets)), device=targets.device).long().unique()
@@ -59,20 +60,21 @@ def check_head(
         return (z / temperature).log_softmax(-1).gather(-1, target[:, None])[:, 0]
 
     dtype = z_dtype(hidden, head)  # 16-bit logits decide how well the slow path knows them
-    with (
-        _without_dropout(layer),
-        torch.no_grad(),
-    ):  # a call of the host's module, which may have hooks for a backward pass that does not come
-        theirs = logprob(layer(rows if head.input_scale == 1.0 else rows * head.input_scale))
+    gradients: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     with _without_dropout(layer), torch.enable_grad():
         x = head.input(rows)
         plain = logprob(torch.nn.functional.linear(x, head.weight, head.bias))
         ours = linear_logprob(x, head.weight, target, temperature=temperature, **head.options).logprob
-        agree("log-probs", ours, theirs, dtype, host, scale=1.0)
         for name, tensor in (("hidden states", rows), ("the head", head.weight)):
             if tensor.requires_grad:
                 a, b = (torch.autograd.grad((z * upstream).sum(), tensor, retain_graph=True)[0] for z in (ours, plain))
-                agree(f"gradients of {name}", a, b, dtype, host)
+                gradients.append((f"gradients of {name}", a, b))
+    # a call of the host's module, which may have hooks for a backward pass that does not come
+    with _without_dropout(layer), torch.no_grad():
+        theirs = logprob(layer(rows if head.input_scale == 1.0 else rows * head.input_scale))
+    agree("log-probs", ours, theirs, dtype, host, scale=1.0)
+    for what, a, b in gradients:
+        agree(what, a, b, dtype, host)
 
 
 class RandomState:

@@ -123,7 +123,7 @@ def _fused(causal_lm: Any, before: Any, summed: bool) -> Callable[..., Any]:
                     theirs = before(*args, fused_lm_head=True, **given, **options)
                 agree("log-probs", logprob, theirs.log_probs[mask], dtype, HOST, scale=1.0)
                 every = torch.arange(len(rows), device=rows.device)
-                check_head(head_layer(causal_lm), head, rows, every, target, temperature, HOST)
+                check_head(head_layer(causal_lm), head_of(causal_lm), rows, every, target, temperature, HOST)
         fields = {"log_probs": logprob} | {n: statistics[STATISTICS[n]] for n in names}
         if "entropy" in settings["outputs"]:
             fields["entropy"] = entropy

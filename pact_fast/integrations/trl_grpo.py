@@ -76,14 +76,13 @@ class OnePass:
                 else:
                     options = {"attention_mask": attention, "use_cache": False}
                     hidden = causal_lm.base_model(input_ids=ids, **options).last_hidden_state.flatten(0, 1)
-                head = head_of(causal_lm)
                 if trainer.args.cast_lm_head_to_fp32:
                     hidden = hidden.float()
                 with torch.autocast(hidden.device.type, enabled=self._autocast(hidden)):
                     if due(self._checked, len(tokens)):
-                        check_head(
-                            head_layer(causal_lm), head, hidden, tokens.row, tokens.target, trainer.temperature, HOST
-                        )
+                        layer, own = head_layer(causal_lm), head_of(causal_lm)
+                        check_head(layer, own, hidden, tokens.row, tokens.target, trainer.temperature, HOST)
+                    head = head_of(causal_lm)  # after the check, with which ZeRO-3 releases its weight
                     out = pact_loss(
                         head.input(hidden), head.weight, tokens, policy_loss=loss, temperature=trainer.temperature,
                         entropy_coef=trl_loss.entropy_coef(trainer), **head.options,

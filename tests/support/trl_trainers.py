@@ -47,7 +47,8 @@ def grpo_trainer(
 
     options = {"num_generations": 4, "max_completion_length": 6, "temperature": 0.9, "beta": 0.1, "entropy_coef": 0.01}
     args = GRPOConfig(model_init_kwargs={"dtype": "float32"}, **settings(folder, **options | changes))
-    tiny_model(**model or {}).save_pretrained(folder / "model")  # the reference is read from there
+    if not (folder / "model").exists():
+        tiny_model(**model or {}).save_pretrained(folder / "model")  # the reference is read from there
     return GRPOTrainer(
         str(folder / "model"), some_reward, args, prompts(), eval_dataset=prompts() if evaluate else None,
         processing_class=chatml_like(), peft_config=peft_config,
@@ -82,15 +83,16 @@ def dpo_trainer(folder: Path) -> Any:
     )
 
 
-def sft_trainer(folder: Path, peft_config: Any = None, **changes: Any) -> Any:
+def sft_trainer(folder: Path, peft_config: Any = None, model: str | None = None, **changes: Any) -> Any:
     import datasets
     from trl import SFTConfig, SFTTrainer
 
     rows = {"prompt": PROMPTS * 4, "completion": [" is warm today.", " the weather.", " jumps over the fox", ""] * 4}
-    args = SFTConfig(**settings(folder, max_length=32, **changes))
+    init = {"model_init_kwargs": {"dtype": "float32"}} if model else {}
+    args = SFTConfig(**settings(folder, max_length=32, **init | changes))
     data = datasets.Dataset.from_dict(rows)
     return SFTTrainer(
-        tiny_model(),
+        model or tiny_model(),
         args,
         train_dataset=data,
         eval_dataset=data,

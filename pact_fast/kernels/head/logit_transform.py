@@ -173,9 +173,12 @@ class _DecoderOutput(SimpleNamespace):
 
 @contextmanager
 def _replaced(module: Any, forward: Any) -> Iterator[None]:
-    """Give the module another `forward` while the context lasts; hooks and compiled code are left out."""
+    """Give the module another `forward` while the context lasts; hooks and compiled code are left out.
+
+    Hooks of FSDP2 and ZeRO-3 would gather the module's weights, and take these calls for steps of training.
+    """
     before = vars(module).get("forward")
-    compiled, module._compiled_call_impl = module._compiled_call_impl, None
+    compiled, module._compiled_call_impl = module._compiled_call_impl, forward  # runs in place of forward and hooks
     module.forward = forward
     try:
         yield
