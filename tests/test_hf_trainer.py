@@ -77,6 +77,38 @@ def test_training_makes_no_logits_and_evaluation_runs_the_models_own_code(tmp_pa
     assert host.model.train()(**batch).logits is not None
 
 
+def test_generation_evaluation_and_saving_are_the_hosts_own_between_steps(tmp_path):
+    own, ours = (trainer(tmp_path / name, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=2)
+                 for name in ("own", "ours"))  # fmt: skip
+    said: dict[str, list[list[int]]] = {"own": [], "ours": []}
+
+    class Generate(transformers.TrainerCallback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_step_end(self, *_, model, **__):
+            ids = torch.arange(5)[None] + 3
+            answer = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+            said[self.name].append(answer[0].tolist())
+            model.train()
+
+    install(ours)
+    for name, host in (("own", own), ("ours", ours)):
+        host.add_callback(Generate(name))
+        host.train()
+    assert said["ours"] == said["own"] and len(said["own"]) == 3
+    evaluated = [
+        [entry["eval_loss"] for entry in host.state.log_history if "eval_loss" in entry] for host in (own, ours)
+    ]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5) and len(evaluated[0]) == 3
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours" / "checkpoint-3")
+    torch.testing.assert_close(saved.state_dict(), ours.model.state_dict(), rtol=0, atol=0)
+    resumed = trainer(tmp_path / "ours", max_steps=4, save_strategy="no")
+    install(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+
+
 def test_a_broken_kernel_is_an_error_on_the_first_batch(tmp_path, monkeypatch):
     from pact_fast.kernels.head import cross_entropy
 

@@ -120,6 +120,26 @@ def test_log_probs_of_the_old_policy(temperature, make):
                 assert (mine - expected)[-n - 1 : -1].abs().max() < 1e-5
 
 
+def test_generation_export_and_saving_are_verls_own_between_steps(make, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    for name in ("get_rng_state", "set_rng_state"):  # verl asks the module of the device for them
+        monkeypatch.setattr(torch.cpu, name, getattr(torch, name), raising=False)
+    engine, loss = make("pact_tree"), verl_engines.policy_loss()
+    first = verl_engines.step(engine, verl_engines.batch(), loss)
+    plain = AutoModelForCausalLM.from_pretrained(engine.model_config.local_path).eval()  # no step moves a weight
+    ids = torch.arange(6)[None] + 5
+    said = [m.eval().generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0) for m in (engine.module, plain)]
+    assert torch.equal(*said)
+    exported = dict(engine.get_per_tensor_param()[0])
+    assert exported.keys() == plain.state_dict().keys()
+    for name, weight in plain.state_dict().items():
+        assert (exported[name].float() - weight).abs().max() <= 2**-8 * weight.abs().max(), name  # verl sends bf16
+    engine.save_checkpoint(str(tmp_path), global_step=1)
+    engine.load_checkpoint(str(tmp_path), del_local_after_load=False)
+    compare(verl_engines.step(engine, verl_engines.batch(), loss), first)
+
+
 def test_a_prompt_is_computed_once_and_groups_stay_together(make, monkeypatch):
     rows = []
     own = verl_engine.decoder_of
