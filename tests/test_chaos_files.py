@@ -184,7 +184,7 @@ def test_killed_tool_processes_cost_one_observation_each(caller, tmp_path):
             process.exit_code(0)  # which says that it hangs
         for tool in at_work(name):
             if tool not in killed:
-                os.kill(ancestors(tool)[-2] if len(killed) % 2 == 0 else tool, signal.SIGKILL)
+                os.kill(ancestors(tool)[-3] if len(killed) % 2 == 0 else tool, signal.SIGKILL)
                 killed.append(tool)
         time.sleep(0.02)
     process.succeed()
@@ -204,7 +204,7 @@ def at_work(name: str) -> Iterator[int]:
 
 
 def ancestors(pid: int) -> list[int]:
-    """Of a tool's process: itself, what keeps it, its worker, and the trainer."""
+    """Of a tool's process: itself, what keeps it, its worker, the server that forked that, and the trainer."""
     found = [pid]
     while b"python_tools/worker" in Path(f"/proc/{found[-1]}/cmdline").read_bytes():
         found.append(int(Path(f"/proc/{found[-1]}/stat").read_text().rpartition(")")[2].split()[1]))

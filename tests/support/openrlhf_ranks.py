@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from pact_fast.integrations.openrlhf import install
 from pact_fast.kernels import head_of
 from tests.support.host_ranks import join
 from tests.support.openrlhf_actors import host, make_actor, make_trainer, training_step
-from tests.support.processes import deepspeed_on_gloo
+from tests.support.processes import deepspeed_on_gloo, end_rank
 from tests.support.small_chunks import make_small_chunks
 
 LOSSES = {
@@ -27,7 +26,7 @@ def training_steps(*stages: int) -> None:
     deepspeed_on_gloo()
     for stage in stages:
         check_stage(rank, stage)
-    dist.destroy_process_group()
+    end_rank()
 
 
 def check_stage(rank: int, stage: int) -> None:

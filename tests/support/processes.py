@@ -5,6 +5,7 @@ The imports of torch, transformers and the trainer take several seconds of CPU t
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -16,9 +17,10 @@ import time
 from collections.abc import Callable, Mapping
 from multiprocessing import connection, forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
+STACKS_AFTER = 200.0  # seconds; most ranks are given 300
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(
     ["tests.support.preload", "vllm.entrypoints.openai.api_server"]
@@ -98,10 +100,24 @@ def run_ranks(function: Callable[..., object], *arguments: Any, ranks: int = 2, 
 
 def _call(log: Path, variables: Mapping[str, str], function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     redirect_output(log)
+    faulthandler.dump_traceback_later(STACKS_AFTER)  # a rank that hangs shows where
     os.environ.update(variables)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have children,
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]  # and forks them where it came from
     function(*arguments)
+
+
+def end_rank() -> NoReturn:
+    """End this rank of a host trainer once all have come here, without destructors: those of a trainer that outlive its group
+    may wait for ranks that have ended.
+    """
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def deepspeed_on_gloo() -> None:

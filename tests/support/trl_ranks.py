@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.support.host_ranks import join
-from tests.support.processes import deepspeed_on_gloo
+from tests.support.processes import deepspeed_on_gloo, end_rank
 
 ZERO3 = {
     "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
@@ -43,7 +42,7 @@ def steps(folder: Path) -> None:
     generate_once(trainer)
     check("GRPO", GRPO, trainer)
     check("SFT", SFT, sft_trainer(folder, model=str(folder / "model"), max_steps=len(SFT), **options))
-    dist.destroy_process_group()
+    end_rank()
 
 
 def accelerate_on_gloo() -> None:

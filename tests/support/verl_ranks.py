@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from pact_fast.integrations.verl import register_engines
 from tests.support import verl_engines
 from tests.support.host_ranks import join
+from tests.support.processes import end_rank
 from tests.support.small_chunks import make_small_chunks
 
 SETTINGS = {"loss_agg_mode": "token-mean", "entropy_coeff": 0.01, "use_kl_loss": True, "kl_loss_coef": 0.1}
@@ -36,7 +36,7 @@ def steps(path: str) -> None:
             assert type(engine).__name__ == f"Engine_{vendor}"
             for empty, expected in zip((True, False), theirs, strict=True):
                 compare(verl_engines.step(engine, part(rank, empty), loss), expected, f"{vendor}, empty: {empty}")
-    dist.destroy_process_group()
+    end_rank()
 
 
 def part(rank: int, empty: bool) -> Any:
