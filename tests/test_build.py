@@ -6,6 +6,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -125,7 +126,9 @@ def test_the_cpp_tests_pass_under_address_sanitizer():
     version = subprocess.run([build.find_compiler(), "--version"], capture_output=True, text=True).stdout
     if "Free Software Foundation" not in version:
         pytest.skip("tests/run_asan.sh needs GCC")
-    done = subprocess.run([Path(__file__).parent / "run_asan.sh"], capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"PYTHON": sys.executable}
+    command = [Path(__file__).parent / "run_asan.sh"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
 
 
