@@ -16,6 +16,7 @@ from pact_fast.rollout.vllm import http_client
 from pact_fast.rollout.vllm.answers import read_world_size, short
 from pact_fast.rollout.vllm.client import VllmServerClient, VllmServerTransport
 from pact_fast.rollout.vllm.engine import VllmEngine
+from pact_fast.rollout.vllm.transport import TurnRequest
 
 MODELS = {"data": [{"id": "model"}]}
 CONTEXT, EOT, VOCABULARY, MOST = [5, 6], 1, 100, 4
@@ -217,6 +218,27 @@ def test_a_connection_that_breaks_is_a_dead_engine(server, transport):
     server.answers["/broken"] = 500, {}, [b"\xff" * 1000]
     with pytest.raises(EngineDied, match="status 500"):
         transport.call("GET", "/broken")
+
+
+def test_errors_of_aborted_turns_do_not_end_the_same_turns_submitted_again(server, transport):
+    """As after a restart: a turn keeps its key, and what arrived meanwhile belongs to the earlier request."""
+    server.seen.clear()
+    turns = [TurnRequest(str(n), CONTEXT, MOST, 1.0, n, [EOT], 0) for n in range(4)]
+    server.answers["/v1/completions"] = 500, {}, [b"gone"]
+    for turn in turns:
+        transport.submit(turn)
+    end = time.monotonic() + 10
+    while server.seen.count("/v1/completions") < len(turns) and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.2)  # for the answers to arrive; nobody polls them
+    server.answers["/v1/completions"] = completion()
+    transport.abort([turn.key for turn in turns])
+    found = []
+    for turn in turns:
+        transport.submit(turn)
+    while len(found) < len(turns) and time.monotonic() < end:
+        found += transport.poll(1.0)
+    assert sorted(output.key for output in found) == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(

@@ -34,17 +34,17 @@ READY_POLL = 0.2  # seconds between tries while a server starts
 class _Turn(Exchange):
     """A turn on its way to a server and back."""
 
-    __slots__ = ("_request", "_transport")
+    __slots__ = ("_transport", "request")
 
     def __init__(self, transport: VllmServerTransport, request: TurnRequest):
         super().__init__("POST", "/v1/completions", http_client.MAX_TURN_BYTES, turn=True)
-        self._transport, self._request = transport, request
+        self._transport, self.request = transport, request
 
     def body(self) -> bytes:
-        return self._transport.encode_turn(self._request)
+        return self._transport.encode_turn(self.request)
 
     def finish(self, outcome: Answer | EngineError) -> None:
-        self._transport.finish_turn(self._request, outcome)
+        self._transport.finish_turn(self, outcome)
 
 
 class VllmServerTransport(VllmTransport):
@@ -75,8 +75,8 @@ class VllmServerTransport(VllmTransport):
     ):
         self.name, self._timeout = name, timeout
         self.weight_files = WeightFiles(weights_folder, model_folder)
-        self._results: queue.SimpleQueue[list[tuple[str, TurnOutput | EngineError]]] = queue.SimpleQueue()  # by key
-        self._batch: list[tuple[str, TurnOutput | EngineError]] = []  # for the results; of the connections' thread
+        self._results: queue.SimpleQueue[list[tuple[_Turn, TurnOutput | EngineError]]] = queue.SimpleQueue()
+        self._batch: list[tuple[_Turn, TurnOutput | EngineError]] = []  # for the results; of the connections' thread
         self._errors: deque[EngineError] = deque()  # taken from the results
         self._http = http_client.HttpClient(name, base_url, uds)
         self._turns: dict[str, _Turn] = {}  # under way, by key
@@ -96,9 +96,11 @@ class VllmServerTransport(VllmTransport):
         wait = 0.0 if self._errors else max(timeout, 0.0)
         with contextlib.suppress(queue.Empty):
             while True:
-                for key, outcome in self._results.get(timeout=wait) if wait else self._results.get_nowait():
-                    if self._turns.pop(key, None) is None:
-                        continue  # aborted
+                for exchange, outcome in self._results.get(timeout=wait) if wait else self._results.get_nowait():
+                    key = exchange.request.key
+                    if self._turns.get(key) is not exchange:
+                        continue  # aborted; the same turn may have been submitted again since
+                    del self._turns[key]
                     if isinstance(outcome, TurnOutput):
                         found.append(outcome)
                     else:
@@ -124,19 +126,19 @@ class VllmServerTransport(VllmTransport):
         }  # fmt: skip
         return json.dumps(body, separators=(",", ":")).encode()
 
-    def finish_turn(self, turn: TurnRequest, answer: Answer | EngineError) -> None:
+    def finish_turn(self, exchange: _Turn, answer: Answer | EngineError) -> None:
         """Put the turn's output, or an EngineError, into the results. Called in the thread of the connections."""
         outcome: TurnOutput | EngineError
         try:
             if isinstance(answer, EngineError):
                 outcome = answer
             else:
-                outcome = read_completion(self.name, http_client.checked_json(answer, self.name), turn)
+                outcome = read_completion(self.name, http_client.checked_json(answer, self.name), exchange.request)
         except EngineError as error:
             outcome = error
         except Exception as error:  # whatever it is, nobody waits for this call
             outcome = EngineError(self.name, f"the request of a turn failed: {type(error).__name__}: {error}")
-        self._batch.append((turn.key, outcome))
+        self._batch.append((exchange, outcome))
         if len(self._batch) == 1:
             self._http.call_soon(self._hand_over)
 
