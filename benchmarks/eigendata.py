@@ -76,38 +76,39 @@ def signal(run: Path) -> dict[str, float]:
     return {"tokens_without_signal": trained, "groups_without_signal": zero if of_all is None else of_all}
 
 
-def evaluate(model: Path, seed: int, user: str, tuned: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Scores on the held-out tasks, as `pact-fast eval` gives them. `model`: a run, or its base model's folder."""
-    agent = f"{model.parent.name}_base" if model.name == "base" else model.name
-    out = args.folder / "evals" / f"{agent}_{user}"
+def evaluate(seed: int, agent: str, user: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Scores on the held-out tasks, as `pact-fast eval` gives them. `agent`: a variant, or SFT."""
+    recipe = args.folder / f"recipe_{seed}"
+    model, tuned = recipe / "base" if agent == SFT else args.folder / f"{agent}_{seed}", recipe / "user"
     own = [f"seed={seed}", f"threads={args.threads}"]
     own += (
         ["rollout.user=environment", "rollout.user_model=null"]
         if user == "scripted"
         else ["rollout.user=model", f"rollout.user_model={tuned}"]
     )
-    if model.name == "base":
+    if agent == SFT:
         own += ["rollout.max_turns=12", "rollout.max_turn_tokens=48", "rollout.max_completion_length=320"]
         own += ["rollout.max_prompt_length=256"]
     command = ["eval", BENCHMARK, "--model", str(model), "--samples", str(args.samples), "--temperature", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "pact_fast", *command, "--out", str(out), *own],
+        [sys.executable, "-m", "pact_fast", *command, "--out", str(evaluation(args.folder, seed, agent, user)), *own],
         check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     return json.loads(done.stdout)["categories"]["held_out"]
 
 
+def evaluation(folder: Path, seed: int, agent: str, user: str) -> Path:
+    """The folder of an evaluation."""
+    return folder / "evals" / f"{f'recipe_{seed}_base' if agent == SFT else f'{agent}_{seed}'}_{user}"
+
+
 def rates(folder: Path, seed: int, agent: str, user: str) -> dict[str, float]:
     """Rate of success of every held-out task, as evaluated."""
-    lines = (folder / "evals" / f"{_place(seed, agent)}_{user}" / "results.jsonl").read_text().splitlines()
+    lines = (evaluation(folder, seed, agent, user) / "results.jsonl").read_text().splitlines()
     found: dict[str, list[float]] = {}
     for line in map(json.loads, lines):
         found.setdefault(line["task"], []).append(line["rewards"]["success"])
     return {task: sum(values) / len(values) for task, values in found.items()}
-
-
-def _place(seed: int, agent: str) -> str:
-    return f"recipe_{seed}_base" if agent == SFT else f"{agent}_{seed}"
 
 
 def differences(folder: Path, seeds: list[int], variants: list[str]) -> list[dict[str, Any]]:
@@ -166,16 +167,12 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     report = new_report("eigendata", args, settings=args.settings, samples=args.samples, results=[])
     for seed in args.seeds:
-        recipe = args.folder / f"recipe_{seed}"
         for variant in dict.fromkeys(["recipe", *args.variants]):
             made = train(variant, seed, args.folder, [f"threads={args.threads}", *args.settings])
-            agents = {SFT: recipe / "base"} if variant == "recipe" else {}
-            agents[f"SFT + GRPO ({variant})"] = Path(made["run"])
-            for agent, model in agents.items():
-                scores = {user: evaluate(model, seed, user, recipe / "user", args) for user in USERS}
-                report["results"].append(
-                    {"seed": seed, "agent": agent, **scores, **(made if model.name != "base" else {})}
-                )
+            for agent in (SFT, variant) if variant == "recipe" else (variant,):
+                scores = {user: evaluate(seed, agent, user, args) for user in USERS}
+                label, training = (SFT, {}) if agent == SFT else (f"SFT + GRPO ({agent})", made)
+                report["results"].append({"seed": seed, "agent": label, **scores, **training})
                 write_report(report, args.out)
     names = ["pass^1", f"pass^{args.samples}"] if args.samples > 1 else ["pass^1"]
     heads = [f"{name}, {user} user" for user in USERS for name in names]

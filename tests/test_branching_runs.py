@@ -21,8 +21,7 @@ FILE = """
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Task
 from pact_fast.rollout.embedded.builder import EmbeddedBuilder
 from pact_fast.rollout.embedded.engine import TransformersEngine
-
-WEATHER = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}
+from tests.support.asking_user import AskingUser
 
 
 class Tasks:
@@ -38,25 +37,10 @@ def task(name):
     return Task(name, [{"role": "user", "content": f"How warm is Oslo? {name}"}], expert=ExpertTrace(turns, "Yes.", "Hm."))
 
 
-class Asking:
-    "A user who asks three more times."
-
-    blocking = False
-    tools = (WEATHER,)
-
+class Asking(AskingUser):
     @classmethod
     def tasks(cls, args, seed):
         return Tasks()
-
-    def reset(self, task):
-        self.asked = 0
-
-    def call(self, name, arguments):
-        return "7"
-
-    def respond(self, text):
-        self.asked += 1
-        return "And Rome?" if self.asked < 4 else None
 
     def reward(self, task, trajectory):
         return {"success": len(trajectory.ids) % 3 / 2}

@@ -212,6 +212,13 @@ def test_turns_beyond_the_limit_wait_and_other_requests_do_not(served, monkeypat
     ) == 5  # all but the one that was cancelled as it waited
 
 
+def forty_turns_are_answered(client):
+    turns = [Turn() for _ in range(40)]
+    for turn in turns:
+        client.start(turn)
+    return all(turn.outcome.result(10).content == b"{}" for turn in turns)
+
+
 def test_few_connections_open_at_a_time(served, monkeypatch):
     monkeypatch.setattr(http_pool, "MAX_OPENING", 4)
     connect, opening, most = http_pool.ConnectionPool._connect, [], []
@@ -225,10 +232,7 @@ def test_few_connections_open_at_a_time(served, monkeypatch):
 
     monkeypatch.setattr(http_pool.ConnectionPool, "_connect", slow)
     _, client = served([OK])
-    turns = [Turn() for _ in range(40)]
-    for turn in turns:
-        client.start(turn)
-    assert all(turn.outcome.result(10).content == b"{}" for turn in turns) and max(most) == 4
+    assert forty_turns_are_answered(client) and max(most) == 4
 
 
 def test_a_limit_of_ours_makes_turns_wait_and_is_no_dead_server(served, monkeypatch):
@@ -243,10 +247,7 @@ def test_a_limit_of_ours_makes_turns_wait_and_is_no_dead_server(served, monkeypa
 
     monkeypatch.setattr(http_pool.ConnectionPool, "_connect", scarce)
     server, client = served([OK])
-    turns = [Turn() for _ in range(40)]
-    for turn in turns:
-        client.start(turn)
-    assert all(turn.outcome.result(10).content == b"{}" for turn in turns) and server.connections == 3
+    assert forty_turns_are_answered(client) and server.connections == 3
     held = [Turn("/never") for _ in range(3)]
     server.answer = lambda path: [OK] if path == "/x" else (time.sleep(10) or [])
     for turn in held:

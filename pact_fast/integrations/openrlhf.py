@@ -19,9 +19,9 @@ from pact_fast.integrations.class_head import replace_method
 from pact_fast.integrations.fused_forward import separate_logprobs
 from pact_fast.integrations.host_loss import HostLoss
 from pact_fast.integrations.openrlhf_step import loss_of_step
-from pact_fast.integrations.self_check import RandomState, agree, check_head, due, z_dtype
+from pact_fast.integrations.self_check import RandomState, agree, check_head_of, due, z_dtype
 from pact_fast.kernels import head_of
-from pact_fast.kernels.head.logit_transform import causal_lm_of, decoder_of, head_layer
+from pact_fast.kernels.head.logit_transform import causal_lm_of, decoder_of
 from pact_fast.model.forward import inside_forward
 
 HOST = "OpenRLHF"
@@ -129,8 +129,8 @@ class _Forward:
         hidden = decoder_of(causal_lm)(ids, attention_mask=mask, position_ids=position)[0].flatten(0, 1)
         target, temperature = self._sequences.roll(-1, dims=1).flatten()[self._at], float(self._actor.temperature)
         if check:
-            check_head(head_layer(causal_lm), head_of(causal_lm), hidden, row, target, temperature, HOST)
-        head = head_of(causal_lm)  # after the check, with which ZeRO-3 releases its weight
+            check_head_of(causal_lm, hidden, row, target, temperature, HOST)
+        head = head_of(causal_lm)
         self._dtype = z_dtype(hidden, head)
         if self._step is None:
             return separate_logprobs(hidden[row], head, target, temperature=temperature)[:2]

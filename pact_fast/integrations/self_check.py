@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from pact_fast.errors import PactError
-from pact_fast.kernels import Head, linear_logprob
+from pact_fast.kernels import Head, head_of, linear_logprob
+from pact_fast.kernels.head.logit_transform import head_layer
 
 ROWS = 16  # of the first batch, for which full logits are made
 # largest difference relative to the largest value; 16-bit hosts round their logits, which costs up to 0.1 nats
@@ -33,6 +34,11 @@ def agree(
             f"{host}: {what} of the kernels and of the host's own code differ by {difference:.2g} on the first batch; "
             "remove the adapter, and report model and versions"
         )
+
+
+def check_head_of(causal_lm: Any, *rest: Any) -> None:
+    """`check_head` for the head of a model. Take `head_of` after it: ZeRO-3 has released the weight of an earlier one."""
+    check_head(head_layer(causal_lm), head_of(causal_lm), *rest)
 
 
 def check_head(

@@ -17,9 +17,8 @@ import torch
 
 from pact_fast.errors import PactError
 from pact_fast.integrations.fused_forward import replace_forward, separate_logprobs, summed_logprobs
-from pact_fast.integrations.self_check import RandomState, agree, check_head, due, z_dtype
+from pact_fast.integrations.self_check import RandomState, agree, check_head_of, due, z_dtype
 from pact_fast.kernels import head_of
-from pact_fast.kernels.head.logit_transform import head_layer
 
 HOST = "TRL"
 # fields of TRL's output → statistics of ours
@@ -123,7 +122,7 @@ def _fused(causal_lm: Any, before: Any, summed: bool) -> Callable[..., Any]:
                     theirs = before(*args, fused_lm_head=True, **given, **options)
                 agree("log-probs", logprob, theirs.log_probs[mask], dtype, HOST, scale=1.0)
                 every = torch.arange(len(rows), device=rows.device)
-                check_head(head_layer(causal_lm), head_of(causal_lm), rows, every, target, temperature, HOST)
+                check_head_of(causal_lm, rows, every, target, temperature, HOST)
         fields = {"log_probs": logprob} | {n: statistics[STATISTICS[n]] for n in names}
         if "entropy" in settings["outputs"]:
             fields["entropy"] = entropy

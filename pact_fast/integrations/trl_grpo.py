@@ -12,9 +12,9 @@ import torch
 
 from pact_fast.integrations import trl_loss
 from pact_fast.integrations.prompt_tree import PromptTrees, group_shuffle, unsupported_tree
-from pact_fast.integrations.self_check import RandomState, agree, check_head, due, z_dtype
+from pact_fast.integrations.self_check import RandomState, agree, check_head_of, due, z_dtype
 from pact_fast.kernels import head_of, pact_loss
-from pact_fast.kernels.head.logit_transform import causal_lm_of, head_layer
+from pact_fast.kernels.head.logit_transform import causal_lm_of
 from pact_fast.model.forward import inside_forward
 
 HOST = "TRL's GRPO"
@@ -80,9 +80,8 @@ class OnePass:
                     hidden = hidden.float()
                 with torch.autocast(hidden.device.type, enabled=self._autocast(hidden)):
                     if due(self._checked, len(tokens)):
-                        layer, own = head_layer(causal_lm), head_of(causal_lm)
-                        check_head(layer, own, hidden, tokens.row, tokens.target, trainer.temperature, HOST)
-                    head = head_of(causal_lm)  # after the check, with which ZeRO-3 releases its weight
+                        check_head_of(causal_lm, hidden, tokens.row, tokens.target, trainer.temperature, HOST)
+                    head = head_of(causal_lm)
                     out = pact_loss(
                         head.input(hidden), head.weight, tokens, policy_loss=loss, temperature=trainer.temperature,
                         entropy_coef=trl_loss.entropy_coef(trainer), **head.options,

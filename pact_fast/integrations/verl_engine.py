@@ -12,10 +12,10 @@ import torch
 from pact_fast.integrations.fused_forward import separate_logprobs
 from pact_fast.integrations.host_loss import HostLoss
 from pact_fast.integrations.prompt_tree import unsupported_tree
-from pact_fast.integrations.self_check import RandomState, agree, check_head, due, z_dtype
+from pact_fast.integrations.self_check import RandomState, agree, check_head_of, due, z_dtype
 from pact_fast.integrations.verl_batch import ScoredTokens, group_size
 from pact_fast.kernels import head_of
-from pact_fast.kernels.head.logit_transform import causal_lm_of, decoder_of, head_layer
+from pact_fast.kernels.head.logit_transform import causal_lm_of, decoder_of
 from pact_fast.model.forward import inside_forward
 
 HOST = "verl's engine"
@@ -92,13 +92,13 @@ def _score(engine: Any, tokens: ScoredTokens, loss_function: Any, check: bool) -
         inputs = {name: value for name, value in inputs.items() if name not in FUSED_HEAD}
         hidden = decoder_of(causal_lm)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         row = tokens.rows_in(inputs["attention_mask"])
-    head = head_of(causal_lm)
-    engine._pact_dtype = z_dtype(hidden, head)
     if check:
         temperature = tokens.temperature
         if isinstance(temperature, torch.Tensor):  # of each token
             temperature = temperature[0].item() if len(temperature) else 1.0
-        check_head(head_layer(causal_lm), head, hidden, row, tokens.target, temperature, HOST)
+        check_head_of(causal_lm, hidden, row, tokens.target, temperature, HOST)
+    head = head_of(causal_lm)
+    engine._pact_dtype = z_dtype(hidden, head)
     if loss_function is None or not torch.is_grad_enabled():
         return separate_logprobs(hidden[row], head, tokens.target, temperature=tokens.temperature)[:2]
 

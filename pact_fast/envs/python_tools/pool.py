@@ -255,11 +255,11 @@ class _State:
                 self._retire(worker, KILL_SECONDS)
                 worker = None
                 self._forks.discard()  # what has ended or stopped a worker may have done the same to the server
-            self._wait_again()  # before the answer: its caller may have the next call
+            self._count_idle()  # before the answer: its caller may have the next call
             job.finish(answer)
             del job, answer
 
-    def _wait_again(self) -> None:
+    def _count_idle(self) -> None:
         with self._lock:
             self._idle += 1
 

@@ -96,7 +96,9 @@ class VllmServerTransport(VllmTransport):
         wait = 0.0 if self._errors else max(timeout, 0.0)
         with contextlib.suppress(queue.Empty):
             while True:
-                for exchange, outcome in self._results.get(timeout=wait) if wait else self._results.get_nowait():
+                batch = self._results.get(timeout=wait) if wait else self._results.get_nowait()
+                wait = 0.0
+                for exchange, outcome in batch:
                     key = exchange.request.key
                     if self._turns.get(key) is not exchange:
                         continue  # aborted; the same turn may have been submitted again since
@@ -105,7 +107,6 @@ class VllmServerTransport(VllmTransport):
                         found.append(outcome)
                     else:
                         self._errors.append(outcome)
-                    wait = 0.0
         if self._errors and not found:  # finished turns first; the error is raised by the next call
             raise self._errors.popleft()
         return found
