@@ -89,7 +89,8 @@ def _rank(megabytes: int, stage: int, folder: Path) -> None:
     for step in (1, 2):
         began = time.thread_time(), time.process_time(), time.monotonic()
         pending = start_save(
-            folder / "checkpoints", step, tensors={"optimizer": learner.backend.state()}, state={}, keep=1,
+            folder / "checkpoints", step, tensors={}, state={}, keep=1,
+            sharded={"optimizer": learner.backend.state()},
             write_model=lambda path: path.mkdir(), weights=checkpoint_weights(model),
             live=learner.backend.changed_by_step(), world=world, budget=1 << 40,
         )  # fmt: skip

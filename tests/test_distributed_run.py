@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from pact_fast.cli.main import main
+from pact_fast.train import checkpoint
 from tests.support.processes import Ranks, deepspeed_on_gloo, run_ranks
 from tests.support.runs import SETTINGS, RunProcess
 
@@ -77,14 +79,32 @@ def test_two_processes_give_the_results_of_one_and_either_resumes_from_the_other
     two = tmp_path / "two"
     train(two, 2, *STAGES[stage])
     assert_same(two, alone)
-    # without ZeRO a checkpoint is made and read as by one process; one direction for each stage is enough
-    going_on = {"zero2": [(two, 1, [])], "zero3": [(two, 1, []), (alone, 2, STAGES[stage])]}
-    for source, processes, settings in going_on.get(stage, []):
-        run = tmp_path / f"on_{processes}"
+    # without ZeRO a checkpoint is made and read as by one process
+    going_on = {
+        "zero2": [(two, 1, []), (two, 2, STAGES["zero3"])],
+        "zero3": [(two, 1, []), (two, 2, STAGES["zero2"]), (alone, 2, STAGES[stage])],
+    }
+    for number, (source, processes, settings) in enumerate(going_on.get(stage, [])):
+        run = tmp_path / f"on_{number}"
         shutil.copytree(source, run)
         shutil.rmtree(run / "checkpoints" / "step_4")
         train(run, processes, *settings)
         assert_same(run, alone)
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_fp32_copies_of_bf16_weights_are_resumed_bit_for_bit(stage, tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    settings = [*STAGES[stage], "model.dtype=bfloat16", "trainer.max_tokens_per_pack=null"]
+    train(whole, 2, *settings)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_4")
+    train(resumed, 2, *settings)
+    ends = [checkpoint.load(run / "checkpoints/step_4").tensors["optimizer"] for run in (whole, resumed)]
+    kinds = {name.rpartition("/")[2] for name in ends[0]}
+    assert kinds == {"master", "exp_avg", "exp_avg_sq", "step"}
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 @pytest.mark.timing

@@ -1,8 +1,7 @@
 """Named tensors in safetensors files.
 
 `write_file` writes one, hashed on the way. `write_model_shards` is for a single rank that hands weights to another
-program. `TensorFiles` reads tensors one at a time. Checkpoints, which all ranks write in the background, are in
-snapshot.py.
+program. Checkpoints, which all ranks write in the background, are in snapshot.py; tensor_files.py reads them.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]
@@ -126,20 +125,3 @@ def write_index(path: Path, file_of: dict[str, str], metadata: dict[str, Any]) -
     """Write Hugging Face's index of a model in several files: `file_of` maps tensors to names of files."""
     index = {"metadata": metadata, "weight_map": file_of}
     path.write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-class TensorFiles(Mapping[str, torch.Tensor]):
-    """The tensors of several safetensors files by name; each is read from disk when it is accessed."""
-
-    def __init__(self, paths: Iterable[Path]):
-        files = [safe_open(path, "pt") for path in paths]
-        self._file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        return self._file_of[key].get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)

@@ -2,7 +2,8 @@
 
 `write` hands named tensors to the `SnapshotWriter` of its rank, whose thread writes the files. Tensors that will change
 at a known time (weights and optimizer states, in the next optimizer step) are copied by the thread too, so that training
-waits only if it gets there first. The files do not depend on the number of ranks.
+waits only if it gets there first. `write` deals the files of tensors that all ranks have; they do not depend on the number
+of ranks. `write_own` is for tensors of which every rank has others.
 """
 
 from __future__ import annotations
@@ -193,6 +194,24 @@ def write(
         writer.submit(_IndexTask(files))
 
 
+def write_own(
+    folder: Path,
+    name: str,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    writer: SnapshotWriter,
+    rank: int = 0,
+    size: int = 1,
+) -> None:
+    """Write the tensors of this rank to `folder/name-{rank:05d}.safetensors`, `name-{rank + size:05d}`, and so on.
+
+    Nothing is collective. Arguments as of `write`.
+    """
+    files = _OwnShards(folder, name, writer, rank, size)
+    for key, tensor in tensors:
+        files.add(key, tensor)
+    files.flush()
+
+
 class _Task(Protocol):
     """A file on its way. copied_bytes: of copies that it came with; live_bytes: of those that `copy` makes."""
 
@@ -262,7 +281,7 @@ class _Shards:
             self.flush()
         self.size += tensor.nbytes
         self.file_number[key] = self.number
-        if self.number % self.ranks == self.rank and not self.writer.failed():
+        if self.is_own() and not self.writer.failed():
             self.pending = self.pending or _FileTask(self.path(self.number))
             self.pending.add(key, tensor.detach(), self.writer.is_live(tensor))
 
@@ -276,9 +295,23 @@ class _Shards:
         self.pending, self.size = None, 0
         self.number += 1
 
+    def is_own(self) -> bool:
+        """Whether this rank writes the current file."""
+        return self.number % self.ranks == self.rank
+
     def path(self, number: int) -> Path:
         """The first file has no number until it is known that there are several."""
         return self.folder / (f"{self.name}-{number:05d}.safetensors" if number else f"{self.name}.safetensors")
+
+
+class _OwnShards(_Shards):
+    """All files are of this rank, and none is dealt."""
+
+    def is_own(self) -> bool:
+        return True
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{self.name}-{self.rank + number * self.ranks:05d}.safetensors"
 
 
 class _IndexTask:

@@ -3,7 +3,8 @@
     checkpoints/step_40/
         manifest.json          size and SHA-256 of every other file, written last
         state.json             counters, states of random number generators
-        optimizer.safetensors  and other groups of named tensors; large groups in several files
+        optimizer.safetensors  and other groups of named tensors; large groups in several files, sharded ones in files of each
+                               rank, as fragments (model/tensor_files.py)
         model/                 Hugging Face format; with LoRA, the adapters in peft's format
 
 Here they are found, checked and read; checkpoint_writer.py writes them.
@@ -22,12 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from pact_fast.errors import PactError
 from pact_fast.files import io_errors, remove, write_bytes
-from pact_fast.model import shards
+from pact_fast.model.tensor_files import TensorFiles
 from pact_fast.text import one_line
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Checkpoint:
     """
 
     step: int
-    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    tensors: Mapping[str, TensorFiles]
     state: dict[str, Any]
     model_dir: Path | None
 
@@ -68,15 +68,23 @@ def load(path: Path) -> Checkpoint:
     found = problem(path)
     if found:
         raise PactError(f"{path} is not a complete checkpoint: {found}; delete it to continue from an older one")
-    names = {file: re.sub(r"-\d{5}$", "", file.stem) for file in sorted(path.glob("*.safetensors"))}
-    tensors = {
-        name: shards.TensorFiles(file for file in names if names[file] == name) for name in sorted(set(names.values()))
-    }
+    try:
+        tensors = _groups(path)
+    except ValueError as error:
+        raise PactError(
+            f"{path} is not a complete checkpoint: {error}; delete it to continue from an older one"
+        ) from None
     state = _read_object(path / "state.json")
     model_dir = path / "model"
     return Checkpoint(
         _read_object(path / "manifest.json")["step"], tensors, state, model_dir if model_dir.is_dir() else None
     )
+
+
+def _groups(path: Path) -> dict[str, TensorFiles]:
+    """ValueError: A sharded tensor is not complete."""
+    names = {file: re.sub(r"-\d{5,}$", "", file.stem) for file in sorted(path.glob("*.safetensors"))}
+    return {name: TensorFiles(file for file in names if names[file] == name) for name in sorted(set(names.values()))}
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------

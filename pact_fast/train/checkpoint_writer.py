@@ -49,6 +49,7 @@ def start_save(
     write_model: Callable[[Path], None] | None,
     weights: NamedTensors | None = None,
     keep: int,
+    sharded: Mapping[str, NamedTensors] | None = None,
     live: Iterable[torch.Tensor] = (),
     world: World | None = None,
     budget: int = 0,
@@ -57,10 +58,10 @@ def start_save(
 ) -> PendingSave:
     """Begin to write `root/step_{step}` in a thread. Tensors may change when this returns, those in `live` later.
 
-    A collective: all ranks call it with the same tensors in the same order. Files are written in parallel; `root` must be
-    one folder for all ranks. Only one run at a time may save to `root`, and one save at a time may be pending. The
-    checkpoint appears as soon as all ranks have written their files; it replaces one of the same step, and all but the
-    newest `keep` complete ones are removed. `PendingSave.finish` has the errors.
+    A collective: all ranks call it with the same `tensors` and `weights` in the same order. Files are written in parallel;
+    `root` must be one folder for all ranks. Only one run at a time may save to `root`, and one save at a time may be
+    pending. The checkpoint appears as soon as all ranks have written their files; it replaces one of the same step, and all
+    but the newest `keep` complete ones are removed. `PendingSave.finish` has the errors.
 
     Args:
         root: Folder of the checkpoints.
@@ -70,6 +71,7 @@ def start_save(
         write_model: Fills the folder model/ on rank 0; None for no such folder.
         weights: The model's weights, written to model/model.safetensors.
         keep: Number of complete checkpoints to keep.
+        sharded: Like `tensors`, for groups of which every rank has other tensors: each writes its own.
         live: Tensors of this rank that keep their values until `PendingSave.wait_copied`: they are copied in the thread.
         world: All ranks; default: one process.
         budget: Bytes of copies that a rank may hold; where there are more, they wait for the disk.
@@ -93,6 +95,8 @@ def start_save(
         pending.on_main(lambda: _begin(root, temporary))
         for name, entries in tensors.items():
             pending.write(temporary, name, entries)
+        for name, entries in (sharded or {}).items():
+            pending.write(temporary, name, entries, snapshot.write_own)
         if write_model:
             pending.on_main(lambda: write_model(temporary / "model"))
         if weights is not None:
@@ -111,11 +115,13 @@ class PendingSave:
     def __init__(self, path: Path, temporary: Path, world: World, writer: snapshot.SnapshotWriter):
         self.path, self._temporary, self._world, self._writer = path, temporary, world, writer
 
-    def write(self, folder: Path, name: str, entries: NamedTensors) -> None:
+    def write(
+        self, folder: Path, name: str, entries: NamedTensors, write: Callable[..., None] = snapshot.write
+    ) -> None:
         """Take named tensors for folder/name.safetensors or several such files, each written by one of the ranks."""
         pairs = entries.items() if isinstance(entries, Mapping) else entries
         self.on_main(lambda: folder.mkdir(exist_ok=True))
-        snapshot.write(folder, name, pairs, self._writer, self._world.rank, self._world.size)
+        write(folder, name, pairs, self._writer, self._world.rank, self._world.size)
 
     def on_main(self, work: Callable[[], object]) -> None:
         """Call `work` on rank 0. Its error is raised on all ranks."""

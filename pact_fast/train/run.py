@@ -43,7 +43,7 @@ from pact_fast.rollout.registry import engine_builder, make_engine
 from pact_fast.text import short
 from pact_fast.train import checkpoint, rng
 from pact_fast.train.check_rows import SkippedRows
-from pact_fast.train.checkpoint_writer import PendingSave, start_save
+from pact_fast.train.checkpoint_writer import NamedTensors, PendingSave, start_save
 from pact_fast.train.collect import RolloutCollector
 from pact_fast.train.evaluate import Evaluator
 from pact_fast.train.frozen_heap import frozen_heap
@@ -406,15 +406,18 @@ class Trainer:
                 save_model_config(self.model, path)
             self.tokenizer.save_pretrained(path)
 
+        backend = self.learner.backend
+        optimizer: dict[str, NamedTensors] = {"optimizer": backend.state()}
         self._pending_save = start_save(
             self.run / "checkpoints",
             state.step,
-            tensors={"optimizer": self.learner.backend.state(), "rng": rng_tensors},
+            tensors={"rng": rng_tensors, **({} if backend.sharded else optimizer)},
+            sharded=optimizer if backend.sharded else {},
             state=saved,
             write_model=write_model,
             weights=None if lora_config else checkpoint_weights(self.model),
             keep=self.config.trainer.save_total_limit,
-            live=self.learner.backend.changed_by_step(),
+            live=backend.changed_by_step(),
             world=self.world,
             budget=free_memory(torch.device("cpu")) // 2,
             before_rename=self._check_lock,

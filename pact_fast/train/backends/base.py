@@ -33,10 +33,12 @@ class Backend(Protocol):
     """Owner of the training state.
 
     lockstep  forward and backward contain collectives, so every rank has to run both equally often
+    sharded   each rank holds, and saves, its own part of the optimizer state
     forward   the policy's forward pass
     """
 
     lockstep: bool
+    sharded: bool
 
     @property
     def forward(self) -> Forward: ...
@@ -52,9 +54,9 @@ class Backend(Protocol):
         ...
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The optimizer state for a checkpoint: ("parameter name/kind", full tensor), in a fixed order.
+        """The optimizer state for a checkpoint: ("parameter name/kind", tensor), in a fixed order.
 
-        Gathering is a collective: every rank has to exhaust the iterator.
+        If it is sharded: what this rank has of it, fragments under keys of `tensor_files.fragment_key`.
         """
         ...
 
@@ -66,7 +68,7 @@ class Backend(Protocol):
         ...
 
     def load_state(self, saved: Mapping[str, torch.Tensor]) -> None:
-        """Restore what `state` yielded.
+        """Restore what `state` yielded. If the state is sharded, only what this rank needs is read of `TensorFiles`.
 
         Raises:
             PactError: The saved state belongs to a model with other parameters.

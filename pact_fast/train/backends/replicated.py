@@ -24,7 +24,7 @@ BUCKET = 64 << 20  # bytes of gradients per all-reduce
 class Replicated:
     """Fused AdamW on full parameters; a `Backend` that can discard gradients."""
 
-    lockstep = False
+    lockstep = sharded = False
 
     def __init__(self, policy: Policy, trainer: TrainerConfig, world: World):
         self.forward: Forward = policy
@@ -116,7 +116,7 @@ def make_optimizer(model: torch.nn.Module, trainer: TrainerConfig, **more: Any) 
     )
 
 
-def check_fits(name: str, kind: str, shape: torch.Size, parameters: dict[str, torch.nn.Parameter]) -> None:
+def check_fits(name: str, kind: str, shape: tuple[int, ...], parameters: dict[str, torch.nn.Parameter]) -> None:
     """Check one entry of a saved optimizer state against the model.
 
     Args:

@@ -24,6 +24,7 @@ from pact_fast.errors import PactError
 from pact_fast.kernels.head.tokens import LossTokens
 from pact_fast.model.deepspeed import deepspeed_config, import_deepspeed
 from pact_fast.model.policy import Policy
+from pact_fast.model.tensor_files import TensorFiles, fragment_key
 from pact_fast.train.backends.base import Forward
 from pact_fast.train.backends.replicated import check_fits, make_optimizer
 
@@ -34,13 +35,13 @@ MASTER = "master"  # state name of the fp32 weights that bf16 weights are rounde
 class Zero:
     """DeepSpeed ZeRO stages 1 to 3; a `Backend`. It cannot discard gradients: DeepSpeed drops them only in a step."""
 
-    lockstep = True
+    lockstep = sharded = True
 
     def __init__(self, policy: Policy, trainer: TrainerConfig, dtype: str, world: World):
         assert trainer.deepspeed is not None
         deepspeed = import_deepspeed(policy.model.device)
         self._world, self._model, self._stage = world, policy.model, trainer.deepspeed.stage
-        self._bf16 = dtype == "bfloat16"
+        self._kinds = (MASTER, *MOMENTS) if dtype == "bfloat16" else MOMENTS
         optimizer = make_optimizer(policy.model, trainer)
         with _translate_errors():
             self.engine, *_ = deepspeed.initialize(
@@ -74,36 +75,70 @@ class Zero:
         return float(norm)
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
         for name, parameter in self._trained().items():
-            if self._bf16:
-                yield f"{name}/{MASTER}", safe_get_full_fp32_param(parameter)
-            for kind in MOMENTS:
-                yield f"{name}/{kind}", safe_get_full_optimizer_state(parameter, kind)
-            yield f"{name}/step", self._steps()
+            shape = _whole_shape(parameter)
+            for kind in self._kinds:
+                start, part = self._own_part(parameter, kind)
+                if len(part):
+                    yield fragment_key(f"{name}/{kind}", shape, start), part
+            if self._world.is_main:  # the same in all
+                yield f"{name}/step", self._steps()
 
     def changed_by_step(self) -> Iterator[torch.Tensor]:
-        """None: DeepSpeed gathers, moves and offloads tensors whenever it wants."""
-        return iter(())
+        optimizer = self.engine.optimizer
+        if self._stage < 3:
+            yield from self._trained().values()
+            parts = optimizer.single_partition_of_fp32_groups
+        else:  # DeepSpeed gathers, releases and swaps the rest whenever it wants
+            groups = enumerate(optimizer.fp32_partitioned_groups_flat)
+            parts = [part for index, part in groups if not optimizer._swappable_optimizer_subgroup(index)]
+        for part in parts:
+            yield part
+            yield from (self._adamw().state[part][kind] for kind in MOMENTS)
 
     def load_state(self, saved: Mapping[str, torch.Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
+        assert isinstance(saved, TensorFiles)
         parameters = self._trained()
         steps = torch.zeros(())
-        for key, value in saved.items():
+        for key in saved:
             name, _, kind = key.rpartition("/")
-            check_fits(name, kind, value.shape, parameters)
-            if kind == MASTER:
-                safe_set_full_fp32_param(parameters[name], value)
-            elif kind in MOMENTS:
-                safe_set_full_optimizer_state(parameters[name], value, kind)
-            else:
-                steps = value
+            check_fits(name, kind, saved.shape(key), parameters)
+            if kind == "step":
+                steps = saved[key]
+            elif kind in self._kinds:
+                start, part = self._own_part(parameters[name], kind)
+                if len(part):
+                    self._set_part(parameters[name], kind, saved.part(key, start, start + len(part)))
         for state in self._adamw().state.values():
             if "step" in state:
                 state["step"].copy_(steps)
+
+    def _own_part(self, parameter: Any, kind: str) -> tuple[int, torch.Tensor]:
+        """This rank's part of the flat state, and the element at which it begins. Empty if it has none."""
+        key = None if kind == MASTER else kind
+        if self._stage < 3:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return 0, torch.empty(0)
+            return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).detach()
+        optimizer = self.engine.optimizer
+        # what the public function returns before it copies it to the GPU
+        part, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True, optim_state_key=key)
+        start = min(self._world.rank * len(part), parameter.ds_numel)
+        return start, part.detach()[: parameter.ds_numel - start]  # the last ones are padded
+
+    def _set_part(self, parameter: Any, kind: str, value: torch.Tensor) -> None:
+        """Set what `_own_part` returns."""
+        if self._stage < 3:
+            self._own_part(parameter, kind)[1].copy_(value)
+            return
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        value = torch.nn.functional.pad(value, (0, parameter.ds_tensor.numel() - len(value)))
+        if kind == MASTER:
+            safe_set_local_fp32_param(parameter, value)
+        else:
+            safe_set_local_optimizer_state(parameter, value, kind)
 
     def _make_states(self) -> None:
         """Create AdamW's states before the first step.
@@ -139,6 +174,10 @@ class Zero:
     def _steps(self) -> torch.Tensor:
         steps = [state["step"].cpu() for state in self._adamw().state.values() if "step" in state]
         return steps[0] if steps else torch.zeros(())
+
+
+def _whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty shape
 
 
 def sharded_forward(policy: Policy, trainer: TrainerConfig, dtype: str, world: World) -> Forward:
