@@ -108,7 +108,7 @@ def test_a_bad_row_that_ends_a_run_can_be_skipped_when_it_is_resumed(recipe, tmp
 @pytest.mark.slow
 @pytest.mark.timing
 def test_rows_cost_no_memory_and_little_time():
-    """From 20,000 to 100,000 rows of 1 kB. All rows were held before: 10 to 14 kB each, and 0.1 ms to read it."""
-    small, large = (scale_rows.measure_rows(count, size=1000) for count in (20_001, 100_000))
+    """From 60,000 to 180,000 rows of 1 kB. All rows were held before: 10 to 14 kB each, and 0.1 ms to read it."""
+    small, large = (scale_rows.measure_rows(count, size=1000) for count in (60_001, 180_000))
     assert large.more["MB"] - small.more["MB"] < 12  # the permutation, and which rows have been checked: 0.5 MB
     assert large.seconds < 3 and scale.exponent([small, large]) < 1.1
