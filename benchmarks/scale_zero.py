@@ -64,6 +64,7 @@ def _rank(megabytes: int, stage: int, folder: Path) -> None:
     from pact_fast.algorithms.registry import make_algorithm
     from pact_fast.config import AlgorithmConfig, TrainerConfig
     from pact_fast.distributed.world import init_world
+    from pact_fast.model.sharded_weights import sharded_weights
     from pact_fast.model.weights import checkpoint_weights
     from pact_fast.train.checkpoint_writer import start_save
     from pact_fast.train.learner import Learner
@@ -91,7 +92,7 @@ def _rank(megabytes: int, stage: int, folder: Path) -> None:
         pending = start_save(
             folder / "checkpoints", step, tensors={}, state={}, keep=1,
             sharded={"optimizer": learner.backend.state()},
-            write_model=lambda path: path.mkdir(), weights=checkpoint_weights(model),
+            write_model=lambda path: path.mkdir(), weights=sharded_weights(model, world.rank) or checkpoint_weights(model),
             live=learner.backend.changed_by_step(), world=world, budget=1 << 40,
         )  # fmt: skip
         taken = time.thread_time() - began[0], time.process_time() - began[1], time.monotonic() - began[2]

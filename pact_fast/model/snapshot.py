@@ -46,8 +46,9 @@ class SnapshotWriter:
         self._to_copy: deque[_Task] = deque()
         self._to_write: deque[_Task] = deque()
         self._held = 0  # bytes of copies
-        self._last: Callable[[Digests], object] | None = None  # known when nothing more will be submitted
-        self._abandoned = self._written = self._ended = False
+        self._phases: tuple[Callable[[Digests], object], ...] | None = None  # known when nothing more will be submitted
+        self._done = 0  # of writing the files, and of the phases
+        self._abandoned = self._ended = False
         self._error: BaseException | None = None
         self._files: Digests = {}
         threading.Thread(target=self._run, name="checkpoint", daemon=True).start()
@@ -71,10 +72,10 @@ class SnapshotWriter:
             self._to_copy.append(task)
             self._changed.notify_all()
 
-    def close(self, last: Callable[[Digests], object]) -> None:
-        """No more files follow. The thread calls last(digests of the files) when they are written, and ends."""
+    def close(self, *phases: Callable[[Digests], object]) -> None:
+        """No more files follow. When they are written, the thread calls each of `phases` with their digests, and ends."""
         with self._changed:
-            self._last = last
+            self._phases = phases
             self._changed.notify_all()
 
     def abandon(self) -> None:
@@ -93,11 +94,11 @@ class SnapshotWriter:
         with self._changed:
             self._changed.wait_for(lambda: self._ended or not self._to_copy)
 
-    def wait_written(self) -> BaseException | None:
-        """Wait until all files are written. Returns what kept them from it; None: nothing."""
+    def wait_done(self, phases: int) -> BaseException | None:
+        """Wait until all files are written and so many phases are done. Returns what kept them from it; None: nothing."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._written)
-            return None if self._written else self._error
+            self._changed.wait_for(lambda: self._ended or self._done > phases)
+            return None if self._done > phases else self._error
 
     def wait_ended(self, timeout: float | None = None) -> BaseException | None:
         """Wait until the thread has ended, at most `timeout` seconds. Returns what went wrong; None: nothing."""
@@ -120,11 +121,12 @@ class SnapshotWriter:
         try:
             while task := self._next():
                 task()
-            with self._changed:
-                self._written = True
-                self._changed.notify_all()
-            assert self._last is not None
-            self._last(self._files)
+            assert self._phases is not None
+            for phase in (lambda _: None, *self._phases):
+                phase(self._files)
+                with self._changed:
+                    self._done += 1
+                    self._changed.notify_all()
         except BaseException as caught:
             error = caught
         with self._changed:
@@ -143,7 +145,7 @@ class SnapshotWriter:
                     return self._copy
                 if self._to_write:
                     return self._write
-                if self._last is not None:
+                if self._phases is not None:
                     return None
                 self._changed.wait()
 
@@ -212,6 +214,55 @@ def write_own(
     files.flush()
 
 
+def write_now(
+    folder: Path,
+    name: str,
+    buckets: Iterable[tuple[Tensors, Callable[[], Tensors]]],
+    rank: int = 0,
+    size: int = 1,
+) -> Digests:
+    """Write files as `write` does, at once, and of the tensors read those that this rank writes.
+
+    Args:
+        folder: An existing folder.
+        name: Name of the file without its suffix.
+        buckets: Tensors on the device "meta", and a function that returns the real ones.
+        rank: Number of this rank.
+        size: Number of ranks that call.
+
+    Returns:
+        The digests of this rank's files.
+    """
+    now = _WriteNow()
+    files = _Shards(folder, name, now, rank, size)
+    for meta, read in buckets:
+        real: Tensors = {}
+        for key, tensor in meta.items():
+            if files.takes(tensor):
+                real = real or read()
+            files.add(key, real.get(key, tensor))
+    files.flush()
+    if files.number > 1 and rank == 0:
+        now.submit(_IndexTask(files))
+    return now.files
+
+
+class _WriteNow:
+    """Writes files when they are submitted, in place of a `SnapshotWriter`. The tensors are nobody else's."""
+
+    def __init__(self) -> None:
+        self.files: Digests = {}
+
+    def is_live(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def failed(self) -> bool:
+        return False
+
+    def submit(self, task: _Task) -> None:
+        task.write(self.files)
+
+
 class _Task(Protocol):
     """A file on its way. copied_bytes: of copies that it came with; live_bytes: of those that `copy` makes."""
 
@@ -270,18 +321,22 @@ def _side_stream(ready: tuple[torch.device, torch.cuda.Event] | None) -> Iterato
 class _Shards:
     """Fills one file after the other, and hands those of this rank to the writer."""
 
-    def __init__(self, folder: Path, name: str, writer: SnapshotWriter, rank: int, size: int):
+    def __init__(self, folder: Path, name: str, writer: SnapshotWriter | _WriteNow, rank: int, size: int):
         self.folder, self.name, self.writer, self.rank, self.ranks = folder, name, writer, rank, size
         self.number, self.size = 0, 0  # of the file that is being filled, and its bytes so far
         self.pending: _FileTask | None = None  # that file, if this rank writes it
         self.file_number: dict[str, int] = {}  # tensor name → number of its file
 
+    def takes(self, tensor: torch.Tensor) -> bool:
+        """Whether this rank writes the tensor if it is added next."""
+        return self.is_own(self.number + self._is_full(tensor))
+
     def add(self, key: str, tensor: torch.Tensor) -> None:
-        if self.size and self.size + tensor.nbytes > SHARD_BYTES:
+        if self._is_full(tensor):
             self.flush()
         self.size += tensor.nbytes
         self.file_number[key] = self.number
-        if self.is_own() and not self.writer.failed():
+        if self.is_own(self.number) and not self.writer.failed():
             self.pending = self.pending or _FileTask(self.path(self.number))
             self.pending.add(key, tensor.detach(), self.writer.is_live(tensor))
 
@@ -295,9 +350,12 @@ class _Shards:
         self.pending, self.size = None, 0
         self.number += 1
 
-    def is_own(self) -> bool:
-        """Whether this rank writes the current file."""
-        return self.number % self.ranks == self.rank
+    def is_own(self, number: int) -> bool:
+        """Whether this rank writes the file."""
+        return number % self.ranks == self.rank
+
+    def _is_full(self, tensor: torch.Tensor) -> bool:
+        return bool(self.size) and self.size + tensor.nbytes > SHARD_BYTES
 
     def path(self, number: int) -> Path:
         """The first file has no number until it is known that there are several."""
@@ -307,7 +365,7 @@ class _Shards:
 class _OwnShards(_Shards):
     """All files are of this rank, and none is dealt."""
 
-    def is_own(self) -> bool:
+    def is_own(self, number: int) -> bool:
         return True
 
     def path(self, number: int) -> Path:

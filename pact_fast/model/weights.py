@@ -118,20 +118,20 @@ def checkpoint_weights(model: PreTrainedModel, dtype: torch.dtype | None = None)
     bucket of at most 256 MiB (or one layer) is gathered at a time. Gathering is a collective operation: every rank has
     to exhaust the iterator, and a tensor is valid until the next one is requested.
     """
-    for bucket in _buckets(model):
+    for bucket in weight_buckets(model):
         with gathered(parameter for _, parameter in bucket):
             tensors = {name: parameter.detach() for name, parameter in bucket}
-            for name, tensor in _checkpoint_format(model, tensors).items():
+            for name, tensor in checkpoint_format(model, tensors).items():
                 yield name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 
 def checkpoint_shapes(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[TensorSpec]:
     """The specs of what `checkpoint_weights` yields. Nothing is gathered."""
-    for bucket in _buckets(model):
+    for bucket in weight_buckets(model):
         tensors = {
             name: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta") for name, p in bucket
         }
-        for name, tensor in _checkpoint_format(model, tensors).items():
+        for name, tensor in checkpoint_format(model, tensors).items():
             yield TensorSpec(name, dtype if dtype and tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
 
 
@@ -197,7 +197,7 @@ def base_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Para
             yield name.replace(".base_layer.", "."), parameter
 
 
-def _buckets(model: PreTrainedModel) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+def weight_buckets(model: PreTrainedModel) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
     """Parameters in buckets of at most BUCKET bytes, or one layer.
 
     A layer is never divided, because converting its tensors to the checkpoint's format may need all of them.
@@ -232,7 +232,7 @@ def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[bool]:
         yield True
 
 
-def _checkpoint_format(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def checkpoint_format(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Names and shapes as in a checkpoint, which engines read; transformers fuses the experts of a mixture on load."""
     from transformers.core_model_loading import revert_weight_conversion
 

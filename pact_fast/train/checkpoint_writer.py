@@ -2,6 +2,8 @@
 
     start_save           every rank takes its share of the files; a thread on each copies and writes them
     wait_copied          training waits for the copies before the next optimizer step, which would change the tensors
+    weights/written-N    only for weights that ZeRO-3 has partitioned: rank N's thread says that it has written its parts of
+                         them; when all have, the threads write the files of the model, from the parts
     .part-N.json         rank N's thread says that it has written its files, and their digests
     manifest, rename     rank 0's thread, when all parts are there
 
@@ -12,6 +14,7 @@ save removes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -27,10 +30,13 @@ from pact_fast.distributed.world import World
 from pact_fast.errors import PactError, error_line
 from pact_fast.files import write_bytes
 from pact_fast.model import snapshot
+from pact_fast.model.sharded_weights import ShardedWeights
+from pact_fast.model.tensor_files import TensorFiles
 from pact_fast.train.checkpoint import hide_and_remove, prune, sha256
 
 NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 FileTable = dict[str, dict[str, Any]]  # path in the folder → size and SHA-256, as in manifest.json
+WEIGHTS = "weights"  # folder of the parts of weights, which is removed at the end
 POLL = 0.05  # seconds between looks for the parts of other ranks
 PATIENCE = 10.0  # seconds for other ranks' parts when this rank ends without them
 
@@ -47,7 +53,7 @@ def start_save(
     tensors: Mapping[str, NamedTensors],
     state: dict[str, Any],
     write_model: Callable[[Path], None] | None,
-    weights: NamedTensors | None = None,
+    weights: NamedTensors | ShardedWeights | None = None,
     keep: int,
     sharded: Mapping[str, NamedTensors] | None = None,
     live: Iterable[torch.Tensor] = (),
@@ -69,7 +75,7 @@ def start_save(
         tensors: Groups of named tensors; group `name` goes to name.safetensors, large groups to several files.
         state: JSON data for state.json; floats are stored exactly. Rank 0's counts.
         write_model: Fills the folder model/ on rank 0; None for no such folder.
-        weights: The model's weights, written to model/model.safetensors.
+        weights: The model's weights, written to model/model.safetensors, with `write_model`.
         keep: Number of complete checkpoints to keep.
         sharded: Like `tensors`, for groups of which every rank has other tensors: each writes its own.
         live: Tensors of this rank that keep their values until `PendingSave.wait_copied`: they are copied in the thread.
@@ -99,10 +105,12 @@ def start_save(
             pending.write(temporary, name, entries, snapshot.write_own)
         if write_model:
             pending.on_main(lambda: write_model(temporary / "model"))
-        if weights is not None:
+        if isinstance(weights, ShardedWeights):
+            pending.write(temporary / WEIGHTS, WEIGHTS, weights.parts(), snapshot.write_own)
+        elif weights is not None:
             pending.write(temporary / "model", "model", weights)
         pending.on_main(lambda: _write_state(temporary / "state.json", state))
-        pending.close(complete)
+        pending.close(complete, weights if isinstance(weights, ShardedWeights) else None)
     return pending
 
 
@@ -114,6 +122,7 @@ class PendingSave:
 
     def __init__(self, path: Path, temporary: Path, world: World, writer: snapshot.SnapshotWriter):
         self.path, self._temporary, self._world, self._writer = path, temporary, world, writer
+        self._phases = 1  # of the thread, after the files are written
 
     def write(
         self, folder: Path, name: str, entries: NamedTensors, write: Callable[..., None] = snapshot.write
@@ -133,17 +142,35 @@ class PendingSave:
                 error = caught
         self._raise_on_all(error)
 
-    def close(self, complete: Callable[[FileTable], None]) -> None:
-        """No more files follow. Rank 0 calls `complete` in its thread when all ranks have written theirs."""
+    def close(self, complete: Callable[[FileTable], None], weights: ShardedWeights | None) -> None:
+        """No more files follow. Rank 0 calls `complete` in its thread when all ranks have written theirs.
+
+        `weights`: whose parts have been written, and that the files of the model are to be written from.
+        """
 
         def last(digests: snapshot.Digests) -> None:
             own = {path.relative_to(self._temporary).as_posix(): d._asdict() for path, d in digests.items()}
+            own = {name: digest for name, digest in own.items() if not name.startswith(f"{WEIGHTS}/")}
             if self._world.is_main:
-                complete(self._others() | own)
+                others = self._others()
+                shutil.rmtree(self._temporary / WEIGHTS, ignore_errors=True)
+                complete(others | own)
             else:
                 write_bytes(self._part(self._world.rank), json.dumps(own).encode())
 
-        self._writer.close(last)
+        phases = [functools.partial(self._write_model, weights), last] if weights else [last]
+        self._phases = len(phases)
+        self._writer.close(*phases)
+
+    def _write_model(self, weights: ShardedWeights, digests: snapshot.Digests) -> None:
+        """Write this rank's files of the model, when all ranks have written their parts of the weights."""
+        said = [self._temporary / WEIGHTS / f"written-{rank}" for rank in range(self._world.size)]
+        write_bytes(said[self._world.rank], b"")
+        for rank, path in enumerate(said):
+            self._wait_for(path, rank)
+        stored = TensorFiles(sorted((self._temporary / WEIGHTS).glob("*.safetensors")))
+        folder = self._temporary / "model"
+        digests |= snapshot.write_now(folder, "model", weights.tensors(stored), self._world.rank, self._world.size)
 
     def wait_copied(self) -> None:
         """Wait until this rank has copied the live tensors, so that they may change."""
@@ -163,7 +190,8 @@ class PendingSave:
             PactError: A file could not be written. Earlier checkpoints are intact.
         """
         with self.errors():
-            self._raise_on_all(self._writer.wait_written())  # first: rank 0 would wait for the part of one that failed
+            for done in range(self._phases):  # else a rank would wait for one that failed before
+                self._raise_on_all(self._writer.wait_done(done))
             self._raise_on_all(self._writer.wait_ended())
         return self.path
 
@@ -172,7 +200,7 @@ class PendingSave:
 
         Errors are left to whoever resumes: the checkpoint is then not there.
         """
-        if self._writer.wait_written() is None:
+        if self._writer.wait_done(0) is None:
             self._writer.wait_ended(PATIENCE)
         self._writer.abandon()
         self._writer.wait_ended()
@@ -202,12 +230,16 @@ class PendingSave:
         files: FileTable = {}
         for rank in range(1, self._world.size):
             part = self._part(rank)
-            while not part.exists():
-                if self._writer.abandoned(POLL):
-                    raise snapshot.Abandoned(f"rank {rank} has not written its part of the checkpoint")
+            self._wait_for(part, rank)
             files |= json.loads(part.read_bytes())
             part.unlink()
         return files
+
+    def _wait_for(self, path: Path, rank: int) -> None:
+        """Wait for what another rank's thread says."""
+        while not path.exists():
+            if self._writer.abandoned(POLL):
+                raise snapshot.Abandoned(f"rank {rank} has not written its part of the checkpoint")
 
     def _raise_on_all(self, error: BaseException | None) -> None:
         """Raise an error of any rank on all ranks, when none of them writes any more."""

@@ -32,6 +32,7 @@ from pact_fast.files import write_text
 from pact_fast.model import lora
 from pact_fast.model.adapter import adapter_tensors
 from pact_fast.model.device import device_kind, free_memory, precision
+from pact_fast.model.sharded_weights import ShardedWeights, sharded_weights
 from pact_fast.model.tokenizer import make_tokenizer
 from pact_fast.model.weights import checkpoint_weights, save_model_config
 from pact_fast.plugins import no_exit
@@ -406,6 +407,9 @@ class Trainer:
                 save_model_config(self.model, path)
             self.tokenizer.save_pretrained(path)
 
+        weights: NamedTensors | ShardedWeights | None = None
+        if not lora_config:
+            weights = sharded_weights(self.model, self.world.rank) or checkpoint_weights(self.model)
         backend = self.learner.backend
         optimizer: dict[str, NamedTensors] = {"optimizer": backend.state()}
         self._pending_save = start_save(
@@ -415,7 +419,7 @@ class Trainer:
             sharded=optimizer if backend.sharded else {},
             state=saved,
             write_model=write_model,
-            weights=None if lora_config else checkpoint_weights(self.model),
+            weights=weights,
             keep=self.config.trainer.save_total_limit,
             live=backend.changed_by_step(),
             world=self.world,

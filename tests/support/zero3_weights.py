@@ -1,17 +1,28 @@
-"""A ZeRO-3 model in two ranks (test_weights_zero3.py): weights gathered bucket by bucket, gradients through a tree."""
+"""A ZeRO-3 model in two ranks (test_weights_zero3.py): weights gathered and saved, gradients through a tree."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
+import functools
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from pact_fast.distributed.world import World
+from pact_fast.errors import PactError
 from pact_fast.kernels.fingerprint import fingerprint
-from pact_fast.model import weights
+from pact_fast.model import shards, snapshot, weights
+from pact_fast.model.sharded_weights import sharded_weights
+from pact_fast.model.shards import write_file
+from pact_fast.train import checkpoint_writer
 from pact_fast.tree import TokenTree, pack, tree_forward
 from tests.support.processes import deepspeed_on_gloo
 
@@ -21,22 +32,66 @@ SHAPE = dict(
 )  # fmt: skip
 
 
-def main(folder: Path) -> None:
-    """Writes what this rank saw to `folder`/RANK.json."""
+# experts that transformers fuses, a tied head, and sizes that three ranks cannot divide
+ODD = dict(
+    vocab_size=95, hidden_size=32, intermediate_size=48, moe_intermediate_size=20, num_hidden_layers=3, num_experts=3,
+    num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def partitioned(plain: PreTrainedModel, persistence: int = 0) -> Any:
+    """DeepSpeed's engine with a copy of the model; parameters of fewer elements than `persistence` stay gathered."""
     deepspeed_on_gloo()
     import deepspeed
 
     deepspeed.init_distributed("gloo")
-    torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **SHAPE), dtype=torch.float32)
     engine, *_ = deepspeed.initialize(
         model=copy.deepcopy(plain),
         config={
             "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": persistence},
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         },
     )
+    return engine
+
+
+def save(folder: Path, failing: str | None = None) -> None:
+    """Saves a partitioned model after a step, in small files, and what gathering it gives to `folder`/gathered.
+
+    `failing`: how the names of the files begin that rank 1 cannot write, so that the save fails on all.
+    """
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **ODD), dtype=torch.float32)
+    engine = partitioned(plain, persistence=40)
+    engine.backward(engine(input_ids=torch.arange(12)[None]).logits.square().sum())
+    engine.step()
+    world = World(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    snapshot.SHARD_BYTES, weights.BUCKET = 20_000, 1
+    sharded = sharded_weights(engine.module, world.rank)
+    assert sharded is not None
+    if failing and world.rank == 1:
+        shards.write_file = functools.partial(full_disk, failing)
+    with pytest.raises(PactError, match="No space left") if failing else contextlib.nullcontext():
+        checkpoint_writer.save(
+            folder, 1, tensors={}, state={}, write_model=lambda path: path.mkdir(), weights=sharded, keep=1, world=world
+        )
+    gathered = {name: tensor.clone() for name, tensor in weights.checkpoint_weights(engine.module)}
+    if world.is_main:
+        write_file(gathered, folder / "gathered")
+
+
+def full_disk(name: str, tensors: dict[str, torch.Tensor], path: Path) -> shards.FileDigest:
+    if path.name.startswith(name):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write_file(tensors, path)
+
+
+def main(folder: Path) -> None:
+    """Writes what this rank saw to `folder`/RANK.json."""
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **SHAPE), dtype=torch.float32)
+    engine = partitioned(plain)
     result = {
         **gather(engine.module, plain),
         "gradient": largest_error(engine, plain),

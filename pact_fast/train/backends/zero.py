@@ -89,7 +89,8 @@ class Zero:
         if self._stage < 3:
             yield from self._trained().values()
             parts = optimizer.single_partition_of_fp32_groups
-        else:  # DeepSpeed gathers, releases and swaps the rest whenever it wants
+        else:  # DeepSpeed gathers and releases whole weights, and swaps what is on a disk, whenever it wants
+            yield from (parameter.ds_tensor for parameter in self._model.parameters())
             groups = enumerate(optimizer.fp32_partitioned_groups_flat)
             parts = [part for index, part in groups if not optimizer._swappable_optimizer_subgroup(index)]
         for part in parts:
