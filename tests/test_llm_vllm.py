@@ -63,6 +63,17 @@ def test_a_server_of_its_own_answers_by_schema_and_a_second_run_starts_none(mode
     assert [one.value for one in again] == [one.value for one in first] and all(one.cached for one in again)
 
 
+def test_prompts_that_do_not_fit_into_one_batch_are_answered(model, tmp_path):
+    """vLLM's CPU build ends where the prompt of a request with a seed is computed in chunks."""
+    words = " ".join(["word"] * 100)
+    asked = [Request([{"role": "user", "content": f"{i} {words}"}], schema=SCHEMA) for i in range(12)]
+    settings = {"model": model, "vllm_args": ARGS, "max_tokens": 64, "temperature": 1.0, "max_concurrency": 12}
+    environment = mock.patch.dict(os.environ, {"VLLM_CPU_KVCACHE_SPACE": "1"})
+    with forked_servers(), environment, LLMClient(LLMConfig(**settings), "tester") as client:
+        assert len(client.map(asked)) == 12
+        assert client.report()["usage"][0]["prompt_tokens"] > 2 * ARGS["max_num_batched_tokens"]
+
+
 def test_a_server_that_cannot_start_is_an_error_with_its_log(tmp_path):
     config = LLMConfig(model=str(tmp_path / "nothing"), vllm_args=ARGS, server_timeout=200)
     with forked_servers(), LLMClient(config, "tester") as client, pytest.raises(PactError, match="ended with status"):

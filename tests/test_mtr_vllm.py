@@ -32,7 +32,7 @@ import jsonschema
 from examples.mtr_with_a_model import main
 from pact_fast.envs.simulated.actor import error_kind
 from pact_fast.envs.simulated.backend import ERROR_KINDS
-from pact_fast.llm.server import COMPACT
+from pact_fast.llm.server import COMPACT, cpu_args
 from pact_fast.synthesis.mtr.tool_maker import REASONS
 from pact_fast.vllm_process import command_line, server_environment
 from tests.support.llm_server import forks_of, running, wait_for
@@ -45,7 +45,7 @@ KILLS = 5 if COUNT >= 50 else 1
 SECONDS = 3600.0
 ARGS = {
     "dtype": "bfloat16", "max_model_len": 4096, "enforce_eager": True, "max_num_seqs": 8, "generation_config": "vllm",
-    "structured_outputs_config": COMPACT,
+    "structured_outputs_config": COMPACT, **cpu_args(),
 }  # fmt: skip
 
 
