@@ -227,11 +227,14 @@ class LLMClient:
                     f"{self.config.cache_dir} has no answer {key} to {short(last.get('content'))}; run once without "
                     "replay=true, with the same settings",
                 )
-            start = time.monotonic()
-            answer = self._shared.send(self.role, body, deadline)
-            seconds = time.monotonic() - start
-            kept = self._shared.keep(key, answer, self.role, {**body, "sample": request.sample})
-            self._shared.ledger.answered(self.role, self.config.model, key, answer, seconds)
+            tokens = body[self.config.max_tokens_field] + _prompt_tokens(body)
+            # until it is charged: between the two, another call could take what this one has spent
+            with self._shared.ledger.reserve(self.role, tokens, deadline):
+                start = time.monotonic()
+                answer = self._shared.send(self.role, body, deadline)
+                seconds = time.monotonic() - start
+                kept = self._shared.keep(key, answer, self.role, {**body, "sample": request.sample})
+                self._shared.ledger.answered(self.role, self.config.model, key, answer, seconds)
             return key, kept, False
 
 
@@ -275,24 +278,20 @@ class _Shared:
         return self._cache.put(key, answer, role, request) if self._cache else answer
 
     def send(self, role: str, body: dict[str, Any], deadline: float) -> Answer:
-        """The server's answer, after retries. ServerFailed, BudgetExceeded."""
-        tokens = body[self._config.max_tokens_field] + _prompt_tokens(body)
-        with self.ledger.reserve(role, tokens, deadline):
-            for retry in range(self._config.max_retries + 1):
-                result = self._try(role, body, deadline)
-                if not isinstance(result, Failure):
-                    return result
-                wait = max(result.wait, _backoff(retry))
-                if not result.passing or retry == self._config.max_retries:
-                    raise ServerFailed(
-                        role, result.reason, result.problem + (f" (after {retry} retries)" if retry else "")
-                    )
-                if time.monotonic() + wait >= deadline:
-                    raise ServerFailed(
-                        role, "deadline", f"no answer before the deadline of the call; last: {result.problem}"
-                    )
-                self.ledger.retried(role, self._config.model)
-                self._closed.wait(wait)
+        """The server's answer, after retries. ServerFailed."""
+        for retry in range(self._config.max_retries + 1):
+            result = self._try(role, body, deadline)
+            if not isinstance(result, Failure):
+                return result
+            wait = max(result.wait, _backoff(retry))
+            if not result.passing or retry == self._config.max_retries:
+                raise ServerFailed(role, result.reason, result.problem + (f" (after {retry} retries)" if retry else ""))
+            if time.monotonic() + wait >= deadline:
+                raise ServerFailed(
+                    role, "deadline", f"no answer before the deadline of the call; last: {result.problem}"
+                )
+            self.ledger.retried(role, self._config.model)
+            self._closed.wait(wait)
         raise AssertionError("unreachable")
 
     def close(self) -> None:
