@@ -92,19 +92,26 @@ def test_two_processes_give_the_results_of_one_and_either_resumes_from_the_other
         assert_same(run, alone)
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_fp32_copies_of_bf16_weights_are_resumed_bit_for_bit(stage, tmp_path):
+@pytest.mark.parametrize("stage, other", [("zero2", "zero3"), ("zero3", "zero2")])
+def test_fp32_copies_of_bf16_weights_are_resumed(stage, other, tmp_path):
+    """Bit for bit, and by another stage, whose ranks have other parts, up to the roundings of two steps."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    settings = [*STAGES[stage], "model.dtype=bfloat16", "trainer.max_tokens_per_pack=null"]
-    train(whole, 2, *settings)
-    shutil.copytree(whole, resumed)
-    shutil.rmtree(resumed / "checkpoints" / "step_4")
-    train(resumed, 2, *settings)
-    ends = [checkpoint.load(run / "checkpoints/step_4").tensors["optimizer"] for run in (whole, resumed)]
-    kinds = {name.rpartition("/")[2] for name in ends[0]}
-    assert kinds == {"master", "exp_avg", "exp_avg_sq", "step"}
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    bf16 = ["model.dtype=bfloat16", "trainer.max_tokens_per_pack=null"]
+    whole = tmp_path / "whole"
+    train(whole, 2, *STAGES[stage], *bf16)
+    expected = checkpoint.load(whole / "checkpoints/step_4").tensors["optimizer"]
+    assert {name.rpartition("/")[2] for name in expected} == {"master", "exp_avg", "exp_avg_sq", "step"}
+    for name in (stage, other):
+        run = tmp_path / name
+        shutil.copytree(whole, run)
+        shutil.rmtree(run / "checkpoints" / "step_4")
+        train(run, 2, *STAGES[name], *bf16)
+        found = checkpoint.load(run / "checkpoints/step_4").tensors["optimizer"]
+        for key, value in expected.items():
+            if name == stage:
+                assert torch.equal(found[key], value), key
+            else:
+                assert (found[key] - value).norm() <= 0.1 * value.norm(), key
 
 
 @pytest.mark.timing

@@ -361,11 +361,11 @@ def test_no_call_begins_that_could_exceed_the_budget(client_of, server):
 
 
 def test_a_call_that_has_ended_is_charged_before_another_begins(client_of, server, monkeypatch):
-    """Where its answer is slow to be kept, its tokens must not be free meanwhile."""
+    """Where a thread is slow to count its answer, the tokens must not be free meanwhile."""
     server.answer = lambda body: said("x", prompt=20, completion=80)
     client = client_of(token_budget=1000, max_tokens=80, max_concurrency=4)
-    keep = client._shared.keep
-    monkeypatch.setattr(client._shared, "keep", lambda *args: (time.sleep(0.05), keep(*args))[1])
+    answered = client._shared.ledger.answered
+    monkeypatch.setattr(client._shared.ledger, "answered", lambda *args: (time.sleep(0.05), answered(*args))[1])
     with pytest.raises(BudgetExceeded):
         client.map(ask(50))
     assert 800 <= charged(client, server) <= 1000

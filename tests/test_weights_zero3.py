@@ -43,8 +43,8 @@ def test_saved_parts_become_the_tensors_that_gathering_gives(tmp_path):
     assert checkpoint.problem(tmp_path / "step_1", verify=True) is None
 
 
-@pytest.mark.parametrize("failing", ["weights", "model"])
+@pytest.mark.parametrize("failing", ["weights", "written", "model", ".part"])
 def test_a_rank_that_cannot_write_ends_the_save_of_all(failing, tmp_path):
-    """As it writes its parts of the weights, or its files of the model."""
+    """Its parts of the weights, the note about them, its files of the model, or the note about those."""
     run_ranks(zero3_weights.save, tmp_path, failing, ranks=3)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(("step", ".tmp"))] == []

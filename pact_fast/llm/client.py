@@ -233,8 +233,8 @@ class LLMClient:
                 start = time.monotonic()
                 answer = self._shared.send(self.role, body, deadline)
                 seconds = time.monotonic() - start
-                kept = self._shared.keep(key, answer, self.role, {**body, "sample": request.sample})
                 self._shared.ledger.answered(self.role, self.config.model, key, answer, seconds)
+            kept = self._shared.keep(key, answer, self.role, {**body, "sample": request.sample})
             return key, kept, False
 
 

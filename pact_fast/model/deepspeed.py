@@ -10,11 +10,19 @@ import torch
 from pact_fast.config import TrainerConfig
 from pact_fast.errors import PactError
 
+REFUSED = {  # settings of zero_optimization, and what the trainer or its checkpoints rely on
+    "round_robin_gradients": "a checkpoint takes the parts of the optimizer state in the order of the parameters",
+    "mics_shard_size": "each rank saves its own part of the training state, over all ranks",
+    "zenflow": "weights and moments must change in the optimizer step alone",
+    "super_offload": "weights and moments must change in the optimizer step alone",
+}
+
 
 def deepspeed_config(trainer: TrainerConfig, dtype: str) -> dict[str, Any]:
     """DeepSpeed's configuration. `trainer.deepspeed.args` is merged into it and takes precedence.
 
     Only for runs with `trainer.deepspeed`. `dtype` is `model.dtype`; with "bfloat16", gradients accumulate in fp32.
+    PactError: `args` has what is not supported.
     """
     settings = trainer.deepspeed
     assert settings is not None
@@ -41,7 +49,19 @@ def deepspeed_config(trainer: TrainerConfig, dtype: str) -> dict[str, Any]:
     }
     if bf16:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _deep_merge(config, settings.args)
+    merged = _deep_merge(config, settings.args)
+    _check_supported(merged["zero_optimization"])
+    return merged
+
+
+def _check_supported(zero: dict[str, Any]) -> None:
+    """PactError for what would train, and save or resume something else."""
+    offload = zero.get("offload_optimizer") or {}
+    found = [key for key in REFUSED if zero.get(key) or (isinstance(offload, dict) and offload.get(key))]
+    if found:
+        raise PactError(
+            f"trainer.deepspeed.args: zero_optimization.{found[0]} is not supported: {REFUSED[found[0]]}; leave it out"
+        )
 
 
 def import_deepspeed(device: torch.device) -> Any:

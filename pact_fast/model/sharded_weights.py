@@ -36,18 +36,17 @@ class ShardedWeights:
             if len(part):
                 yield fragment_key(name, parameter.ds_shape, start), part  # type: ignore[attr-defined]
 
-    def tensors(self, stored: TensorFiles) -> Iterator[tuple[Tensors, Callable[[], Tensors]]]:
+    def tensors(self, stored: Callable[[], TensorFiles]) -> Iterator[tuple[Tensors, Callable[[], Tensors]]]:
         """The tensors of a checkpoint, a bucket at a time: meta tensors, and a function that reads the real ones.
 
         Args:
-            stored: The parts of all ranks.
+            stored: Opens the parts of all ranks. Called where tensors are read.
         """
         for bucket in weight_buckets(self._model):
-            dtypes = {name: parameter.dtype for name, parameter in bucket}
-            meta = {name: torch.empty(stored.shape(name), dtype=dtypes[name], device="meta") for name in dtypes}
+            meta = {name: torch.empty(p.ds_shape, dtype=p.dtype, device="meta") for name, p in bucket}  # type: ignore[attr-defined]
 
-            def read(names: list[str] = list(dtypes)) -> Tensors:  # noqa: B006  # of this bucket
-                return checkpoint_format(self._model, {name: stored[name] for name in names})
+            def read(names: list[str] = list(meta)) -> Tensors:  # noqa: B006  # of this bucket
+                return checkpoint_format(self._model, {name: stored()[name] for name in names})
 
             yield checkpoint_format(self._model, meta), read
 
@@ -62,7 +61,12 @@ def sharded_weights(model: PreTrainedModel, rank: int) -> ShardedWeights | None:
 
 
 def own_part(parameter: Any, rank: int) -> tuple[int, torch.Tensor]:
-    """(start, part): what a rank holds of a flat parameter that ZeRO-3 has partitioned; the last ranks' parts are padded."""
-    part = parameter.ds_tensor.detach()
-    start = min(rank * len(part), parameter.ds_numel)
-    return start, part[: parameter.ds_numel - start]
+    """(start, part): what a rank holds of a flat parameter that ZeRO-3 has partitioned."""
+    start, stop = own_range(parameter, rank)
+    return start, parameter.ds_tensor.detach()[: stop - start]
+
+
+def own_range(parameter: Any, rank: int) -> tuple[int, int]:
+    """(start, stop) of this part. All ranks have parts of one length; the last ones are padded, or have nothing else."""
+    length = parameter.ds_tensor.ds_numel
+    return min(rank * length, parameter.ds_numel), min((rank + 1) * length, parameter.ds_numel)

@@ -47,7 +47,6 @@ class SnapshotWriter:
         self._to_write: deque[_Task] = deque()
         self._held = 0  # bytes of copies
         self._phases: tuple[Callable[[Digests], object], ...] | None = None  # known when nothing more will be submitted
-        self._done = 0  # of writing the files, and of the phases
         self._abandoned = self._ended = False
         self._error: BaseException | None = None
         self._files: Digests = {}
@@ -94,12 +93,6 @@ class SnapshotWriter:
         with self._changed:
             self._changed.wait_for(lambda: self._ended or not self._to_copy)
 
-    def wait_done(self, phases: int) -> BaseException | None:
-        """Wait until all files are written and so many phases are done. Returns what kept them from it; None: nothing."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._done > phases)
-            return None if self._done > phases else self._error
-
     def wait_ended(self, timeout: float | None = None) -> BaseException | None:
         """Wait until the thread has ended, at most `timeout` seconds. Returns what went wrong; None: nothing."""
         with self._changed:
@@ -122,11 +115,8 @@ class SnapshotWriter:
             while task := self._next():
                 task()
             assert self._phases is not None
-            for phase in (lambda _: None, *self._phases):
+            for phase in self._phases:
                 phase(self._files)
-                with self._changed:
-                    self._done += 1
-                    self._changed.notify_all()
         except BaseException as caught:
             error = caught
         with self._changed:

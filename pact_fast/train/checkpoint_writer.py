@@ -2,8 +2,9 @@
 
     start_save           every rank takes its share of the files; a thread on each copies and writes them
     wait_copied          training waits for the copies before the next optimizer step, which would change the tensors
-    weights/written-N    only for weights that ZeRO-3 has partitioned: rank N's thread says that it has written its parts of
-                         them; when all have, the threads write the files of the model, from the parts
+    weights/             only for weights that ZeRO-3 has partitioned: rank N's thread writes its parts of them, and names the
+                         files in written-N.json; rank 0's thread names all in written.json, from which all threads write the
+                         files of the model
     .part-N.json         rank N's thread says that it has written its files, and their digests
     manifest, rename     rank 0's thread, when all parts are there
 
@@ -38,7 +39,8 @@ NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 FileTable = dict[str, dict[str, Any]]  # path in the folder → size and SHA-256, as in manifest.json
 WEIGHTS = "weights"  # folder of the parts of weights, which is removed at the end
 POLL = 0.05  # seconds between looks for the parts of other ranks
-PATIENCE = 10.0  # seconds for other ranks' parts when this rank ends without them
+PATIENCE = 10.0  # seconds for other ranks' notes when this rank ends without them
+AGREE = 1.0  # seconds between the times when ranks tell each other whether a thread has failed
 
 
 def save(root: Path, step: int, **arguments: Any) -> Path:
@@ -122,7 +124,7 @@ class PendingSave:
 
     def __init__(self, path: Path, temporary: Path, world: World, writer: snapshot.SnapshotWriter):
         self.path, self._temporary, self._world, self._writer = path, temporary, world, writer
-        self._phases = 1  # of the thread, after the files are written
+        self._alone = False  # the other ranks may not be there any more
 
     def write(
         self, folder: Path, name: str, entries: NamedTensors, write: Callable[..., None] = snapshot.write
@@ -153,24 +155,33 @@ class PendingSave:
             own = {name: digest for name, digest in own.items() if not name.startswith(f"{WEIGHTS}/")}
             if self._world.is_main:
                 others = self._others()
-                shutil.rmtree(self._temporary / WEIGHTS, ignore_errors=True)
+                if weights:
+                    shutil.rmtree(self._temporary / WEIGHTS)  # or it would be a part of the checkpoint
                 complete(others | own)
             else:
                 write_bytes(self._part(self._world.rank), json.dumps(own).encode())
 
-        phases = [functools.partial(self._write_model, weights), last] if weights else [last]
-        self._phases = len(phases)
-        self._writer.close(*phases)
+        phases = [functools.partial(self._write_model, weights)] if weights else []
+        self._writer.close(*phases, last)
 
     def _write_model(self, weights: ShardedWeights, digests: snapshot.Digests) -> None:
         """Write this rank's files of the model, when all ranks have written their parts of the weights."""
-        said = [self._temporary / WEIGHTS / f"written-{rank}" for rank in range(self._world.size)]
-        write_bytes(said[self._world.rank], b"")
-        for rank, path in enumerate(said):
-            self._wait_for(path, rank)
-        stored = TensorFiles(sorted((self._temporary / WEIGHTS).glob("*.safetensors")))
-        folder = self._temporary / "model"
-        digests |= snapshot.write_now(folder, "model", weights.tensors(stored), self._world.rank, self._world.size)
+        folder, rank = self._temporary / WEIGHTS, self._world.rank
+        own = [path.name for path in digests if path.parent == folder]
+        write_bytes(folder / f"written-{rank}.json", json.dumps(own).encode())
+        if self._world.is_main:  # looks for the notes of all; the others for one
+            notes = (self._note(folder / f"written-{other}.json", other) for other in range(self._world.size))
+            write_bytes(folder / "written.json", json.dumps([name for note in notes for name in note]).encode())
+        listed = self._note(folder / "written.json", 0)
+        stored = functools.cache(lambda: TensorFiles(folder / name for name in listed))
+        buckets = self._until_abandoned(weights.tensors(stored))
+        digests |= snapshot.write_now(self._temporary / "model", "model", buckets, rank, self._world.size)
+
+    def _until_abandoned(self, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            if self._writer.abandoned(0):
+                raise snapshot.Abandoned("the checkpoint was given up")
+            yield item
 
     def wait_copied(self) -> None:
         """Wait until this rank has copied the live tensors, so that they may change."""
@@ -190,9 +201,11 @@ class PendingSave:
             PactError: A file could not be written. Earlier checkpoints are intact.
         """
         with self.errors():
-            for done in range(self._phases):  # else a rank would wait for one that failed before
-                self._raise_on_all(self._writer.wait_done(done))
-            self._raise_on_all(self._writer.wait_ended())
+            while True:  # a thread may wait for one that has failed on another rank
+                error = self._writer.wait_ended(AGREE if self._world.size > 1 else None)
+                if self.ready():
+                    break
+            self._raise_on_all(error if self._writer.failed() else None)
         return self.path
 
     def finish_alone(self) -> None:
@@ -200,9 +213,7 @@ class PendingSave:
 
         Errors are left to whoever resumes: the checkpoint is then not there.
         """
-        if self._writer.wait_done(0) is None:
-            self._writer.wait_ended(PATIENCE)
-        self._writer.abandon()
+        self._alone = True
         self._writer.wait_ended()
 
     @contextlib.contextmanager
@@ -230,16 +241,18 @@ class PendingSave:
         files: FileTable = {}
         for rank in range(1, self._world.size):
             part = self._part(rank)
-            self._wait_for(part, rank)
-            files |= json.loads(part.read_bytes())
+            files |= self._note(part, rank)
             part.unlink()
         return files
 
-    def _wait_for(self, path: Path, rank: int) -> None:
-        """Wait for what another rank's thread says."""
+    def _note(self, path: Path, rank: int) -> Any:
+        """What another rank's thread says, when it does."""
+        alone = 0.0
         while not path.exists():
-            if self._writer.abandoned(POLL):
+            alone += POLL if self._alone else 0.0
+            if self._writer.abandoned(POLL) or alone > PATIENCE:
                 raise snapshot.Abandoned(f"rank {rank} has not written its part of the checkpoint")
+        return json.loads(path.read_bytes())
 
     def _raise_on_all(self, error: BaseException | None) -> None:
         """Raise an error of any rank on all ranks, when none of them writes any more."""

@@ -8,6 +8,7 @@ import errno
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pact_fast.distributed.world import World
 from pact_fast.errors import PactError
+from pact_fast.files import write_bytes
 from pact_fast.kernels.fingerprint import fingerprint
 from pact_fast.model import shards, snapshot, weights
 from pact_fast.model.sharded_weights import sharded_weights
@@ -71,7 +73,8 @@ def save(folder: Path, failing: str | None = None) -> None:
     sharded = sharded_weights(engine.module, world.rank)
     assert sharded is not None
     if failing and world.rank == 1:
-        shards.write_file = functools.partial(full_disk, failing)
+        shards.write_file = functools.partial(full_disk, failing, write_file)
+        checkpoint_writer.write_bytes = functools.partial(full_disk, failing, write_bytes)
     with pytest.raises(PactError, match="No space left") if failing else contextlib.nullcontext():
         checkpoint_writer.save(
             folder, 1, tensors={}, state={}, write_model=lambda path: path.mkdir(), weights=sharded, keep=1, world=world
@@ -81,10 +84,12 @@ def save(folder: Path, failing: str | None = None) -> None:
         write_file(gathered, folder / "gathered")
 
 
-def full_disk(name: str, tensors: dict[str, torch.Tensor], path: Path) -> shards.FileDigest:
+def full_disk(name: str, write: Callable[..., Any], *args: Any) -> Any:
+    """Of the arguments of `write`, one is the path."""
+    (path,) = (argument for argument in args if isinstance(argument, Path))
     if path.name.startswith(name):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return write_file(tensors, path)
+    return write(*args)
 
 
 def main(folder: Path) -> None:

@@ -24,6 +24,7 @@ from pact_fast.errors import PactError
 from pact_fast.kernels.head.tokens import LossTokens
 from pact_fast.model.deepspeed import deepspeed_config, import_deepspeed
 from pact_fast.model.policy import Policy
+from pact_fast.model.sharded_weights import own_range
 from pact_fast.model.tensor_files import TensorFiles, fragment_key
 from pact_fast.train.backends.base import Forward
 from pact_fast.train.backends.replicated import check_fits, make_optimizer
@@ -76,11 +77,9 @@ class Zero:
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._trained().items():
-            shape = _whole_shape(parameter)
-            for kind in self._kinds:
-                start, part = self._own_part(parameter, kind)
-                if len(part):
-                    yield fragment_key(f"{name}/{kind}", shape, start), part
+            start, stop = self._own_range(parameter)
+            for kind in self._kinds if start < stop else ():
+                yield fragment_key(f"{name}/{kind}", _whole_shape(parameter), start), self._own_part(parameter, kind)
             if self._world.is_main:  # the same in all
                 yield f"{name}/step", self._steps()
 
@@ -107,31 +106,37 @@ class Zero:
             if kind == "step":
                 steps = saved[key]
             elif kind in self._kinds:
-                start, part = self._own_part(parameters[name], kind)
-                if len(part):
-                    self._set_part(parameters[name], kind, saved.part(key, start, start + len(part)))
+                start, stop = self._own_range(parameters[name])
+                if start < stop:
+                    self._set_part(parameters[name], kind, saved.part(key, start, stop))
         for state in self._adamw().state.values():
             if "step" in state:
                 state["step"].copy_(steps)
 
-    def _own_part(self, parameter: Any, kind: str) -> tuple[int, torch.Tensor]:
-        """This rank's part of the flat state, and the element at which it begins. Empty if it has none."""
+    def _own_range(self, parameter: Any) -> tuple[int, int]:
+        """(start, stop) of this rank's part of the flat state; empty if it has none."""
+        if self._stage == 3:
+            return own_range(parameter, self._world.rank)
+        if parameter._hp_mapping is None:
+            return 0, 0
+        place = parameter._hp_mapping.lp_fragment_address
+        return place.start, place.start + place.numel
+
+    def _own_part(self, parameter: Any, kind: str) -> torch.Tensor:
+        """This rank's part, which is not empty."""
         key = None if kind == MASTER else kind
         if self._stage < 3:
-            mapping = parameter._hp_mapping
-            if mapping is None:
-                return 0, torch.empty(0)
-            return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).detach()
+            return parameter._hp_mapping.get_hp_fragment(key).detach()
         optimizer = self.engine.optimizer
         # what the public function returns before it copies it to the GPU
         part, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True, optim_state_key=key)
-        start = min(self._world.rank * len(part), parameter.ds_numel)
-        return start, part.detach()[: parameter.ds_numel - start]  # the last ones are padded
+        start, stop = self._own_range(parameter)
+        return part.detach()[: stop - start]
 
     def _set_part(self, parameter: Any, kind: str, value: torch.Tensor) -> None:
         """Set what `_own_part` returns."""
         if self._stage < 3:
-            self._own_part(parameter, kind)[1].copy_(value)
+            self._own_part(parameter, kind).copy_(value)
             return
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
