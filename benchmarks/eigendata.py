@@ -42,7 +42,7 @@ USERS = ("tuned", "scripted")
 
 
 def train(variant: str, seed: int, folder: Path, settings: list[str]) -> dict[str, Any]:
-    """Train a variant, unless its run is there; CPU seconds, and what became of the groups."""
+    """Train a variant, unless its run is there; CPU seconds (None: it was there), and what became of the groups."""
     recipe, out = folder / f"recipe_{seed}", folder / f"{variant}_{seed}"
     own = [f"seed={seed}", f"output_dir={out}", "resume=auto", *settings]
     if variant != "recipe":
@@ -55,11 +55,12 @@ def train(variant: str, seed: int, folder: Path, settings: list[str]) -> dict[st
         ]
         own += ["algorithm.filter_groups.enable=false"] if variant == "unfiltered" else []
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if not (out / "summary.json").exists():
+    trained_before = (out / "summary.json").exists()
+    if not trained_before:
         subprocess.run([sys.executable, "-m", "pact_fast", "train", RECIPE, *own], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"run": str(out), "cpu_seconds": round(cpu, 1), **signal(out)}
+    return {"run": str(out), "cpu_seconds": None if trained_before else round(cpu, 1), **signal(out)}
 
 
 def signal(run: Path) -> dict[str, float]:

@@ -33,6 +33,10 @@ TRACE = [
 TOOLS = [{"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]
 
 
+ROUND_ROBIN = "{zero_optimization: {round_robin_gradients: true}}"
+SUPER_OFFLOAD = "{zero_optimization: {offload_optimizer: {device: cpu, super_offload: true}}}"
+
+
 def settings(*overrides: str) -> Config:
     with_files = any(override.startswith("data.train=") for override in overrides)
     return load_config("quickstart", [*(["env.name=python_tools", "env.args={}"] if with_files else []), *overrides])
@@ -68,6 +72,10 @@ def test_shipped_settings_pass():
     ("overrides", "words"),
     [
         (["algorithm.name=grpo", "rollout.num_generations=1"], "rollout.num_generations=1 with algorithm.name=grpo"),
+        (["trainer.deepspeed.stage=1", "model.dtype=bfloat16"], "deepspeed.stage=1 with model.dtype=bfloat16.*stage=2"),
+        ([f"trainer.deepspeed.args={ROUND_ROBIN}"], "round_robin_gradients is not supported: a checkpoint"),
+        (["trainer.deepspeed={stage: 3, args: {zero_optimization: {mics_shard_size: 2}}}"], "mics_shard_size is not"),
+        ([f"trainer.deepspeed.args={SUPER_OFFLOAD}"], "super_offload is not supported: weights and moments"),
         (["rollout.num_generations=1"], "rollout.num_generations=1 with algorithm.name=pact"),
         (["algorithm.name=matchtir", "rollout.num_generations=1"], "set rollout.num_generations to 2 or more"),
         (["algorithm.name=grpo", "algorithm.reward.env_weight=0.5"], "reward.env_weight has no effect"),

@@ -70,12 +70,7 @@ def checkpoint(
     """
     size = checkpoint_bytes(config, sharding, _count(model), _count(model, trained_only=True))
     copies = size / sharding.devices / HOST_COPY[hardware.device]
-    if sharding.zero:  # gathered by all, and copied at once
-        link = hardware.link if sharding.devices <= hardware.node else hardware.network
-        ring = (sharding.devices - 1) / sharding.devices
-        waited = copies + (1 if sharding.stage == 3 else 2) * ring * size / link
-    else:  # copied until the next optimizer step
-        waited = max(0.0, copies - seconds)
+    waited = max(0.0, copies - seconds)  # copied until the next optimizer step
     minutes = config.trainer.save_minutes
     interval = config.trainer.save_steps if minutes is None else max(1.0, 60 * minutes / seconds)
     return [StepPart("checkpoint", "copies that training waits for", waited / interval, "s", 1.0)]

@@ -50,13 +50,18 @@ def deepspeed_config(trainer: TrainerConfig, dtype: str) -> dict[str, Any]:
     if bf16:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     merged = _deep_merge(config, settings.args)
-    _check_supported(merged["zero_optimization"])
+    _check_supported(merged["zero_optimization"], bf16)
     return merged
 
 
-def _check_supported(zero: dict[str, Any]) -> None:
-    """PactError for what would train, and save or resume something else."""
+def _check_supported(zero: dict[str, Any], bf16: bool) -> None:
+    """PactError for what would not start, or would train, and save or resume something else."""
     offload = zero.get("offload_optimizer") or {}
+    if bf16 and zero.get("stage") == 1 and not offload:
+        raise PactError(
+            "trainer.deepspeed.stage=1 with model.dtype=bfloat16: DeepSpeed takes an optimizer for it that the trainer does "
+            "not know; set trainer.deepspeed.stage=2, which shards gradients, too"
+        )
     found = [key for key in REFUSED if zero.get(key) or (isinstance(offload, dict) and offload.get(key))]
     if found:
         raise PactError(

@@ -15,6 +15,7 @@ from pact_fast.data.sources import FileTasks, TaskSource
 from pact_fast.data.types import Task
 from pact_fast.envs.registry import environment, environment_name
 from pact_fast.errors import PactError
+from pact_fast.model.deepspeed import deepspeed_config
 from pact_fast.rewards.score import NO_OUTCOME
 from pact_fast.train.trackers.registry import check_trackers
 from pact_fast.users.endpoint import user_llm
@@ -24,6 +25,8 @@ def check_settings(config: Config, algorithm: Algorithm) -> None:
     """PactError for settings that are pointless together, whatever the data are, or that name a missing tracker or a
     wrong setting of the user's language model."""
     check_trackers(config.trainer.report_to)
+    if config.trainer.deepspeed:
+        deepspeed_config(config.trainer, config.model.dtype)
     user_llm(config.rollout)
     name, reward, data = config.algorithm.name, config.algorithm.reward, config.data
     rewarded = algorithm.needs_rollouts and algorithm.needs_rewards
