@@ -130,6 +130,10 @@ def differences(folder: Path, seeds: list[int], variants: list[str]) -> list[dic
     return found
 
 
+def _minutes(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds / 60:.1f}"
+
+
 def rows(report: dict[str, Any], samples: int) -> list[list[str]]:
     """Lines of the table: what was evaluated, and its scores with either user."""
     names = ["pass@1", f"pass^{samples}"] if samples > 1 else ["pass@1"]
@@ -137,9 +141,7 @@ def rows(report: dict[str, Any], samples: int) -> list[list[str]]:
     for result in report["results"]:
         scores = [_percent(result[user][name]) for user in USERS for name in names]
         shares = [f"{result[key]:.0%}" if key in result else "" for key in SHARES]
-        table.append(
-            [str(result["seed"]), result["agent"], *scores, *shares, f"{result.get('cpu_seconds', 0) / 60:.1f}"]
-        )
+        table.append([str(result["seed"]), result["agent"], *scores, *shares, _minutes(result.get("cpu_seconds"))])
     return table
 
 

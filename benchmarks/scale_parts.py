@@ -169,7 +169,7 @@ def save(megabytes: int) -> Measured:
 
 
 def zero(megabytes: int) -> Measured:
-    """A save under DeepSpeed ZeRO, whose tensors the training thread gathers from two processes."""
+    """What training waits for at a save under DeepSpeed ZeRO, in two processes."""
     from benchmarks.scale_zero import measure_saves
 
     return Measured(megabytes, *measure_saves(megabytes))
@@ -203,6 +203,6 @@ PARTS: dict[str, Part] = {
     "rollouts": Part((50, 500, 5_000), rollouts),
     "turns": Part((64, 1_024, 8_192), turns),
     "tools": Part((64, 256), tools),
-    "zero": Part((64,), zero),
+    "zero": Part((256,), zero),
     "save": Part((32, 128, 256), save),
 }
