@@ -24,7 +24,7 @@ from pact_fast.distributed.world import World
 from pact_fast.envs.lookup_chain import LookupChainTasks
 from pact_fast.model.tokenizer import train_tokenizer
 from pact_fast.train.collect import RolloutCollector
-from pact_fast.train.learner import UpdateResult, loss_tokens
+from pact_fast.train.learner import UpdateResult, loss_table_to_tensors
 from pact_fast.train.packs import make_packs
 from pact_fast.train.progress import Progress
 from pact_fast.train.step import Stepper
@@ -144,7 +144,7 @@ class NoModel:
         packs = make_packs(batches, flops, max_tokens=PACK_TOKENS, world=self.world, share=True, merge=True)
         differences = []
         for pack in packs.packs:
-            tokens, _ = loss_tokens(pack.batch, pack.scored)
+            tokens, _ = loss_table_to_tensors(pack.batch, pack.scored)
             column = self._rng.normal(0, 1e-3, len(tokens)).astype(np.float32)
             differences.append(np.stack([tokens.component.numpy().astype(np.float32), column], 1))
         return UpdateResult(**vars(packs.cost), logprob_diff=differences)

@@ -126,7 +126,7 @@ def packed(
     for contexts in trees:
         tree, scored = token_tree(problem, contexts)
         for batch in pack([tree], max_tokens=whole, share=share):
-            tokens = loss_tokens(batch, scored).to(model.device)
+            tokens = fp32_loss_tokens(batch, scored).to(model.device)
             yield Pass(
                 decoder=functools.partial(decoder, model, batch),
                 loss=functools.partial(_tree_loss, weight, tokens, head),
@@ -135,7 +135,7 @@ def packed(
             )
 
 
-def loss_tokens(batch: PackedBatch, scored: list[ScoredTokens]) -> LossTokens:
+def fp32_loss_tokens(batch: PackedBatch, scored: list[ScoredTokens]) -> LossTokens:
     """The loss table of a pack as tensors, weights in fp32."""
     table, _ = build_loss_table(batch, scored)
     columns = {name: torch.as_tensor(column) for name, column in table._asdict().items() if column is not None}

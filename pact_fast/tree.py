@@ -12,7 +12,7 @@ from pact_fast.batch.tree import Node, TokenTree
 
 _LAZY = {
     "tree_attention": "pact_fast.model.attention.tree",
-    "PathCache": "pact_fast.model.attention.prefix_cache",
+    "PrefixCache": "pact_fast.model.attention.prefix_cache",
     "branches_forward": "pact_fast.model.forward",
     "inside_forward": "pact_fast.model.forward",
     "paths_forward": "pact_fast.model.forward",

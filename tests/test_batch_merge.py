@@ -14,8 +14,8 @@ from pact_fast.batch.flops import work_of_packs, work_of_paths
 from pact_fast.batch.loss_table import ScoredTokens
 from pact_fast.components import LossContext
 from pact_fast.kernels.head.loss import pact_loss
-from pact_fast.train.learner import loss_tokens
-from pact_fast.tree import PackedBatch, PathCache, TokenTree, branches_forward, distribute_packs, pack, tree_forward
+from pact_fast.train.learner import loss_table_to_tensors
+from pact_fast.tree import PackedBatch, PrefixCache, TokenTree, branches_forward, distribute_packs, pack, tree_forward
 from tests.support.models import make
 from tests.support.trees import alone, cost, gradients, path_ids, weights_of
 
@@ -247,7 +247,7 @@ def test_loss_and_gradients_equal_those_without_merging(kind, budget, eager):
     for merge in (True, False):
         total, count, rows = torch.zeros((), dtype=torch.float64), 0, set()
         for index, batch in enumerate(pack(trees, max_tokens=budget, merge=merge)):
-            table, _ = loss_tokens(batch, scored)
+            table, _ = loss_table_to_tensors(batch, scored)
             if len(table):
                 out = pact_loss(tree_forward(model, batch), model.lm_head.weight, table, entropy_coef=0.01)
                 total = total + out.loss.double()
@@ -265,7 +265,7 @@ def test_branches_over_a_kept_path_that_is_merged(eager):
     tree, (h, _) = siblings([5, 6, 7, 8], [5, 6, 9])
     under = tree.add([4, 11], h)
     (whole,) = pack([tree], max_tokens=100, merge=True)
-    cache = PathCache(whole, h)
+    cache = PrefixCache(whole, h)
     full = tree_forward(model, whole, keep=cache)
     teacher = TokenTree(start=len(cache))
     stem = teacher.add([])

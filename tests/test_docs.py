@@ -23,7 +23,7 @@ from pact_fast.data.readers import read_tasks
 from pact_fast.data.types import Task
 from pact_fast.envs.base import Environment
 from pact_fast.rewards.functions import load_reward_function
-from pact_fast.train.learner import loss_tokens
+from pact_fast.train.learner import loss_table_to_tensors
 from pact_fast.tree import pack
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +98,7 @@ def test_algorithm_of_the_guide_makes_a_plan_that_can_be_trained():
     algorithm = run(defining("class BetterHalf"))["BetterHalf"](config)
     plans = [algorithm.prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups]
     [batch] = pack([tree for plan in plans for tree in plan.trees], max_tokens=1 << 20)
-    tokens, _ = loss_tokens(batch, [s for plan in plans for s in plan.scored])
+    tokens, _ = loss_table_to_tensors(batch, [s for plan in plans for s in plan.scored])
     assert np.array_equal(tokens.rl_weight > 0, tokens.advantage > 0)
     assert (tokens.rl_weight > 0).any()
 

@@ -40,7 +40,7 @@ def with_gap(t: torch.Tensor, gap: int = 3) -> torch.Tensor:
 
 
 SMALL = [(n, width, vocab) for n in (1, 3, 17) for width in (1, 8, 64, 101, 896) for vocab in (5, 1003, 4099)]
-# beyond a block in each direction: rows (1024), depth (2048), slabs of dz (1024), and exactly as large
+# beyond a block in each direction: rows (1024), depth (2048), blocks of dz (1024), and exactly as large
 LARGE = [(1100, 100, 70), (1024, 64, 1024), (33, 2051, 65), (2, 4099, 3), (95, 130, 2050)]
 
 

@@ -28,7 +28,7 @@ def with_gap(t: torch.Tensor, gap: int = 3) -> torch.Tensor:
 
 
 SMALL = [(n, width, vocab) for n in (1, 3, 17) for width in (1, 8, 64, 101, 896) for vocab in (5, 1003, 4099)]
-# beyond a block in each direction: rows (1024), depth (1024), slabs of dz (768), and exactly as large
+# beyond a block in each direction: rows (1024), depth (1024), blocks of dz (768), and exactly as large
 LARGE = [(1100, 100, 70), (1024, 64, 768), (33, 1027, 65), (2, 2051, 3), (95, 130, 1538)]
 
 

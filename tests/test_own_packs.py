@@ -12,7 +12,7 @@ from pact_fast.batch.packing import distribute_packs
 from pact_fast.components import LossContext
 from pact_fast.config import AlgorithmConfig
 from pact_fast.distributed.world import World
-from pact_fast.train.packs import make_packs, send_home
+from pact_fast.train.packs import make_packs, send_to_owners
 from pact_fast.train.quantiles import distributions
 from tests.support.groups import lookup_chain_renderer, make_groups, step_context_of
 from tests.support.thread_world import Hub, run_threads
@@ -32,7 +32,7 @@ def plan(renderer, prompts: int, world: World, name: str = "pact", branched: boo
         n = len(trajectory.ids)
         trajectory.branches = np.array([[n // 3, n // 4], [n // 2, -1]])
     context, algorithm = step_context_of(renderer, config, groups, world=world), make_algorithm(config)
-    own = [group for group in groups if world.home_of(group.prompt_index, prompts) == world.rank]
+    own = [group for group in groups if world.owner_of(group.prompt_index, prompts) == world.rank]
     return algorithm.prompt_batches(own, context)
 
 
@@ -132,10 +132,10 @@ def test_what_a_rank_computes_returns_to_the_one_that_planned_the_prompt(rendere
             row = np.concatenate([np.zeros(0), *known])
             return np.where(np.arange(len(row)) % parallel == place, row, 0.0)[None]
 
-        found = send_home(packs, [values(pack) for pack in packs.packs], world)
+        found = send_to_owners(packs, [values(pack) for pack in packs.packs], world)
         seen = []
         for number, array in found.items():
-            unit = packs.planned[number]
+            unit = packs.local_units[number]
             assert array.shape == (1, unit.supervised)
             seen += [id(s) for s in unit.scored]
             expected = [1000.0 * s.prompt + s.node.ids[s.index] for s in unit.scored]

@@ -18,7 +18,7 @@ from pact_fast.model.build import enable_gradient_checkpointing
 from pact_fast.model.forward import unsupported
 from pact_fast.rollout.registry import engine_builder
 from pact_fast.train.learner import Learner
-from pact_fast.tree import PathCache, TokenTree, pack, tree_forward
+from pact_fast.tree import PrefixCache, TokenTree, pack, tree_forward
 from tests.support.groups import lookup_chain_renderer, make_groups, step_context_of
 from tests.support.models import DECODERS, SHAPE, make
 from tests.support.trees import alone, as_tree, gradients, path_ids, trees
@@ -167,7 +167,7 @@ def test_recurrent_states_are_neither_kept_nor_divided():
     node = tree.add(np.arange(5))
     (batch,) = pack([tree], max_tokens=10)
     with pytest.raises(PactError, match="recurrent layers, and a cached path holds no recurrent states"):
-        tree_forward(model, batch, keep=PathCache(batch, node))
+        tree_forward(model, batch, keep=PrefixCache(batch, node))
 
 
 @pytest.mark.slow

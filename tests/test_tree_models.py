@@ -11,7 +11,7 @@ import torch
 from pact_fast.errors import PactError
 from pact_fast.model.build import enable_gradient_checkpointing
 from pact_fast.model.forward import unsupported
-from pact_fast.tree import PathCache, TokenTree, branches_forward, pack, paths_forward, tree_forward
+from pact_fast.tree import PrefixCache, TokenTree, branches_forward, pack, paths_forward, tree_forward
 from tests.support.models import KINDS, make
 from tests.support.trees import alone, as_tree, gradients, trees
 
@@ -112,7 +112,7 @@ def test_branches_over_a_kept_path_have_the_hidden_states_of_the_whole_tree(dens
     for y in rollouts:
         student.add(y, root)
     (first,) = pack([student], max_tokens=1000)
-    cache = PathCache(first, trace)
+    cache = PrefixCache(first, trace)
     tree_forward(model, first, keep=cache)
     teacher = TokenTree(start=len(cache))
     stem = teacher.add([])

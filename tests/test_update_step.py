@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import harness, update_run, update_step
-from benchmarks.update_methods import METHODS, loss_tokens, packed
+from benchmarks.update_methods import METHODS, fp32_loss_tokens, packed
 from benchmarks.update_peers import flex_forward
 from benchmarks.update_problem import Shape, make_problem, token_tree
 from pact_fast.kernels import LossContext
@@ -127,7 +127,7 @@ def test_the_loss_table_is_the_learners():
     problem = make_problem(Shape(6, 5, 4, 3, 2), 50, seed=0)
     tree, scored = token_tree(problem, tuple(LossContext))
     (batch,) = pack([tree], max_tokens=1000)
-    tokens, (expected, _) = loss_tokens(batch, scored), learner.loss_tokens(batch, scored)
+    tokens, (expected, _) = fp32_loss_tokens(batch, scored), learner.loss_table_to_tensors(batch, scored)
     assert len(tokens) == problem.y.size * 2 + len(problem.z)
     for name in ("row", "target", "context", "sequence", "advantage"):
         torch.testing.assert_close(getattr(tokens, name), getattr(expected, name))

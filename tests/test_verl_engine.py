@@ -160,7 +160,7 @@ def test_images_and_distillation_are_left_to_verl(make, caplog):
 
     engine, data = make("pact"), verl_engines.batch()
     tu.assign_non_tensor(data, calculate_sum_pi_squared=True)
-    verl_engine._say.cache_clear()
+    verl_engine._warn_once.cache_clear()
     theirs = verl_engines.step(make(None), data.clone(), verl_engines.policy_loss())
     compare(verl_engines.step(engine, data.clone(), verl_engines.policy_loss()), theirs)
     assert "calculate_sum_pi_squared needs logits" in caplog.text

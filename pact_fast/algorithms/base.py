@@ -48,7 +48,7 @@ def _own_counts(*counts: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What an algorithm knows about an optimizer step: its position in the schedule, and the normalisers of its batch.
+    """The state of an optimizer step, for an algorithm: its position in the schedule, and the normalisers of its batch.
 
     config                 the algorithm's settings
     renderer               renders expert traces
@@ -71,7 +71,7 @@ class StepContext:
     max_completion_length: int
     over_ranks: Callable[..., tuple[int, ...]] = _own_counts
 
-    def alone(self) -> StepContext:
+    def without_reduction(self) -> StepContext:
         """The same step for a caller that the other ranks do not join: its counts are not summed."""
         return replace(self, over_ranks=_own_counts)
 
@@ -125,7 +125,7 @@ SAMPLER_CORRECTIONS: dict[str, tuple[Literal["token", "sequence"], Literal["trun
 
 @dataclass(frozen=True)
 class Requirements:
-    """What an algorithm needs from the learner beyond weighted tokens.
+    """Requirements of an algorithm on the learner, beyond weighted tokens.
 
     importance  importance weight of each loss context that has one
     reference   log-probs of the frozen reference policy are needed (KL term)
@@ -194,7 +194,7 @@ class Algorithm:
         raise NotImplementedError
 
     def prompt_batches(self, groups: Sequence[Group], step: StepContext) -> list[PromptBatch]:
-        """Those of this rank's prompts of an optimizer step, in order; `prompt_batch` of each.
+        """The batches of this rank's prompts in an optimizer step, in order; `prompt_batch` of each.
 
         Override this where a normaliser counts what other prompts train on, beside `step.sampled_tokens`. Each rank is called
         once for the step, with its own prompts (perhaps none), so pass such counts through `step.over_ranks`.
@@ -210,7 +210,7 @@ class Algorithm:
         return {}
 
     def requirements(self, sampler_differs: bool) -> Requirements:
-        """What the learner has to provide.
+        """The algorithm's requirements on the learner.
 
         Args:
             sampler_differs: Rollouts come from other kernels or older weights than the learner's (vLLM). Prompt-only

@@ -32,7 +32,7 @@ class Piece(NamedTuple):
         return self.end - len(self.node.ids)
 
     def own(self, index: np.ndarray) -> np.ndarray:
-        """Those of ascending indices of tokens that lie in the piece."""
+        """The token indices that lie in the piece. `index` is ascending."""
         return index[(index >= self.start) & (index < self.end)]
 
 

@@ -55,7 +55,7 @@ class Chord(Algorithm):
 
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
         """`prompt_batches` of one prompt: its trace is then all expert data."""
-        return self.prompt_batches([group], step.alone())[0]
+        return self.prompt_batches([group], step.without_reduction())[0]
 
     def _trees(self, group: Group, step: StepContext, mu: float) -> PromptBatch:
         """The prompt's tree and weighted rollouts; its trace is not scored yet."""
@@ -73,7 +73,7 @@ class Chord(Algorithm):
         return [Route(1.0, frozenset({LossContext.PROMPT, *expert}))]
 
     def loss_settings(self) -> dict[str, Any]:
-        """With the loss of expert tokens."""
+        """Loss settings, with the loss of expert tokens."""
         from pact_fast.kernels.token_losses import phi_weighted  # brings torch, which settings are checked without
 
         phi = {"sft_loss": phi_weighted} if self.config.chord.enable_phi_function else {}

@@ -39,7 +39,7 @@ class HPT(Algorithm):
         return self._rl.prompt_batch(group, step)
 
     def routes(self, with_trace: bool) -> list[Route]:
-        """Those of a step without SFT, the larger one; how many prompts are trained on traces is not known before."""
+        """The routes of a step without SFT, the larger one; how many prompts are trained on traces is not known before."""
         expert = [Route(0.0, frozenset({LossContext.EXPERT}))] if with_trace else []
         return [*expert, *self._rl.routes(with_trace)]
 

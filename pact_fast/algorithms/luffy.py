@@ -58,7 +58,7 @@ class Luffy(Algorithm):
 
     def prompt_batch(self, group: Group, step: StepContext) -> PromptBatch:
         """`prompt_batches` of one prompt."""
-        return self.prompt_batches([group], step.alone())[0]
+        return self.prompt_batches([group], step.without_reduction())[0]
 
     def _mixed_group(self, group: Group, batch: PromptBatch, x: Node, step: StepContext) -> PromptBatch:
         """`batch` with the advantages of the whole group, and the weighted tokens of its sequences."""
@@ -89,7 +89,7 @@ class Luffy(Algorithm):
         return [Route(1.0, frozenset({LossContext.PROMPT, *expert}))]
 
     def loss_settings(self) -> dict[str, Any]:
-        """With the loss of expert tokens."""
+        """Loss settings, with the loss of expert tokens."""
         from pact_fast.kernels.token_losses import shaped  # brings torch, which settings are checked without
 
         return {**super().loss_settings(), "sft_loss": shaped(self.config.luffy.gamma)}

@@ -48,6 +48,6 @@ class SFTThenRL(Algorithm):
         return {"schedule/sft_weight": float(not self.samples(step.step))}
 
     def routes(self, with_trace: bool) -> list[Route]:
-        """Those of an RL step, the larger one. Traces are trained on, too, in steps of their own."""
+        """The routes of an RL step, the larger one. Traces are trained on, too, in steps of their own."""
         expert = [Route(0.0, frozenset({LossContext.EXPERT}))] if with_trace else []
         return [*expert, *self._rl.routes(with_trace)]

@@ -47,7 +47,7 @@ class TokenTree:
     x = tree.add(prompt_ids)
     y = tree.add(rollout_ids, parent=x)
 
-    `start` is the position of the root's first token; not 0 for a tree that continues a cached path (PathCache). `pairs`
+    `start` is the position of the root's first token; not 0 for a tree that continues a cached path (PrefixCache). `pairs`
     are leaves that packs keep together.
     """
 

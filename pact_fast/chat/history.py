@@ -33,7 +33,7 @@ CURES = (
 
 
 @dataclass(frozen=True)
-class Tokens:
+class LabelledTokens:
     """Tokens of a sequence: ids int64 [n], components uint8 [n], turn_ids int16 [n] (see Trajectory)."""
 
     ids: np.ndarray
@@ -43,8 +43,8 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, part: slice | np.ndarray) -> Tokens:
-        return Tokens(self.ids[part], self.components[part], self.turn_ids[part])
+    def __getitem__(self, part: slice | np.ndarray) -> LabelledTokens:
+        return LabelledTokens(self.ids[part], self.components[part], self.turn_ids[part])
 
 
 class Renderer(Protocol):
@@ -109,7 +109,9 @@ class History:
         found = controls.match(after) if controls else None
         return (found.group() if found else eot), call_eot
 
-    def go_on(self, pieces: Sequence[Tokens], said: Tokens, replied: bool = True) -> tuple[int, Tokens]:
+    def go_on(
+        self, pieces: Sequence[LabelledTokens], said: LabelledTokens, replied: bool = True
+    ) -> tuple[int, LabelledTokens]:
         """What follows when the user has spoken, where that `rewrites` the past.
 
         Returns (tokens of the sequence that stay, the tokens behind them).
@@ -123,7 +125,7 @@ class History:
             replied: The user replies to the last turn; False: there are results between.
         """
         before, *rest = pieces
-        new: list[Tokens] = [] if rest else [before]
+        new: list[LabelledTokens] = [] if rest else [before]
         for number, turn in enumerate(rest[::2]):
             cut, shown = self._past_turn(before, turn, after_result=number > 0, last=replied and turn is rest[-1])
             new += [before[: len(before) - cut], shown]
@@ -138,11 +140,13 @@ class History:
         """[n] int64: a prompt and a turn after it, as they stand once the user has replied to the turn."""
         if not self.drops_reasoning:
             return np.concatenate([prompt_ids, ids])
-        turn = Tokens(ids, components, np.zeros(len(ids), np.int16))
+        turn = LabelledTokens(ids, components, np.zeros(len(ids), np.int16))
         cut, shown = self._past_turn(untouched(prompt_ids), turn, after_result=False, last=True)
         return np.concatenate([prompt_ids[: len(prompt_ids) - cut], shown.ids])
 
-    def _past_turn(self, before: Tokens, turn: Tokens, after_result: bool, last: bool) -> tuple[int, Tokens]:
+    def _past_turn(
+        self, before: LabelledTokens, turn: LabelledTokens, after_result: bool, last: bool
+    ) -> tuple[int, LabelledTokens]:
         """(tokens at the end of `before` that are replaced, the turn without its reasoning).
 
         Args:
@@ -169,7 +173,7 @@ class History:
             visible = joined([visible[:-1], self._like(turn, np.array([end]), Component.TEMPLATE)])
         return cut, joined([*parts, visible])
 
-    def _visible_from(self, turn: Tokens, offsets: np.ndarray) -> int:
+    def _visible_from(self, turn: LabelledTokens, offsets: np.ndarray) -> int:
         """Byte of a turn at which what follows its reasoning begins, line breaks between them excluded."""
         n = len(turn) - (len(turn) > 0 and int(turn.ids[-1]) in self._renderer.eot_ids)
         others = np.flatnonzero(turn.components[:n] != Component.REASONING)
@@ -177,7 +181,7 @@ class History:
         data = self._renderer.token_bytes.join(turn.ids[:n])[start:]
         return start + len(data) - len(data.lstrip(b"\n"))
 
-    def _cut(self, before: Tokens, drop: str) -> tuple[int, str]:
+    def _cut(self, before: LabelledTokens, drop: str) -> tuple[int, str]:
         """(tokens that hold the last characters `drop` of `before`, text of these tokens that is not dropped)."""
         if not drop:
             return 0, ""
@@ -188,11 +192,11 @@ class History:
         text = self._renderer.token_bytes.join(before.ids[len(before) - count :])
         return count, text[: size - missing].decode("utf-8", "replace")
 
-    def _like(self, turn: Tokens, ids: np.ndarray, component: Component) -> Tokens:
+    def _like(self, turn: LabelledTokens, ids: np.ndarray, component: Component) -> LabelledTokens:
         number = turn.turn_ids[0] if len(turn) else 0
-        return Tokens(ids, np.full(len(ids), component, np.uint8), np.full(len(ids), number, np.int16))
+        return LabelledTokens(ids, np.full(len(ids), component, np.uint8), np.full(len(ids), number, np.int16))
 
-    def _reasoned(self, turn: Tokens) -> bool:
+    def _reasoned(self, turn: LabelledTokens) -> bool:
         """Whether a turn holds reasoning, not only its tags."""
         text = self._renderer.token_bytes.join(turn.ids[turn.components == Component.REASONING]).decode(
             "utf-8", "replace"
@@ -245,12 +249,12 @@ def _unreasoned(messages: Sequence[Message]) -> list[Message]:
     return [{key: message[key] for key in keys if key in message} for message in messages]
 
 
-def untouched(ids: np.ndarray) -> Tokens:
+def untouched(ids: np.ndarray) -> LabelledTokens:
     """Tokens of a prompt."""
-    return Tokens(ids, np.full(len(ids), Component.TEMPLATE, np.uint8), np.zeros(len(ids), np.int16))
+    return LabelledTokens(ids, np.full(len(ids), Component.TEMPLATE, np.uint8), np.zeros(len(ids), np.int16))
 
 
-def joined(parts: Sequence[Tokens]) -> Tokens:
+def joined(parts: Sequence[LabelledTokens]) -> LabelledTokens:
     """The parts as one."""
     columns = zip(*((part.ids, part.components, part.turn_ids) for part in parts), strict=True)
-    return Tokens(*(np.concatenate(column) for column in columns))
+    return LabelledTokens(*(np.concatenate(column) for column in columns))

@@ -15,7 +15,7 @@ from pact_fast.chat.encoding import Encoded, Encoder, Part
 from pact_fast.chat.formats.base import ParsedTurn, ToolFormat
 from pact_fast.chat.formats.layout import PROBE_CALL
 from pact_fast.chat.formats.registry import detect_format, get_format
-from pact_fast.chat.history import History, Tokens
+from pact_fast.chat.history import History, LabelledTokens
 from pact_fast.chat.segments import prefix_ends
 from pact_fast.chat.structure import OTHER_ENDS, structure_tokens
 from pact_fast.chat.token_bytes import TokenBytes
@@ -272,7 +272,9 @@ class ChatRenderer:
         end = self.call_eot_id if last == Component.TOOL_CALL else self.eot_id
         return np.append(ids, end), np.append(components, np.uint8(last))
 
-    def _expert_turn(self, turn: ExpertTurn, index: int, reasoning_level: int | None) -> tuple[Tokens, np.ndarray]:
+    def _expert_turn(
+        self, turn: ExpertTurn, index: int, reasoning_level: int | None
+    ) -> tuple[LabelledTokens, np.ndarray]:
         """(tokens, level) of the expert's turn `index`, with its end-of-turn token."""
         reasoning = _cut_reasoning(turn, reasoning_level)
         encoded, components, begin = self._turn(reasoning, turn.content, turn.calls)
@@ -290,9 +292,9 @@ class ChatRenderer:
         return _of_turn(index, *self._append_eot(encoded.ids, components)), level
 
 
-def _of_turn(index: int, ids: np.ndarray, components: np.ndarray) -> Tokens:
+def _of_turn(index: int, ids: np.ndarray, components: np.ndarray) -> LabelledTokens:
     """Tokens of the turn `index`, or of what follows it."""
-    return Tokens(ids, components, np.full(len(ids), index, np.int16))
+    return LabelledTokens(ids, components, np.full(len(ids), index, np.int16))
 
 
 def question_of(task: Task) -> str:

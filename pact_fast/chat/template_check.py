@@ -9,7 +9,7 @@ import numpy as np
 
 from pact_fast.chat.call_ids import with_call_ids
 from pact_fast.chat.chat_template import PROBE_NAME, PROBE_TOOL, call_message
-from pact_fast.chat.history import CURES, Tokens, joined, untouched
+from pact_fast.chat.history import CURES, LabelledTokens, joined, untouched
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.data.types import Message, ToolCall
 from pact_fast.errors import PactError
@@ -63,7 +63,7 @@ def _check_rewritten(renderer: ChatRenderer, turns: Sequence[Turn]) -> None:
     for text, calls, following in turns:
         bridge = renderer.bridge_tokens(following)
         turn, said = (
-            Tokens(ids, components, np.zeros(len(ids), np.int16))
+            LabelledTokens(ids, components, np.zeros(len(ids), np.int16))
             for ids, components in (renderer.assistant_turn(_REASONING, text, calls), bridge)
         )
         pieces.append(turn)

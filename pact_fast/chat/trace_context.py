@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pact_fast.chat.history import History, Tokens, joined, untouched
+from pact_fast.chat.history import History, LabelledTokens, joined, untouched
 from pact_fast.components import Component
 from pact_fast.data.branching import Branching
 
@@ -64,17 +64,17 @@ class TraceWriter:
         self._prompt_ids, self._history = prompt_ids, history
         # since the past was rewritten last: what there was, then turns and text between them
         self._sequence = [untouched(prompt_ids)]
-        self._tokens: list[Tokens] = []
+        self._tokens: list[LabelledTokens] = []
         self._levels: list[np.ndarray] = []
         self._generated: list[np.ndarray] = []
         self._branches: list[tuple[int, int]] = []
 
-    def turn(self, tokens: Tokens, level: np.ndarray) -> None:
+    def turn(self, tokens: LabelledTokens, level: np.ndarray) -> None:
         """Append what the expert wrote; level: uint8 [n], see TraceContext."""
         self._store(tokens, level, np.isin(tokens.components, WRITTEN))
         self._sequence.append(tokens)
 
-    def follow(self, tokens: Tokens, *, user: bool, replied: bool) -> None:
+    def follow(self, tokens: LabelledTokens, *, user: bool, replied: bool) -> None:
         """Append what followed the turn.
 
         Args:
@@ -103,15 +103,15 @@ class TraceWriter:
         branches = np.array(self._branches, np.int64).reshape(-1, 2)
         return TraceContext(*_columns(tokens), levels, generated, self._prompt_ids, branches)
 
-    def _append(self, tokens: Tokens) -> None:
+    def _append(self, tokens: LabelledTokens) -> None:
         n = len(tokens)
         self._store(tokens, np.full(n, NO_LEVEL, np.uint8), np.zeros(n, bool))
 
-    def _store(self, tokens: Tokens, level: np.ndarray, generated: np.ndarray) -> None:
+    def _store(self, tokens: LabelledTokens, level: np.ndarray, generated: np.ndarray) -> None:
         self._tokens.append(tokens)
         self._levels.append(level)
         self._generated.append(generated)
 
 
-def _columns(tokens: Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _columns(tokens: LabelledTokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tokens.ids, tokens.components, tokens.turn_ids

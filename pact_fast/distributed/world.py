@@ -75,7 +75,7 @@ class World:
         return [decode(m[: int(size)].numpy().tobytes()) for m, size in zip(messages, sizes, strict=True)]
 
     def all_to_all(self, values: Sequence[Any], what: str = "data") -> list[Any]:
-        """What every rank has for this one, by rank. `values[r]` is for rank r, None: nothing; as for `all_gather`.
+        """The values of every rank for this one, by rank. `values[r]` is for rank r, None: nothing; as for `all_gather`.
 
         The value for this rank itself is passed on as it is.
         """
@@ -103,8 +103,8 @@ class World:
         found = self.all_to_all([value if r == 0 else None for r in range(self.size)], what)
         return found if self.is_main else []
 
-    def home_of(self, index: int, count: int) -> int:
-        """The rank that plans prompt `index` of `count`: equal blocks of consecutive prompts, one for each rank."""
+    def owner_of(self, index: int, count: int) -> int:
+        """The owner rank of prompt `index` of `count`: equal blocks of consecutive prompts, one for each rank."""
         return index * self.size // count
 
     def broadcast_from_main(self, make: Callable[[], Any], what: str = "data") -> Any:

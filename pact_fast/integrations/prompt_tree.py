@@ -43,7 +43,7 @@ class PromptTrees:
 
     @staticmethod
     def of_padded(inputs: dict[str, torch.Tensor]) -> PromptTrees:
-        """Of TRL's inputs: prompt_ids [B, P] and prompt_mask, padded on the left; completion_ids [B, C] and mask."""
+        """From TRL's inputs: prompt_ids [B, P] and prompt_mask, padded on the left; completion_ids [B, C] and mask."""
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         prompts, prompt_masks, completions, masks = (inputs[name].cpu().numpy() for name in names)
         if (masks[:, :-1] < masks[:, 1:]).any():

@@ -33,7 +33,7 @@ def install(trainer: Any, tree: bool, served: dict[str, str], reasons: dict[str,
     no_tree = unsupported_tree(causal_lm_of(trainer.model)) if tree else None
     if tree and no_tree:
         reasons["tree"] = no_tree
-    step = OnePass(trainer, tree and no_tree is None)
+    step = FusedComputeLoss(trainer, tree and no_tree is None)
     _override(trainer, "_compute_loss", step, undo)
     served["loss"] = "one pass"
     if step.tree:
@@ -48,7 +48,7 @@ def _override(trainer: Any, name: str, method: Any, undo: list[Any]) -> None:
     undo.append((lambda: delattr(trainer, name)) if before is None else (lambda: setattr(trainer, name, before)))
 
 
-class OnePass:
+class FusedComputeLoss:
     """`_compute_loss(model, inputs)` of a trainer."""
 
     def __init__(self, trainer: Any, tree: bool):

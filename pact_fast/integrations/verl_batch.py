@@ -10,7 +10,7 @@ import torch
 from pact_fast.integrations.prompt_tree import PromptTrees
 
 
-class ScoredTokens:
+class VerlBatch:
     """N tokens of a micro-batch of B sequences, T tokens in verl's packed order.
 
     data         the micro-batch

@@ -13,7 +13,7 @@ from pact_fast.integrations.fused_forward import separate_logprobs
 from pact_fast.integrations.host_loss import HostLoss
 from pact_fast.integrations.prompt_tree import unsupported_tree
 from pact_fast.integrations.self_check import RandomState, agree, check_head_of, due, z_dtype
-from pact_fast.integrations.verl_batch import ScoredTokens, group_size
+from pact_fast.integrations.verl_batch import VerlBatch, group_size
 from pact_fast.kernels import head_of
 from pact_fast.kernels.head.logit_transform import causal_lm_of, decoder_of
 from pact_fast.model.forward import inside_forward
@@ -29,12 +29,12 @@ def register() -> None:
     for vendor, tree in (("pact", False), ("pact_tree", True)):
         known = EngineRegistry._engines.get("language_model", {}).get("fsdp", {})
         if ("cuda", vendor) not in known:
-            engine = type(f"Engine_{vendor}", (OnePass, FSDPEngineWithLMHead), {"pact_tree": tree})
+            engine = type(f"Engine_{vendor}", (FusedEngineMixin, FSDPEngineWithLMHead), {"pact_tree": tree})
             EngineRegistry.register("language_model", ["fsdp", "fsdp2"], ["cuda", "cpu"], vendor)(engine)
 
 
-class OnePass:
-    """What is put in front of verl's engine: `forward_step` without logits, and micro-batches that keep prompts together."""
+class FusedEngineMixin:
+    """Mixin for verl's engine: `forward_step` without logits, and micro-batches that keep prompts together."""
 
     pact_tree = False
 
@@ -54,9 +54,9 @@ class OnePass:
         micro_batch = micro_batch.to(get_device_id())
         reason = _left_to_verl(self, micro_batch)
         if reason is not None:
-            _say(reason)
+            _warn_once(reason)
             return own(micro_batch, loss_function, forward_only)
-        tokens = ScoredTokens(micro_batch, everything=loss_function is None)
+        tokens = VerlBatch(micro_batch, everything=loss_function is None)
         dtype = getattr(self, "_autocast_dtype", torch.bfloat16)
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast(get_device_name(), dtype)
         check = torch.is_grad_enabled() and due(getattr(self, "_pact_checked", False), len(tokens.row))
@@ -81,7 +81,7 @@ class OnePass:
         return loss, {"model_output": output, "loss": loss.detach().item(), "metrics": metrics}
 
 
-def _score(engine: Any, tokens: ScoredTokens, loss_function: Any, check: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(engine: Any, tokens: VerlBatch, loss_function: Any, check: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies [N]; runs inside the forward pass of verl's module."""
     causal_lm = causal_lm_of(engine.module)
     trees = tokens.trees() if engine.pact_tree and tokens.shares_prompts() and _tree(causal_lm) else None
@@ -110,7 +110,9 @@ def _score(engine: Any, tokens: ScoredTokens, loss_function: Any, check: bool) -
         engine._pact_loss = HostLoss()
     found = engine._pact_loss(hidden, head, row, tokens.target, loss, tokens.old_logprob, tokens.temperature)
     if not engine._pact_loss.token_wise:
-        _say("the loss of a token depends on other tokens: its gradients are formed in a second pass over the logits")
+        _warn_once(
+            "the loss of a token depends on other tokens: its gradients are formed in a second pass over the logits"
+        )
     return found
 
 
@@ -133,10 +135,10 @@ def _left_to_verl(engine: Any, micro_batch: Any) -> str | None:
 def _tree(causal_lm: Any) -> bool:
     reason = unsupported_tree(causal_lm)
     if reason is not None:
-        _say(f"prompts are not shared: {reason}")
+        _warn_once(f"prompts are not shared: {reason}")
     return reason is None
 
 
 @functools.cache  # once per reason and process
-def _say(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     logging.getLogger(__name__).warning("%s: %s", HOST, reason)

@@ -214,7 +214,7 @@ class LLMClient:
         """(key, answer, whether the cache gave it). Threads that ask the same at the same time ask the server once."""
         body = request_body(self.config, request)
         key = request_key(body, request.schema, request.sample)
-        with self._shared.alone(key):
+        with self._shared.single_flight(key):
             answer = self._shared.cached(key)
             if answer is not None:
                 self._shared.ledger.answered(self.role, self.config.model, key, answer, None)
@@ -252,7 +252,7 @@ class _Shared:
         self._flights: dict[str, tuple[threading.Lock, int]] = {}
 
     @contextmanager
-    def alone(self, key: str) -> Iterator[None]:
+    def single_flight(self, key: str) -> Iterator[None]:
         """One thread at a time inside, for each key; without a cache there is nothing to wait for."""
         if self._cache is None:
             yield

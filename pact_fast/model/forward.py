@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pact_fast.batch.packing import PackedBatch
 from pact_fast.errors import PactError
 from pact_fast.kernels.head.logit_transform import causal_lm_of, decoder_of
-from pact_fast.model.attention.prefix_cache import PathCache
+from pact_fast.model.attention.prefix_cache import PrefixCache
 from pact_fast.model.attention.registered import tree_attention_in
 from pact_fast.model.attention.tree import TreeLayout
 from pact_fast.model.attention.ulysses import RowShards
@@ -71,7 +71,7 @@ def _no_attention_function(config: Any) -> str:
 
 
 def tree_forward(
-    model: PreTrainedModel, batch: PackedBatch, keep: PathCache | None = None, row_shards: RowShards | None = None
+    model: PreTrainedModel, batch: PackedBatch, keep: PrefixCache | None = None, row_shards: RowShards | None = None
 ) -> torch.Tensor:
     """Hidden states after the final norm, equal to those of every root-to-leaf path run by itself. Differentiable.
 
@@ -111,7 +111,7 @@ def tree_forward(
 
 
 @torch.no_grad()
-def branches_forward(model: PreTrainedModel, cache: PathCache, batch: PackedBatch) -> torch.Tensor:
+def branches_forward(model: PreTrainedModel, cache: PrefixCache, batch: PackedBatch) -> torch.Tensor:
     """Hidden states [T + 1, D], without gradient, of a tree that continues a cached path.
 
     `batch` packs one tree made as TokenTree(start=len(cache)). Row −1 is the last hidden state of the cached path, so

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from pact_fast.components import Component
 from pact_fast.report.before_after import Rate, comparisons, percent, points
-from pact_fast.report.run_data import Record, Rollout, Tokens
+from pact_fast.report.run_data import Record, Rollout, TokenColumns
 from pact_fast.text import visible
 
 STYLES = {
@@ -73,7 +73,7 @@ def summary_table(summary: Record) -> Table:
     return table
 
 
-def _coloured(tokens: Tokens) -> Text:
+def _coloured(tokens: TokenColumns) -> Text:
     text = Text()
     for token, component in zip(tokens.text, tokens.components, strict=True):
         text.append(visible(token), style=STYLES[Component(component)])

@@ -18,7 +18,7 @@ from pact_fast.components import Component
 from pact_fast.files import ANOTHER, write_named, write_text
 from pact_fast.report import charts
 from pact_fast.report.before_after import comparisons, percent, points
-from pact_fast.report.run_data import Rollout, Run, Tokens, read_run
+from pact_fast.report.run_data import Rollout, Run, TokenColumns, read_run
 
 REPORT_ROLLOUTS = 60
 VIEW_ROLLOUTS = 300
@@ -119,7 +119,7 @@ def _rollout(rollout: Rollout, cap: int) -> dict[str, Any]:
     }
 
 
-def _columns(tokens: Tokens, cap: int) -> dict[str, Any]:
+def _columns(tokens: TokenColumns, cap: int) -> dict[str, Any]:
     """Columns for the page. Beyond `cap` tokens the middle is left out; `cut` is [tokens before it, tokens left out]."""
     dropped = max(0, len(tokens) - cap)
     head = cap // 2

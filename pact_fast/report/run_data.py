@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenColumns:
     """A token sequence as columns of length n; None where a value does not apply.
 
     text        decoded tokens
@@ -60,8 +60,8 @@ class Rollout:
     success: float | None
     question: str
     prompt: str
-    response: Tokens
-    expert: Tokens | None
+    response: TokenColumns
+    expert: TokenColumns | None
 
     @classmethod
     def from_record(cls, record: Record) -> Rollout:
@@ -237,11 +237,11 @@ def _decode(text: str) -> Record | None:
     return value if isinstance(value, dict) else None
 
 
-def _tokens(record: Record) -> Tokens:
+def _tokens(record: Record) -> TokenColumns:
     text = record.get("tokens")
     text = [_text(token) for token in text] if isinstance(text, list) else []
     n = len(text)
-    return Tokens(
+    return TokenColumns(
         text=text,
         components=_components(record.get("components"), n),
         sampled=[bool(flag) for flag in _column(record.get("sampled"), n)],
@@ -253,7 +253,7 @@ def _tokens(record: Record) -> Tokens:
     )
 
 
-def _expert_tokens(record: Record) -> Tokens:
+def _expert_tokens(record: Record) -> TokenColumns:
     tokens = _tokens(record)
     tokens.sampled[:] = [bool(weight) for weight in tokens.weights]
     return tokens

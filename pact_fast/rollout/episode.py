@@ -1,4 +1,4 @@
-"""What is being sampled: an episode, and the side of each policy that takes part in it."""
+"""Episodes under way, with one side for each policy that takes part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pact_fast.chat.history import Tokens, joined, untouched
+from pact_fast.chat.history import LabelledTokens, joined, untouched
 from pact_fast.config.filters import UNFILTERED, SamplingFilters
 from pact_fast.data.types import StopReason, Task, ToolSchema, Trajectory, TurnRecord
 from pact_fast.envs.base import Environment
@@ -59,7 +59,7 @@ class Side:
     versions: list[np.ndarray] = field(default_factory=list)
     turns: list[TurnRecord] = field(default_factory=list)
     length: int = 0
-    pieces: list[Tokens] = field(default_factory=list)
+    pieces: list[LabelledTokens] = field(default_factory=list)
     branches: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class Side:
         self.pieces.append(tokens)
         self.length += len(ids)
 
-    def branch(self, keep: int, tokens: Tokens) -> None:
+    def branch(self, keep: int, tokens: LabelledTokens) -> None:
         """Go on with the first `keep` tokens of the sequence, the prompt included, and with these behind them."""
         if keep < len(self.prompt_ids) + self.length:
             self.branches.append((sum(map(len, self.ids)), keep - len(self.prompt_ids)))
@@ -80,11 +80,11 @@ class Side:
         self.pieces = [joined([joined(self.pieces)[:keep], tokens])]
         self.length = keep + len(tokens) - len(self.prompt_ids)
 
-    def tokens(self, ids: np.ndarray, components: np.ndarray) -> Tokens:
+    def tokens(self, ids: np.ndarray, components: np.ndarray) -> LabelledTokens:
         """Tokens of the current turn."""
-        return Tokens(ids, components, np.full(len(ids), len(self.turns) - 1, np.int16))
+        return LabelledTokens(ids, components, np.full(len(ids), len(self.turns) - 1, np.int16))
 
-    def _store(self, tokens: Tokens, logprobs: np.ndarray | None, version: int) -> None:
+    def _store(self, tokens: LabelledTokens, logprobs: np.ndarray | None, version: int) -> None:
         n = len(tokens)
         self.ids.append(tokens.ids)
         self.components.append(tokens.components)

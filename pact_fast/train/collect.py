@@ -1,7 +1,7 @@
 """Collecting a step's rollouts: sample, score, exchange → groups with advantages.
 
-Every rank knows the outcome of all rollouts (`Outcome`). The rollouts themselves go to the rank that plans their prompt
-(`World.home_of`), and stay there if they were sampled there.
+Every rank knows the outcome of all rollouts (`Outcome`). The rollouts themselves go to the owner rank of their prompt
+(`World.owner_of`), and stay there if they were sampled there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NEVER = np.iinfo(np.int64).max  # weight version of a rollout without sampled to
 
 
 class Outcome(NamedTuple):
-    """What every rank knows of a rollout.
+    """The outcome of a rollout, which every rank knows.
 
     reward        its reward
     turn_rewards  of its turns, where dynamic sampling asks for them
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class SampledGroup:
-    """A prompt of a step and its rollouts, as a rank knows them that does not plan it.
+    """A prompt of a step and its rollouts, as ranks know them that do not own it.
 
     task          the task, as its source gives it
     prompt_index  position of the prompt in the step
@@ -77,7 +77,7 @@ LocalRollouts = tuple[
 
 
 class RolloutCollector:
-    """Samples rollouts, scores them and hands them to the ranks that plan them. All ranks must call every method.
+    """Samples rollouts, scores them and hands them to the owner ranks of their prompts. All ranks must call every method.
 
     Args:
         config: The run's configuration.
@@ -134,7 +134,7 @@ class RolloutCollector:
         if self._config.algorithm.filter_groups.enable and self._algorithm.samples(step):
             groups = self._filter(step, groups)
         self.outcomes = [group.trajectories for group in groups]
-        return self._bring_home(groups), len(stale)
+        return self._all_to_all_rollouts(groups), len(stale)
 
     def _filter(self, step: int, groups: list[SampledGroup]) -> list[SampledGroup]:
         """Replace groups without signal (algorithm.filter_groups). Every rank has the same outcomes, and decides the same.
@@ -243,22 +243,22 @@ class RolloutCollector:
             groups[position // count].local[position % count] = trajectory
         return groups
 
-    def _bring_home(self, groups: list[SampledGroup]) -> list[Group]:
-        """The groups that this rank plans, with their rollouts and advantages."""
+    def _all_to_all_rollouts(self, groups: list[SampledGroup]) -> list[Group]:
+        """The groups of this rank's own prompts, with their rollouts and advantages."""
         world, own = self._world, list[SampledGroup]()
         outgoing: list[list[list[object]]] = [[] for _ in range(world.size)]
         for group in groups:
-            home = world.home_of(group.prompt_index, len(groups))
-            if home == world.rank:
+            owner = world.owner_of(group.prompt_index, len(groups))
+            if owner == world.rank:
                 own.append(group)
             else:
-                outgoing[home] += [[group.prompt_index, k, trajectory] for k, trajectory in group.local.items()]
+                outgoing[owner] += [[group.prompt_index, k, trajectory] for k, trajectory in group.local.items()]
         for message in world.all_to_all([rollouts or None for rollouts in outgoing], "rollouts"):
             for index, k, trajectory in message or ():
                 groups[index].local[k] = trajectory
-        return [self._planned(group) for group in own]
+        return [self._local_group(group) for group in own]
 
-    def _planned(self, group: SampledGroup) -> Group:
+    def _local_group(self, group: SampledGroup) -> Group:
         if group.view is None:
             self._view(group)
         assert group.view is not None

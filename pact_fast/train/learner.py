@@ -35,7 +35,7 @@ from pact_fast.train.backends.base import CanDiscard, Forward
 from pact_fast.train.backends.factory import make_backend
 from pact_fast.train.dummy_pack import dummy_pack, dummy_tokens
 from pact_fast.train.importance import set_importance_weights
-from pact_fast.train.packs import Pack, PackCost, StepPacks, make_packs, send_home
+from pact_fast.train.packs import Pack, PackCost, StepPacks, make_packs, send_to_owners
 from pact_fast.train.part_messages import split_tokens
 from pact_fast.train.schedule import lr_factor
 
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class UpdateResult(PackCost):
-    """What an optimizer step did, over all ranks.
+    """The result of an optimizer step, over all ranks.
 
     loss          sum of the weighted losses of all tokens
     grad_norm     before clipping
@@ -279,8 +279,8 @@ class Learner:
         kept = column == "old_logprob" and bool(self.policy.head.filters)
         packs = self._make_packs(batches)
         values = [self._pack_logprobs(pack, forward, kept) for pack in packs.packs]
-        for number, found in send_home(packs, values, self.world).items():
-            scored = packs.planned[number].scored
+        for number, found in send_to_owners(packs, values, self.world).items():
+            scored = packs.local_units[number].scored
             parts = split_tokens(found.astype(np.float32), [len(s.index) for s in scored])
             for s, part in zip(scored, parts, strict=True):
                 if s.context == LossContext.EXPERT:
@@ -295,7 +295,7 @@ class Learner:
         0 for the tokens of other ranks that share the pack, and for those of expert traces.
         """
         rollouts = [s for s in pack.scored if s.context != LossContext.EXPERT]
-        tokens, here = loss_tokens(pack.batch, rollouts)
+        tokens, here = loss_table_to_tensors(pack.batch, rollouts)
         is_rollout = np.concatenate(
             [np.zeros(0, bool), *(np.full(len(s.index), s.context != LossContext.EXPERT) for s in pack.scored)]
         )
@@ -311,7 +311,7 @@ class Learner:
 
     def _backward(self, batch: PackedBatch, scored: list[ScoredTokens], result: UpdateResult, last: bool) -> None:
         """Forward, loss and backward of one pack. `last`: an optimizer step follows."""
-        tokens, here = loss_tokens(batch, scored, reference=self.reference is not None)
+        tokens, here = loss_table_to_tensors(batch, scored, reference=self.reference is not None)
         pairs = {} if self.requirements.divergence is None else token_pairs(here, self.requirements, self.model.device)
         batch, tokens, is_local = self._local_rows(batch, tokens)
         if not len(tokens):
@@ -384,7 +384,7 @@ def check_policy_loss(name: str) -> None:
         )
 
 
-def loss_tokens(
+def loss_table_to_tensors(
     batch: PackedBatch, scored: Iterable[ScoredTokens], *, reference: bool = False
 ) -> tuple[LossTokens, list[ScoredTokens]]:
     """The loss table of a pack as tensors; see `build_loss_table`."""

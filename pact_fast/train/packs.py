@@ -1,7 +1,7 @@
 """Packs of an optimizer step: every rank cuts the trees of its own prompts, all share a table of what the parts cost,
 and each part goes to the rank that trains it. Parts that must share a pack are one unit: a row of the table.
 
-Nobody but the rank that plans a prompt and those that train its parts ever holds its tokens, and a rank lays out its own
+Nobody but the owner rank of a prompt and those that train its parts ever holds its tokens, and a rank lays out its own
 packs only. Which part goes where follows from the table, which is the same on all ranks.
 """
 
@@ -69,18 +69,18 @@ class Pack:
 class StepPacks:
     """The packs of an optimizer step as one rank sees them.
 
-    packs    those of this replica, one per micro-step
-    cost     of all ranks
-    longest  tokens of the longest sequence of all ranks
-    planned  units of this rank's own prompts by number, whoever trains them
-    home     rank that planned a unit, by its number
+    packs        those of this replica, one per micro-step
+    cost         of all ranks
+    longest      tokens of the longest sequence of all ranks
+    local_units  units of this rank's own prompts by number, whoever trains them
+    owner        owner rank of a unit's prompt, by the unit's number
     """
 
     packs: list[Pack]
     cost: PackCost
     longest: int
-    planned: dict[int, ScoredUnit]
-    home: list[int]
+    local_units: dict[int, ScoredUnit]
+    owner: list[int]
 
 
 def make_packs(
@@ -98,12 +98,12 @@ def make_packs(
     """
     trees = [tree for batch in batches for tree in batch.trees]
     units, tables = _split(merge_trees(trees, share and merge), max_tokens, world, share)
-    home = [rank for rank, table in enumerate(tables) for _ in table]
+    owner = [rank for rank, table in enumerate(tables) for _ in table]
     table = np.concatenate(tables)
     assignment = assign(table, max_tokens, world.replicas, flops)
-    planned = _with_tokens(units, home.index(world.rank) if units else 0, assignment, batches)
+    local_units = _with_tokens(units, owner.index(world.rank) if units else 0, assignment, batches)
     own = [assignment.bins[row[world.replica]] for row in assignment.table]
-    received = _receive_units(planned, assignment, home, own, world)
+    received = _receive_units(local_units, assignment, owner, own, world)
     packs = []
     for numbers in own:
         members = [received[number] for number in numbers]
@@ -112,11 +112,11 @@ def make_packs(
     tokens, pairs = np.sum(world.all_gather(np.array(unshared, np.int64), "the size of packs"), 0).tolist()
     cost = _cost(table, assignment, flops, max_tokens, world.replicas)
     cost.tokens_unshared, cost.flops_unshared = tokens, flops(tokens, pairs)
-    return StepPacks(packs, cost, int(table[:, 2].max(initial=0)), planned, home)
+    return StepPacks(packs, cost, int(table[:, 2].max(initial=0)), local_units, owner)
 
 
-def send_home(packs: StepPacks, values: list[np.ndarray], world: World) -> dict[int, np.ndarray]:
-    """Values of supervised tokens, back to the rank that planned their prompt. All ranks must call it.
+def send_to_owners(packs: StepPacks, values: list[np.ndarray], world: World) -> dict[int, np.ndarray]:
+    """Values of supervised tokens, back to the owner rank of their prompt. All ranks must call it.
 
     Args:
         packs: The packs.
@@ -125,13 +125,13 @@ def send_home(packs: StepPacks, values: list[np.ndarray], world: World) -> dict[
         world: All ranks.
 
     Returns:
-        Number of a unit that this rank planned → [c, n] for its tokens.
+        Number of a unit that this rank owns → [c, n] for its tokens.
     """
     outgoing: list[dict[str, np.ndarray]] = [{} for _ in range(world.size)]
     for pack, array in zip(packs.packs, values, strict=True):
         of_units = split_tokens(array, [unit.supervised for unit in pack.units])
         for number, known in zip(pack.numbers, of_units, strict=True):
-            outgoing[packs.home[number]][str(number)] = known
+            outgoing[packs.owner[number]][str(number)] = known
     found: dict[int, np.ndarray] = {}
     for incoming in world.all_to_all([message or None for message in outgoing], "log-probs"):
         for key, known in (incoming or {}).items():
@@ -176,15 +176,15 @@ def _with_tokens(
 
 
 def _receive_units(
-    planned: dict[int, ScoredUnit], assignment: Assignment, home: list[int], own: list[list[int]], world: World
+    local_units: dict[int, ScoredUnit], assignment: Assignment, owner: list[int], own: list[list[int]], world: World
 ) -> dict[int, ScoredUnit]:
-    """The units of this replica's packs by number, from the ranks that planned them."""
+    """The units of this replica's packs by number, from the owner ranks of their prompts."""
     if world.size == 1:
-        return planned
+        return local_units
     replica_of = {n: replica for row in assignment.table for replica, b in enumerate(row) for n in assignment.bins[b]}
     outgoing: list[dict[str, object]] = [{} for _ in range(world.size)]
     kept = {}
-    for number, unit in planned.items():
+    for number, unit in local_units.items():
         message = None
         for place in range(world.sequence_parallel):
             rank = replica_of[number] * world.sequence_parallel + place

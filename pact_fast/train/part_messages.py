@@ -1,4 +1,4 @@
-"""Parts of token trees as messages between ranks: from the rank that plans a prompt to those that train it.
+"""Parts of token trees as messages between ranks: from the owner rank of a prompt to those that train it.
 
 Parts that stay on their rank are passed on as they are. What arrives elsewhere has nodes of its own, with the same tokens,
 and the supervised tokens of the nodes that the parts own.

@@ -20,7 +20,7 @@ DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the digits of 32 bits
 
 @dataclass(frozen=True)
 class Distribution:
-    """Of the values of all ranks. quantiles: linear interpolation between neighbours, as `numpy.quantile`."""
+    """Statistics of the values of all ranks. quantiles: linear interpolation between neighbours, as `numpy.quantile`."""
 
     count: int
     mean: float

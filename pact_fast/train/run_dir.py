@@ -80,7 +80,7 @@ def open_run(config: Config, resumed: bool) -> str | None:
 
 
 def _unfinished(run: Path) -> Iterator[Path]:
-    """What a killed process was writing beside its place."""
+    """Temporary files that a killed process has left."""
     for name in (*FILES, *FOLDERS):
         yield from run.glob(f".{name}.????????.tmp")
     yield from (run / "rollouts").glob(".*.????????.tmp")

@@ -160,7 +160,7 @@ def _open_locked(run: Path, path: Path) -> tuple[int, bool]:
                     return descriptor, shared
         except BlockingIOError:
             os.close(descriptor)
-            raise PactError(_in_use(run, _read_patiently(path))) from None
+            raise PactError(_in_use(run, _read_with_retries(path))) from None
         except BaseException:
             os.close(descriptor)
             raise
@@ -221,7 +221,7 @@ def _read(path: Path) -> Record | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_patiently(path: Path) -> Record | None:
+def _read_with_retries(path: Path) -> Record | None:
     """The record, for which a process that has just got the lock has a second."""
     for _ in range(20):
         if record := _read(path):

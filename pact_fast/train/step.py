@@ -18,7 +18,7 @@ from pact_fast.train.metrics import control_token_prob, logged_metrics, rollout_
 
 @dataclass
 class StepResult:
-    """What a training step did.
+    """The result of a training step.
 
     prompts  number of prompts of all ranks
     batches  one per prompt of this rank

@@ -66,7 +66,7 @@ def run(case: str, world: World) -> dict[str, np.ndarray]:
     losses, norms, gradient = [], [], np.zeros(0)
     for step in range(STEPS):
         update = step_context_of(renderer, config, groups, step=step, world=world)
-        own = [group for group in groups if world.home_of(group.prompt_index, len(groups)) == world.rank]
+        own = [group for group in groups if world.owner_of(group.prompt_index, len(groups)) == world.rank]
         plans = rule.prompt_batches(own, update)
         learner.prepare(plans)
         result = learner.accumulate(plans)

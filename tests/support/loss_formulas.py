@@ -16,7 +16,7 @@ import torch
 from pact_fast.algorithms.base import Algorithm, Group, StepContext
 from pact_fast.kernels import LossContext, pact_loss
 from pact_fast.train.importance import set_importance_weights
-from pact_fast.train.learner import loss_tokens, token_pairs
+from pact_fast.train.learner import loss_table_to_tensors, token_pairs
 from pact_fast.tree import pack
 
 WIDTH, VOCAB = 12, 512
@@ -94,7 +94,7 @@ def assert_computes(
         set_importance_weights(scored, LossContext.TRACE, needs.importance[LossContext.TRACE])
     loss, weight_grad, leaf_grads = 0.0, torch.zeros_like(weight), {}
     for batch, hidden, pack_prefixes in zip(batches, rows, prefixes, strict=True):
-        tokens, here = loss_tokens(batch, scored)
+        tokens, here = loss_table_to_tensors(batch, scored)
         hidden.requires_grad_()
         settings = {**algorithm.loss_settings(), **token_pairs(here, needs, "cpu")}
         out = pact_loss(hidden, weight, tokens, **settings, is_cap=needs.is_cap, backend="torch")

@@ -82,7 +82,7 @@ def main(out: Path, config: dict[str, Any], lengths: tuple[int, int, int, int], 
     subject, vocab = learner(parsed, world), parsed.model.random_init["vocab_size"]
     subject.update(plans(WARM_UP, 1, vocab))  # AdamW has its states from here on
     release_memory()  # what the head keeps counts as the update's
-    data = [one for i, one in enumerate(plans(lengths, prompts, vocab)) if world.home_of(i, prompts) == world.rank]
+    data = [one for i, one in enumerate(plans(lengths, prompts, vocab)) if world.owner_of(i, prompts) == world.rank]
     found = [_rates(parsed)] if rates else []
     with PeakMemory(torch.device("cpu")) as memory:
         result = subject.update(data)

@@ -57,20 +57,20 @@ class Worker:
             self.kill()
             raise not_started(answer)
 
-    def call(self, request: dict[str, Any], timeout: float, patience: float) -> str:
+    def call(self, request: dict[str, Any], timeout: float, grace_period: float) -> str:
         """Send a request and return the observation.
 
         Args:
             request: `source`, `function`, `arguments`.
             timeout: Seconds that the tool has.
-            patience: Seconds beyond them, until the worker counts as dead.
+            grace_period: Seconds beyond them, until the worker counts as dead.
 
         Raises:
             OSError: The worker is dead or late, or its answer belongs to another request. It must be killed then.
         """
         number = next(self._ids)
-        deadline = time.monotonic() + timeout + patience
-        self._socket.settimeout(timeout + patience)
+        deadline = time.monotonic() + timeout + grace_period
+        self._socket.settimeout(timeout + grace_period)
         self._socket.sendall(frame(request | {"id": number, "timeout": timeout}))
         answer = self._receive(deadline)
         if answer["id"] != number:
@@ -84,8 +84,8 @@ class Worker:
         with contextlib.suppress(OSError):  # it has exited already
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def kill(self, patience: float = 0.0) -> None:
-        """Disconnect, wait `patience` seconds for the worker to clean up, then kill it: the rest is its zygote's work.
+    def kill(self, grace_period: float = 0.0) -> None:
+        """Disconnect, wait `grace_period` seconds for the worker to clean up, then kill it: the rest is its zygote's work.
 
         May be called by several threads, and more than once.
         """
@@ -94,7 +94,7 @@ class Worker:
             if self._killed:
                 return
             self._killed = True
-            if not self._ends_within(patience):
+            if not self._ends_within(grace_period):
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._process, signal.SIGKILL)
                 self._ends_within(5.0)

@@ -297,8 +297,8 @@ class _State:
             )
         return worker
 
-    def _retire(self, worker: Worker, patience: float) -> None:
-        worker.kill(patience)
+    def _retire(self, worker: Worker, grace_period: float) -> None:
+        worker.kill(grace_period)
         with self._lock:
             self._running.discard(worker)
 

@@ -261,7 +261,7 @@ def _(hidden, weight, bias, row, *columns, grads, **settings):
 
 
 def save_gradients(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
-    """Of an op whose last three outputs are the gradients of its first three inputs."""
+    """Save the gradients that an op returned for backward: its last three outputs, of its first three inputs."""
     ctx.save_for_backward(*output[-3:])
     ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
     ctx.grads, ctx.inputs = keyword_only_inputs["grads"], len(inputs)

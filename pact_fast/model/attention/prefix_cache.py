@@ -8,7 +8,7 @@ from pact_fast.batch.packing import PackedBatch
 from pact_fast.batch.tree import Node
 
 
-class PathCache:
+class PrefixCache:
     """Keys and values of the path that ends with `node`.
 
     `tree_forward(model, batch, keep=cache)` fills it, `branches_forward(model, cache, …)` reads it.

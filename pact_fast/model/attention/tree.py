@@ -23,7 +23,7 @@ from pact_fast.batch.packing import Call, PackedBatch, Span
 from pact_fast.model.attention import cpu
 from pact_fast.model.attention.blocks import Block, BlockAttention, mask_blocks
 from pact_fast.model.attention.flash import FlashKernel, select_flash_kernel
-from pact_fast.model.attention.prefix_cache import PathCache
+from pact_fast.model.attention.prefix_cache import PrefixCache
 from pact_fast.model.attention.scores import ScoreRule, add_sinks, sink_gradient
 from pact_fast.model.attention.ulysses import RowShards
 from pact_fast.model.attention.window_cuda import WindowAttention, WindowPlan, window_plan
@@ -33,7 +33,7 @@ from pact_fast.model.recurrence.plan import RecurrencePlan
 class TreeLayout:
     """The attention mask of a PackedBatch in the forms that kernels need, and the caches of one forward pass.
 
-    `prefix_length` is the number S of keys of a cached path (PathCache). They precede the keys of the T rows, and every
+    `prefix_length` is the number S of keys of a cached path (PrefixCache). They precede the keys of the T rows, and every
     row sees them.
 
     calls       dense attention calls, see `PackedBatch.calls`
@@ -51,8 +51,8 @@ class TreeLayout:
         if prefix_length:
             whole_prefix = Call([Span(0, len(batch), 0, prefix_length)], False)
             self.calls = [*(_shift_keys(call, prefix_length) for call in self.calls), whole_prefix]
-        self.keep: PathCache | None = None
-        self.cache: PathCache | None = None
+        self.keep: PrefixCache | None = None
+        self.cache: PrefixCache | None = None
         self.row_shards: RowShards | None = None
         self.recurrence = RecurrencePlan(batch.subtree_end, device)
         self.longest = int(batch.position_ids.max(initial=-1)) + 1

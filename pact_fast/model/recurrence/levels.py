@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from pact_fast.model.recurrence.segments import Group, Levels
+from pact_fast.model.recurrence.segments import Levels, SegmentBatch
 
 # (inputs of a group, states that its segments begin in; None: zeros) → (outputs, final states)
-Step = Callable[[list[torch.Tensor], torch.Tensor | None, Group], tuple[torch.Tensor, Any]]
+Step = Callable[[list[torch.Tensor], torch.Tensor | None, SegmentBatch], tuple[torch.Tensor, Any]]
 
 
 def over_levels(step: Step, inputs: Sequence[torch.Tensor], levels: Levels) -> torch.Tensor:

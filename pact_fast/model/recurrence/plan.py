@@ -30,7 +30,7 @@ class RecurrencePlan:
         return self._levels[padded]
 
     def convolution(self, width: int) -> ConvolutionPlan:
-        """Of convolutions with `width` taps."""
+        """The plan of convolutions with `width` taps."""
         if width not in self._convolutions:
             self._convolutions[width] = convolution_plan(self.segments, width, self._device)
         return self._convolutions[width]

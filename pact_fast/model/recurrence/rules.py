@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 from pact_fast.model.recurrence.convolution import with_tails
 from pact_fast.model.recurrence.levels import over_levels
 from pact_fast.model.recurrence.plan import RecurrencePlan
-from pact_fast.model.recurrence.segments import Group
+from pact_fast.model.recurrence.segments import SegmentBatch
 
 Function = Callable[..., Any]
 
@@ -51,7 +51,7 @@ def delta_rule(
         kwargs.pop(name, None)
     levels = plan.levels(padded=not _takes_variable_length(query))
 
-    def step(inputs: list[torch.Tensor], state: torch.Tensor | None, group: Group) -> tuple[torch.Tensor, Any]:
+    def step(inputs: list[torch.Tensor], state: torch.Tensor | None, group: SegmentBatch) -> tuple[torch.Tensor, Any]:
         q, k, v, decay, rate = inputs
         lengths = {} if group.boundaries is None else {"cu_seqlens": group.boundaries}
         return function(
@@ -87,7 +87,7 @@ def state_space_scan(
         dt = dt + dt_bias.to(dt.dtype)
     size = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
 
-    def step(inputs: list[torch.Tensor], state: torch.Tensor | None, group: Group) -> tuple[torch.Tensor, Any]:
+    def step(inputs: list[torch.Tensor], state: torch.Tensor | None, group: SegmentBatch) -> tuple[torch.Tensor, Any]:
         x, sizes, b, c = inputs
         result = function(
             x, neutral(sizes, group), A, b, c, chunk_size, initial_states=state, return_final_states=group.keeps,
@@ -111,7 +111,7 @@ RULES: dict[str, Function] = {  # by the names that the modules of transformers 
 }
 
 
-def neutral(gate: torch.Tensor, group: Group) -> torch.Tensor:
+def neutral(gate: torch.Tensor, group: SegmentBatch) -> torch.Tensor:
     """gate [B, L, …] with zeros at padding, where it then leaves the state as it is."""
     if group.padding is None:
         return gate

@@ -23,7 +23,7 @@ class Segment(NamedTuple):
     parent: int | None
 
 
-class Group(NamedTuple):
+class SegmentBatch(NamedTuple):
     """Segments of one level that one call computes: padded to the longest of them, or one after the other.
 
     parents     int64 [B] numbers, among the states that the level above keeps, of those that the segments begin in;
@@ -53,7 +53,7 @@ class Levels(NamedTuple):
 
     order: torch.Tensor
     place: torch.Tensor
-    levels: list[list[Group]]
+    levels: list[list[SegmentBatch]]
 
 
 def segments_of(subtree_end: np.ndarray) -> list[Segment]:
@@ -89,7 +89,7 @@ def levels_of(segments: list[Segment], device: torch.device | str = "cpu", *, pa
         by_level[level].append(index)
     continued = {segment.parent for segment in segments}
     order: list[np.ndarray] = []
-    levels: list[list[Group]] = []
+    levels: list[list[SegmentBatch]] = []
     kept: dict[int, int] = {}  # segments of the level above whose states are kept, and their numbers
     for members in by_level:
         parts = _groups(members, segments) if padded else [members]
@@ -131,12 +131,12 @@ def _group(
     continued: set[int | None],
     device: torch.device | str,
     padded: bool,
-) -> Group:
+) -> SegmentBatch:
     lengths = np.array([segments[i].last - segments[i].first for i in part])
     parents = [kept[parent] for i in part if (parent := segments[i].parent) is not None]
     padding = np.arange(lengths.max()) >= lengths[:, None]
     boundaries = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
-    return Group(
+    return SegmentBatch(
         parents=torch.as_tensor(parents, device=device) if parents else None,
         segments=len(part),
         rows=padding.size if padded else int(boundaries[-1]),

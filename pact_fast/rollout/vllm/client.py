@@ -302,12 +302,12 @@ class VllmServerClient(VllmServerTransport):
     ):
         super().__init__(f"vLLM at {url}", url, model_folder, weights_folder, timeout=timeout, transfer=transfer)
         try:
-            self._join(start_timeout, transfer_required)
+            self._connect(start_timeout, transfer_required)
         except BaseException:
             self._http.close()  # nobody else can
             raise
 
-    def _join(self, start_timeout: float, transfer_required: bool) -> None:
+    def _connect(self, start_timeout: float, transfer_required: bool) -> None:
         """Wait for the server, and check that it can do what is asked of it."""
         self._wait_ready(start_timeout)
         self._check_extension()

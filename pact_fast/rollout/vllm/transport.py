@@ -1,4 +1,4 @@
-"""What VllmEngine needs of a running vLLM, wherever it runs."""
+"""The interface between VllmEngine and a running vLLM, wherever it runs."""
 
 from __future__ import annotations
 
