@@ -53,14 +53,18 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def memory_limit(size: int, what: str) -> Iterator[None]:
-    """PactError that says "`what` takes more than … GB" if the process grows by more than `size` bytes. Linux only."""
+def memory_limit(size: int, what: str, reserved: int = 0) -> Iterator[None]:
+    """PactError that says "`what` takes more than … GB" if the process grows by more than `size` bytes. Linux only.
+
+    What is limited is the address space of the process, of which allocators and threads may take `reserved` bytes more
+    without using them.
+    """
     if sys.platform != "linux":
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    limit = pages * resource.getpagesize() + size
+    limit = pages * resource.getpagesize() + size + reserved
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
     if soft != resource.RLIM_INFINITY:

@@ -16,6 +16,9 @@ from pact_fast.limits import memory_limit
 NumberedRow = tuple[int, "Row | DataError"]  # line or row number from 1
 PARQUET_BATCH = 256  # rows held both as Arrow and as Python objects
 BATCH_BYTES = 2**30  # of a batch
+RESERVED = (
+    2**32
+)  # of address space, not of memory: Arrow's allocator takes a GiB at once, each of its threads 64 MiB and more
 MAX_RATIO = 1000  # of the rows' size to the file's; repeated tool schemas reach 200
 COMPRESSED = {  # first bytes of a file -> compression
     b"\x1f\x8b": "gzip",
@@ -171,7 +174,7 @@ def _batches(parquet: Any, name: str, compressed: int) -> Iterator[Any]:
     batches = parquet.iter_batches(PARQUET_BATCH)
     try:
         while True:
-            with memory_limit(BATCH_BYTES, f"reading {PARQUET_BATCH} of its rows"):
+            with memory_limit(BATCH_BYTES, f"reading {PARQUET_BATCH} of its rows", RESERVED):
                 batch = next(batches, None)
             if batch is None:
                 return
