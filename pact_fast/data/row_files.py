@@ -16,9 +16,8 @@ from pact_fast.limits import memory_limit
 NumberedRow = tuple[int, "Row | DataError"]  # line or row number from 1
 PARQUET_BATCH = 256  # rows held both as Arrow and as Python objects
 BATCH_BYTES = 2**30  # of a batch
-RESERVED = (
-    2**32
-)  # of address space, not of memory: Arrow's allocator takes a GiB at once, each of its threads 64 MiB and more
+# address space, not memory: Arrow's allocator takes a GiB at once, and each of its threads 64 MiB and more
+RESERVED = 2**32
 MAX_RATIO = 1000  # of the rows' size to the file's; repeated tool schemas reach 200
 COMPRESSED = {  # first bytes of a file -> compression
     b"\x1f\x8b": "gzip",

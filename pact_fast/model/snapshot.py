@@ -179,9 +179,7 @@ def write(
         size: Number of ranks that call.
     """
     files = _Shards(folder, name, writer, rank, size)
-    for key, tensor in tensors:
-        files.add(key, tensor)
-    files.flush()
+    files.add_all(tensors)
     if files.number > 1 and rank == 0:
         writer.submit(_IndexTask(files))
 
@@ -198,10 +196,7 @@ def write_own(
 
     Nothing is collective. Arguments as of `write`.
     """
-    files = _OwnShards(folder, name, writer, rank, size)
-    for key, tensor in tensors:
-        files.add(key, tensor)
-    files.flush()
+    _OwnShards(folder, name, writer, rank, size).add_all(tensors)
 
 
 def write_now(
@@ -316,6 +311,12 @@ class _Shards:
         self.number, self.size = 0, 0  # of the file that is being filled, and its bytes so far
         self.pending: _FileTask | None = None  # that file, if this rank writes it
         self.file_number: dict[str, int] = {}  # tensor name → number of its file
+
+    def add_all(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Add all tensors, and hand on the last file."""
+        for key, tensor in tensors:
+            self.add(key, tensor)
+        self.flush()
 
     def takes(self, tensor: torch.Tensor) -> bool:
         """Whether this rank writes the tensor if it is added next."""
