@@ -8,13 +8,15 @@ rollouts    rollout, decoding, sandbox
 runs        quickstart, quickstart_sharing, eigendata, learning (PACT and its baselines on equal budgets), learning_report
 verdicts    bfcl_verdicts, tau2_verdicts: our scores against the official checkers
 machines    gpu_suite (all GPU checks), gate (is anything slower than recorded), contention, scale
-hosts       hosts: TRL's step with and without our kernels
+hosts       hosts: TRL's step with and without our kernels; whole_loop: the whole RL loop beside TRL's
 
 shared      harness (command line, cases, methods, tables, result files), measure (time and memory), stamp, objective
 head        head_problem (tensors), head_methods (ours and competing implementations)
 tau2        tau2_reference (the verdict of the package's evaluator)
 update      update_problem (token data), update_methods, update_peers (competing implementations), update_run (model, clock)
 learning    learning_regimes, learning_tasks, learning_methods, learning_outcome, learning_run, learning_clock, learning_stats
+whole_loop  whole_loop_task (environment, rows), whole_loop_pact, whole_loop_trl (the sides), whole_loop_check, whole_loop_phases,
+            whole_loop_report
 scale       scale_parts, scale_ranks (simulated ranks)
 """
 

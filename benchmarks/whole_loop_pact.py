@@ -56,15 +56,15 @@ class Budget:
     """
 
     hops: tuple[int, int] = (2, 3)
-    steps: int = 12
-    points: int = 4
+    steps: int = 9
+    points: int = 3
     prompts: int = 8
     generations: int = 8
     turns: int = 6
     turn_tokens: int = 64
     tokens: int = 320
-    learning_rate: float = 5e-4
-    evaluated: int = 200
+    learning_rate: float = 1.5e-4
+    evaluated: int = 150
     pretraining: int = 500
     early_stop: float = 0.5
     wrong_relation: float = 0.07
