@@ -15,8 +15,8 @@ head        head_problem (tensors), head_methods (ours and competing implementat
 tau2        tau2_reference (the verdict of the package's evaluator)
 update      update_problem (token data), update_methods, update_peers (competing implementations), update_run (model, clock)
 learning    learning_regimes, learning_tasks, learning_methods, learning_outcome, learning_run, learning_clock, learning_stats
-whole_loop  whole_loop_task (environment, rows), whole_loop_pact, whole_loop_trl (the sides), whole_loop_check, whole_loop_phases,
-            whole_loop_report
+whole_loop  whole_loop_task (environment, rows), whole_loop_pact, whole_loop_trl (the sides), whole_loop_check,
+            whole_loop_phases, whole_loop_report
 scale       scale_parts, scale_ranks (simulated ranks)
 """
 

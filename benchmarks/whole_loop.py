@@ -66,8 +66,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, help="folder of a model to pretrain in place of random weights")
     parser.add_argument("--quick", action="store_true", help="a tiny budget and model, one seed")
-    for name in ("steps", "points", "prompts", "generations", "pretraining", "evaluated"):
-        parser.add_argument(f"--{name}", type=int, help=f"(default: {getattr(Budget, name)})")
+    for name in (
+        "steps",
+        "points",
+        "prompts",
+        "generations",
+        "turns",
+        "turn_tokens",
+        "tokens",
+        "pretraining",
+        "evaluated",
+    ):
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, help=f"(default: {getattr(Budget, name)})")
     parser.add_argument("--learning-rate", type=float, help=f"(default: {Budget.learning_rate})")
     parser.add_argument("--micro", type=int, default=8, help="TRL: sequences of a backward pass (default: %(default)s)")
     parser.add_argument("--continuous-batching", action="store_true", help="TRL: use_transformers_continuous_batching")

@@ -19,6 +19,7 @@ from pact_fast.cli.session import make_session
 from pact_fast.config import Config, load_config
 from pact_fast.envs.adapters.trl import Trl
 from pact_fast.envs.lookup_chain import TraceNoise
+from pact_fast.envs.registry import make_tasks
 from pact_fast.files import atomic_save_pretrained
 from pact_fast.model.build import make_model
 from pact_fast.model.tokenizer import make_tokenizer
@@ -83,7 +84,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Base:
-    """The model and tokenizer that both sides start from, and the success of that model."""
+    """The folder of the model and tokenizer that both sides start from."""
 
     folder: Path
 
@@ -101,11 +102,11 @@ def make_base(budget: Budget, folder: Path, model: Path | None) -> Base:
     base = Base(folder)
     if (base.model / "config.json").exists():
         return base
-    source = ["model.random_init=null", f"model.path={model}", "model.chat_template=chatml_hermes"] if model else []
-    shape = [f"model.random_init.{name}={value}" for name, value in budget.shape.items()]
-    config = load_config("quickstart", [*source, *([] if model else shape), f"pretrain.steps={budget.pretraining}"])
+    settings = [f"model.random_init.{name}={value}" for name, value in budget.shape.items()]
     if model:
-        config = config.model_copy(update={"pretrain": config.pretrain.model_copy(update={"learning_rate": 1e-4})})
+        settings = ["model.random_init=null", f"model.path={model}", "model.chat_template=chatml_hermes"]
+        settings.append("pretrain.learning_rate=1.0e-4")
+    config = load_config("quickstart", [*settings, f"pretrain.steps={budget.pretraining}"])
     tasks = LookupTasks(1000, budget.hops, TraceNoise(budget.early_stop, budget.wrong_relation))
     seed_generators(0)
     tokenizer = make_tokenizer(config.model, tasks)
@@ -133,6 +134,7 @@ def pact_config(budget: Budget, base: Base, rows: Path, out: Path, seed: int) ->
         "data.shuffle": "false",
         "env": json.dumps({"name": "trl", "args": env}),
         "rollout.num_generations": budget.generations,
+        "rollout.max_prompt_length": 512,
         "rollout.max_turns": budget.turns,
         "rollout.max_turn_tokens": budget.turn_tokens,
         "rollout.max_completion_length": budget.tokens,
@@ -213,8 +215,6 @@ def success_of(model: Path, base: Base, budget: Budget, rows: Path, seed: int) -
             "rollout": config.rollout.model_copy(update={"max_batch_size": 256}),
         }
     )
-    from pact_fast.envs.registry import make_tasks
-
     with silence():
         session = make_session(config, make_tasks(config))
         try:

@@ -110,14 +110,17 @@ def run_trl(
     phases = Phases()
     trainer = make_trainer(budget, base, rows, trl_settings(budget, out, seed, micro, continuous))
     with contextlib.ExitStack() as stack, silence():
-        watch_trl(stack, phases, trainer)
+        rewards = watch_trl(stack, phases, trainer)
         trainer.train()
     steps = range(budget.interval, budget.steps + 1, budget.interval)
-    return phases, trainer._metrics["train"]["reward"], [out / f"checkpoint-{step}" for step in steps]
+    return phases, rewards, [out / f"checkpoint-{step}" for step in steps]
 
 
-def watch_trl(stack: contextlib.ExitStack, phases: Phases, trainer: Any) -> None:
-    """Measure training steps of a GRPOTrainer until `stack` closes. A step ends with its checkpoint."""
+def watch_trl(stack: contextlib.ExitStack, phases: Phases, trainer: Any) -> list[float]:
+    """Measure training steps of a GRPOTrainer until `stack` closes. A step ends with its checkpoint.
+
+    Returns a list that gets the mean reward of every step.
+    """
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.scheduler import AcceleratedScheduler
     from transformers import TrainerCallback
@@ -150,8 +153,14 @@ def watch_trl(stack: contextlib.ExitStack, phases: Phases, trainer: Any) -> None
 
     replace(stack, kind, "_maybe_log_save_evaluate", timed_end)
 
-    class Start(TrainerCallback):
+    rewards: list[float] = []
+
+    class Notes(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             phases.start()
 
-    trainer.add_callback(Start())
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            rewards.append(trainer._metrics["train"]["reward"][-1])  # what it logs at the end clears them
+
+    trainer.add_callback(Notes())
+    return rewards

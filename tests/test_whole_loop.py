@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from benchmarks import whole_loop, whole_loop_report, whole_loop_task
+from benchmarks import whole_loop, whole_loop_check, whole_loop_report, whole_loop_task
+from benchmarks.whole_loop_pact import Base
 from benchmarks.whole_loop_phases import PHASES, Phases
 from pact_fast.data.types import Task
 from pact_fast.envs.lookup_chain import TraceNoise
@@ -131,3 +132,10 @@ def test_both_sides_do_the_same_work_and_a_difference_is_found(tmp_path, monkeyp
         busy = {phase for phase, seconds in run["phases"].items() if seconds["wall"]}
         assert busy >= {"generation", "agent loop", "rewards", "batch", "forward and backward", "optimizer"}
     assert "| forward and backward" in capsys.readouterr().out
+
+    work = tmp_path / "work"
+    settings, reward = whole_loop_check.trl_settings, whole_loop_check.success
+    monkeypatch.setattr(whole_loop_check, "trl_settings", lambda *given: settings(*given) | {"loss_type": "dr_grpo"})
+    monkeypatch.setattr(whole_loop_check, "success", lambda *given: [value + 1 for value in reward(*given)])
+    found = whole_loop_check.disagreements(whole_loop.TINY, Base(work / "base"), work / "check.jsonl")
+    assert "success 0.0, 1.0 in TRL" in found[0] and found[-1].startswith("gradients differ by")
