@@ -101,4 +101,4 @@ class Phases:
     def unexplained(self) -> float:
         """Largest relative difference, over both clocks, of the sum of all phases from the end of the last step."""
         sums = {clock: sum(times[clock] for times in self.seconds.values()) for clock in self._began}
-        return max(abs(sums[clock] - total) / max(total, 1e-3) for clock, total in self.steps[-1].items())
+        return max(abs(sums[clock] - total) / max(total, 1e-2) for clock, total in self.steps[-1].items())

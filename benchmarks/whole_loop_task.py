@@ -6,6 +6,7 @@ city."); the tools are the same for all rows, and what they answer is in the row
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pact_fast.data.readers import write_tasks
-from pact_fast.data.types import Task
+from pact_fast.data.types import Task, ToolSchema
 from pact_fast.envs.adapters.callables import FunctionTools, public_methods
 from pact_fast.envs.adapters.trl import NOT_TOOLS
 from pact_fast.envs.lookup_chain import (
@@ -89,6 +90,12 @@ class Lookups:
         return self._facts[relation].get(of, "error: unknown name")
 
 
+@functools.cache
+def schemas() -> list[ToolSchema]:
+    """Of the tools; a trainer finds them by itself, traces need them."""
+    return FunctionTools(public_methods(Lookups(), NOT_TOOLS)).schemas
+
+
 def success(completions: list[list[dict[str, Any]]], answer: list[str], **columns: Any) -> list[float]:
     """TRL's signature: 1 where the last message of a completion is the answer, and nothing else."""
     return [float(_said(messages) == right) for messages, right in zip(completions, answer, strict=True)]
@@ -137,7 +144,7 @@ class LookupTasks:
         return Task(
             id=task_id,
             prompt=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": question_text(question)}],
-            tools=FunctionTools(public_methods(Lookups(), NOT_TOOLS)).schemas,
+            tools=schemas(),
             expert=write_trace(question, facts, self.noise, rng),
             answer=write_trace(question, facts).answer,
             columns={"facts": json.dumps(facts)},
