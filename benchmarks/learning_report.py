@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import make_parser, markdown, new_report, write_report
-from benchmarks.learning_methods import ALL
+from benchmarks.learning_methods import ALL, METHODS
 from benchmarks.learning_regimes import REGIMES
 from benchmarks.learning_stats import Interval, Paired
 from benchmarks.learning_tuning import best_rate, tried_rates
@@ -32,9 +32,10 @@ from benchmarks.learning_tuning import best_rate, tried_rates
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "learning-cpu-2026-11-30.json"
 PAGE, IMAGES = ROOT / "docs" / "results.md", ROOT / "docs" / "images"
-COLOURS = ("#2463a8", "#c8553d", "#2a9d6f", "#b58900", "#7a4fa3", "#555f6b", "#d1719c", "#3aa6b9", "#8c6d46")
+COLOURS = ("#2463a8", "#c8553d", "#2a9d6f", "#b58900", "#7a4fa3", "#555f6b", "#d1719c", "#3aa6b9", "#8c6d46", "#1b1b1b")
 OURS, BASE = "pact", "base"
 KINDS = ("sampled", "greedy")
+RELIANCE = "trace_logprob_diff"  # of a record: the metric trace/logprob_diff, step by step
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,11 @@ def _p_value(p: float) -> str:
 
 
 def rank_table(study: Study) -> str:
-    """PACT's rank by mean sampled success in every regime, and the best method."""
+    """PACT's rank by mean sampled success in every regime, and the best method; without ablations."""
     rows = []
     for regime in study.regimes:
-        means = {name: study.final(regime, name, "sampled").mean for name in study.methods(regime) if name != OURS}
+        others = [name for name in study.methods(regime) if name in METHODS and name != OURS]
+        means = {name: study.final(regime, name, "sampled").mean for name in others}
         if (regime, OURS) not in study.runs or not means:
             continue
         ours = study.final(regime, OURS, "sampled")
@@ -133,9 +135,21 @@ def rank_table(study: Study) -> str:
     return markdown(header, rows)
 
 
+def reliance_table(study: Study) -> str:
+    """Log-probs of PACT's rollouts with the trace less those without, in nats per token, in the first and the last step."""
+    rows = []
+    for regime in study.regimes:
+        records = study.runs.get((regime, OURS), [])
+        if records and all(record.get(RELIANCE) for record in records):
+            ends = [Interval.of([record[RELIANCE][step] for record in records]).text(sign=True) for step in (0, -1)]
+            rows.append([f"`{regime}`", *ends])
+    return markdown(["regime", "first step", "last step"], rows)
+
+
 def tables(study: Study) -> dict[str, str]:
     """All tables by name."""
-    return {"ranks": rank_table(study)} | {regime: regime_table(study, regime) for regime in study.regimes}
+    summaries = {"ranks": rank_table(study), "reliance": reliance_table(study)}
+    return summaries | {regime: regime_table(study, regime) for regime in study.regimes}
 
 
 def fill(page: str, new: dict[str, str]) -> str:
@@ -170,7 +184,7 @@ def _panel(axis: Any, study: Study, regime: str, kind: str, cost: str) -> None:
     """Curves of all methods, from the base model on; bars are 95 % intervals."""
     colours = dict(zip(_all_methods(study), COLOURS, strict=False))
     start = study.final(regime, BASE, kind).mean
-    for method in study.methods(regime):
+    for method in filter(colours.get, study.methods(regime)):
         points = _curve(study.runs[regime, method], cost, kind)
         x, y = [0.0, *(p[0] for p in points)], [start, *(p[1].mean for p in points)]
         half = [0.0, *(p[1].high - p[1].mean if p[1].n > 1 else 0.0 for p in points)]
@@ -180,7 +194,8 @@ def _panel(axis: Any, study: Study, regime: str, kind: str, cost: str) -> None:
 
 
 def _all_methods(study: Study) -> list[str]:
-    return [OURS, *(name for name in ALL if name != OURS and any(name == method for _, method in study.runs))]
+    """PACT first; without ablations."""
+    return [OURS, *(name for name in METHODS if name != OURS and any(name == method for _, method in study.runs))]
 
 
 def _curve(records: Iterable[dict[str, Any]], cost: str, kind: str) -> list[tuple[float, Interval]]:

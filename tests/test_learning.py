@@ -183,6 +183,18 @@ def test_the_rank_counts_methods_that_did_better(tmp_path):
     assert "| 2 of 3 " in rank and "| `sft` " in rank and "-0.35" in rank
 
 
+def test_ablations_are_no_methods_to_rank_and_the_trace_has_a_table(tmp_path):
+    runs = [record("pact", s, 1e-3, "test", 0.5) | {"trace_logprob_diff": [-0.5 - s, 0.1]} for s in range(2)]
+    runs += [record("pact-no-sft", s, 1e-3, "test", 0.9) for s in range(2)]
+    runs += [record("grpo", s, 1e-3, "test", 0.4) for s in range(2)]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"runs": runs}))
+    study = learning_report.Study.read(path)
+    assert "| 1 of 2 " in learning_report.rank_table(study)
+    assert "| `dense` | -1.00 [" in learning_report.reliance_table(study)
+    assert "`pact-no-sft`" in learning_report.regime_table(study, "dense")
+
+
 def test_only_test_runs_of_the_best_learning_rate_count(tmp_path):
     tuning = [record("pact", 100, rate, "validation", success) for rate, success in ((1e-3, 0.3), (1e-4, 0.4))]
     runs = [record("pact", 0, rate, "test", success) for rate, success in ((1e-3, 0.9), (1e-4, 0.5))]
