@@ -38,8 +38,12 @@ class Branching:
         return max(map(len, self._paths())) - self.rewound
 
     def sequences(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the sampler saw and wrote, branch by branch: (int64 ids of the whole sequence, prompt included; int64 [m]
-        indices into `ids` of the tokens that the branch adds, the last m of the sequence)."""
+        """Return the sequence of each branch as the sampler saw it.
+
+        Returns:
+            One pair per branch: (int64 ids of the whole sequence, prompt included; int64 [m] indices into `ids` of the
+            tokens that the branch adds, which are the last m of the sequence).
+        """
         head = self.prompt_ids[: len(self.prompt_ids) - self.rewound]
         starts = [0, *self.branches[:, 0].tolist(), len(self.ids)]
         return [

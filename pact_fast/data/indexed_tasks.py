@@ -178,7 +178,7 @@ def _detect(source: str, files: Sequence[FileRows], skip: bool) -> RowFormat:
 
 
 def count_rows(sources: Source | Sequence[Source], max_rows: int | None, limit: int) -> int:
-    """How many rows there are that can be read one by one; counting ends after `limit` of them."""
+    """Count the rows that can be read one by one. Stops counting after `limit` rows."""
     most = min(max_rows or limit + 1, limit + 1)
     total = 0
     for source in row_sources(sources, max_rows):

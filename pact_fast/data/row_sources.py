@@ -1,4 +1,4 @@
-"""Where rows come from: files, patterns of files, and datasets of the Hugging Face Hub, all read in the same way."""
+"""Sources of rows: files, glob patterns, and datasets of the Hugging Face Hub, all read in the same way."""
 
 from __future__ import annotations
 

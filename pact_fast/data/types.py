@@ -205,7 +205,7 @@ def text_of(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False)
 
 
-# Where reasoning begins and ends in the text of a message, in the spellings of several model families.
+# Start and end tags of reasoning in the text of a message, for several model families.
 _THINK = re.compile(r"<think(?:ing)?>|\[THINK\]|◁think▷", re.IGNORECASE)
 _END_THINK = re.compile(r"</think(?:ing)?>|\[/THINK\]|◁/think▷", re.IGNORECASE)
 
