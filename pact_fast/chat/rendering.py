@@ -69,7 +69,7 @@ class ChatRenderer:
 
     @functools.cached_property
     def history(self) -> History:
-        """What the template makes of earlier turns once the user speaks again."""
+        """Rewriting of earlier turns by the template when the user speaks again."""
         return History(self)
 
     def stop_ids(self, at_tool_call: bool) -> tuple[int, ...]:

@@ -85,7 +85,8 @@ class RowCheck:
         ):  # for instance that of another template, for rows without tools
             raise DataError(
                 f"the chat template ends its prompt with {text[-20:]!r}, and that of other prompts with "
-                f"{template.generation_prompt[-20:]!r}; set model.chat_template to one that ends all prompts alike",
+                f"{template.generation_prompt[-20:]!r}; set model.chat_template to one that ends all "
+                "prompts in the same way",
                 field="prompt",
             )
         return text

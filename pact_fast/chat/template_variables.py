@@ -12,7 +12,7 @@ from pact_fast.errors import PactError
 from pact_fast.registry import did_you_mean
 from pact_fast.text import short
 
-# What a conversation itself gives to a template, and arguments of transformers' apply_chat_template.
+# Variables that the conversation itself defines, and arguments of transformers' apply_chat_template.
 RESERVED = frozenset({
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
     "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",

@@ -94,7 +94,7 @@ class TraceWriter:
         self._sequence = [joined([joined(self._sequence)[:keep], tokens])]
 
     def context(self) -> TraceContext:
-        """What has been written."""
+        """Return the tokens written so far as a TraceContext."""
         tokens = joined(self._tokens) if self._tokens else untouched(np.zeros(0, np.int64))
         levels, generated = (
             np.concatenate([np.zeros(0, kind), *parts])
