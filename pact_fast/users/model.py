@@ -16,7 +16,7 @@ CallTool = Callable[[str, dict[str, Any]], str]
 
 
 class Answer(Protocol):
-    """What a model says: its visible text, and calls of the user's own tools."""
+    """Answer of a model: its visible text, and calls of the user's own tools."""
 
     @property
     def text(self) -> str: ...
@@ -75,7 +75,7 @@ class ModelUser:
         ]
 
     def reply(self, text: str) -> str | None:
-        """What the user says to the visible text of the agent, or None: the dialogue is over.
+        """Return the user's reply to the visible text of the agent; None ends the dialogue.
 
         Raises:
             LLMError: Of the client; there is no answer.

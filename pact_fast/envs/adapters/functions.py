@@ -124,7 +124,7 @@ class Functions:
         return {}
 
     def machine_report(self) -> list[str]:
-        """Where the tools run, for `pact-fast doctor`."""
+        """Describe where the tools run, in lines for `pact-fast doctor`."""
         if self._sandbox:
             return describe(self._sandbox[0].protections)
         return ["tools: run in this process, with all its rights"]

@@ -101,7 +101,7 @@ class Mcp:
         except TimeoutError:
             return f"error: the tool did not finish within {self._timeout:g} s"
         except ServerFailed as error:
-            return cut(f"error: {error}; it is started anew by the next call, without its state", self._args.max_output)
+            return cut(f"error: {error}; it is restarted by the next call, without its state", self._args.max_output)
         except PactError:
             raise
         except Exception as error:  # the server refuses the request, or its answer is not what it has declared

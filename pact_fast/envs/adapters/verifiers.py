@@ -243,7 +243,7 @@ class VerifiersDialogue(Verifiers):
     """An environment that answers turns without calls."""
 
     def respond(self, text: str) -> str | None:
-        """What the environment says; None when one of its stop conditions holds."""
+        """Return the environment's message; None when one of its stop conditions holds."""
         said = self._types.AssistantMessage(content=text)
         self._add_step(said)
         self._messages.append(said)

@@ -1,4 +1,4 @@
-"""What of the package verifiers is served: loading an environment, refusing what cannot work here, its rows as tasks."""
+"""Environments of the package verifiers: load one, reject unsupported features, and convert its rows to tasks."""
 
 from __future__ import annotations
 

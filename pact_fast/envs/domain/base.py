@@ -123,16 +123,16 @@ class Domain:
         return []
 
     def introduction(self, db: Database, subject: str, rng: random.Random) -> Introduction:
-        """How a dialogue about `subject` begins. What is left open is drawn with `rng`."""
+        """Return the part that all tasks about `subject` have in common. Free choices are drawn with `rng`."""
         return Introduction()
 
 
 @dataclass(frozen=True)
 class Introduction:
-    """What all tasks of a subject share.
+    """Part that all tasks of a subject have in common.
 
     first    calls with which the agent finds the subject
-    knows    what the user can tell when asked
+    knows    {name: value} of facts that the user tells when asked
     device   the device that the user's tools act on
     secrets  values that the user must not say
     init     edits of the initial state

@@ -24,7 +24,7 @@ class Sandbox(Protocol):
 
 @dataclass
 class Replay:
-    """What calls did from the beginning of an episode.
+    """Effects of the calls of an episode.
 
     db            the state after them
     observations  one per call
@@ -59,7 +59,7 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """What is wrong, on one line; empty if nothing is."""
+        """Reasons for the failure on one line; empty if the episode passed."""
         parts = [self.difference and f"state: {self.difference}", *(f"assertion: {text}" for text in self.failed)]
         parts += [f"not said: {text}" for text in self.unsaid]
         parts += [self.function and f"function: {self.function}"]

@@ -136,7 +136,7 @@ class Database:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def snapshot(self) -> dict[str, dict[str, Record | None]]:
-        """What `restore` takes back."""
+        """Return a copy of the changed records, for `restore`."""
         return {name: table.copy_touched() for name, table in self._tables.items()}
 
     def restore(self, saved: dict[str, dict[str, Record | None]]) -> None:

@@ -122,7 +122,7 @@ class DomainEnvironment:
         return call_as_user(self.domain, self.instance, self._db, name, arguments)
 
     def user_messages(self, task: Task) -> list[Message]:
-        """What follows the question in the task's expert dialogue, from the user's side; empty without a dialogue."""
+        """Return the task's expert dialogue after the question, from the user's side; empty without a dialogue."""
         return user_dialogue(self.domain, self.instance, task.expert) if task.expert else []
 
     def judge_user(self, task: Task, trajectory: Trajectory) -> dict[str, float]:

@@ -44,7 +44,7 @@ class Assertion:
 
 @dataclass(frozen=True)
 class Rule:
-    """What does not count when two states are compared.
+    """Difference that is ignored when two states are compared.
 
     how    ignore: the table, or its field, does not count; unordered: lists in the field are compared as sets with
            multiplicity; total: lists of numbers in the field are compared by their sum
@@ -59,12 +59,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Checker:
-    """What a solution must have done. Data, executed by `checker.judge`.
+    """Conditions that a solution must meet, as data; `checker.judge` evaluates them.
 
-    compare     the final state must equal that after the gold calls, up to `normalise`
+    compare     the final state must equal the state after the gold calls, up to `normalise`
     assertions  conditions on the final state
     say         texts that the agent must have told the user
-    normalise   what does not count in the comparison
+    normalise   differences that the comparison ignores
     function    Python source of `check(state, said) -> bool`, run in the sandbox; None: there is none
     """
 

@@ -176,7 +176,7 @@ class _Job:
 
 
 class _State:
-    """What the pool's threads share. It does not refer to the pool, so that a forgotten pool is closed.
+    """State shared by the pool's threads. It holds no reference to the pool, so that an unused pool is closed.
 
     A worker belongs to a thread of the pool and never to a caller: an exception that reaches a caller in the middle of a
     call (Ctrl-C) can neither leave an unread answer to the next one nor lose a worker.

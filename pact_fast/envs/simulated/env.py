@@ -108,7 +108,7 @@ def gold_answers(task: Task) -> list[str]:
 
 
 def qa_set(task: Task) -> QaSet:
-    """Whose rules score the row: its `env_args.qa_set`; HotpotQA's if it has none."""
+    """Return the dataset whose metric scores the row: `env_args.qa_set`, by default HotpotQA."""
     name = task.env_args.get("qa_set", "hotpotqa")
     if name not in get_args(QaSet):
         raise PactError(

@@ -47,7 +47,7 @@ class ModelBackend:
         return cls(LLMClient(LLMConfig.read(args, "env.args.backend_args"), ROLE))
 
     def respond(self, request: ToolRequest) -> Any:
-        """What the model writes; the actor checks it, so an invalid answer is given back as the text that it is.
+        """Return the model's output. The actor validates it, so an invalid answer is returned as plain text.
 
         Raises:
             LLMError: The server fails, the budget is used up, or replay misses: the run ends, and nothing is stored.

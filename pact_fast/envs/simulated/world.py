@@ -1,4 +1,4 @@
-"""What the row of a simulated task states: its tools with output schemas, its facts and its passages."""
+"""The world of a simulated task, read from its row: tools with output schemas, facts and passages."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ToolSpec:
         return {"type": "function", "function": function}
 
     def to_json(self) -> dict[str, Any]:
-        """What `env_args` keeps of a tool, beside its schema in the column `tools`."""
+        """Return the part of a tool that is stored in `env_args`; its schema is in the column `tools`."""
         data: dict[str, Any] = {"kind": self.kind, "output": self.output}
         if self.relation:
             data["relation"] = self.relation

@@ -55,7 +55,7 @@ class Tau2Args(BaseModel):
 
 
 class _Tau2Environment(ABC):
-    """What both environments share. Serves one task at a time, which its `env_args` name: domain and task."""
+    """Base class of both environments. Serves one task at a time, given by `env_args`: domain and task id."""
 
     blocking = False
     solo: ClassVar[bool]

@@ -26,7 +26,7 @@ PATIENCE = 6  # messages of the agent after which a scripted user whose request 
 
 @dataclass(frozen=True)
 class UserTurn:
-    """What a user does next: call tools of its own, or else say something."""
+    """Next turn of a user: calls of its own tools, or else a message."""
 
     text: str = ""
     calls: tuple[ToolCall, ...] = ()
@@ -34,7 +34,7 @@ class UserTurn:
 
 @dataclass(frozen=True)
 class Role:
-    """What a user is told before the dialogue.
+    """Task of a user, given before the dialogue.
 
     domain     name of the domain
     task       the task as the package ships it

@@ -1,4 +1,4 @@
-"""What the trainer chooses for a worker, and the limits of every call."""
+"""Settings of a tool worker, and the fixed limits of every call."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Trials:
-    """What the system allows. Tried out once, for all workers of a fork server: each of them applies it.
+    """Isolation that the system allows, tested once for all workers of a fork server; each worker applies it.
 
     isolated  `namespaces.enter` succeeds
     code      the filter of system calls; None if the system takes none
