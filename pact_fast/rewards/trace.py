@@ -108,7 +108,10 @@ def _grammatical(turns: Sequence[TurnRecord], answered: bool) -> bool:
 
 
 def _written(turn: TurnRecord) -> Iterator[str]:
-    """What the policy wrote in a turn, without its calls' markup, which is that of some templates' observations, too."""
+    """Yield the texts that the policy wrote in a turn, without the markup of calls.
+
+    Some templates use the same markup for observations.
+    """
     yield from (turn.reasoning, turn.content)
     yield from (text for call in turn.calls for text in texts_of(call.arguments))
 

@@ -145,7 +145,7 @@ def check_environment(task: Task, env: type) -> None:
 
 
 def rows_to_check(tasks: TaskSource, config: Config, complete: bool = False) -> int:
-    """How many rows `check_rows` checks."""
+    """Return the number of rows that `check_rows` checks."""
     return len(_positions(tasks, complete)) if isinstance(tasks, FileTasks) else config.trainer.prompts_per_step
 
 

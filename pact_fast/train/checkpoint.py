@@ -94,7 +94,7 @@ def rewind_metrics(path: Path, size: int) -> None:
     """Cut metrics.jsonl to the `size` bytes that it had at a checkpoint.
 
     A resumed run repeats the later steps, which would otherwise be recorded twice. If the file is shorter (full disk,
-    incomplete copy), its complete lines are kept. The file is written anew, so that a copy by hard links (cp -al) of the
+    incomplete copy), its complete lines are kept. The file is replaced, so that a copy by hard links (cp -al) of the
     run directory keeps its own.
     """
     if not path.exists():
@@ -171,7 +171,10 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def _damage(path: Path) -> str | None:
-    """What keeps files of the right sizes from being read: the state, or the header of a tensor file."""
+    """Return a description of the damage if state.json or the header of a tensor file cannot be read, else None.
+
+    File sizes have been checked before.
+    """
     try:
         _read_object(path / "state.json")
     except (ValueError, OSError):

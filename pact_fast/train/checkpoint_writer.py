@@ -211,7 +211,7 @@ class PendingSave:
     def finish_alone(self) -> None:
         """End without the other ranks, which may not be there any more; the checkpoint is completed if they have done theirs.
 
-        Errors are left to whoever resumes: the checkpoint is then not there.
+        Errors are not reported: the checkpoint is then missing, and a resumed run uses an older one.
         """
         self._alone = True
         self._writer.wait_ended()
@@ -246,7 +246,7 @@ class PendingSave:
         return files
 
     def _note(self, path: Path, rank: int) -> Any:
-        """What another rank's thread says, when it does."""
+        """Wait for the note of another rank's thread, and return its content."""
         alone = 0.0
         while not path.exists():
             alone += POLL if self._alone else 0.0

@@ -51,7 +51,7 @@ G = TypeVar("G", bound=ScoredGroup)
 
 @dataclass(frozen=True)
 class FilterCounts:
-    """What filtering did in a step.
+    """Counts and mean rewards of a step's filtering.
 
     sampled          groups that were sampled
     dropped          of these, groups without signal
@@ -82,7 +82,7 @@ class FilterCounts:
 
 
 def has_signal(group: ScoredGroup, config: FilterGroupsConfig, use_turns: bool) -> bool:
-    """Whether something can be learnt from a group: its rewards differ, and its mean reward is below the limit.
+    """Whether a group has a learning signal: its rewards differ, and its mean reward is below the limit.
 
     Args:
         group: A group with its rollouts, scored.
@@ -97,7 +97,7 @@ def has_signal(group: ScoredGroup, config: FilterGroupsConfig, use_turns: bool) 
 
 
 def further_groups(missing: int, kept: int, sampled: int, budget: int) -> int:
-    """How many groups to sample next: at least as many as are missing, more where few of them have a signal.
+    """Return the number of groups to sample next: at least the missing ones, more if few groups have a signal.
 
     Args:
         missing: Groups that the step still lacks.

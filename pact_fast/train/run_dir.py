@@ -21,7 +21,7 @@ from pact_fast.errors import PactError
 from pact_fast.files import io_errors, remove, write_text
 from pact_fast.train import checkpoint
 
-# What a run writes into its directory. Whatever else is there is the user's.
+# Files and folders that a run writes into its directory. All others belong to the user.
 FOLDERS = ("tokenizer", "base", "rollouts", "tensorboard", "wandb", "checkpoints", "engine")
 FILES = (
     *("config.yaml", "metrics.jsonl", "summary.json", "report.html", "view.html", "latest", "max_tokens_per_pack"),
@@ -123,7 +123,7 @@ def _check_no_checkpoint_is_lost(run: Path) -> None:
         return
     raise PactError(
         f"{run} holds a run, but no checkpoint that can be used ({reason}); restore its checkpoints from a copy, or delete "
-        f"{run} to begin anew"
+        f"{run} to start again"
     )
 
 
