@@ -239,7 +239,7 @@ class LLMClient:
 
 
 class _Shared:
-    """What the roles of one endpoint share."""
+    """State shared by the roles of one endpoint."""
 
     def __init__(self, config: LLMConfig):
         self._config = config

@@ -1,8 +1,8 @@
 """HTTP through the `openai` package, from an event loop in a background thread, with deadlines that hold.
 
-The package's own timeout starts anew with every byte; here a request is cancelled when its time is up, whatever the
-server is doing. Answers are bounded in size before they are read, and are never decompressed. What went wrong leaves
-this file as plain values without the exception behind it, whose request holds the key.
+The package's own timeout restarts with every byte; here a request is cancelled at its deadline in any case. Answers are
+bounded in size before they are read, and are never decompressed. Errors leave this file as plain values, without the
+original exception, whose request holds the key.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What calls have taken, by role and model, and the budget of tokens that they share."""
+"""Usage of calls by role and model, and their shared token budget."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class AgentLoop:
         renderer: Renders prompts and observations, parses turns.
         make_env: A fresh environment for a task; it serves one trajectory.
         config: Limits of turns, tokens and time; who plays the user.
-        users: Makes the users of `rollout.user=endpoint`; whoever gives them closes them.
+        users: Makes the users of `rollout.user=endpoint`; the caller closes it.
 
     Raises:
         PactError: The engine does not apply the filters that `config` sets, or there are no users where it wants them.
@@ -260,7 +260,7 @@ class AgentLoop:
         return trajectory
 
     def _judge_user(self, episode: Episode, trajectory: Trajectory) -> dict[str, float]:
-        """What the environment finds wrong with the side of the user, if it looks at it."""
+        """Return the flaws that the environment finds in the user's side; {} if it does not judge users."""
         judge = getattr(episode.env, "judge_user", None)
         if not callable(judge):
             return {}

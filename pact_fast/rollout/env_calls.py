@@ -16,7 +16,7 @@ from pact_fast.envs.registry import is_built_in
 from pact_fast.plugins import no_exit
 from pact_fast.rollout.pending import Pending
 
-MAX_CALLS = 256  # of tools and users at a time; a thread starts when a call finds none that is idle
+MAX_CALLS = 256  # of tools and users at a time; a call starts a thread if none is idle
 
 
 def copy_for(env: Environment, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How much probability filters keep, between bounds that hold however another engine rounds and breaks ties."""
+"""Bounds of the probability mass that filters keep. They hold for any rounding and tie-breaking of another engine."""
 
 from __future__ import annotations
 

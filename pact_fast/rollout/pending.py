@@ -1,4 +1,4 @@
-"""What trajectories wait for: tool calls and replies of users that run while the engine generates."""
+"""Pending results: tool calls and replies of users that run while the engine generates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PendingToolCalls:
         return len(self._calls)
 
     def add(self, index: int, results: list[Pending], blocking: bool) -> None:
-        """What one turn of trajectory `index` waits for; `blocking`: it runs in threads and may take long."""
+        """Wait for the results of one turn of trajectory `index`. `blocking`: they run in threads and may take long."""
         self._calls[index] = results
         if self._synchronous:
             heapq.heappush(self._due, (self._clock + (TOOL_STEPS if blocking else 0), next(self._order), index))

@@ -1,4 +1,4 @@
-"""What follows a sampled turn of an episode: tool calls, the user's reply, the other side's turn, or the end."""
+"""The step after a sampled turn of an episode: tool calls, the user's reply, the other side's turn, or the end."""
 
 from __future__ import annotations
 

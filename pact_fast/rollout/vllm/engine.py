@@ -82,7 +82,7 @@ class VllmEngine(Engine):
         self._closed = False
         self._turn_count = 0  # makes the key of every turn unique
         # A plain lock is not fair: the sampling thread would take it again and again, and an update would wait for
-        # ever. Whoever waits for _lock holds _fair_lock, so the next one queues behind.
+        # ever. A thread that waits for _lock holds _fair_lock, so the next one queues behind it.
         self._fair_lock, self._lock = threading.Lock(), threading.Lock()
         self._completed: list[Completion] = []  # finished during a weight update, for the next `step`
         self._last_activity = time.monotonic()  # when a turn last finished, or the first one was submitted

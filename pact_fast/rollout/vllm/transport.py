@@ -1,4 +1,4 @@
-"""The interface between VllmEngine and a running vLLM, wherever it runs."""
+"""The interface between VllmEngine and a running vLLM, in this process or another."""
 
 from __future__ import annotations
 
