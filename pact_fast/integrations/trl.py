@@ -27,7 +27,7 @@ Mode = Literal["head", "loss", "tree"]
 
 
 class Installed:
-    """What `install` has done to a trainer.
+    """Changes that `install` made to a trainer.
 
     served  {part: how}, such as {"head": "log-probs", "loss": "one pass"}
     reasons  {part: reason} of what is left to the host

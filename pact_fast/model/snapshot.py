@@ -34,7 +34,7 @@ class SnapshotWriter:
     Files are written in the order of their submission. After an error the thread ends, and later files are dropped.
 
     Args:
-        budget: Bytes of copies that may wait to be written; where there would be more, whoever copies waits for the disk.
+        budget: Largest total of copies that wait to be written, in bytes; further copies wait for the disk.
         live: Tensors that keep their values until the owner has called `wait_copied`. They and views of them are copied
             in the thread.
     """
@@ -126,7 +126,7 @@ class SnapshotWriter:
             self._changed.notify_all()
 
     def _next(self) -> Callable[[], None] | None:
-        """What to do next: copies first, while the budget lasts."""
+        """Return the next action, `_copy` or `_write`; None at the end. Copies come first while the budget lasts."""
         with self._changed:
             while True:
                 if self._abandoned:

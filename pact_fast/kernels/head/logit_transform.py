@@ -1,6 +1,6 @@
-"""What a model class does between its decoder and its logits, found by running that code on known values.
+"""Operations of a model class between decoder and logits, found by running its code on known values.
 
-Models are those of transformers, known by their methods: nothing but torch is imported.
+Models are those of transformers, recognised by their methods, so that only torch is imported.
 """
 
 from __future__ import annotations
