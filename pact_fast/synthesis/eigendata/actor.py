@@ -89,7 +89,7 @@ def _closed(properties: dict[str, Any], required: list[str] | None = None) -> di
 
 
 def _manual(tools: Sequence[ToolSchema], speaks: bool) -> str:
-    """How an act is written, and the tools."""
+    """Return the instructions of the prompt: the JSON forms of an act, and the tools."""
     lines = ["Answer with one JSON object:"]
     lines += ['{"act": "call", "tool": "…", "arguments": {…}}'] if tools else []
     lines += ['{"act": "say", "text": "…"}'] if speaks else []

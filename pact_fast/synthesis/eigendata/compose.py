@@ -74,7 +74,7 @@ class RulesTaskVerifier:
 
 
 def with_id(instance: Instance) -> Instance:
-    """The instance with an id made of its content."""
+    """Return the instance with an id derived from its content."""
     return replace(instance, id=f"{instance.domain}-{instance.digest[:16]}")
 
 
@@ -103,5 +103,5 @@ def _opening(
 
 
 def seed_of(*parts: object) -> int:
-    """A seed made of anything with a text, the same in every process."""
+    """Return a seed derived from the text of any value, equal in all processes."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big")

@@ -38,7 +38,7 @@ Advance = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for.
+    """Settings of a synthesis run.
 
     domain  name, or file.py:Class
     seed    of all random numbers
@@ -282,4 +282,4 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise PactError(f"{path} cannot be read: {error}; remove the folder to start anew") from None
+        raise PactError(f"{path} cannot be read: {error}; remove the folder to start again") from None

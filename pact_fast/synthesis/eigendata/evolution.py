@@ -18,7 +18,7 @@ PROPOSALS = 24  # measured in one round at most
 
 @dataclass(frozen=True)
 class Probe:
-    """What a version does on the probes.
+    """Results of a version on the probes.
 
     accepted  tasks without findings under all controls, whatever the workflow
     total     probes

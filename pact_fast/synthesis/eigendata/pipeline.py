@@ -28,7 +28,7 @@ from pact_fast.synthesis.eigendata.versions import Version
 
 @dataclass
 class Roles:
-    """Who does what; the defaults are the `rules` backend."""
+    """Implementation of each role; the defaults are the `rules` backend."""
 
     planner: Planner = field(default_factory=RulesPlanner)
     synthesizer: Synthesizer = field(default_factory=RulesSynthesizer)

@@ -1,4 +1,4 @@
-"""What the engine asks of a backend: one Protocol per role, and the records that pass between them.
+"""Interface between engine and backends: one Protocol per role, and the records that they exchange.
 
 The `rules` backend (planner.py, compose.py, rollout.py, assess.py, reflect.py) needs no model. A backend of your own
 implements any of these and is passed to `DataEngine`.

@@ -54,7 +54,7 @@ def play(
     env: DomainEnvironment | None = None,
     messages: list[Message] | None = None,
 ) -> Rollout:
-    """A dialogue: the acts of an agent, and what environment and user make of them.
+    """Play a dialogue: the acts of an agent, and the responses of environment and user.
 
     Args:
         domain: The domain.

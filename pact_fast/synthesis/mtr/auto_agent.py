@@ -105,7 +105,7 @@ class _Writer:
 
 
 def _intent(hops: Sequence[Hop]) -> str:
-    """What a turn is for: `I need the director of Free Guy.`, or `I need to know: Who published it?`."""
+    """Word the goal of a turn: `I need the director of Free Guy.`, or `I need to know: Who published it?`."""
     goals = list(dict.fromkeys(hop.goal for hop in hops))
     if any(goal.endswith("?") for goal in goals):
         return f"I need to know: {' '.join(goals)}"
@@ -180,7 +180,7 @@ def from_trajectory(trajectory: Trajectory) -> ExpertTrace | None:
 
 
 def sampled(loop: Any, tasks: Sequence[Task], job: Callable[[Task, int], Any]) -> list[tuple[Task, ExpertTrace | None]]:
-    """What a policy did on tasks, through an agent loop: one trace a task, None where `from_trajectory` has none.
+    """Sample one trace per task through an agent loop; None where `from_trajectory` returns none.
 
     Args:
         loop: An AgentLoop; its environment must be `simulated`.

@@ -1,6 +1,6 @@
 """Multi-hop questions about invented people and places, made from a seed: the environment `simulated` without data.
 
-Facts are drawn anew for each question, so they cannot be memorised. A row has the form of 2Wiki's: a question, triples that
+Facts are drawn for each question and cannot be memorised. A row has the form of 2Wiki's: a question, triples that
 answer it, further triples that give tools which lead astray. ToolMaker and AutoAgent make a task of it as of any other row.
 """
 
@@ -39,7 +39,7 @@ TOKENS = {"person": PEOPLE, "place": PLACES, "year": tuple(str(year) for year in
 
 @dataclass(frozen=True)
 class Shape:
-    """What questions look like.
+    """Shape of generated questions.
 
     hops         least and most relations of a chain
     distractors  relations offered beyond those of the question

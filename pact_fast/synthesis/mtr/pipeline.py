@@ -46,7 +46,7 @@ UNREADABLE = "unreadable"  # the reason of a row that no reader accepts
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result, beside the rows.
+    """Settings that the result depends on, besides the rows.
 
     max_rows   read only this many rows; None: all
     max_turns  longest trace that is kept, in assistant turns
@@ -144,7 +144,7 @@ def _unreadable(error: DataError) -> dict[str, Any]:
 
 
 def _record(made: MadeTask) -> dict[str, Any]:
-    """What the files need of a row, as JSON."""
+    """Return the parts of a row that the output files need, as JSON data."""
     task, tools = made.task, made.tools
     schemas = [
         [tool.name, tool.kind, sorted(tool.parameters.get("properties", {}))] for tool in tools.world.tools.values()

@@ -42,7 +42,7 @@ PART = 64  # rows that are played at once, and lost to a kill: the model's answe
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result beside the rows, their environment and the model.
+    """Settings that the result depends on, besides the rows, their environment and the model.
 
     calls     `reference`: the row's own calls, executed; `teacher`: those of a model
     attempts  episodes of a teacher per row, until one is kept
@@ -114,7 +114,7 @@ def _ticker(progress: Callable[[int, int, int], None], done: int, rows: int, kep
 
 
 def _identity(config: Config, settings: Settings, client: LLMClient | None, tasks: Sequence[Task]) -> Record:
-    """What the files depend on, as JSON data."""
+    """Return everything that the output files depend on, as JSON data."""
     user = user_llm(config.rollout)
     identity = {
         "version": VERSION,
@@ -162,7 +162,7 @@ class _Maker:
         return [records[index] for index in range(len(tasks))]
 
     def _problem(self, task: Task) -> str | None:
-        """What the row lacks for its environment."""
+        """Return the reason why the environment rejects the row, or None."""
         check = getattr(environment.get(task.env or self._default), "check_task", None)
         try:
             if check is not None:

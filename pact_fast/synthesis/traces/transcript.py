@@ -33,7 +33,7 @@ BYTES_PER_TOKEN = 4  # by which limits of observations, which are given in token
 
 @dataclass(frozen=True)
 class Context:
-    """What an actor is shown.
+    """State of an episode that an actor is shown.
 
     key       of the episode
     messages  the prompt, and all messages since; assistant turns as `assistant_message` writes them
