@@ -1,4 +1,4 @@
-"""What the commands do: each takes parsed arguments, imports what it needs, and returns an exit status."""
+"""The commands. Each takes parsed arguments and returns an exit status; imports are local to keep `--help` fast."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> 
     session.close()
     text = json.dumps(result, indent=2)
     if out:
-        write_named(out, text + "\n")  # first: whoever reads the output may have gone
+        write_named(out, text + "\n")  # first: the reader of stdout may have closed it
     print(text)
     return 0
 

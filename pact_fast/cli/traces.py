@@ -14,7 +14,7 @@ DESCRIPTION = """\
 Make expert traces for the rows of a file, and keep those that execution verifies. PACT learns from rows with a trace.
 
 Where the calls come from:
-  --calls reference   the row's own (column reference_calls, or a trace that is to be made anew), executed in the row's
+  --calls reference   the row's own (column reference_calls, or a trace to be regenerated), executed in the row's
                       environment. Reasoning that the row does not have is a template, and the column `reasoning` of
                       the new rows says so: template, row (its own), teacher.
   --calls teacher     a language model behind an OpenAI-compatible endpoint, which acts in the environment.
@@ -126,7 +126,7 @@ def _language_model(arguments: argparse.Namespace) -> Any:
             "a teacher, or segments by a model, needs one: add --llm model=NAME, and --llm base_url=URL for an endpoint"
         )
     if not asked and arguments.llm:
-        raise PactError("--llm needs somebody who asks it: add --calls teacher or --segments model")
+        raise PactError("--llm has no effect by itself: add --calls teacher or --segments model")
     return llm_config(arguments.llm, arguments.out) if asked else None
 
 

@@ -51,7 +51,8 @@ class ModelConfig(Section):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description="Variables for the chat template, such as {enable_thinking: false} or {reasoning_effort: low}. "
-        "{strftime_now: 2025-06-30} fixes the date that a template writes. Whoever serves the trained model passes the same.",
+        "{strftime_now: 2025-06-30} fixes the date that a template writes. Serve the trained "
+        "model with the same variables.",
     )
     tool_format: str = Field(
         "auto",
@@ -302,7 +303,7 @@ class AnchorConfig(Section):
 
 
 class TraceConfig(Section):
-    """How the expert trace enters the context of the trace-conditioned loss (method, section 2)."""
+    """Rendering of the expert trace in the context of the trace-conditioned loss (method, section 2)."""
 
     rendering: Literal["demonstration", "turns", "hint"] = Field(
         "demonstration",
@@ -424,7 +425,7 @@ class ChordConfig(Section):
         0, ge=0, description="Training steps after these in which μ falls to `mu_valley`, along a cosine; 0: at once."
     )
     enable_phi_function: bool = Field(
-        True, description="Weight the traces' tokens by φ = p·(1 − p). False: all alike (CHORD-μ)."
+        True, description="Weight the traces' tokens by φ = p·(1 − p). False: equal weights (CHORD-μ)."
     )
     rl: Literal["grpo", "matchtir"] = Field("grpo", description="Rewards and advantages of the rollouts.")
 
