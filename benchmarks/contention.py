@@ -208,7 +208,7 @@ def _factors(rounds: list[dict[str, Any]]) -> list[float]:
 
 
 def failures(results: list[dict[str, Any]]) -> list[str]:
-    """What keeps the package's own way to wait from passing."""
+    """List the reasons why the package's own way to wait does not pass; empty if it passes."""
     found = []
     for result in results:
         for name, row in result["rows"].items() if result["waiting"] == "package" else ():

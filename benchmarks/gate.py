@@ -144,7 +144,7 @@ def measure(gate: Gate) -> tuple[Ratio, dict[str, float]]:
 
 
 def machine() -> str:
-    """What a ratio depends on: CPU features, backend, threads."""
+    """Describe the machine as far as a ratio depends on it: CPU features, backend, threads."""
     flags = stamp(commit="-")["machine"]["cpu"]["flags"]
     return ", ".join([*flags, backend(), f"threads {torch.get_num_threads()}"])
 

@@ -59,7 +59,7 @@ def reward_parts(run: Path) -> dict[str, list[float]]:
 
 
 def gain(run: dict[str, Any]) -> Rate:
-    """What stage 2 adds to the success rate, with its interval."""
+    """Return the gain in success rate by stage 2, with its interval."""
     change = Comparison("", Rate.read(run["base_success"]), Rate.read(run["success"])).change
     assert change and change.ends
     return change

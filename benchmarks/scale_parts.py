@@ -169,7 +169,7 @@ def save(megabytes: int) -> Measured:
 
 
 def zero(megabytes: int) -> Measured:
-    """What training waits for at a save under DeepSpeed ZeRO, in two processes."""
+    """Time for which training waits at a save under DeepSpeed ZeRO, in two processes."""
     from benchmarks.scale_zero import measure_saves
 
     return Measured(megabytes, *measure_saves(megabytes))

@@ -78,7 +78,7 @@ class ImaginedWorld(World):
         self.spent[0] += time.process_time() - began
 
     def _parts(self, outgoing: list[Any]) -> list[bytes | None]:
-        """What every rank would send: the parts of this rank's packs, in the shape of one that this rank sends."""
+        """Return the messages of every rank: the parts of this rank's packs, shaped as those that it sends."""
         sent = [message for messages in outgoing if messages for message in messages.values()]
         each = len(self.tables[0])
         bins, table = assign(np.concatenate(self.tables), PACK_TOKENS, self.replicas, flops)

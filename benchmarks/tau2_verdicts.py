@@ -47,7 +47,7 @@ Actions = list[tuple[Side, ToolCall]]
 
 @dataclass(frozen=True)
 class Script:
-    """What is done in one episode: the actions, and what the agent says at its end."""
+    """Script of one episode: the actions, and the agent's messages at its end."""
 
     domain: str
     solo: bool
