@@ -282,7 +282,7 @@ def test_call_ids_by_hand():
 
 
 def test_a_template_that_shows_ids_in_results_is_appended_alike():
-    """Ids begin anew in every turn, so what stands between two turns does not depend on those before it."""
+    """Numbering of ids restarts in every turn, so the text between two turns does not depend on those before it."""
     renderer = ChatRenderer(tokenizer_of(with_ids(NINE["nine"], shown=True)))
     assert check_template(renderer) == []
     results = [{"role": "tool", "name": "weather", "content": text} for text in ("7", "8")]

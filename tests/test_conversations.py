@@ -214,7 +214,7 @@ def spoken(renderer, env, turns):
 
 
 def before_each_turn(trajectory):
-    """What the sequences of a trajectory hold before each of its turns."""
+    """Return the ids that precede each turn in the sequences of a trajectory."""
     found = {}
     for ids, own in trajectory.sequences():
         for index in own[trajectory.sampled[own]]:

@@ -1,4 +1,4 @@
-"""What `pact-fast data eigendata` writes: rows that can be read and played, no leakage, a report, and nothing lost by kills."""
+"""Output of `pact-fast data eigendata`: readable and playable rows, no leakage, a report, and no loss by kills."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ FRAMES = {
 
 
 def places(fmt: ToolFormat, unit: bytes) -> list[tuple[bytes, bytes]]:
-    """What stands around many units: everything where the unit means something to the format, else nothing and a call."""
+    """Return (before, after) contexts of a repeated unit: all if the unit means something to the format, else two."""
     every = [(b"", b""), (b"text ", b"}"), *FRAMES[type(fmt)]]
     written = b" ".join([*(fmt.render(*seed).encode() for seed in SEEDS), *(part for pair in every for part in pair)])
     known = unit in LONG or unit.strip() in written or any(marker.encode() in unit for marker in fmt.markers)

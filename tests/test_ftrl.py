@@ -366,7 +366,7 @@ def example_calls(source, name):
 
 @pytest.mark.slow
 def test_errors_and_echoes_seldom_matter_for_the_example_calls_of_real_tools():
-    """How many sub-questions the examples in the tools' sources solve by the official rule, and by ours."""
+    """Counts the sub-questions solved by the examples in the tools' sources, by the official rule and by ours."""
     from pact_fast.envs.python_tools.pool import SandboxPool
 
     rows = real_rows()

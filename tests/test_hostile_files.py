@@ -108,7 +108,7 @@ def test_a_run_without_a_usable_checkpoint_is_never_begun_anew(how, tmp_path):
     lost(tmp_path, how)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert checkpoint.latest(tmp_path / "checkpoints") is None
-    with pytest.raises(PactError, match=r"no checkpoint that can be used .*; restore .* or delete .* to begin anew"):
+    with pytest.raises(PactError, match=r"no checkpoint that can be used .*; restore .* or delete .* to start again"):
         open_run(settings(tmp_path), resumed=False)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 

@@ -91,7 +91,7 @@ def deep():
 
 @pytest.fixture
 def flat(deep):
-    """Where depth does not matter: every layer is traced."""
+    """A config with one layer, for tests in which depth does not matter: every layer is traced."""
     deep.model.random_init["num_hidden_layers"] = 1
     return deep
 

@@ -141,7 +141,7 @@ def answers(out: Path) -> dict[str, bytes]:
 
 
 def invalid(line: dict) -> list[str]:
-    """What is wrong with a row's tools, rejections and observations."""
+    """List the errors in a row's tools, rejections and observations."""
     problems = [] if line["tools"] or line["rejected"] else [f"{line['id']}: no tool, and no reason"]
     problems += [
         f"{one['name']}: {one['reasons']}" for one in line["rejected"] if not set(one["reasons"]) <= REASONS.keys()

@@ -101,7 +101,7 @@ def text(renderer, ids):
 def test_each_side_sees_what_was_said_to_it_and_nothing_else(renderer):
     (agent,), engine = run(renderer, [(AGENT, USER)])
     (user,), again = run(renderer, [(AGENT, USER)], train_as="user")
-    for session in (0, 1):  # the same dialogue, whoever is trained
+    for session in (0, 1):  # the same dialogue, whichever side is trained
         np.testing.assert_array_equal(np.concatenate(engine.contexts[session]), np.concatenate(again.contexts[session]))
     for session, trajectory in enumerate((agent, user)):
         seen = np.concatenate(engine.contexts[session])
@@ -223,7 +223,7 @@ def test_the_loss_of_both_views_and_its_gradients_equal_the_formula_in_fp64(rend
 
 
 def said_positions(renderer, trajectory, texts):
-    """Where the tokens of these texts stand, one after the other, found by their ids alone."""
+    """Find the positions of the tokens of these texts, which follow one another, by their ids alone."""
     ids, positions, at = trajectory.ids.tolist(), [], 0
     for wanted in (turn(renderer, text) for text in texts):
         while ids[at : at + len(wanted)] != wanted:

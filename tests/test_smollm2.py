@@ -159,7 +159,7 @@ def test_rollouts_are_written_token_by_token(run, tmp_path):
 
 @torch.inference_mode()
 def test_a_reloaded_export_is_the_policy(run, exported):
-    """What transformers loads gives the tokens of a rollout the log-probs that the engine sampled them with."""
+    """The model that transformers loads gives sampled tokens the log-probs that the engine reported."""
     dtype = getattr(torch, load_config(str(run / "config.yaml")).model.dtype)
     session = open_session(str(run), [])
     trajectories = evaluate(session.loop, session.select("eval", 2), sampling=Sampling(1.0), seed=1)

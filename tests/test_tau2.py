@@ -63,7 +63,7 @@ def test_a_ticket_is_solved_by_its_expert_trace_through_the_environment():
     assert env.reward(task, done) == {"success": 1.0, "env_assertion": 1.0, "nothing": 0.0}
     assert env.call("enable_roaming", {"customer_id": "C1001", "line_id": "L1002"}) == CLOSED
     env.reset(task)
-    assert env.reward(task, trajectory())["success"] == 0.0  # the instance serves the task anew
+    assert env.reward(task, trajectory())["success"] == 0.0  # the instance serves the task again
 
 
 def test_without_done_a_ticket_pays_nothing():

@@ -79,7 +79,7 @@ def reasoned(message: dict) -> dict:
 
 
 def turn_ids(renderer: ChatRenderer, expert: ExpertTrace) -> list[np.ndarray]:
-    """What the expert wrote, turn by turn, the answer last."""
+    """Return the ids of the expert's turns; the answer is last."""
     turns = [renderer.assistant_turn(turn.reasoning, turn.content, turn.calls)[0] for turn in expert.turns]
     return [*turns, renderer.assistant_turn(expert.answer_reasoning, expert.answer, [])[0]]
 

@@ -195,7 +195,7 @@ class TestFaults:
         monkeypatch.undo()
 
     def test_a_tied_head_that_keeps_its_packed_copy(self, engine, model, monkeypatch):
-        """What vLLM's own reload leaves on CPU; our worker repairs it, and without the repair the check must see it."""
+        """vLLM's reload leaves a stale copy on CPU. Our worker updates it; without that, the check must fail."""
         rpc = engine.transport.llm_engine.collective_rpc
 
         def stale(method, *args, **kwargs):

@@ -25,7 +25,7 @@ platform.processor()  # starts a process, once; openai wants it for a header
 
 @dataclass
 class Reply:
-    """What is sent: a status, headers, and chunks of a body with seconds of silence before each."""
+    """Response of the server: status, headers, and chunks of the body, with `pause` seconds before each."""
 
     chunks: list[bytes] = field(default_factory=list)
     status: int = 200

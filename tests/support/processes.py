@@ -132,7 +132,7 @@ def deepspeed_on_gloo() -> None:
 
 
 class ForkedModule:
-    """What `subprocess.Popen` and `subprocess.run` make of `python -m module …`, forked instead of started.
+    """Process of `python -m module …`, forked instead of started, with the interface of `subprocess`.
 
     Args:
         command: Begins with this interpreter and -m.

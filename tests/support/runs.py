@@ -15,8 +15,8 @@ from pathlib import Path
 from tests.support.models import TINY
 from tests.support.processes import ROOT, WARM, redirect_output
 
-# What runs with these settings would train on a thousand tasks first, with the same outcome: a third of a tiny run's CPU
-# time. tests/test_tokenizer.py compares.
+# Tokenizers that runs with these settings would otherwise train first, on a thousand tasks: a third of a tiny run's
+# CPU time. tests/test_tokenizer.py checks that they are equal.
 TOKENIZERS = {
     "quickstart": ROOT / "tests/data/tokenizer_quickstart",
     "tiny": ROOT / "tests/data/tokenizer_lookup_chain",

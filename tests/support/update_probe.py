@@ -58,7 +58,7 @@ def probe(
 
 
 def fix_malloc() -> None:
-    """What measure.MALLOC sets for a process that starts, for one that was forked: freed memory goes back to the system."""
+    """Apply measure.MALLOC to a forked process, so that freed memory is returned to the system."""
     libc = ctypes.CDLL(None)
     for parameter, name in ((-3, "MMAP_THRESHOLD_"), (-1, "TRIM_THRESHOLD_"), (-8, "ARENA_MAX")):
         assert libc.mallopt(parameter, int(MALLOC[f"MALLOC_{name}"])) == 1
