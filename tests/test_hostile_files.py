@@ -358,7 +358,7 @@ def test_a_parquet_file_that_becomes_far_larger_is_refused(tmp_path, monkeypatch
     table = pa.table({"prompt": pa.array([text] * 512).dictionary_encode(), "answer": ["1"] * 512})
     pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", use_dictionary=True)
     assert (tmp_path / "bomb.parquet").stat().st_size < 2**20
-    with pytest.raises(DataError, match=r"bomb\.parquet: .*made to fill the memory"):
+    with pytest.raises(DataError, match=r"bomb\.parquet: .*made to exhaust the memory"):
         read_tasks(tmp_path / "bomb.parquet")
 
 

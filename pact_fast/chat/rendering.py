@@ -83,7 +83,7 @@ class ChatRenderer:
         if end is None:
             raise PactError(
                 f"rollout.stop_at_tool_call: calls of {type(self.format).__name__} do not end with a token of their own "
-                "in this tokenizer; leave it off"
+                "in this tokenizer; set it to false"
             )
         return (*self.eot_ids, end)
 

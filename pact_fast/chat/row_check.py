@@ -161,7 +161,7 @@ class RowCheck:
         if self._reasoning_closed and any(turn.reasoning for turn in trace.turns):
             raise DataError(
                 f"the expert reasons, but the chat template's generation prompt has closed {THINK} already, so that the "
-                "reasoning would stand in a second block; set model.chat_template to one that leaves it open, or remove "
+                "reasoning would be in a second block; set model.chat_template to one that leaves it open, or remove "
                 "the reasoning",
                 field="expert_trace",
             )

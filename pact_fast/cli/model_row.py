@@ -47,7 +47,7 @@ def _model_config(source: str, settings: list[str]) -> ModelConfig:
     for setting in settings:
         key, _, value = setting.partition("=")
         if not key.startswith("model."):
-            raise PactError(f"{key}: of a model, only settings of the section model apply; name a recipe instead")
+            raise PactError(f"{key}: for a model, only settings of the section `model` apply; name a recipe instead")
         values[key.removeprefix("model.")] = yaml.safe_load(value)
     try:
         return ModelConfig.model_validate(values)

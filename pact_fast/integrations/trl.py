@@ -90,7 +90,7 @@ def _fused(causal_lm: Any, before: Any, summed: bool) -> Callable[..., Any]:
 
     settings = inspect.getclosurevars(getattr(before, "__func__", before)).nonlocals
     if not {"temperature", "outputs", "cast_lm_head_to_fp32"} <= settings.keys():
-        raise PactError("TRL: the model has no fused head that is known; use TRL 1.15 or newer, and install once")
+        raise PactError("TRL: the model has no supported fused head; use TRL 1.15 or newer, and install once")
     temperature, names = settings["temperature"], [n for n in settings["outputs"] if n in STATISTICS]
     full_precision, checked = settings["cast_lm_head_to_fp32"], False
 

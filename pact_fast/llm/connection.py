@@ -59,7 +59,7 @@ class Connection:
         try:
             import openai
         except ImportError:
-            raise PactError(f"a language model is asked through the openai package: {INSTALL}") from None
+            raise PactError(f"requests to a language model need the openai package: {INSTALL}") from None
         self._openai, self._limit = openai, config.max_answer_bytes
         key = config.api_key()
         self._secret = key if key and len(key) >= SHORTEST_KEY else None

@@ -55,7 +55,7 @@ def check_settings(config: Config, algorithm: Algorithm) -> None:
     if buffer.enable and buffer.len > limit:
         raise PactError(
             f"algorithm.reward.overlong_buffer.len={buffer.len} is longer than a rollout "
-            f"(rollout.max_completion_length={limit}), so every rollout would be punished; lower it"
+            f"(rollout.max_completion_length={limit}), so every rollout would be penalised; lower it"
         )
     if not data.train and (data.eval or data.expert):
         key = "data.eval" if data.eval else "data.expert"

@@ -345,7 +345,7 @@ class Trainer:
         )
         if self._skipped > self.config.trainer.max_skipped_updates:
             raise PactError(
-                f"{self._skipped} updates in a row had a loss or gradient that is not finite (trainer.max_skipped_updates); "
+                f"{self._skipped} updates in a row had a non-finite loss or gradient (trainer.max_skipped_updates); "
                 f"look at {saved}, lower trainer.learning_rate, and continue from the last checkpoint with resume=auto"
             )
 

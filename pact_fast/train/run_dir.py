@@ -162,13 +162,13 @@ def _remove_leftovers(config: Config, run: Path) -> None:
     """Remove what a start without a checkpoint left behind."""
     leftovers = [run / name for name in (*FOLDERS, *FILES) if name not in KEPT and (run / name).exists()]
     if leftovers and not _is_ours(run / "config.yaml"):
-        raise PactError(f"{leftovers[0]} was not made by a run (no config.yaml of one); choose another output_dir=")
+        raise PactError(f"{leftovers[0]} was not made by a run (no config.yaml beside it); choose another output_dir=")
     model, data = config.model, config.data
     sources = [name for value in (data.train, data.eval, data.expert) for name in source_names(value)]
     for used in filter(None, (model.path, model.tokenizer, model.chat_template, *sources)):
         for leftover in leftovers:
             if Path(used).resolve().is_relative_to(leftover.resolve()):
-                raise PactError(f"{used} lies in {leftover}, which a new run replaces; choose another output_dir=")
+                raise PactError(f"{used} is inside {leftover}, which a new run replaces; choose another output_dir=")
     with io_errors(run):
         for leftover in leftovers:
             remove(leftover)

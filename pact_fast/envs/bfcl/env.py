@@ -109,7 +109,7 @@ class Bfcl:
     def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
         """`success`: the official verdict. Multi-turn tasks also give `turns_passed`, a fraction."""
         if self._entry is None:
-            raise PactError("reward of bfcl is asked before reset")
+            raise PactError("bfcl: reward was called before reset; call reset first")
         if self.verdict is None:
             return {"success": float(self._accepted(trajectory))}
         forced = self._forced or longest_turn(trajectory.turns) > MAX_STEPS

@@ -144,7 +144,7 @@ def make_actor(args: Mapping[str, Any]) -> ToolActor:
         )
     if not backend.deterministic and cache is None:
         raise PactError(
-            f"env.args.backend={name} may answer a call twice in two ways; set env.args.cache to a file that keeps its "
+            f"env.args.backend={name} may answer equal calls differently; set env.args.cache to a file that keeps its "
             "first answers"
         )
     limit = args.get("max_output", MAX_OUTPUT)

@@ -314,7 +314,7 @@ class VllmServerClient(VllmServerTransport):
         if self._transfer and any(found != NCCL for found in self.rpc("pact_transfer_backend") or [None]):
             problem = f'{self.name} was not started with --weight-transfer-config \'{{"backend": "{NCCL}"}}\''
             if transfer_required:
-                raise PactError(f"{problem}; do so, or set rollout.vllm_weight_transfer=files")
+                raise PactError(f"{problem}; restart it with this option, or set rollout.vllm_weight_transfer=files")
             log.warning("%s; its weights go through files in %s", problem, self.weight_files.folder)
             self._transfer = None
 

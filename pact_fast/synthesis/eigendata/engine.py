@@ -90,7 +90,7 @@ class DataEngine:
             raise PactError("rounds, plans and count must be at least 1")
         if roles is None and not domain.issues:
             raise PactError(
-                f"the domain {domain.name} has no issues, which the rules compose tasks of; give it some "
+                f"the domain {domain.name} has no issues from which the rules compose tasks; give it some "
                 "(docs/eigendata.md), or another synthesizer"
             )
         self.domain, self.out, self.settings = domain, out, settings
@@ -202,12 +202,12 @@ class DataEngine:
             for key, value in asked.items():
                 if saved.get(key) != value:
                     raise PactError(
-                        f"{self.out} was begun with {key}={saved.get(key)!r}, not {value!r}; name another folder, or "
+                        f"{self.out} was started with {key}={saved.get(key)!r}, not {value!r}; name another folder, or "
                         "remove this one"
                     )
             return
         if any(self.out.glob("*.jsonl")):
-            raise PactError(f"{self.out} holds files of something else; name another folder")
+            raise PactError(f"{self.out} holds files that this command did not write; name another folder")
         Version.read(self._start).save(self.out / "versions")
         write_text(path, json.dumps(asked, indent=2) + "\n", CURE)
 
