@@ -1,4 +1,4 @@
-"""Sequences that share what they have in common: a rollout, or an expert trace, whose past the chat template has rewritten."""
+"""Sequences with shared beginnings: a rollout, or an expert trace, whose past the chat template has rewritten."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Branching:
-    """Token ids after a prompt that may branch: what sequences they stand for. A base of records that have these fields.
+    """Token ids after a prompt that may branch, and their sequences. Base class of records with these fields.
 
     prompt_ids  int64, the prompt
     ids         [n] int64: the tokens of all branches, one branch behind the other; what a branch shares with the one before it

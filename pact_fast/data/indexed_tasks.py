@@ -190,7 +190,7 @@ def count_rows(sources: Source | Sequence[Source], max_rows: int | None, limit: 
 
 
 def _count(path: Path, limit: int) -> int:
-    """Rows of a file, at most `limit`: its lines, or what the footer of a parquet file says; 0 for other files."""
+    """Rows of a file, at most `limit`: its lines, or the row count of a parquet footer; 0 for other files."""
     kind = _kind(path)
     if kind == "parquet":
         import pyarrow.parquet as pq

@@ -129,7 +129,7 @@ def _home(path: Path) -> Path:
 
 
 def _remove_others(home: Path, key: str) -> None:
-    """Remove entries of the file as it was before, and what killed processes have left. The caller holds the lock."""
+    """Remove entries of older states of the file, and leftovers of killed processes. The caller holds the lock."""
     state = key.partition("-")[0]
     for path in home.iterdir():
         if path.is_dir() and not path.name.startswith(f"{state}-"):

@@ -154,7 +154,7 @@ def parquet_batches(name: str, file: BinaryIO) -> Iterator[Any]:
 
 @contextmanager
 def parquet_errors(name: str) -> Iterator[None]:
-    """DataError for whatever the reader of a damaged file happens to run into."""
+    """Turn any exception of the reader of a damaged file into a DataError."""
     try:
         yield
     except PASSED_ON:

@@ -50,7 +50,7 @@ def row_sources(sources: Source | Sequence[Source], max_rows: int | None = None)
 
 
 def resolve_data(data: DataConfig, recorded: DataConfig | None = None) -> DataConfig:
-    """The settings with what their names stand for now: patterns as lists of files, datasets with their commit.
+    """Return the settings with resolved names: patterns as lists of files, datasets with their commit.
 
     Args:
         data: The settings as given.
