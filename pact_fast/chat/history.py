@@ -175,7 +175,7 @@ class History:
         return cut, joined([*parts, visible])
 
     def _visible_from(self, turn: LabelledTokens, offsets: np.ndarray) -> int:
-        """Byte of a turn at which what follows its reasoning begins, line breaks between them excluded."""
+        """Byte offset of the text after a turn's reasoning and the line breaks that follow it."""
         n = len(turn) - (len(turn) > 0 and int(turn.ids[-1]) in self._renderer.eot_ids)
         others = np.flatnonzero(turn.components[:n] != Component.REASONING)
         start = int(offsets[others[0] if len(others) else n])

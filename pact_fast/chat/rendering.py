@@ -293,7 +293,7 @@ class ChatRenderer:
 
 
 def _of_turn(index: int, ids: np.ndarray, components: np.ndarray) -> LabelledTokens:
-    """Tokens of the turn `index`, or of what follows it."""
+    """Tokens of turn `index`, or of the text after it."""
     return LabelledTokens(ids, components, np.full(len(ids), index, np.int16))
 
 

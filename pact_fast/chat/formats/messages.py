@@ -1,4 +1,4 @@
-"""Turns that are messages, each with a header that says what it is and to whom: the reading that such formats share."""
+"""Turns made of messages whose headers name their kind and recipient: the parser shared by such formats."""
 
 from __future__ import annotations
 
