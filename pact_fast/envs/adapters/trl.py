@@ -120,7 +120,7 @@ class Trl:
         return self._tools.schemas
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """The result as TRL shows it: `str` of what the method returned, or of {"error": …}."""
+        """The result as TRL shows it: `str` of the method's return value, or of {"error": …}."""
         try:
             result = self._tools.invoke(name, arguments, self._timeout)
             return cut(_shown(result))

@@ -80,7 +80,7 @@ def _kept_signal_handlers() -> Iterator[None]:
 
 
 def _check(package: Any, env: Any) -> None:
-    """PactError if the environment is none, or needs what a trainer with its own loop cannot give."""
+    """PactError if the object is no environment, or needs features that a trainer with its own loop cannot provide."""
     base = package.MultiTurnEnv
     name = type(env).__name__
     if not isinstance(env, base):

@@ -218,7 +218,7 @@ class VerifiersTaskset:
 
 
 def _messages(kinds: Any, turn: TurnRecord, number: int) -> list[tuple[Any, bool]]:
-    """(message, whether it was sampled) of a turn and what followed it."""
+    """(message, whether it was sampled) of a turn and the messages after it."""
     calls = [
         kinds.ToolCall(id=f"call_{number}_{at}", name=call.name, arguments=json.dumps(call.arguments))
         for at, call in enumerate(turn.calls)

@@ -84,7 +84,7 @@ class Bfcl:
         return [tool_schema(function) for function in [*self._entry.functions, *late]]
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Run a call of a multi-turn task. A single-turn call is judged by what it says, and runs nothing."""
+        """Run a call of a multi-turn task. A single-turn call is judged by its text, and not executed."""
         return self._execute(PythonCall(name, (), arguments))
 
     def respond(self, text: str) -> str | None:

@@ -41,7 +41,7 @@ class UserAction:
 
 @dataclass(frozen=True)
 class IssueDraft:
-    """An issue of one subject: edits that break something, the calls that fix it, and what must hold then.
+    """An issue of one subject: edits that break something, the calls that fix it, and the conditions that hold then.
 
     init        changes that break it
     fix         calls that fix it, reads included

@@ -1,4 +1,4 @@
-"""Executes the checker of an instance: final state against that of the gold calls, assertions, what must be said."""
+"""Execution of an instance's checker: final state against that of the gold calls, assertions, required statements."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def run_step(domain: Domain, instance: Instance, db: Database, step: Step) -> tu
 
 
 def replay(domain: Domain, instance: Instance, steps: Iterable[Step], *, watch: bool = False) -> Replay:
-    """Make calls from the beginning of the episode. A failed call changes nothing, and the others go on.
+    """Make calls from the beginning of the episode. A failed call changes nothing; the others are still made.
 
     Args:
         domain: The domain.

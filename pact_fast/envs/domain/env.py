@@ -102,7 +102,7 @@ class DomainEnvironment:
         return text
 
     def respond(self, text: str) -> str | None:
-        """The user's answer to what the agent says; None when the conversation is over."""
+        """The user's answer to the agent's message; None when the conversation is over."""
         self._said.append(text)
         reply = None if self._over else self.user.reply(text)
         self._over = reply is None
@@ -144,7 +144,7 @@ class DomainEnvironment:
         }
 
     def verdict(self) -> Verdict:
-        """The checker's verdict on the state as it is, and on what the agent has said."""
+        """The checker's verdict on the current state and the agent's messages."""
         return judge(self.domain, self.instance, self._db, self._said, sandbox=self._sandbox)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A task of a domain as data: how the episode begins, who the user is, what is right, and how that is checked."""
+"""A task of a domain as data: initial state, user, gold calls, and checker."""
 
 from __future__ import annotations
 

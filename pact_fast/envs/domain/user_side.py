@@ -19,7 +19,7 @@ from pact_fast.users.stop import STOP
 
 
 def user_prompt(instance: Instance) -> str:
-    """The system prompt of a model that plays the user: what the user wants and knows, and how the dialogue ends."""
+    """The system prompt of a model that plays the user: the user's goal and knowledge, and the end of the dialogue."""
     user = instance.user
     known = "; ".join(f"your {name} is {value}" for name, value in user.knows.items())
     return "\n".join(

@@ -144,7 +144,7 @@ class _Job:
         self._finished.acquire()
 
     def result(self) -> str:
-        """Wait for the observation. Raises what `finish` was given, or whatever interrupts the caller."""
+        """Wait for the observation. Raises the exception passed to `finish`, or any that interrupts the caller."""
         self._finished.acquire()
         if isinstance(self._result, BaseException):
             raise self._result

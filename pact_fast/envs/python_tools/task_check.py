@@ -1,4 +1,4 @@
-"""Checks that a task has what python_tools needs: the sources of its tools, and the reference of its scoring."""
+"""Checks of a task for python_tools: the sources of its tools, and the reference of its scoring."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Episode:
         return actor.store.put(key, produced, actor.version)
 
     def _noise(self, tool: ToolSpec, arguments: dict[str, Any]) -> str:
-        """The least fitting passages, whatever the backend."""
+        """Return the least relevant passages, with any backend."""
         passages = self._world.passages
         scores = BM25([f"{p.title} {p.text}" for p in passages]).scores(str(arguments.get("query", "")))
         worst = sorted(range(len(passages)), key=lambda i: (scores[i], i))[:RESULT_LIMIT]

@@ -1,4 +1,4 @@
-"""The backend `model`: a language model writes what a tool returns, from the facts behind the call and nothing else.
+"""The backend `model`: a language model writes the output of a tool, only from the facts behind the call.
 
 The actor has checked the arguments before, looks the call up in its store, and checks what the model writes; it asks
 again with the error, twice at most. So this file has only to ask. The model sees neither the question nor the answers:

@@ -51,7 +51,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class ToolSpec:
-    """A tool with what OpenAI's schema has no place for.
+    """Tool with the fields that OpenAI's schema lacks.
 
     name, description, parameters  as in the schema
     output    JSON schema of what the tool returns
@@ -102,7 +102,7 @@ class ToolWorld:
 
     @classmethod
     def from_task(cls, tools: list[ToolSchema], env_args: Mapping[str, Any]) -> ToolWorld:
-        """From the columns `tools` and `env_args`. PactError that names what is missing or wrong."""
+        """From the columns `tools` and `env_args`. PactError names the missing or invalid field."""
         extra = _part(env_args, "tools", dict)
         specs = {}
         for tool in tools:

@@ -1,4 +1,4 @@
-"""The other side of a dialogue: what a user is asked, a scripted user, and users that a chat model plays.
+"""Users of τ²-bench dialogues: their protocol, a scripted user, and users that a chat model plays.
 
 A user sees the dialogue from its own side, in the roles that a chat model expects: the agent's messages are those of a
 `user`, its own are those of the `assistant`, what its phone answers comes from a `tool`.
@@ -175,7 +175,7 @@ def _names(words: str, call: ToolCall) -> bool:
 
 
 def opening(task: dict[str, Any]) -> str:
-    """A user's first message: why it calls, and what it knows of itself."""
+    """A user's first message: its reason to call, and the facts about itself that it knows."""
     scenario = _instructions(task)
     return "\n".join(first_person(scenario[key]) for key in ("reason_for_call", "known_info") if scenario.get(key))
 

@@ -1,4 +1,4 @@
-"""The reward of an episode: what the package's evaluator gives it, from the records that it touched.
+"""The reward of an episode, equal to that of the package's evaluator, from the records that it touched.
 
 The evaluator builds two environments, replays the episode in one and the reference actions in the other, and hashes both
 databases. Here the episode's own state is judged; what the reference actions change is a constant of the task.

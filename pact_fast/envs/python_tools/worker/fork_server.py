@@ -1,4 +1,4 @@
-"""The fork server of a pool: starts Python once, finds out once what the system allows, and forks every worker.
+"""The fork server of a pool: starts Python once, tests once which isolation the system allows, and forks every worker.
 
 It sees no request and no answer. When it is gone, the workers that it has forked go on, and the trainer starts another one.
 """

@@ -32,9 +32,9 @@ class Settings:
 
 
 def unused_uid(process: int) -> int | None:
-    """A user id that nobody has, different for each worker, so that the process limit counts the processes of one call.
+    """Return an unused user id, different for each worker, so that the process limit counts the processes of one call.
 
-    In a container that maps no such ids it is nobody's, which others may have, too. None if that is not mapped either.
+    In a container that maps no such ids, it is the id of `nobody`, which others may use. None if that is not mapped.
     """
     with open("/proc/self/uid_map") as file:
         ranges = [tuple(map(int, line.split())) for line in file]

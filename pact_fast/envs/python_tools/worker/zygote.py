@@ -189,7 +189,7 @@ class Forks:
 
 
 def try_out(sandbox: str) -> Trials:
-    """Find out, in children, what the system allows a worker that starts here."""
+    """Test in child processes which isolation the system allows for workers that start here."""
     return Trials(sandbox == "namespaces" and works(namespaces.enter), usable_filter())
 
 
