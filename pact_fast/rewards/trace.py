@@ -165,7 +165,7 @@ def novel_calls(turns: Sequence[TurnRecord], question: str) -> Iterator[bool]:
 
 
 def grounded(text: str, seen: str) -> bool:
-    """Whether an argument occurs in what the policy has seen."""
+    """Whether an argument occurs in the texts that the policy has seen."""
     if holds(seen, text):
         return True
     if _ARITHMETIC.fullmatch(text) and (numbers := _NUMBER.findall(text)):

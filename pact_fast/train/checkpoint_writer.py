@@ -189,7 +189,7 @@ class PendingSave:
 
     def ready(self) -> bool:
         """Whether `finish` would not wait: all ranks are done, or one has failed."""
-        # of all ranks, so that they go on together; a failure on one must not wait for the others
+        # of all ranks, so that they continue together; a failure on one must not wait for the others
         writer = self._writer
         working, failed = self._world.sum_counts(not writer.ended(), writer.failed())
         return bool(failed) or not working

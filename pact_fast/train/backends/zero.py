@@ -128,7 +128,7 @@ class Zero:
         if self._stage < 3:
             return parameter._hp_mapping.get_hp_fragment(key).detach()
         optimizer = self.engine.optimizer
-        # what the public function returns before it copies it to the GPU
+        # the public function's result before it is copied to the GPU
         part, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True, optim_state_key=key)
         start, stop = self._own_range(parameter)
         return part.detach()[: stop - start]
