@@ -48,7 +48,7 @@ class Malformed(Exception):
 
 
 class Unusable(Exception):
-    """A model's answer that is not what was asked for: (reason code of InvalidAnswer, problem)."""
+    """Invalid answer of a model: (reason code of InvalidAnswer, problem)."""
 
     def __init__(self, reason: str, problem: str):
         self.reason, self.problem = reason, problem

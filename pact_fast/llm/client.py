@@ -81,7 +81,7 @@ class LLMClient:
         return LLMClient(self.config, role, _shared=self._shared)
 
     def close(self) -> None:
-        """Cancel what is under way, close connections and the server that was started; of all roles that share them.
+        """Cancel running requests, and close the connections and the started server, for all roles that share them.
 
         What the cache holds is answered afterwards, too; all else is a ServerFailed.
         """
@@ -190,7 +190,7 @@ class LLMClient:
                 self._shared.ledger.repaired(self.role, self.config.model)
 
     def _completion(self, request: Request, key: str, answer: Answer, cached: bool, repairs: int) -> Completion:
-        """The answer, checked. Unusable if it is not what was asked for."""
+        """Return the checked answer. Unusable if it is invalid."""
         if answer.finish_reason in ("content_filter", "refusal"):
             raise Unusable("refusal", "the server has filtered the answer")
         if answer.finish_reason == "length":

@@ -113,7 +113,7 @@ class LLMConfig(Section):
         return self
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide what the model answers, not where it is, how fast, or what is kept."""
+        """The settings that affect the answers, without those of endpoint, speed and cache."""
         names = {"model", "temperature", "top_p", "max_tokens", "extra_body", "seed"}
         return self.model_dump(include=names)
 

@@ -116,7 +116,7 @@ class Connection:
             timeout=http.Timeout(None, connect=CONNECT_TIMEOUT),
             limits=limits,
             follow_redirects=False,  # nobody else gets the key
-            # certificates take a while to load; without TLS none are needed, and with none nobody is trusted
+            # certificates take a while to load, and are not needed without TLS; with none, no server is trusted
             verify=True if base_url.startswith("https:") else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
             headers={"Accept-Encoding": "identity"},
             event_hooks={"response": [self._bound]},
@@ -146,7 +146,7 @@ class Connection:
     async def _post(self, body: dict[str, Any]) -> bytes:
         sent = {"model": body["model"], "messages": body["messages"]}
         rest = {key: value for key, value in body.items() if key not in sent}
-        # what is sent is the body as it is: named arguments are validated and reordered by the package
+        # the body is sent unchanged: the package would validate and reorder named arguments
         response = await self._client.chat.completions.with_raw_response.create(**sent, extra_body=rest)
         return response.http_response.content
 

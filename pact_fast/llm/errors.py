@@ -42,4 +42,4 @@ class BudgetExceeded(LLMError):
 
 
 class ReplayMiss(LLMError):
-    """The cache has no answer, and in replay mode nobody else is asked. Reason `replay_miss`."""
+    """The cache has no answer, and in replay mode no server is asked. Reason `replay_miss`."""

@@ -215,7 +215,7 @@ class EngineSmokeTest:
     def _log_kept_mass_bounds(
         self, transform: LogitTransform, hidden: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bounds of what the filters keep before each token, fp64 [n] on the CPU, from its hidden state [n, D]."""
+        """Bounds of the filters' kept mass before each token, fp64 [n] on the CPU, from its hidden state [n, D]."""
         rollout, head = self.config.rollout, head_layer(self.model)
         slack = 10 * MAX_LOGPROB_DIFF if self.config.model.dtype == "float32" else MEAN_LOGPROB_DIFF
         parts = []

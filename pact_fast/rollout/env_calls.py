@@ -66,7 +66,7 @@ class EnvironmentCalls:
         return self.in_thread(method, *arguments)
 
     def in_thread(self, method: Callable[..., str | None], *arguments: Any) -> Future:
-        """Call what may take long."""
+        """Make a call that may take long."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="tool")
         return self._pool.submit(method, *arguments)

@@ -34,7 +34,7 @@ class Job:
 
 @dataclass
 class Side:
-    """One policy's view of an episode: what it was shown, and what it said.
+    """One policy's view of an episode: its context and its own turns.
 
     session     of the engine
     prompt_ids  [n] int64
@@ -93,7 +93,7 @@ class Side:
         self.versions.append(np.full(n, version, np.int32))
 
     def add_message(self, text: str) -> None:
-        """Record what the other side said after the last turn."""
+        """Record the other side's message after the last turn."""
         if self.turns:
             self.turns[-1].user = text
         else:

@@ -69,7 +69,7 @@ class PendingToolCalls:
                 return
 
     def due(self) -> list[tuple[int, list[Pending]]]:
-        """Remove and return (trajectory, results) of what is to be picked up now."""
+        """Remove and return the due results as (trajectory, results)."""
         indices = self._due_by_clock() if self._synchronous else self._complete()
         return [(index, self._calls.pop(index)) for index in indices if index in self._calls]
 

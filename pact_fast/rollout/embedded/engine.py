@@ -249,7 +249,7 @@ def _rewind(session: _Session, keep: int) -> None:
 
 
 def _filter(logp: torch.Tensor, filters: list[SamplingFilters | None]) -> torch.Tensor:
-    """Log-probs [n, V], normalised over what the filters of each row keep; −inf for the other tokens."""
+    """Log-probs [n, V], normalised over the tokens that the filters of each row keep; −inf for the other tokens."""
     kinds = {kind for kind in filters if kind}
     if len(kinds) == 1 and None not in filters:
         return torch.log_softmax(filtered(logp, kinds.pop()), -1)

@@ -301,7 +301,7 @@ class VllmEngine(Engine):
             self.version = version
 
     def _verify_until_stable(self, version: int, *, weights: bool = True) -> None:
-        """Verify what was loaded, then sample from it. An engine that dies is restarted and verified again."""
+        """Verify the loaded weights, then sample from them. An engine that dies is restarted and verified again."""
         while self.version < 0:
             try:
                 self._verify(version, weights=weights)

@@ -24,7 +24,7 @@ class Answer(NamedTuple):
 
 
 class Exchange:
-    """A request, and what becomes of its answer. Both methods are called in the thread of the connections.
+    """A request and the handler of its answer. Both methods are called in the thread of the connections.
 
     method, path  of the request
     limit         bytes of the body of the answer
