@@ -55,7 +55,7 @@ def deepspeed_config(trainer: TrainerConfig, dtype: str) -> dict[str, Any]:
 
 
 def _check_supported(zero: dict[str, Any], bf16: bool) -> None:
-    """PactError for what would not start, or would train, and save or resume something else."""
+    """PactError for settings that would not start, or would train, save or resume something else."""
     offload = zero.get("offload_optimizer") or {}
     if bf16 and zero.get("stage") == 1 and not offload:
         raise PactError(

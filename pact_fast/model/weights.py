@@ -63,7 +63,7 @@ class WeightsUnavailable(PactError):
 
 
 class WeightSnapshot:
-    """One version of the model's weights, as an iterable of (name, tensor) that fingerprints what it yields.
+    """One version of the model's weights, as an iterable of (name, tensor) that fingerprints the tensors it yields.
 
     It is a `WeightSource` of vLLM. An engine that was restarted iterates once more; if the weights have changed since
     the first pass, or cannot be gathered again, that raises WeightsUnavailable.

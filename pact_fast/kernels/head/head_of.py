@@ -40,7 +40,7 @@ class Head:
     _lora: tuple[tuple[Any, Any, float], ...] = ()  # (A, dropout, scaling) of each active adapter
 
     def input(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., D] hidden states of the decoder → what multiplies `weight`: [..., D + r] with LoRA.
+        """Return the factor of `weight` for hidden states [..., D] of the decoder: [..., D + r] with LoRA.
 
         h·(W + s·B·A)ᵀ = [h, s·h·Aᵀ]·[W, B]ᵀ: exact, and the base weight is neither changed nor copied in fp32.
         """
