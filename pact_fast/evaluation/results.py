@@ -106,7 +106,7 @@ class ResultStore:
             file.write(line)
 
     def _read(self) -> None:
-        """Read the finished samples; what an interruption cut off is removed from the files."""
+        """Read the finished samples, and remove incomplete lines from the files."""
         self._failures = 0
         kept = []
         for value in _read_lines(self._results):

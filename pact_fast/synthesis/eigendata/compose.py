@@ -22,7 +22,7 @@ OPENINGS = {
 
 
 class RulesSynthesizer:
-    """A task is the sum of its issues' drafts: edits, fixes, assertions, and what the user says."""
+    """Composes a task from its issues' drafts: edits, fixes, assertions, and the user's words."""
 
     def synthesize(
         self, domain: Domain, plan: TaskPlan, subject: str, version: Version, rng: random.Random
@@ -79,7 +79,7 @@ def with_id(instance: Instance) -> Instance:
 
 
 def _gold(drafts: Sequence[IssueDraft], last_steps: str) -> list[Step]:
-    """The fixes in order, then what follows all of them: equal steps once."""
+    """The fixes in order, then the common final steps; equal steps occur once."""
     steps: list[Step] = []
     for draft in drafts:
         steps += draft.fix

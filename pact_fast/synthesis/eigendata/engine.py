@@ -212,7 +212,7 @@ class DataEngine:
         write_text(path, json.dumps(asked, indent=2) + "\n", CURE)
 
     def _resume(self) -> Version:
-        """The version to go on with, after reading the rounds that are finished."""
+        """Read the finished rounds, and return the version to continue with."""
         path = self.out / "rounds.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         for line in lines:

@@ -1,4 +1,4 @@
-"""Writes what the engine made as training data: tasks, with dialogues as expert traces, and numbers about them."""
+"""Export of the engine's tasks as training data, with dialogues as expert traces and statistics."""
 
 from __future__ import annotations
 

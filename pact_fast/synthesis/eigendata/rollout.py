@@ -95,7 +95,7 @@ def play(
 
 
 def gold_acts(domain: Domain, instance: Instance) -> Iterator[Act]:
-    """The perfect agent: asks for what it needs to know, makes the gold calls, asks the user for the user's, and closes."""
+    """The perfect agent: asks for missing facts, makes the gold calls, asks the user for the user's, and closes."""
     asked = {value: name for name, value in instance.user.knows.items() if value not in instance.user.opening}
     for step in instance.gold:
         if step.by == "user":

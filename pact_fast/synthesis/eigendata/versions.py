@@ -96,7 +96,7 @@ class Version:
         return Version(number, self.number, files)
 
     def save(self, folder: Path) -> None:
-        """Write it to `folder`/0003, in place of what a killed process may have left there."""
+        """Write it to `folder`/0003, replacing leftovers of a killed process."""
         target = folder / f"{self.number:04d}"
         with io_errors(target, CURE):
             remove(target)

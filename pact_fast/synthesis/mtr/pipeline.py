@@ -212,7 +212,7 @@ def _write_tasks(path: Path, tasks: Sequence[Any]) -> None:
 
 
 def tool_table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Tools by frequency, and what was made, merged and rejected."""
+    """Tools by frequency, and counts of made, merged and rejected ones."""
     counts = Counter((name, kind, tuple(parameters)) for r in records for name, kind, parameters in r["tools"])
     rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     task_tools = sum(kind == "lookup" for r in records for _, kind, _ in r["tools"])

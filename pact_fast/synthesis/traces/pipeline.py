@@ -108,7 +108,7 @@ def make_traces(
 
 
 def _ticker(progress: Callable[[int, int, int], None], done: int, rows: int, kept: int) -> Callable[[], object]:
-    """A function that counts episodes as they end: what is kept of them is known later."""
+    """Return a function that counts finished episodes; which of them are kept is known later."""
     count = itertools.count(done + 1)
     return lambda: progress(next(count), rows, kept)
 
@@ -141,7 +141,7 @@ class _Maker:
         self._make_env = EnvironmentFactory(config)
 
     def close(self) -> None:
-        """End what the environments share."""
+        """Close the shared resources of the environments."""
         self._make_env.close()
         if self._users:
             self._users.close()
@@ -213,7 +213,7 @@ class _Maker:
         return results
 
     def _verified(self, tasks: dict[int, Task], made: dict[int, Record | _PlayedTrace]) -> dict[int, Record]:
-        """The records of what was made: played again from the trace alone, with segments by a model if that is asked."""
+        """Return the records of the traces: replayed from the trace alone, with segments by a model if requested."""
         kept: dict[int, tuple[_PlayedTrace, ExpertTrace]] = {}
         records: dict[int, Record] = {}
         for index, result in made.items():

@@ -45,7 +45,7 @@ def plan(task: Task) -> Planned | None:
 
 
 def template(number: int, calls: Sequence[ToolCall], tools: Sequence[ToolSchema]) -> str:
-    """Reasoning before calls: what their tools are for, in the words of their descriptions, if that previews no call.
+    """Reasoning before calls: the purpose of their tools, in the words of the descriptions, if that previews no call.
 
     Args:
         number: Turns before this one.

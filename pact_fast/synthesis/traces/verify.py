@@ -35,7 +35,7 @@ REASONS = {
 
 
 def trace_of(trajectory: Trajectory) -> ExpertTrace | None:
-    """The trace of what was done; None if the episode was cut, or a call was malformed."""
+    """Return the trace of an episode; None if it was cut, or a call was malformed."""
     if trajectory.stop_reason.is_truncated or any(turn.errors for turn in trajectory.turns):
         return None
     try:
@@ -54,7 +54,7 @@ def success_of(task: Task, trajectory: Trajectory) -> float | None:
 
 
 def rejection_reasons(task: Task, trajectory: Trajectory, *, copied: bool) -> list[str]:
-    """The reasons why what was done is not kept, keys of REASONS in their order; empty: it is kept.
+    """Return the reasons against keeping an episode, keys of REASONS in their order; empty: it is kept.
 
     Args:
         task: The row.
