@@ -172,7 +172,7 @@ def _run(
     store: ResultStore,
     progress: Progress,
 ) -> None:
-    """Sample what is not finished; a finished evaluation loads no model."""
+    """Sample the unfinished tasks; a finished evaluation loads no model."""
     open_jobs = [
         (category, task, k)
         for k in range(request.samples)  # first one sample of everything

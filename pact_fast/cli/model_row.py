@@ -28,7 +28,7 @@ def is_model(source: str) -> bool:
 
 
 def model_command(source: str, settings: list[str]) -> int:
-    """Print what of a model works, and how, a line each: ok or FAIL. Returns the number of failures as status 0 or 1.
+    """Print a line for each supported feature of a model: ok or FAIL. Returns the number of failures as status 0 or 1.
 
     Args:
         source: A model folder or hub name.

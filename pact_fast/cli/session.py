@@ -58,7 +58,7 @@ class Session:
         return tasks
 
     def _check(self, task: Task) -> None:
-        """DataError if the task lacks what its environment needs; training checks it with everything else of a row."""
+        """DataError if the task does not meet the requirements of its environment; training checks rows completely."""
         name = task.env or environment_name(self.config.env, self.config.data)
         check_environment(task, environment.get(name))
 
