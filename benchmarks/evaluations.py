@@ -1,4 +1,4 @@
-"""Whole evaluations of a tiny model on a CPU: how long do they take, and do they give the same numbers twice?
+"""Whole evaluations of a tiny model on a CPU: duration, and whether two runs give the same numbers.
 
 python -m benchmarks.evaluations                       the benchmarks below, each twice
 python -m benchmarks.evaluations --limit 4             the first four tasks of each category

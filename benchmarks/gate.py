@@ -1,4 +1,4 @@
-"""Is anything slower than it was: head and update against a peer in the same rounds, compared with committed ratios.
+"""Regression gate: head and update against a peer in the same rounds, compared with committed ratios.
 
 python -m benchmarks.gate                     all cases, about two minutes of one core
 python -m benchmarks.gate --short             those that CI runs, under twenty seconds

@@ -1,4 +1,4 @@
-"""MTR on a CPU: what GRPO on the trace reward adds to SFT on complete traces, on held-out questions.
+"""MTR on a CPU: gain of GRPO on the trace reward over SFT on complete traces, on held-out questions.
 
 python -m benchmarks.mtr                             the recipe, seeds 0, 1, 2
 python -m benchmarks.mtr --seeds 0 --folder runs/mtr

@@ -1,4 +1,4 @@
-"""One rank of a training step without a model, among imagined ranks that hold what it holds."""
+"""One rank of a training step without a model, among simulated ranks with the same data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A save under DeepSpeed ZeRO, in two processes that talk over gloo: what `benchmarks.scale` measures with part `zero`."""
+"""A save under DeepSpeed ZeRO, in two gloo processes: part `zero` of `benchmarks.scale`."""
 
 from __future__ import annotations
 
