@@ -41,7 +41,7 @@ def hub_rows(dataset: HubDataset, part: bool) -> Iterator[NumberedRow]:
 
     Args:
         dataset: The split.
-        part: The caller will stop before the end: read over the network what is asked for. Else whole files are
+        part: The caller will stop before the end: read only the requested rows over the network. Else whole files are
             downloaded to the cache of huggingface_hub, one after the other, where the next run finds them.
 
     Raises:

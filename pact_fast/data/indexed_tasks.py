@@ -197,7 +197,7 @@ def _count(path: Path, limit: int) -> int:
 
         try:
             return min(limit, pq.read_metadata(path).num_rows)
-        except Exception:  # reading it tells what is wrong
+        except Exception:  # reading the row reports the error
             return 0
     count = 0
     if kind == "lines":

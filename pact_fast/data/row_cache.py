@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 from pact_fast.errors import PactError
 from pact_fast.files import cache_folder, io_errors, private_folder
 
-VERSION = 1  # of what entries hold
+VERSION = 1  # of the format of entries
 ENDS = 1 << 16  # bytes at either end of a file that tell it from others
 CURE = "free some space, or set XDG_CACHE_HOME to a folder that is writable"
 

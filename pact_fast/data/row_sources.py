@@ -55,7 +55,7 @@ def resolve_data(data: DataConfig, recorded: DataConfig | None = None) -> DataCo
     Args:
         data: The settings as given.
         recorded: Those of the run that is resumed. A dataset without a revision keeps the commit that stands there, though
-            its main branch may have moved: the run goes on with the rows that it began with.
+            its main branch may have moved: the run continues with its original rows.
 
     Raises:
         DataError: A pattern fits no file, or a dataset cannot be looked up.
