@@ -23,7 +23,7 @@ from pact_fast.errors import DataError, PactError
 
 _MARK = "Zq0Zrow"  # a word that no template contains or changes
 _MAX_WORDS = 1 << 20  # held in memory
-_EXTRA = f"{THINK}\n\n{END_THINK}\n\n<|end of turn|>"  # what a turn may have beside its text
+_EXTRA = f"{THINK}\n\n{END_THINK}\n\n<|end of turn|>"  # template text of a turn beside its content
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class TraceWriter:
 
     Args:
         prompt_ids: What the trace follows; empty for a trace that does not branch.
-        history: Rewrites what stands before a message of the user; None: nothing does.
+        history: Rewrites the turns before a message of the user; None: they stay unchanged.
     """
 
     def __init__(self, prompt_ids: np.ndarray, history: History | None):
