@@ -58,7 +58,7 @@ class Functions:
             cls(found).start({})
             pool = SandboxPool(timeout=tool_timeout)
             return lambda: cls(found, tool_timeout, True, (pool, sources))
-        cls(found).start({})  # finds what is wrong before the model is loaded
+        cls(found).start({})  # finds errors before the model is loaded
         return lambda: cls(found, tool_timeout, read.blocking)
 
     @staticmethod

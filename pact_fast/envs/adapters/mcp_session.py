@@ -78,7 +78,7 @@ class Connection:
         Raises:
             TimeoutError: There is none within `timeout` seconds. A server that does not answer a ping, either, is ended.
             ServerFailed: The server cannot be started, or has ended. The next request restarts it.
-            Exception: What else the client raises; the session goes on.
+            Exception: Any other exception of the client; the session continues.
         """
         session = await self._started()
         try:

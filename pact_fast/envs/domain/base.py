@@ -47,8 +47,8 @@ class IssueDraft:
     fix         calls that fix it, reads included
     last        calls that come after the fixes of all issues; equal ones are made once
     assertions  conditions that hold when it is fixed
-    complaint   what the user says about it
-    knows       what the user can tell when asked
+    complaint   the user's words about it
+    knows       {name: value} of facts that the user tells when asked
     secrets     values that the user must not say, because the agent has to find them
     say         texts that the agent must tell the user
     """
@@ -83,9 +83,9 @@ class Domain:
     base          {table: {key: record}}, JSON data that episodes share
     agent_tools   functions whose first parameter is the database
     user_tools    the same for the user; their second parameter is the user's device
-    user_actions  what the agent can ask the user to do
+    user_actions  actions that the agent can ask the user for
     predicates    conditions on the final state: functions whose first parameter is the database
-    bookkeeping   what does not count when two final states are compared (logs, counters)
+    bookkeeping   differences that a comparison of final states ignores (logs, counters)
     subjects      entities that a task can be about, for example all customers
     issues        kinds of problems, for the `rules` backend of synthesis
     introduction  how a dialogue about a subject begins

@@ -45,7 +45,7 @@ class Verdict:
     difference  first difference between the final state and that of the gold calls; None: equal, or not compared
     failed      assertions that do not hold
     unsaid      texts that the agent has not told the user
-    function    None: the checker's function holds, or there is none; else what it returned
+    function    None: the checker's function holds, or there is none; else its result
     """
 
     difference: str | None = None

@@ -24,7 +24,7 @@ class Finding:
 
     control  its name, see CONTROLS
     blame    whose fault that is
-    detail   what happened
+    detail   description of the failure
     """
 
     control: str

@@ -80,7 +80,7 @@ class User:
     """The user of an episode.
 
     opening   first message
-    knows     what the user tells when asked, by name ("phone number")
+    knows     facts that the user tells when asked, by name ("phone number")
     goal      said again where the user did not understand
     device    key of the record that the user's tools act on; None: the user has no tools
     patience  messages in a row that the user may fail to understand
@@ -106,7 +106,7 @@ class Instance:
     init      changes of the database before the episode
     user      the user
     gold      calls that solve the task, reads included
-    checker   what a solution must have done
+    checker   conditions that a solution must meet
     versions  stage → version of the prompts and workflow that made the instance
     """
 

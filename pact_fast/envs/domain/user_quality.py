@@ -23,7 +23,7 @@ def user_flaws(domain: Domain, instance: Instance, trajectory: Trajectory, over:
     `user_protocol_break`  a malformed call, a call of a tool that the user does not have, an empty message, a stop word that
                            does not end the message, or more tokens than a user may take
     `user_premature_stop`  the user ended the dialogue, and the scripted user would not have
-    `user_leak`            the user said what the agent has to find, or the name of a tool of the agent
+    `user_leak`            the user stated a value that the agent has to find, or the name of a tool of the agent
 
     Args:
         domain: The domain of the instance.

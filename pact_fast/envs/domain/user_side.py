@@ -1,7 +1,7 @@
 """The user's side of an instance: the prompt of a policy that plays the user, its tools, and the scripted user's example.
 
-The scripted user's dialogue, seen from its side, is what a user model is trained on: the messages of the agent are what it
-is told, its own calls and words are what it learns, and it ends the dialogue by the stop word.
+A user model is trained on the scripted user's side of a dialogue: the agent's messages are context, the user's calls
+and words are trained, and it ends the dialogue by the stop word.
 """
 
 from __future__ import annotations

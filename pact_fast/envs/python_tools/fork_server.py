@@ -82,7 +82,7 @@ class _Server:
     """The process, and the socket to it.
 
     discarded  it was killed
-    said       what it wrote to its standard error, once it was killed
+    said       its standard error, after it was killed
     """
 
     def __init__(self, options: list[str]):

@@ -45,7 +45,7 @@ class ToolActor:
     """Answers calls. One instance serves all episodes of a process; `episode` starts one.
 
     Args:
-        backend: Answers what no utility does.
+        backend: Answers calls of tools that are no utilities.
         store: Observations that were given before; the rollouts of a group share it.
         faults: Injected faults.
         max_output: Longest observation, in characters.

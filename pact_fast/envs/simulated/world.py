@@ -54,7 +54,7 @@ class ToolSpec:
     """Tool with the fields that OpenAI's schema lacks.
 
     name, description, parameters  as in the schema
-    output    JSON schema of what the tool returns
+    output    JSON schema of the tool's result
     kind      lookup, search, the name of a utility, or model: only a model backend can answer it
     relation  of a look-up
     stateful  its result may depend on earlier calls

@@ -51,7 +51,7 @@ class Domain:
 
     name     airline, retail or telecom
     schemas  {side: tools on offer}
-    policy   what the agent must follow; solo: the policy of an agent that works on a ticket alone
+    policy   rules that the agent must follow; solo: the policy of an agent that works on a ticket alone
     start    makes the state of an episode, before the task's initialisation
     """
 

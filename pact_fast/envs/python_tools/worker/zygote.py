@@ -29,8 +29,8 @@ from .linux import (
 )
 from .settings import PROCESSES, WORK_BYTES, Settings
 
-END, CAUSE = b"end", b"cause"  # what the supervisor says
-CALL = b"call"  # what the zygote says, with a call's descriptors
+END, CAUSE = b"end", b"cause"  # messages of the supervisor
+CALL = b"call"  # message of the zygote, with a call's descriptors
 
 
 @dataclass(frozen=True)
