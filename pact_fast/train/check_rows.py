@@ -202,7 +202,7 @@ class SkippedRows:
         self._lines = dict.fromkeys(known)
 
     def write(self) -> str | None:
-        """List what was found since the last call. Returns a line for people; None if there is nothing new."""
+        """List the rows found since the last call. Returns a line for display; None if there is nothing new."""
         found = self._errors[self._written :]
         self._written += len(found)
         before = len(self._lines)

@@ -156,7 +156,7 @@ def problem(path: Path, verify: bool = False) -> str | None:
 
 
 def _manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """(size, SHA-256) of every file by name. ValueError if manifest.json is not what a save writes."""
+    """(size, SHA-256) of every file by name. ValueError if manifest.json does not have the form that a save writes."""
     manifest = _read_object(path / "manifest.json")
     files = manifest.get("files")
     if not isinstance(manifest.get("step"), int) or not isinstance(files, dict) or "state.json" not in files:

@@ -1,4 +1,4 @@
-"""Saving a checkpoint while training goes on: copied in memory, written to a hidden folder, and renamed when it is complete.
+"""Saving a checkpoint during training: copied in memory, written to a hidden folder, and renamed when it is complete.
 
     start_save           every rank takes its share of the files; a thread on each copies and writes them
     wait_copied          training waits for the copies before the next optimizer step, which would change the tensors

@@ -2,7 +2,7 @@
 
 A group whose rewards are all equal has advantages of zero and teaches nothing. Such groups are dropped, and groups of
 further prompts are sampled in their place: never more than `max_num_gen_batches` batches in a step, so that a step ends
-whatever the policy can do. Where the bound is reached first, dropped groups fill the step.
+whatever the policy can do. If the bound is reached first, dropped groups fill the step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FURTHER_BATCHES = 1 << 24
 
 
 class RolloutRewards(Protocol):
-    """A rollout, or what is known of it: its reward, and those of its turns."""
+    """A rollout, or its summary: its reward, and those of its turns."""
 
     @property
     def reward(self) -> float: ...
@@ -153,7 +153,7 @@ def filter_groups(
         groups: The first batch, scored.
         sample: (prompts, position of the first among all of the step) → their groups, scored.
         further: Further prompts.
-        config: The bound, and what counts as without signal.
+        config: The bound, and the definition of a group without signal.
         use_turns: Rewards of turns count, too.
     """
     wanted = len(groups)

@@ -22,7 +22,7 @@ from pact_fast.users.endpoint import user_llm
 
 
 def check_settings(config: Config, algorithm: Algorithm) -> None:
-    """PactError for settings that are pointless together, whatever the data are, or that name a missing tracker or a
+    """PactError for settings that are pointless together with any data, or that name a missing tracker or a
     wrong setting of the user's language model."""
     check_trackers(config.trainer.report_to)
     if config.trainer.deepspeed:
@@ -96,7 +96,7 @@ def check_tasks(config: Config, algorithm: Algorithm, tasks: TaskSource, notes: 
         config: The run's configuration.
         algorithm: Its algorithm.
         tasks: Its tasks.
-        notes: Gets what is allowed, and perhaps not meant.
+        notes: Gets notes on settings that are allowed but probably unintended.
 
     Raises:
         PactError: No task has anything to reward, or there are no held-out tasks for trainer.eval_steps.

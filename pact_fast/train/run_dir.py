@@ -1,4 +1,4 @@
-"""The run directory: what is in it, and whether a start may write there.
+"""The run directory: its files, and whether a start may write there.
 
 config.yaml, summary.json, metrics.jsonl, latest, tracking_id, tensorboard/, wandb/, tokenizer/, base/, rollouts/,
 checkpoints/, report.html
@@ -71,7 +71,7 @@ def open_run(config: Config, resumed: bool) -> str | None:
                 f"{run / 'config.yaml'} was not written by a run, and would be replaced; choose another output_dir="
             )
     with io_errors(run):
-        for leftover in _unfinished(run):  # nobody else writes while we hold the lock
+        for leftover in _unfinished(run):  # no other process writes while we hold the lock
             remove(leftover)
         (run / "rollouts").mkdir(parents=True, exist_ok=True)
     if not resumed:
@@ -159,7 +159,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _remove_leftovers(config: Config, run: Path) -> None:
-    """Remove what a start without a checkpoint left behind."""
+    """Remove the leftovers of a start without a checkpoint."""
     leftovers = [run / name for name in (*FOLDERS, *FILES) if name not in KEPT and (run / name).exists()]
     if leftovers and not _is_ours(run / "config.yaml"):
         raise PactError(f"{leftovers[0]} was not made by a run (no config.yaml beside it); choose another output_dir=")

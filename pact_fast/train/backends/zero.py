@@ -134,7 +134,7 @@ class Zero:
         return part.detach()[: stop - start]
 
     def _set_part(self, parameter: Any, kind: str, value: torch.Tensor) -> None:
-        """Set what `_own_part` returns."""
+        """Set the tensors that `_own_part` returns."""
         if self._stage < 3:
             self._own_part(parameter, kind).copy_(value)
             return
