@@ -30,7 +30,7 @@ FIRST_WAIT, MAX_WAIT = 0.5, 30.0  # seconds before the first retry, and before a
 class Completion:
     """A valid answer.
 
-    text        what the model wrote
+    text        the model's text
     value       its JSON value, which fits the request's schema; None without a schema
     tool_calls  calls of tools, with arguments that are JSON objects (their fit to the tools' schemas is not checked)
     reasoning   hidden reasoning, if the server tells it apart

@@ -66,7 +66,7 @@ class AgentLoop:
         self._calls = EnvironmentCalls()
         self._turns = TurnLoop(engine, renderer, self._calls, config)
         self._prompts: dict[bytes, np.ndarray] | None = None  # of the call of `run` under way
-        self._checked_user_turns = not isinstance(renderer, ChatRenderer)  # what stands in its place has no template
+        self._checked_user_turns = not isinstance(renderer, ChatRenderer)  # a stand-in has no template
         if config.filters and not getattr(engine, "applies_filters", False):
             raise PactError(
                 f"{getattr(engine, 'name', 'the engine')} does not apply rollout.top_p, top_k and min_p ({config.filters}); "
@@ -112,7 +112,7 @@ class AgentLoop:
         """
         results: dict[int, Trajectory] = {}
         calls = PendingToolCalls(self.engine.synchronous)
-        # a side keeps its place in the engine while the other speaks: all sides of what runs must have one
+        # a side keeps its place in the engine while the other speaks: all sides of running episodes must have one
         most = self.config.max_batch_size // 2 if self.config.user == "policy" else len(jobs)
         schedule = Schedule(jobs, most, keep, self.config.trajectory_timeout)
         running = schedule.running

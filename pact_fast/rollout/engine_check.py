@@ -1,6 +1,6 @@
 """Smoke test of a live engine, for `pact-fast doctor`.
 
-Starts the engine, sends the model's weights, samples a few of the recipe's tasks, and checks what came back: whether
+Starts the engine, sends the model's weights, samples a few of the recipe's tasks, and checks the results: whether
 tool calls survive rendering and parsing, how far log-probs differ from the model's, and whether the prefix cache works.
 """
 

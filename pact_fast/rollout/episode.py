@@ -40,7 +40,7 @@ class Side:
     prompt_ids  [n] int64
     tools       on offer now
     unsent      tokens that the engine has not been given yet; its next request begins with them
-    opening     what the other side said before the first turn; None: the prompt holds it
+    opening     the other side's message before the first turn; None: the prompt holds it
     length      tokens after the prompt, in the sequence that the engine has now
     pieces      that sequence, where the user may change it: what there was when the user spoke last, then turns and the
                 text between them
@@ -126,7 +126,7 @@ class Episode:
     user     side of the policy that plays the user; None: the environment does, or a model behind an endpoint, or nobody
     endpoint the user that a model behind an endpoint plays
     speaker  whose turn it is, or was last
-    offered  a copy of what the environment offered when it was last asked; used where it has a user
+    offered  a copy of the tools that the environment offered last; used if it has a user
     started  seconds
     """
 

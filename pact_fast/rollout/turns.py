@@ -32,7 +32,7 @@ class TurnLoop:
 
     Args:
         engine: Generates the turns.
-        renderer: Parses turns, and renders what is written between them.
+        renderer: Parses turns, and renders the text between them.
         calls: Runs tools and users.
         config: Limits of turns and tokens.
     """
@@ -62,7 +62,7 @@ class TurnLoop:
     def take(self, episode: Episode, completion: Completion) -> tuple[StopReason | None, list[Pending]]:
         """Record a sampled turn and start the next action: tool calls, the user's reply, or the other side's turn.
 
-        Returns the stop reason, if any, and what has to be waited for, if anything.
+        Returns the stop reason, if any, and the pending results, if any.
         """
         side = episode.speaker
         parsed = self._renderer.parse(completion.ids, side.tools)

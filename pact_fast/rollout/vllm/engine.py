@@ -232,7 +232,7 @@ class VllmEngine(Engine):
         turn both verifications off. May be called while another thread samples; that thread waits.
 
         Raises:
-            WeightMismatch: The engine holds anything else than what was sent.
+            WeightMismatch: The engine's weights differ from those that were sent.
             EngineError: The engine failed more often than MAX_RESTARTS in a row, or before it ever served.
         """
         with self._exclusive():

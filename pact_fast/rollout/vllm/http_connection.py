@@ -30,7 +30,7 @@ class Exchange:
     limit         bytes of the body of the answer
     turn          it counts towards the limit of open turns, and may wait for its turn
     connection    that it is on
-    cancelled     nobody waits for it
+    cancelled     the caller has abandoned it
     """
 
     __slots__ = ("cancelled", "connection", "limit", "method", "path", "turn")

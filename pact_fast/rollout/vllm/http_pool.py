@@ -57,7 +57,7 @@ class ConnectionPool:
             self._begin(exchange)
 
     def cancel(self, exchange: Exchange) -> None:
-        """Nobody waits for the exchange: its connection is closed, upon which vLLM drops the request."""
+        """Abandon the exchange: close its connection, upon which vLLM drops the request."""
         exchange.cancelled = True
         connection = exchange.connection
         if connection is not None:

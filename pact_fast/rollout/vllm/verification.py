@@ -67,7 +67,7 @@ class WeightVerifier:
         """Compare the adapter, if there is one, and, if `weights`, the weights (under it).
 
         Raises:
-            WeightMismatch: The engine holds anything else than what was sent, or another version of it.
+            WeightMismatch: The engine's weights differ from those that were sent, or have another version.
         """
         if self._adapter:
             shards = self._of_version(version, self._transport.report_adapter())
