@@ -3,7 +3,7 @@
     trainer = GRPOTrainer(...)
     install(trainer)  # before trainer.train()
 
-docs/integrations.md says what is served. `install` needs torch, transformers and trl.
+docs/integrations.md lists the supported features. `install` needs torch, transformers and trl.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Installed:
     """Changes that `install` made to a trainer.
 
     served  {part: how}, such as {"head": "log-probs", "loss": "one pass"}
-    reasons  {part: reason} of what is left to the host
+    reasons  {part: reason} of the parts that are left to the host
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ def install(trainer: Any, mode: Mode = "loss") -> Installed:
             pass that makes the logits. "tree": in addition, GRPO computes a prompt once for its completions.
 
     Returns:
-        What is served, and the reasons for what is left to TRL.
+        The served parts, and the reasons for parts that are left to TRL.
 
     Raises:
         PactError: The trainer has no fused head, or its model's head is not supported. On the first batch: the

@@ -94,7 +94,7 @@ class Policy(torch.nn.Module):
 class FusedHead(torch.nn.Module):
     """The language-model head, without logits of all rows at once. Weight [V, D] and bias [V] are the model's own.
 
-    transform  what the model's class does before and after the head
+    transform  operations of the model's class before and after the head
     filters    which tokens the rollouts were sampled from
     """
 

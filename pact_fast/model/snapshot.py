@@ -25,7 +25,7 @@ Digests = dict[Path, FileDigest]
 
 
 class Abandoned(Exception):
-    """Nobody needs the files any more."""
+    """The files are no longer needed."""
 
 
 class SnapshotWriter:

@@ -69,7 +69,7 @@ def head_of(model: Any) -> Head:
     as they are active.
 
     Raises:
-        PactError: The model has no such head, or something about it is not supported; the message says what.
+        PactError: The model has no such head, or it has an unsupported feature, which the message names.
     """
     causal_lm = causal_lm_of(model)
     layer = head_layer(causal_lm)
