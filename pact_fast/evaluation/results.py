@@ -1,6 +1,6 @@
 """Finished samples of an evaluation on disk: an interrupted evaluation continues where it stopped.
 
-OUT/settings.json              what all samples were made with
+OUT/settings.json              settings of all samples
 OUT/results.jsonl              one line per finished sample, see `Sample`
 OUT/rollouts/eval_N.jsonl      the failures, FAILURES_PER_PAGE per file, for `pact-fast view OUT --step N`
 OUT/summary.json               scores by category

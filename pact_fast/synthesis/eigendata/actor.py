@@ -21,7 +21,7 @@ class JsonActor:
 
     Args:
         client: The model.
-        prompt: Who it is, and what it wants.
+        prompt: Its role and its goal.
         tools: Tools that it may call.
         sample: Index of the sample: another dialogue under the same prompt.
         speaks: Whether it may say something.

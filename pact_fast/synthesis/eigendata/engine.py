@@ -2,7 +2,7 @@
 
 A folder holds everything, and a command that was killed continues from it:
 
-    settings.json      what was asked for
+    settings.json      settings of the run
     versions/0001/     prompts and workflow, one folder per version
     plans/0001.jsonl   the plans of a version
     candidates.jsonl   all attempts, with findings and dialogues

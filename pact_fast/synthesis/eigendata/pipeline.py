@@ -99,7 +99,7 @@ class Pipeline:
                 self._assess(candidate, rollouts, version)
             if candidate.findings:
                 return len(rollouts)
-        if not verified:  # whatever the workflow says, nothing is accepted whose controls do not hold
+        if not verified:  # no workflow can accept a task whose controls do not hold
             candidate.findings = self._verify(candidate, replace(plan, controls=()), version)
             candidate.stage = "verification" if candidate.findings else candidate.stage
         return len(rollouts)

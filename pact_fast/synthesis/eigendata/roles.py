@@ -69,7 +69,7 @@ class Candidate:
     version                     number of the prompts and workflow that made it
     instance                    the task; None: none could be made
     stage                       the last stage that it reached
-    findings                    what was found, of that stage
+    findings                    findings of that stage
     accepted                    whether it is part of the data
     score                       of its rollouts; None: there are none
     rollout                     one of its dialogues

@@ -62,7 +62,7 @@ def play(
         acts: What the agent does, in order; the dialogue ends when they do, or when the user leaves.
         max_messages: Messages of all parties; more end the dialogue without success.
         env: Plays the task; None: with the scripted user.
-        messages: An empty list that gets the dialogue as it goes on, for agents that read it; None: a new one.
+        messages: An empty list that gets the dialogue as it grows, for agents that read it; None: a new one.
     """
     env = env or DomainEnvironment.of(domain)
     env.start(instance)

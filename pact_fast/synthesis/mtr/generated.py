@@ -33,7 +33,7 @@ _PLACES = """alba bree cove dale elm fjord glen hythe isle kirk lund moor nook o
     york zell"""
 PEOPLE = tuple(f"@{name.capitalize()}" for name in _PEOPLE.split())
 PLACES = tuple(f"@{name.capitalize()}" for name in _PLACES.split())
-NAMED = ("person", "place")  # what a chain goes through, and ends in: a year has more tokens, and is harder to copy
+NAMED = ("person", "place")  # entities of a chain and its end; no years, which have more tokens and are harder to copy
 TOKENS = {"person": PEOPLE, "place": PLACES, "year": tuple(str(year) for year in range(1900, 2000))}
 
 

@@ -121,7 +121,7 @@ class ModelToolMaker:
         try:
             value = self._client.ask(Request(messages, schema=INTERFACES, repairs=self._repairs, check=problem)).value
         except InvalidAnswer as error:
-            if error.reason != "check":  # what the checks refuse is left out below, the rest is used
+            if error.reason != "check":  # tools that fail the checks are left out below, the rest is used
                 return _toolset(row, plan, {}, (Rejected("", (NO_INTERFACE,)),), 0)
             value = read_json(error.text)
         drafts = drafts_of(value)

@@ -3,7 +3,7 @@
     train.jsonl     tasks with a trace; `pact-fast train` reads them
     tasks.jsonl     tasks with tools and without a trace: for rollouts, or for traces of a teacher
     rejected.jsonl  {id, reasons} of every other row
-    tools.json      every tool with its frequency, and what was merged and rejected
+    tools.json      every tool with its frequency, and the merged and rejected ones
     report.html     acceptance by reason, tools, a trace to read
     manifest.json   settings, digest of the input, counts; written last
 
@@ -39,7 +39,7 @@ from pact_fast.synthesis.mtr.tool_maker import make_tools
 from pact_fast.synthesis.mtr.verify import MAX_TURNS
 from pact_fast.synthesis.ordered import ordered
 
-VERSION = 2  # of what a row gives
+VERSION = 2  # of the output of a row
 MANIFEST = "manifest.json"
 UNREADABLE = "unreadable"  # the reason of a row that no reader accepts
 
@@ -70,7 +70,7 @@ def make_dataset(
 
     Args:
         source: The file.
-        out: The folder; what an interrupted call has left there is continued.
+        out: The output folder. An interrupted call is continued there.
         settings: What else decides the result.
         progress: Called after every row with (rows done, traces kept).
         tool_maker: A language model that makes the tools of rows without a plan; None: the rules do.

@@ -36,7 +36,7 @@ from pact_fast.synthesis.traces.transcript import CannotAct, Key, play
 from pact_fast.synthesis.traces.verify import rejection_reasons, same_episode, trace_of
 from pact_fast.users.endpoint import ANSWERS, EndpointUsers, user_llm
 
-VERSION = 1  # of what a row gives
+VERSION = 1  # of the output of a row
 PART = 64  # rows that are played at once, and lost to a kill: the model's answers are kept
 
 
@@ -67,7 +67,7 @@ def make_traces(
 
     Args:
         config: The rows, their environment, and the limits of an episode (`rollout`).
-        out: The folder; what an interrupted call has left there is continued.
+        out: The output folder. An interrupted call is continued there.
         settings: What else decides the result.
         client: The language model; needed where `settings` names a teacher or a model.
         progress: Called with (rows done, rows, traces kept), also once before the first.

@@ -83,7 +83,7 @@ class ReferenceActor:
     def act(self, context: Context) -> ParsedTurn:
         turns = self._plans[context.key[0]].turns
         if context.turns >= len(turns):
-            raise CannotAct("unfinished", "the episode goes on after the last reference turn")
+            raise CannotAct("unfinished", "the episode continues after the last reference turn")
         turn = turns[context.turns]
         if turn.reasoning or not turn.calls:
             return turn
