@@ -359,7 +359,7 @@ def test_a_trace_holds_what_the_user_said_and_is_written_back_unchanged():
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        ([*DIALOGUE, {"role": "user", "content": "Thanks"}], "message 9: the user has the last word"),
+        ([*DIALOGUE, {"role": "user", "content": "Thanks"}], "message 9: the last message is the user's"),
         ([*DIALOGUE, assistant("More.")], "message 8: an assistant turn without tool calls must be the last"),
         ([*DIALOGUE[:3], DIALOGUE[2], *DIALOGUE[3:]], "message 3: expected an assistant turn, found 'user'"),
         ([*DIALOGUE[:6], {"role": "system", "content": "x"}, *DIALOGUE[6:]], "message 6: expected an assistant turn"),
