@@ -36,8 +36,8 @@ class ModelUser:
     """Talks to the agent in the user's place.
 
     The model sees its own prompt, the messages of both sides, and its own calls with their results. It never sees the
-    agent's reasoning, calls or observations, and the agent sees none of the user's. Role markers in the agent's messages
-    are broken up, since the endpoint may read them as control tokens.
+    agent's reasoning, calls or observations, and the agent sees none of the user's. Role markers in the agent's
+    messages are broken up, since the endpoint may read them as control tokens.
 
     Args:
         client: The model.
