@@ -21,7 +21,8 @@ class InvalidAnswer(LLMError):
     """The model has answered, and the answer cannot be used, after all repairs. Other calls may well succeed.
 
     `invalid_json`, `schema`, `check`: it does not hold the requested value; `truncated`: it ends at the token limit;
-    `empty`; `tool_call`: a call without a name, or with arguments that are not a JSON object; `refusal`: the server has filtered it.
+    `empty`; `tool_call`: a call without a name, or with arguments that are not a JSON object; `refusal`: the
+    server has filtered it.
     """
 
     def __init__(self, role: str, reason: str, problem: str, text: str = ""):

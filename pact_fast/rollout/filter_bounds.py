@@ -14,8 +14,8 @@ def log_kept_mass_bounds(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bounds of `pact_fast.model.filters.log_kept_mass` for an engine whose logits differ a little.
 
-    A token within `slack` of a limit may be on either side of it. The lower bound counts the tokens that are kept in any
-    case, the upper bound also those that may be kept.
+    A token within `slack` of a limit may be on either side of it. The lower bound counts the tokens that are kept in
+    any case, the upper bound also those that may be kept.
 
     Args:
         logits: [n, V] after the temperature.
