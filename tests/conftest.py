@@ -1,4 +1,4 @@
-"""Fixtures of several test files, and what holds for every test."""
+"""Fixtures of several test files, and set-up of every test."""
 
 import atexit
 import gc

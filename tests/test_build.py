@@ -30,7 +30,7 @@ class Use(Ranks):
         super().__init__(folder, use, self._found, variables, ranks=1)
 
     def found(self) -> tuple[list[list[float]], str, list[str], str]:
-        """Log-probs of two calls, the state of the C++ backend, our warnings, and what was printed."""
+        """Log-probs of two calls, the state of the C++ backend, our warnings, and the output."""
         assert self.wait(240) == [0], self.output(0)
         return (*json.loads(self._found.read_text()), self.output(0))
 

@@ -1,4 +1,4 @@
-"""Settings that are pointless together, settings of a resumed run, and what a failed start leaves behind."""
+"""Settings that are pointless together, settings of a resumed run, and leftovers of a failed start."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_the_refusal_names_key_old_and_new_value_and_the_cure(tmp_path):
     )
 
 
-# what a failed start leaves behind
+# leftovers of a failed start
 
 
 def leftovers(run: Path) -> None:

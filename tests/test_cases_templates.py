@@ -209,7 +209,7 @@ def test_a_run_keeps_both_templates_of_its_tokenizer(tmp_path, capsys):
 # --- call ids ---
 
 HEAD = "{%- for message in messages %}\n"
-NINE = {  # what templates ask of ids, in the words of Mistral's
+NINE = {  # the requirement of templates on ids, in the words of Mistral's
     "nine": "{id} is not defined or {id} | length != 9",
     "at least nine": "not {id} is defined or {id} | length < 9",
     "letters and digits": "{id} is undefined or {id} | length != 9 or ({id} | list | select('in', '-_') | list)",

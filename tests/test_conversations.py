@@ -1,4 +1,4 @@
-"""Episodes with a user: whose text is what, who may end them, which limit did, and traces of dialogues."""
+"""Episodes with a user: components of texts, ends and limits of episodes, and traces of dialogues."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tool(name: str) -> dict:
 
 
 class Desk:
-    """A user who says what `says` holds, one message per turn, and offers `hotel` from the second message on."""
+    """A user with the messages `says`, one per turn, who offers `hotel` from the second message on."""
 
     blocking = False
 

@@ -142,7 +142,7 @@ def test_a_killed_run_continues_to_the_same_files(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     with (killed / "candidates.jsonl").open("ab") as file:
-        file.write(b'{"round": 1, "pl')  # what a write under way leaves
+        file.write(b'{"round": 1, "pl')  # leftover of an interrupted write
     subprocess.run([sys.executable, "-c", script, str(killed)], check=True)
     for name in ("candidates.jsonl", "rounds.jsonl", "settings.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name

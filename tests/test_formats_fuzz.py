@@ -160,7 +160,7 @@ def test_random_and_mutated_ids(make):
 
 
 LENGTH = 150_000  # bytes
-LIMIT = 0.15  # seconds, for what takes milliseconds; a loop over all pairs of tags takes more
+LIMIT = 0.15  # seconds, for milliseconds of work; a loop over all pairs of tags takes more
 LONG = [
     b"<tool_call>", b"</tool_call>", b"<tool_call>{", b"<think>", b"{", b'{"name":', b'{"name":[', b'{"name":"',
     b'{"name": "f", "parameters": {"x": ', b'{"name":"f","parameters":{}};', b'{"name":"a"}x', b'{"type":1,',

@@ -70,7 +70,7 @@ def test_scores_of_worked_examples():
     assert solve_score([("area", both)] * 2, expected).solved == 2
     assert solve_score([("area", both)] * 3, expected).solved == 2
 
-    # another tool's observation does not count, whatever it says
+    # another tool's observation never counts
     assert solve_score([("price", both), ("area", "30")], expected).solved == 0
 
 
@@ -322,7 +322,7 @@ def parts_of(text):
 
 
 def said_alone(variant, expected):
-    """Observations in which stands what each tool says of the expected texts, and nothing else."""
+    """Observations that hold only the expected texts that each tool states."""
     kept = []
     for k, (name, _, _) in enumerate(variant):
         parts = {part for text in expected.get(name, ()) for part in parts_of(text)}

@@ -1,4 +1,4 @@
-"""Files that are not what a run expects: a user's own, links, damaged checkpoints, model folders, templates, parquet."""
+"""Files that a run does not expect: a user's own, links, damaged checkpoints, model folders, templates, parquet."""
 
 from __future__ import annotations
 

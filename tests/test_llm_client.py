@@ -60,7 +60,7 @@ def failure(client, messages=HI, **options):
     return caught.value
 
 
-# what is sent, what comes back
+# requests and answers
 
 
 def test_an_answer_comes_back_with_its_tokens(client_of, server):

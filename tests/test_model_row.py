@@ -1,4 +1,4 @@
-"""`pact-fast doctor MODEL`: what is printed of a model folder."""
+"""`pact-fast doctor MODEL`: its output for a model folder."""
 
 from __future__ import annotations
 

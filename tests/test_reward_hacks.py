@@ -234,7 +234,7 @@ def test_an_honest_rollout_earns_its_reward(name):
 
 
 def text_reward(text_of, family, found=contains_parts):
-    """1 if the expected text is found in what `text_of` takes for evidence."""
+    """1 if the expected text is in the evidence of `text_of`."""
     return family, lambda t, expected=GOLD: float(any(found(text, expected) for text in text_of(t)))
 
 

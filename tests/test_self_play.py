@@ -1,4 +1,4 @@
-"""Two policies in one episode: what each sees, what is trained of each side, and who may end the dialogue."""
+"""Two policies in one episode: the context of each side, its trained tokens, and the end of the dialogue."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_the_environment_judges_the_agents_side(renderer):
 
 @pytest.mark.parametrize("side", ["agent", "user"])
 def test_masks_and_advantages_of_both_views_are_those_of_the_dialogue(renderer, side):
-    """Every number from the texts and rewards by hand, in fp64: which tokens were sampled, and what they earn."""
+    """Every number from the texts and rewards by hand, in fp64: the sampled tokens and their rewards."""
     dialogues = [(AGENT, USER), (["Seven.", "Bye."], ["Hm.", "###STOP###"]), (["Eight."], ["###STOP###"])]
     trajectories, _ = run(renderer, dialogues, train_as=side)
     for trajectory, (agent, user) in zip(trajectories, dialogues, strict=True):
@@ -200,7 +200,7 @@ def test_masks_and_advantages_of_both_views_are_those_of_the_dialogue(renderer, 
 
 @pytest.mark.parametrize("side", ["agent", "user"])
 def test_the_loss_of_both_views_and_its_gradients_equal_the_formula_in_fp64(renderer, side):
-    """−min(rA, clip(r)A), averaged over what a side said and then over dialogues; r = 1 at the first optimizer step."""
+    """−min(rA, clip(r)A), averaged over the tokens of a side and then over dialogues; r = 1 at the first optimizer step."""
     dialogues = [(AGENT, USER), (["Seven.", "Bye."], ["Hm.", "###STOP###"]), (["Eight."], ["###STOP###"])]
     trajectories, _ = run(renderer, dialogues, train_as=side)
     for trajectory in trajectories:

@@ -1,4 +1,4 @@
-"""vLLM in this process: what it samples, what it holds, and that no fault in its weights goes unseen."""
+"""vLLM in this process: samples, weights, and detection of every fault in its weights."""
 
 import copy
 from types import SimpleNamespace
@@ -184,7 +184,7 @@ class TestFaults:
         monkeypatch.undo()
 
     def test_a_late_update(self, policy, engine, model, monkeypatch):
-        """Old weights arrive after the new ones were verified: what was sampled since then must not be trained on."""
+        """Old weights arrive after the new ones were verified: tokens sampled since then must not be trained on."""
         engine.update_weights(model, 103)
         load, late = engine.transport.load_weights, copy.deepcopy(model)
         perturb(late)

@@ -1,4 +1,4 @@
-"""`pact-fast doctor` with vLLM tries the engine itself, and says what is wrong with it."""
+"""`pact-fast doctor` with vLLM tests the engine itself, and reports its problems."""
 
 import contextlib
 import copy

@@ -48,7 +48,7 @@ SETTINGS = [
 
 
 def metrics(run: Path) -> list[dict]:
-    """All records without what a clock decides."""
+    """All records without values that depend on a clock."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "tokens_per_second"} for r in records]
 

@@ -1,4 +1,4 @@
-"""Hostile tools, pools in the situations of `sandbox_contexts`, and what a tool may have left behind."""
+"""Hostile tools, pools in the situations of `sandbox_contexts`, and checks for leftovers of a tool."""
 
 import contextlib
 import os

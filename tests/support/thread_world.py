@@ -1,4 +1,4 @@
-"""Ranks as threads of this process: what they send each other is encoded and decoded as between processes."""
+"""Ranks as threads of this process; their messages are encoded and decoded as between processes."""
 
 from __future__ import annotations
 
