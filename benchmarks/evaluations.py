@@ -91,7 +91,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def evaluate(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """All runs of one benchmark, and what they found."""
+    """All runs of one benchmark, and their results."""
     model = folder / "tiny.yaml"
     model.write_text(json.dumps(MODEL), encoding="utf-8")
     command = ["eval", name, "--model", str(model), *BENCHMARKS[name][1], *args.settings]

@@ -233,7 +233,7 @@ def costs(step: int, metrics: list[dict], clock: list[dict], budget: Budget) -> 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time makes what is in `folder`."""
+    """Let only one process at a time write to `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -26,7 +26,7 @@ class Measured(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Sizes in ascending order, and what measures one of them."""
+    """Sizes in ascending order, and the function that measures one."""
 
     sizes: tuple[int, ...]
     measure: Callable[[int], Measured]

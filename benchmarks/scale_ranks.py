@@ -39,7 +39,7 @@ def flops(tokens: int, pairs: int) -> float:
 
 @dataclass(frozen=True)
 class ImaginedWorld(World):
-    """A rank whose peers have the same as it has. What they send is decoded; what it takes to imagine it is in `spent`.
+    """A rank whose peers have the same data. Their messages are decoded; the cost of simulating them is in `spent`.
 
     parts of packs  a peer's parts for this rank follow from the assignment, and look like this rank's own
     """

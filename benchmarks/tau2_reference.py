@@ -21,7 +21,7 @@ from pact_fast.envs.tau2.domains import Side
 
 @dataclass(frozen=True)
 class Event:
-    """One message of a dialogue: a text, or one call with what the tool answered."""
+    """One message of a dialogue: a text, or one call with the tool's answer."""
 
     side: Side
     text: str = ""
