@@ -153,7 +153,7 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     settings = Settings("helpdesk", rounds=1, plans=4, count=4)
     engine = DataEngine(support.helpdesk(), tmp_path / "out", settings)
     engine.run()
-    with pytest.raises(PactError, match="begun with count=4, not 5"):
+    with pytest.raises(PactError, match="started with count=4, not 5"):
         DataEngine(support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=1, plans=4, count=5)).run()
     with engine.locked(), pytest.raises(PactError, match="another process works"):
         DataEngine(support.helpdesk(), tmp_path / "out", settings).run()
