@@ -101,7 +101,7 @@ def _process_seconds(pid: int) -> float:
 
 
 def machine_seconds() -> float:
-    """Processor time that all processes of the machine have taken, and what its host gave to other machines."""
+    """Processor time that all processes of the machine have taken, and the time that its host gave to other machines."""
     user, nice, system, _, _, interrupt, soft, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + interrupt + soft + steal) / os.sysconf("SC_CLK_TCK")
 
@@ -189,7 +189,7 @@ def waiting_environment(waiting: str, environment: dict[str, str]) -> dict[str, 
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the rounds that nobody disturbed; "factor" None if they are too few."""
+    """Medians over undisturbed rounds; "factor" is None if there are too few."""
     calm = [r for r in rounds if max(r["quiet"]["others"], r["busy"]["others"]) <= QUIET]
     others = [r["quiet"]["others"] for r in rounds]
     return {
@@ -208,7 +208,7 @@ def _factors(rounds: list[dict[str, Any]]) -> list[float]:
 
 
 def failures(results: list[dict[str, Any]]) -> list[str]:
-    """What keeps the package's own way to wait from passing."""
+    """List the reasons why the package's own way to wait does not pass; empty if it passes."""
     found = []
     for result in results:
         for name, row in result["rows"].items() if result["waiting"] == "package" else ():

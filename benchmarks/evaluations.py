@@ -1,4 +1,4 @@
-"""Whole evaluations of a tiny model on a CPU: how long do they take, and do they give the same numbers twice?
+"""Whole evaluations of a tiny model on a CPU: duration, and whether two runs give the same numbers.
 
 python -m benchmarks.evaluations                       the benchmarks below, each twice
 python -m benchmarks.evaluations --limit 4             the first four tasks of each category
@@ -91,7 +91,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def evaluate(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """All runs of one benchmark, and what they found."""
+    """All runs of one benchmark, and their results."""
     model = folder / "tiny.yaml"
     model.write_text(json.dumps(MODEL), encoding="utf-8")
     command = ["eval", name, "--model", str(model), *BENCHMARKS[name][1], *args.settings]

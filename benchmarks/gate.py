@@ -1,4 +1,4 @@
-"""Is anything slower than it was: head and update against a peer in the same rounds, compared with committed ratios.
+"""Regression gate: head and update against a peer in the same rounds, compared with committed ratios.
 
 python -m benchmarks.gate                     all cases, about two minutes of one core
 python -m benchmarks.gate --short             those that CI runs, under twenty seconds
@@ -144,7 +144,7 @@ def measure(gate: Gate) -> tuple[Ratio, dict[str, float]]:
 
 
 def machine() -> str:
-    """What a ratio depends on: CPU features, backend, threads."""
+    """Describe the machine as far as a ratio depends on it: CPU features, backend, threads."""
     flags = stamp(commit="-")["machine"]["cpu"]["flags"]
     return ", ".join([*flags, backend(), f"threads {torch.get_num_threads()}"])
 

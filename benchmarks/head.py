@@ -68,7 +68,7 @@ from pact_fast.kernels import release_memory
 ERROR_ROWS = 256
 ERROR_FACTOR = 2.0  # limit of our error, relative to plain torch's in the same dtype
 ERROR_FLOOR = 4e-6  # nats, or relative: fp32 rounding of logits of size 20; below it the factor does not apply
-LOGPROB_RMS = 5e-3  # nats; limit of a log-prob's RMS error, whatever plain torch's is
+LOGPROB_RMS = 5e-3  # nats; limit of a log-prob's RMS error, independent of plain torch's
 SLOW = 10.0  # times the GEMMs
 FUNCTION, BUILT_IN = "pact cpp, loss as a function", "pact cpp"
 COLUMNS = ("method", "kind", "forward ms", "fwd+bwd ms", "x GEMMs", "extra fwd MiB", "extra fwd+bwd MiB",
@@ -203,7 +203,7 @@ def _time(
 def _extra(
     method: HeadMethod, setting: dict[str, Any], problem: HeadProblem, held: int | None = None
 ) -> dict[str, Any]:
-    """Peak memory of one forward and one step, with what the method has kept since `held` bytes were allocated."""
+    """Peak memory of one forward and one step, with the memory that the method has kept since `held` bytes were allocated."""
     extra: dict[str, Any] = {}
     gradients = {"extra_forward_bytes": 0, "extra_both_bytes": problem.gradient_bytes}
     for (key, expected), call in zip(gradients.items(), (_forward, _step), strict=True):

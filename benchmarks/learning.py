@@ -1,4 +1,4 @@
-"""Does PACT learn better, and where: all methods on equal budgets, in several regimes, over several seeds.
+"""Learning study: PACT and other methods on equal budgets, in several regimes, over several seeds.
 
 python -m benchmarks.learning WORK --out results.json                   all regimes and methods, seeds 0 to 4
 python -m benchmarks.learning WORK --regimes long-outcome --methods grpo pact --seeds 0

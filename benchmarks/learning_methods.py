@@ -41,7 +41,7 @@ def pact(*settings: str, sft: str = TINY_SFT) -> Method:
 
 METHODS = {
     "sft": Method(("algorithm.name=sft", "algorithm.sft={final_answer: true}"), SUPERVISED),
-    "sft-without-answer": Method(("algorithm.name=sft",), SUPERVISED),  # what PACT sees of a trace
+    "sft-without-answer": Method(("algorithm.name=sft",), SUPERVISED),  # the part of a trace that PACT sees
     "grpo": Method(("algorithm.name=grpo",), REINFORCED),
     "matchtir": Method(("algorithm.name=matchtir",), REINFORCED, rewards=("dense",)),
     "pact": pact(),

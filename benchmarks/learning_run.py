@@ -36,13 +36,13 @@ from pact_fast.train.seeds import seed_generators
 
 @dataclass(frozen=True)
 class Budget:
-    """What every method of a study gets.
+    """Compute budget of every method of a study.
 
     steps      optimizer steps
-    prompts    of a step
-    rollouts   of a prompt; none in steps of SFT
+    prompts    prompts per step
+    rollouts   rollouts per prompt; none in steps of SFT
     points     evaluations along the run, the last at its end
-    evaluated  held-out tasks of an evaluation
+    evaluated  held-out tasks per evaluation
     bases      base models: seed i starts from base i mod bases
     """
 
@@ -232,7 +232,7 @@ def costs(step: int, metrics: list[dict], clock: list[dict], budget: Budget) -> 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time makes what is in `folder`."""
+    """Let only one process at a time write to `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -22,7 +22,7 @@ SHIFT = {"validation": 1 << 20, "test": 0}  # first index of held-out tasks: the
 
 @dataclass(frozen=True)
 class TaskSet:
-    """What tasks are drawn.
+    """Distribution of tasks.
 
     hops            fewest and most relations of a question
     distractors     offered tools that the question does not need

@@ -35,7 +35,7 @@ from pact_fast.config import load_config
 
 @dataclass(frozen=True)
 class Promise:
-    """What a run of the recipe promises: success rates of samples, and limits of time and memory.
+    """Documented results of a recipe: bounds of sampled success rates, minutes and memory.
 
     The greedy success rate must not fall, either.
     """

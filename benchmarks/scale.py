@@ -1,4 +1,4 @@
-"""Costs that grow: what each part costs at several sizes, and with which exponent, with instant engines and simulated ranks.
+"""Growth of costs: each part at several sizes, with its exponent, with instant engines and simulated ranks.
 
 python -m benchmarks.scale                      all parts, about six minutes of one core and 5 GB of temporary files
 python -m benchmarks.scale --parts step read    some of them

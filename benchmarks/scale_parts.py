@@ -26,7 +26,7 @@ class Measured(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Sizes in ascending order, and what measures one of them."""
+    """Sizes in ascending order, and the function that measures one."""
 
     sizes: tuple[int, ...]
     measure: Callable[[int], Measured]
@@ -169,7 +169,7 @@ def save(megabytes: int) -> Measured:
 
 
 def zero(megabytes: int) -> Measured:
-    """What training waits for at a save under DeepSpeed ZeRO, in two processes."""
+    """Time for which training waits at a save under DeepSpeed ZeRO, in two processes."""
     from benchmarks.scale_zero import measure_saves
 
     return Measured(megabytes, *measure_saves(megabytes))

@@ -1,4 +1,4 @@
-"""One rank of a training step without a model, among imagined ranks that hold what it holds."""
+"""One rank of a training step without a model, among simulated ranks with the same data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def flops(tokens: int, pairs: int) -> float:
 
 @dataclass(frozen=True)
 class ImaginedWorld(World):
-    """A rank whose peers have the same as it has. What they send is decoded; what it takes to imagine it is in `spent`.
+    """A rank whose peers have the same data. Their messages are decoded; the cost of simulating them is in `spent`.
 
     parts of packs  a peer's parts for this rank follow from the assignment, and look like this rank's own
     """
@@ -78,7 +78,7 @@ class ImaginedWorld(World):
         self.spent[0] += time.process_time() - began
 
     def _parts(self, outgoing: list[Any]) -> list[bytes | None]:
-        """What every rank would send: the parts of this rank's packs, in the shape of one that this rank sends."""
+        """Return the messages of every rank: the parts of this rank's packs, shaped as those that it sends."""
         sent = [message for messages in outgoing if messages for message in messages.values()]
         each = len(self.tables[0])
         bins, table = assign(np.concatenate(self.tables), PACK_TOKENS, self.replicas, flops)

@@ -1,4 +1,4 @@
-"""Files of many rows: what it takes to open them and draw from them, and until a run on them has made its first step."""
+"""Files of many rows: cost of opening them, of drawing rows, and of a run up to its first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.scale` measures of turns and tool calls: a client of a server that answers at once, and tools that wait."""
+"""Turns and tool calls of `benchmarks.scale`: a client of a server that answers at once, and tools that wait."""
 
 from __future__ import annotations
 

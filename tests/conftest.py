@@ -1,4 +1,4 @@
-"""Fixtures of several test files, and what holds for every test."""
+"""Fixtures of several test files, and set-up of every test."""
 
 import atexit
 import gc
@@ -29,7 +29,7 @@ __all__ = [
     "pytest_terminal_summary",
 ]
 
-# Else every process that imports torch and transformers compiles them anew, which takes longer than to import them
+# Else every process that imports torch and transformers compiles them again, which takes longer than to import them
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -46,7 +46,7 @@ sys.addaudithook(_record_process)
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays. To look through its two million objects takes a third of a second, at every collection."""
+    """Freeze the imported objects: scanning all two million takes a third of a second at every collection."""
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # else libraries report leaks

@@ -1,4 +1,4 @@
-"""Adapters: functions, TRL's classes and Gymnasium's environments, and what hostile calls do to any adapter."""
+"""Adapters: functions, TRL's classes and Gymnasium's environments, and hostile calls to every adapter."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make(name, args, timeout=5.0):
 
 
 def started(name, args, at=None, timeout=5.0):
-    """(environment after reset, what reset returned)."""
+    """(environment after reset, result of reset)."""
     env = make(name, args, timeout)()
     return env, env.reset(at or task())
 
@@ -203,7 +203,7 @@ def test_trl_itself_finds_the_same_tools(tmp_path):
         try:
             expected = str(game.guess(number))
         except ValueError as error:
-            expected = str({"error": str(error)})  # what TRL writes into the tool message
+            expected = str({"error": str(error)})  # the form of TRL's tool message
         assert env.call("guess", {"number": number}) == expected
     assert env.reward(task(), rollout()) == {"success": game.get_reward()}
 

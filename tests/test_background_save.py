@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on: a copy of the moment, complete or invisible."""
+"""Checkpoints that are written while training continues: a snapshot, complete or invisible."""
 
 import hashlib
 import os

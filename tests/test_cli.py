@@ -1,4 +1,4 @@
-"""The command line: what a newcomer meets in the first ten minutes, mistakes included."""
+"""The command line: first steps of a new user, mistakes included."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The benchmark of a busy machine: what counts as a verdict, and a run at toy size."""
+"""The benchmark of a busy machine: its verdicts, and a run at toy size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs under torchrun: two processes give what one gives, and a run may go on with another number of them."""
+"""Whole runs under torchrun: two processes give the results of one, and a run may continue with another number of them."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""A language model behind an endpoint plays the user: what it sees, who ends what, and runs that repeat bit for bit."""
+"""A language model behind an endpoint plays the user: its context, ends of dialogues, and runs that repeat bit for bit."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_endpoint_sees_the_users_side_and_the_agent_what_the_user_says(rende
     assert [tool["function"]["name"] for tool in first["tools"]] == ["look_at_phone"]
     assert [m["content"] for m in last["messages"] if m["role"] == "tool"] == ["user's look_at_phone"]
     shown = json.dumps(last)
-    assert "And dry. ###STOP###" in shown and "<|im_end|>" not in shown  # what the agent writes ends nothing
+    assert "And dry. ###STOP###" in shown and "<|im_end|>" not in shown  # the agent's text ends nothing
     for hidden in ("Agent thinks", "agent's weather", "Policy of the desk", "tool_call>"):
         assert hidden not in shown
 

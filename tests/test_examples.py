@@ -62,7 +62,7 @@ def test_every_example_is_listed_in_the_readme_and_run_here():
 
 
 def test_the_model_from_a_package_names_what_to_install(tmp_path, monkeypatch, capsys):
-    """`smollm2_from_package.py`; what it writes is tested in test_smollm2.py."""
+    """`smollm2_from_package.py`; its output is tested in test_smollm2.py."""
     script = runpy.run_path(str(EXAMPLES / "smollm2_from_package.py"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert script["main"]([str(tmp_path / "model")]) == 2

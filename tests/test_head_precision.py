@@ -142,7 +142,7 @@ def yardstick(name: str, dtype: torch.dtype, entropy_coef: float) -> list[tuple]
     return found
 
 
-# What large cases have of fp16 and of no entropy term where there is no GPU
+# Large cases: the fp16 and no-entropy combinations that also run without a GPU
 RARE: dict[str, set] = {
     "wide": set(),
     "spread logits": {torch.float16},

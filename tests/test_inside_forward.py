@@ -1,4 +1,4 @@
-"""tree_forward inside a host's model: before, between and after, the model computes what it did."""
+"""tree_forward inside a host's model: before, between and after, the model's own results do not change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IDS = torch.arange(20).view(2, 10) * 3 % 97
 
 
 def outputs(model) -> list[torch.Tensor]:
-    """Logits of a padded batch, and what a greedy decoding with the cache says."""
+    """Logits of a padded batch, and the tokens of a greedy decoding with the cache."""
     mask = torch.ones_like(IDS)
     mask[1, 7:] = 0
     with torch.no_grad():

@@ -397,7 +397,7 @@ def test_without_a_cache_folder_the_index_is_in_a_private_folder(tmp_path, cache
 
 
 def test_nothing_but_numbers_is_read_from_the_cache(tmp_path, cache, monkeypatch):
-    """Whatever somebody writes there, no code runs: no pickles."""
+    """The cache holds no pickles, so that files planted in it cannot run code."""
     FileTasks(DataConfig(train=numbered(tmp_path / "train.jsonl", 9)), 0, [])
     (made,) = entries(cache)
     assert sorted(path.name for path in made.iterdir()) == ["blanks", "offsets", "suspects.json"]

@@ -1,4 +1,4 @@
-"""Runs on files with too many rows to hold, and what such files cost."""
+"""Runs on files with too many rows to hold in memory, and the cost of such files."""
 
 from __future__ import annotations
 

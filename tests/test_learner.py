@@ -101,7 +101,7 @@ def test_old_logprobs_of_the_current_policy_change_nothing(renderer):
 
 
 def truncated_logprobs(model, trajectory, filters) -> np.ndarray:
-    """What a sampler with filters reports, in fp64 from the model's own logits: normalised over what it keeps."""
+    """Compute the log-probs of a sampler with filters in fp64, normalised over the kept tokens; NaN: not sampled."""
     ids = torch.as_tensor(np.concatenate([trajectory.prompt_ids, trajectory.ids]))
     model.set_attn_implementation("sdpa")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""LoRA with the embedded engine: what trains, what is saved, resumed and exported."""
+"""LoRA with the embedded engine: trained weights, checkpoints, resuming and export."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def logits(model) -> torch.Tensor:
 
 
 def metrics(run: Path) -> list[dict]:
-    """All records without what a clock decides."""
+    """All records without values that depend on a clock."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "tokens_per_second"} for r in records]
 
@@ -242,7 +242,7 @@ def test_the_embedded_engine_samples_with_the_adapters_however_they_were_put_on(
 
 @pytest.mark.parametrize("side", ["agent", "user"])
 def test_the_other_side_of_a_dialogue_is_played_by_a_frozen_adapter(run, side):
-    """Beside a policy with adapters of its own: either samples what it samples alone, and updates reach the policy."""
+    """Beside a policy with adapters of its own: each samples as it does alone, and updates reach the policy."""
     saved = run / "checkpoints/step_2/model"
     plays = {"user": "model", "user_model": str(saved)}
     if side == "user":

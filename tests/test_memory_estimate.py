@@ -1,4 +1,4 @@
-"""The estimate of training memory against what the kernel says a real update took."""
+"""The estimate of training memory against the kernel's measurement of a real update."""
 
 import sys
 from pathlib import Path
@@ -50,7 +50,7 @@ CASES = {
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
 @pytest.mark.parametrize("name", CASES)
 def test_estimate_is_within_a_tenth_of_the_measured_peak(name):
-    """Of all that training holds, and of what an update takes on top of weights and optimizer states."""
+    """Compared are the whole training memory, and that of an update beyond weights and optimizer states."""
     config, lengths, prompts = CASES[name]
     parsed = parse_config(config)
     loads = update_loads(parsed, Lengths(*lengths), prompts)
@@ -91,7 +91,7 @@ def deep():
 
 @pytest.fixture
 def flat(deep):
-    """Where depth does not matter: every layer is traced."""
+    """A config with one layer, for tests in which depth does not matter: every layer is traced."""
     deep.model.random_init["num_hidden_layers"] = 1
     return deep
 

@@ -50,7 +50,7 @@ def test_opcheck_of_pact_loss(dtype, backend, paired, monkeypatch):
 
 @pytest.fixture
 def inductor():
-    """Inductor in this process, without what only makes its code fast: vector instructions cost a compilation each to try."""
+    """Inductor in this process, without optimisations: each test for vector instructions costs a compilation."""
     from torch._inductor import config
 
     with config.patch({"compile_threads": 1, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": False}):

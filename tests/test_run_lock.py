@@ -1,4 +1,4 @@
-"""One process trains in a run directory; another one is told which, whatever the moment at which it starts."""
+"""One process trains in a run directory; another one gets an error that names it, at any moment of its start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two policies in one episode: what each sees, what is trained of each side, and who may end the dialogue."""
+"""Two policies in one episode: the context of each side, its trained tokens, and the end of the dialogue."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def text(renderer, ids):
 def test_each_side_sees_what_was_said_to_it_and_nothing_else(renderer):
     (agent,), engine = run(renderer, [(AGENT, USER)])
     (user,), again = run(renderer, [(AGENT, USER)], train_as="user")
-    for session in (0, 1):  # the same dialogue, whoever is trained
+    for session in (0, 1):  # the same dialogue, whichever side is trained
         np.testing.assert_array_equal(np.concatenate(engine.contexts[session]), np.concatenate(again.contexts[session]))
     for session, trajectory in enumerate((agent, user)):
         seen = np.concatenate(engine.contexts[session])
@@ -159,7 +159,7 @@ def test_the_environment_judges_the_agents_side(renderer):
 
 @pytest.mark.parametrize("side", ["agent", "user"])
 def test_masks_and_advantages_of_both_views_are_those_of_the_dialogue(renderer, side):
-    """Every number from the texts and rewards by hand, in fp64: which tokens were sampled, and what they earn."""
+    """Every number from the texts and rewards by hand, in fp64: the sampled tokens and their rewards."""
     dialogues = [(AGENT, USER), (["Seven.", "Bye."], ["Hm.", "###STOP###"]), (["Eight."], ["###STOP###"])]
     trajectories, _ = run(renderer, dialogues, train_as=side)
     for trajectory, (agent, user) in zip(trajectories, dialogues, strict=True):
@@ -200,7 +200,7 @@ def test_masks_and_advantages_of_both_views_are_those_of_the_dialogue(renderer, 
 
 @pytest.mark.parametrize("side", ["agent", "user"])
 def test_the_loss_of_both_views_and_its_gradients_equal_the_formula_in_fp64(renderer, side):
-    """−min(rA, clip(r)A), averaged over what a side said and then over dialogues; r = 1 at the first optimizer step."""
+    """−min(rA, clip(r)A), averaged over the tokens of a side and then over dialogues; r = 1 at the first optimizer step."""
     dialogues = [(AGENT, USER), (["Seven.", "Bye."], ["Hm.", "###STOP###"]), (["Eight."], ["###STOP###"])]
     trajectories, _ = run(renderer, dialogues, train_as=side)
     for trajectory in trajectories:
@@ -223,7 +223,7 @@ def test_the_loss_of_both_views_and_its_gradients_equal_the_formula_in_fp64(rend
 
 
 def said_positions(renderer, trajectory, texts):
-    """Where the tokens of these texts stand, one after the other, found by their ids alone."""
+    """Find the positions of the tokens of these texts, which follow one another, by their ids alone."""
     ids, positions, at = trajectory.ids.tolist(), [], 0
     for wanted in (turn(renderer, text) for text in texts):
         while ids[at : at + len(wanted)] != wanted:

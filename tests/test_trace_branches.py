@@ -79,7 +79,7 @@ def reasoned(message: dict) -> dict:
 
 
 def turn_ids(renderer: ChatRenderer, expert: ExpertTrace) -> list[np.ndarray]:
-    """What the expert wrote, turn by turn, the answer last."""
+    """Return the ids of the expert's turns; the answer is last."""
     turns = [renderer.assistant_turn(turn.reasoning, turn.content, turn.calls)[0] for turn in expert.turns]
     return [*turns, renderer.assistant_turn(expert.answer_reasoning, expert.answer, [])[0]]
 
@@ -222,7 +222,7 @@ class Formulas:
         )
 
     def rollouts(self, context: np.ndarray):
-        """For every rollout: [(what stands before a sampled token, its index)], with `context` in place of the prompt."""
+        """For every rollout: [(context of a sampled token, its index)], with `context` in place of the prompt."""
         prompt = self.group.prompt_ids
         for trajectory in self.group.trajectories:
             tokens = []
@@ -246,7 +246,7 @@ class Formulas:
         return total / len(self.group.trajectories)
 
     def expert(self, weights_of, final_answer: bool) -> torch.Tensor:
-        """Σ m·(−log π) / Σ m over the expert's tokens, each after what the template shows before it."""
+        """Σ m·(−log π) / Σ m over the expert's tokens, each in the context that the template renders."""
         task = self.group.task
         context = self.renderer.trace_context(task, task.expert, "turns", answer=final_answer)
         weights = weights_of(context)[context.generated]

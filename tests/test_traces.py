@@ -1,4 +1,4 @@
-"""`pact-fast traces`: what is kept and why not, from reference calls and from a teacher, resumed after a kill."""
+"""`pact-fast traces`: kept and rejected rows, from reference calls and from a teacher, and after a kill."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def test_every_rank_sees_all_weights_but_never_at_once_and_trees_keep_their_grad
         assert result["equal"] and result["announced"]
         assert not result["again"]  # the other process would have to gather along
         assert result["left"] == 0  # partitioned again
-        assert result["gradient"] <= 1e-5  # what the backward pass makes again needs no released weight
+        assert result["gradient"] <= 1e-5  # recomputation in the backward pass needs no released weight
         assert result["largest"] <= result["total"] / 3 + 96 * 32  # one layer, or embedding, of three
 
 

@@ -1,6 +1,6 @@
-"""Parts of token trees: how trees are split under a budget of tokens, what a part costs, and which pack gets it.
+"""Parts of token trees: splitting trees under a token budget, the cost of parts, and their assignment to packs.
 
-Packs are assigned from a table of costs alone, so that whoever assigns them need not hold the tokens.
+Packs are assigned from a table of costs alone, so that the assigning process does not need the tokens.
 """
 
 from __future__ import annotations

@@ -226,7 +226,10 @@ class ChatTemplate:
         return pieces
 
     def _find_transform(self, role: str, ends: Ends) -> Callable[[str], str]:
-        """How the template transforms the content of a message of this role."""
+        """Find the transform that the template applies to the content of a `role` message, by rendering probes.
+
+        Raises PactError if none of _TRANSFORMS explains the rendering.
+        """
         pattern: Pattern = ((role, "f" if role == "tool" else ""),)
         if role != "tool" and not self._keeps_end(ends):  # gpt-oss ends an earlier answer by another token
             pattern = (("tool", "f"), *pattern)

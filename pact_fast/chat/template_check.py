@@ -28,7 +28,7 @@ Turn = tuple[str, list[ToolCall], list[Message]]  # text and calls of a turn, an
 def check_template(renderer: ChatRenderer) -> list[str]:
     """PactError with reason and cure if template, tokenizer and tool format do not work together, or take too much.
 
-    Returns notes on what works and is worth knowing, one line each.
+    Returns notes, one line each, on supported but unusual behaviour.
     """
     with memory_limit(MEMORY, "the chat template (set model.chat_template to another one)"):
         _check_clock(renderer)
@@ -151,7 +151,7 @@ def _check_texts(renderer: ChatRenderer, turns: Sequence[Turn]) -> list[str]:
 
     Templates keep, strip or blank the reasoning of earlier turns. So the turns compared have no reasoning, and empty
     think blocks are ignored. A difference only in blanks beside control tokens is a note: Hermes 2 Pro and 3 write a line
-    break after the last tool result only once the conversation goes on.
+    break after the last tool result only when the conversation continues.
     """
     notes: list[str] = []
     messages = list(_PROMPT)

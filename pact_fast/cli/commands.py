@@ -1,4 +1,4 @@
-"""What the commands do: each takes parsed arguments, imports what it needs, and returns an exit status."""
+"""The commands. Each takes parsed arguments and returns an exit status; imports are local to keep `--help` fast."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
         )
     for option in ("engine", "category", "limit"):
         if getattr(arguments, option) is not None:
-            raise PactError(f"--{option} belongs to a benchmark; give its name and --model")
+            raise PactError(f"--{option} applies to benchmarks only; give the name of a benchmark and --model")
     from pact_fast.cli.session import evaluate_command
 
     return evaluate_command(arguments.source, arguments.settings, arguments.out)

@@ -11,9 +11,9 @@ from typing import Any
 from pact_fast.cli.language_model import add_llm, llm_config
 
 DESCRIPTION = """\
-Make tasks of a domain, with checkers that are executed, and training dialogues (docs/eigendata.md). Every round plans, writes,
-verifies and plays tasks; then prompts and workflow are revised from the failures. A command that was stopped continues where
-it was when it is given again.
+Make tasks of a domain with executable checkers, and training dialogues (docs/eigendata.md). Every round plans, writes,
+verifies and plays tasks; then prompts and workflow are revised from the failures. A stopped command continues when
+it is repeated.
 """
 EXAMPLES = """\
   pact-fast data eigendata helpdesk -o data/helpdesk

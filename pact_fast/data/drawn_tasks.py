@@ -79,7 +79,7 @@ class DrawnTasks:
                 if not self._skip:
                     raise
                 last = error
-        raise DataError(f"{last.problem}; and none of {TRIES:,} rows drawn in its place can be used", file=last.file)
+        raise DataError(f"{last.problem}; none of {TRIES:,} rows drawn in its place can be used either", file=last.file)
 
     def _candidates(self, position: int, seed: Sequence[int]) -> Iterator[int]:
         yield position

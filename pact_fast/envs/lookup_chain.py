@@ -1,7 +1,7 @@
 """Built-in environment: multi-hop look-ups with tools, generated from a seed.
 
 A task asks where a chain of relations leads ("From @cleo follow: boss city."), from one start or from two at once. Each
-tool looks up one relation. Its answers are drawn anew for each task, so they cannot be memorised: the policy has to
+tool looks up one relation. Its answers are drawn at random for each task and cannot be memorised: the policy has to
 call, read and call again. Some tools are distractors; some are flaky, which means that they fail at the first try and
 must be called again; two starts are looked up in parallel calls. Difficulty is the number of relations (hops).
 

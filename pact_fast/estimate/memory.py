@@ -31,7 +31,7 @@ CLOSE = 0.02  # fraction of free memory that may stay unused, which saves traces
 class MemoryEstimate:
     """Peak memory of an update on one device.
 
-    parts       bytes at the moment of the peak, by what they are for
+    parts       bytes at the moment of the peak, by use
     tokens      tokens of the largest pack
     parameters  elements of the model's parameters
     traffic     bytes per token that the decoder's operators read and write, without matrix products and attention

@@ -31,7 +31,7 @@ HOST_COPY = {
 
 
 def planning(config: Config, lengths: Lengths, gpus: int) -> list[StepPart]:
-    """What rank 0 computes in Python: it plans its prompts, assigns packs, reduces metrics and writes rollouts."""
+    """Estimate rank 0's work in Python: planning its prompts, assigning packs, reducing metrics, writing rollouts."""
     rollouts = config.trainer.prompts_per_step * lengths.rollouts
     if not make_algorithm(config.algorithm).needs_rollouts:
         return []
@@ -59,14 +59,14 @@ def fingerprints(config: Config, hardware: Hardware, model: PreTrainedModel) -> 
 def checkpoint(
     config: Config, hardware: Hardware, sharding: Sharding, model: PreTrainedModel, seconds: float
 ) -> list[StepPart]:
-    """What a step waits for checkpoints, on average.
+    """Estimate the seconds per step for which training waits for checkpoints, on average.
 
     Args:
         config: The run's configuration.
         hardware: Rates of a device.
         sharding: How training state is split.
         model: The model, on the meta device.
-        seconds: Of a step without checkpoints.
+        seconds: Duration of a step without checkpoints.
     """
     size = checkpoint_bytes(config, sharding, _count(model), _count(model, trained_only=True))
     copies = size / sharding.devices / HOST_COPY[hardware.device]

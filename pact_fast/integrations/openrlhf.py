@@ -28,7 +28,7 @@ HOST = "OpenRLHF"
 
 
 class _State:
-    """What is known of an actor's model: whether it has been checked, and whether its loss is a sum over tokens."""
+    """State of an actor's model: whether it has been checked, and whether its loss is a sum over tokens."""
 
     def __init__(self) -> None:
         self.checked, self.host_loss = False, HostLoss()
@@ -96,7 +96,7 @@ class _Forward:
         self._at = (scored & self._attention if actor.packing_samples else scored).flatten().nonzero().squeeze(1)
 
     def run(self, host: Any, before: Callable[..., Any]) -> Any:
-        """What `Actor.forward` returns."""
+        """Compute the result of `Actor.forward` with the fused head."""
         check = torch.is_grad_enabled() and due(self._state.checked, len(self._at))
         random = RandomState(self._sequences.device) if check else None
         scores = inside_forward(self._actor.model, functools.partial(self._score, host, check))

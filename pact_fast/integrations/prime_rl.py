@@ -42,7 +42,7 @@ def install() -> Callable[[], None]:
         for head in _classes(known)
     ]
     if not undo:
-        raise PactError(f"{HOST}: {PACKAGE}.lm_head has none of the heads that are known; use prime-rl 0.8")
+        raise PactError(f"{HOST}: {PACKAGE}.lm_head has no supported head class; use prime-rl 0.8")
 
     def remove() -> None:
         while undo:

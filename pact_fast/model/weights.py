@@ -63,7 +63,7 @@ class WeightsUnavailable(PactError):
 
 
 class WeightSnapshot:
-    """One version of the model's weights, as an iterable of (name, tensor) that fingerprints what it yields.
+    """One version of the model's weights, as an iterable of (name, tensor) that fingerprints the tensors it yields.
 
     It is a `WeightSource` of vLLM. An engine that was restarted iterates once more; if the weights have changed since
     the first pass, or cannot be gathered again, that raises WeightsUnavailable.
@@ -126,7 +126,7 @@ def checkpoint_weights(model: PreTrainedModel, dtype: torch.dtype | None = None)
 
 
 def checkpoint_shapes(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[TensorSpec]:
-    """The specs of what `checkpoint_weights` yields. Nothing is gathered."""
+    """The specs of the tensors of `checkpoint_weights`. Nothing is gathered."""
     for bucket in weight_buckets(model):
         tensors = {
             name: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta") for name, p in bucket

@@ -34,13 +34,13 @@ class Job:
 
 @dataclass
 class Side:
-    """One policy's view of an episode: what it was shown, and what it said.
+    """One policy's view of an episode: its context and its own turns.
 
     session     of the engine
     prompt_ids  [n] int64
     tools       on offer now
     unsent      tokens that the engine has not been given yet; its next request begins with them
-    opening     what the other side said before the first turn; None: the prompt holds it
+    opening     the other side's message before the first turn; None: the prompt holds it
     length      tokens after the prompt, in the sequence that the engine has now
     pieces      that sequence, where the user may change it: what there was when the user spoke last, then turns and the
                 text between them
@@ -93,7 +93,7 @@ class Side:
         self.versions.append(np.full(n, version, np.int32))
 
     def add_message(self, text: str) -> None:
-        """Record what the other side said after the last turn."""
+        """Record the other side's message after the last turn."""
         if self.turns:
             self.turns[-1].user = text
         else:
@@ -126,7 +126,7 @@ class Episode:
     user     side of the policy that plays the user; None: the environment does, or a model behind an endpoint, or nobody
     endpoint the user that a model behind an endpoint plays
     speaker  whose turn it is, or was last
-    offered  a copy of what the environment offered when it was last asked; used where it has a user
+    offered  a copy of the tools that the environment offered last; used if it has a user
     started  seconds
     """
 

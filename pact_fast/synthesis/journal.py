@@ -88,7 +88,7 @@ class Journal:
     def _check(self, known: Any, path: Path) -> None:
         if difference := first_difference(known, self._identity):
             raise PactError(
-                f"{path} is of other settings: {difference}; name another folder with -o, or remove this one"
+                f"{path} was written with other settings: {difference}; name another folder with -o, or remove this one"
             )
 
 

@@ -94,7 +94,7 @@ def rewind_metrics(path: Path, size: int) -> None:
     """Cut metrics.jsonl to the `size` bytes that it had at a checkpoint.
 
     A resumed run repeats the later steps, which would otherwise be recorded twice. If the file is shorter (full disk,
-    incomplete copy), its complete lines are kept. The file is written anew, so that a copy by hard links (cp -al) of the
+    incomplete copy), its complete lines are kept. The file is replaced, so that a copy by hard links (cp -al) of the
     run directory keeps its own.
     """
     if not path.exists():
@@ -156,7 +156,7 @@ def problem(path: Path, verify: bool = False) -> str | None:
 
 
 def _manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """(size, SHA-256) of every file by name. ValueError if manifest.json is not what a save writes."""
+    """(size, SHA-256) of every file by name. ValueError if manifest.json does not have the form that a save writes."""
     manifest = _read_object(path / "manifest.json")
     files = manifest.get("files")
     if not isinstance(manifest.get("step"), int) or not isinstance(files, dict) or "state.json" not in files:
@@ -171,7 +171,10 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def _damage(path: Path) -> str | None:
-    """What keeps files of the right sizes from being read: the state, or the header of a tensor file."""
+    """Return a description of the damage if state.json or the header of a tensor file cannot be read, else None.
+
+    File sizes have been checked before.
+    """
     try:
         _read_object(path / "state.json")
     except (ValueError, OSError):

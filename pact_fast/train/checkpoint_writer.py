@@ -1,4 +1,4 @@
-"""Saving a checkpoint while training goes on: copied in memory, written to a hidden folder, and renamed when it is complete.
+"""Saving a checkpoint during training: copied in memory, written to a hidden folder, and renamed when it is complete.
 
     start_save           every rank takes its share of the files; a thread on each copies and writes them
     wait_copied          training waits for the copies before the next optimizer step, which would change the tensors
@@ -189,7 +189,7 @@ class PendingSave:
 
     def ready(self) -> bool:
         """Whether `finish` would not wait: all ranks are done, or one has failed."""
-        # of all ranks, so that they go on together; a failure on one must not wait for the others
+        # of all ranks, so that they continue together; a failure on one must not wait for the others
         writer = self._writer
         working, failed = self._world.sum_counts(not writer.ended(), writer.failed())
         return bool(failed) or not working
@@ -211,7 +211,7 @@ class PendingSave:
     def finish_alone(self) -> None:
         """End without the other ranks, which may not be there any more; the checkpoint is completed if they have done theirs.
 
-        Errors are left to whoever resumes: the checkpoint is then not there.
+        Errors are not reported: the checkpoint is then missing, and a resumed run uses an older one.
         """
         self._alone = True
         self._writer.wait_ended()
@@ -246,7 +246,7 @@ class PendingSave:
         return files
 
     def _note(self, path: Path, rank: int) -> Any:
-        """What another rank's thread says, when it does."""
+        """Wait for the note of another rank's thread, and return its content."""
         alone = 0.0
         while not path.exists():
             alone += POLL if self._alone else 0.0

@@ -156,7 +156,7 @@ class RolloutCollector:
         if self.filtered.without_signal == len(chosen):
             self._progress.note(
                 f"step {step + 1}: none of {self.filtered.sampled} groups has a signal (mean reward "
-                f"{self.filtered.reward_mean:.2f}); there is nothing to learn in this step, and the run goes on"
+                f"{self.filtered.reward_mean:.2f}); there is nothing to learn in this step; the run continues"
             )
         return chosen
 

@@ -1,4 +1,4 @@
-"""What a run reads before its model is built, the same on all ranks: data files, tokenizer, rows, checkpoint."""
+"""Inputs of a run, read before the model is built: data files, tokenizer, rows, checkpoint. Equal on all ranks."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _trace(task: Task, noise: TraceNoise, rng: random.Random) -> ExpertTrace:
 def _batch(tasks: Sequence[Task], traces: Sequence[ExpertTrace], renderer: ChatRenderer) -> PromptBatch:
     """Traces of tasks, answers included, with weight 1 on every generated token.
 
-    They are one tree: what their prompts have in common at their start (system message and tools, as a rule) is computed once.
+    They are one tree: the common beginning of their prompts (usually system message and tools) is computed once.
     """
     shown = [
         renderer.trace_context(task, trace, "turns", answer=True) for task, trace in zip(tasks, traces, strict=True)

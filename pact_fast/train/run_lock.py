@@ -75,7 +75,7 @@ class RunLock:
         record = _read(self._path)
         if record and record.get("id") != self._held.record["id"]:
             raise PactError(
-                f"{self._run} was taken over by {_who(record)}, so this process stops; what it had saved is there"
+                f"{self._run} was taken over by {_who(record)}, so this process stops; its checkpoints are kept"
             )
 
     def release(self) -> None:
@@ -165,7 +165,7 @@ def _open_locked(run: Path, path: Path) -> tuple[int, bool]:
             os.close(descriptor)
             raise
         os.close(descriptor)  # of a file that its last holder has removed
-    raise PactError(f"cannot lock {run}: other processes start and end there all the time; start again")
+    raise PactError(f"cannot lock {run}: other processes keep starting and ending there; try again")
 
 
 def _flock(descriptor: int) -> bool:

@@ -136,7 +136,7 @@ class Stepper:
         }
 
     def _on_all(self, metrics: dict[str, float], groups: list[Group]) -> dict[str, float]:
-        """Rank 0's metrics, with what reward functions logged, on all ranks. PactError if two have the same name."""
+        """Rank 0's metrics and those logged by reward functions, on all ranks. PactError if two have the same name."""
         logged = logged_metrics(groups, self._learner.world)
 
         def join() -> list[Any]:

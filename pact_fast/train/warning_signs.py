@@ -97,7 +97,7 @@ class WarningSigns:
         """The metrics `warnings/…` of a step (1: the sign shows), and texts of signs that show for the first time."""
         for key, values in self._history.items():
             value = metrics.get(key)
-            if value is not None and math.isfinite(value):  # metrics.jsonl has null for what is not finite
+            if value is not None and math.isfinite(value):  # metrics.jsonl has null for non-finite values
                 values.append(value)
         found, texts = {}, []
         for name, sign in SIGNS.items():

@@ -99,7 +99,7 @@ def whole_gradient(learner: Learner) -> np.ndarray:
 
 
 def losing_one(backward):
-    """What DeepSpeed's CPU offload has done to others: one micro-batch that nobody misses."""
+    """Return a backward pass that silently drops one micro-batch, a fault reported for DeepSpeed's CPU offload."""
     lost = []
 
     def faulty(batch, scored, result, last):

@@ -1,6 +1,7 @@
-"""What the fork server has ready before it forks the first process: what every run imports, and what it makes anew each time.
+"""Preloaded state of the fork server: the imports of every run, and objects that every run would otherwise rebuild.
 
-A module of its own, because the fork server can import modules only. Run by `python -m`, a process does the same work itself.
+A separate module, because the fork server can only import modules. A process started by `python -m` does the same work
+itself.
 """
 
 import atexit
@@ -22,7 +23,7 @@ from pact_fast.envs.registry import environment
 from pact_fast.rollout.registry import engine
 from pact_fast.train.trackers.registry import tracker
 
-with contextlib.suppress(ImportError):  # whoever saves a model imports it, through accelerate
+with contextlib.suppress(ImportError):  # imported through accelerate when a model is saved
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # noqa: F401
 

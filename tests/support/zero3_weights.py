@@ -59,7 +59,7 @@ def partitioned(plain: PreTrainedModel, persistence: int = 0) -> Any:
 
 
 def save(folder: Path, failing: str | None = None) -> None:
-    """Saves a partitioned model after a step, in small files, and what gathering it gives to `folder`/gathered.
+    """Saves a partitioned model after a step, in small files, and the gathered model to `folder`/gathered.
 
     `failing`: how the names of the files begin that rank 1 cannot write, so that the save fails on all.
     """
@@ -93,7 +93,7 @@ def full_disk(name: str, write: Callable[..., Any], *args: Any) -> Any:
 
 
 def main(folder: Path) -> None:
-    """Writes what this rank saw to `folder`/RANK.json."""
+    """Writes this rank's observations to `folder`/RANK.json."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **SHAPE), dtype=torch.float32)
     engine = partitioned(plain)

@@ -59,7 +59,7 @@ class ApiSession:
         return sorted(self._methods)
 
     def run(self, name: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> str:
-        """What the official executor returns for a call; never raises."""
+        """Execute a call and return the text that the official executor returns. Never raises."""
         kwargs = kwargs or {}
         try:
             return self._run(name, args, kwargs)

@@ -1,6 +1,7 @@
-"""What is wrong with a model that plays the user: protocol breaks, premature stops, and what it gives away.
+"""Flaws of a model that plays the user: protocol violations, premature stops, and leaks.
 
-The scripted user is the yardstick for leaving: a stop is premature where the script, told the same, would have gone on.
+Premature stops are judged by the scripted user: a stop is premature if the script would have continued after the same
+messages of the agent.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def user_flaws(domain: Domain, instance: Instance, trajectory: Trajectory, over:
     `user_protocol_break`  a malformed call, a call of a tool that the user does not have, an empty message, a stop word that
                            does not end the message, or more tokens than a user may take
     `user_premature_stop`  the user ended the dialogue, and the scripted user would not have
-    `user_leak`            the user said what the agent has to find, or the name of a tool of the agent
+    `user_leak`            the user stated a value that the agent has to find, or the name of a tool of the agent
 
     Args:
         domain: The domain of the instance.
@@ -40,7 +41,7 @@ def user_flaws(domain: Domain, instance: Instance, trajectory: Trajectory, over:
 
 
 def breaks_protocol(domain: Domain, instance: Instance, trajectory: Trajectory) -> bool:
-    """Whether a turn of the user is none that a user can take."""
+    """Whether a turn of the user violates the protocol."""
     if trajectory.stop_reason is StopReason.MAX_USER_TOKENS:
         return True
     own = domain.user if instance.user.device is not None else {}
@@ -61,7 +62,7 @@ def would_leave(domain: Domain, instance: Instance, told: Sequence[str]) -> bool
 
 
 def leaks(domain: Domain, instance: Instance, trajectory: Trajectory) -> list[str]:
-    """What the user gave away: values that the agent has to find and has not said itself, and names of its tools."""
+    """List the user's leaks: values that the agent has to find and has not said itself, and names of its tools."""
     user = instance.user
     heard = " ".join([user.opening, user.goal, *user.knows.values(), trajectory.opening or ""])
     found: list[str] = []

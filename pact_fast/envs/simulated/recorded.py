@@ -64,7 +64,7 @@ class ObservationStore:
             return self._known[key]
 
     def _catch_up(self, file: Any) -> bool:
-        """Read what was appended since. Returns whether the file ends with a whole line."""
+        """Read the lines appended since the last read. Returns whether the file ends with a whole line."""
         file.seek(self._read)
         data = file.read()
         whole = data[: data.rfind(b"\n") + 1]

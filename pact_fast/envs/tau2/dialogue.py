@@ -41,7 +41,7 @@ class Dialogue:
         self._user = make_user(self.role)
 
     def respond(self, text: str) -> str | None:
-        """The user's answer to the agent, after what it does on its phone; None when the dialogue is over."""
+        """The user's answer to the agent, after its actions on the phone; None when the dialogue is over."""
         if self.episode.ending is not None:
             return None
         if not text.strip():

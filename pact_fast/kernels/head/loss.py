@@ -102,7 +102,7 @@ def pact_loss(
         logit_scale: Positive factor of hWᵀ + b, before the soft-cap.
         bias: [V] bias of the head.
         pairs: Experimental: adds Σ pair weight·divergence of pairs of tokens, see `TokenPairs`.
-        statistics: Names of what to return per token beside log-prob and entropy, see `linear_logprob`.
+        statistics: Names of further statistics to return per token, see `linear_logprob`.
         backend: "auto", or one of `backends()`.
 
     Raises:

@@ -249,7 +249,7 @@ class LossSettings(NamedTuple):
 
 
 class SequenceTerms(NamedTuple):
-    """What the terms of n tokens take from their sequences, [n] each.
+    """Per-sequence inputs of the loss terms of n tokens, [n] each.
 
     log_ratio  mean log-ratio of the token's (sequence, context)
     slope      derivative of the policy loss of the whole sequence by the token's log-prob, weights included; None: that of

@@ -35,8 +35,8 @@ class LossTokens:
     kl_weight        float    weight of the KL term, every normaliser included; None: rl_weight
     entropy_weight   float    weight of the entropy bonus, every normaliser included; None: rl_weight
 
-    Only row and target must be given, and what the loss needs: advantage and rl_weight for a policy loss, sft_weight for
-    SFT. A table without weights only measures. A number stands for [N] times that number.
+    Only row and target are required, and the columns that the loss reads: advantage and rl_weight for a policy loss,
+    sft_weight for SFT. A table without weights only measures. A number stands for [N] times that number.
     """
 
     row: torch.Tensor

@@ -1,4 +1,4 @@
-"""What a vLLM server may answer. Anything else is an EngineError, whatever sent it."""
+"""Validation of answers of a vLLM server. An unexpected answer is an EngineError, even one sent by a proxy."""
 
 from __future__ import annotations
 

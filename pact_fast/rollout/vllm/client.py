@@ -149,7 +149,7 @@ class VllmServerTransport(VllmTransport):
         self._results.put(batch)
 
     def _drop_turns(self) -> None:
-        """Abort all turns under way, and discard results that nobody has polled."""
+        """Abort all running turns, and discard results that have not been polled."""
         self.abort(list(self._turns))  # their results will be unknown to `poll`
         self._errors.clear()
 
@@ -308,13 +308,13 @@ class VllmServerClient(VllmServerTransport):
             raise
 
     def _connect(self, start_timeout: float, transfer_required: bool) -> None:
-        """Wait for the server, and check that it can do what is asked of it."""
+        """Wait for the server, and check that it supports the required features."""
         self._wait_ready(start_timeout)
         self._check_extension()
         if self._transfer and any(found != NCCL for found in self.rpc("pact_transfer_backend") or [None]):
             problem = f'{self.name} was not started with --weight-transfer-config \'{{"backend": "{NCCL}"}}\''
             if transfer_required:
-                raise PactError(f"{problem}; do so, or set rollout.vllm_weight_transfer=files")
+                raise PactError(f"{problem}; restart it with this option, or set rollout.vllm_weight_transfer=files")
             log.warning("%s; its weights go through files in %s", problem, self.weight_files.folder)
             self._transfer = None
 

@@ -53,7 +53,7 @@ class HttpClient:
         self._post(self._pool.send, exchange)
 
     def cancel(self, exchange: Exchange) -> None:
-        """Nobody waits for the exchange any more. Its `finish` may be under way at this moment."""
+        """Abandon the exchange. Its `finish` may be running at this moment."""
         self._post(self._pool.cancel, exchange)
 
     def call_soon(self, callback: Callable[[], None]) -> None:

@@ -24,13 +24,13 @@ class Answer(NamedTuple):
 
 
 class Exchange:
-    """A request, and what becomes of its answer. Both methods are called in the thread of the connections.
+    """A request and the handler of its answer. Both methods are called in the thread of the connections.
 
     method, path  of the request
     limit         bytes of the body of the answer
     turn          it counts towards the limit of open turns, and may wait for its turn
     connection    that it is on
-    cancelled     nobody waits for it
+    cancelled     the caller has abandoned it
     """
 
     __slots__ = ("cancelled", "connection", "limit", "method", "path", "turn")

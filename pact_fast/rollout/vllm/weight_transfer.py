@@ -198,7 +198,7 @@ def init_nccl_group(nccl_id: bytes, size: int, device: Any) -> Any:
 
 
 def _worker_init_info(nccl_id: bytes, size: int) -> dict[str, Any]:
-    """What the server's workers need to join the group as ranks 1 to size − 1."""
+    """Return the payload with which the server's workers join the group as ranks 1 to size − 1."""
     from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
 
     encoded = base64.b64encode(nccl_id).decode()

@@ -3,7 +3,7 @@
     train.jsonl     tasks with a trace; `pact-fast train` reads them
     tasks.jsonl     tasks with tools and without a trace: for rollouts, or for traces of a teacher
     rejected.jsonl  {id, reasons} of every other row
-    tools.json      every tool with its frequency, and what was merged and rejected
+    tools.json      every tool with its frequency, and the merged and rejected ones
     report.html     acceptance by reason, tools, a trace to read
     manifest.json   settings, digest of the input, counts; written last
 
@@ -39,14 +39,14 @@ from pact_fast.synthesis.mtr.tool_maker import make_tools
 from pact_fast.synthesis.mtr.verify import MAX_TURNS
 from pact_fast.synthesis.ordered import ordered
 
-VERSION = 2  # of what a row gives
+VERSION = 2  # of the output of a row
 MANIFEST = "manifest.json"
 UNREADABLE = "unreadable"  # the reason of a row that no reader accepts
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result, beside the rows.
+    """Settings that the result depends on, besides the rows.
 
     max_rows   read only this many rows; None: all
     max_turns  longest trace that is kept, in assistant turns
@@ -70,7 +70,7 @@ def make_dataset(
 
     Args:
         source: The file.
-        out: The folder; what an interrupted call has left there is continued.
+        out: The output folder. An interrupted call is continued there.
         settings: What else decides the result.
         progress: Called after every row with (rows done, traces kept).
         tool_maker: A language model that makes the tools of rows without a plan; None: the rules do.
@@ -144,7 +144,7 @@ def _unreadable(error: DataError) -> dict[str, Any]:
 
 
 def _record(made: MadeTask) -> dict[str, Any]:
-    """What the files need of a row, as JSON."""
+    """Return the parts of a row that the output files need, as JSON data."""
     task, tools = made.task, made.tools
     schemas = [
         [tool.name, tool.kind, sorted(tool.parameters.get("properties", {}))] for tool in tools.world.tools.values()
@@ -212,7 +212,7 @@ def _write_tasks(path: Path, tasks: Sequence[Any]) -> None:
 
 
 def tool_table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Tools by frequency, and what was made, merged and rejected."""
+    """Tools by frequency, and counts of made, merged and rejected ones."""
     counts = Counter((name, kind, tuple(parameters)) for r in records for name, kind, parameters in r["tools"])
     rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     task_tools = sum(kind == "lookup" for r in records for _, kind, _ in r["tools"])

@@ -36,13 +36,13 @@ from pact_fast.synthesis.traces.transcript import CannotAct, Key, play
 from pact_fast.synthesis.traces.verify import rejection_reasons, same_episode, trace_of
 from pact_fast.users.endpoint import ANSWERS, EndpointUsers, user_llm
 
-VERSION = 1  # of what a row gives
+VERSION = 1  # of the output of a row
 PART = 64  # rows that are played at once, and lost to a kill: the model's answers are kept
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result beside the rows, their environment and the model.
+    """Settings that the result depends on, besides the rows, their environment and the model.
 
     calls     `reference`: the row's own calls, executed; `teacher`: those of a model
     attempts  episodes of a teacher per row, until one is kept
@@ -67,7 +67,7 @@ def make_traces(
 
     Args:
         config: The rows, their environment, and the limits of an episode (`rollout`).
-        out: The folder; what an interrupted call has left there is continued.
+        out: The output folder. An interrupted call is continued there.
         settings: What else decides the result.
         client: The language model; needed where `settings` names a teacher or a model.
         progress: Called with (rows done, rows, traces kept), also once before the first.
@@ -108,13 +108,13 @@ def make_traces(
 
 
 def _ticker(progress: Callable[[int, int, int], None], done: int, rows: int, kept: int) -> Callable[[], object]:
-    """A function that counts episodes as they end: what is kept of them is known later."""
+    """Return a function that counts finished episodes; which of them are kept is known later."""
     count = itertools.count(done + 1)
     return lambda: progress(next(count), rows, kept)
 
 
 def _identity(config: Config, settings: Settings, client: LLMClient | None, tasks: Sequence[Task]) -> Record:
-    """What the files depend on, as JSON data."""
+    """Return everything that the output files depend on, as JSON data."""
     user = user_llm(config.rollout)
     identity = {
         "version": VERSION,
@@ -141,7 +141,7 @@ class _Maker:
         self._make_env = EnvironmentFactory(config)
 
     def close(self) -> None:
-        """End what the environments share."""
+        """Close the shared resources of the environments."""
         self._make_env.close()
         if self._users:
             self._users.close()
@@ -162,7 +162,7 @@ class _Maker:
         return [records[index] for index in range(len(tasks))]
 
     def _problem(self, task: Task) -> str | None:
-        """What the row lacks for its environment."""
+        """Return the reason why the environment rejects the row, or None."""
         check = getattr(environment.get(task.env or self._default), "check_task", None)
         try:
             if check is not None:
@@ -213,7 +213,7 @@ class _Maker:
         return results
 
     def _verified(self, tasks: dict[int, Task], made: dict[int, Record | _PlayedTrace]) -> dict[int, Record]:
-        """The records of what was made: played again from the trace alone, with segments by a model if that is asked."""
+        """Return the records of the traces: replayed from the trace alone, with segments by a model if requested."""
         kept: dict[int, tuple[_PlayedTrace, ExpertTrace]] = {}
         records: dict[int, Record] = {}
         for index, result in made.items():

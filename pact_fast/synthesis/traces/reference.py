@@ -45,7 +45,7 @@ def plan(task: Task) -> Planned | None:
 
 
 def template(number: int, calls: Sequence[ToolCall], tools: Sequence[ToolSchema]) -> str:
-    """Reasoning before calls: what their tools are for, in the words of their descriptions, if that previews no call.
+    """Reasoning before calls: the purpose of their tools, in the words of the descriptions, if that previews no call.
 
     Args:
         number: Turns before this one.
@@ -83,7 +83,7 @@ class ReferenceActor:
     def act(self, context: Context) -> ParsedTurn:
         turns = self._plans[context.key[0]].turns
         if context.turns >= len(turns):
-            raise CannotAct("unfinished", "the episode goes on after the last reference turn")
+            raise CannotAct("unfinished", "the episode continues after the last reference turn")
         turn = turns[context.turns]
         if turn.reasoning or not turn.calls:
             return turn

@@ -76,7 +76,7 @@ def python() -> str:
 
 
 def arguments() -> list[str]:
-    """Options of bwrap for what `namespaces.enter` makes."""
+    """Options of bwrap for the same isolation as `namespaces.enter`."""
     root = os.geteuid() == 0  # the tool's process sets its own user id, after Python has started
     kinds = ["--unshare-pid", "--unshare-net", "--unshare-ipc", *([] if root else ["--unshare-user"])]
     rights = ["--cap-drop", "ALL", *(["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else [])]

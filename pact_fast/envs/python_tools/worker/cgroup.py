@@ -46,7 +46,7 @@ def limit_group(folder: str, processes: int) -> bool:
 
 
 def remove_group(folder: str | None, seconds: float = 1.0) -> None:
-    """Remove what `make_group` has made. The processes in it must be gone, or about to be."""
+    """Remove the group of `make_group`. The processes in it must be gone, or about to be."""
     end = time.monotonic() + seconds
     while folder and not _remove(folder) and time.monotonic() < end:
         time.sleep(0.001)

@@ -1,6 +1,6 @@
-"""The fork server of a pool: starts Python once, finds out once what the system allows, and forks every worker.
+"""The fork server of a pool: starts Python once, tests once which isolation the system allows, and forks every worker.
 
-It sees no request and no answer. When it is gone, the workers that it has forked go on, and the trainer starts another one.
+It sees no request and no answer. When it is gone, its workers continue, and the trainer starts another one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     tool.preload()
     trials = try_out(argv[2])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers
-    libc_call("prctl", PR_SET_DUMPABLE, 0)  # a tool of the same user must not change what workers are forked from
+    libc_call("prctl", PR_SET_DUMPABLE, 0)  # a tool of the same user must not change the parent of the workers
     while True:
         # watch the trainer's process, too: a process that it forked may hold its end of the socket open
         ready, _, _ = select.select([control.fileno(), trainer], [], [])

@@ -42,7 +42,7 @@ class Supervisor:
         self.group: str | None = None
         self.trainer = socket.socket(fileno=0)
         self.trainer_process = trainer_process
-        libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1)  # what the zygote leaves behind if it is killed
+        libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1)  # adopts the zygote's processes if it is killed
         zygote, self.control = start_zygote(settings, trials)
         self.zygote = os.pidfd_open(zygote)
         libc_call("prctl", PR_SET_DUMPABLE, 0)  # a tool of the same user must not read this process's memory

@@ -29,8 +29,8 @@ from .linux import (
 )
 from .settings import PROCESSES, WORK_BYTES, Settings
 
-END, CAUSE = b"end", b"cause"  # what the supervisor says
-CALL = b"call"  # what the zygote says, with a call's descriptors
+END, CAUSE = b"end", b"cause"  # messages of the supervisor
+CALL = b"call"  # message of the zygote, with a call's descriptors
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Trials:
-    """What the system allows. Tried out once, for all workers of a fork server: each of them applies it.
+    """Isolation that the system allows, tested once for all workers of a fork server; each worker applies it.
 
     isolated  `namespaces.enter` succeeds
     code      the filter of system calls; None if the system takes none
@@ -189,7 +189,7 @@ class Forks:
 
 
 def try_out(sandbox: str) -> Trials:
-    """Find out, in children, what the system allows a worker that starts here."""
+    """Test in child processes which isolation the system allows for workers that start here."""
     return Trials(sandbox == "namespaces" and works(namespaces.enter), usable_filter())
 
 
