@@ -30,7 +30,6 @@ namespace {
 #ifdef __AVX512F__
 
 constexpr int64_t kKeyBlock = 256;  // terms of one running sum of values
-constexpr float kLog2E = 1.44269504088896341f;
 
 // A cache [slots, heads, capacity, head_dim], contiguous.
 template <typename T>
@@ -197,14 +196,6 @@ bool ready(ScalarType type) {
 }
 
 bool decode_attention_ready(ScalarType type) { return ready(type); }
-
-// [1, heads, tokens, head_dim] with contiguous rows.
-void check_heads(const Tensor& t, ScalarType type, int64_t heads, int64_t tokens, int64_t head_dim, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == type && t.size(0) == 1 && t.size(1) == heads &&
-                      t.size(2) == tokens && t.size(3) == head_dim && t.stride(3) == 1,
-                  "decode attention: ", name, " must be ", dtype_name(type), " [1, ", heads, ", ", tokens, ", ", head_dim,
-                  "] with contiguous rows");
-}
 
 void check_distinct(const int64_t* slots, int64_t tokens, int64_t count) {
   std::vector<bool> seen(count);
