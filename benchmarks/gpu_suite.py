@@ -177,10 +177,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    plan = {name: SECTIONS[name] for name in args.only}
+    sections = {name: SECTIONS[name] for name in args.only}
     no_cuda = args.device == "cuda" and not torch.cuda.is_available()
     if args.list or no_cuda:
-        for name, section in plan.items():
+        for name, section in sections.items():
             print(f"{name:12} {section.seconds:4.0f} s  {section.title}")
         if no_cuda and not args.list:
             print("no CUDA device: nothing was run; --device cpu is a smoke test", file=sys.stderr)
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         print("no git repository: the results name no commit; pass --commit", flush=True)
     out = args.out.resolve()
     begin = time.monotonic()
-    for name, section in plan.items():
+    for name, section in sections.items():
         print(f"{name}: {section.title}", flush=True)
         left = LIMIT - (time.monotonic() - begin)
         result = run(section, args.device, out.with_suffix(f".{name}.json"), min(section.seconds, left))

@@ -92,7 +92,7 @@ def estimate_step(config: Config, hardware: Hardware, lengths: Lengths, sharding
         *_passes(config, hardware, sharding, loads, model, scale, updates, memory.traffic),
         *_communication(config, hardware, model, sharding, updates, math.ceil(len(loads) * scale / updates)),
         *overhead.fingerprints(config, hardware, model),
-        *overhead.planning(config, lengths, gpus),
+        *overhead.batches_and_records(config, lengths, gpus),
     ]
     parts += overhead.checkpoint(config, hardware, sharding, model, sum(part.seconds for part in parts))
     tokens = sum(len(load.batch) for load in loads)
@@ -150,9 +150,9 @@ def _passes(
     third = extra * scale / 3
     if extra:
         parts.append(
-            StepPart("before", "old and reference log-probs", third * (weights + head), "FLOP", hardware.matmul)
+            StepPart("log-probs", "old and reference log-probs", third * (weights + head), "FLOP", hardware.matmul)
         )
-        parts.append(StepPart("before", "attention of these", third * pairs, "FLOP", hardware.attention))
+        parts.append(StepPart("log-probs", "attention of these", third * pairs, "FLOP", hardware.attention))
     return parts
 
 
