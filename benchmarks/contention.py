@@ -82,7 +82,7 @@ class BusyProcesses:
             self._signal(signal.SIGSTOP)
 
     def seconds(self) -> float:
-        """Processor time that they have taken."""
+        """CPU time that they have taken."""
         return sum(_process_seconds(process.pid) for process in self._all)
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ def _process_seconds(pid: int) -> float:
 
 
 def machine_seconds() -> float:
-    """Processor time that all processes of the machine have taken, and what its host gave to other machines."""
+    """CPU time that all processes of the machine have taken, and what its host gave to other machines."""
     user, nice, system, _, _, interrupt, soft, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + interrupt + soft + steal) / os.sysconf("SC_CLK_TCK")
 

@@ -9,7 +9,7 @@ what is measured is the runner, and sampling up to the limits. It is the same in
 the saved trajectories with their log-probs must be equal, byte by byte.
 
 seconds    wall time of the command, its start included
-cpu        seconds of processor time
+cpu        seconds of CPU time
 MiB        peak of resident memory
 
 Exit status 1: two runs differ, or one takes more than fifteen minutes.

@@ -4,7 +4,7 @@ python -m benchmarks.gate                     all cases, about two minutes of on
 python -m benchmarks.gate --short             those that CI runs, under twenty seconds
 python -m benchmarks.gate --record            measure, and make the ratios those to compare with
 
-Times are processor times of all threads: a busy machine delays a call, but the call does not compute more. They still depend
+Times are CPU times of all threads: a busy machine delays a call, but the call does not compute more. They still depend
 on the machine; the ratio to code of plain torch, in the same process and the same rounds, depends on it far less. A case is
 worse if its ratio, less two standard errors of its median, is above the recorded one by more than --tolerance. Ratios are
 recorded for each combination of CPU features, backend and number of threads; where none is recorded, nothing is compared, and

@@ -86,8 +86,8 @@ def add_case_options(parser: argparse.ArgumentParser, rounds: int) -> None:
 def add_clock_option(parser: argparse.ArgumentParser) -> None:
     """args.clock, a function that returns seconds."""
     parser.add_argument(
-        "--processor-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter,
-        help="times on the CPU are processor time of this process, which other programs disturb less",
+        "--cpu-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter,
+        help="times on the CPU are CPU time of this process, which other programs disturb less",
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ warm-up are not timed.
 
 function_to_built_in: time of a loss that autograd differentiates, relative to the built-in rule, with
     OMP_NUM_THREADS=1 python -m benchmarks.head --shapes 2048x256x8192 --fractions 1 --no-memory --rounds 100 \
-        --processor-time --methods "pact cpp" "pact cpp, loss as a function"
+        --cpu-time --methods "pact cpp" "pact cpp, loss as a function"
     Short calls and many rounds: where other programs run beside it, a call differs from the next by a quarter.
 
 Exit status 1: one of our backends fails, or its error is above twice that of plain torch in the same dtype.

@@ -12,7 +12,7 @@ loss         one pass over the logits (install(trainer, "loss"))
 tree         one pass, and a prompt is computed once for its completions (install(trainer, "tree"))
 
 ms           median over paired rounds in rotating order; the first batch, which is checked against TRL, is not timed;
-             where other programs run beside it: --processor-time, with OMP_NUM_THREADS=1
+             where other programs run beside it: --cpu-time, with OMP_NUM_THREADS=1
 ratio        time of trl compact relative to the method: median over rounds of the ratio within a round
 MiB          peak memory of a call beyond what was held before
 gradient     largest relative difference of a parameter's gradient from that of trl

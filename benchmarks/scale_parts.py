@@ -18,7 +18,7 @@ MB = 1 << 20
 
 
 class Measured(NamedTuple):
-    """Seconds of processor time at a size, and further numbers by name."""
+    """Seconds of CPU time at a size, and further numbers by name."""
 
     size: int
     seconds: float
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds of processor time."""
+    """Seconds of CPU time."""
     began = time.process_time()
     call()
     return time.process_time() - began
@@ -136,7 +136,7 @@ def rollouts(steps: int) -> Measured:
 
 
 def save(megabytes: int) -> Measured:
-    """A checkpoint of fp32 weights and AdamW's states; seconds of processor time per GB of weights.
+    """A checkpoint of fp32 weights and AdamW's states; seconds of CPU time per GB of weights.
 
     blocked  of the thread that trains, until it goes on
     copies   of the thread that writes; training waits for what is left of them when it comes to the next optimizer step

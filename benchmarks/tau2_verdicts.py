@@ -11,7 +11,7 @@ those of telecom's full set alone: the reference actions, by our verdict.
 An episode is played here; then the package's evaluator replays it, compares every observation with ours (it raises if one
 differs), and gives its verdict. Reward and all components of the reward basis must be equal.
 
-ms        of processor time per episode: reset, play and verdict here; evaluate_simulation there, which replays the episode
+ms        of CPU time per episode: reset, play and verdict here; evaluate_simulation there, which replays the episode
 
 Exit status 1: a verdict differs, or reference actions are not rewarded.
 """
