@@ -122,8 +122,8 @@ class Ratio:
     def of(cls, ours: list[float], peer: list[float]) -> Ratio:
         ratios = [a / b for a, b in zip(ours, peer, strict=True)]
         median = statistics.median(ratios)
-        spread = 1.4826 * statistics.median(abs(ratio - median) for ratio in ratios)
-        return cls(median, math.sqrt(math.pi / 2) * spread / math.sqrt(len(ratios)))
+        deviation = 1.4826 * statistics.median(abs(ratio - median) for ratio in ratios)
+        return cls(median, math.sqrt(math.pi / 2) * deviation / math.sqrt(len(ratios)))
 
     def worse(self, recorded: float, tolerance: float) -> bool:
         return self.median - 2 * self.error > recorded * (1 + tolerance)

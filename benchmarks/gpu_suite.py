@@ -46,7 +46,7 @@ TAIL = 6000  # characters of a section's output that go into the JSON
 
 @dataclass(frozen=True)
 class Section:
-    """One command.
+    """A section of the suite: one command in a process of its own.
 
     title      its line in --list
     seconds    time budget
@@ -60,12 +60,13 @@ class Section:
     needs: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
+        """Which modules of `needs` are not installed, as a sentence; None: all are."""
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
         return f"not installed: {', '.join(absent)}" if absent else None
 
 
 def benchmark(name: str, *options: str, cpu: tuple[str, ...] = ()) -> Callable[[str, Path], list[str]]:
-    """The command of a benchmark; `cpu`: its options in a smoke test."""
+    """A section's command: a benchmark with these options, or in a smoke test with the options `cpu`."""
 
     def command(device: str, out: Path) -> list[str]:
         chosen = cpu if device == "cpu" else options
@@ -75,12 +76,13 @@ def benchmark(name: str, *options: str, cpu: tuple[str, ...] = ()) -> Callable[[
 
 
 def tests(device: str, out: Path) -> list[str]:
+    """The command of pytest on TESTS; in a smoke test, on the first of them."""
     chosen = TESTS[:1] if device == "cpu" else TESTS
     return [sys.executable, "-m", "pytest", "-q", "-x" if device == "cpu" else "--maxfail=20", *chosen]
 
 
 def recurrences(device: str, out: Path) -> list[str]:
-    """Those of the device: test names hold "cuda" or "gpu", or "cpu"."""
+    """The command of pytest on RECURRENCES, for the tests whose names hold the device: "cuda" or "gpu", or "cpu"."""
     chosen = RECURRENCES[:1] if device == "cpu" else RECURRENCES
     return [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "cpu" if device == "cpu" else "cuda or gpu", *chosen]
 
