@@ -1,7 +1,7 @@
-"""What the engine asks of a backend: one Protocol per role, and the records that pass between them.
+"""What the engine asks of each role: one Protocol per role, and the records that pass between them.
 
-The `rules` backend (planner.py, compose.py, rollout.py, assess.py, reflect.py) needs no model. A backend of your own
-implements any of these and is passed to `DataEngine`.
+The rules (planner.py, compose.py, rollout.py, assess.py, reflect.py) need no model. A class of your own implements any of
+these and is passed to `DataEngine`.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class ModelToolMaker:
 def _toolset(
     row: QARow, plan: LookupPlan, tools: dict[str, ToolSpec], rejected: tuple[Rejected, ...], made: int
 ) -> Toolset:
-    """The tools that were accepted, with the utilities of the class, and what a model backend may know."""
+    """The tools that were accepted, with the utilities of the class, and what the backend `model` may know."""
     for tool in utilities(row, plan):
         tools.setdefault(tool.name, tool)
     facts = tuple(hop.fact for hop in (*plan.hops, *plan.other) if hop.arguments)
