@@ -97,7 +97,7 @@ def assert_computes(
         tokens, here = loss_table_to_tensors(batch, scored)
         hidden.requires_grad_()
         settings = {**algorithm.loss_settings(), **token_pairs(here, needs, "cpu")}
-        out = pact_loss(hidden, weight, tokens, **settings, is_cap=needs.is_cap, backend="torch")
+        out = pact_loss(hidden, weight, tokens, **settings, importance_cap=needs.importance_cap, backend="torch")
         d_hidden, d_weight = torch.autograd.grad(out.loss, [hidden, weight])
         loss += float(out.loss.detach())
         weight_grad += d_weight
