@@ -201,7 +201,7 @@ def test_padding_is_bounded():
             tree.add(np.arange(rng.randint(1, 2000)), stem)
         (batch,) = pack([tree], max_tokens=1 << 30)
         levels = RecurrencePlan(batch.subtree_end).levels(padded=True)
-        assert len(levels.order) <= (1 + segments.WASTE) * (len(batch) + 20 * segments.CHUNK)
+        assert len(levels.order) <= (1 + segments.MAX_PADDING) * (len(batch) + 20 * segments.CHUNK)
         assert torch.equal(levels.order[levels.place], torch.arange(len(batch)))
 
 

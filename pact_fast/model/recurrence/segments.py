@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 CHUNK = 64  # tokens that a chunked rule computes at a time; padding within a chunk costs nothing
-WASTE = 0.25  # chunks of padding that a group may have, in proportion to its chunks
+MAX_PADDING = 0.25  # chunks of padding that a group may have, in proportion to its chunks
 
 
 class Segment(NamedTuple):
@@ -109,7 +109,7 @@ def _groups(members: list[int], segments: list[Segment]) -> list[list[int]]:
     longest = used = 0
     for index in sorted(members, key=lambda i: segments[i].first - segments[i].last):
         chunks = -(-(segments[index].last - segments[index].first) // CHUNK)
-        if groups and longest * (len(groups[-1]) + 1) <= (1 + WASTE) * (used + chunks):
+        if groups and longest * (len(groups[-1]) + 1) <= (1 + MAX_PADDING) * (used + chunks):
             groups[-1].append(index)
             used += chunks
         else:

@@ -26,7 +26,7 @@ from pact_fast.data.readers import read_tasks, write_tasks
 from pact_fast.data.types import ExpertTrace, Task, Trajectory
 from pact_fast.envs.registry import EnvironmentFactory, environment, environment_name
 from pact_fast.errors import DataError, PactError
-from pact_fast.files import ANOTHER, io_errors, remove, write_text
+from pact_fast.files import OTHER_FILE_CURE, io_errors, remove, write_text
 from pact_fast.llm import LLMClient
 from pact_fast.synthesis.journal import JOURNAL, Journal, Record
 from pact_fast.synthesis.traces.reference import Planned, ReferenceActor, plan
@@ -102,7 +102,7 @@ def make_traces(
             progress(len(journal.records), len(tasks), journal.kept)
     records = {record["id"]: record for record in journal.records}
     summary = _write(out, identity, tasks, records, unreadable)
-    with io_errors(out, ANOTHER):
+    with io_errors(out, OTHER_FILE_CURE):
         remove(out / JOURNAL)
     return summary
 
@@ -273,12 +273,14 @@ def _write(
 ) -> Record:
     kept = [_with_trace(task, records[task.id]) for task in tasks if not records[task.id]["reasons"]]
     temporary = out / ".train.jsonl.tmp"
-    with io_errors(out, ANOTHER):
+    with io_errors(out, OTHER_FILE_CURE):
         write_tasks(temporary, kept)
         temporary.replace(out / "train.jsonl")
     rejected = [records[task.id] for task in tasks if records[task.id]["reasons"]]
     rejected += [{"id": None, "reasons": ["unreadable"], "detail": str(error)} for error in unreadable]
-    write_text(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), ANOTHER)
+    write_text(
+        out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), OTHER_FILE_CURE
+    )
     summary = {
         "made_from": identity,
         "rows": len(tasks) + len(unreadable),
@@ -291,7 +293,7 @@ def _write(
             name for record in records.values() for name, n in record.get("segments", {}).items() for _ in range(n)
         ),
     }
-    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n", ANOTHER)
+    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n", OTHER_FILE_CURE)
     return summary
 
 
