@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from pact_fast.config import Config
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
 from pact_fast.model.weights import BUCKET, TensorSpec, WeightSnapshot, needs_all_ranks
-from pact_fast.rollout.vllm.answers import read_world_size
 from pact_fast.rollout.vllm.colocated import import_vllm
+from pact_fast.rollout.vllm.responses import read_world_size
 
 FILES, NCCL = "files", "nccl"
 
