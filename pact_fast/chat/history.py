@@ -92,7 +92,7 @@ class History:
         return _REASONING in self._render([QUESTION, _turn("", True), _RESULT, QUESTION])
 
     def rewrites(self, replied: bool) -> bool:
-        """Whether a message of the user changes the past, so that `go_on` has to write it anew.
+        """Whether a message of the user changes the past, so that `continuation` has to write it anew.
 
         `replied`: the user replies to a turn; False: there are results of its calls between.
         """
@@ -109,7 +109,7 @@ class History:
         found = controls.match(after) if controls else None
         return (found.group() if found else eot), call_eot
 
-    def go_on(
+    def continuation(
         self, pieces: Sequence[LabelledTokens], said: LabelledTokens, replied: bool = True
     ) -> tuple[int, LabelledTokens]:
         """What follows when the user has spoken, where that `rewrites` the past.
@@ -130,7 +130,7 @@ class History:
             cut, shown = self._past_turn(before, turn, after_result=number > 0, last=replied and turn is rest[-1])
             new += [before[: len(before) - cut], shown]
             before = rest[2 * number + 1] if turn is not rest[-1] else before
-        old, whole = joined(pieces), joined([*new, said])
+        old, whole = concatenate(pieces), concatenate([*new, said])
         same = min(len(old), len(whole))
         differs = np.flatnonzero(old.ids[:same] != whole.ids[:same])
         keep = int(differs[0]) if len(differs) else same
@@ -141,7 +141,7 @@ class History:
         if not self.drops_reasoning:
             return np.concatenate([prompt_ids, ids])
         turn = LabelledTokens(ids, components, np.zeros(len(ids), np.int16))
-        cut, shown = self._past_turn(untouched(prompt_ids), turn, after_result=False, last=True)
+        cut, shown = self._past_turn(labelled_prompt(prompt_ids), turn, after_result=False, last=True)
         return np.concatenate([prompt_ids[: len(prompt_ids) - cut], shown.ids])
 
     def _past_turn(
@@ -170,8 +170,8 @@ class History:
         parts.append(self._like(turn, np.array(renderer.encoder.plain(split), np.int64), Component.ANSWER))
         end = renderer.encoder.control_ids[self.ends[0]]
         if last and len(visible) and int(visible.ids[-1]) in renderer.eot_ids and int(visible.ids[-1]) != end:
-            visible = joined([visible[:-1], self._like(turn, np.array([end]), Component.TEMPLATE)])
-        return cut, joined([*parts, visible])
+            visible = concatenate([visible[:-1], self._like(turn, np.array([end]), Component.TEMPLATE)])
+        return cut, concatenate([*parts, visible])
 
     def _visible_from(self, turn: LabelledTokens, offsets: np.ndarray) -> int:
         """Byte of a turn at which what follows its reasoning begins, line breaks between them excluded."""
@@ -249,12 +249,12 @@ def _unreasoned(messages: Sequence[Message]) -> list[Message]:
     return [{key: message[key] for key in keys if key in message} for message in messages]
 
 
-def untouched(ids: np.ndarray) -> LabelledTokens:
+def labelled_prompt(ids: np.ndarray) -> LabelledTokens:
     """Tokens of a prompt."""
     return LabelledTokens(ids, np.full(len(ids), Component.TEMPLATE, np.uint8), np.zeros(len(ids), np.int16))
 
 
-def joined(parts: Sequence[LabelledTokens]) -> LabelledTokens:
+def concatenate(parts: Sequence[LabelledTokens]) -> LabelledTokens:
     """The parts as one."""
     columns = zip(*((part.ids, part.components, part.turn_ids) for part in parts), strict=True)
     return LabelledTokens(*(np.concatenate(column) for column in columns))
