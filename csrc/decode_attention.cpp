@@ -209,7 +209,7 @@ void check_distinct(const int64_t* slots, int64_t tokens, int64_t count) {
 // the token's own. q [1, Hq, T, D], k and v [1, Hkv, T, D] with contiguous rows; keys, values [slots, Hkv, capacity, D]
 // and out contiguous; slots, all different, and positions int64 [T]; all others fp32 or bf16; D a multiple of 16.
 void decode_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor slots, const Tensor positions,
-                    double scale, Tensor keys, Tensor values, Tensor out) {
+                      double scale, Tensor keys, Tensor values, Tensor out) {
   const ScalarType type = q.scalar_type();
   STD_TORCH_CHECK(ready(type), "decode attention: no kernel for this dtype on this CPU");
   STD_TORCH_CHECK(q.dim() == 4 && keys.dim() == 4 && keys.size(1) > 0 && q.size(1) % keys.size(1) == 0,
@@ -237,17 +237,17 @@ void decode_attention(const Tensor q, const Tensor k, const Tensor v, const Tens
   const auto run = [&]<typename T>(T) {
     const auto cache = [&](const Tensor& t) { return CacheView<T>{data_ptr<T>(t), kv_heads, t.size(2), head_dim}; };
     DecodeAttention<T>{head_view<const T>(q),
-                     head_view<const T>(k),
-                     head_view<const T>(v),
-                     cache(keys),
-                     cache(values),
-                     data_ptr<int64_t>(slots),
-                     at,
-                     tokens,
-                     heads,
-                     *std::max_element(at, at + tokens) + 1,
-                     static_cast<float>(scale),
-                     data_ptr<T>(out)}
+                       head_view<const T>(k),
+                       head_view<const T>(v),
+                       cache(keys),
+                       cache(values),
+                       data_ptr<int64_t>(slots),
+                       at,
+                       tokens,
+                       heads,
+                       *std::max_element(at, at + tokens) + 1,
+                       static_cast<float>(scale),
+                       data_ptr<T>(out)}
         .run();
   };
   if (type == ScalarType::Float) return run(float{});

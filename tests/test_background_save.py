@@ -161,7 +161,7 @@ def test_a_checkpoint_appears_as_soon_as_all_have_written_it(ranks, tmp_path, di
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_a_process_whose_peers_are_gone_completes_what_they_have_written(complete, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_writer, "PATIENCE", 5.0 if complete else 0.2)
+    monkeypatch.setattr(checkpoint_writer, "NOTE_TIMEOUT", 5.0 if complete else 0.2)
 
     def work(world: World) -> checkpoint_writer.PendingSave:
         return start(tmp_path, 1, torch.ones(3), world=world)

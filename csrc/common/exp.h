@@ -88,8 +88,7 @@ inline __m512 tanh(__m512 x) {
   const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(20.0f), _mm512_max_ps(_mm512_set1_ps(-20.0f), x));
   const __m512 power = exp2_for<float>(_mm512_mul_ps(bounded, _mm512_set1_ps(2.0f * kLog2E)));
   const __m512 one = _mm512_set1_ps(1.0f);
-  const __m512 large =
-      _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(power, one)));
+  const __m512 large = _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(power, one)));
   const __mmask16 is_large = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(0.625f), _CMP_GT_OQ);
   return _mm512_mask_mov_ps(small, is_large, large);
 }
