@@ -26,7 +26,7 @@ TEXT_INPUTS = {
 
 def install(trainer: Any, tree: bool, served: dict[str, str], reasons: dict[str, str], undo: list[Any]) -> None:
     """See `trl.install`."""
-    reason = trl_loss.refusal(trainer)
+    reason = trl_loss.unsupported(trainer)
     if reason is not None:
         reasons["loss"] = f"{reason}; the head is served"
         return
@@ -66,7 +66,7 @@ class FusedComputeLoss:
         trees = PromptTrees.of_padded(inputs) if self.tree else None
         start = inputs["prompt_ids"].shape[1]
         row = trees.rows(at) if trees else at[0] * ids.shape[1] + at[1] + start - 1
-        tokens = trl_loss.table(trainer, inputs, mask, at, row)
+        tokens = trl_loss.loss_table(trainer, inputs, mask, at, row)
         loss, causal_lm = trl_loss.loss_of_token(trainer, inputs, at), causal_lm_of(model)
 
         def run() -> tuple[torch.Tensor, ...]:
