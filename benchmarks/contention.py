@@ -74,6 +74,7 @@ class BusyProcesses:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
+        """Inside, all processes run; outside they are stopped."""
         self._signal(signal.SIGCONT)
         try:
             time.sleep(0.05)
@@ -86,6 +87,7 @@ class BusyProcesses:
         return sum(_process_seconds(process.pid) for process in self._all)
 
     def close(self) -> None:
+        """End the processes."""
         for process in self._all:
             process.kill()
             process.wait()
@@ -146,6 +148,7 @@ def sample(model: Any, sessions: int, prompt: int, tokens: int) -> None:
 
 
 def head_step(head: Any, problem: Any) -> None:
+    """Loss and gradients of a head, from no gradients on."""
     problem.clear()
     head.step(problem)
 

@@ -119,6 +119,7 @@ def evaluate(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any
 
 
 def failures(result: dict[str, Any]) -> list[str]:
+    """A line for every limit that a benchmark's runs have missed."""
     found = [] if result["identical"] else ["two runs differ"]
     found += [f"{run['seconds']} s" for run in result["runs"] if run["seconds"] > LIMIT_SECONDS]
     return [f"{result['benchmark']}: {problem}" for problem in found]

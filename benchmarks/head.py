@@ -87,6 +87,7 @@ class HeadCase(Case):
     fraction: float
 
     def problem(self, device: torch.device) -> HeadProblem:
+        """The tensors of the case, on a device."""
         return make_problem(self.shape, getattr(torch, self.dtype), device, self.fraction)
 
     def __str__(self) -> str:
@@ -236,6 +237,8 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class Reference(NamedTuple):
+    """fp64 results for the first ERROR_ROWS tokens: log-probs [n], dX [n, D], dW [V, D]."""
+
     logprob: torch.Tensor
     dx: torch.Tensor
     dw: torch.Tensor

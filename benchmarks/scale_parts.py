@@ -40,10 +40,12 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def resident_bytes() -> int:
+    """Resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak_bytes() -> int:
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -63,6 +65,7 @@ def step(prompts: int) -> Measured:
 
 
 def assign_packs(parts: int) -> Measured:
+    """Parts of random sizes, assigned to 64 ranks."""
     from pact_fast.batch.parts import assign
 
     rng = np.random.default_rng(0)
@@ -72,6 +75,7 @@ def assign_packs(parts: int) -> Measured:
 
 
 def read(rows: int) -> Measured:
+    """A JSONL file whose rows are held: read, and 256 tasks drawn."""
     from pact_fast.config import DataConfig
     from pact_fast.data.sources import FileTasks
 
@@ -87,12 +91,14 @@ def read(rows: int) -> Measured:
 
 
 def index(rows: int) -> Measured:
+    """A JSONL file whose rows are not held; see scale_rows.py."""
     from benchmarks.scale_rows import measure_rows
 
     return measure_rows(rows)
 
 
 def start(rows: int) -> Measured:
+    """A run of one step on such a file; see scale_rows.py."""
     from benchmarks.scale_rows import measure_start
 
     return measure_start(rows)

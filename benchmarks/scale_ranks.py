@@ -34,6 +34,7 @@ PER_TOKEN, PER_PAIR = 4.9e10, 4e5  # FLOPs of an 8B model; only their ratio coun
 
 
 def flops(tokens: int, pairs: int) -> float:
+    """FLOPs of decoder tokens and query-key pairs."""
     return PER_TOKEN * tokens + PER_PAIR * pairs
 
 

@@ -90,6 +90,7 @@ def scripts(name: str, solo: bool) -> Iterator[Script]:
 
 
 def is_read(name: str, tool: str) -> bool:
+    """Whether a call only reads."""
     kits = {"airline": ["AirlineTools"], "retail": ["RetailTools"], "telecom": ["TelecomTools", "TelecomUserTools"]}
     modules = [upstream.load(f"domains.{name}.{file}") for file in ("tools", "user_tools")[: len(kits[name])]]
     for module, kit in zip(modules, kits[name], strict=True):

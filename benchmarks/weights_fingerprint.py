@@ -115,6 +115,7 @@ def _faults(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def measure_case(case: FingerprintCase, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Paired rounds of all methods on a tensor."""
     torch.manual_seed(0)
     tensor = torch.randn(case.rows, COLUMNS, device=device).to(getattr(torch, case.dtype))
     calls = methods(device, tensor.dtype)
