@@ -261,7 +261,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.uint8, t
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_files_are_those_of_safetensors_and_hashed_on_the_way(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(shards, "PIECE", 64)
+    monkeypatch.setattr(shards, "WRITE_BYTES", 64)
     values = torch.arange(105).to(dtype)
     tensors = {
         "b": values.view(3, 5, 7), "é": values[:3], "one": values[1], "none": values[:0],

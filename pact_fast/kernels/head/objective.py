@@ -327,8 +327,8 @@ def token_terms(
     reference = torch.full_like(logprob, torch.nan) if tokens.ref_logprob is None else tokens.ref_logprob.to(dtype)
     kl, kl_slope = k3(reference, logprob)
     # the term, KL and entropy bonus; with the same weight they are added first
-    spread = None if sequence is None else sequence.slope
-    own_slope = weight * term.slope if spread is None else torch.zeros_like(logprob)
+    sequence_slope = None if sequence is None else sequence.slope
+    own_slope = weight * term.slope if sequence_slope is None else torch.zeros_like(logprob)
     policy = [(rl_weight, weight * term.value, own_slope)]
     for own, value, slope in (
         (tokens.kl_weight, settings.kl_coef * kl, settings.kl_coef * kl_slope),
@@ -340,7 +340,7 @@ def token_terms(
         else:
             policy.append((own.to(dtype), value, torch.zeros_like(value) if slope is None else slope))
     g = sum((_weighted(w, slope) for w, _, slope in policy[1:]), _weighted(*policy[0][::2]))
-    g = g if spread is None else g + spread
+    g = g if sequence_slope is None else g + sequence_slope
     entropy_weight = rl_weight if tokens.entropy_weight is None else tokens.entropy_weight.to(dtype)
     h = -settings.entropy_coef * entropy_weight
     if term.entropy_slope is not None:

@@ -155,7 +155,7 @@ class _WeightStream:
             if self.failed:
                 raise self.failed
             # copy: vLLM packs it with later ones, but gathered tensors exist only during their iteration
-            yield name, tensor.to(self._device or tensor.device, copy=self._weights.shared)
+            yield name, tensor.to(self._device or tensor.device, copy=self._weights.partitioned)
 
     def finish(self) -> None:
         """Exhaust a pass that has begun, because gathering is a collective; one that has not may begin later."""
