@@ -27,6 +27,7 @@ from benchmarks.harness import make_parser, markdown, new_report, write_report
 from benchmarks.learning_methods import ALL
 from benchmarks.learning_regimes import REGIMES
 from benchmarks.learning_stats import Interval, Paired
+from benchmarks.learning_tuning import best_rate, tried_rates
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "learning-cpu-2026-11-30.json"
@@ -39,6 +40,9 @@ KINDS = ("sampled", "greedy")
 @dataclass(frozen=True)
 class Study:
     """The records of a study.
+
+    A study that went on with more learning rates may hold test runs of a rate that was the best one before: only those
+    of the best rate count.
 
     runs    of test runs and of base models, by regime and method
     tuning  of the runs that chose learning rates, on validation tasks
@@ -53,8 +57,10 @@ class Study:
         runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         records = json.loads(path.read_text("utf-8"))["runs"]
         for record in records:
-            if record["part"] == "test":
-                runs.setdefault((record["regime"], record["method"]), []).append(record)
+            key = record["regime"], record["method"]
+            best = best_rate(records, *key, tried_rates(records, *key))
+            if record["part"] == "test" and best in (record["learning_rate"], None):
+                runs.setdefault(key, []).append(record)
         return cls(runs, [record for record in records if record["part"] == "validation"])
 
     @property

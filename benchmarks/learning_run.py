@@ -17,7 +17,7 @@ import torch
 from benchmarks.learning_clock import FILE as CLOCK
 from benchmarks.learning_methods import ALL
 from benchmarks.learning_regimes import BASES, REGIMES, Regime
-from benchmarks.learning_tasks import ColdTasks, Part, write_files
+from benchmarks.learning_tasks import Part, write_files
 from pact_fast.chat.rendering import make_renderer
 from pact_fast.cli.session import make_session
 from pact_fast.config import Config, load_config
@@ -173,12 +173,11 @@ def make_base(name: str, seed: int, work: Path) -> Path:
             like = config.model.model_copy(update={"tokenizer": str(source / "tokenizer")})
             tokenizer = make_tokenizer(like, tasks)
             model = make_model(config, tokenizer, path=source / "model", device=torch.device("cpu"))
-            tasks = ColdTasks(tasks, 0.9)
         else:
             tokenizer = make_tokenizer(config.model, tasks)
             model = make_model(config, tokenizer, device=torch.device("cpu"))
         seed_generators(seed)
-        pretrain(config, model, make_renderer(config.model, tokenizer), tasks, lambda step, loss: None)
+        pretrain(config, model, make_renderer(config.model, tokenizer), base.tasks(tasks), lambda step, loss: None)
         folder.mkdir(exist_ok=True)
         atomic_save_pretrained(tokenizer, folder / "tokenizer")
         atomic_save_pretrained(model, folder / "model")
