@@ -74,6 +74,7 @@ class BusyProcesses:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
+        """Inside, all processes run; outside they are stopped."""
         self._signal(signal.SIGCONT)
         try:
             time.sleep(0.05)
@@ -82,10 +83,11 @@ class BusyProcesses:
             self._signal(signal.SIGSTOP)
 
     def seconds(self) -> float:
-        """Processor time that they have taken."""
+        """CPU time that they have taken."""
         return sum(_process_seconds(process.pid) for process in self._all)
 
     def close(self) -> None:
+        """End the processes."""
         for process in self._all:
             process.kill()
             process.wait()
@@ -101,7 +103,7 @@ def _process_seconds(pid: int) -> float:
 
 
 def machine_seconds() -> float:
-    """Processor time that all processes of the machine have taken, and the time that its host gave to other machines."""
+    """CPU time that all processes of the machine have taken, and the time that its host gave to other machines."""
     user, nice, system, _, _, interrupt, soft, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + interrupt + soft + steal) / os.sysconf("SC_CLK_TCK")
 
@@ -146,6 +148,7 @@ def sample(model: Any, sessions: int, prompt: int, tokens: int) -> None:
 
 
 def head_step(head: Any, problem: Any) -> None:
+    """Loss and gradients of a head, from no gradients on."""
     problem.clear()
     head.step(problem)
 

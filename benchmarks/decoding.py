@@ -202,6 +202,7 @@ class Benchmark:
         self._args, self._models = args, {}  # type: ignore[var-annotated]
 
     def model(self, dtype: str) -> tuple[PreTrainedModel, str]:
+        """(the model in a dtype, where its weights come from); the last one is kept."""
         if dtype not in self._models:
             self._models = {dtype: load_model(dtype, tiny=self._args.tiny, random=self._args.random)}
         return self._models[dtype]
@@ -246,6 +247,7 @@ class Benchmark:
 
 
 def random_prompts(model: PreTrainedModel, batch: int, length: int) -> np.ndarray:
+    """int64 [batch, length] token ids, the same at every call."""
     return np.random.default_rng(0).integers(3, model.config.vocab_size, (batch, length))
 
 
@@ -286,6 +288,8 @@ def bandwidth() -> float:
 
 
 def row(name: str, call: Timed, engine: Timed, floor: float) -> dict[str, Any]:
+    """The numbers of a method: milliseconds of a decoding step, seconds to the first token, and times relative to the engine's
+    and to the floor."""
     seconds, reference = (call.step_wall, engine.step_wall) if name == "vllm" else (call.step_cpu, engine.step_cpu)
     ratios = [a / b for a, b in zip(seconds, reference, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
@@ -351,6 +355,7 @@ def measure_prefills(args: argparse.Namespace, report: dict[str, Any]) -> None:
 
 
 def cases(args: argparse.Namespace) -> Iterable[DecodingCase]:
+    """All cases that the options ask for."""
     for dtype in args.dtypes:
         for batch in args.batches:
             yield DecodingCase(batch, args.prompt, args.tokens, dtype)

@@ -9,7 +9,7 @@ what is measured is the runner, and sampling up to the limits. It is the same in
 the saved trajectories with their log-probs must be equal, byte by byte.
 
 seconds    wall time of the command, its start included
-cpu        seconds of processor time
+cpu        seconds of CPU time
 MiB        peak of resident memory
 
 Exit status 1: two runs differ, or one takes more than fifteen minutes.
@@ -119,6 +119,7 @@ def evaluate(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any
 
 
 def failures(result: dict[str, Any]) -> list[str]:
+    """A line for every limit that a benchmark's runs have missed."""
     found = [] if result["identical"] else ["two runs differ"]
     found += [f"{run['seconds']} s" for run in result["runs"] if run["seconds"] > LIMIT_SECONDS]
     return [f"{result['benchmark']}: {problem}" for problem in found]

@@ -19,7 +19,7 @@ warm-up are not timed.
 
 function_to_built_in: time of a loss that autograd differentiates, relative to the built-in rule, with
     OMP_NUM_THREADS=1 python -m benchmarks.head --shapes 2048x256x8192 --fractions 1 --no-memory --rounds 100 \
-        --processor-time --methods "pact cpp" "pact cpp, loss as a function"
+        --cpu-time --methods "pact cpp" "pact cpp, loss as a function"
     Short calls and many rounds: where other programs run beside it, a call differs from the next by a quarter.
 
 Exit status 1: one of our backends fails, or its error is above twice that of plain torch in the same dtype.
@@ -87,6 +87,7 @@ class HeadCase(Case):
     fraction: float
 
     def problem(self, device: torch.device) -> HeadProblem:
+        """The tensors of the case, on a device."""
         return make_problem(self.shape, getattr(torch, self.dtype), device, self.fraction)
 
     def __str__(self) -> str:
@@ -236,6 +237,8 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class Reference(NamedTuple):
+    """fp64 results for the first ERROR_ROWS tokens: log-probs [n], dX [n, D], dW [V, D]."""
+
     logprob: torch.Tensor
     dx: torch.Tensor
     dw: torch.Tensor

@@ -74,6 +74,7 @@ def check_budget(work: Path, budget: Budget) -> None:
 
 
 def job_of(record: Record) -> Job:
+    """The job of a record."""
     return Job(**{field.name: record[field.name] for field in fields(Job)})
 
 

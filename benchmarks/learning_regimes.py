@@ -72,6 +72,7 @@ class Regime:
 
 
 def few(tasks: int) -> Regime:
+    """A regime with few tasks, which are seen many times."""
     return Regime(f"{tasks} tasks with traces, many epochs", MEDIUM, MEDIUM, tasks=tasks)
 
 

@@ -40,10 +40,13 @@ RELIANCE = "trace_logprob_diff"  # of a record: the metric trace/logprob_diff, s
 
 @dataclass(frozen=True)
 class Study:
-    """The records of test runs and of base models, by regime and method.
+    """The records of a study.
 
     A study that went on with more learning rates may hold test runs of a rate that was the best one before: only those
     of the best rate count.
+
+    runs    of test runs and of base models, by regime and method
+    tuning  of the runs that chose learning rates, on validation tasks
     """
 
     runs: dict[tuple[str, str], list[dict[str, Any]]]
@@ -51,6 +54,7 @@ class Study:
 
     @classmethod
     def read(cls, path: Path) -> Study:
+        """The study of a result file of `benchmarks.learning`."""
         runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         records = json.loads(path.read_text("utf-8"))["runs"]
         for record in records:
@@ -62,11 +66,11 @@ class Study:
 
     @property
     def regimes(self) -> list[str]:
-        """Those with results, in the order of REGIMES."""
+        """Regimes with results, in the order of REGIMES."""
         return [name for name in REGIMES if any(regime == name for regime, _ in self.runs)]
 
     def methods(self, regime: str) -> list[str]:
-        """Those with results in a regime, in the order of the table of methods; without the base."""
+        """Methods with results in a regime, in the order of the table of methods; without the base model."""
         return [name for name in ALL if (regime, name) in self.runs]
 
     def by_seed(self, regime: str, method: str, key: str) -> dict[int, float]:
@@ -74,6 +78,7 @@ class Study:
         return {record["seed"]: record["curve"][-1][key] for record in self.runs.get((regime, method), [])}
 
     def final(self, regime: str, method: str, key: str) -> Interval:
+        """Mean over seeds and interval of a value at the end of training."""
         return Interval.of(list(self.by_seed(regime, method, key).values()))
 
 
@@ -162,7 +167,17 @@ def fill(page: str, new: dict[str, str]) -> str:
 
 
 def draw(study: Study, plt: Any, cost: str, label: str) -> Any:
-    """Success on held-out tasks against a cost of training: a column for each regime, sampled above greedy."""
+    """Success on held-out tasks against a cost of training: a column for each regime, sampled above greedy.
+
+    Args:
+        study: What is drawn.
+        plt: The module matplotlib.pyplot.
+        cost: Key of an entry of "curve": step, tokens, cpu_seconds or wall_seconds.
+        label: Of the horizontal axis.
+
+    Returns:
+        The figure.
+    """
     regimes = study.regimes
     size = (1.5 + 2.8 * len(regimes), 4.6)
     figure, axes = plt.subplots(2, len(regimes), figsize=size, sharex="col", sharey=True, squeeze=False)

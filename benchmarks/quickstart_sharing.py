@@ -71,6 +71,7 @@ class Comparison:
         self.results: list[UpdateResult] = []
 
     def run(self) -> None:
+        """Train, and at every update compare the packs with and without sharing."""
         comparison = self
 
         class ComparedLearner(Learner):
@@ -138,6 +139,7 @@ def measure(config: Config, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def failures(result: dict[str, Any]) -> list[str]:
+    """A line for every error above its limit, and every mode that is not faster."""
     off = [f"{what} is off by {result[what]:.2g}" for what in ("loss_error", "gradient_error") if result[what] > LIMIT]
     return off + [f"{mode} is not faster: {ratio:.2f}" for mode, ratio in result["ratio"].items() if ratio <= 1.0]
 

@@ -34,6 +34,7 @@ PER_TOKEN, PER_PAIR = 4.9e10, 4e5  # FLOPs of an 8B model; only their ratio coun
 
 
 def flops(tokens: int, pairs: int) -> float:
+    """FLOPs of decoder tokens and query-key pairs."""
     return PER_TOKEN * tokens + PER_PAIR * pairs
 
 
@@ -94,7 +95,7 @@ class InstantLoop:
 
     def __init__(self, renderer: ChatRenderer, tokens: int):
         self._renderer, self._tokens, self._rng = renderer, tokens, np.random.default_rng(0)
-        self.spent = 0.0  # seconds of processor time
+        self.spent = 0.0  # seconds of CPU time
 
     def resolve_task(self, task: Task) -> tuple[Task, None]:
         return task, None
@@ -159,7 +160,7 @@ class RankStep:
     loop: InstantLoop
 
     def __call__(self, step: int) -> float:
-        """Seconds of processor time, without those of making rollouts and of imagining the other ranks."""
+        """Seconds of CPU time, without those of making rollouts and of imagining the other ranks."""
         self.world.spent[0] = self.loop.spent = 0.0
         began = time.process_time()
         self.stepper(step)

@@ -17,7 +17,7 @@ MB = 1 << 20
 
 
 def measure_saves(megabytes: int) -> tuple[float, dict[str, float]]:
-    """Processor time of the training thread of rank 0 until it continues, at stage 2; and by stage, per GB of fp32 weights,
+    """CPU time of the training thread of rank 0 until it continues, at stage 2; and by stage, per GB of fp32 weights,
     that of the thread, that of the process (gathering has threads of its own), and wall time."""
     found = {stage: _run(megabytes, stage) for stage in STAGES}
     gb = megabytes * MB / 1e9

@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any, TextIO
 
-GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ESHUTDOWN, errno.ECONNRESET}  # nobody will ever read it again
+NO_READER = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ESHUTDOWN, errno.ECONNRESET}  # nobody will ever read it again
 
 
 class TolerantStream:
@@ -46,7 +46,7 @@ class _tolerance(contextlib.AbstractContextManager[None]):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         if isinstance(error, OSError):
-            if error.errno in GONE:
+            if error.errno in NO_READER:
                 discard(self._stream)
             return True
         return isinstance(error, ValueError)  # a stream that was closed

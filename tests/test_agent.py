@@ -140,7 +140,7 @@ def test_a_prompt_that_is_too_long_names_the_task_and_the_cure(renderer):
     task = Task(
         id="row-7",
         prompt=[{"role": "user", "content": "word " * 500}],
-        env_args={"facts": {}, "busy": [], "starts": []},
+        env_args={"facts": {}, "flaky": [], "starts": []},
     )
     with pytest.raises(PactError, match=r"row-7.*max_prompt_length=64"):
         run(renderer, [task], [[]], max_prompt_length=64)

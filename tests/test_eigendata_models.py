@@ -1,4 +1,4 @@
-"""Backends with a model: its words pass the controls or are rejected, and its revisions are measured like others."""
+"""Roles that a model plays: its words pass the controls or are rejected, and its revisions are measured like others."""
 
 from __future__ import annotations
 

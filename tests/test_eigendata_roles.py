@@ -15,9 +15,9 @@ from pact_fast.envs.domain.controls import Finding, check_instance
 from pact_fast.errors import PactError
 from pact_fast.llm import LLMClient
 from pact_fast.synthesis.eigendata.actor import act_schema
-from pact_fast.synthesis.eigendata.backends import ROLES, make_roles
 from pact_fast.synthesis.eigendata.compose import RulesSynthesizer
 from pact_fast.synthesis.eigendata.engine import DataEngine, Settings
+from pact_fast.synthesis.eigendata.make_roles import ROLES, make_roles
 from pact_fast.synthesis.eigendata.roles import Rollout, TaskPlan
 from pact_fast.synthesis.eigendata.rollout import ScriptedPlayer, gold_acts
 from tests.support import eigendata as support

@@ -20,8 +20,8 @@ pytest.importorskip("openai", reason="openai is not installed: pip install 'pact
 from pact_fast.envs.domain.base import make_domain
 from pact_fast.envs.domain.controls import check_instance
 from pact_fast.llm import LLMClient, LLMConfig
-from pact_fast.synthesis.eigendata.backends import ROLES, make_roles
 from pact_fast.synthesis.eigendata.engine import DataEngine, Settings
+from pact_fast.synthesis.eigendata.make_roles import ROLES, make_roles
 from pact_fast.synthesis.eigendata.versions import START
 from tests.support.eigendata import failing_controls
 from tests.support.vllm_servers import forked_servers

@@ -22,12 +22,12 @@ from pact_fast.llm import ReplayMiss
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.users.endpoint import EndpointUsers, user_llm
 from pact_fast.users.model import GREETING
+from tests.support.desk import TASK, Desk, call, thinking
 from tests.support.faults import at_call
 from tests.support.groups import lookup_chain_renderer
 from tests.support.llm_server import in_turn, llm_server, refused, said
 from tests.support.runs import QUICKSTART, RunProcess, metrics
 from tests.support.scripted_engine import Script, turn
-from tests.test_self_play import TASK, Desk, call, thinking
 
 
 @pytest.fixture(scope="module")

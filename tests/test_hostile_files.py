@@ -328,7 +328,7 @@ TEMPLATES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("source", TEMPLATES)
 def test_a_template_is_a_program_whose_errors_are_one_line(source, monkeypatch):
-    monkeypatch.setattr("pact_fast.chat.chat_template.SECONDS", 0.5)
+    monkeypatch.setattr("pact_fast.chat.chat_template.RENDER_SECONDS", 0.5)
     with pytest.raises(PactError, match=TEMPLATES[source]) as caught, memory_limit(2**30, "the chat template"):
         ChatTemplate(Templated(source)).render([{"role": "user", "content": "hi"}])
     assert "\n" not in str(caught.value) and "model.chat_template" in str(caught.value)

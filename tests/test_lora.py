@@ -118,13 +118,13 @@ def test_the_reference_is_the_model_without_its_adapters(run):
     renderer = make_renderer(config.model, tokenizer_of(run))
     groups = make_groups(renderer, config.algorithm, prompts=2, rollouts=2)
     algorithm = make_algorithm(config.algorithm)
-    plans = [algorithm.prompt_batch(group, step_context_of(renderer, config.algorithm, groups)) for group in groups]
+    batches = [algorithm.prompt_batch(group, step_context_of(renderer, config.algorithm, groups)) for group in groups]
 
     def of_reference(reference) -> np.ndarray:
         Learner(model, config.trainer, make_algorithm(config.algorithm), total_updates=1, reference=reference).prepare(
-            plans
+            batches
         )
-        return np.concatenate([s.ref_logprob for p in plans for s in p.scored if s.context != LossContext.EXPERT])
+        return np.concatenate([s.ref_logprob for b in batches for s in b.scored if s.context != LossContext.EXPERT])
 
     trained = logits(model)
     assert np.array_equal(of_reference(model), of_reference(plain))

@@ -18,13 +18,14 @@ from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
 from pact_fast.config import AlgorithmConfig, RolloutConfig, load_config
-from pact_fast.data.types import StopReason, Task, ToolCall
+from pact_fast.data.types import StopReason, ToolCall
 from pact_fast.errors import PactError
 from pact_fast.report.rollout_files import read_lines
 from pact_fast.rewards.advantages import token_advantages
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.users import ModelUser, ScriptedUser, read_stop
 from pact_fast.users.model import GREETING
+from tests.support.desk import TASK, Desk, call, thinking, tool
 from tests.support.faults import at_call
 from tests.support.groups import lookup_chain_renderer, step_context_of
 from tests.support.hostile_outputs import hostile_text
@@ -33,49 +34,10 @@ from tests.support.runs import QUICKSTART, RunProcess, metrics
 from tests.support.scripted_engine import Script, turn
 from tests.support.trl_templates import tokenizer_for
 
-TASK = Task(
-    "t", [{"role": "system", "content": "Policy of the desk."}, {"role": "user", "content": "How warm is Oslo?"}]
-)
-
-
-def tool(name: str) -> dict:
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
-    return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
-
-
-class Desk:
-    blocking = False
-    user_tools = (tool("look_at_phone"),)
-    tools = (tool("weather"),)
-
-    def reset(self, task):
-        return None
-
-    def user_prompt(self):
-        return "You want to know the weather. Say ###STOP### when you do."
-
-    def call(self, name, arguments):
-        return f"agent's {name}"
-
-    def call_as_user(self, name, arguments):
-        return f"user's {name}"
-
-    def reward(self, task, trajectory):
-        self.judged = trajectory
-        return {"success": float(len(trajectory.turns) == 2)}
-
 
 @pytest.fixture(scope="module")
 def renderer():
     return lookup_chain_renderer()
-
-
-def call(name):
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': {'city': 'Oslo'}})}\n</tool_call>"
-
-
-def thinking(thought, text):
-    return f"<think>\n{thought}\n</think>\n\n{text}"
 
 
 def run(renderer, dialogues, env=Desk, **config):

@@ -153,7 +153,7 @@ def test_a_policy_or_model_that_plays_the_user_acts_on_its_phone_and_ends_the_di
     [("telecom", True, 20), ("telecom", False, 5), ("retail", False, 5), ("airline", False, 5)],
 )
 def test_an_episode_takes_milliseconds(name, solo, limit):
-    """Reset, reference actions and verdict, in milliseconds of processor time."""
+    """Reset, reference actions and verdict, in milliseconds of CPU time."""
     ids = split_ids(name, "base")
     for task_id in ids:  # reads records and judges the reference once per process
         play_reference(name, task_id, solo)

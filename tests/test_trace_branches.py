@@ -25,7 +25,7 @@ from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall
 from pact_fast.errors import DataError, PactError
 from pact_fast.rewards.advantages import token_advantages
 from pact_fast.rollout.agent import AgentLoop, Job
-from pact_fast.train.pretrain import _batch
+from pact_fast.train.pretrain import sft_batch
 from pact_fast.train.records import rollout_record
 from tests.support.asking_user import AskingUser
 from tests.support.groups import step_context_of
@@ -349,7 +349,7 @@ def test_the_record_of_a_rollout_shows_the_branches_of_the_trace_and_what_is_tra
 
 def test_pretraining_trains_each_token_once_in_its_branch():
     renderer, tasks = dropping("qwen3_5_think"), [task_of(DIALOGUE), task_of(INTERRUPTED), task_of(DIALOGUE)]
-    batch = _batch(tasks, [task.expert for task in tasks], renderer)
+    batch = sft_batch(tasks, [task.expert for task in tasks], renderer)
     found = [
         (
             np.concatenate([*(node.ids for node in s.node.path()[:-1]), s.node.ids[:index]]).tolist(),

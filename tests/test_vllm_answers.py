@@ -13,9 +13,9 @@ import pytest
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout
 from pact_fast.rollout.engine import Request
 from pact_fast.rollout.vllm import http_client
-from pact_fast.rollout.vllm.answers import read_world_size, short
 from pact_fast.rollout.vllm.client import VllmServerClient, VllmServerTransport
 from pact_fast.rollout.vllm.engine import VllmEngine
+from pact_fast.rollout.vllm.responses import read_world_size, short
 from pact_fast.rollout.vllm.transport import TurnRequest
 
 MODELS = {"data": [{"id": "model"}]}
@@ -188,7 +188,7 @@ def test_gigabytes_in_a_compressed_megabyte_are_refused_unread(server, transport
 
 def test_an_endless_answer_is_refused_early(server, transport, monkeypatch):
     monkeypatch.setattr(http_client, "MAX_TURN_BYTES", 1 << 20)
-    monkeypatch.setattr(http_client, "MAX_ANSWER_BYTES", 2 << 20)
+    monkeypatch.setattr(http_client, "MAX_RESPONSE_BYTES", 2 << 20)
     endless = 200, {}, (b" " * (1 << 16) for _ in range(1 << 12))  # 256 MiB
     server.sent, server.answers["/v1/completions"] = 0, endless
     with asked(server, transport) as engine, pytest.raises(EngineError, match="more than 1 MiB"):

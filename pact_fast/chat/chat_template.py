@@ -16,7 +16,7 @@ from pact_fast.data.types import Message, ToolCall, ToolSchema, text_of
 from pact_fast.errors import PASSED_ON, PactError, error_line
 from pact_fast.limits import time_limit
 
-SECONDS = 2.0  # for a rendering, which takes milliseconds
+RENDER_SECONDS = 2.0  # for a rendering, which takes milliseconds
 QUESTION: Message = {"role": "user", "content": "Go on."}
 # On offer in every probe, as in the conversations that are trained on: some templates cannot render a call without.
 PROBE_NAME = "look_up"
@@ -83,7 +83,9 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Sequence[ToolSchema], generate: bool = False, **variables: Any
     ) -> str:
         try:
-            with time_limit(SECONDS, "the chat template (a loop without end? set model.chat_template to another one)"):
+            with time_limit(
+                RENDER_SECONDS, "the chat template (a loop without end? set model.chat_template to another one)"
+            ):
                 return self._tokenizer.apply_chat_template(
                     [{**m, "content": text_of(m.get("content"))} for m in messages],
                     chat_template=self._source(bool(tools)),

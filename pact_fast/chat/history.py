@@ -92,7 +92,7 @@ class History:
         return _REASONING in self._render([QUESTION, _turn("", True), _RESULT, QUESTION])
 
     def rewrites(self, replied: bool) -> bool:
-        """Whether a message of the user changes earlier turns, so that `go_on` has to rebuild them.
+        """Whether a message of the user changes earlier turns, so that `continuation` has to rebuild them.
 
         `replied`: True if the user replies to a turn, False if results of its calls come between.
         """
@@ -109,7 +109,7 @@ class History:
         found = controls.match(after) if controls else None
         return (found.group() if found else eot), call_eot
 
-    def go_on(
+    def continuation(
         self, pieces: Sequence[LabelledTokens], said: LabelledTokens, replied: bool = True
     ) -> tuple[int, LabelledTokens]:
         """Rebuild the sequence after a user's message that `rewrites` the past.
@@ -131,7 +131,7 @@ class History:
             cut, shown = self._past_turn(before, turn, after_result=number > 0, last=replied and turn is rest[-1])
             new += [before[: len(before) - cut], shown]
             before = rest[2 * number + 1] if turn is not rest[-1] else before
-        old, whole = joined(pieces), joined([*new, said])
+        old, whole = concatenate(pieces), concatenate([*new, said])
         same = min(len(old), len(whole))
         differs = np.flatnonzero(old.ids[:same] != whole.ids[:same])
         keep = int(differs[0]) if len(differs) else same
@@ -142,7 +142,7 @@ class History:
         if not self.drops_reasoning:
             return np.concatenate([prompt_ids, ids])
         turn = LabelledTokens(ids, components, np.zeros(len(ids), np.int16))
-        cut, shown = self._past_turn(untouched(prompt_ids), turn, after_result=False, last=True)
+        cut, shown = self._past_turn(labelled_prompt(prompt_ids), turn, after_result=False, last=True)
         return np.concatenate([prompt_ids[: len(prompt_ids) - cut], shown.ids])
 
     def _past_turn(
@@ -171,8 +171,8 @@ class History:
         parts.append(self._like(turn, np.array(renderer.encoder.plain(split), np.int64), Component.ANSWER))
         end = renderer.encoder.control_ids[self.ends[0]]
         if last and len(visible) and int(visible.ids[-1]) in renderer.eot_ids and int(visible.ids[-1]) != end:
-            visible = joined([visible[:-1], self._like(turn, np.array([end]), Component.TEMPLATE)])
-        return cut, joined([*parts, visible])
+            visible = concatenate([visible[:-1], self._like(turn, np.array([end]), Component.TEMPLATE)])
+        return cut, concatenate([*parts, visible])
 
     def _visible_from(self, turn: LabelledTokens, offsets: np.ndarray) -> int:
         """Byte offset of the text after a turn's reasoning and the line breaks that follow it."""
@@ -250,12 +250,12 @@ def _unreasoned(messages: Sequence[Message]) -> list[Message]:
     return [{key: message[key] for key in keys if key in message} for message in messages]
 
 
-def untouched(ids: np.ndarray) -> LabelledTokens:
+def labelled_prompt(ids: np.ndarray) -> LabelledTokens:
     """Tokens of a prompt."""
     return LabelledTokens(ids, np.full(len(ids), Component.TEMPLATE, np.uint8), np.zeros(len(ids), np.int16))
 
 
-def joined(parts: Sequence[LabelledTokens]) -> LabelledTokens:
+def concatenate(parts: Sequence[LabelledTokens]) -> LabelledTokens:
     """The parts as one."""
     columns = zip(*((part.ids, part.components, part.turn_ids) for part in parts), strict=True)
     return LabelledTokens(*(np.concatenate(column) for column in columns))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pact_fast.chat.history import History, LabelledTokens, joined, untouched
+from pact_fast.chat.history import History, LabelledTokens, concatenate, labelled_prompt
 from pact_fast.components import Component
 from pact_fast.data.branching import Branching
 
@@ -63,7 +63,7 @@ class TraceWriter:
     def __init__(self, prompt_ids: np.ndarray, history: History | None):
         self._prompt_ids, self._history = prompt_ids, history
         # since the last rewrite: the tokens at that time, then turns and the text between them
-        self._sequence = [untouched(prompt_ids)]
+        self._sequence = [labelled_prompt(prompt_ids)]
         self._tokens: list[LabelledTokens] = []
         self._levels: list[np.ndarray] = []
         self._generated: list[np.ndarray] = []
@@ -87,15 +87,15 @@ class TraceWriter:
             self._sequence.append(tokens)
             return
         size = sum(map(len, self._sequence))
-        keep, tokens = self._history.go_on(self._sequence, tokens, replied=replied)
+        keep, tokens = self._history.continuation(self._sequence, tokens, replied=replied)
         if keep < size:
             self._branches.append((sum(map(len, self._tokens)), keep - len(self._prompt_ids)))
         self._append(tokens)
-        self._sequence = [joined([joined(self._sequence)[:keep], tokens])]
+        self._sequence = [concatenate([concatenate(self._sequence)[:keep], tokens])]
 
     def context(self) -> TraceContext:
         """Return the tokens written so far as a TraceContext."""
-        tokens = joined(self._tokens) if self._tokens else untouched(np.zeros(0, np.int64))
+        tokens = concatenate(self._tokens) if self._tokens else labelled_prompt(np.zeros(0, np.int64))
         levels, generated = (
             np.concatenate([np.zeros(0, kind), *parts])
             for kind, parts in ((np.uint8, self._levels), (bool, self._generated))

@@ -146,7 +146,10 @@ def run_bench(arguments: argparse.Namespace) -> int:
     sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
     found = {name: text for name, text in sources.items() if '\nif __name__ == "__main__":' in text}
     if not found:
-        raise PactError(f"no benchmarks in {folder}: the installed package has none; run the command from a checkout")
+        raise PactError(
+            f"no benchmarks in {folder}: they are in the repository, not in the installed package; clone it, and install it "
+            "with `pip install -e .` or run `python -m benchmarks.NAME` in it"
+        )
     if arguments.name is None:
         for name, text in found.items():
             print(f"{name:20} {text.splitlines()[0].strip(chr(34))}")

@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _roles(arguments: argparse.Namespace, models: tuple[str, ...]) -> Iterator[tuple[Any, int]]:
-    """(the backends, connected to the language model while they are needed; tasks at the same time)."""
+    """(the roles, connected to the language model while they are needed; tasks at the same time)."""
     from pact_fast.errors import PactError
 
     if bool(models) != bool(arguments.llm):
@@ -78,7 +78,7 @@ def _roles(arguments: argparse.Namespace, models: tuple[str, ...]) -> Iterator[t
         yield None, 1
         return
     from pact_fast.llm import LLMClient
-    from pact_fast.synthesis.eigendata.backends import check_roles, make_roles
+    from pact_fast.synthesis.eigendata.make_roles import check_roles, make_roles
 
     check_roles(models)
     config = llm_config(arguments.llm, arguments.out)

@@ -30,7 +30,7 @@ from pact_fast.users.endpoint import ANSWERS, user_llm
 
 JOBS = 1024  # trajectories that are prepared at once
 # settings of a run that decide nothing about its samples: how fast, how many at once, how training used them
-SPEED = (
+WITHOUT_EFFECT = (
     *("num_generations", "oversampling_factor", "temperature", "max_batch_size", "engine_timeout", "vllm_mode"),
     *("vllm_server_base_url", "vllm_server_timeout", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"),
     *(
@@ -137,7 +137,7 @@ def identity(request: EvalRequest, config: Config, run: Path | None) -> dict[str
 
     The number of samples, the categories and the limit of tasks are not among them: results can be extended later.
     """
-    rollout = config.rollout.model_dump(exclude={*SPEED, "user_llm"})
+    rollout = config.rollout.model_dump(exclude={*WITHOUT_EFFECT, "user_llm"})
     user = user_llm(config.rollout)
     return {
         "benchmark": request.name,

@@ -21,7 +21,7 @@ from pact_fast.errors import PactError
 from pact_fast.files import cache_folder, io_errors, private_folder
 
 VERSION = 1  # of the format of entries
-ENDS = 1 << 16  # bytes at either end of a file that tell it from others
+END_BYTES = 1 << 16  # bytes at either end of a file that tell it from others
 CURE = "free some space, or set XDG_CACHE_HOME to a folder that is writable"
 
 
@@ -110,9 +110,9 @@ def _write(path: Path, state: FileState, target: Path, make: Callable[[Path], No
 def _digest(path: Path, state: FileState) -> str:
     digest = hashlib.sha256(repr((VERSION, *state)).encode())
     with path.open("rb") as file:
-        digest.update(file.read(ENDS))
-        file.seek(max(0, state.size - ENDS))
-        digest.update(file.read(ENDS))
+        digest.update(file.read(END_BYTES))
+        file.seek(max(0, state.size - END_BYTES))
+        digest.update(file.read(END_BYTES))
     return digest.hexdigest()[:24]
 
 

@@ -19,7 +19,7 @@ from pact_fast.integrations.class_head import replace_method
 from pact_fast.integrations.fused_forward import separate_logprobs
 from pact_fast.integrations.host_loss import HostLoss
 from pact_fast.integrations.openrlhf_step import loss_of_step
-from pact_fast.integrations.self_check import RandomState, agree, check_head_of, due, z_dtype
+from pact_fast.integrations.self_check import RandomState, check_close, check_head_of, due, z_dtype
 from pact_fast.kernels import head_of
 from pact_fast.kernels.head.logit_transform import causal_lm_of, decoder_of
 from pact_fast.model.forward import inside_forward
@@ -107,7 +107,7 @@ class _Forward:
             with random.replayed(), torch.no_grad():
                 theirs = before(self._actor, self._sequences, self._action_mask, **own)
             kept = self._scattered(torch.ones_like(scores[0]))[:, -theirs.shape[1] - 1 : -1]
-            agree("log-probs", logprob[:, -theirs.shape[1] :] * kept, theirs * kept, self._dtype, HOST, scale=1.0)
+            check_close("log-probs", logprob[:, -theirs.shape[1] :] * kept, theirs * kept, self._dtype, HOST, scale=1.0)
         if self._action_mask is not None:
             logprob = logprob[:, -self._action_mask.shape[1] :] * self._action_mask.float()
         if not self._options.get("return_output"):

@@ -17,7 +17,7 @@ import torch
 
 from pact_fast.errors import PactError
 from pact_fast.integrations.fused_forward import replace_forward, separate_logprobs, summed_logprobs
-from pact_fast.integrations.self_check import RandomState, agree, check_head_of, due, z_dtype
+from pact_fast.integrations.self_check import RandomState, check_close, check_head_of, due, z_dtype
 from pact_fast.kernels import head_of
 
 HOST = "TRL"
@@ -120,7 +120,7 @@ def _fused(causal_lm: Any, before: Any, summed: bool) -> Callable[..., Any]:
                 checked, dtype = True, z_dtype(rows, head)
                 with random.replayed(), torch.no_grad():
                     theirs = before(*args, fused_lm_head=True, **given, **options)
-                agree("log-probs", logprob, theirs.log_probs[mask], dtype, HOST, scale=1.0)
+                check_close("log-probs", logprob, theirs.log_probs[mask], dtype, HOST, scale=1.0)
                 every = torch.arange(len(rows), device=rows.device)
                 check_head_of(causal_lm, rows, every, target, temperature, HOST)
         fields = {"log_probs": logprob} | {n: statistics[STATISTICS[n]] for n in names}

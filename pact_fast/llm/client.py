@@ -284,7 +284,7 @@ class _Shared:
             if not isinstance(result, Failure):
                 return result
             wait = max(result.wait, _backoff(retry))
-            if not result.passing or retry == self._config.max_retries:
+            if not result.retryable or retry == self._config.max_retries:
                 raise ServerFailed(role, result.reason, result.problem + (f" (after {retry} retries)" if retry else ""))
             if time.monotonic() + wait >= deadline:
                 raise ServerFailed(

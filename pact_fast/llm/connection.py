@@ -24,22 +24,22 @@ from pact_fast.text import one_line
 
 CONNECT_TIMEOUT = 10.0  # seconds
 NO_KEY = "none"  # the package insists on one
-PASSING = {408, 409, 425, 429}  # statuses after which the same request may succeed, besides 5xx
+RETRYABLE_STATUSES = {408, 409, 425, 429}  # statuses after which the same request may succeed, besides 5xx
 
 
 @dataclass(frozen=True)
 class Failure:
     """A request without a usable answer.
 
-    reason   reason code of ServerFailed
-    problem  for people, on one line
-    passing  whether the same request may succeed later
-    wait     seconds that the server asks to wait before it
+    reason     reason code of ServerFailed
+    problem    for people, on one line
+    retryable  whether the same request may succeed later
+    wait       seconds that the server asks to wait before it
     """
 
     reason: str
     problem: str
-    passing: bool
+    retryable: bool
     wait: float = 0.0
 
 
@@ -176,7 +176,7 @@ class Connection:
             return Failure("rate_limit", problem, True, _retry_after(response.headers))
         if status >= 500:
             return Failure("unavailable", problem, True, _retry_after(response.headers))
-        return Failure("refused", problem, status in PASSING)
+        return Failure("refused", problem, status in RETRYABLE_STATUSES)
 
     def _shown(self, text: str) -> str:
         return one_line(str(hide(" ".join(text.split()), self._secret)))

@@ -68,15 +68,15 @@ class WeightSnapshot:
     It is a `WeightSource` of vLLM. An engine that was restarted iterates once more; if the weights have changed since
     the first pass, or cannot be gathered again, that raises WeightsUnavailable.
 
-    shared    whether ZeRO-3 has partitioned the weights, so that iterating is a collective operation
-    expected  rows, columns and fingerprint of each tensor that was yielded
-    bytes     size of the tensors that were yielded
+    partitioned  whether ZeRO-3 has partitioned the weights, so that iterating is a collective operation
+    expected     rows, columns and fingerprint of each tensor that was yielded
+    bytes        size of the tensors that were yielded
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
         self._model, self._dtype = model, dtype
         self._iterated = False
-        self.shared = needs_all_ranks(model)
+        self.partitioned = needs_all_ranks(model)
         self.expected: ExpectedWeights = {}
         self.bytes = 0
 
@@ -91,7 +91,7 @@ class WeightSnapshot:
 
     def check_available(self) -> None:
         """Raise WeightsUnavailable if a pass would need other ranks: they join the first pass only."""
-        if self._iterated and self.shared:
+        if self._iterated and self.partitioned:
             raise WeightsUnavailable("ZeRO-3 has partitioned them over ranks that have moved on")
 
     def _fingerprinted(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pact_fast.chat.history import LabelledTokens, joined, untouched
+from pact_fast.chat.history import LabelledTokens, concatenate, labelled_prompt
 from pact_fast.config.filters import UNFILTERED, SamplingFilters
 from pact_fast.data.types import StopReason, Task, ToolSchema, Trajectory, TurnRecord
 from pact_fast.envs.base import Environment
@@ -63,7 +63,7 @@ class Side:
     branches: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.pieces.append(untouched(self.prompt_ids))
+        self.pieces.append(labelled_prompt(self.prompt_ids))
 
     def append(self, ids: np.ndarray, components: np.ndarray, logprobs: np.ndarray | None, version: int) -> None:
         """Tokens of the current turn; text that was not sampled has no logprobs and version -1."""
@@ -77,7 +77,7 @@ class Side:
         if keep < len(self.prompt_ids) + self.length:
             self.branches.append((sum(map(len, self.ids)), keep - len(self.prompt_ids)))
         self._store(tokens, None, -1)
-        self.pieces = [joined([joined(self.pieces)[:keep], tokens])]
+        self.pieces = [concatenate([concatenate(self.pieces)[:keep], tokens])]
         self.length = keep + len(tokens) - len(self.prompt_ids)
 
     def tokens(self, ids: np.ndarray, components: np.ndarray) -> LabelledTokens:

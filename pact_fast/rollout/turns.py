@@ -169,7 +169,7 @@ class TurnLoop:
         keep: int | None = None
         tokens = side.tokens(ids, components)
         if messages[0]["role"] == "user" and drops_reasoning(self._renderer):
-            keep, tokens = self._renderer.history.go_on(side.pieces, tokens)
+            keep, tokens = self._renderer.history.continuation(side.pieces, tokens)
         length = (side.length if keep is None else keep - len(side.prompt_ids)) + len(tokens)
         remaining = self._config.max_completion_length - length
         if remaining < 1:

@@ -55,7 +55,7 @@ def latest(root: Path, *, verify: bool = False) -> Path | None:
     File sizes, state.json and the headers of tensor files are always checked; `verify` also reads every file and checks
     its SHA-256.
     """
-    for path in reversed(steps(root)):
+    for path in reversed(checkpoint_folders(root)):
         found = problem(path, verify)
         if found is None:
             return path
@@ -109,7 +109,7 @@ def rewind_metrics(path: Path, size: int) -> None:
 # -- folders ---------------------------------------------------------------------------------------------------------
 
 
-def steps(root: Path) -> list[Path]:
+def checkpoint_folders(root: Path) -> list[Path]:
     """Checkpoints, complete or not, oldest first."""
     paths = [path for path in root.glob("step_*") if re.fullmatch(r"step_[0-9]{1,18}", path.name)]
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
@@ -190,7 +190,7 @@ def _damage(path: Path) -> str | None:
 
 def prune(root: Path, keep: int) -> None:
     """Remove checkpoints older than the newest `keep` complete ones. Newer damaged ones stay: a later save replaces them."""
-    found = steps(root)
+    found = checkpoint_folders(root)
     complete = [path for path in found if problem(path) is None]
     for path in found[: found.index(complete[-keep:][0])]:
         hide_and_remove(path)

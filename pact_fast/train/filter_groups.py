@@ -20,7 +20,7 @@ from pact_fast.data.types import Task
 
 # Most superfluous groups of a step, relative to those that it cannot do without. Sampling only as many as are missing would
 # leave none over, but takes many small rounds.
-WASTE = 0.3
+MAX_SUPERFLUOUS = 0.3
 # Number of the first batch of further prompts, beyond the last step of any run, and not of this run: a run that is resumed
 # with more steps sees the same prompts.
 FURTHER_BATCHES = 1 << 24
@@ -107,7 +107,7 @@ def further_groups(missing: int, kept: int, sampled: int, budget: int) -> int:
     """
     needed = int(missing * (sampled + 2) / (kept + 1))  # by the yield so far, and one success of two before it
     # in the worst case every further group has a signal: all beyond `missing` are then superfluous
-    return min(budget, max(missing, min(needed, missing + int(WASTE * (sampled + missing)))))
+    return min(budget, max(missing, min(needed, missing + int(MAX_SUPERFLUOUS * (sampled + missing)))))
 
 
 class FurtherTasks:

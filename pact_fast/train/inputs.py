@@ -33,7 +33,7 @@ def resolve_run_data(config: Config, run: Path, world: World) -> Config:
 
     def find() -> None:
         saved = run / "config.yaml"
-        resumed = config.resume == "auto" and saved.exists() and checkpoint.steps(run / "checkpoints")
+        resumed = config.resume == "auto" and saved.exists() and checkpoint.checkpoint_folders(run / "checkpoints")
         recorded = load_config(str(saved)).data if resumed else None
         found.append(resolve_data(config.data, recorded).model_dump())
 

@@ -4,8 +4,8 @@ All random numbers are functions of (seed, step, position), never of earlier dra
 tools. A run that is killed and resumed therefore repeats its lost steps bit for bit (on CPU, with the same number of
 threads).
 
-Every rank runs the same life cycle (docs/scaling.md): it samples its part of the rollouts, plans its part of the prompts
-and trains its part of the packs. Only rank 0 writes files and logs.
+Every rank runs the same life cycle (docs/scaling.md): it samples its part of the rollouts, makes batches of its part of the
+prompts and trains its part of the packs. Only rank 0 writes files and logs.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def open_run(config: Config, resumed: bool) -> str | None:
     if holds_run(run) and config.resume == "never":
         raise PactError(f"{run} already holds a run; continue it with resume=auto, or choose another output_dir=")
     repeated = None
-    if resumed or checkpoint.steps(run / "checkpoints"):
+    if resumed or checkpoint.checkpoint_folders(run / "checkpoints"):
         check_resumed(config, run / "config.yaml")
     if not resumed:
         _check_no_checkpoint_is_lost(run)
@@ -89,7 +89,7 @@ def _unfinished(run: Path) -> Iterator[Path]:
 def holds_run(run: Path) -> bool:
     """Whether training has begun in a directory: it has metrics, a checkpoint, or traces of one."""
     names = ("metrics.jsonl", "summary.json", LATEST)
-    return any((run / name).exists() for name in names) or bool(checkpoint.steps(run / "checkpoints"))
+    return any((run / name).exists() for name in names) or bool(checkpoint.checkpoint_folders(run / "checkpoints"))
 
 
 def save_config(config: Config) -> None:
@@ -114,7 +114,7 @@ def _check_kinds(run: Path) -> None:
 
 def _check_no_checkpoint_is_lost(run: Path) -> None:
     """PactError if there was a checkpoint, and none can be used: a new start would write over the run."""
-    found = checkpoint.steps(run / "checkpoints")
+    found = checkpoint.checkpoint_folders(run / "checkpoints")
     if found:
         reason = f"{found[-1].name}: {checkpoint.problem(found[-1])}"
     elif (run / LATEST).exists() or (run / "summary.json").exists():

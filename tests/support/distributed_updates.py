@@ -67,9 +67,9 @@ def run(case: str, world: World) -> dict[str, np.ndarray]:
     for step in range(STEPS):
         update = step_context_of(renderer, config, groups, step=step, world=world)
         own = [group for group in groups if world.owner_of(group.prompt_index, len(groups)) == world.rank]
-        plans = rule.prompt_batches(own, update)
-        learner.prepare(plans)
-        result = learner.accumulate(plans)
+        batches = rule.prompt_batches(own, update)
+        learner.prepare(batches)
+        result = learner.accumulate(batches)
         if step == 0:
             gradient = whole_gradient(learner)
         norms.append(learner.step())

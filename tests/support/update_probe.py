@@ -74,15 +74,16 @@ def main(out: Path, config: dict[str, Any], lengths: tuple[int, int, int, int], 
     assert parsed.model.random_init and small.model.random_init
     small.model.random_init |= TINY
     warm = learner(small, world)
-    warm.update(plans(WARM_UP, 1, TINY["vocab_size"]))  # libraries have finished lazy loading
+    warm.update(prompt_batches(WARM_UP, 1, TINY["vocab_size"]))  # libraries have finished lazy loading
     del warm
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     baseline = resident_bytes("VmRSS")
     subject, vocab = learner(parsed, world), parsed.model.random_init["vocab_size"]
-    subject.update(plans(WARM_UP, 1, vocab))  # AdamW has its states from here on
+    subject.update(prompt_batches(WARM_UP, 1, vocab))  # AdamW has its states from here on
     release_memory()  # memory that the head keeps counts as the update's
-    data = [one for i, one in enumerate(plans(lengths, prompts, vocab)) if world.owner_of(i, prompts) == world.rank]
+    all_batches = enumerate(prompt_batches(lengths, prompts, vocab))
+    data = [batch for i, batch in all_batches if world.owner_of(i, prompts) == world.rank]
     found = [_rates(parsed)] if rates else []
     with PeakMemory(torch.device("cpu")) as memory:
         result = subject.update(data)
@@ -132,7 +133,7 @@ def learner(config: Config, world: World) -> Learner:
     )
 
 
-def plans(lengths: tuple[int, int, int, int], prompts: int, vocab: int) -> list[PromptBatch]:
+def prompt_batches(lengths: tuple[int, int, int, int], prompts: int, vocab: int) -> list[PromptBatch]:
     """Both contexts of every prompt, all rollout tokens and the whole trace supervised."""
     prompt, trace, response, rollouts = lengths
     rng = np.random.default_rng(0)

@@ -25,7 +25,7 @@ from pact_fast.errors import PactError
 PACKAGE = "bfcl_eval.eval_checker.multi_turn_eval.func_source_code"
 STATELESS = ("MathAPI",)
 FORBIDDEN = ("kill", "exit", "quit", "remove", "unlink", "popen", "Popen", "run")  # by the official executor
-GROWS = ("cp", "mv")  # calls after which a file system is measured
+GROWING_CALLS = ("cp", "mv")  # calls after which a file system is measured
 
 
 class ApiSession:
@@ -86,7 +86,7 @@ class ApiSession:
         with _own_precision():
             result = method(*copy.deepcopy(args), **copy.deepcopy(kwargs))
             text = _text(result)
-        if name in GROWS:
+        if name in GROWING_CALLS:
             self._measure()
         return text
 

@@ -87,7 +87,7 @@ class Domain:
     predicates    conditions on the final state: functions whose first parameter is the database
     bookkeeping   differences that a comparison of final states ignores (logs, counters)
     subjects      entities that a task can be about, for example all customers
-    issues        kinds of problems, for the `rules` backend of synthesis
+    issues        kinds of problems, of which the rules of EigenData compose tasks
     introduction  how a dialogue about a subject begins
 
     Only policy, base and agent_tools are compulsory; without issues, tasks need a model to be written.

@@ -66,7 +66,7 @@ class Verdict:
         return "; ".join(part for part in parts if part)
 
 
-def begin(domain: Domain, instance: Instance) -> Database:
+def initial_state(domain: Domain, instance: Instance) -> Database:
     """The state in which the episode begins. KeyError if an edit names a record that does not exist."""
     db = Database(domain.base)
     for edit in instance.init:
@@ -100,7 +100,7 @@ def replay(domain: Domain, instance: Instance, steps: Iterable[Step], *, watch: 
         steps: The calls, in their order.
         watch: Find out which calls change the state.
     """
-    played = Replay(begin(domain, instance))
+    played = Replay(initial_state(domain, instance))
     before = played.db.digest() if watch else ""
     for step in steps:
         text, carried_out = run_step(domain, instance, played.db, step)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pact_fast.envs.domain.base import Domain
-from pact_fast.envs.domain.checker import Replay, Sandbox, Verdict, begin, judge, replay, state_difference
+from pact_fast.envs.domain.checker import Replay, Sandbox, Verdict, initial_state, judge, replay, state_difference
 from pact_fast.envs.domain.instance import Instance, Step
 from pact_fast.text import short
 
@@ -44,7 +44,7 @@ def check_instance(
         sandbox: Runs the checker's function, if it has one.
     """
     try:
-        begin(domain, instance)
+        initial_state(domain, instance)
     except (KeyError, TypeError) as error:
         return [Finding("gold_runs", "task", f"the initial state cannot be made: no {error}")]
     tests = _Controls(domain, instance, sandbox)

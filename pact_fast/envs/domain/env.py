@@ -7,7 +7,7 @@ from typing import Any
 
 from pact_fast.data.types import ExpertTrace, Message, Task, ToolCall, ToolSchema, Trajectory
 from pact_fast.envs.domain.base import Domain, make_domain
-from pact_fast.envs.domain.checker import Sandbox, Verdict, begin, judge
+from pact_fast.envs.domain.checker import Sandbox, Verdict, initial_state, judge
 from pact_fast.envs.domain.database import Database
 from pact_fast.envs.domain.instance import Instance
 from pact_fast.envs.domain.tools import call_tool
@@ -67,7 +67,7 @@ class DomainEnvironment:
     def start(self, instance: Instance) -> None:
         """Begin an episode: the initial state, and a user who has said the opening."""
         self.instance = instance
-        self._db: Database = begin(self.domain, instance)
+        self._db: Database = initial_state(self.domain, instance)
         self.user = DomainUser(self.domain, instance, self._db)
         self._said: list[str] = []
         self._over = False

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from pact_fast.data.types import StopReason, ToolCall, Trajectory
 from pact_fast.envs.domain.base import Domain
-from pact_fast.envs.domain.checker import begin
+from pact_fast.envs.domain.checker import initial_state
 from pact_fast.envs.domain.instance import Instance
 from pact_fast.envs.domain.user import DomainUser
 from pact_fast.users.stop import STOP, read_stop
@@ -56,7 +56,7 @@ def breaks_protocol(domain: Domain, instance: Instance, trajectory: Trajectory) 
 
 def would_leave(domain: Domain, instance: Instance, told: Sequence[str]) -> bool:
     """Whether the scripted user leaves at the last of these messages of the agent, or has lost its patience before."""
-    script = DomainUser(domain, instance, begin(domain, instance))
+    script = DomainUser(domain, instance, initial_state(domain, instance))
     replies = [script.reply(text) for text in told]
     return script.gave_up or (bool(replies) and replies[-1] is None)
 

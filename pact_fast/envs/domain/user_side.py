@@ -10,7 +10,7 @@ from typing import Any
 
 from pact_fast.data.types import ExpertTrace, Message, ToolSchema
 from pact_fast.envs.domain.base import Domain
-from pact_fast.envs.domain.checker import begin, run_step
+from pact_fast.envs.domain.checker import initial_state, run_step
 from pact_fast.envs.domain.database import Database
 from pact_fast.envs.domain.instance import Instance, Step
 from pact_fast.envs.domain.tools import call_tool, schema_of
@@ -52,7 +52,7 @@ def user_dialogue(domain: Domain, instance: Instance, expert: ExpertTrace) -> li
         instance: The task.
         expert: The agent's side of a dialogue with the scripted user, which is played again.
     """
-    db = begin(domain, instance)
+    db = initial_state(domain, instance)
     script = DomainUser(domain, instance, db)
     messages: list[Message] = []
     said = [(turn.content, turn.calls) for turn in expert.turns] + [(expert.answer or "", ())]

@@ -36,7 +36,7 @@ class Dialogue:
             {"role": "user", "content": GREETING},
             {"role": "assistant", "content": opening(task)},
         ]
-        self._solved_by_nothing = self._holds()
+        self._solved_at_start = self._holds()
         self.role = Role(name, task, self._satisfied)
         self._user = make_user(self.role)
 
@@ -81,7 +81,7 @@ class Dialogue:
 
     def _satisfied(self) -> bool:
         """Whether the task is solved, and was not from the beginning."""
-        return not self._solved_by_nothing and self._holds()
+        return not self._solved_at_start and self._holds()
 
     def _holds(self) -> bool:
         return all(judge(self.episode, self.said).components.values())

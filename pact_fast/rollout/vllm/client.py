@@ -20,9 +20,9 @@ import torch
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
 from pact_fast.model.weights import WeightShard, WeightSnapshot
 from pact_fast.rollout.vllm import http_client
-from pact_fast.rollout.vllm.answers import read_completion, read_reports, read_results, read_served_model
 from pact_fast.rollout.vllm.colocated import WORKER_EXTENSION, filter_params, merge_reports
-from pact_fast.rollout.vllm.http_connection import Answer, Exchange
+from pact_fast.rollout.vllm.http_connection import Exchange, HttpResponse
+from pact_fast.rollout.vllm.responses import read_completion, read_reports, read_results, read_served_model
 from pact_fast.rollout.vllm.transport import TurnOutput, TurnRequest, VllmTransport
 from pact_fast.rollout.vllm.weight_files import WeightFiles
 from pact_fast.rollout.vllm.weight_transfer import FILES, NCCL, NcclTransfer
@@ -43,7 +43,7 @@ class _Turn(Exchange):
     def body(self) -> bytes:
         return self._transport.encode_turn(self.request)
 
-    def finish(self, outcome: Answer | EngineError) -> None:
+    def finish(self, outcome: HttpResponse | EngineError) -> None:
         self._transport.finish_turn(self, outcome)
 
 
@@ -127,14 +127,14 @@ class VllmServerTransport(VllmTransport):
         }  # fmt: skip
         return json.dumps(body, separators=(",", ":")).encode()
 
-    def finish_turn(self, exchange: _Turn, answer: Answer | EngineError) -> None:
+    def finish_turn(self, exchange: _Turn, response: HttpResponse | EngineError) -> None:
         """Put the turn's output, or an EngineError, into the results. Called in the thread of the connections."""
         outcome: TurnOutput | EngineError
         try:
-            if isinstance(answer, EngineError):
-                outcome = answer
+            if isinstance(response, EngineError):
+                outcome = response
             else:
-                outcome = read_completion(self.name, http_client.checked_json(answer, self.name), exchange.request)
+                outcome = read_completion(self.name, http_client.checked_json(response, self.name), exchange.request)
         except EngineError as error:
             outcome = error
         except Exception as error:  # whatever it is, nobody waits for this call
@@ -245,9 +245,9 @@ class VllmServerTransport(VllmTransport):
         """The JSON that an endpoint answers.
 
         Raises:
-            EngineTimeout: No answer within the deadline.
+            EngineTimeout: No response within the deadline.
             EngineDied: The connection broke, or status 5xx.
-            EngineError: Status 4xx, or an answer that cannot be read.
+            EngineError: Status 4xx, or a response that cannot be read.
         """
         return http_client.checked_json(self._http.request(method, path, timeout=self._timeout, **kwargs), self.name)
 

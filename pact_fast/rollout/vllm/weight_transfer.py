@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from pact_fast.config import Config
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
 from pact_fast.model.weights import BUCKET, TensorSpec, WeightSnapshot, needs_all_ranks
-from pact_fast.rollout.vllm.answers import read_world_size
 from pact_fast.rollout.vllm.colocated import import_vllm
+from pact_fast.rollout.vllm.responses import read_world_size
 
 FILES, NCCL = "files", "nccl"
 
@@ -155,7 +155,7 @@ class _WeightStream:
             if self.failed:
                 raise self.failed
             # copy: vLLM packs it with later ones, but gathered tensors exist only during their iteration
-            yield name, tensor.to(self._device or tensor.device, copy=self._weights.shared)
+            yield name, tensor.to(self._device or tensor.device, copy=self._weights.partitioned)
 
     def finish(self) -> None:
         """Exhaust a pass that has begun, because gathering is a collective; one that has not may begin later."""

@@ -45,7 +45,7 @@ class Settings:
     rounds  rounds of synthesis; reflection comes after each but the last
     plans   pairs of synthesis and evaluation plan
     count   tasks to make in all rounds; a few less are accepted
-    models  roles that a language model plays (`backends.ROLES`)
+    models  roles that a language model plays (`make_roles.ROLES`)
     """
 
     domain: str
@@ -69,7 +69,7 @@ class DataEngine:
         domain: The domain.
         out: The folder; one with the same settings is continued.
         settings: What to make.
-        roles: Backends; None: rules.
+        roles: Who plays each role; None: the rules.
         start: Folder of the first version's files; None: the shipped ones.
         workers: Tasks at the same time, for models that answer several questions at a time. It changes no result.
 

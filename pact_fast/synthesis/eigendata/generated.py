@@ -65,7 +65,9 @@ def _make(seed: int, count: int, max_issues: int, early_stop: float) -> dict[str
             continue
         messages = candidate.rollout.messages
         if early_stop:
-            messages = _hasty(domain, candidate.instance, version, early_stop, random.Random(f"{seed}/{slot}"))
+            messages = _dialogue_with_early_stop(
+                domain, candidate.instance, version, early_stop, random.Random(f"{seed}/{slot}")
+            )
         task = instance_task(domain, candidate.instance, DOMAIN, messages)
         splits[split_of(_customer(candidate.instance))].append(replace(task, env=None))
     return splits
@@ -76,7 +78,7 @@ def _customer(instance: Instance) -> str:
     return " ".join((instance.subject, *instance.user.knows.values()))
 
 
-def _hasty(
+def _dialogue_with_early_stop(
     domain: Domain, instance: Instance, version: Version, early_stop: float, rng: random.Random
 ) -> list[Message]:
     """A dialogue of an agent that may stop too early, but not before its first question is answered."""

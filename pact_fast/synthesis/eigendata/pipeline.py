@@ -28,7 +28,7 @@ from pact_fast.synthesis.eigendata.versions import Version
 
 @dataclass
 class Roles:
-    """Implementation of each role; the defaults are the `rules` backend."""
+    """Implementation of each role; by default the rules."""
 
     planner: Planner = field(default_factory=RulesPlanner)
     synthesizer: Synthesizer = field(default_factory=RulesSynthesizer)
@@ -43,7 +43,7 @@ class Pipeline:
 
     Args:
         domain: The domain.
-        roles: The backends.
+        roles: Who plays each role.
         seed: Seed of all random numbers. A candidate is a function of seed, version and its position alone, so that several
             can be made at the same time.
     """

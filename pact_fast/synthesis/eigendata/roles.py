@@ -1,7 +1,7 @@
-"""Interface between engine and backends: one Protocol per role, and the records that they exchange.
+"""Interface between the engine and its roles: one Protocol per role, and the records that they exchange.
 
-The `rules` backend (planner.py, compose.py, rollout.py, assess.py, reflect.py) needs no model. A backend of your own
-implements any of these and is passed to `DataEngine`.
+The rules (planner.py, compose.py, rollout.py, assess.py, reflect.py) need no model. A class of your own implements any of
+these and is passed to `DataEngine`.
 """
 
 from __future__ import annotations

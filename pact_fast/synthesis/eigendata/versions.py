@@ -1,6 +1,6 @@
 """Prompts and workflow as versioned files: `versions/0003/workflow.yaml`. A version is never changed once written.
 
-The rules backend reads settings (`*.yaml`); backends with a model read prompts (`*.md`) in the same folder.
+The rules read settings (`*.yaml`); roles that a model plays read prompts (`*.md`) in the same folder.
 """
 
 from __future__ import annotations

@@ -133,9 +133,11 @@ class GeneratedQuestionTasks:
             if (sum(row.question.encode()) % 8 == 0) == (split == "eval"):
                 made = make_task(row, self._actor, system=SYSTEM)
                 if not made.reasons:
-                    return self._with_taught_trace(row, made, rng) if split == "train" else replace(made.task, env=None)
+                    return (
+                        self._with_training_trace(row, made, rng) if split == "train" else replace(made.task, env=None)
+                    )
 
-    def _with_taught_trace(self, row: QARow, made: MadeTask, rng: random.Random) -> Task:
+    def _with_training_trace(self, row: QARow, made: MadeTask, rng: random.Random) -> Task:
         """The task with the trace of a teacher that may stop too early."""
         plan = make_plan(row)
         hops = len(plan.hops) if plan.entities else 1

@@ -29,7 +29,7 @@ from pact_fast.data.readers import write_tasks
 from pact_fast.envs.simulated.env import make_actor
 from pact_fast.envs.simulated.world import LOOKUP, MODEL, SEARCH
 from pact_fast.errors import DataError
-from pact_fast.files import ANOTHER, io_errors, remove, write_text
+from pact_fast.files import OTHER_FILE_CURE, io_errors, remove, write_text
 from pact_fast.synthesis.journal import JOURNAL, Journal
 from pact_fast.synthesis.mtr.make_task import MadeTask, make_task
 from pact_fast.synthesis.mtr.model_tool_maker import ModelToolMaker
@@ -102,7 +102,7 @@ def make_dataset(
     if not journal.records:
         raise DataError("holds no rows; give a file with at least one", file=str(source))
     manifest = _write(out, identity, journal.records)
-    with io_errors(out, ANOTHER):
+    with io_errors(out, OTHER_FILE_CURE):
         remove(out / JOURNAL)
     return manifest
 
@@ -186,9 +186,11 @@ def _write(out: Path, identity: dict[str, Any], records: Sequence[dict[str, Any]
     bare = [record["task"] for record in records if record["reasons"] and "task" in record]
     _write_tasks(out / "tasks.jsonl", [_task(task) for task in bare])
     rejected = [{k: r[k] for k in ("id", "reasons", "error") if k in r} for r in records if r["reasons"]]
-    write_text(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), ANOTHER)
+    write_text(
+        out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), OTHER_FILE_CURE
+    )
     tools = tool_table(records)
-    write_text(out / "tools.json", json.dumps(tools, indent=1, ensure_ascii=False) + "\n", ANOTHER)
+    write_text(out / "tools.json", json.dumps(tools, indent=1, ensure_ascii=False) + "\n", OTHER_FILE_CURE)
     manifest = {
         "made_from": identity,
         "rows": len(records),
@@ -199,7 +201,7 @@ def _write(out: Path, identity: dict[str, Any], records: Sequence[dict[str, Any]
         "tools": len(tools["tools"]),
     }
     write_page(out / "report.html", manifest, tools, kept[0]["task"] if kept else None)
-    write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n", ANOTHER)
+    write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n", OTHER_FILE_CURE)
     return manifest
 
 
@@ -207,7 +209,7 @@ def _write_tasks(path: Path, tasks: Sequence[Any]) -> None:
     """`write_tasks`, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     write_tasks(temporary, tasks)
-    with io_errors(path, ANOTHER):
+    with io_errors(path, OTHER_FILE_CURE):
         temporary.replace(path)
 
 

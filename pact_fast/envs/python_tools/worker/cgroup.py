@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from .linux import works
+from .linux import works_in_child
 
 
 def make_group(name: str, processes: int) -> str | None:
@@ -23,7 +23,7 @@ def make_group(name: str, processes: int) -> str | None:
         folder = f"{parent}/{name}"
         with contextlib.suppress(OSError):
             os.mkdir(folder)
-            if limit_group(folder, processes) and works(functools.partial(join_group, folder)):
+            if limit_group(folder, processes) and works_in_child(functools.partial(join_group, folder)):
                 return folder
         _remove(folder)
     return None
