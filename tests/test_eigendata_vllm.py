@@ -54,8 +54,8 @@ def test_a_small_model_in_every_role(start, tmp_path):
         pytest.skip(f"the model is not installed: {EXAMPLE['CURE']}")
     model = EXAMPLE["convert"](source, tmp_path / "model")
     config = LLMConfig(
-        model=str(model), vllm_args=ARGS, cache_dir=str(tmp_path / "answers"), max_tokens=160, timeout=600.0,
-        total_timeout=1800.0, server_timeout=1200.0,
+        model=str(model), vllm_args=ARGS, cache_dir=str(tmp_path / "answers"), max_tokens=160 if LONG else 96,
+        timeout=600.0, total_timeout=1800.0, server_timeout=1200.0,
     )  # fmt: skip
     domain = make_domain("helpdesk_small")
     variables = mock.patch.dict(os.environ, {"VLLM_CPU_KVCACHE_SPACE": "1"})
