@@ -26,7 +26,7 @@ from tests.support import adapters
 from tests.support.faults import at_call
 from tests.support.groups import lookup_chain_renderer
 from tests.support.models import TINY
-from tests.support.runs import RunProcess, metrics
+from tests.support.runs import TOKENIZERS, RunProcess, metrics
 from tests.support.scripted_engine import Script, turn
 from tests.support.trajectories import rollout
 
@@ -40,6 +40,7 @@ def tiny_settings(steps: int) -> list[str]:
     sizes = ["num_generations=2", "max_turn_tokens=8", "max_prompt_length=1500", "max_completion_length=64"]
     return [
         *("model.path=null", f"model.random_init={json.dumps(model)}", "model.dtype=float32", "threads=1"),
+        f"model.tokenizer={TOKENIZERS['tiny']}",
         *(f"rollout.{size}" for size in sizes),
         *(f"trainer.{size}" for size in ("max_tokens_per_pack=4096", f"max_steps={steps}", "prompts_per_step=2")),
         "trainer.eval_tasks=2",

@@ -14,6 +14,7 @@ from pact_fast.cli.main import main
 from pact_fast.registry import Registry
 from tests.support.chat_tokenizers import chatml_like
 from tests.support.models import TINY
+from tests.support.runs import TOKENIZERS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -21,6 +22,7 @@ MODEL = {**TINY, "max_position_embeddings": 4096}
 SMALL = [
     "model.path=null",
     f"model.random_init={json.dumps(MODEL)}",
+    f"model.tokenizer={TOKENIZERS['tiny']}",
     "model.dtype=float32",
     "rollout.num_generations=2",
     "rollout.max_turn_tokens=8",

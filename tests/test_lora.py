@@ -30,6 +30,7 @@ from pact_fast.train.learner import Learner
 from pact_fast.train.user_model import with_frozen_model
 from tests.support.groups import make_groups, step_context_of
 from tests.support.optional import needs
+from tests.support.runs import TOKENIZERS
 
 needs("peft", reason="needs the extra lora: pip install 'pact-fast[lora]'")
 
@@ -40,6 +41,7 @@ SETTINGS = {
             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
         },
         "lora": {"r": 4, "alpha": 8.0},
+        "tokenizer": str(TOKENIZERS["tiny"]),
     },
     "env": {"name": "lookup_chain"},
     "rollout": {"num_generations": 4, "max_turn_tokens": 8, "max_completion_length": 24, "max_prompt_length": 500},

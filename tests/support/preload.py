@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import gc
 import os
+from unittest import mock
 
 import pytest  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
@@ -25,7 +26,9 @@ from pact_fast.train.trackers.registry import tracker
 
 with contextlib.suppress(ImportError):  # imported through accelerate when a model is saved
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
+    # Imported by every engine of DeepSpeed, and decorated: that would import Inductor, for an optimizer that nobody uses here
+    with mock.patch("torch.compile", lambda function, **_: function):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 for registry in (algorithm, engine, environment, tool_format, tracker):
     registry.names()  # imports all that are registered
