@@ -54,6 +54,7 @@ def named(call: PythonCall, session: ApiSession) -> PythonCall:
 
 
 def ground_truth(entry: Entry) -> Turns:
+    """The calls of an entry's ground truth, turn by turn, with arguments by name."""
     session = ApiSession(entry)
     return [[named(read_call(text), session) for text in turn] for turn in entry.truth]
 
@@ -142,6 +143,7 @@ def altered(value: Any, rng: random.Random) -> Any:
 
 
 def multi_turn_tasks(every: int) -> Iterator[Entry]:
+    """Every `every`-th entry of the multi-turn categories."""
     for name in MULTI_TURN:
         yield from list(entries(name).values())[::every]
 

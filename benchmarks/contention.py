@@ -74,6 +74,7 @@ class BusyProcesses:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
+        """Inside, all processes run; outside they are stopped."""
         self._signal(signal.SIGCONT)
         try:
             time.sleep(0.05)
@@ -82,10 +83,11 @@ class BusyProcesses:
             self._signal(signal.SIGSTOP)
 
     def seconds(self) -> float:
-        """Processor time that they have taken."""
+        """CPU time that they have taken."""
         return sum(_process_seconds(process.pid) for process in self._all)
 
     def close(self) -> None:
+        """End the processes."""
         for process in self._all:
             process.kill()
             process.wait()
@@ -101,7 +103,7 @@ def _process_seconds(pid: int) -> float:
 
 
 def machine_seconds() -> float:
-    """Processor time that all processes of the machine have taken, and what its host gave to other machines."""
+    """CPU time that all processes of the machine have taken, and the time that its host gave to other machines."""
     user, nice, system, _, _, interrupt, soft, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + interrupt + soft + steal) / os.sysconf("SC_CLK_TCK")
 
@@ -146,6 +148,7 @@ def sample(model: Any, sessions: int, prompt: int, tokens: int) -> None:
 
 
 def head_step(head: Any, problem: Any) -> None:
+    """Loss and gradients of a head, from no gradients on."""
     problem.clear()
     head.step(problem)
 
@@ -189,7 +192,7 @@ def waiting_environment(waiting: str, environment: dict[str, str]) -> dict[str, 
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the rounds that nobody disturbed; "factor" None if they are too few."""
+    """Medians over undisturbed rounds; "factor" is None if there are too few."""
     calm = [r for r in rounds if max(r["quiet"]["others"], r["busy"]["others"]) <= QUIET]
     others = [r["quiet"]["others"] for r in rounds]
     return {
@@ -208,7 +211,7 @@ def _factors(rounds: list[dict[str, Any]]) -> list[float]:
 
 
 def failures(results: list[dict[str, Any]]) -> list[str]:
-    """What keeps the package's own way to wait from passing."""
+    """List the reasons why the package's own way to wait does not pass; empty if it passes."""
     found = []
     for result in results:
         for name, row in result["rows"].items() if result["waiting"] == "package" else ():

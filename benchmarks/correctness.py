@@ -112,6 +112,7 @@ class Inputs:
         self.g, self.h = randn(n) / n, 0.1 * randn(n) / n
 
     def tokens(self) -> LossTokens:
+        """The loss table, N rows: policy and SFT terms, one sequence."""
         zeros = torch.zeros_like(self.target)
         return LossTokens(
             row=torch.arange(len(zeros), device=zeros.device), target=self.target, context=zeros, component=zeros,
@@ -120,16 +121,20 @@ class Inputs:
         )  # fmt: skip
 
     def leaves(self, double: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(hidden [N, D], weight [V, D], bias [V] or None), differentiable; in fp64 with `double`."""
+
         def leaf(t: Tensor) -> Tensor:
             return t.detach().double().requires_grad_() if double else t
 
         return leaf(self.hidden), leaf(self.weight), None if self.bias is None else leaf(self.bias)
 
     def head(self) -> dict[str, Any]:
+        """Temperature and soft-cap, as arguments of the kernels."""
         return {"temperature": self.temperature, "softcap": self.softcap}
 
 
 def run_logprob(inputs: Inputs, backend: str, double: bool = False) -> Values:
+    """Log-probs, entropies and gradients by `linear_logprob`."""
     hidden, weight, bias = leaves = inputs.leaves(double)
     options = inputs.head() | {"bias": bias, "backend": backend}
     out = linear_logprob(hidden, weight, inputs.target, entropy=True, **options)
@@ -140,6 +145,7 @@ def run_logprob(inputs: Inputs, backend: str, double: bool = False) -> Values:
 
 
 def run_loss(inputs: Inputs, backend: str, double: bool = False) -> Values:
+    """Log-probs, entropies, loss and gradients by `pact_loss`."""
     hidden, weight, bias = leaves = inputs.leaves(double)
     options = inputs.head() | {"bias": bias, "backend": backend, "entropy_coef": ENTROPY_COEF}
     out = pact_loss(hidden, weight, inputs.tokens(), **options)
@@ -173,6 +179,10 @@ def _gradients(loss: Tensor, leaves: tuple[Tensor | None, ...]) -> Values:
 
 
 def errors(values: Values, exact: Values) -> dict[str, float]:
+    """Errors against exact values.
+
+    Of log-probs and entropies the largest and the RMS, in nats; of others relative, in the Frobenius norm.
+    """
     found: dict[str, float] = {}
     for name, value in values.items():
         off, reference = value.detach().double() - exact[name].detach(), exact[name].detach().norm()
@@ -213,6 +223,7 @@ def _limit(key: str, own: float) -> float:
 
 
 def default_backend(device: torch.device) -> str:
+    """The fastest backend that works on a device."""
     if device.type == "cuda":
         return "triton"
     return "cpp" if backends().get("cpp") == "ready" else "torch"

@@ -13,13 +13,15 @@ engine greedy      the same at temperature 0
 generate           model.generate, greedy, dynamic cache, sdpa: no logits processor, no log-probs
 generate static    the same with a static cache
 generate sampled   model.generate that samples at temperature 1 from all tokens
-vllm               vLLM in this process, sampling, with log-probs; set OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND=nobind
+vllm               vLLM, sampling, with log-probs; set OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND=nobind
 
 ms/step         of a decoding step of the whole batch: (time for 1 + N tokens − time for 1 token) / N, median over rounds
 CPU ms/step     the same in CPU time of the process, all threads: meaningful on a busy machine, where wall time is not
-time/engine     CPU time relative to "engine": median over rounds of the ratio within a round, and its quartiles
-of the floor    CPU time, as a multiple of the time that one thread takes to read weights and cache once
-first token     seconds until the first token: prefill and one step
+time/engine     CPU time relative to "engine": median over rounds of the ratio within a round, and its quartiles; wall time
+                for vllm, which computes in a process of its own
+of the floor    the same time, as a multiple of the time that one thread takes to read weights and cache once
+first token     seconds until the first token: prefill and one step. Its noise is part of ms/step: choose --prompt and
+                --tokens so that the steps take longer than the prefill
 
 --prefill BxP   peak resident memory beyond the loaded model while the engine prefills B prompts of P tokens and samples one
                 token each, in a process of its own
@@ -150,7 +152,7 @@ class GenerateRun:
 
 
 class VllmRun:
-    """vLLM in this process, without a prefix cache: every run prefills, as the others do."""
+    """vLLM without a prefix cache: every run prefills, as the others do."""
 
     def __init__(self, model: PreTrainedModel, prompts: np.ndarray, longest: int):
         from pact_fast.rollout.vllm.colocated import import_vllm
@@ -200,6 +202,7 @@ class Benchmark:
         self._args, self._models = args, {}  # type: ignore[var-annotated]
 
     def model(self, dtype: str) -> tuple[PreTrainedModel, str]:
+        """(the model in a dtype, where its weights come from); the last one is kept."""
         if dtype not in self._models:
             self._models = {dtype: load_model(dtype, tiny=self._args.tiny, random=self._args.random)}
         return self._models[dtype]
@@ -221,7 +224,7 @@ class Benchmark:
             call.run(2)  # warm
         paired_rounds(timed, dict.fromkeys(timed, self._args.rounds), torch.device("cpu"))
         floor = floor_seconds(model, case)
-        rows = {name: row(call, timed["engine"], floor) for name, call in timed.items()}
+        rows = {name: row(name, call, timed["engine"], floor) for name, call in timed.items()}
         peer = min((n for n in rows if n in ("generate", "generate static")), key=lambda n: rows[n]["step_cpu_ms"])
         if rows[peer]["time_to_engine"] < 1.0 and not self._args.tiny:
             failures.append(f"a step takes {1 / rows[peer]['time_to_engine']:.2f} times that of {peer}")
@@ -244,6 +247,7 @@ class Benchmark:
 
 
 def random_prompts(model: PreTrainedModel, batch: int, length: int) -> np.ndarray:
+    """int64 [batch, length] token ids, the same at every call."""
     return np.random.default_rng(0).integers(3, model.config.vocab_size, (batch, length))
 
 
@@ -283,8 +287,11 @@ def bandwidth() -> float:
     return best
 
 
-def row(call: Timed, engine: Timed, floor: float) -> dict[str, Any]:
-    ratios = [a / b for a, b in zip(call.step_cpu, engine.step_cpu, strict=True)]
+def row(name: str, call: Timed, engine: Timed, floor: float) -> dict[str, Any]:
+    """The numbers of a method: milliseconds of a decoding step, seconds to the first token, and times relative to the engine's
+    and to the floor."""
+    seconds, reference = (call.step_wall, engine.step_wall) if name == "vllm" else (call.step_cpu, engine.step_cpu)
+    ratios = [a / b for a, b in zip(seconds, reference, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return {
         "step_ms": 1e3 * statistics.median(call.step_wall),
@@ -292,7 +299,7 @@ def row(call: Timed, engine: Timed, floor: float) -> dict[str, Any]:
         "first_s": statistics.median(call.first),
         "time_to_engine": quartiles[1],
         "time_to_engine_quartiles": [quartiles[0], quartiles[2]],
-        "of_floor": statistics.median(call.step_cpu) / floor,
+        "of_floor": statistics.median(seconds) / floor,
         "rounds_step_cpu_ms": [1e3 * t for t in call.step_cpu],
         "rounds_step_ms": [1e3 * t for t in call.step_wall],
     }
@@ -348,6 +355,7 @@ def measure_prefills(args: argparse.Namespace, report: dict[str, Any]) -> None:
 
 
 def cases(args: argparse.Namespace) -> Iterable[DecodingCase]:
+    """All cases that the options ask for."""
     for dtype in args.dtypes:
         for batch in args.batches:
             yield DecodingCase(batch, args.prompt, args.tokens, dtype)
@@ -359,7 +367,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--batches", type=int, nargs="*", default=[1, 8, 64], metavar="B", help="(default: %(default)s)"
     )
     parser.add_argument("--dtypes", nargs="+", choices=list(TOLERANCE), default=["float32", "bfloat16"])
-    parser.add_argument("--prompt", type=int, default=128, metavar="N", help="tokens (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=16, metavar="N", help="tokens (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="steps timed (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="paired rounds (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", metavar="M", help="only these, `engine` among them")

@@ -42,7 +42,7 @@ USERS = ("tuned", "scripted")
 
 
 def train(variant: str, seed: int, folder: Path, settings: list[str]) -> dict[str, Any]:
-    """Train a variant, unless its run is there; CPU seconds (None: it was there), and what became of the groups."""
+    """Train a variant unless its run exists. Returns CPU seconds (None: it existed), and counts of the groups."""
     recipe, out = folder / f"recipe_{seed}", folder / f"{variant}_{seed}"
     own = [f"seed={seed}", f"output_dir={out}", "resume=auto", *settings]
     if variant != "recipe":
@@ -135,7 +135,7 @@ def _minutes(seconds: float | None) -> str:
 
 
 def rows(report: dict[str, Any], samples: int) -> list[list[str]]:
-    """Lines of the table: what was evaluated, and its scores with either user."""
+    """Lines of the table: each variant, and its scores with either user."""
     names = ["pass@1", f"pass^{samples}"] if samples > 1 else ["pass@1"]
     table = []
     for result in report["results"]:

@@ -1,4 +1,4 @@
-"""Whole evaluations of a tiny model on a CPU: how long do they take, and do they give the same numbers twice?
+"""Whole evaluations of a tiny model on a CPU: duration, and whether two runs give the same numbers.
 
 python -m benchmarks.evaluations                       the benchmarks below, each twice
 python -m benchmarks.evaluations --limit 4             the first four tasks of each category
@@ -9,7 +9,7 @@ what is measured is the runner, and sampling up to the limits. It is the same in
 the saved trajectories with their log-probs must be equal, byte by byte.
 
 seconds    wall time of the command, its start included
-cpu        seconds of processor time
+cpu        seconds of CPU time
 MiB        peak of resident memory
 
 Exit status 1: two runs differ, or one takes more than fifteen minutes.
@@ -91,7 +91,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def evaluate(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """All runs of one benchmark, and what they found."""
+    """All runs of one benchmark, and their results."""
     model = folder / "tiny.yaml"
     model.write_text(json.dumps(MODEL), encoding="utf-8")
     command = ["eval", name, "--model", str(model), *BENCHMARKS[name][1], *args.settings]
@@ -119,6 +119,7 @@ def evaluate(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any
 
 
 def failures(result: dict[str, Any]) -> list[str]:
+    """A line for every limit that a benchmark's runs have missed."""
     found = [] if result["identical"] else ["two runs differ"]
     found += [f"{run['seconds']} s" for run in result["runs"] if run["seconds"] > LIMIT_SECONDS]
     return [f"{result['benchmark']}: {problem}" for problem in found]

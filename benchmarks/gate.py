@@ -1,10 +1,10 @@
-"""Is anything slower than it was: head and update against a peer in the same rounds, compared with committed ratios.
+"""Regression gate: head and update against a peer in the same rounds, compared with committed ratios.
 
 python -m benchmarks.gate                     all cases, about two minutes of one core
 python -m benchmarks.gate --short             those that CI runs, under twenty seconds
 python -m benchmarks.gate --record            measure, and make the ratios those to compare with
 
-Times are processor times of all threads: a busy machine delays a call, but the call does not compute more. They still depend
+Times are CPU times of all threads: a busy machine delays a call, but the call does not compute more. They still depend
 on the machine; the ratio to code of plain torch, in the same process and the same rounds, depends on it far less. A case is
 worse if its ratio, less two standard errors of its median, is above the recorded one by more than --tolerance. Ratios are
 recorded for each combination of CPU features, backend and number of threads; where none is recorded, nothing is compared, and
@@ -85,6 +85,8 @@ def head(shape: tuple[int, int, int], dtype: torch.dtype) -> Callable[[], Calls]
 
 
 def update(model: str, shape: Shape, dtype: str) -> Callable[[], Calls]:
+    """Calls of one update of a model, 2 layers of it: ours as a token tree, the peer's by selected logits."""
+
     def calls() -> Calls:
         layers = 2
         bench = Bench(UpdateCase(model, layers, shape, dtype, 1, False), CPU)
@@ -98,6 +100,7 @@ def update(model: str, shape: Shape, dtype: str) -> Callable[[], Calls]:
 
 
 def backend() -> str:
+    """Backend of the head on this CPU."""
     return "cpp" if backends().get("cpp") == "ready" else "torch"
 
 
@@ -120,12 +123,14 @@ class Ratio:
 
     @classmethod
     def of(cls, ours: list[float], peer: list[float]) -> Ratio:
+        """From paired times in seconds: the median of ours/peer, and its standard error, robust against outliers."""
         ratios = [a / b for a, b in zip(ours, peer, strict=True)]
         median = statistics.median(ratios)
-        spread = 1.4826 * statistics.median(abs(ratio - median) for ratio in ratios)
-        return cls(median, math.sqrt(math.pi / 2) * spread / math.sqrt(len(ratios)))
+        deviation = 1.4826 * statistics.median(abs(ratio - median) for ratio in ratios)
+        return cls(median, math.sqrt(math.pi / 2) * deviation / math.sqrt(len(ratios)))
 
     def worse(self, recorded: float, tolerance: float) -> bool:
+        """Whether the ratio is above the recorded one by more than `tolerance` (a fraction), two standard errors aside."""
         return self.median - 2 * self.error > recorded * (1 + tolerance)
 
 
@@ -144,7 +149,7 @@ def measure(gate: Gate) -> tuple[Ratio, dict[str, float]]:
 
 
 def machine() -> str:
-    """What a ratio depends on: CPU features, backend, threads."""
+    """Describe the machine as far as a ratio depends on it: CPU features, backend, threads."""
     flags = stamp(commit="-")["machine"]["cpu"]["flags"]
     return ", ".join([*flags, backend(), f"threads {torch.get_num_threads()}"])
 

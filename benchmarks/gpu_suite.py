@@ -46,7 +46,7 @@ TAIL = 6000  # characters of a section's output that go into the JSON
 
 @dataclass(frozen=True)
 class Section:
-    """One command.
+    """A section of the suite: one command in a process of its own.
 
     title      its line in --list
     seconds    time budget
@@ -60,12 +60,13 @@ class Section:
     needs: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
+        """Which modules of `needs` are not installed, as a sentence; None: all are."""
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
         return f"not installed: {', '.join(absent)}" if absent else None
 
 
 def benchmark(name: str, *options: str, cpu: tuple[str, ...] = ()) -> Callable[[str, Path], list[str]]:
-    """The command of a benchmark; `cpu`: its options in a smoke test."""
+    """A section's command: a benchmark with these options, or in a smoke test with the options `cpu`."""
 
     def command(device: str, out: Path) -> list[str]:
         chosen = cpu if device == "cpu" else options
@@ -75,12 +76,13 @@ def benchmark(name: str, *options: str, cpu: tuple[str, ...] = ()) -> Callable[[
 
 
 def tests(device: str, out: Path) -> list[str]:
+    """The command of pytest on TESTS; in a smoke test, on the first of them."""
     chosen = TESTS[:1] if device == "cpu" else TESTS
     return [sys.executable, "-m", "pytest", "-q", "-x" if device == "cpu" else "--maxfail=20", *chosen]
 
 
 def recurrences(device: str, out: Path) -> list[str]:
-    """Those of the device: test names hold "cuda" or "gpu", or "cpu"."""
+    """The command of pytest on RECURRENCES, for the tests whose names hold the device: "cuda" or "gpu", or "cpu"."""
     chosen = RECURRENCES[:1] if device == "cpu" else RECURRENCES
     return [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "cpu" if device == "cpu" else "cuda or gpu", *chosen]
 
@@ -177,10 +179,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    plan = {name: SECTIONS[name] for name in args.only}
+    sections = {name: SECTIONS[name] for name in args.only}
     no_cuda = args.device == "cuda" and not torch.cuda.is_available()
     if args.list or no_cuda:
-        for name, section in plan.items():
+        for name, section in sections.items():
             print(f"{name:12} {section.seconds:4.0f} s  {section.title}")
         if no_cuda and not args.list:
             print("no CUDA device: nothing was run; --device cpu is a smoke test", file=sys.stderr)
@@ -191,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         print("no git repository: the results name no commit; pass --commit", flush=True)
     out = args.out.resolve()
     begin = time.monotonic()
-    for name, section in plan.items():
+    for name, section in sections.items():
         print(f"{name}: {section.title}", flush=True)
         left = LIMIT - (time.monotonic() - begin)
         result = run(section, args.device, out.with_suffix(f".{name}.json"), min(section.seconds, left))

@@ -50,6 +50,7 @@ class Method:
     ours: bool = False
 
     def not_installed(self) -> str | None:
+        """How to install the method's package; None: it is installed, or needs none."""
         if self.package and importlib.util.find_spec(MODULES.get(self.package, self.package)) is None:
             return f"not installed: pip install {self.package}"
         return None
@@ -69,6 +70,7 @@ def make_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """args.device, `cpu` or `cuda`."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default=default, help="where to measure (default: cuda if there is one)"
@@ -86,8 +88,8 @@ def add_case_options(parser: argparse.ArgumentParser, rounds: int) -> None:
 def add_clock_option(parser: argparse.ArgumentParser) -> None:
     """args.clock, a function that returns seconds."""
     parser.add_argument(
-        "--processor-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter,
-        help="times on the CPU are processor time of this process, which other programs disturb less",
+        "--cpu-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter,
+        help="times on the CPU are CPU time of this process, which other programs disturb less",
     )  # fmt: skip
 
 
@@ -207,6 +209,7 @@ def number(value: float | None, form: str) -> str:
 
 
 def settings_text(setting: Mapping[str, Any]) -> str:
+    """`key=value, key=value`."""
     return ", ".join(f"{key}={value}" for key, value in setting.items())
 
 

@@ -19,7 +19,7 @@ warm-up are not timed.
 
 function_to_built_in: time of a loss that autograd differentiates, relative to the built-in rule, with
     OMP_NUM_THREADS=1 python -m benchmarks.head --shapes 2048x256x8192 --fractions 1 --no-memory --rounds 100 \
-        --processor-time --methods "pact cpp" "pact cpp, loss as a function"
+        --cpu-time --methods "pact cpp" "pact cpp, loss as a function"
     Short calls and many rounds: where other programs run beside it, a call differs from the next by a quarter.
 
 Exit status 1: one of our backends fails, or its error is above twice that of plain torch in the same dtype.
@@ -68,7 +68,7 @@ from pact_fast.kernels import release_memory
 ERROR_ROWS = 256
 ERROR_FACTOR = 2.0  # limit of our error, relative to plain torch's in the same dtype
 ERROR_FLOOR = 4e-6  # nats, or relative: fp32 rounding of logits of size 20; below it the factor does not apply
-LOGPROB_RMS = 5e-3  # nats; limit of a log-prob's RMS error, whatever plain torch's is
+LOGPROB_RMS = 5e-3  # nats; limit of a log-prob's RMS error, independent of plain torch's
 SLOW = 10.0  # times the GEMMs
 FUNCTION, BUILT_IN = "pact cpp, loss as a function", "pact cpp"
 COLUMNS = ("method", "kind", "forward ms", "fwd+bwd ms", "x GEMMs", "extra fwd MiB", "extra fwd+bwd MiB",
@@ -87,6 +87,7 @@ class HeadCase(Case):
     fraction: float
 
     def problem(self, device: torch.device) -> HeadProblem:
+        """The tensors of the case, on a device."""
         return make_problem(self.shape, getattr(torch, self.dtype), device, self.fraction)
 
     def __str__(self) -> str:
@@ -203,7 +204,7 @@ def _time(
 def _extra(
     method: HeadMethod, setting: dict[str, Any], problem: HeadProblem, held: int | None = None
 ) -> dict[str, Any]:
-    """Peak memory of one forward and one step, with what the method has kept since `held` bytes were allocated."""
+    """Peak memory of one forward and one step, with the memory that the method has kept since `held` bytes were allocated."""
     extra: dict[str, Any] = {}
     gradients = {"extra_forward_bytes": 0, "extra_both_bytes": problem.gradient_bytes}
     for (key, expected), call in zip(gradients.items(), (_forward, _step), strict=True):
@@ -236,6 +237,8 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class Reference(NamedTuple):
+    """fp64 results for the first ERROR_ROWS tokens: log-probs [n], dX [n, D], dW [V, D]."""
+
     logprob: torch.Tensor
     dx: torch.Tensor
     dw: torch.Tensor

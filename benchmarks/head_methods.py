@@ -51,6 +51,7 @@ class HeadMethod(Method):
     compiled: bool = False
 
     def missing(self, problem: HeadProblem) -> str | None:
+        """Why the method cannot run on a problem; None: it can."""
         return self.not_installed() or self.reason(problem)
 
 
@@ -81,6 +82,7 @@ def ce(loss: Callable[..., Tensor], **options: Any) -> HeadMethod:
 
 
 def cuda_only(problem: HeadProblem) -> str | None:
+    """Why a Triton kernel cannot run on a problem; None: it can."""
     return None if problem.hidden.is_cuda else "Triton kernels: CUDA only"
 
 
@@ -131,6 +133,7 @@ def _logits(rows: int, problem: HeadProblem) -> Tensor:
 
 
 def eager(problem: HeadProblem) -> Tensor:
+    """Log-probs [N] from fp32 logits of all rows, in plain torch."""
     return _eager(problem.hidden, problem.weight, problem.target)
 
 
@@ -165,6 +168,7 @@ def split_inactive(logprob: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def some_inactive(problem: HeadProblem) -> str | None:
+    """Why a method that leaves inactive rows out would do the same work; None: some rows are inactive."""
     return "all rows are active" if bool(problem.active.all()) else None
 
 
@@ -174,10 +178,12 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 def compiled(problem: HeadProblem) -> Tensor:
+    """`eager` under torch.compile."""
     return _compiled()(problem.hidden, problem.weight, problem.target)
 
 
 def torch_linear_ce(problem: HeadProblem, labels: Tensor, reduction: str, **options: Any) -> Tensor:
+    """Cross entropy by torch's `linear_cross_entropy`; labels [N]."""
     return F.linear_cross_entropy(
         problem.hidden,
         problem.weight,
@@ -202,6 +208,7 @@ def _no_torch_linear_ce(problem: HeadProblem) -> str | None:
 
 
 def liger_ce(problem: HeadProblem, labels: Tensor, reduction: str, accum_dtype: Any, chunk_mem_const: int) -> Tensor:
+    """Cross entropy by Liger's fused linear cross entropy; labels [N]."""
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
 
     # positional: bias, class weights, ignore_index, z-loss, smoothing, reduction, softcap, three outputs not needed here
@@ -216,6 +223,7 @@ def _liger_ce_settings(problem: HeadProblem) -> list[dict[str, Any]]:
 
 
 def liger_logprob(problem: HeadProblem, **_: Any) -> Tensor:
+    """Log-probs [N] by the chunks of Liger's PPO losses."""
     from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 
     hidden = problem.hidden.view(SEQUENCES, -1, problem.hidden.shape[1])
@@ -224,6 +232,7 @@ def liger_logprob(problem: HeadProblem, **_: Any) -> Tensor:
 
 
 def liger_grpo(problem: HeadProblem, **setting: Any) -> None:
+    """Liger's GRPO loss and its gradients, which it forms in the forward pass."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, epsilon_low=CLIP, epsilon_high=CLIP, **setting)
@@ -239,6 +248,7 @@ def liger_grpo(problem: HeadProblem, **setting: Any) -> None:
 
 
 def cut_cross_entropy(problem: HeadProblem, labels: Tensor, reduction: str) -> Tensor:
+    """Cross entropy by Apple's cut cross entropy; labels [N]."""
     from cut_cross_entropy import linear_cross_entropy
 
     impl = "cce" if problem.hidden.is_cuda else "torch_compile"
@@ -246,6 +256,7 @@ def cut_cross_entropy(problem: HeadProblem, labels: Tensor, reduction: str) -> T
 
 
 def trl_chunked(problem: HeadProblem, chunk_size: int, outputs: tuple[str, ...] = ()) -> Tensor:
+    """Log-probs [N] by TRL's chunks of `chunk_size` rows."""
     from trl.kernels import ChunkedLogProbFunction
 
     return ChunkedLogProbFunction.apply(

@@ -43,18 +43,22 @@ class HeadProblem:
 
     @functools.cached_property
     def labels(self) -> Tensor:
+        """int64 [N], IGNORE where a token is inactive."""
         return self.target.masked_fill(~self.active, IGNORE)
 
     @functools.cached_property
     def advantage(self) -> Tensor:
+        """[N] advantage of a token's sequence, 0 where it is inactive."""
         return self.sequence_advantage.repeat_interleave(len(self.target) // SEQUENCES) * self.active
 
     @functools.cached_property
     def token_weight(self) -> Tensor:
+        """[N] weights of a mean over active tokens."""
         return self.active / self.active.sum()
 
     @functools.cached_property
     def tokens(self) -> LossTokens:
+        """The same as a loss table."""
         n, device = len(self.target), self.target.device
         zeros = torch.zeros(n, dtype=torch.int64, device=device)
         return LossTokens(
@@ -71,9 +75,11 @@ class HeadProblem:
 
     @property
     def gradient_bytes(self) -> int:
+        """Bytes of dX and dW."""
         return self.hidden.nbytes + self.weight.nbytes
 
     def clear(self) -> None:
+        """Free the gradients."""
         self.hidden.grad = self.weight.grad = None
 
     def subset(self, rows: int) -> HeadProblem:
@@ -87,6 +93,7 @@ class HeadProblem:
         return replace(self, hidden=hidden, target=cut(self.target), active=cut(self.active))
 
     def double(self) -> HeadProblem:
+        """The same in fp64."""
         hidden, weight = (t.detach().double().requires_grad_() for t in (self.hidden, self.weight))
         return replace(self, hidden=hidden, weight=weight)
 

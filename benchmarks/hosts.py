@@ -12,7 +12,7 @@ loss         one pass over the logits (install(trainer, "loss"))
 tree         one pass, and a prompt is computed once for its completions (install(trainer, "tree"))
 
 ms           median over paired rounds in rotating order; the first batch, which is checked against TRL, is not timed;
-             where other programs run beside it: --processor-time, with OMP_NUM_THREADS=1
+             where other programs run beside it: --cpu-time, with OMP_NUM_THREADS=1
 ratio        time of trl compact relative to the method: median over rounds of the ratio within a round
 MiB          peak memory of a call beyond what was held before
 gradient     largest relative difference of a parameter's gradient from that of trl
@@ -62,7 +62,17 @@ LIMIT = 1e-4
 
 @dataclass(frozen=True)
 class StepCase(Case):
-    """Shapes of one micro-batch."""
+    """Shapes of one micro-batch, and of the model that is trained on it.
+
+    prompts            of the micro-batch
+    completions        of a prompt
+    prompt_tokens      of every prompt
+    completion_tokens  of every completion
+    vocab              size of the vocabulary
+    width              hidden size
+    layers             of the decoder
+    dtype              of the weights: fp32 or bf16
+    """
 
     prompts: int = 2
     completions: int = 4
@@ -116,19 +126,21 @@ class Step:
             trainer._compute_loss(trainer.model, dict(self.inputs)).backward()
 
     def share_weights(self, other: Step) -> None:
-        """Of all methods together: of a real model there is no room for five."""
+        """Use the weights of `other`: of a real model there is no room for five."""
         for mine, theirs in zip(self.trainer.model.parameters(), other.trainer.model.parameters(), strict=True):
             mine.data = theirs.data
 
     def gradients(self) -> list[torch.Tensor]:
+        """Gradients of the last call, in the order of the model's parameters; without those that have none."""
         return [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
 
     def clear(self) -> None:
+        """Free the gradients."""
         self.trainer.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def logprob_error(self) -> float:
-        """Of the head alone, for completions."""
+        """Largest error in nats of the head's log-probs of completion tokens, against fp64 logits of its hidden states."""
         model, ids = self.trainer.model.eval(), torch.cat([self.inputs["prompt_ids"], self.inputs["completion_ids"]], 1)
         labels = ids.clone()
         labels[:, : self.inputs["prompt_ids"].shape[1]] = -100
@@ -144,6 +156,7 @@ class Step:
 
 
 def trainer_of(case: StepCase) -> Any:
+    """TRL's GRPOTrainer of a Qwen3 with random weights (seed 0), on the CPU; it is never asked to generate."""
     import datasets
     from tokenizers import Tokenizer, models
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -174,6 +187,10 @@ def trainer_of(case: StepCase) -> Any:
 
 
 def inputs_of(case: StepCase) -> dict[str, torch.Tensor]:
+    """A micro-batch with B = prompts · completions rows, as TRL's `_compute_loss` takes it, random with seed 1.
+
+    Token ids and masks are int64, [B, prompt_tokens] and [B, completion_tokens]; advantages are fp32 [B].
+    """
     generator = torch.Generator().manual_seed(1)
     count = case.prompts * case.completions
     prompts = torch.randint(case.vocab, (case.prompts, case.prompt_tokens), generator=generator)
@@ -189,13 +206,18 @@ def inputs_of(case: StepCase) -> dict[str, torch.Tensor]:
 
 
 def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    """Largest relative difference of a parameter's gradient; small gradients are measured by the largest."""
+    """Largest relative difference of a parameter's gradient, in the Frobenius norm.
+
+    A gradient below a thousandth of the largest is measured against that thousandth.
+    """
     scale = max(float(b.norm()) for b in theirs)
     pairs = zip(ours, theirs, strict=True)
     return max(float((a.float() - b.float()).norm()) / max(float(b.norm()), 1e-3 * scale) for a, b in pairs)
 
 
 def measure(args: argparse.Namespace) -> Callable[[StepCase], dict[str, Any]]:
+    """A function that measures all methods on a case: milliseconds, gradients, log-prob errors in nats, peak bytes."""
+
     def run(case: StepCase) -> dict[str, Any]:
         steps = {name: Step(case, name) for name in METHODS}
         expected, differences = [], {}
@@ -230,7 +252,7 @@ def measure(args: argparse.Namespace) -> Callable[[StepCase], dict[str, Any]]:
 
 
 def probe(request: dict[str, Any]) -> None:
-    """Peak memory of one call of one method, in this process."""
+    """Print the peak memory of one call of one method, in bytes beyond what was held before; in this process."""
     step = Step(StepCase(**request["case"]), request["method"])
     step()
     step.clear()
@@ -240,6 +262,7 @@ def probe(request: dict[str, Any]) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
+    """One row for each method: ms, ratio, MiB and errors, as the module describes them."""
     rows = [
         [
             name, number(r["ms"], ".0f"), number(r["ratio"], ".2f"),

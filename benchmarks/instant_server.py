@@ -31,6 +31,7 @@ class Connection(asyncio.Protocol):
 
 
 async def serve() -> None:
+    """Print the port, and serve until standard input ends."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Connection, "127.0.0.1", 0, backlog=16_384)
     print(server.sockets[0].getsockname()[1], flush=True)

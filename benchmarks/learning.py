@@ -1,4 +1,4 @@
-"""Does PACT learn better, and where: all methods on equal budgets, in several regimes, over several seeds.
+"""Learning study: PACT and other methods on equal budgets, in several regimes, over several seeds.
 
 python -m benchmarks.learning WORK --out results.json                   all regimes and methods, seeds 0 to 4
 python -m benchmarks.learning WORK --regimes long-outcome --methods grpo pact --seeds 0
@@ -27,7 +27,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -37,6 +37,7 @@ from benchmarks.harness import exit_status, failure, log, make_parser, markdown,
 from benchmarks.learning_methods import ALL, METHODS
 from benchmarks.learning_regimes import REGIMES
 from benchmarks.learning_run import Budget, Job, evaluate_base, run_job
+from benchmarks.learning_tuning import best_rate
 from pact_fast.errors import PactError
 from pact_fast.files import write_text
 
@@ -73,19 +74,8 @@ def check_budget(work: Path, budget: Budget) -> None:
 
 
 def job_of(record: Record) -> Job:
+    """The job of a record."""
     return Job(**{field.name: record[field.name] for field in fields(Job)})
-
-
-def best_rate(records: Iterable[Record], regime: str, method: str, rates: tuple[float, ...]) -> float | None:
-    """The learning rate with the most success on validation tasks, the lower one of two equals; None: some were not run."""
-    scores = {
-        record["learning_rate"]: record["curve"][-1]["sampled"]
-        for record in records
-        if (record["regime"], record["method"], record["part"]) == (regime, method, "validation")
-    }
-    if not all(rate in scores for rate in rates):
-        return None
-    return max(rates, key=lambda rate: (scores[rate], -rate))
 
 
 def missing_jobs(regime: str, args: argparse.Namespace, records: list[Record]) -> list[Job]:

@@ -27,6 +27,7 @@ class Method:
     rewards: tuple[str, ...] = ("dense", "outcome")
 
     def settings_in(self, regime: Regime) -> tuple[str, ...]:
+        """The method's settings in a regime: with outcome rewards, further ones."""
         return self.settings + (self.outcome if regime.reward == "outcome" else ())
 
 
@@ -36,12 +37,13 @@ OUTCOME_PACT = ("algorithm.name=benchmarks.learning_outcome:OutcomePact",)
 
 
 def pact(*settings: str, sft: str = TINY_SFT) -> Method:
+    """PACT with these settings, and a weight of its SFT loss."""
     return Method(("algorithm.name=pact", sft, *settings), REINFORCED, OUTCOME_PACT)
 
 
 METHODS = {
     "sft": Method(("algorithm.name=sft", "algorithm.sft={final_answer: true}"), SUPERVISED),
-    "sft-without-answer": Method(("algorithm.name=sft",), SUPERVISED),  # what PACT sees of a trace
+    "sft-without-answer": Method(("algorithm.name=sft",), SUPERVISED),  # the part of a trace that PACT sees
     "grpo": Method(("algorithm.name=grpo",), REINFORCED),
     "matchtir": Method(("algorithm.name=matchtir",), REINFORCED, rewards=("dense",)),
     "pact": pact(),

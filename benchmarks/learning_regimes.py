@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.learning_tasks import TaskSet
+from benchmarks.learning_tasks import ColdTasks, DemonstratedTasks, TaskSet
+from pact_fast.data.sources import TaskSource
 
 TINY = (  # a Qwen3 of 0.13 M parameters that learns to read tools in half a minute of one core
     "model.random_init.hidden_size=64",
@@ -23,15 +25,26 @@ class Base:
     """A base model, trained once for each seed and shared by all methods and regimes that name it.
 
     settings  of the recipe `quickstart`, whose pretraining makes it
-    after     the base whose pretraining goes on, on traces of which nine in ten call with a wrong argument name; None:
-              random weights and ordinary noisy traces
+    after     the base whose pretraining goes on; None: random weights
+    tasks     what becomes of the recipe's tasks, whose traces are noisy
     """
 
     settings: tuple[str, ...]
     after: str | None = None
+    tasks: Callable[[TaskSource], TaskSource] = lambda tasks: tasks
 
 
-BASES = {"warm": Base(TINY), "cold": Base((*TINY, "pretrain.steps=60", "pretrain.learning_rate=1.0e-3"), after="warm")}
+BASES = {
+    "warm": Base(TINY),
+    "cold": Base(
+        (*TINY, "pretrain.steps=60", "pretrain.learning_rate=1.0e-3"), "warm", lambda tasks: ColdTasks(tasks, wrong=0.9)
+    ),
+    "in-context": Base(
+        (*TINY, "pretrain.steps=300", "pretrain.learning_rate=2.0e-3"),
+        "warm",
+        lambda tasks: DemonstratedTasks(tasks, demonstrated=0.5),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ class Regime:
 
 
 def few(tasks: int) -> Regime:
+    """A regime with few tasks, which are seen many times."""
     return Regime(f"{tasks} tasks with traces, many epochs", MEDIUM, MEDIUM, tasks=tasks)
 
 
@@ -71,6 +85,13 @@ SMOLLM2 = (
 REGIMES = {
     "long-outcome": Regime("4 or 5 hops, reward for success alone", LONG, LONG, "outcome"),
     "cold": Regime("2 or 3 hops, base that rarely writes a valid call", MEDIUM, MEDIUM, base="cold"),
+    "in-context": Regime(
+        "4 or 5 hops, reward for success alone, base that can follow a trace in its context",
+        LONG,
+        LONG,
+        "outcome",
+        base="in-context",
+    ),
     "dense": Regime("2 or 3 hops, turn rewards", MEDIUM, MEDIUM),
     "few-16": few(16),
     "noisy": Regime("2 or 3 hops, one call in five of a trace is wrong", TaskSet((2, 3), wrong_relation=0.2), MEDIUM),

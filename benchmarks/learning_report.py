@@ -24,41 +24,53 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import make_parser, markdown, new_report, write_report
-from benchmarks.learning_methods import ALL
+from benchmarks.learning_methods import ALL, METHODS
 from benchmarks.learning_regimes import REGIMES
 from benchmarks.learning_stats import Interval, Paired
+from benchmarks.learning_tuning import best_rate, tried_rates
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "learning-cpu-2026-11-30.json"
 PAGE, IMAGES = ROOT / "docs" / "results.md", ROOT / "docs" / "images"
-COLOURS = ("#2463a8", "#c8553d", "#2a9d6f", "#b58900", "#7a4fa3", "#555f6b", "#d1719c", "#3aa6b9", "#8c6d46")
+COLOURS = ("#2463a8", "#c8553d", "#2a9d6f", "#b58900", "#7a4fa3", "#555f6b", "#d1719c", "#3aa6b9", "#8c6d46", "#1b1b1b")
 OURS, BASE = "pact", "base"
 KINDS = ("sampled", "greedy")
+RELIANCE = "trace_logprob_diff"  # of a record: the metric trace/logprob_diff, step by step
 
 
 @dataclass(frozen=True)
 class Study:
-    """The records of test runs and of base models, by regime and method."""
+    """The records of a study.
+
+    A study that went on with more learning rates may hold test runs of a rate that was the best one before: only those
+    of the best rate count.
+
+    runs    of test runs and of base models, by regime and method
+    tuning  of the runs that chose learning rates, on validation tasks
+    """
 
     runs: dict[tuple[str, str], list[dict[str, Any]]]
     tuning: list[dict[str, Any]]
 
     @classmethod
     def read(cls, path: Path) -> Study:
+        """The study of a result file of `benchmarks.learning`."""
         runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         records = json.loads(path.read_text("utf-8"))["runs"]
         for record in records:
-            if record["part"] == "test":
-                runs.setdefault((record["regime"], record["method"]), []).append(record)
+            key = record["regime"], record["method"]
+            best = best_rate(records, *key, tried_rates(records, *key))
+            if record["part"] == "test" and best in (record["learning_rate"], None):
+                runs.setdefault(key, []).append(record)
         return cls(runs, [record for record in records if record["part"] == "validation"])
 
     @property
     def regimes(self) -> list[str]:
-        """Those with results, in the order of REGIMES."""
+        """Regimes with results, in the order of REGIMES."""
         return [name for name in REGIMES if any(regime == name for regime, _ in self.runs)]
 
     def methods(self, regime: str) -> list[str]:
-        """Those with results in a regime, in the order of the table of methods; without the base."""
+        """Methods with results in a regime, in the order of the table of methods; without the base model."""
         return [name for name in ALL if (regime, name) in self.runs]
 
     def by_seed(self, regime: str, method: str, key: str) -> dict[int, float]:
@@ -66,6 +78,7 @@ class Study:
         return {record["seed"]: record["curve"][-1][key] for record in self.runs.get((regime, method), [])}
 
     def final(self, regime: str, method: str, key: str) -> Interval:
+        """Mean over seeds and interval of a value at the end of training."""
         return Interval.of(list(self.by_seed(regime, method, key).values()))
 
 
@@ -110,10 +123,11 @@ def _p_value(p: float) -> str:
 
 
 def rank_table(study: Study) -> str:
-    """PACT's rank by mean sampled success in every regime, and the best method."""
+    """PACT's rank by mean sampled success in every regime, and the best method; without ablations."""
     rows = []
     for regime in study.regimes:
-        means = {name: study.final(regime, name, "sampled").mean for name in study.methods(regime) if name != OURS}
+        others = [name for name in study.methods(regime) if name in METHODS and name != OURS]
+        means = {name: study.final(regime, name, "sampled").mean for name in others}
         if (regime, OURS) not in study.runs or not means:
             continue
         ours = study.final(regime, OURS, "sampled")
@@ -126,9 +140,21 @@ def rank_table(study: Study) -> str:
     return markdown(header, rows)
 
 
+def reliance_table(study: Study) -> str:
+    """Log-probs of PACT's rollouts with the trace less those without, in nats per token, in the first and the last step."""
+    rows = []
+    for regime in study.regimes:
+        records = study.runs.get((regime, OURS), [])
+        if records and all(record.get(RELIANCE) for record in records):
+            ends = [Interval.of([record[RELIANCE][step] for record in records]).text(sign=True) for step in (0, -1)]
+            rows.append([f"`{regime}`", *ends])
+    return markdown(["regime", "first step", "last step"], rows)
+
+
 def tables(study: Study) -> dict[str, str]:
     """All tables by name."""
-    return {"ranks": rank_table(study)} | {regime: regime_table(study, regime) for regime in study.regimes}
+    summaries = {"ranks": rank_table(study), "reliance": reliance_table(study)}
+    return summaries | {regime: regime_table(study, regime) for regime in study.regimes}
 
 
 def fill(page: str, new: dict[str, str]) -> str:
@@ -141,7 +167,17 @@ def fill(page: str, new: dict[str, str]) -> str:
 
 
 def draw(study: Study, plt: Any, cost: str, label: str) -> Any:
-    """Success on held-out tasks against a cost of training: a column for each regime, sampled above greedy."""
+    """Success on held-out tasks against a cost of training: a column for each regime, sampled above greedy.
+
+    Args:
+        study: What is drawn.
+        plt: The module matplotlib.pyplot.
+        cost: Key of an entry of "curve": step, tokens, cpu_seconds or wall_seconds.
+        label: Of the horizontal axis.
+
+    Returns:
+        The figure.
+    """
     regimes = study.regimes
     size = (1.5 + 2.8 * len(regimes), 4.6)
     figure, axes = plt.subplots(2, len(regimes), figsize=size, sharex="col", sharey=True, squeeze=False)
@@ -163,7 +199,7 @@ def _panel(axis: Any, study: Study, regime: str, kind: str, cost: str) -> None:
     """Curves of all methods, from the base model on; bars are 95 % intervals."""
     colours = dict(zip(_all_methods(study), COLOURS, strict=False))
     start = study.final(regime, BASE, kind).mean
-    for method in study.methods(regime):
+    for method in filter(colours.get, study.methods(regime)):
         points = _curve(study.runs[regime, method], cost, kind)
         x, y = [0.0, *(p[0] for p in points)], [start, *(p[1].mean for p in points)]
         half = [0.0, *(p[1].high - p[1].mean if p[1].n > 1 else 0.0 for p in points)]
@@ -173,7 +209,8 @@ def _panel(axis: Any, study: Study, regime: str, kind: str, cost: str) -> None:
 
 
 def _all_methods(study: Study) -> list[str]:
-    return [OURS, *(name for name in ALL if name != OURS and any(name == method for _, method in study.runs))]
+    """PACT first; without ablations."""
+    return [OURS, *(name for name in METHODS if name != OURS and any(name == method for _, method in study.runs))]
 
 
 def _curve(records: Iterable[dict[str, Any]], cost: str, kind: str) -> list[tuple[float, Interval]]:

@@ -17,7 +17,7 @@ import torch
 from benchmarks.learning_clock import FILE as CLOCK
 from benchmarks.learning_methods import ALL
 from benchmarks.learning_regimes import BASES, REGIMES, Regime
-from benchmarks.learning_tasks import ColdTasks, Part, write_files
+from benchmarks.learning_tasks import Part, write_files
 from pact_fast.chat.rendering import make_renderer
 from pact_fast.cli.session import make_session
 from pact_fast.config import Config, load_config
@@ -36,13 +36,13 @@ from pact_fast.train.seeds import seed_generators
 
 @dataclass(frozen=True)
 class Budget:
-    """What every method of a study gets.
+    """Compute budget of every method of a study.
 
     steps      optimizer steps
-    prompts    of a step
-    rollouts   of a prompt; none in steps of SFT
+    prompts    prompts per step
+    rollouts   rollouts per prompt; none in steps of SFT
     points     evaluations along the run, the last at its end
-    evaluated  held-out tasks of an evaluation
+    evaluated  held-out tasks per evaluation
     bases      base models: seed i starts from base i mod bases
     """
 
@@ -59,6 +59,7 @@ class Budget:
 
     @property
     def settings(self) -> tuple[str, ...]:
+        """Overrides of a run's configuration, as `key=value`."""
         return (
             f"trainer.max_steps={self.steps}",
             f"trainer.prompts_per_step={self.prompts}",
@@ -70,7 +71,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Job:
-    """One run. part: the held-out tasks it is evaluated on, "validation" or "test"."""
+    """One run of the study.
+
+    regime         key of REGIMES
+    method         key of the table of methods
+    seed           of training and of the task files
+    learning_rate  peak of the schedule
+    part           held-out tasks that it is evaluated on: "validation" or "test"
+    """
 
     regime: str
     method: str
@@ -80,7 +88,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of its run directory; a key of the results."""
+        """Name of the run directory; a key of the results."""
         return f"{self.regime}-{self.method}-{self.seed}-{self.learning_rate:g}-{self.part}"
 
 
@@ -165,12 +173,11 @@ def make_base(name: str, seed: int, work: Path) -> Path:
             like = config.model.model_copy(update={"tokenizer": str(source / "tokenizer")})
             tokenizer = make_tokenizer(like, tasks)
             model = make_model(config, tokenizer, path=source / "model", device=torch.device("cpu"))
-            tasks = ColdTasks(tasks, 0.9)
         else:
             tokenizer = make_tokenizer(config.model, tasks)
             model = make_model(config, tokenizer, device=torch.device("cpu"))
         seed_generators(seed)
-        pretrain(config, model, make_renderer(config.model, tokenizer), tasks, lambda step, loss: None)
+        pretrain(config, model, make_renderer(config.model, tokenizer), base.tasks(tasks), lambda step, loss: None)
         folder.mkdir(exist_ok=True)
         atomic_save_pretrained(tokenizer, folder / "tokenizer")
         atomic_save_pretrained(model, folder / "model")
@@ -178,6 +185,7 @@ def make_base(name: str, seed: int, work: Path) -> Path:
 
 
 def evaluated_steps(budget: Budget) -> list[int]:
+    """The steps whose checkpoints are evaluated: at equal distances, the last at the end of the run."""
     return [budget.steps // budget.points * point for point in range(1, budget.points + 1)]
 
 
@@ -188,7 +196,16 @@ def evaluate_checkpoint(config: Config, step: int, job: Job, work: Path) -> dict
 
 
 def evaluate_model(config: Config, weights: Path, files: Path, job: Job) -> dict[str, float]:
-    """Success of a model on the job's held-out tasks; sampled and greedy rollouts share the batches of the engine."""
+    """Success in [0, 1] of a model on the job's held-out tasks: "sampled" at the run's temperature, and "greedy".
+
+    Rollouts of both share the batches of the engine.
+
+    Args:
+        config: The configuration of the run.
+        weights: Folder of the model.
+        files: Folder of the task files.
+        job: Its seed draws the samples; its part names the tasks.
+    """
     data = config.data.model_copy(update={"eval": str(files / f"{job.part}.jsonl")})
     model = config.model.model_copy(
         update={"path": str(weights), "tokenizer": config.model.tokenizer or config.model.path}
@@ -209,7 +226,7 @@ def evaluate_model(config: Config, weights: Path, files: Path, job: Job) -> dict
 
 
 def evaluate_base(name: str, seed: int, budget: Budget, work: Path) -> dict[str, Any]:
-    """Success of the base model of a regime before training, on the test tasks."""
+    """Success of a regime's base model before training, on the test tasks: a record as of `run_job`, with step 0 alone."""
     job = Job(name, "base", seed, 0.0, "test")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         like = Job(name, "grpo", seed, 1e-6, "test")
@@ -233,7 +250,7 @@ def costs(step: int, metrics: list[dict], clock: list[dict], budget: Budget) -> 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time makes what is in `folder`."""
+    """Let only one process at a time write to `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -21,6 +21,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
+        """Mean and 95 % interval of the mean by Student's t; NaN for the ends of a single value."""
         x = np.asarray(values, np.float64)
         if len(x) < 2:
             return cls(float(x.mean()) if len(x) else math.nan, math.nan, math.nan, len(x))

@@ -6,8 +6,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from pact_fast.chat.chat_template import call_message
+from pact_fast.chat.rendering import question_of
 from pact_fast.data.readers import write_tasks
 from pact_fast.data.sources import TaskSource
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall
@@ -20,7 +22,7 @@ SHIFT = {"validation": 1 << 20, "test": 0}  # first index of held-out tasks: the
 
 @dataclass(frozen=True)
 class TaskSet:
-    """What tasks are drawn.
+    """Distribution of tasks.
 
     hops            fewest and most relations of a question
     distractors     offered tools that the question does not need
@@ -93,6 +95,40 @@ class ColdTasks:
 
     def held_out(self, count: int) -> list[Task]:
         return self._tasks.held_out(count)
+
+
+class DemonstratedTasks:
+    """Tasks for a base model that can follow a trace in its context, as a large pre-trained model can.
+
+    Some prompts hold the expert trace and the question again, as in PACT's rendering `demonstration`; what follows is the
+    same trace once more. Their expert turns are not trained where they stand in the prompt.
+
+    Args:
+        tasks: The tasks.
+        demonstrated: Fraction of prompts with the trace.
+    """
+
+    def __init__(self, tasks: TaskSource, demonstrated: float):
+        self._tasks, self._demonstrated = tasks, demonstrated
+
+    def train(self, step: int, count: int) -> list[Task]:
+        rng = random.Random(f"demonstrated/{step}")
+        tasks = self._tasks.train(step, count)
+        return [demonstrated(task) if rng.random() < self._demonstrated else task for task in tasks]
+
+    def held_out(self, count: int) -> list[Task]:
+        return self._tasks.held_out(count)
+
+
+def demonstrated(task: Task) -> Task:
+    """With its expert trace in the prompt; without the fields from which pretraining would draw another trace."""
+    assert task.expert
+    shown: list[dict[str, Any]] = []
+    for turn in task.expert.turns:
+        message = call_message(*turn.calls)
+        shown += [message | {"content": turn.content, "reasoning_content": turn.reasoning}, *turn.following()]
+    question = {"role": "user", "content": question_of(task)}
+    return replace(task, prompt=[*task.prompt, *shown, question], env_args={})
 
 
 def _cold(task: Task) -> Task:

@@ -1,4 +1,4 @@
-"""MTR on a CPU: what GRPO on the trace reward adds to SFT on complete traces, on held-out questions.
+"""MTR on a CPU: gain of GRPO on the trace reward over SFT on complete traces, on held-out questions.
 
 python -m benchmarks.mtr                             the recipe, seeds 0, 1, 2
 python -m benchmarks.mtr --seeds 0 --folder runs/mtr
@@ -59,7 +59,7 @@ def reward_parts(run: Path) -> dict[str, list[float]]:
 
 
 def gain(run: dict[str, Any]) -> Rate:
-    """What stage 2 adds to the success rate, with its interval."""
+    """Return the gain in success rate by stage 2, with its interval."""
     change = Comparison("", Rate.read(run["base_success"]), Rate.read(run["success"])).change
     assert change and change.ends
     return change

@@ -35,7 +35,7 @@ from pact_fast.config import load_config
 
 @dataclass(frozen=True)
 class Promise:
-    """What a run of the recipe promises: success rates of samples, and limits of time and memory.
+    """Documented results of a recipe: bounds of sampled success rates, minutes and memory.
 
     The greedy success rate must not fall, either.
     """
@@ -74,6 +74,7 @@ def _untrained(args: argparse.Namespace, out: Path) -> dict:
 
 
 def within_promise(summary: dict, promise: Promise) -> bool:
+    """Whether success, time and memory of a run keep what the documentation promises."""
     base, trained = summary["base_success"]["mean"], summary["success"]["mean"]
     greedy = summary["greedy"]["mean"] >= summary["base_greedy"]["mean"]
     time = summary["wall_seconds"] <= 60 * promise.minutes_at_most
@@ -82,6 +83,8 @@ def within_promise(summary: dict, promise: Promise) -> bool:
 
 
 def row(summary: dict, promise: Promise) -> str:
+    """A line of the table: a run, and whether it keeps the promise."""
+
     def rate(key: str) -> str:
         value = summary[key]
         return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"

@@ -4,8 +4,8 @@ python -m benchmarks.quickstart_sharing                    the shipped recipe af
 python -m benchmarks.quickstart_sharing pretrain.steps=700 --steps 8 --out results.json
 
 The steps are the recipe's own: its model, tasks, rollouts, rewards and optimizer steps. Before each optimizer step, the same
-batches are applied to the same weights in three modes: prefixes shared and rollouts merged where they begin alike (merged),
-prefixes shared (shared), every sequence by itself (unshared).
+batches are applied to the same weights in three modes: prefixes shared and rollouts with equal beginnings merged
+(merged), prefixes shared (shared), every sequence by itself (unshared).
 
 loss, gradient  relative differences from unshared (gradient: all parameters as one vector), fp32, at most 1e-5
 seconds         packing, forward, loss and backward; median over rounds, in rotating order. The optimizer step, which is the
@@ -71,6 +71,7 @@ class Comparison:
         self.results: list[UpdateResult] = []
 
     def run(self) -> None:
+        """Train, and at every update compare the packs with and without sharing."""
         comparison = self
 
         class ComparedLearner(Learner):
@@ -138,6 +139,7 @@ def measure(config: Config, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def failures(result: dict[str, Any]) -> list[str]:
+    """A line for every error above its limit, and every mode that is not faster."""
     off = [f"{what} is off by {result[what]:.2g}" for what in ("loss_error", "gradient_error") if result[what] > LIMIT]
     return off + [f"{mode} is not faster: {ratio:.2f}" for mode, ratio in result["ratio"].items() if ratio <= 1.0]
 

@@ -127,9 +127,11 @@ class Work:
 
     @property
     def sampled(self) -> int:
+        """Tokens that all turns sample."""
         return len(self.prompts) * self.turns * self.tokens
 
     def ask(self, index: int, turn: int, ids: list[int]) -> TurnRequest:
+        """The request of a turn: `ids` are its whole context."""
         return TurnRequest(f"{index}/{turn}", ids, self.tokens, self.temperature, 1000 * index + turn, [], 0)
 
 
@@ -157,6 +159,7 @@ class Subject:
         return engine
 
     def loop(self, engine: str) -> list[Trajectory]:
+        """All trajectories, by the agent loop on an engine."""
         make_env = EnvironmentFactory(self.config)
         loop = AgentLoop(Ended(self.engines[engine]), self.renderer, make_env, self.config.rollout)
         try:
@@ -175,11 +178,13 @@ class Subject:
         return Work(prompts, bridge_tokens, self.args.turns, self.args.tokens, rollout.temperature)
 
     def forget_prefixes(self) -> None:
+        """Empty vLLM's prefix caches."""
         for engine in self.engines.values():
             if isinstance(engine, VllmEngine):
                 engine.transport.reset_prefix_cache()
 
     def close(self) -> None:
+        """Stop all engines."""
         for engine in self.engines.values():
             engine.shutdown()
 
@@ -221,6 +226,7 @@ class Raw:
             self._llm = self._vllm.LLM(model=self._engine.model_config.model)
 
     def stream(self) -> int:
+        """Run all turns, each as soon as the one before has ended; returns the number of sampled tokens."""
         contexts, turns, sampled = [list(ids) for ids in self._work.prompts], [0] * len(self._work.prompts), 0
         for index, ids in enumerate(contexts):
             self._add(index, 0, ids)
@@ -241,6 +247,7 @@ class Raw:
         self._engine.add_request(asked.key, {"prompt_token_ids": ids}, sampling_params(self._vllm, asked))
 
     def generate(self) -> int:
+        """Run all turns by `LLM.generate`, one batch for each turn; returns the number of sampled tokens."""
         contexts, sampled = [list(ids) for ids in self._work.prompts], 0
         for turn in range(self._work.turns):
             params = [
@@ -256,6 +263,7 @@ class Raw:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Paired rounds of all methods: seconds, tokens sampled, and time inside vLLM's steps."""
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(Subject(args, Path(folder))) as subject:
         work = subject.work()
         raw = Raw(subject.engines["vllm"], work)
@@ -295,6 +303,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def rows(
     times: dict[str, list[float]], inside: dict[str, list[tuple[float, int]]], work: Work
 ) -> dict[str, dict[str, Any]]:
+    """The numbers of every method: median seconds, tokens per second, and its time relative to the best raw use of vLLM."""
     best = min(RAW, key=lambda name: statistics.median(times[name]))
     found = {}
     for name, column in times.items():
@@ -330,6 +339,7 @@ def sync(engine: VllmEngine, model: torch.nn.Module, rounds: int) -> dict[str, f
 
 
 def failures(result: dict[str, Any]) -> list[str]:
+    """A line for every method that did other work, and for an agent loop that costs more than its limit."""
     wrong = [f"{name} sampled {found} tokens" for name, found in result["wrong_work"].items()]
     overhead = result["rows"]["vllm"]["ratio_to_raw"] - 1
     return wrong + ([f"the agent loop costs {overhead:.1%} more than raw vLLM"] if overhead > LIMIT else [])

@@ -1,13 +1,13 @@
-"""Costs that grow: what each part costs at several sizes, and with which exponent, with instant engines and simulated ranks.
+"""Growth of costs: each part at several sizes, with its exponent, with instant engines and simulated ranks.
 
 python -m benchmarks.scale                      all parts, about six minutes of one core and 5 GB of temporary files
 python -m benchmarks.scale --parts step read    some of them
 python -m benchmarks.scale --largest 1024       up to this size only: a smoke test
 
-Seconds are of processor time, so that other processes disturb them little. A part's exponent is the slope of log seconds
+Seconds are of CPU time, so that other processes disturb them little. A part's exponent is the slope of log seconds
 over log size between its two largest sizes: 1 grows in proportion, 0 not at all, 2 with the square.
 
-step       one rank of a training step without the model: rollouts of 4,096 tokens in groups of 16 are exchanged, planned,
+step       one rank of a training step without the model: rollouts of 4,096 tokens in groups of 16 are exchanged, batched,
            packed, laid out and recorded; size: prompts of the step. The other ranks are imagined: they hold what this rank
            holds, and whatever they would send is decoded here. MB: peak memory beyond what the imports take
 assign     packs are assigned to 64 ranks; size: parts
@@ -18,7 +18,7 @@ zero       the same under DeepSpeed ZeRO in two processes (gloo), stages 2 and 3
            Seconds per GB of weights: of the training thread, of the process (gathering has threads of its own), of wall time
 turns      turns of a vLLM server, contexts of 512 tokens and 32 sampled, all open at once, in the client; size: turns. The
            median, the least and the most of three clients
-tools      calls of a Python tool that waits for a second, all at once; size: calls. The trainer's processor time, and seconds
+tools      calls of a Python tool that waits for a second, all at once; size: calls. The trainer's CPU time, and seconds
            of wall time with workers that must start (cold) and with those that have
 read       a JSONL file whose rows are held is read, and the 256 tasks of the first step are drawn; size: rows of about 1 kB
 index      a JSONL file whose rows are not held is opened and the tasks of three steps are drawn, in a process of its own;

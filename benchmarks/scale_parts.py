@@ -18,7 +18,7 @@ MB = 1 << 20
 
 
 class Measured(NamedTuple):
-    """Seconds of processor time at a size, and further numbers by name."""
+    """Seconds of CPU time at a size, and further numbers by name."""
 
     size: int
     seconds: float
@@ -26,24 +26,26 @@ class Measured(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Sizes in ascending order, and what measures one of them."""
+    """Sizes in ascending order, and the function that measures one."""
 
     sizes: tuple[int, ...]
     measure: Callable[[int], Measured]
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds of processor time."""
+    """Seconds of CPU time."""
     began = time.process_time()
     call()
     return time.process_time() - began
 
 
 def resident_bytes() -> int:
+    """Resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak_bytes() -> int:
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -63,6 +65,7 @@ def step(prompts: int) -> Measured:
 
 
 def assign_packs(parts: int) -> Measured:
+    """Parts of random sizes, assigned to 64 ranks."""
     from pact_fast.batch.parts import assign
 
     rng = np.random.default_rng(0)
@@ -72,6 +75,7 @@ def assign_packs(parts: int) -> Measured:
 
 
 def read(rows: int) -> Measured:
+    """A JSONL file whose rows are held: read, and 256 tasks drawn."""
     from pact_fast.config import DataConfig
     from pact_fast.data.sources import FileTasks
 
@@ -87,12 +91,14 @@ def read(rows: int) -> Measured:
 
 
 def index(rows: int) -> Measured:
+    """A JSONL file whose rows are not held; see scale_rows.py."""
     from benchmarks.scale_rows import measure_rows
 
     return measure_rows(rows)
 
 
 def start(rows: int) -> Measured:
+    """A run of one step on such a file; see scale_rows.py."""
     from benchmarks.scale_rows import measure_start
 
     return measure_start(rows)
@@ -136,7 +142,7 @@ def rollouts(steps: int) -> Measured:
 
 
 def save(megabytes: int) -> Measured:
-    """A checkpoint of fp32 weights and AdamW's states; seconds of processor time per GB of weights.
+    """A checkpoint of fp32 weights and AdamW's states; seconds of CPU time per GB of weights.
 
     blocked  of the thread that trains, until it goes on
     copies   of the thread that writes; training waits for what is left of them when it comes to the next optimizer step
@@ -169,7 +175,7 @@ def save(megabytes: int) -> Measured:
 
 
 def zero(megabytes: int) -> Measured:
-    """What training waits for at a save under DeepSpeed ZeRO, in two processes."""
+    """Time for which training waits at a save under DeepSpeed ZeRO, in two processes."""
     from benchmarks.scale_zero import measure_saves
 
     return Measured(megabytes, *measure_saves(megabytes))

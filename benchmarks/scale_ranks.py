@@ -1,4 +1,4 @@
-"""One rank of a training step without a model, among imagined ranks that hold what it holds."""
+"""One rank of a training step without a model, among simulated ranks with the same data."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ PER_TOKEN, PER_PAIR = 4.9e10, 4e5  # FLOPs of an 8B model; only their ratio coun
 
 
 def flops(tokens: int, pairs: int) -> float:
+    """FLOPs of decoder tokens and query-key pairs."""
     return PER_TOKEN * tokens + PER_PAIR * pairs
 
 
 @dataclass(frozen=True)
 class ImaginedWorld(World):
-    """A rank whose peers have the same as it has. What they send is decoded; what it takes to imagine it is in `spent`.
+    """A rank whose peers have the same data. Their messages are decoded; the cost of simulating them is in `spent`.
 
     parts of packs  a peer's parts for this rank follow from the assignment, and look like this rank's own
     """
@@ -78,7 +79,7 @@ class ImaginedWorld(World):
         self.spent[0] += time.process_time() - began
 
     def _parts(self, outgoing: list[Any]) -> list[bytes | None]:
-        """What every rank would send: the parts of this rank's packs, in the shape of one that this rank sends."""
+        """Return the messages of every rank: the parts of this rank's packs, shaped as those that it sends."""
         sent = [message for messages in outgoing if messages for message in messages.values()]
         each = len(self.tables[0])
         bins, table = assign(np.concatenate(self.tables), PACK_TOKENS, self.replicas, flops)
@@ -94,7 +95,7 @@ class InstantLoop:
 
     def __init__(self, renderer: ChatRenderer, tokens: int):
         self._renderer, self._tokens, self._rng = renderer, tokens, np.random.default_rng(0)
-        self.spent = 0.0  # seconds of processor time
+        self.spent = 0.0  # seconds of CPU time
 
     def resolve_task(self, task: Task) -> tuple[Task, None]:
         return task, None
@@ -159,7 +160,7 @@ class RankStep:
     loop: InstantLoop
 
     def __call__(self, step: int) -> float:
-        """Seconds of processor time, without those of making rollouts and of imagining the other ranks."""
+        """Seconds of CPU time, without those of making rollouts and of imagining the other ranks."""
         self.world.spent[0] = self.loop.spent = 0.0
         began = time.process_time()
         self.stepper(step)

@@ -1,4 +1,4 @@
-"""Files of many rows: what it takes to open them and draw from them, and until a run on them has made its first step."""
+"""Files of many rows: cost of opening them, of drawing rows, and of a run up to its first step."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _recipe(folder: Path) -> dict[str, object]:
 
 
 def _first_step(folder: Path, run: Path) -> tuple[float, float, int]:
-    """(seconds of processor time, of wall time, peak bytes) of a run of one step."""
+    """(seconds of CPU time, of wall time, peak bytes) of a run of one step."""
     command = [sys.executable, "-m", "pact_fast", "train", str(folder / "recipe.yaml"), f"output_dir={run}"]
     cache = folder / "pact_fast"
     cache.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What `benchmarks.scale` measures of turns and tool calls: a client of a server that answers at once, and tools that wait."""
+"""Turns and tool calls of `benchmarks.scale`: a client of a server that answers at once, and tools that wait."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAITS = "import time\ndef wait(seconds): time.sleep(seconds)"
 
 @contextmanager
 def serve_instantly() -> Iterator[str]:
-    """URL of a server that answers every turn at once, in a process of its own: its processor time does not count."""
+    """URL of a server that answers every turn at once, in a process of its own: its CPU time does not count."""
     command = [sys.executable, "-m", "benchmarks.instant_server"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin and server.stdout
@@ -29,7 +29,7 @@ def serve_instantly() -> Iterator[str]:
 
 
 def time_turns(url: str, count: int) -> tuple[float, int]:
-    """Processor time of this process for turns that are all open at once, from the engine's `submit` to its completions, and
+    """CPU time of this process for turns that are all open at once, from the engine's `submit` to its completions, and
     how often the engine was restarted."""
     from pact_fast.rollout.engine import Request
     from pact_fast.rollout.vllm.client import VllmServerTransport
@@ -59,7 +59,7 @@ def time_turns(url: str, count: int) -> tuple[float, int]:
 
 
 def time_tools(calls: int) -> tuple[float, dict[str, float]]:
-    """Processor time of this process, and seconds of wall time of calls that wait for a second each: with workers that must
+    """CPU time of this process, and seconds of wall time of calls that wait for a second each: with workers that must
     start, and again."""
     from pact_fast.envs.python_tools.pool import SandboxPool
     from pact_fast.rollout.env_calls import MAX_CALLS

@@ -1,4 +1,4 @@
-"""A save under DeepSpeed ZeRO, in two processes that talk over gloo: what `benchmarks.scale` measures with part `zero`."""
+"""A save under DeepSpeed ZeRO, in two gloo processes: part `zero` of `benchmarks.scale`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MB = 1 << 20
 
 
 def measure_saves(megabytes: int) -> tuple[float, dict[str, float]]:
-    """Processor time of the training thread of rank 0 until it goes on, at stage 2; and by stage, per GB of fp32 weights,
+    """CPU time of the training thread of rank 0 until it continues, at stage 2; and by stage, per GB of fp32 weights,
     that of the thread, that of the process (gathering has threads of its own), and wall time."""
     found = {stage: _run(megabytes, stage) for stage in STAGES}
     gb = megabytes * MB / 1e9

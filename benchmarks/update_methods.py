@@ -59,6 +59,7 @@ class UpdateMethod(Method):
 def per_sequence(
     model: PreTrainedModel, problem: PromptProblem, batch: int, head: Callable[..., Tensor]
 ) -> Iterator[Pass]:
+    """Passes of one padded batch of whole sequences at a time."""
     use_attention(model, "sdpa")
     device, weights = model.device, problem.rl_weights
     x, z, r, y, advantage = (

@@ -42,6 +42,7 @@ def last_hidden(model: PreTrainedModel, **inputs: Any) -> Tensor:
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the model's attention function."""
     if model.config._attn_implementation != name:
         model.set_attn_implementation(name)
 
@@ -101,6 +102,7 @@ def _grouped_attention(module, q, k, v, mask, scaling=None, dropout=0.0, prefix_
 
 
 def register(name: str, attention: Callable[..., Any]) -> None:
+    """Register the attention functions of the peers."""
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
 

@@ -81,6 +81,7 @@ class PromptProblem:
 
 
 def make_problem(shape: Shape, vocab: int, seed: int, weight: float = 1.0) -> PromptProblem:
+    """The sequences of a prompt with random tokens, and its losses."""
     rng = np.random.default_rng(seed)
     x, z, r = (rng.integers(vocab, size=size) for size in (shape.prompt, shape.trace, shape.restated))
     y = rng.integers(vocab, size=(shape.rollouts, shape.rollout))

@@ -97,7 +97,7 @@ class UpdateCase(Case):
 
 
 def build(case: UpdateCase, device: torch.device) -> PreTrainedModel:
-    """The model with random weights (seed 0)."""
+    """The case's model with random weights (seed 0), in its dtype and in training mode."""
     torch.manual_seed(0)
     settings = {"model_type": "qwen3"} | MODELS[case.model] | {"num_hidden_layers": case.layers, "use_cache": False}
     if "layer_types" in settings:
@@ -118,9 +118,11 @@ class Clock:
 
     @property
     def phase(self) -> str:
+        """The phase that began last."""
         return self._marks[-1][0]
 
     def enter(self, phase: str) -> None:
+        """Mark the begin of a phase, and so the end of the one before."""
         mark: Any = time.perf_counter()
         if self._cuda:
             mark = torch.cuda.Event(enable_timing=True)
@@ -128,7 +130,7 @@ class Clock:
         self._marks.append((phase, mark))
 
     def seconds(self) -> dict[str, float]:
-        """By phase; the device must have finished."""
+        """Seconds of each phase, added up over its marks. The device must have finished."""
         total: dict[str, float] = {}
         for (phase, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             lasted = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
@@ -182,7 +184,12 @@ class Bench:
         self.optimizer = make_optimizer(self.model, self.trainer)
 
     def step(self, method: UpdateMethod, setting: dict[str, int]) -> dict[str, Any]:
-        """One update: its clock, loss, and tokens that the decoder computed."""
+        """Make one update with a method in one of its settings.
+
+        Returns:
+            "clock", whose seconds may be read when the device has finished; "loss", a tensor; and "tokens", the number that
+            the decoder computed.
+        """
         Clock.now = clock = Clock(self.device)
         clock.enter("rest")
         self.optimizer.zero_grad(set_to_none=True)
@@ -195,6 +202,7 @@ class Bench:
         return {"clock": clock, "loss": loss, "tokens": tokens}
 
     def clear(self) -> None:
+        """Free gradients and whatever else the last step left, on the device as well."""
         Clock.now = None
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
@@ -210,7 +218,19 @@ def gradients(
     old: bool,
     clock: Clock,
 ) -> tuple[torch.Tensor, int]:
-    """(loss, tokens that the decoder computed); gradients are left in the parameters."""
+    """Forward and backward passes over all prompts; gradients are added to those of the parameters.
+
+    Args:
+        model: The model.
+        problems: The prompts of the update.
+        method: How they are batched and scored.
+        setting: One of the method's settings.
+        old: Whether log-probs of the old policy are computed by a pass without gradient; else they are the current ones.
+        clock: Takes the seconds of each phase.
+
+    Returns:
+        The loss, a scalar, and the number of tokens that the decoder computed.
+    """
     loss, tokens = torch.zeros((), device=model.device), 0
     for problem in problems:
         for part in method.passes(model, problem, **setting):
@@ -231,7 +251,12 @@ def gradients(
 
 
 def check(case: UpdateCase, device: torch.device, names: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """(errors of every method against REFERENCE in fp64 at a small shape, failures)."""
+    """Compare every method with REFERENCE in fp64 at a small shape, in fp32 and in the case's dtype.
+
+    Returns:
+        By method and dtype, relative errors of "loss" and "gradient" (the largest of a parameter's, in the Frobenius norm),
+        or a "status" that says why there are none; and a line for each error above its limit.
+    """
     small = replace(case, layers=min(case.layers, 8 if MODELS[case.model]["num_hidden_layers"] == 8 else 2))
     model = build(small, device)
     problems = [make_problem(CHECKED, model.config.vocab_size, seed=0)]

@@ -104,6 +104,7 @@ def prepare(bench: Bench, name: str, memory: bool) -> dict[str, Any]:
 
 
 def peak(bench: Bench, name: str, setting: dict[str, int]) -> dict[str, Any]:
+    """`peak_bytes` of an update, beyond what was held before."""
     bench.clear()
     with PeakMemory(bench.device) as memory:
         bench.step(METHODS[name], setting)
@@ -146,6 +147,7 @@ def measure_case(case: UpdateCase, device: torch.device, args: argparse.Namespac
 
 
 def time_rows(bench: Bench, rows: dict[str, dict[str, Any]], rounds: int) -> None:
+    """Time the methods whose status is ok, in paired rounds, and add the results to their rows."""
     live = [name for name in rows if rows[name]["status"] == "ok"]
     if not live:
         return

@@ -6,9 +6,9 @@ python -m benchmarks.weights_fingerprint --megabytes 8         a smoke test
 Before anything is timed, all backends must agree, on the whole and on the sum of its parts, and one flipped bit, two rows
 in each other's place and another dtype must show.
 
-blockwise   the formula of version 0.1: int64 copies of 2²² elements at a time, and coefficients made anew for each block
-s/GB        median over rounds; "CPU s/GB": of processor time, which on a busy machine says more (CPU only)
-x faster    blockwise over this method: median over rounds of the ratio within a round; of processor time on the CPU
+blockwise   the formula of version 0.1: int64 copies of 2²² elements at a time, and their coefficients recomputed
+s/GB        median over rounds; "CPU s/GB": of CPU time, which on a busy machine says more (CPU only)
+x faster    blockwise over this method: median over rounds of the ratio within a round; of CPU time on the CPU
 
 Exit status 1: a result is wrong, or the backend that is chosen by default is less than 10 times as fast as blockwise.
 """
@@ -92,7 +92,7 @@ def methods(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[tor
 
 
 def check(tensor: torch.Tensor, calls: dict[str, Callable[[torch.Tensor], int]]) -> list[str]:
-    """What is wrong with our backends."""
+    """List the errors of our backends; empty if there are none."""
     found = {name: call(tensor) for name, call in calls.items() if name != BLOCKWISE}
     wrong = [] if len(set(found.values())) == 1 else [f"the backends differ: {found}"]
     value, half = next(iter(found.values())), len(tensor) // 2
@@ -115,6 +115,7 @@ def _faults(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def measure_case(case: FingerprintCase, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Paired rounds of all methods on a tensor."""
     torch.manual_seed(0)
     tensor = torch.randn(case.rows, COLUMNS, device=device).to(getattr(torch, case.dtype))
     calls = methods(device, tensor.dtype)

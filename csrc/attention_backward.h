@@ -94,9 +94,9 @@ struct Backward {
   const int64_t row_tiles = mask.row_tiles(), key_blocks = ceil_div(mask.key_tiles(), tiles);
   const int64_t heads_per_kv_head = shape.heads / shape.kv_heads;
   // Many units add to the dQ of a tile of rows, in the order of their blocks of keys, so that sums do not depend on
-  // the schedule: ticket[block, row tile] is the number of blocks before it, now_serving[head, row tile] of those
+  // the schedule: tickets[block, row tile] is the number of blocks before it, now_serving[head, row tile] of those
   // that are done.
-  std::vector<int32_t> ticket = std::vector<int32_t>(key_blocks * row_tiles);
+  std::vector<int32_t> tickets = std::vector<int32_t>(key_blocks * row_tiles);
   std::unique_ptr<std::atomic<int32_t>[]> now_serving =
       std::make_unique<std::atomic<int32_t>[]>(shape.heads * row_tiles);
   FirstError error = {};
@@ -135,7 +135,7 @@ struct Backward {
   void run() {
     for (int64_t b = 1; b < key_blocks; ++b) {
       for (int64_t t = 0; t < row_tiles; ++t) {
-        ticket[b * row_tiles + t] = ticket[(b - 1) * row_tiles + t] + any_visible(b - 1, t);
+        tickets[b * row_tiles + t] = tickets[(b - 1) * row_tiles + t] + any_visible(b - 1, t);
       }
     }
     parallel_for_dynamic(shape.heads * row_tiles, [&](int64_t u) { prepare_rows(u / row_tiles, u % row_tiles); });
@@ -252,15 +252,15 @@ struct Backward {
 
   // dQᵀ of a tile of rows, after the blocks of keys before this one have added theirs.
   void accumulate_dq(const Scratch& s, int64_t head, int64_t block, int64_t t) {
-    const int32_t turn = ticket[block * row_tiles + t];
+    const int32_t ticket = tickets[block * row_tiles + t];
     std::atomic<int32_t>& serving = now_serving[head * row_tiles + t];
-    while (serving.load(std::memory_order_acquire) != turn) {
+    while (serving.load(std::memory_order_acquire) != ticket) {
       if (error.raised()) throw std::runtime_error("pact_fast: stopped, another unit of work failed");
       std::this_thread::yield();
     }
     brgemm(head_dim, kTile, (s.last - s.first) * kTile, s.k_transposed, tiles * kTile, s.ds_b, kTile, dq_tile(head, t),
-           kTile, turn > 0);
-    serving.store(turn + 1, std::memory_order_release);
+           kTile, ticket > 0);
+    serving.store(ticket + 1, std::memory_order_release);
   }
 
   void write_scaled(const float* sums, float factor, int64_t rows, T* to, int64_t ld) const {

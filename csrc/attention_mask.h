@@ -27,7 +27,7 @@ struct AttentionShape {
   int64_t padded_rows() const { return round_up(rows, kTile); }
 };
 
-// What a layer does to its scores beyond the scale.
+// Transformations of a layer's scores after scaling.
 struct ScoreRule {
   const int64_t* position;  // [keys], of each key on its path; read if there is a window
   int64_t window;           // a row sees keys at most window − 1 positions before its own; 0: all of them

@@ -20,7 +20,6 @@ namespace pact_fast::attention {
 constexpr int64_t kScores = kTile * kTile;
 constexpr int64_t kUnitElements = 256 * kTile;  // elements per operand of the tiles that a unit owns: they stay in L2
 constexpr int64_t kMaxUnitTiles = 4;
-constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kMaskedScore = -1e30f;  // below any score, and finite when scaled
 
 template <typename T>

@@ -30,7 +30,6 @@ namespace {
 #ifdef __AVX512F__
 
 constexpr int64_t kKeyBlock = 256;  // terms of one running sum of values
-constexpr float kLog2E = 1.44269504088896341f;
 
 // A cache [slots, heads, capacity, head_dim], contiguous.
 template <typename T>
@@ -198,14 +197,6 @@ bool ready(ScalarType type) {
 
 bool decode_attention_ready(ScalarType type) { return ready(type); }
 
-// [1, heads, tokens, head_dim] with contiguous rows.
-void check_heads(const Tensor& t, ScalarType type, int64_t heads, int64_t tokens, int64_t head_dim, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == type && t.size(0) == 1 && t.size(1) == heads &&
-                      t.size(2) == tokens && t.size(3) == head_dim && t.stride(3) == 1,
-                  "decode attention: ", name, " must be ", dtype_name(type), " [1, ", heads, ", ", tokens, ", ", head_dim,
-                  "] with contiguous rows");
-}
-
 void check_distinct(const int64_t* slots, int64_t tokens, int64_t count) {
   std::vector<bool> seen(count);
   for (int64_t i = 0; i < tokens; ++i) {
@@ -218,7 +209,7 @@ void check_distinct(const int64_t* slots, int64_t tokens, int64_t count) {
 // the token's own. q [1, Hq, T, D], k and v [1, Hkv, T, D] with contiguous rows; keys, values [slots, Hkv, capacity, D]
 // and out contiguous; slots, all different, and positions int64 [T]; all others fp32 or bf16; D a multiple of 16.
 void decode_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor slots, const Tensor positions,
-                    double scale, Tensor keys, Tensor values, Tensor out) {
+                      double scale, Tensor keys, Tensor values, Tensor out) {
   const ScalarType type = q.scalar_type();
   STD_TORCH_CHECK(ready(type), "decode attention: no kernel for this dtype on this CPU");
   STD_TORCH_CHECK(q.dim() == 4 && keys.dim() == 4 && keys.size(1) > 0 && q.size(1) % keys.size(1) == 0,
@@ -246,17 +237,17 @@ void decode_attention(const Tensor q, const Tensor k, const Tensor v, const Tens
   const auto run = [&]<typename T>(T) {
     const auto cache = [&](const Tensor& t) { return CacheView<T>{data_ptr<T>(t), kv_heads, t.size(2), head_dim}; };
     DecodeAttention<T>{head_view<const T>(q),
-                     head_view<const T>(k),
-                     head_view<const T>(v),
-                     cache(keys),
-                     cache(values),
-                     data_ptr<int64_t>(slots),
-                     at,
-                     tokens,
-                     heads,
-                     *std::max_element(at, at + tokens) + 1,
-                     static_cast<float>(scale),
-                     data_ptr<T>(out)}
+                       head_view<const T>(k),
+                       head_view<const T>(v),
+                       cache(keys),
+                       cache(values),
+                       data_ptr<int64_t>(slots),
+                       at,
+                       tokens,
+                       heads,
+                       *std::max_element(at, at + tokens) + 1,
+                       static_cast<float>(scale),
+                       data_ptr<T>(out)}
         .run();
   };
   if (type == ScalarType::Float) return run(float{});

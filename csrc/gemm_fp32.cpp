@@ -2,7 +2,7 @@
 //
 //     Z[n, V] = X·Wᵀ        dX[n, D] = dZ·W        dW[V, D] += dZᵀ·X
 //
-// A BLAS packs A and B anew for every GEMM, and MKL's leaves part of AMD's cores idle on these shapes (times:
+// A BLAS packs A and B again for every GEMM, and MKL's leaves part of AMD's cores idle on these shapes (times:
 // docs/kernels.md). Here a few rows meet a large matrix, and only the large one has to be packed:
 //
 //  * pack B: panels of kNR = 64 columns, four registers wide. A panel of kKC rows takes 256 KiB, stays in L2 (1

@@ -7,7 +7,7 @@
 // panel_max) in fp32: log-prob, entropy and log-sum-exp of the row follow from them. For a loss that asks for no
 // more than g = dL/dlogprob, dz is an exponential times one factor per row and panel, and −g·expm1(logprob)/T at
 // the target: it is formed while it is rounded for its GEMMs (gemm_bf16_grads.h). Against fp32 logits and two
-// softmax passes (softmax_fp32.cpp) this takes half the memory, hence more rows per chunk, and one exponential
+// softmax passes (softmax_fp32.cpp) this takes half the memory, so that chunks have more rows, and one exponential
 // instead of two. Rounding exp_z costs as much as rounding dz: one part in 256 at most.
 //
 // One thread owns a panel, or the statistics of a row, and adds in a fixed order: results do not depend on the

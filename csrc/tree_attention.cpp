@@ -66,14 +66,6 @@ bool ready(ScalarType) { return false; }
 
 #endif
 
-// [1, heads, rows, head_dim] with contiguous rows.
-void check_heads(const Tensor& t, ScalarType type, int64_t heads, int64_t rows, int64_t head_dim, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == type && t.size(0) == 1 && t.size(1) == heads &&
-                      t.size(2) == rows && t.size(3) == head_dim && t.stride(3) == 1,
-                  "tree attention: ", name, " must be ", dtype_name(type), " [1, ", heads, ", ", rows, ", ", head_dim,
-                  "] with contiguous rows");
-}
-
 AttentionShape check_shape(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end, double scale) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "tree attention: q, k and v must be [1, heads, rows, head_dim]");
   const AttentionShape shape{q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), static_cast<float>(scale)};

@@ -5,7 +5,7 @@
 
 Settings are those of docs/llm.md. `out/tools.jsonl` has a line for each row: accepted tools, those that were rejected with
 their reasons, and an observation, or a typed error, for a call of each tool. Every answer of the model is kept in
-`out/answers`: a run that was killed goes on where it was, and a second run asks nothing.
+`out/answers`: a killed run continues when it is repeated, and a second run sends no request.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pact_fast.synthesis.mtr.readers import read_rows
 
 
 def use(row: QARow, maker: ModelToolMaker, actor: ToolActor) -> dict[str, Any]:
-    """The tools of a row, and what each answers to a call with names of the question."""
+    """Print the tools of a row, and the answer of each to a call with names of the question."""
     plan = make_plan(row)
     made = maker.make(row, plan)
     names = [name for hop in plan.hops for name in hop.arguments.values()] or [row.question]

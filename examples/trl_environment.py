@@ -11,7 +11,7 @@ import random
 
 
 class Guess:
-    """The public methods are tools; `reset` gets the columns of the row, and what it returns ends the question."""
+    """The public methods are tools; `reset` gets the columns of the row, and its result is appended to the question."""
 
     def reset(self, seed: int = 0, **columns: object) -> str:
         self._number = random.Random(seed).randint(1, 9)

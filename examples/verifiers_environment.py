@@ -27,7 +27,7 @@ def right(completion, answer) -> float:
 
 
 def load_environment(largest: int = 99, rows: int = 32) -> vf.Environment:
-    """What `vf.load_environment` calls in an installed environment."""
+    """Make the environment. `vf.load_environment` calls this function of an installed package."""
     rng = random.Random(0)
     pairs = [(rng.randint(0, largest), rng.randint(0, largest)) for _ in range(rows)]
     table = [{"question": f"What is {a} plus {b}?", "answer": str(a + b)} for a, b in pairs]

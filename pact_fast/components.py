@@ -12,8 +12,8 @@ class Component(enum.IntEnum):
     REASONING = 1
     TOOL_CALL = 2
     ANSWER = 3
-    OBSERVATION = 4  # what tools said
-    USER = 5  # what the user said after the prompt; never trained on
+    OBSERVATION = 4  # results of tools
+    USER = 5  # messages of the user after the prompt; never trained on
 
 
 class LossContext(enum.IntEnum):

@@ -54,13 +54,13 @@ def error_line(error: BaseException, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-# Raised through somebody else's code, and not by it
+# Raised through third-party code, not by it
 PASSED_ON = (PactError, ShutdownRequested, KeyboardInterrupt, GeneratorExit)
 
 
 @contextmanager
 def foreign_errors(problem: str, cure: str) -> Iterator[None]:
-    """Turn whatever somebody else's code raises on a stranger's file into `problem: reason; cure`, one line.
+    """Turn any exception of third-party code on an untrusted file into a PactError `problem: reason; cure`, one line.
 
     There is no list of expected exceptions: libraries raise what their own code happens to run into, and the parts that
     are written in Rust also raise objects that are not an Exception.

@@ -19,8 +19,8 @@ from typing import Any
 
 from pact_fast.errors import PactError, error_line
 
-RESUME = "free some space or make the folder writable, and continue with resume=auto"
-ANOTHER = "free some space, make the folder writable, or name another file"
+RESUME_CURE = "free some space or make the folder writable, and continue with resume=auto"
+OTHER_FILE_CURE = "free some space, make the folder writable, or name another file"
 
 
 def _umask() -> int:
@@ -34,7 +34,7 @@ _UMASK = _umask()  # once, while there are no threads
 
 
 @contextmanager
-def io_errors(path: Path, cure: str = RESUME) -> Iterator[None]:
+def io_errors(path: Path, cure: str = RESUME_CURE) -> Iterator[None]:
     """Turn a failed write to `path` (disk full, no permission, no such folder) into a PactError that ends with `cure`."""
     try:
         yield
@@ -46,7 +46,7 @@ def io_errors(path: Path, cure: str = RESUME) -> Iterator[None]:
         raise PactError(f"cannot write {path}: {reason}; {cure}") from error
 
 
-def write_text(path: Path, text: str, cure: str = RESUME) -> None:
+def write_text(path: Path, text: str, cure: str = RESUME_CURE) -> None:
     """Write a text file whole or not at all; half a surrogate pair is written as "?". PactError if the write fails."""
     with io_errors(path, cure):
         write_bytes(path, text.encode("utf-8", "replace"))
@@ -54,16 +54,16 @@ def write_text(path: Path, text: str, cure: str = RESUME) -> None:
 
 def write_named(path: Path, text: str) -> None:
     """`write_text` to a path that the user has named: a device or a pipe (/dev/stdout) is written to, not replaced."""
-    with io_errors(path, ANOTHER):
+    with io_errors(path, OTHER_FILE_CURE):
         if path.exists() and not path.is_file() and not path.is_dir():
             with path.open("w", encoding="utf-8", errors="replace") as file:
                 file.write(text)
             return
-    write_text(path, text, ANOTHER)
+    write_text(path, text, OTHER_FILE_CURE)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. OSError if the write fails; what was there before is then unchanged."""
+    """Write a file whole or not at all. OSError if the write fails; an existing file is then unchanged."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:

@@ -22,7 +22,7 @@ TICK = 0.1  # seconds between looks at the clock
 
 
 class _TimeIsUp(BaseException):
-    """Not an Exception: code that catches those must not go on."""
+    """Not an Exception, so that code that catches Exception does not continue."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How long threads of OpenMP wait awake: a setting that its runtime reads once, while torch is loaded.
+"""Spin time of waiting OpenMP threads: a setting that the runtime reads once, while torch is loaded.
 
 torch's wheels for Linux bring GNU's libgomp. At the end of a parallel region its threads spin 300,000 times before they
 sleep. Where other processes use the cores, that takes time from the very thread that is waited for, region after region

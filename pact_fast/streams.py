@@ -12,14 +12,14 @@ import os
 import sys
 from typing import Any, TextIO
 
-GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ESHUTDOWN, errno.ECONNRESET}  # nobody will ever read it again
+NO_READER = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ESHUTDOWN, errno.ECONNRESET}  # nobody will ever read it again
 
 
 class TolerantStream:
     """A text stream whose writes never fail. Everything but `write` and `flush` is the stream's own.
 
-    When the reader has gone, the stream's descriptor is opened on /dev/null, so that whoever else writes there
-    (warnings, libraries) does not fail either. After other errors (a full disk) the next write tries again.
+    When the reader has gone, the stream's descriptor is opened on /dev/null, so that other writers
+    (warnings, libraries) do not fail either. After other errors (a full disk) the next write tries again.
     """
 
     def __init__(self, stream: TextIO | None):
@@ -46,7 +46,7 @@ class _tolerance(contextlib.AbstractContextManager[None]):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         if isinstance(error, OSError):
-            if error.errno in GONE:
+            if error.errno in NO_READER:
                 discard(self._stream)
             return True
         return isinstance(error, ValueError)  # a stream that was closed

@@ -23,7 +23,7 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`visible` text with its line breaks written as \\n: what others wrote cannot pass for a line of ours."""
+    """`visible` text with its line breaks written as \\n: foreign text cannot imitate a line of ours."""
     return visible(text).replace("\n", "\\n")
 
 

@@ -1,4 +1,4 @@
-"""Processes of vLLM servers: how they are started, what they inherit, and how they end with their parent.
+"""Processes of vLLM servers: their start, their environment, and their end with their parent.
 
 Shared by rollouts and by language models behind `pact_fast.llm`. Standard library only.
 """
@@ -26,8 +26,8 @@ LAUNCHER_VARIABLES = {
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_ENABLE_V1_MULTIPROCESSING",
 }  # fmt: skip
 LOG_TAIL = 4000  # characters of a dead server's log that go into the error
-SOCKET_PATH = 107  # bytes, of Unix
-ROOM = 40  # of them for the names of vLLM's own sockets
+MAX_SOCKET_PATH = 107  # bytes, of Unix
+SOCKET_NAME_BYTES = 40  # of them for the names of vLLM's own sockets
 
 
 class Process(Protocol):
@@ -41,7 +41,7 @@ class Process(Protocol):
 def socket_folder() -> Path:
     """A private folder whose path leaves room for the names of sockets: $TMPDIR may be too long."""
     folder = Path(tempfile.mkdtemp(prefix="pact-fast-vllm-"))
-    if len(os.fsencode(folder)) <= SOCKET_PATH - ROOM:
+    if len(os.fsencode(folder)) <= MAX_SOCKET_PATH - SOCKET_NAME_BYTES:
         return folder
     folder.rmdir()
     return Path(tempfile.mkdtemp(prefix="pact-fast-vllm-", dir="/tmp"))
@@ -74,7 +74,7 @@ def terminate_with_parent() -> None:
 
 
 def server_environment(sockets: Path, devices: list[int] | None = None) -> dict[str, str]:
-    """This process's environment, without what its launcher has set for it alone.
+    """This process's environment, without variables that its launcher has set for it alone.
 
     Args:
         sockets: Folder of the server's sockets.

@@ -1,4 +1,4 @@
-"""Adapters: functions, TRL's classes and Gymnasium's environments, and what hostile calls do to any adapter."""
+"""Adapters: functions, TRL's classes and Gymnasium's environments, and hostile calls to every adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support import adapters
 from tests.support.faults import at_call
 from tests.support.groups import lookup_chain_renderer
 from tests.support.models import TINY
-from tests.support.runs import RunProcess, metrics
+from tests.support.runs import TOKENIZERS, RunProcess, metrics
 from tests.support.scripted_engine import Script, turn
 from tests.support.trajectories import rollout
 
@@ -40,6 +40,7 @@ def tiny_settings(steps: int) -> list[str]:
     sizes = ["num_generations=2", "max_turn_tokens=8", "max_prompt_length=1500", "max_completion_length=64"]
     return [
         *("model.path=null", f"model.random_init={json.dumps(model)}", "model.dtype=float32", "threads=1"),
+        f"model.tokenizer={TOKENIZERS['tiny']}",
         *(f"rollout.{size}" for size in sizes),
         *(f"trainer.{size}" for size in ("max_tokens_per_pack=4096", f"max_steps={steps}", "prompts_per_step=2")),
         "trainer.eval_tasks=2",
@@ -55,7 +56,7 @@ def make(name, args, timeout=5.0):
 
 
 def started(name, args, at=None, timeout=5.0):
-    """(environment after reset, what reset returned)."""
+    """(environment after reset, result of reset)."""
     env = make(name, args, timeout)()
     return env, env.reset(at or task())
 
@@ -203,7 +204,7 @@ def test_trl_itself_finds_the_same_tools(tmp_path):
         try:
             expected = str(game.guess(number))
         except ValueError as error:
-            expected = str({"error": str(error)})  # what TRL writes into the tool message
+            expected = str({"error": str(error)})  # the form of TRL's tool message
         assert env.call("guess", {"number": number}) == expected
     assert env.reward(task(), rollout()) == {"success": game.get_reward()}
 

@@ -51,7 +51,7 @@ def test_the_expert_solves_its_task_and_every_token_is_kept_as_sampled(renderer)
 
 
 def test_a_turn_that_stops_at_its_call_is_closed_for_it(renderer):
-    """The context is what the template would have written, but the end of turn was not sampled."""
+    """The context equals the template's rendering, but the end of turn was not sampled."""
     task = LookupChainTasks("train", 1, parallel=0.0).task(0)
     whole = expert_turns(renderer, task)
     stops = renderer.stop_ids(at_tool_call=True)
@@ -140,14 +140,14 @@ def test_a_prompt_that_is_too_long_names_the_task_and_the_cure(renderer):
     task = Task(
         id="row-7",
         prompt=[{"role": "user", "content": "word " * 500}],
-        env_args={"facts": {}, "busy": [], "starts": []},
+        env_args={"facts": {}, "flaky": [], "starts": []},
     )
     with pytest.raises(PactError, match=r"row-7.*max_prompt_length=64"):
         run(renderer, [task], [[]], max_prompt_length=64)
 
 
 def test_the_first_of_every_group_are_kept_and_the_others_cancelled(renderer):
-    """Two turns for one call, one turn without: the group's shortest end first, whatever their places."""
+    """Two turns for one call, one turn without: the group's shortest end first, in any order."""
     task, long = LookupChainTasks("train", 1).task(0), '<tool_call>\n{"name": "x"}\n</tool_call>'
     turns = {i: [turn(renderer, long)] * n + [turn(renderer, "done")] for i, n in enumerate((3, 0, 1, 1, 0, 2))}
     engine = Script(renderer, turns)

@@ -101,7 +101,7 @@ class CountedTime(float):
 
 
 def looks(count, monkeypatch, keep=None, **config):
-    """How often the loop looks at groups and at starts."""
+    """Count how often the loop looks at groups and at start times."""
     monkeypatch.setattr(time, "monotonic", lambda: CountedTime(1.0))
     CountedGroup.looks = CountedTime.looks = 0
     loop = AgentLoop(OneAtATime(), Words(), lambda task: Looks(), RolloutConfig(**config))

@@ -172,9 +172,9 @@ def test_a_prompt_without_a_trace_is_always_anchored(renderer):
     config = AlgorithmConfig(name="pact", anchor={"q": 0.0})
     group = make_groups(renderer, config, prompts=1, rollouts=2)[0]
     group.task.expert = None
-    plan = make_algorithm(config).prompt_batch(group, step_context_of(renderer, config, [group]))
-    assert plan.route == "prompt"
-    assert sum(s.rl_weight.sum() for s in plan.scored) == pytest.approx(1.0)
+    batch = make_algorithm(config).prompt_batch(group, step_context_of(renderer, config, [group]))
+    assert batch.route == "prompt"
+    assert sum(s.rl_weight.sum() for s in batch.scored) == pytest.approx(1.0)
 
 
 def test_the_final_answer_is_nowhere_in_the_trace_context(renderer):

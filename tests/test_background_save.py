@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on: a copy of the moment, complete or invisible."""
+"""Checkpoints that are written while training continues: a snapshot, complete or invisible."""
 
 import hashlib
 import os
@@ -161,7 +161,7 @@ def test_a_checkpoint_appears_as_soon_as_all_have_written_it(ranks, tmp_path, di
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_a_process_whose_peers_are_gone_completes_what_they_have_written(complete, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_writer, "PATIENCE", 5.0 if complete else 0.2)
+    monkeypatch.setattr(checkpoint_writer, "NOTE_TIMEOUT", 5.0 if complete else 0.2)
 
     def work(world: World) -> checkpoint_writer.PendingSave:
         return start(tmp_path, 1, torch.ones(3), world=world)
@@ -261,7 +261,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.uint8, t
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_files_are_those_of_safetensors_and_hashed_on_the_way(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(shards, "PIECE", 64)
+    monkeypatch.setattr(shards, "WRITE_BYTES", 64)
     values = torch.arange(105).to(dtype)
     tensors = {
         "b": values.view(3, 5, 7), "é": values[:3], "one": values[1], "none": values[:0],

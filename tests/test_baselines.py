@@ -247,8 +247,9 @@ def test_sdft_keeps_a_rollout_and_its_teacher_in_one_pack_whatever_the_packing(r
     config = AlgorithmConfig(name="sdft")
     groups = make_groups(renderer, config, prompts=2, rollouts=3)
     algorithm = make_algorithm(config)
-    plans = algorithm.prompt_batches(groups, step_context_of(renderer, config, groups))
-    trees, scored = [tree for plan in plans for tree in plan.trees], [s for plan in plans for s in plan.scored]
+    prompt_batches = algorithm.prompt_batches(groups, step_context_of(renderer, config, groups))
+    trees = [tree for batch in prompt_batches for tree in batch.trees]
+    scored = [s for batch in prompt_batches for s in batch.scored]
     sizes = []
     for share in (True, False):
         for budget in (1, 400, 900, 100_000):

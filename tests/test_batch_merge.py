@@ -1,4 +1,4 @@
-"""Merging: what sibling rollouts have in common at their start is computed once, with the same results."""
+"""Merging: common beginnings of sibling rollouts are computed once, with the same results."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def forest(seed: int, trees: int = 3) -> list[TokenTree]:
 
 
 def prefixes(trees: list[TokenTree]) -> int:
-    """Different beginnings of paths: what full merging leaves to be computed."""
+    """Number of distinct beginnings of paths, which full merging computes."""
     count = 0
     for tree in trees:
         paths = [path_ids(leaf).tolist() for leaf in tree.leaves()]

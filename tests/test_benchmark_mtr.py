@@ -1,4 +1,4 @@
-"""The benchmark of MTR: its interval, and what counts as a failure."""
+"""The benchmark of MTR: its interval, and its conditions of failure."""
 
 from __future__ import annotations
 

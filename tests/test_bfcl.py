@@ -395,7 +395,7 @@ def test_five_thousand_hostile_outputs_execute_nothing_but_allowed_tools():
     rng = random.Random(0)
     json_env, text_env = episode("multi_turn_base_0"), episode("multi_turn_base_0", "python")
     allowed = set(json_env.session.names)
-    json_env.call("ls", {})  # imports what a first call imports
+    json_env.call("ls", {})  # does the imports of a first call
     seen: set[str] = set()
     for session in (json_env.session, text_env.session):
         for name, method in list(session._methods.items()):

@@ -1,4 +1,4 @@
-"""Rollouts that branch: losses, records and exchange against a plain list of what the sampler saw before each token."""
+"""Rollouts that branch: losses, records and exchange against a plain list of the context of each sampled token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def renderer():
 
 
 class Dialogue:
-    """A rollout made of random tokens, and for every sampled token what stood before it.
+    """A rollout made of random tokens, and for every sampled token its context.
 
     seen  [(tokens of the prompt left out, tokens after the prompt, sampled token, its log-prob, its index in `ids`)]
     """
@@ -97,7 +97,7 @@ def branched_groups(renderer, config, seed):
 
 
 def policy_loss(hiddens, weight, config, context, dialogue, advantage, trace):
-    """−Σ w·A·π/π over the sampled tokens of a rollout / their number; every token after what stood before it."""
+    """−Σ w·A·π/π over the sampled tokens of a rollout / their number; every token in its own context."""
     logs = []
     for lost, after, token, logprob, index in dialogue.seen:
         prefix = [*context[: len(context) - lost].tolist(), *after]
@@ -190,9 +190,7 @@ def test_the_tree_of_a_rollout_holds_its_sequences_and_shares_what_they_share(se
     pieces = add_branches(tree, add_context(tree, prompt, None, tail), trajectory)
     paths = [np.concatenate([node.ids for node in leaf.path()]).tolist() for leaf in tree.leaves()]
     assert all(any(path[: len(ids)] == ids.tolist() for path in paths) for ids, _ in sequences)
-    assert len(tree) <= len(prompt) + len(trajectory.ids) + LOST * len(
-        trajectory.branches
-    )  # what is shared stands once
+    assert len(tree) <= len(prompt) + len(trajectory.ids) + LOST * len(trajectory.branches)  # shared tokens occur once
     assert [p.start for p in pieces[1:]] == [p.end for p in pieces[:-1]] and pieces[-1].end == len(trajectory.ids)
 
 

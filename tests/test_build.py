@@ -30,7 +30,7 @@ class Use(Ranks):
         super().__init__(folder, use, self._found, variables, ranks=1)
 
     def found(self) -> tuple[list[list[float]], str, list[str], str]:
-        """Log-probs of two calls, the state of the C++ backend, our warnings, and what was printed."""
+        """Log-probs of two calls, the state of the C++ backend, our warnings, and the output."""
         assert self.wait(240) == [0], self.output(0)
         return (*json.loads(self._found.read_text()), self.output(0))
 
@@ -95,7 +95,7 @@ def test_without_a_working_compiler_torch_serves_after_one_line(compiler, tmp_pa
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    """What becomes of such an error, the test above shows."""
+    """The test above covers the handling of such an error."""
     needs_compiler()
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")

@@ -47,7 +47,7 @@ MLA = {
     "v_head_dim": 16, "head_dim": 8,
 }  # fmt: skip
 
-SCALED = {  # family → (settings, what its class does)
+SCALED = {  # family → (settings, operation of its class)
     "granite": ({"logits_scaling": 8.0}, LogitTransform(logit_scale=0.125)),
     "granitemoe": ({"logits_scaling": 13.0, **EXPERTS}, LogitTransform(logit_scale=1 / 13)),
     "granitemoeshared": ({"logits_scaling": 6.0, **EXPERTS}, LogitTransform(logit_scale=1 / 6)),

@@ -1,4 +1,4 @@
-"""Settings that are pointless together, settings of a resumed run, and what a failed start leaves behind."""
+"""Settings that are pointless together, settings of a resumed run, and leftovers of a failed start."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_sft_needs_no_group():
         ([{"answer": "7", "env_args": {**CODES, "scoring": "toolhop"}}, {}], ["algorithm.reward.env_weight=1"],
          "env_weight counts the environment's 'success', and its row has none"),
         ([{"env_args": {**CODES, "scoring": "ftrl", "unsolved_set": {"weather": ["7"]}}}], [],
-         "nothing would be learnt.*env_weight=1"),
+         "nothing would be learned.*env_weight=1"),
     ],
 )  # fmt: skip
 def test_rows_without_anything_to_reward_are_refused(tmp_path, given, overrides, words):
@@ -213,7 +213,7 @@ def test_the_refusal_names_key_old_and_new_value_and_the_cure(tmp_path):
     )
 
 
-# what a failed start leaves behind
+# leftovers of a failed start
 
 
 def leftovers(run: Path) -> None:

@@ -209,7 +209,7 @@ def test_a_run_keeps_both_templates_of_its_tokenizer(tmp_path, capsys):
 # --- call ids ---
 
 HEAD = "{%- for message in messages %}\n"
-NINE = {  # what templates ask of ids, in the words of Mistral's
+NINE = {  # the requirement of templates on ids, in the words of Mistral's
     "nine": "{id} is not defined or {id} | length != 9",
     "at least nine": "not {id} is defined or {id} | length < 9",
     "letters and digits": "{id} is undefined or {id} | length != 9 or ({id} | list | select('in', '-_') | list)",
@@ -282,7 +282,7 @@ def test_call_ids_by_hand():
 
 
 def test_a_template_that_shows_ids_in_results_is_appended_alike():
-    """Ids begin anew in every turn, so what stands between two turns does not depend on those before it."""
+    """Numbering of ids restarts in every turn, so the text between two turns does not depend on those before it."""
     renderer = ChatRenderer(tokenizer_of(with_ids(NINE["nine"], shown=True)))
     assert check_template(renderer) == []
     results = [{"role": "tool", "name": "weather", "content": text} for text in ("7", "8")]

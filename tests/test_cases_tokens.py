@@ -22,7 +22,7 @@ from pact_fast.train.check_rows import check_rows
 from tests.support.chat_tokenizers import CHATML, LLAMA3, TAGS, build, template
 from tests.support.data_rows import QUESTION, WEATHER
 
-ADDED = {  # name → (token, its text in what the expert writes)
+ADDED = {  # name → (token, its text in the expert's turns)
     "tag": (AddedToken("<step>", normalized=False), "<step>"),
     "brackets": (AddedToken("[STEP]", normalized=False), "[STEP]"),
     "word": (AddedToken("QXSTEP", normalized=False), "QXSTEP"),

@@ -80,21 +80,21 @@ def inject_not_finite(first: int, last: int, what: str) -> None:
     update, accumulate = Learner.update, Learner.accumulate
     number = -PRETRAINING
 
-    def counted(self: Learner, plans: list, **options: float) -> UpdateResult:
+    def counted(self: Learner, batches: list, **options: float) -> UpdateResult:
         nonlocal number
         number += 1
         before = [p.detach().clone() for p in self.model.parameters()]
-        result = update(self, plans, **options)
+        result = update(self, batches, **options)
         moved = any(not torch.equal(p, b) for p, b in zip(self.model.parameters(), before, strict=True))
         assert moved != (first <= number <= last)
         return result
 
-    def not_finite(self: Learner, plans: list) -> UpdateResult:
+    def not_finite(self: Learner, batches: list) -> UpdateResult:
         if not first <= number <= last:
-            return accumulate(self, plans)
+            return accumulate(self, batches)
         if what == "loss":
-            return _with_bad_loss(self, lambda: accumulate(self, plans))
-        result = accumulate(self, plans)
+            return _with_bad_loss(self, lambda: accumulate(self, batches))
+        result = accumulate(self, batches)
         next(p.grad for p in self.model.parameters() if p.grad is not None).view(-1)[0] = torch.inf
         return result
 

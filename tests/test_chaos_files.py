@@ -66,7 +66,7 @@ def test_rollouts_that_cannot_be_written_are_named(baseline_run, tmp_path):
 
 
 def test_metrics_on_a_full_disk_are_one_error(tmp_path):
-    """A real full disk, /dev/full, also refuses what is written when the file is closed."""
+    """A real full disk, /dev/full, also refuses writes when the file is closed."""
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     writer = MetricsWriter(tmp_path, Trackers({}, TrackedRun("run", "0" * 8, tmp_path, {}), print))
     with pytest.raises(PactError, match=r"metrics\.jsonl: .*No space left on device; free some space"):
@@ -204,7 +204,7 @@ def at_work(name: str) -> Iterator[int]:
 
 
 def ancestors(pid: int) -> list[int]:
-    """Of a tool's process: itself, what keeps it, its worker, the server that forked that, and the trainer."""
+    """Process ids of a tool: itself, its keeper, its worker, the fork server, and the trainer."""
     found = [pid]
     while b"python_tools/worker" in Path(f"/proc/{found[-1]}/cmdline").read_bytes():
         found.append(int(Path(f"/proc/{found[-1]}/stat").read_text().rpartition(")")[2].split()[1]))

@@ -51,7 +51,7 @@ def save(root: Path, step: int, keep: int = 3) -> Path:
 
 
 def check(path: Path) -> int:
-    """The checkpoint holds exactly what `save` was given; returns its step."""
+    """Check that the checkpoint holds exactly the arguments of `save`; return its step."""
     loaded = checkpoint.load(path)
     expected = content(loaded.step)
     assert path.name == f"step_{loaded.step}"
@@ -218,7 +218,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_complete_newest_checkpoint(tmp_p
         newest = checkpoint.latest(root, verify=True)
         assert newest is not None
         step = check(newest)
-        assert step >= last  # what was saved stays saved
+        assert step >= last  # saved checkpoints stay
         last = step
     assert hidden_saves >= 5  # otherwise the kills missed the saves
     assert last > 1
@@ -411,7 +411,7 @@ def test_adamw_continues_bit_for_bit(tmp_path: Path) -> None:
     assert old.keys() == new.keys() == before.keys()
     assert all(torch.equal(old[name], new[name]) and old[name].dtype == new[name].dtype for name in old)
     assert [float(new[name]) for name in new if name.endswith("/step")] == [8.0] * 6
-    # training does not write into what was loaded
+    # training does not write into the loaded tensors
     assert all(torch.equal(saved[name], tensor) for name, tensor in before.items())
 
 

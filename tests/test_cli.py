@@ -1,4 +1,4 @@
-"""The command line: what a newcomer meets in the first ten minutes, mistakes included."""
+"""The command line: first steps of a new user, mistakes included."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pact_fast.cli import versions
+from pact_fast.cli import commands, versions
 from pact_fast.cli.doctor import embedded_engine_warning
 from pact_fast.cli.main import main
 from pact_fast.config import Config, known_keys, load_config, recipes
@@ -262,3 +262,9 @@ def test_bench_lists_what_can_be_run_and_passes_arguments_on():
     assert {"head", "gpu_suite", "quickstart", "update_step"} <= set(names) and "measure" not in names
     helped = subprocess.run([*command, "quickstart", "--help"], capture_output=True, text=True, check=True).stdout
     assert "--seeds" in helped
+
+
+def test_bench_of_an_installed_package_says_where_the_benchmarks_are(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "pact_fast" / "cli" / "commands.py"))
+    error = error_of(capsys, "bench", "head")
+    assert "in the repository" in error and "pip install -e ." in error

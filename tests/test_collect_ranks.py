@@ -1,4 +1,4 @@
-"""However many ranks sample a step, its groups, metrics and records are those of one rank."""
+"""A step that several ranks sample has the same groups, metrics and records as on one rank."""
 
 from __future__ import annotations
 

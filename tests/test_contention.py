@@ -1,4 +1,4 @@
-"""The benchmark of a busy machine: what counts as a verdict, and a run at toy size."""
+"""The benchmark of a busy machine: its verdicts, and a run at toy size."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_way_to_wait_is_an_environment():
 
 @pytest.mark.slow
 @pytest.mark.timing
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="processor times are read from /proc")
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="CPU times are read from /proc")
 def test_busy_processes_compute_only_while_they_are_told_to():
     busy = contention.BusyProcesses(1)
     try:
@@ -80,7 +80,7 @@ def test_busy_processes_compute_only_while_they_are_told_to():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="processor times are read from /proc")
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="CPU times are read from /proc")
 def test_a_quick_run_measures_all_work(tmp_path, monkeypatch, capsys):
     out = tmp_path / "contention.json"
     for name in USERS_CHOICE:

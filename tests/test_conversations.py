@@ -1,4 +1,4 @@
-"""Episodes with a user: whose text is what, who may end them, which limit did, and traces of dialogues."""
+"""Episodes with a user: components of texts, ends and limits of episodes, and traces of dialogues."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tool(name: str) -> dict:
 
 
 class Desk:
-    """A user who says what `says` holds, one message per turn, and offers `hotel` from the second message on."""
+    """A user with the messages `says`, one per turn, who offers `hotel` from the second message on."""
 
     blocking = False
 
@@ -214,7 +214,7 @@ def spoken(renderer, env, turns):
 
 
 def before_each_turn(trajectory):
-    """What the sequences of a trajectory hold before each of its turns."""
+    """Return the ids that precede each turn in the sequences of a trajectory."""
     found = {}
     for ids, own in trajectory.sequences():
         for index in own[trajectory.sampled[own]]:
@@ -359,7 +359,7 @@ def test_a_trace_holds_what_the_user_said_and_is_written_back_unchanged():
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        ([*DIALOGUE, {"role": "user", "content": "Thanks"}], "message 9: the user has the last word"),
+        ([*DIALOGUE, {"role": "user", "content": "Thanks"}], "message 9: the last message is the user's"),
         ([*DIALOGUE, assistant("More.")], "message 8: an assistant turn without tool calls must be the last"),
         ([*DIALOGUE[:3], DIALOGUE[2], *DIALOGUE[3:]], "message 3: expected an assistant turn, found 'user'"),
         ([*DIALOGUE[:6], {"role": "system", "content": "x"}, *DIALOGUE[6:]], "message 6: expected an assistant turn"),

@@ -90,15 +90,15 @@ def test_imports_of_python_fragment_work(block):
     exec(compile(ast.Module(imports, []), str(block), "exec"), {})
 
 
-def test_algorithm_of_the_guide_makes_a_plan_that_can_be_trained():
+def test_algorithm_of_the_guide_makes_batches_that_can_be_trained():
     from tests.support.groups import lookup_chain_renderer, make_groups, step_context_of
 
     renderer, config = lookup_chain_renderer(), AlgorithmConfig(name="grpo")
     groups = make_groups(renderer, config, prompts=2, rollouts=4, use_turns=False)
     algorithm = run(defining("class BetterHalf"))["BetterHalf"](config)
-    plans = [algorithm.prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups]
-    [batch] = pack([tree for plan in plans for tree in plan.trees], max_tokens=1 << 20)
-    tokens, _ = loss_table_to_tensors(batch, [s for plan in plans for s in plan.scored])
+    prompt_batches = [algorithm.prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups]
+    [batch] = pack([tree for one in prompt_batches for tree in one.trees], max_tokens=1 << 20)
+    tokens, _ = loss_table_to_tensors(batch, [s for one in prompt_batches for s in one.scored])
     assert np.array_equal(tokens.rl_weight > 0, tokens.advantage > 0)
     assert (tokens.rl_weight > 0).any()
 

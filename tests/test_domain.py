@@ -45,7 +45,7 @@ def test_the_database_copies_at_first_touch_and_never_changes_its_base():
     assert list(db["jars"]) == ["a", "c"] and "b" not in db["jars"] and len(db["jars"]) == 2
     assert db.changes() == {"jars": {"a": {"n": 1, "tags": ["x", "y"]}, "b": None, "c": {"n": 3, "tags": []}}}
     assert db["jars"].find(n=3) == ["c"] and db["jars"].find(n=2) == []
-    db["jars"]["a"]["tags"].remove("y")  # back to what it was: no change, so equal states have equal digests
+    db["jars"]["a"]["tags"].remove("y")  # back to the old value: no change, so equal states have equal digests
     del db["jars"]["c"]
     db["jars"]["b"] = {"n": 2, "tags": []}
     assert db.changes() == {} and db.digest() == other.digest()

@@ -1,4 +1,4 @@
-"""What `pact-fast data eigendata` writes: rows that can be read and played, no leakage, a report, and nothing lost by kills."""
+"""Output of `pact-fast data eigendata`: readable and playable rows, no leakage, a report, and no loss by kills."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_command_given_again_changes_nothing(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["sft", "grpo"])
 def test_a_run_trains_on_the_rows_and_talks_to_the_user(folder, tmp_path, algorithm):
-    """From random weights: what the policy says is nonsense, to which the user answers, until it gives up."""
+    """From random weights: the policy's text is nonsense, to which the user answers until it gives up."""
     run = tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
     rollout = {

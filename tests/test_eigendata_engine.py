@@ -142,7 +142,7 @@ def test_a_killed_run_continues_to_the_same_files(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     with (killed / "candidates.jsonl").open("ab") as file:
-        file.write(b'{"round": 1, "pl')  # what a write under way leaves
+        file.write(b'{"round": 1, "pl')  # leftover of an interrupted write
     subprocess.run([sys.executable, "-c", script, str(killed)], check=True)
     for name in ("candidates.jsonl", "rounds.jsonl", "settings.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
@@ -153,7 +153,7 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     settings = Settings("helpdesk", rounds=1, plans=4, count=4)
     engine = DataEngine(support.helpdesk(), tmp_path / "out", settings)
     engine.run()
-    with pytest.raises(PactError, match="begun with count=4, not 5"):
+    with pytest.raises(PactError, match="started with count=4, not 5"):
         DataEngine(support.helpdesk(), tmp_path / "out", Settings("helpdesk", rounds=1, plans=4, count=5)).run()
     with engine.locked(), pytest.raises(PactError, match="another process works"):
         DataEngine(support.helpdesk(), tmp_path / "out", settings).run()

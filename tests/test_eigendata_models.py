@@ -1,4 +1,4 @@
-"""Backends with a model: its words pass the controls or are rejected, and its revisions are measured like others."""
+"""Roles that a model plays: its words pass the controls or are rejected, and its revisions are measured like others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DOMAIN = support.helpdesk()
 
 
 def wording(body: dict) -> str:
-    """A model that does what it is asked."""
+    """A model that follows its instructions."""
     prompt = body["messages"][0]["content"]
     return "Well, hello. " + prompt.split("sentence by sentence:\n")[1].split("\n\nHow the customer talks")[0]
 

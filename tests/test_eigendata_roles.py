@@ -1,4 +1,4 @@
-"""Every role by a model behind an endpoint: what it writes is data, and the controls confirm whatever is accepted."""
+"""Every role by a model behind an endpoint: its output is data, and the controls confirm every accepted task."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pact_fast.envs.domain.controls import Finding, check_instance
 from pact_fast.errors import PactError
 from pact_fast.llm import LLMClient
 from pact_fast.synthesis.eigendata.actor import act_schema
-from pact_fast.synthesis.eigendata.backends import ROLES, make_roles
 from pact_fast.synthesis.eigendata.compose import RulesSynthesizer
 from pact_fast.synthesis.eigendata.engine import DataEngine, Settings
+from pact_fast.synthesis.eigendata.make_roles import ROLES, make_roles
 from pact_fast.synthesis.eigendata.roles import Rollout, TaskPlan
 from pact_fast.synthesis.eigendata.rollout import ScriptedPlayer, gold_acts
 from tests.support import eigendata as support
@@ -75,7 +75,7 @@ def test_plans_of_a_model_overlap_none_and_unusable_ones_are_the_rules():
 
 @pytest.mark.parametrize("forgets", [False, True])
 def test_a_solution_that_a_model_finds_with_the_tools_is_gold_if_the_controls_confirm_it(forgets):
-    """It tries calls one after the other, sees what they answer, and errors are no part of the solution."""
+    """It tries calls one after the other and sees their results; errors are not part of the solution."""
     gold = [step for step in composed().gold if not (forgets and step.by == "user")]
     acts = [{"act": "call", "tool": "get_account", "arguments": {"account_id": "A0"}}]  # fails
     acts += [{"act": "call", "tool": step.name, "arguments": dict(step.arguments)} for step in gold]
@@ -231,7 +231,7 @@ def test_whatever_a_model_writes_nothing_unverified_is_accepted(tmp_path):
         assert [problem for instance in accepted for problem in support.failing_controls(DOMAIN, instance)] == []
         counts[len(names)] = (len(accepted), asked)
     assert {"planner", "wording", "synthesizer", "reflection"} <= counts[len(ROLES)][1]
-    assert counts[3][0] > 0  # and what is right is accepted
+    assert counts[3][0] > 0  # and correct ones are accepted
 
 
 def test_the_command_wants_both_the_roles_and_the_model(tmp_path, capsys):

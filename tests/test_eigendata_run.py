@@ -77,7 +77,7 @@ def test_generated_tasks_are_sound_and_no_customer_is_on_both_sides():
 
 
 def test_dialogues_of_a_hasty_agent_solve_some_tasks_and_change_none():
-    """Played again: what the agent does in its dialogue solves the task if it went on to the end."""
+    """Replayed: the agent's actions in its dialogue solve the task if it continued to the end."""
     perfect, hasty = (GeneratedHelpdesk.tasks({"count": 40, "early_stop": p}, 0).train(0, 100) for p in (0.0, 0.3))
     assert [task.id for task in perfect] == [task.id for task in hasty]
 

@@ -20,8 +20,8 @@ pytest.importorskip("openai", reason="openai is not installed: pip install 'pact
 from pact_fast.envs.domain.base import make_domain
 from pact_fast.envs.domain.controls import check_instance
 from pact_fast.llm import LLMClient, LLMConfig
-from pact_fast.synthesis.eigendata.backends import ROLES, make_roles
 from pact_fast.synthesis.eigendata.engine import DataEngine, Settings
+from pact_fast.synthesis.eigendata.make_roles import ROLES, make_roles
 from pact_fast.synthesis.eigendata.versions import START
 from tests.support.eigendata import failing_controls
 from tests.support.vllm_servers import forked_servers
@@ -54,8 +54,8 @@ def test_a_small_model_in_every_role(start, tmp_path):
         pytest.skip(f"the model is not installed: {EXAMPLE['CURE']}")
     model = EXAMPLE["convert"](source, tmp_path / "model")
     config = LLMConfig(
-        model=str(model), vllm_args=ARGS, cache_dir=str(tmp_path / "answers"), max_tokens=160, timeout=600.0,
-        total_timeout=1800.0, server_timeout=1200.0,
+        model=str(model), vllm_args=ARGS, cache_dir=str(tmp_path / "answers"), max_tokens=160 if LONG else 96,
+        timeout=600.0, total_timeout=1800.0, server_timeout=1200.0,
     )  # fmt: skip
     domain = make_domain("helpdesk_small")
     variables = mock.patch.dict(os.environ, {"VLLM_CPU_KVCACHE_SPACE": "1"})

@@ -1,4 +1,4 @@
-"""How a process ends: its reader goes away, user code exits, signals. The work comes first, then the messages."""
+"""Ends of a process: a closed reader, exits in user code, signals. Work is finished before messages are printed."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_a_message_that_cannot_be_written_is_dropped(make):
 @pytest.mark.chaos
 @pytest.mark.parametrize("what", ["2>/dev/full", "2>&1 | true", ">&- 2>&-"])
 def test_a_closed_output_pipe_does_not_end_a_run(what, tiny, tmp_path):
-    if what == "2>&1 | true":  # what Python makes of it at its end shows in a process that it starts
+    if what == "2>&1 | true":  # Python's handling at exit shows only in a process that the test starts
         command = f"{sys.executable} -m pact_fast train {tiny} {what}; exit ${{PIPESTATUS[0]}}"
         done = subprocess.run(["bash", "-c", command], env=environment(), timeout=600, capture_output=True, check=False)
         assert done.returncode == 0, done

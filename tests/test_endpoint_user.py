@@ -1,4 +1,4 @@
-"""A language model behind an endpoint plays the user: what it sees, who ends what, and runs that repeat bit for bit."""
+"""A language model behind an endpoint plays the user: its context, ends of dialogues, and runs that repeat bit for bit."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pact_fast.llm import ReplayMiss
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.users.endpoint import EndpointUsers, user_llm
 from pact_fast.users.model import GREETING
+from tests.support.desk import TASK, Desk, call, thinking
 from tests.support.faults import at_call
 from tests.support.groups import lookup_chain_renderer
 from tests.support.llm_server import in_turn, llm_server, refused, said
 from tests.support.runs import QUICKSTART, RunProcess, metrics
 from tests.support.scripted_engine import Script, turn
-from tests.test_self_play import TASK, Desk, call, thinking
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_endpoint_sees_the_users_side_and_the_agent_what_the_user_says(rende
     assert [tool["function"]["name"] for tool in first["tools"]] == ["look_at_phone"]
     assert [m["content"] for m in last["messages"] if m["role"] == "tool"] == ["user's look_at_phone"]
     shown = json.dumps(last)
-    assert "And dry. ###STOP###" in shown and "<|im_end|>" not in shown  # what the agent writes ends nothing
+    assert "And dry. ###STOP###" in shown and "<|im_end|>" not in shown  # the agent's text ends nothing
     for hidden in ("Agent thinks", "agent's weather", "Policy of the desk", "tool_call>"):
         assert hidden not in shown
 

@@ -176,7 +176,7 @@ def test_a_prompt_that_is_too_long_is_a_failure_and_stops_nothing(files):
         (["eval", "ftrl", "--model", "quickstart"], "add data.eval=FILE"),
         (["eval", "ftrl", "--model", "quickstart", "--category", "multihop"], "did you mean 'multi_hop'"),
         (["eval", "ftrl", "--model", "quickstart", "--samples", "2"], "needs --temperature"),
-        (["eval", "quickstart", "--limit", "3"], "--limit belongs to a benchmark"),
+        (["eval", "quickstart", "--limit", "3"], "--limit applies to benchmarks only"),
     ],
 )
 def test_mistakes_are_one_line_with_the_cure(arguments, message, capsys):

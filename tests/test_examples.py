@@ -14,6 +14,7 @@ from pact_fast.cli.main import main
 from pact_fast.registry import Registry
 from tests.support.chat_tokenizers import chatml_like
 from tests.support.models import TINY
+from tests.support.runs import TOKENIZERS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -21,6 +22,7 @@ MODEL = {**TINY, "max_position_embeddings": 4096}
 SMALL = [
     "model.path=null",
     f"model.random_init={json.dumps(MODEL)}",
+    f"model.tokenizer={TOKENIZERS['tiny']}",
     "model.dtype=float32",
     "rollout.num_generations=2",
     "rollout.max_turn_tokens=8",
@@ -62,7 +64,7 @@ def test_every_example_is_listed_in_the_readme_and_run_here():
 
 
 def test_the_model_from_a_package_names_what_to_install(tmp_path, monkeypatch, capsys):
-    """`smollm2_from_package.py`; what it writes is tested in test_smollm2.py."""
+    """`smollm2_from_package.py`; its output is tested in test_smollm2.py."""
     script = runpy.run_path(str(EXAMPLES / "smollm2_from_package.py"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert script["main"]([str(tmp_path / "model")]) == 2

@@ -1,4 +1,4 @@
-"""Top-p, top-k and min-p: the filtered distribution, what is sampled from it, and how the trainer compares with it."""
+"""Top-p, top-k and min-p: the filtered distribution, samples from it, and the trainer's comparison with it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FILTERS = [
 
 
 def oracle(logits: np.ndarray, filters: SamplingFilters) -> np.ndarray:
-    """Probabilities [V] in fp64, token by token: min-p, then top-k, then top-p, each on what the one before has left.
+    """Probabilities [V] in fp64, token by token: min-p, then top-k, then top-p, each on the tokens left by the previous one.
 
     Ties at the limit of top-k are all kept; of those at the limit of top-p, the largest ids, as many as are needed.
     """

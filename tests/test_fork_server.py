@@ -15,7 +15,7 @@ from tests.support.sandbox_tools import alive, tool, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.hostile]
 
-# what a call finds of its protections, by asking the system
+# protections that a call observes, from the system
 PROBE = tool("""
     import ctypes, os, resource, signal, socket, time
     libc = ctypes.CDLL(None, use_errno=True)

@@ -160,7 +160,7 @@ def test_random_and_mutated_ids(make):
 
 
 LENGTH = 150_000  # bytes
-LIMIT = 0.15  # seconds, for what takes milliseconds; a loop over all pairs of tags takes more
+LIMIT = 0.15  # seconds, for milliseconds of work; a loop over all pairs of tags takes more
 LONG = [
     b"<tool_call>", b"</tool_call>", b"<tool_call>{", b"<think>", b"{", b'{"name":', b'{"name":[', b'{"name":"',
     b'{"name": "f", "parameters": {"x": ', b'{"name":"f","parameters":{}};', b'{"name":"a"}x', b'{"type":1,',
@@ -230,7 +230,7 @@ FRAMES = {
 
 
 def places(fmt: ToolFormat, unit: bytes) -> list[tuple[bytes, bytes]]:
-    """What stands around many units: everything where the unit means something to the format, else nothing and a call."""
+    """Return (before, after) contexts of a repeated unit: all if the unit means something to the format, else two."""
     every = [(b"", b""), (b"text ", b"}"), *FRAMES[type(fmt)]]
     written = b" ".join([*(fmt.render(*seed).encode() for seed in SEEDS), *(part for pair in every for part in pair)])
     known = unit in LONG or unit.strip() in written or any(marker.encode() in unit for marker in fmt.markers)

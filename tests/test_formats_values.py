@@ -1,4 +1,4 @@
-"""Formats that write arguments without JSON: whatever is written is read back, typed by the tool's schema."""
+"""Formats that write arguments without JSON: all written values are read back, typed by the tool's schema."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_markers_of_a_format_stay_text(fmt: ToolFormat):
         ("false", {"type": "boolean"}, False),
         ("1e3", {"type": "number"}, 1000.0),
         ("NaN", {"type": "number"}, "NaN"),
-        ("seven", {"type": "integer"}, "seven"),  # the check of the call says what is wrong
+        ("seven", {"type": "integer"}, "seven"),  # the check of the call reports the error
         ('{"a": 1}', {"type": "object"}, {"a": 1}),
         ('{"a": 1}', {"type": "string"}, '{"a": 1}'),
         ('{"a": 1}', {"type": ["string", "object"]}, {"a": 1}),

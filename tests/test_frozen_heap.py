@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,7 +14,15 @@ class Cycle:
         self.me = self
 
 
-def test_new_cycles_are_collected_and_old_objects_are_not_walked_through():
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    """As a run begins; tests/conftest.py has frozen what was imported."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_new_cycles_are_collected_and_old_objects_are_not_walked_through(thawed):
     old = [Cycle() for _ in range(1000)]
     with frozen_heap():
         assert not any(item is old[0] for item in gc.get_objects()) and gc.get_freeze_count() > 1000
@@ -23,13 +32,21 @@ def test_new_cycles_are_collected_and_old_objects_are_not_walked_through():
     assert gc.get_freeze_count() == 0 and any(item is old[0] for item in gc.get_objects())
 
 
-def test_what_was_garbage_before_does_not_stay():
+def test_what_was_garbage_before_does_not_stay(thawed):
     garbage = weakref.ref(Cycle())
     with frozen_heap():
         assert garbage() is None
 
 
-def test_an_error_thaws():
+def test_an_error_thaws(thawed):
     with pytest.raises(ValueError), frozen_heap():
         raise ValueError
     assert gc.get_freeze_count() == 0
+
+
+def test_what_the_caller_has_frozen_stays_frozen():
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    with frozen_heap():
+        pass
+    assert gc.get_freeze_count() == frozen

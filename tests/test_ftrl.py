@@ -70,7 +70,7 @@ def test_scores_of_worked_examples():
     assert solve_score([("area", both)] * 2, expected).solved == 2
     assert solve_score([("area", both)] * 3, expected).solved == 2
 
-    # another tool's observation does not count, whatever it says
+    # another tool's observation never counts
     assert solve_score([("price", both), ("area", "30")], expected).solved == 0
 
 
@@ -322,7 +322,7 @@ def parts_of(text):
 
 
 def said_alone(variant, expected):
-    """Observations in which stands what each tool says of the expected texts, and nothing else."""
+    """Observations that hold only the expected texts that each tool states."""
     kept = []
     for k, (name, _, _) in enumerate(variant):
         parts = {part for text in expected.get(name, ()) for part in parts_of(text)}
@@ -366,7 +366,7 @@ def example_calls(source, name):
 
 @pytest.mark.slow
 def test_errors_and_echoes_seldom_matter_for_the_example_calls_of_real_tools():
-    """How many sub-questions the examples in the tools' sources solve by the official rule, and by ours."""
+    """Counts the sub-questions solved by the examples in the tools' sources, by the official rule and by ours."""
     from pact_fast.envs.python_tools.pool import SandboxPool
 
     rows = real_rows()

@@ -1,4 +1,4 @@
-"""The gate against slowdowns: ratios, what counts as worse, and its short form."""
+"""The gate against slowdowns: ratios, the criterion for a slowdown, and its short form."""
 
 from __future__ import annotations
 

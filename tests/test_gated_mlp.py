@@ -1,4 +1,4 @@
-"""The gated MLP as one step of autograd: errors against fp64, which gradients, what it holds, and for which modules."""
+"""The gated MLP as one step of autograd: errors against fp64, gradients, saved tensors, and supported modules."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ def ops(bf16_ops):
 
 
 def integers(*shape: int) -> torch.Tensor:
-    """Small enough for sums of thousands of products to be exact in fp32, whatever their order."""
+    """Small enough for sums of thousands of products to be exact in fp32 in any order."""
     return torch.randint(-8, 9, shape).float()
 
 
@@ -85,7 +85,7 @@ def test_sums_are_fp32_and_only_dz_is_rounded(n, width, vocab, ops):
 
 
 def test_a_gradient_that_grows_over_many_calls_keeps_its_digits(ops):
-    """bf16 alone would lose all that is below 1/256 of what is there; fp32 is the yardstick."""
+    """bf16 alone would lose everything below 1/256 of the sum so far; fp32 is the reference."""
     torch.manual_seed(0)
     x, weight = torch.randn(16, 64).bfloat16(), torch.randn(100, 64).bfloat16()
     d_weight, exact = Sums(torch.zeros(100, 64)), torch.zeros(100, 64, dtype=torch.float64)

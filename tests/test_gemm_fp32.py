@@ -18,7 +18,7 @@ def ops():
 
 
 def integers(*shape: int) -> torch.Tensor:
-    """Small enough for sums of thousands of products to be exact in fp32, whatever their order."""
+    """Small enough for sums of thousands of products to be exact in fp32 in any order."""
     return torch.randint(-8, 9, shape).float()
 
 

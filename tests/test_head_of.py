@@ -98,7 +98,7 @@ def test_wrapped_models_are_unwrapped():
 
 
 def test_hooks_of_the_modules_do_not_run():
-    """They gather weights, and take what runs for a step of training."""
+    """They gather weights, and would be taken for a training step."""
     model, ran = make("granite", logits_scaling=8.0), []
     for module in (model.model, model.lm_head):
         module.register_forward_pre_hook(lambda *_: ran.append("before"))

@@ -1,4 +1,4 @@
-"""What adapters do when they are installed, and their comparison with the host's own code on the first batch."""
+"""Installation of adapters, and their comparison with the host's own code on the first batch."""
 
 from __future__ import annotations
 

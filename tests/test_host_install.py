@@ -16,7 +16,7 @@ HOST = ("torch", "transformers", "trl")
 
 
 def requirements(package: str) -> Iterator[Requirement]:
-    """What an installed package requires on this machine, without extras."""
+    """Yield the requirements of an installed package on this machine, without extras."""
     try:
         lines = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:  # for another platform, or optional

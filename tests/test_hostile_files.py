@@ -1,4 +1,4 @@
-"""Files that are not what a run expects: a user's own, links, damaged checkpoints, model folders, templates, parquet."""
+"""Files that a run does not expect: a user's own, links, damaged checkpoints, model folders, templates, parquet."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_run_without_a_usable_checkpoint_is_never_begun_anew(how, tmp_path):
     lost(tmp_path, how)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert checkpoint.latest(tmp_path / "checkpoints") is None
-    with pytest.raises(PactError, match=r"no checkpoint that can be used .*; restore .* or delete .* to begin anew"):
+    with pytest.raises(PactError, match=r"no checkpoint that can be used .*; restore .* or delete .* to start again"):
         open_run(settings(tmp_path), resumed=False)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
@@ -328,7 +328,7 @@ TEMPLATES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("source", TEMPLATES)
 def test_a_template_is_a_program_whose_errors_are_one_line(source, monkeypatch):
-    monkeypatch.setattr("pact_fast.chat.chat_template.SECONDS", 0.5)
+    monkeypatch.setattr("pact_fast.chat.chat_template.RENDER_SECONDS", 0.5)
     with pytest.raises(PactError, match=TEMPLATES[source]) as caught, memory_limit(2**30, "the chat template"):
         ChatTemplate(Templated(source)).render([{"role": "user", "content": "hi"}])
     assert "\n" not in str(caught.value) and "model.chat_template" in str(caught.value)
@@ -358,7 +358,7 @@ def test_a_parquet_file_that_becomes_far_larger_is_refused(tmp_path, monkeypatch
     table = pa.table({"prompt": pa.array([text] * 512).dictionary_encode(), "answer": ["1"] * 512})
     pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", use_dictionary=True)
     assert (tmp_path / "bomb.parquet").stat().st_size < 2**20
-    with pytest.raises(DataError, match=r"bomb\.parquet: .*made to fill the memory"):
+    with pytest.raises(DataError, match=r"bomb\.parquet: .*made to exhaust the memory"):
         read_tasks(tmp_path / "bomb.parquet")
 
 

@@ -1,4 +1,4 @@
-"""Connections to a vLLM server: what goes over them, when they are used again, and who waits for one. No vLLM is needed."""
+"""Connections to a vLLM server: their traffic, reuse, and waiting for a free one. No vLLM is needed."""
 
 import asyncio
 import contextlib
@@ -236,7 +236,7 @@ def test_few_connections_open_at_a_time(served, monkeypatch):
 
 
 def test_a_limit_of_ours_makes_turns_wait_and_is_no_dead_server(served, monkeypatch):
-    """At most 3 connections can be opened, whatever the limit says."""
+    """At most 3 connections can be opened, in spite of the limit."""
     connect, opened = http_pool.ConnectionPool._connect, []
 
     async def scarce(pool):

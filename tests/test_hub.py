@@ -61,7 +61,7 @@ def server():
 
 @pytest.fixture
 def hub(server, monkeypatch, tmp_path):
-    """An empty Hub and an empty cache. HF_ENDPOINT is read when the libraries are imported, hence the attributes."""
+    """An empty Hub and an empty cache. HF_ENDPOINT is read when the libraries are imported, so attributes are patched."""
     datasets = pytest.importorskip("datasets")
     from huggingface_hub import HfFileSystem, constants
 

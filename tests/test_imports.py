@@ -1,4 +1,4 @@
-"""The import graph: no cycle between files or packages, packages import what docs/architecture.md says, kernels stand alone."""
+"""The import graph: no cycle between files or packages, packages import as docs/architecture.md says, kernels stand alone."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_the_kernels_run_within_the_context_only(decoder, monkeypatch):
     monkeypatch.setattr(skinny, "linear", lambda *args: calls.append(args) or linear(*args))
     before = {name: dict(vars(module)) for name, module in decoder.named_modules()}
     rotary, kernels = modeling_llama.apply_rotary_pos_emb, InferenceKernels(decoder)
-    for _ in range(2):  # a step enters anew
+    for _ in range(2):  # a step enters again
         with pytest.raises(KeyError), kernels:
             hidden(decoder, 3)
             raise KeyError

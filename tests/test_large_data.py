@@ -254,7 +254,7 @@ def test_in_place_of_a_bad_row_the_same_other_row_is_drawn_whatever_was_drawn_be
 
 
 def test_rows_that_are_all_bad_are_an_error_and_no_endless_search(tmp_path, monkeypatch):
-    monkeypatch.setattr(drawn_tasks, "TRIES", 20)
+    monkeypatch.setattr(drawn_tasks, "MAX_REDRAWS", 20)
     path = lines(tmp_path / "rows.jsonl", *({"prompt": "too long"} for _ in range(9)))
     tasks = FileTasks(DataConfig(train=path, on_bad_row="skip"), 0, [])
     tasks.check_drawn(check, nothing)
@@ -277,8 +277,8 @@ def test_a_further_check_of_training_rows_is_never_a_reason_to_skip(tmp_path):
 
 
 def test_the_sample_has_first_rows_rows_from_anywhere_and_suspects(tmp_path, monkeypatch):
-    monkeypatch.setattr(drawn_tasks, "FIRST", 4)
-    monkeypatch.setattr(drawn_tasks, "SAMPLE", 6)
+    monkeypatch.setattr(drawn_tasks, "CHECKED_FIRST", 4)
+    monkeypatch.setattr(drawn_tasks, "CHECKED_ANYWHERE", 6)
     path = tmp_path / "train.jsonl"
     numbered(path, 1000)
     with path.open("a") as file:
@@ -397,7 +397,7 @@ def test_without_a_cache_folder_the_index_is_in_a_private_folder(tmp_path, cache
 
 
 def test_nothing_but_numbers_is_read_from_the_cache(tmp_path, cache, monkeypatch):
-    """Whatever somebody writes there, no code runs: no pickles."""
+    """The cache holds no pickles, so that files planted in it cannot run code."""
     FileTasks(DataConfig(train=numbered(tmp_path / "train.jsonl", 9)), 0, [])
     (made,) = entries(cache)
     assert sorted(path.name for path in made.iterdir()) == ["blanks", "offsets", "suspects.json"]

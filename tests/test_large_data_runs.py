@@ -1,4 +1,4 @@
-"""Runs on files with too many rows to hold, and what such files cost."""
+"""Runs on files with too many rows to hold in memory, and the cost of such files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def many(cache: Path, held: int = 3) -> None:
     from pact_fast.data import drawn_tasks, row_cache, sources
 
     row_cache.cache_folder = lambda: cache
-    sources.HELD_ROWS, drawn_tasks.FIRST, drawn_tasks.SAMPLE = held, 3, 2
+    sources.HELD_ROWS, drawn_tasks.CHECKED_FIRST, drawn_tasks.CHECKED_ANYWHERE = held, 3, 2
 
 
 def die(*_: object) -> None:

@@ -39,16 +39,16 @@ def tiny_model(renderer, kind="qwen3", seed=0):
 
 
 def gradients(renderer, model, config, chunks, **trainer) -> torch.Tensor:
-    """All parameter gradients of one optimizer step whose plans are handed over in `chunks` of prompts."""
+    """All parameter gradients of one optimizer step whose batches are handed over in `chunks` of prompts."""
     algorithm = make_algorithm(config)
     groups = make_groups(renderer, config, prompts=PROMPTS, rollouts=3)
     update = step_context_of(renderer, config, groups)
     learner = Learner(model, TrainerConfig(**trainer), make_algorithm(config), total_updates=1, temperature=TEMPERATURE)
-    plans = algorithm.prompt_batches(groups, update)
-    learner.prepare(plans)
+    batches = algorithm.prompt_batches(groups, update)
+    learner.prepare(batches)
     model.zero_grad()
-    for start in range(0, len(plans), chunks):
-        learner.accumulate(plans[start : start + chunks])
+    for start in range(0, len(batches), chunks):
+        learner.accumulate(batches[start : start + chunks])
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -90,18 +90,18 @@ def test_old_logprobs_of_the_current_policy_change_nothing(renderer):
         learner = Learner(
             model, TrainerConfig(), algorithm, total_updates=1, temperature=TEMPERATURE, updates_per_batch=updates
         )
-        plans = [algorithm.prompt_batch(group, update) for group in groups]
-        learner.prepare(plans)
-        filled = np.concatenate([s.old_logprob for p in plans for s in p.scored if s.context != 2])
+        batches = [algorithm.prompt_batch(group, update) for group in groups]
+        learner.prepare(batches)
+        filled = np.concatenate([s.old_logprob for b in batches for s in b.scored if s.context != 2])
         assert np.isnan(filled).all() == (updates == 1)
         model.zero_grad()
-        learner.accumulate(plans)
+        learner.accumulate(batches)
         results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert (results[0] - results[1]).norm() <= 1e-5 * results[0].norm()
 
 
 def truncated_logprobs(model, trajectory, filters) -> np.ndarray:
-    """What a sampler with filters reports, in fp64 from the model's own logits: normalised over what it keeps."""
+    """Compute the log-probs of a sampler with filters in fp64, normalised over the kept tokens; NaN: not sampled."""
     ids = torch.as_tensor(np.concatenate([trajectory.prompt_ids, trajectory.ids]))
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
@@ -133,12 +133,12 @@ def test_trainer_and_sampler_are_compared_over_the_tokens_that_the_filters_keep(
             model, TrainerConfig(), algorithm, total_updates=1, temperature=TEMPERATURE, filters=filters,
             updates_per_batch=updates, sampler_differs=True,
         )  # fmt: skip
-        plans = [algorithm.prompt_batch(group, update) for group in groups]
-        learner.prepare(plans)
+        batches = [algorithm.prompt_batch(group, update) for group in groups]
+        learner.prepare(batches)
         if correction and mode == "sequence_mask":
-            np.testing.assert_allclose(np.concatenate([s.importance for p in plans for s in p.scored]), 1, atol=1e-3)
+            np.testing.assert_allclose(np.concatenate([s.importance for b in batches for s in b.scored]), 1, atol=1e-3)
         model.zero_grad()
-        diff = np.concatenate(learner.accumulate(plans).logprob_diff)[:, 1]
+        diff = np.concatenate(learner.accumulate(batches).logprob_diff)[:, 1]
         assert len(diff) > 100 and np.abs(diff).max() < 1e-5
         results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert (results[0] - results[1]).norm() <= 1e-3 * results[1].norm() > 0
@@ -157,9 +157,9 @@ def test_the_kl_term_pulls_towards_the_reference(renderer):
     kl = []
     for step in range(12):
         update = step_context_of(renderer, config, groups, step=step)
-        plans = [algorithm.prompt_batch(group, update) for group in groups]
-        learner.prepare(plans)
-        kl.append(learner.update(plans).loss)
+        batches = [algorithm.prompt_batch(group, update) for group in groups]
+        learner.prepare(batches)
+        kl.append(learner.update(batches).loss)
     assert kl[0] > 0 and kl[-1] < 0.7 * kl[0]
 
 
@@ -213,7 +213,7 @@ def test_a_pack_that_does_not_fit_is_split_and_the_gradient_stays(renderer, when
     config = AlgorithmConfig(anchor={"mode": "blend"})
     algorithm = make_algorithm(config)
     groups = make_groups(renderer, config, prompts=4, rollouts=3)
-    plans = [algorithm.prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups]
+    batches = [algorithm.prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups]
     found, packs = [], []
     for limit in (math.inf, 700):
         model = tiny_model(renderer)
@@ -238,7 +238,7 @@ def test_a_pack_that_does_not_fit_is_split_and_the_gradient_stays(renderer, when
                 handle.remove()
 
         learner.backend.forward = limited
-        result = learner.accumulate(plans)
+        result = learner.accumulate(batches)
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         packs.append(result.packs)
     assert learner.max_tokens == 500 and packs[1] > packs[0]
@@ -249,7 +249,9 @@ def test_a_pack_that_does_not_fit_is_split_and_the_gradient_stays(renderer, when
 def test_a_sequence_that_does_not_fit_is_an_error_with_a_cure(renderer):
     config = AlgorithmConfig(anchor={"mode": "blend"})
     groups = make_groups(renderer, config, prompts=1, rollouts=2)
-    plans = [make_algorithm(config).prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups]
+    batches = [
+        make_algorithm(config).prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups
+    ]
     learner = Learner(tiny_model(renderer), TrainerConfig(), make_algorithm(config), total_updates=1)
 
     def full(*args):
@@ -257,7 +259,7 @@ def test_a_sequence_that_does_not_fit_is_an_error_with_a_cure(renderer):
 
     learner.backend.forward = full
     with pytest.raises(PactError, match=r"single sequence of \d+ tokens: set model.gradient_checkpointing"):
-        learner.accumulate(plans)
+        learner.accumulate(batches)
 
 
 def test_an_update_that_is_not_finite_changes_nothing(renderer):
@@ -267,16 +269,20 @@ def test_an_update_that_is_not_finite_changes_nothing(renderer):
     model = tiny_model(renderer)
     before = [p.detach().clone() for p in model.parameters()]
     learner = Learner(model, TrainerConfig(learning_rate=1e-2), make_algorithm(config), total_updates=4)
-    plans = [make_algorithm(config).prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups]
-    plans[0].scored[0].rl_weight[0] = np.nan
-    assert learner.update(plans).skipped
-    plans = [make_algorithm(config).prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups]
+    batches = [
+        make_algorithm(config).prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups
+    ]
+    batches[0].scored[0].rl_weight[0] = np.nan
+    assert learner.update(batches).skipped
+    batches = [
+        make_algorithm(config).prompt_batch(group, step_context_of(renderer, config, groups)) for group in groups
+    ]
     handle = model.lm_head.weight.register_hook(lambda grad: grad * torch.inf)
-    assert learner.update(plans).skipped
+    assert learner.update(batches).skipped
     handle.remove()
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     assert not learner.backend.optimizer.state
-    result = learner.update(plans)
+    result = learner.update(batches)
     assert not result.skipped and np.isfinite(result.loss)
     assert not all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     assert all(p.isfinite().all() for p in model.parameters())

@@ -7,18 +7,22 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from benchmarks import learning, learning_report
 from benchmarks.learning_methods import ABLATIONS, ALL, METHODS
-from benchmarks.learning_regimes import BASES, REGIMES
+from benchmarks.learning_regimes import BASES, REGIMES, TINY
 from benchmarks.learning_run import COMMON, Budget, Job, evaluated_steps
 from benchmarks.learning_stats import Interval, Paired
-from benchmarks.learning_tasks import RARE, ColdTasks, TaskSet
+from benchmarks.learning_tasks import RARE, ColdTasks, DemonstratedTasks, TaskSet
+from pact_fast.chat.rendering import make_renderer
 from pact_fast.config import load_config
 from pact_fast.envs.lookup_chain import LookupChain, LookupChainTasks
+from pact_fast.envs.registry import make_tasks
 from pact_fast.errors import PactError
+from pact_fast.model.tokenizer import make_tokenizer
 
 PAGE = learning_report.PAGE.read_text("utf-8")
 RESULTS = learning_report.ROOT / "benchmarks" / "results" / learning_report.RESULTS
@@ -99,6 +103,20 @@ def test_rare_tools_are_in_no_training_task_and_in_every_test_task():
         assert not RARE.isdisjoint(task.env_args["relations"])
 
 
+def test_a_demonstrated_prompt_is_the_context_in_which_pact_scores_rollouts():
+    config = load_config("quickstart", ["device=cpu", *TINY])
+    source = make_tasks(config)
+    renderer = make_renderer(config.model, make_tokenizer(config.model, source))
+    tasks, plain = DemonstratedTasks(source, demonstrated=0.5).train(-1, 40), source.train(-1, 40)
+    pairs = [(shown, task) for shown, task in zip(tasks, plain, strict=True) if shown != task]
+    assert 10 <= len(pairs) <= 30
+    for shown, task in pairs:
+        assert shown.env_args == {} and shown.expert == task.expert  # without noise
+        context = renderer.trace_context(task, task.expert, "demonstration").last_branch().ids
+        expected = np.concatenate([renderer.prompt_ids(task.prompt, task.tools), context])
+        assert np.array_equal(renderer.prompt_ids(shown.prompt, shown.tools), expected)
+
+
 def test_a_cold_trace_calls_what_the_environment_refuses():
     class Source:
         def train(self, step: int, count: int):
@@ -163,6 +181,29 @@ def test_the_rank_counts_methods_that_did_better(tmp_path):
     path.write_text(json.dumps({"runs": records}))
     rank = learning_report.rank_table(learning_report.Study.read(path))
     assert "| 2 of 3 " in rank and "| `sft` " in rank and "-0.35" in rank
+
+
+def test_ablations_are_no_methods_to_rank_and_the_trace_has_a_table(tmp_path):
+    runs = [record("pact", s, 1e-3, "test", 0.5) | {"trace_logprob_diff": [-0.5 - s, 0.1]} for s in range(2)]
+    runs += [record("pact-no-sft", s, 1e-3, "test", 0.9) for s in range(2)]
+    runs += [record("grpo", s, 1e-3, "test", 0.4) for s in range(2)]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"runs": runs}))
+    study = learning_report.Study.read(path)
+    assert "| 1 of 2 " in learning_report.rank_table(study)
+    assert "| `dense` | -1.00 [" in learning_report.reliance_table(study)
+    assert "`pact-no-sft`" in learning_report.regime_table(study, "dense")
+
+
+def test_only_test_runs_of_the_best_learning_rate_count(tmp_path):
+    tuning = [record("pact", 100, rate, "validation", success) for rate, success in ((1e-3, 0.3), (1e-4, 0.4))]
+    runs = [record("pact", 0, rate, "test", success) for rate, success in ((1e-3, 0.9), (1e-4, 0.5))]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"runs": [*tuning, *runs, record("base", 0, 0.0, "test", 0.1)]}))
+    study = learning_report.Study.read(path)
+    assert study.by_seed("dense", "pact", "sampled") == {0: 0.5} and study.by_seed("dense", "base", "sampled") == {
+        0: 0.1
+    }
 
 
 def test_numbers_of_the_page_are_those_of_the_committed_results():

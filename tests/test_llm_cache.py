@@ -1,4 +1,4 @@
-"""The cache of answers: first writer wins, kills leave no half answer, processes share it, replay asks nobody."""
+"""The cache of answers: first writer wins, kills leave no half answer, processes share it, replay sends no request."""
 
 import json
 import os
@@ -214,7 +214,7 @@ def fork():
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_five_times_asks_no_answered_question_again(server, tmp_path, fork):
-    """Killed with SIGKILL at other moments each time; what the cache holds is not asked for again, and stays as it is."""
+    """Killed with SIGKILL at different moments; cached answers are not requested again, and do not change."""
     cache, out, count = tmp_path / "cache", tmp_path / "out.json", 120
     made, sent = iter(range(10**6)), {}
 

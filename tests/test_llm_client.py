@@ -60,7 +60,7 @@ def failure(client, messages=HI, **options):
     return caught.value
 
 
-# what is sent, what comes back
+# requests and answers
 
 
 def test_an_answer_comes_back_with_its_tokens(client_of, server):
@@ -273,7 +273,7 @@ def test_a_refused_connection_is_an_error(server):
 
 @pytest.mark.timing
 def test_a_drip_of_bytes_does_not_extend_the_deadline(client_of, server):
-    """The package's own timeout starts anew with every byte."""
+    """The package's own timeout restarts with every byte."""
     server.answer = lambda body: Reply([b" "] * 100, pause=0.1)
     client = client_of(timeout=0.5, max_retries=0)
     start = time.monotonic()
@@ -361,7 +361,7 @@ def test_no_call_begins_that_could_exceed_the_budget(client_of, server):
 
 
 def test_a_call_that_has_ended_is_charged_before_another_begins(client_of, server, monkeypatch):
-    """Where a thread is slow to count its answer, the tokens must not be free meanwhile."""
+    """Until a slow thread has counted its answer, the tokens must not be available to other calls."""
     server.answer = lambda body: said("x", prompt=20, completion=80)
     client = client_of(token_budget=1000, max_tokens=80, max_concurrency=4)
     answered = client._shared.ledger.answered

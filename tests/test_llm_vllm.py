@@ -29,7 +29,7 @@ ARGS = {"dtype": "float32", "max_model_len": 640, "enforce_eager": True, "max_nu
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model with random weights: what it writes is bound by the schema alone."""
+    """A model with random weights: only the schema constrains its output."""
     folder, policy = tmp_path_factory.mktemp("model"), make_policy(trained=False)
     policy.model.save_pretrained(folder)
     policy.renderer.tokenizer.save_pretrained(folder)

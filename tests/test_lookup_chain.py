@@ -1,10 +1,12 @@
 """The built-in environment: tasks, expert traces, splits."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from pact_fast.envs.lookup_chain import BUSY, LookupChain, LookupChainTasks, TraceNoise, noisy_trace
+from pact_fast.errors import PactError
 
 
 def replay(task, trace):
@@ -48,10 +50,17 @@ def test_train_and_held_out_tasks_never_overlap_whatever_the_seed():
     assert len(train) > 1000 and not train & held_out
 
 
-def test_hops_busy_tools_and_parallel_calls_occur_as_asked():
+def test_hops_flaky_tools_and_parallel_calls_occur_as_asked():
     tasks = LookupChainTasks("eval", 0, hops=(2, 4), flaky=0.5, parallel=0.5).tasks(100)
     hops = [len(t.env_args["relations"]) for t in tasks]
     assert set(hops) == {2, 3, 4}
     assert any(BUSY in turn.observations for t in tasks for turn in t.expert.turns)
     assert any(len(turn.calls) == 2 for t in tasks for turn in t.expert.turns)
     assert all(len(t.tools) == h + 2 for t, h in zip(tasks, hops, strict=True))
+
+
+def test_a_row_with_the_former_name_of_flaky_is_refused_with_the_cure():
+    task = LookupChainTasks("train", 0).task(0)
+    args = {key: value for key, value in task.env_args.items() if key != "flaky"}
+    with pytest.raises(PactError, match=r"lookup_chain-train-0-0: the key 'busy' of env_args is now called 'flaky'"):
+        LookupChain().reset(replace(task, env_args={**args, "busy": []}))

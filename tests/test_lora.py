@@ -1,4 +1,4 @@
-"""LoRA with the embedded engine: what trains, what is saved, resumed and exported."""
+"""LoRA with the embedded engine: trained weights, checkpoints, resuming and export."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from pact_fast.train.learner import Learner
 from pact_fast.train.user_model import with_frozen_model
 from tests.support.groups import make_groups, step_context_of
 from tests.support.optional import needs
+from tests.support.runs import TOKENIZERS
 
 needs("peft", reason="needs the extra lora: pip install 'pact-fast[lora]'")
 
@@ -40,6 +41,7 @@ SETTINGS = {
             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
         },
         "lora": {"r": 4, "alpha": 8.0},
+        "tokenizer": str(TOKENIZERS["tiny"]),
     },
     "env": {"name": "lookup_chain"},
     "rollout": {"num_generations": 4, "max_turn_tokens": 8, "max_completion_length": 24, "max_prompt_length": 500},
@@ -95,7 +97,7 @@ def logits(model) -> torch.Tensor:
 
 
 def metrics(run: Path) -> list[dict]:
-    """All records without what a clock decides."""
+    """All records without values that depend on a clock."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "tokens_per_second"} for r in records]
 
@@ -118,13 +120,13 @@ def test_the_reference_is_the_model_without_its_adapters(run):
     renderer = make_renderer(config.model, tokenizer_of(run))
     groups = make_groups(renderer, config.algorithm, prompts=2, rollouts=2)
     algorithm = make_algorithm(config.algorithm)
-    plans = [algorithm.prompt_batch(group, step_context_of(renderer, config.algorithm, groups)) for group in groups]
+    batches = [algorithm.prompt_batch(group, step_context_of(renderer, config.algorithm, groups)) for group in groups]
 
     def of_reference(reference) -> np.ndarray:
         Learner(model, config.trainer, make_algorithm(config.algorithm), total_updates=1, reference=reference).prepare(
-            plans
+            batches
         )
-        return np.concatenate([s.ref_logprob for p in plans for s in p.scored if s.context != LossContext.EXPERT])
+        return np.concatenate([s.ref_logprob for b in batches for s in b.scored if s.context != LossContext.EXPERT])
 
     trained = logits(model)
     assert np.array_equal(of_reference(model), of_reference(plain))
@@ -242,7 +244,7 @@ def test_the_embedded_engine_samples_with_the_adapters_however_they_were_put_on(
 
 @pytest.mark.parametrize("side", ["agent", "user"])
 def test_the_other_side_of_a_dialogue_is_played_by_a_frozen_adapter(run, side):
-    """Beside a policy with adapters of its own: either samples what it samples alone, and updates reach the policy."""
+    """Beside a policy with adapters of its own: each samples as it does alone, and updates reach the policy."""
     saved = run / "checkpoints/step_2/model"
     plays = {"user": "model", "user_model": str(saved)}
     if side == "user":

@@ -71,7 +71,7 @@ def test_micro_batches_with_the_count_of_the_step_add_up(normalise):
     def loss(rows, **options):
         columns = [t[rows] for t in (ids, mask, advantage, old)]
         table = LossTokens.from_batch(*columns, sampler_logprobs=sampled[rows], normalise=normalise, **options)
-        return pact_loss(hidden[rows].flatten(0, 1), weight, table, is_cap=1.1).loss
+        return pact_loss(hidden[rows].flatten(0, 1), weight, table, importance_cap=1.1).loss
 
     parts = loss(slice(0, 1), count=count) + loss(slice(1, B), count=torch.tensor(count))
     torch.testing.assert_close(parts, loss(slice(0, B)), rtol=1e-12, atol=0)

@@ -1,4 +1,4 @@
-"""The estimate of training memory against what the kernel says a real update took."""
+"""The estimate of training memory against the kernel's measurement of a real update."""
 
 import sys
 from pathlib import Path
@@ -23,6 +23,7 @@ from tests.support.update_probe import probe
 
 WIDE = {**DEEP, "num_hidden_layers": 2, "vocab_size": 65536}
 UNTIED = {**WIDE, "tie_word_embeddings": False}
+LENGTHS = (256, 192, 80, 4)  # of prompt, trace and response, and rollouts: activations decide, and are soon computed
 WITHIN = 0.10
 MIB = 1 << 20
 
@@ -36,10 +37,10 @@ def settings(architecture, pack=16384, **model):
 
 
 CASES = {
-    "one pack": (settings(DEEP), (384, 256, 128, 4), 1),
+    "one pack": (settings(DEEP), LENGTHS, 1),
     "checkpointing, two packs": (settings(DEEP, 1536, gradient_checkpointing=True), (384, 128, 128, 4), 2),
-    "bf16": (settings(DEEP, dtype="bfloat16"), (384, 256, 128, 4), 1),
-    "LoRA": (settings(DEEP, lora={"r": 16}), (384, 256, 128, 4), 1),
+    "bf16": (settings(DEEP, dtype="bfloat16"), LENGTHS, 1),
+    "LoRA": (settings(DEEP, lora={"r": 16}), LENGTHS, 1),
     "wide vocabulary, tied": (settings(WIDE), (256, 128, 128, 4), 1),
     "wide vocabulary, untied, small packs": (settings(UNTIED, 512), (128, 64, 64, 2), 2),
 }  # fmt: skip
@@ -50,7 +51,7 @@ CASES = {
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
 @pytest.mark.parametrize("name", CASES)
 def test_estimate_is_within_a_tenth_of_the_measured_peak(name):
-    """Of all that training holds, and of what an update takes on top of weights and optimizer states."""
+    """Compared are the whole training memory, and that of an update beyond weights and optimizer states."""
     config, lengths, prompts = CASES[name]
     parsed = parse_config(config)
     loads = update_loads(parsed, Lengths(*lengths), prompts)
@@ -61,7 +62,7 @@ def test_estimate_is_within_a_tenth_of_the_measured_peak(name):
     beyond = found.total - found.parts["weights"] - found.parts["optimizer states"]
     for what, mine, real in (("peak", found.total, measured["peak"]), ("update", beyond, measured["beyond"])):
         print(f"{name}, {what}: estimated {mine / MIB:.0f} MiB, measured {real / MIB:.0f}, {mine / real - 1:+.1%}")
-        assert real > 200 * MIB  # or noise would decide
+        assert real > 150 * MIB  # or noise would decide
         assert abs(mine / real - 1) < WITHIN
 
 
@@ -73,10 +74,10 @@ def test_the_estimate_under_zero_is_within_a_tenth_of_two_real_processes(stage, 
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     config = settings(DEEP, dtype=dtype)
     config["trainer"]["deepspeed"] = {"stage": stage}
-    lengths, parsed = (384, 256, 128, 4), parse_config(config)
-    [load] = update_loads(parsed, Lengths(*lengths), 1)
+    parsed = parse_config(config)
+    [load] = update_loads(parsed, Lengths(*LENGTHS), 1)
     found = estimate(parsed, [load], sharding=Sharding(2, stage))
-    measured = probe(config, lengths, prompts=2, ranks=2)
+    measured = probe(config, LENGTHS, prompts=2, ranks=2)
     assert measured["packs"] == 2 and measured["tokens"] == 2 * len(load.batch)
     print(f"ZeRO-{stage}, {dtype}: estimated {found.total / MIB:.0f} MiB, measured {measured['peak'] / MIB:.0f}")
     assert abs(found.total / measured["peak"] - 1) < WITHIN
@@ -91,7 +92,7 @@ def deep():
 
 @pytest.fixture
 def flat(deep):
-    """Where depth does not matter: every layer is traced."""
+    """A config with one layer, for tests in which depth does not matter: every layer is traced."""
     deep.model.random_init["num_hidden_layers"] = 1
     return deep
 

@@ -1,4 +1,4 @@
-"""`pact-fast doctor MODEL`: what is printed of a model folder."""
+"""`pact-fast doctor MODEL`: its output for a model folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_what_does_not_work_is_a_line_with_the_cure(tmp_path, capsys):
     assert row["template"].startswith("FAIL") and "strftime_now" in row["template"]
     status, row = printed(capsys, tmp_path, "model.chat_template_kwargs={strftime_now: 2025-06-30}")
     assert status == 0 and row["format"].startswith("ok Harmony, one call per turn")
-    assert main(["doctor", str(tmp_path), "seed=1"]) != 0 and "section model" in capsys.readouterr().err
+    assert main(["doctor", str(tmp_path), "seed=1"]) != 0 and "section `model`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_a_language_model_writes_tools_for_rows_without_a_plan_and_is_asked_once
         assert main([*arguments, str(tmp_path / "out")]) == 0
         asked = len(server.bodies)
         assert asked >= 12 and not any("Oslo" in str(body["messages"][:2]) for body in server.bodies)
-        for path in (tmp_path / "out").iterdir():  # what is left of a killed command: the answers alone
+        for path in (tmp_path / "out").iterdir():  # leftovers of a killed command: only the answers
             if path.is_file():
                 path.rename(tmp_path / f"first-{path.name}")
         assert main([*arguments, str(tmp_path / "out")]) == 0

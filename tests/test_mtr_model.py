@@ -1,4 +1,4 @@
-"""MTR with a language model: what it writes is checked like what rules write, and it never learns the answer."""
+"""MTR with a language model: its output is checked like that of rules, and it never gets the answer."""
 
 import json
 import os
@@ -170,7 +170,7 @@ def test_the_environment_takes_the_backend_by_name(server, tmp_path):
         make_actor({**args, "backend_args": {"model": "m", "color": 1}})
 
 
-# what a model may learn, and what it may write, on real rows
+# input of a model, and its allowed output, on real rows
 
 
 def rows_of(*names, count):
@@ -204,7 +204,7 @@ def test_no_prompt_holds_an_answer_that_the_facts_behind_the_call_do_not_hold(se
 
 
 def test_whatever_a_model_writes_becomes_a_tool_or_a_reason_and_an_observation_or_an_error(server):
-    """A scripted model that writes, at random, what fits and what does not."""
+    """A scripted model that writes valid and invalid output at random."""
     rng, client = random.Random(0), LLMClient(server.config(), "mtr")
 
     def mostly(good, *bad):

@@ -22,7 +22,7 @@ ROWS = 12
 
 
 def scripted(rng):
-    """A model that never writes the same twice, and half of the time what does not fit."""
+    """A model that never repeats an output, and half of the time writes an invalid one."""
     lock, count = threading.Lock(), iter(range(10**6))
 
     def answer(body):

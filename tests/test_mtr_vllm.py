@@ -1,4 +1,4 @@
-"""MTR's ToolMaker and ToolActor by a small model in real vLLM: what it writes is valid, or rejected with a reason.
+"""MTR's ToolMaker and ToolActor by a small model in real vLLM: its output is valid, or rejected with a reason.
 
 `PACT_MODEL_TASKS=50` takes fifty rows and kills the run five times, which takes minutes of a free machine; without it, two
 rows and one kill.
@@ -101,7 +101,7 @@ def rows(tmp_path) -> Path:
 
 
 def report_to(path: Path, *arguments: str) -> None:
-    """Run the example; what it prints is written to `path`."""
+    """Run the example, and write its output to `path`."""
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     main(list(arguments))
     sys.stdout.flush()
@@ -141,7 +141,7 @@ def answers(out: Path) -> dict[str, bytes]:
 
 
 def invalid(line: dict) -> list[str]:
-    """What is wrong with a row's tools, rejections and observations."""
+    """List the errors in a row's tools, rejections and observations."""
     problems = [] if line["tools"] or line["rejected"] else [f"{line['id']}: no tool, and no reason"]
     problems += [
         f"{one['name']}: {one['reasons']}" for one in line["rejected"] if not set(one["reasons"]) <= REASONS.keys()

@@ -15,7 +15,7 @@ from tests.support.openrlhf_actors import batch, gradients, host, make_actor, ma
 from tests.support.processes import run_ranks
 from tests.support.small_chunks import make_small_chunks
 
-pytestmark = pytest.mark.slow  # OpenRLHF imports what it trains with
+pytestmark = pytest.mark.slow  # OpenRLHF imports its training libraries
 
 
 @pytest.fixture(autouse=True, scope="module")

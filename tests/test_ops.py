@@ -15,7 +15,7 @@ from pact_fast.kernels.head import loss
 from tests.support.loss_inputs import ROWS, VOCAB, WIDTH, inputs, tokens
 from tests.support.processes import WARM
 
-OPTIONS = dict(kl_coef=0.1, entropy_coef=0.05, is_cap=2.0, temperature=0.8, softcap=10.0)
+OPTIONS = dict(kl_coef=0.1, entropy_coef=0.05, importance_cap=2.0, temperature=0.8, softcap=10.0)
 
 
 @pytest.mark.parametrize("dtype, backend", [(torch.float64, "torch"), (torch.float32, "auto")])
@@ -50,7 +50,7 @@ def test_opcheck_of_pact_loss(dtype, backend, paired, monkeypatch):
 
 @pytest.fixture
 def inductor():
-    """Inductor in this process, without what only makes its code fast: vector instructions cost a compilation each to try."""
+    """Inductor in this process, without optimisations: each test for vector instructions costs a compilation."""
     from torch._inductor import config
 
     with config.patch({"compile_threads": 1, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": False}):

@@ -1,4 +1,4 @@
-"""Ranks plan and lay out their own part of a step; the packs are those that a single process would make."""
+"""Ranks batch and pack their own part of a step; the packs are those that a single process would make."""
 
 import dataclasses
 
@@ -24,7 +24,9 @@ def renderer():
     return lookup_chain_renderer()
 
 
-def plan(renderer, prompts: int, world: World, name: str = "pact", branched: bool = False, loss_type: str = "dapo"):
+def prompt_batches(
+    renderer, prompts: int, world: World, name: str = "pact", branched: bool = False, loss_type: str = "dapo"
+):
     """Prompt batches of a rank: the same step for any number of ranks."""
     config = AlgorithmConfig(name=name, anchor={"mode": "blend"}, loss_type=loss_type)
     groups = make_groups(renderer, config, prompts=prompts, rollouts=3)
@@ -56,13 +58,15 @@ def table_of(batch, scored):
 def test_packs_and_loss_tables_are_those_of_a_process_that_has_everything(
     renderer, ranks, parallel, prompts, budget, merge
 ):
-    everything = plan(renderer, prompts, World())
+    everything = prompt_batches(renderer, prompts, World())
     trees = [tree for batch in everything for tree in batch.trees]
     scored = [s for batch in everything for s in batch.scored]
     wanted = distribute_packs(trees, max_tokens=budget, ranks=ranks // parallel, cost=cost, merge=merge)
 
     def work(world):
-        return make_packs(plan(renderer, prompts, world), cost, max_tokens=budget, world=world, share=True, merge=merge)
+        return make_packs(
+            prompt_batches(renderer, prompts, world), cost, max_tokens=budget, world=world, share=True, merge=merge
+        )
 
     for rank, found in enumerate(run_threads(work, ranks, parallel)):
         assert len(found.packs) == len(wanted)
@@ -88,7 +92,7 @@ def test_packs_and_loss_tables_are_those_of_a_process_that_has_everything(
 @pytest.mark.parametrize("name", ["pact", "chord", "luffy", "sdft"])
 def test_any_algorithms_tokens_reach_the_packs_of_a_process_that_has_everything(renderer, name, branched, share):
     """Normalisers over all prompts, pairs of leaves that share a pack, and rollouts of several nodes."""
-    everything = plan(renderer, 4, World(), name, branched)
+    everything = prompt_batches(renderer, 4, World(), name, branched)
     trees = [tree for batch in everything for tree in batch.trees]
     scored = [s for batch in everything for s in batch.scored]
     wanted = distribute_packs(trees, max_tokens=700, ranks=3, cost=cost, share=share)
@@ -96,7 +100,7 @@ def test_any_algorithms_tokens_reach_the_packs_of_a_process_that_has_everything(
     assert any(s.offset for s in scored) == branched
 
     def work(world):
-        batches = plan(renderer, 4, world, name, branched)
+        batches = prompt_batches(renderer, 4, world, name, branched)
         return make_packs(batches, cost, max_tokens=700, world=world, share=share, merge=False)
 
     for rank, found in enumerate(run_threads(work, 3)):
@@ -113,17 +117,19 @@ def test_normalisers_over_all_prompts_are_those_of_one_rank(renderer, name, loss
     def weights(batches):
         return [[s.rl_weight.tolist(), s.sft_weight.tolist()] for batch in batches for s in batch.scored]
 
-    found = run_threads(lambda world: weights(plan(renderer, 3, world, name, loss_type=loss_type)), 5)
-    assert [w for part in found for w in part] == weights(plan(renderer, 3, World(), name, loss_type=loss_type))
+    found = run_threads(lambda world: weights(prompt_batches(renderer, 3, world, name, loss_type=loss_type)), 5)
+    assert [w for part in found for w in part] == weights(
+        prompt_batches(renderer, 3, World(), name, loss_type=loss_type)
+    )
     assert sum(not part for part in found) == 2
 
 
 @pytest.mark.parametrize(("ranks", "parallel", "prompts"), [(1, 1, 4), (3, 1, 4), (4, 2, 3), (9, 1, 1)])
-def test_what_a_rank_computes_returns_to_the_one_that_planned_the_prompt(renderer, ranks, parallel, prompts):
+def test_what_a_rank_computes_returns_to_the_one_that_owns_the_prompt(renderer, ranks, parallel, prompts):
     """Log-probs are 1000 · prompt + token id here; ranks that share a pack know every other token. Some have nothing to do."""
 
     def work(world):
-        batches = plan(renderer, prompts, world)
+        batches = prompt_batches(renderer, prompts, world)
         packs = make_packs(batches, cost, max_tokens=500, world=world, share=True, merge=True)
         place = world.rank % parallel
 
@@ -154,7 +160,7 @@ def test_a_rank_receives_tokens_in_proportion_to_what_it_trains(renderer):
 
         def work(world, prompts=4 * ranks):
             return make_packs(
-                plan(renderer, prompts, world), cost, max_tokens=2000, world=world, share=True, merge=True
+                prompt_batches(renderer, prompts, world), cost, max_tokens=2000, world=world, share=True, merge=True
             )
 
         run_threads(work, ranks, hub=hub)
@@ -186,7 +192,7 @@ def test_quantiles_over_ranks_are_exact():
 
 
 def test_the_check_of_loss_tables_can_fail(renderer):
-    (batch, *_) = plan(renderer, 1, World())
+    (batch, *_) = prompt_batches(renderer, 1, World())
     packs = make_packs([batch], cost, max_tokens=10_000, world=World(), share=True, merge=False)
     (pack,) = packs.packs
     changed = [dataclasses.replace(s, rl_weight=s.rl_weight + 1) for s in pack.scored]

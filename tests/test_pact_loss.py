@@ -60,7 +60,7 @@ def table(hidden: torch.Tensor, weight: torch.Tensor, n: int = 60, seed: int = 1
 
 def oracle(
     hidden, weight, t, *, bias=None, policy_loss="ppo", clip=(0.2, 0.2), delta=None, kl_coef=0.0, entropy_coef=0.0,
-    is_cap=None, temperature=1.0, softcap=None,
+    importance_cap=None, temperature=1.0, softcap=None,
 ):  # fmt: skip
     """(loss, logprob [N], entropy [N], {(statistic, context, component): sum}) straight from the formulas.
 
@@ -117,7 +117,7 @@ def oracle(
             above = (ratio > 1 + high and a > 0) or (delta is not None and ratio > delta and a < 0)
         w = 1.0
         sampler = float(t.sampler_logprob[i])
-        cap = is_cap.get(LossContext(int(t.context[i]))) if isinstance(is_cap, dict) else is_cap
+        cap = importance_cap.get(LossContext(int(t.context[i]))) if isinstance(importance_cap, dict) else importance_cap
         if cap is not None and not math.isnan(sampler):
             w = min(cap, math.exp(float(old[i]) - sampler))
         kl = 0.0
@@ -151,15 +151,15 @@ OPTIONS = {
     "plain": {},
     "temperature": {"temperature": 0.7},
     "softcap": {"softcap": 6.0, "temperature": 1.3},
-    "weights": {"is_cap": 1.1},
-    "weights by context": {"is_cap": {LossContext.PROMPT: 1.5, LossContext.TRACE: 0.8}},
-    "weights in one context": {"is_cap": {LossContext.TRACE: 1.0}},
+    "weights": {"importance_cap": 1.1},
+    "weights by context": {"importance_cap": {LossContext.PROMPT: 1.5, LossContext.TRACE: 0.8}},
+    "weights in one context": {"importance_cap": {LossContext.TRACE: 1.0}},
     "kl": {"kl_coef": 0.3},
     "entropy": {"entropy_coef": 0.2},
     "asymmetric": {"clip": (0.1, 0.4)},
     "open": {"clip": (None, 0.1)},
     "unbounded": {"clip": (None, None)},
-    "all": {"is_cap": 0.9, "kl_coef": 0.1, "entropy_coef": 0.05, "softcap": 8.0, "temperature": 0.9},
+    "all": {"importance_cap": 0.9, "kl_coef": 0.1, "entropy_coef": 0.05, "softcap": 8.0, "temperature": 0.9},
 }
 
 
@@ -212,7 +212,7 @@ def own(tmp_path):
     return f"{tmp_path / 'rules.py'}:"
 
 
-OWN_OPTIONS = [{}, {"is_cap": 0.9, "kl_coef": 0.1, "entropy_coef": 0.05, "softcap": 8.0, "temperature": 0.9}]
+OWN_OPTIONS = [{}, {"importance_cap": 0.9, "kl_coef": 0.1, "entropy_coef": 0.05, "softcap": 8.0, "temperature": 0.9}]
 
 
 @pytest.mark.parametrize("options", OWN_OPTIONS)
@@ -306,7 +306,14 @@ def test_masked_tokens_contribute_exactly_nothing(policy_loss):
     tokens.ref_logprob.fill_(5000.0)
     tokens.sampler_logprob.fill_(-9000.0)
     out = pact_loss(
-        hidden, weight, tokens, policy_loss=policy_loss, kl_coef=1.0, entropy_coef=1.0, is_cap=2.0, clip=(None, None)
+        hidden,
+        weight,
+        tokens,
+        policy_loss=policy_loss,
+        kl_coef=1.0,
+        entropy_coef=1.0,
+        importance_cap=2.0,
+        clip=(None, None),
     )
     out.loss.backward()
     assert out.loss.item() == 0.0
@@ -360,7 +367,7 @@ def test_chunk_size_changes_nothing(rows, policy_loss, monkeypatch):
 def test_micro_batches_add_up(policy_loss):
     hidden, weight, _ = model()
     tokens = table(hidden, weight)
-    options = {"policy_loss": policy_loss, "is_cap": 1.0, "kl_coef": 0.1, "entropy_coef": 0.1}
+    options = {"policy_loss": policy_loss, "importance_cap": 1.0, "kl_coef": 0.1, "entropy_coef": 0.1}
     whole = pact_loss(hidden, weight, tokens, **options)
     # gspo's unit is the sequence; the others may be cut anywhere
     unit = tokens.sequence if policy_loss == "gspo" else torch.randint(3, (len(tokens),))
@@ -517,7 +524,7 @@ def test_runs_are_bit_identical():
         ({"delta": 1.1}, "delta=1.1"),
         ({"delta": 3.0, "policy_loss": "cispo"}, "delta"),
         ({"kl_coef": 0.1}, "ref_logprob"),
-        ({"is_cap": 1.0}, "sampler_logprob"),
+        ({"importance_cap": 1.0}, "sampler_logprob"),
         ({"temperature": torch.ones(3)}, "temperature"),
         ({"bias": torch.ones(3)}, "bias"),
         ({"backend": "triton"}, "triton"),
@@ -543,7 +550,7 @@ def test_summary_names_means_and_skips_empty_cells():
     tokens.sft_weight[:] = torch.tensor([0.0, 0.0, 0.0, 1.0])
     tokens.old_logprob.fill_(-7.0)
     tokens.sampler_logprob[:] = torch.tensor([NAN, -7.0, -7.0 - math.log(3.0), NAN])
-    out = pact_loss(hidden, weight, tokens, is_cap=2.0)
+    out = pact_loss(hidden, weight, tokens, importance_cap=2.0)
     values = summarise(out.stats)
     assert values["trace/tokens"] == 2 and values["trace/tool_call/tokens"] == 1
     assert values["trace/entropy"] == pytest.approx(float(out.entropy[1:3].mean()))

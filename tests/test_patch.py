@@ -122,7 +122,7 @@ def test_autocast_serves_each_in_its_own_dtype():
 
 
 class Shifted(nn.Module):
-    """A norm by its parts, but not by what it computes, as Gemma's is."""
+    """A norm by its parts, but with another formula, like Gemma's."""
 
     def __init__(self):
         super().__init__()

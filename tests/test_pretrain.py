@@ -15,7 +15,7 @@ from pact_fast.train import pretrain as stage
 
 
 class Recorder:
-    """Stands for the learner: records what it was made with, and the weights of the tokens that it was given."""
+    """Stands for the learner: records its arguments, and the weights of the tokens that it gets."""
 
     def __init__(self, model, trainer, algorithm, *, total_updates, autocast):
         self.trainer, self.autocast, self.total = trainer, autocast, total_updates

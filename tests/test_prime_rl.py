@@ -87,7 +87,7 @@ def test_without_its_heads_the_adapter_says_so(monkeypatch):
     for name in ("lm_head", "lm_head_gemma"):
         module = ModuleType(f"{standin.PACKAGE}.{name}")
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    with pytest.raises(PactError, match="none of the heads that are known"):
+    with pytest.raises(PactError, match="no supported head class"):
         prime_rl.install()
 
 

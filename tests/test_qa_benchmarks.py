@@ -282,7 +282,7 @@ def test_rows_without_passages_name_the_cures(files, capsys):
 
 
 def test_converted_rows_train(files):
-    """`data convert` writes what data.train reads, with the environment of each row."""
+    """`data convert` writes rows for data.train, with the environment of each row."""
     out = files / "rows.jsonl"
     assert main(["data", "convert", "hotpotqa", f"data.eval={files / 'hotpot.json'}", "-o", str(out)]) == 0
     (task, _) = read_tasks(str(out))

@@ -11,8 +11,10 @@ from benchmarks import quickstart_sharing
 from pact_fast.config import load_config
 from pact_fast.train.learner import Learner
 from pact_fast.train.run import Trainer
+from tests.support.runs import TOKENIZERS
 
 SMALL = [
+    f"model.tokenizer={TOKENIZERS['quickstart']}",
     "trainer.prompts_per_step=4", "trainer.eval_tasks=2", "trainer.log_completions=0",
     "rollout.num_generations=4", "rollout.max_turn_tokens=24", "rollout.max_completion_length=96",
     "pretrain.steps=6", "pretrain.batch_size=4",

@@ -330,7 +330,7 @@ BAD_ROWS = {
     "messages with two questions": (
         {"messages": [*QUESTION, *TRACE, *QUESTION], "tools": [WEATHER]},
         "messages",
-        "message 4: the user has the last word",
+        "message 4: the last message is the user's",
     ),
     "messages text is not JSON": ({"messages": "hello"}, "messages", "not valid JSON"),
     "half a surrogate pair": ({"prompt": "a", "tools": r'[{"name": "\ud83d"}]'}, "tools", "surrogate"),

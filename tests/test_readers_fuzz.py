@@ -1,4 +1,4 @@
-"""Whatever stands in a file: a task, or a DataError that names file, line and field. Never another exception."""
+"""Any content of a file gives a task, or a DataError that names file, line and field; never another exception."""
 
 import copy
 import json

@@ -146,13 +146,13 @@ def assert_tree_equals_paths(batch, on_tree, on_sequence, inputs) -> None:
 def test_segments_are_the_paths(seed):
     batch = random_pack(seed)
     parts = segments.segments_of(batch.subtree_end)
-    assert [row for part in parts for row in range(part.first, part.last)] == list(range(len(batch)))
+    assert [row for part in parts for row in range(part.start, part.end)] == list(range(len(batch)))
     for index, part in enumerate(parts):
         chain, at = [], index
         while at is not None:
-            chain.append(np.arange(parts[at].first, parts[at].last))
+            chain.append(np.arange(parts[at].start, parts[at].end))
             at = parts[at].parent
-        assert np.array_equal(np.concatenate(chain[::-1]), paths_of(batch)[part.last - 1])
+        assert np.array_equal(np.concatenate(chain[::-1]), paths_of(batch)[part.end - 1])
 
 
 @pytest.mark.parametrize("case", ["delta", "kimi", "scan", "convolution"])
@@ -201,7 +201,7 @@ def test_padding_is_bounded():
             tree.add(np.arange(rng.randint(1, 2000)), stem)
         (batch,) = pack([tree], max_tokens=1 << 30)
         levels = RecurrencePlan(batch.subtree_end).levels(padded=True)
-        assert len(levels.order) <= (1 + segments.WASTE) * (len(batch) + 20 * segments.CHUNK)
+        assert len(levels.order) <= (1 + segments.MAX_PADDING) * (len(batch) + 20 * segments.CHUNK)
         assert torch.equal(levels.order[levels.place], torch.arange(len(batch)))
 
 

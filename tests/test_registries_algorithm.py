@@ -42,7 +42,7 @@ class FirstHalf(Algorithm):
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch) -> Path:
-    """The file of the algorithm; what it registers is forgotten after the test."""
+    """The file of the algorithm; its registrations are removed after the test."""
     algorithm.names()  # the built-in ones are registered now
     monkeypatch.setattr(algorithm, "_classes", dict(algorithm._classes))
     path = tmp_path / "mine.py"

@@ -97,7 +97,7 @@ def upper_half(t: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def test_views_slices_and_shared_results_are_told_apart():
-    """A saved tensor is made again only if it is the whole result of a step, in whatever shape."""
+    """A saved tensor is recomputed only if it is the whole result of a step, in any shape."""
     torch.manual_seed(0)
     a, b = (torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     w = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)

@@ -368,7 +368,7 @@ def test_decomposed_characters_keep_their_labels():
     assert of(r, ids, components, Component.OBSERVATION) == "é" * 5
 
 
-# Our own template with one defect each: reason of the refusal -> (what is replaced, by what).
+# Our own template with one defect each: reason of the refusal -> (replaced text, its replacement).
 RESULT = "message.content + '\\n</tool_response>'"
 DEFECTS = {
     "today's date": ("{%- if tools or", "{{- strftime_now('%d %b') }}\n{%- if tools or"),

@@ -48,7 +48,7 @@ def browse(tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """Counts the elements of a document and collects what the tests ask about."""
+    """Counts the elements of a document and collects the parts that the tests check."""
 
     def __init__(self):
         super().__init__()

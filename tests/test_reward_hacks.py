@@ -71,7 +71,7 @@ def answer_f1(trajectory, expected=GOLD):
 
 
 def trace(trajectory, expected=GOLD):
-    """What the trace reward pays beyond w, which a wrong answer can never earn; 1 for all of it."""
+    """Trace reward beyond w, as a fraction of 1 − w. A wrong answer can never earn it."""
     answered, w = trajectory.stop_reason is StopReason.ANSWER, 0.2
     fits = lambda call: call.name in ("lookup", "find")  # noqa: E731
     evidence = [expected]
@@ -85,7 +85,7 @@ def ftrl_training(trajectory, expected=GOLD):
 
 
 def toolrl(trajectory, expected=GOLD):
-    """What ToolRL's reward pays, as a fraction of its largest value, 4."""
+    """ToolRL's reward as a fraction of its largest value, 4."""
     reference = [ToolCall("find", {"of": "Anna"}), ToolCall("lookup", {"name": "Anna Bell"})]
     return toolrl_reward(task(reference_calls=reference), trajectory) / 4
 
@@ -201,7 +201,7 @@ HACKS = {
 
 
 def gain(reward, hack, name=""):
-    """What a trick earns beyond an honest failure and what the published formula gives. Without a reference: 0."""
+    """Reward of a trick beyond that of an honest failure and of the published formula; 0 without a reference."""
     allowed = max(reward(rollout(*HONEST_FAILURE)), hack.official.get(name, 0.0))
     try:
         return reward(rollout(*hack.turns), hack.expected) - allowed
@@ -234,7 +234,7 @@ def test_an_honest_rollout_earns_its_reward(name):
 
 
 def text_reward(text_of, family, found=contains_parts):
-    """1 if the expected text is found in what `text_of` takes for evidence."""
+    """1 if the expected text is in the evidence of `text_of`."""
     return family, lambda t, expected=GOLD: float(any(found(text, expected) for text in text_of(t)))
 
 

@@ -1,4 +1,4 @@
-"""One process trains in a run directory; another one is told which, whatever the moment at which it starts."""
+"""One process trains in a run directory; another one gets an error that names it, at any moment of its start."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def test_sigkill_releases_the_lock_also_while_a_child_lives_on(tmp_path, child_l
     os.waitpid(pid, 0)
     started = time.monotonic()
     RunLock(tmp_path, pytest.fail).release()  # at once, without a word
-    assert time.monotonic() - started < run_lock.SILENCE / 2
+    assert time.monotonic() - started < run_lock.HEARTBEAT_TIMEOUT / 2
     if child:
         os.kill(child, signal.SIGKILL)
 
 
 def test_a_lock_of_another_host_is_taken_over_once_its_heartbeat_has_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "SILENCE", 0.3)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_TIMEOUT", 0.3)
     foreign(tmp_path)
     notes: list[str] = []
     lock = RunLock(tmp_path, notes.append)
@@ -96,7 +96,7 @@ def test_a_lock_of_another_host_is_taken_over_once_its_heartbeat_has_stopped(tmp
 
 
 def test_a_heartbeat_from_another_host_keeps_the_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "SILENCE", 5.0)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_TIMEOUT", 5.0)
     foreign(tmp_path)
     timer = threading.Timer(0.2, foreign, (tmp_path, 1))
     timer.start()
@@ -111,8 +111,8 @@ def test_heartbeats_lock_where_the_file_system_cannot(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(run_lock, "SILENCE", 3.0)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_TIMEOUT", 3.0)
     first = RunLock(tmp_path)
     with pytest.raises(PactError, match=f"is in use by process {os.getpid()} "):
         RunLock(tmp_path)

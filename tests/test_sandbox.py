@@ -126,7 +126,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def tidy(pool: SandboxPool) -> bool:
-    """Only the zygote and what waits for the next call are left: reaper, init and tool, or the tool alone."""
+    """Only the zygote and the processes for the next call are left: reaper, init and tool, or the tool alone."""
     return wait_for(lambda: len(descendants(server(pool))) == (4 if "processes" in pool.protections else 2), 5.0)
 
 

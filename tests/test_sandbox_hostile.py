@@ -1,4 +1,4 @@
-"""What a hostile tool can reach, in each of the five situations that a worker runs in."""
+"""Access of a hostile tool to the machine, in each of the five situations that a worker runs in."""
 
 import os
 import shutil

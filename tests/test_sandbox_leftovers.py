@@ -1,4 +1,4 @@
-"""What a hostile tool can leave behind, in each of the five situations that a worker runs in, whoever is killed first."""
+"""Leftovers of a hostile tool in each of the five situations that a worker runs in, for any order of kills."""
 
 import os
 import signal
@@ -122,7 +122,7 @@ HOSTILE = [
 
 
 def census(pool: SandboxPool) -> dict[str, int]:
-    """What the worker's two processes hold."""
+    """Count the resources of the worker's two processes."""
     supervisor, zygote = processes(pool)
     return {
         "descriptors": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in (supervisor, zygote)),

@@ -1,4 +1,4 @@
-"""How costs grow with size: exponents, not seconds."""
+"""Growth of costs with size: exponents, not seconds."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Two policies in one episode: what each sees, what is trained of each side, and who may end the dialogue."""
+"""Two policies in one episode: the context of each side, its trained tokens, and the end of the dialogue."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from pact_fast.algorithms.registry import make_algorithm
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.components import Component
 from pact_fast.config import AlgorithmConfig, RolloutConfig, load_config
-from pact_fast.data.types import StopReason, Task, ToolCall
+from pact_fast.data.types import StopReason, ToolCall
 from pact_fast.errors import PactError
 from pact_fast.report.rollout_files import read_lines
 from pact_fast.rewards.advantages import token_advantages
 from pact_fast.rollout.agent import AgentLoop, Job
 from pact_fast.users import ModelUser, ScriptedUser, read_stop
 from pact_fast.users.model import GREETING
+from tests.support.desk import TASK, Desk, call, thinking, tool
 from tests.support.faults import at_call
 from tests.support.groups import lookup_chain_renderer, step_context_of
 from tests.support.hostile_outputs import hostile_text
@@ -33,49 +34,10 @@ from tests.support.runs import QUICKSTART, RunProcess, metrics
 from tests.support.scripted_engine import Script, turn
 from tests.support.trl_templates import tokenizer_for
 
-TASK = Task(
-    "t", [{"role": "system", "content": "Policy of the desk."}, {"role": "user", "content": "How warm is Oslo?"}]
-)
-
-
-def tool(name: str) -> dict:
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
-    return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
-
-
-class Desk:
-    blocking = False
-    user_tools = (tool("look_at_phone"),)
-    tools = (tool("weather"),)
-
-    def reset(self, task):
-        return None
-
-    def user_prompt(self):
-        return "You want to know the weather. Say ###STOP### when you do."
-
-    def call(self, name, arguments):
-        return f"agent's {name}"
-
-    def call_as_user(self, name, arguments):
-        return f"user's {name}"
-
-    def reward(self, task, trajectory):
-        self.judged = trajectory
-        return {"success": float(len(trajectory.turns) == 2)}
-
 
 @pytest.fixture(scope="module")
 def renderer():
     return lookup_chain_renderer()
-
-
-def call(name):
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': {'city': 'Oslo'}})}\n</tool_call>"
-
-
-def thinking(thought, text):
-    return f"<think>\n{thought}\n</think>\n\n{text}"
 
 
 def run(renderer, dialogues, env=Desk, **config):
@@ -101,7 +63,7 @@ def text(renderer, ids):
 def test_each_side_sees_what_was_said_to_it_and_nothing_else(renderer):
     (agent,), engine = run(renderer, [(AGENT, USER)])
     (user,), again = run(renderer, [(AGENT, USER)], train_as="user")
-    for session in (0, 1):  # the same dialogue, whoever is trained
+    for session in (0, 1):  # the same dialogue, whichever side is trained
         np.testing.assert_array_equal(np.concatenate(engine.contexts[session]), np.concatenate(again.contexts[session]))
     for session, trajectory in enumerate((agent, user)):
         seen = np.concatenate(engine.contexts[session])
@@ -159,7 +121,7 @@ def test_the_environment_judges_the_agents_side(renderer):
 
 @pytest.mark.parametrize("side", ["agent", "user"])
 def test_masks_and_advantages_of_both_views_are_those_of_the_dialogue(renderer, side):
-    """Every number from the texts and rewards by hand, in fp64: which tokens were sampled, and what they earn."""
+    """Every number from the texts and rewards by hand, in fp64: the sampled tokens and their rewards."""
     dialogues = [(AGENT, USER), (["Seven.", "Bye."], ["Hm.", "###STOP###"]), (["Eight."], ["###STOP###"])]
     trajectories, _ = run(renderer, dialogues, train_as=side)
     for trajectory, (agent, user) in zip(trajectories, dialogues, strict=True):
@@ -200,7 +162,7 @@ def test_masks_and_advantages_of_both_views_are_those_of_the_dialogue(renderer, 
 
 @pytest.mark.parametrize("side", ["agent", "user"])
 def test_the_loss_of_both_views_and_its_gradients_equal_the_formula_in_fp64(renderer, side):
-    """−min(rA, clip(r)A), averaged over what a side said and then over dialogues; r = 1 at the first optimizer step."""
+    """−min(rA, clip(r)A), averaged over the tokens of a side and then over dialogues; r = 1 at the first optimizer step."""
     dialogues = [(AGENT, USER), (["Seven.", "Bye."], ["Hm.", "###STOP###"]), (["Eight."], ["###STOP###"])]
     trajectories, _ = run(renderer, dialogues, train_as=side)
     for trajectory in trajectories:
@@ -223,7 +185,7 @@ def test_the_loss_of_both_views_and_its_gradients_equal_the_formula_in_fp64(rend
 
 
 def said_positions(renderer, trajectory, texts):
-    """Where the tokens of these texts stand, one after the other, found by their ids alone."""
+    """Find the positions of the tokens of these texts, which follow one another, by their ids alone."""
     ids, positions, at = trajectory.ids.tolist(), [], 0
     for wanted in (turn(renderer, text) for text in texts):
         while ids[at : at + len(wanted)] != wanted:

@@ -29,13 +29,13 @@ pytestmark = pytest.mark.slow
 EXAMPLE = runpy.run_path(str(Path(__file__).parent.parent / "examples/smollm2_from_package.py"))
 LAYERS = int(os.environ.get("PACT_MODEL_LAYERS", "8"))
 SMALL = [
-    "pretrain=null",  # its own file tests the warm-up; here, what a step teaches shows on the model's own weights
+    "pretrain=null",  # its own file tests the warm-up; here, a step changes the model's own weights
     "env.args.hops=[1, 2]",
     "rollout.num_generations=2",
     "rollout.max_turns=1",
     "rollout.max_turn_tokens=6",
     "rollout.max_completion_length=8",
-    "algorithm.anchor.mode=blend",  # both contexts, whatever the coin says
+    "algorithm.anchor.mode=blend",  # both contexts in every step
     "trainer.max_steps=2",
     "trainer.prompts_per_step=1",
     "trainer.eval_tasks=2",
@@ -159,7 +159,7 @@ def test_rollouts_are_written_token_by_token(run, tmp_path):
 
 @torch.inference_mode()
 def test_a_reloaded_export_is_the_policy(run, exported):
-    """What transformers loads gives the tokens of a rollout the log-probs that the engine sampled them with."""
+    """The model that transformers loads gives sampled tokens the log-probs that the engine reported."""
     dtype = getattr(torch, load_config(str(run / "config.yaml")).model.dtype)
     session = open_session(str(run), [])
     trajectories = evaluate(session.loop, session.select("eval", 2), sampling=Sampling(1.0), seed=1)

@@ -74,7 +74,7 @@ def rows(request) -> Backend:
 
 @dataclass
 class Case:
-    """Raw logits and what a loss would ask of them; partner, own and cross as in Pairing."""
+    """Raw logits and the requests of a loss; partner, own and cross as in Pairing."""
 
     raw: torch.Tensor
     target: torch.Tensor
@@ -237,7 +237,7 @@ def test_gradient_types(rows, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradient_over_the_logits(rows, dtype):
-    """In place, the rows that matter moved together, it is bit by bit what a matrix of its own gets."""
+    """In place, with the active rows moved together, results equal those of a separate matrix bit by bit."""
     if dtype.itemsize < 4 and not rows.small_types:
         pytest.skip("its GEMMs take fp32")
     n, vocab = (1024, 151_936) if rows.device == "cuda" else (9, LONG)

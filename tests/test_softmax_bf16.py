@@ -18,7 +18,7 @@ from pact_fast.kernels.head.softmax_bf16 import PANEL, Bf16SoftmaxChunk
 from pact_fast.kernels.head.softmax_torch import RowStats, compaction_index
 
 EPS = torch.finfo(torch.float32).eps
-UNIT = 2.0**-8  # what rounding to bf16 is off by at most
+UNIT = 2.0**-8  # largest relative error of rounding to bf16
 
 
 @pytest.fixture(scope="module", autouse=True)

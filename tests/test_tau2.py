@@ -63,7 +63,7 @@ def test_a_ticket_is_solved_by_its_expert_trace_through_the_environment():
     assert env.reward(task, done) == {"success": 1.0, "env_assertion": 1.0, "nothing": 0.0}
     assert env.call("enable_roaming", {"customer_id": "C1001", "line_id": "L1002"}) == CLOSED
     env.reset(task)
-    assert env.reward(task, trajectory())["success"] == 0.0  # the instance serves the task anew
+    assert env.reward(task, trajectory())["success"] == 0.0  # the instance serves the task again
 
 
 def test_without_done_a_ticket_pays_nothing():
@@ -153,7 +153,7 @@ def test_a_policy_or_model_that_plays_the_user_acts_on_its_phone_and_ends_the_di
     [("telecom", True, 20), ("telecom", False, 5), ("retail", False, 5), ("airline", False, 5)],
 )
 def test_an_episode_takes_milliseconds(name, solo, limit):
-    """Reset, reference actions and verdict, in milliseconds of processor time."""
+    """Reset, reference actions and verdict, in milliseconds of CPU time."""
     ids = split_ids(name, "base")
     for task_id in ids:  # reads records and judges the reference once per process
         play_reference(name, task_id, solo)
@@ -275,7 +275,7 @@ def test_expert_traces_of_all_benchmark_tasks_are_rewarded(name, solo):
         env, seen, said = serve(task), json.dumps(task.prompt[-1]), []
         for turn in task.expert.turns:
             for call, observation in zip(turn.calls, turn.observations, strict=True):
-                if name == "telecom":  # ids come from the prompt or from what a tool said
+                if name == "telecom":  # ids come from the prompt or from a tool's result
                     assert all(str(v) in seen for k, v in call.arguments.items() if k.endswith("_id")), task_id
                 assert env.call(call.name, call.arguments) == observation and not observation.startswith("Error:")
                 seen += observation
@@ -485,7 +485,7 @@ def test_wrong_types_in_records_are_judged_and_never_raise():
 
 
 class Patient:
-    """A user who never ends a dialogue, whatever it hears."""
+    """A user who never ends a dialogue."""
 
     heard = 0
 
@@ -504,7 +504,7 @@ def test_hostile_outputs_run_nothing_but_tools_of_the_agent_and_end_no_dialogue(
     theirs = [] if solo else list(serve(task).episode.state.tools["user"])
     env = Tau2Solo() if solo else Tau2(lambda role: Patient())
     env.reset(task)
-    for name in own:  # imports and reads what a first call does
+    for name in own:  # imports and reads the same as a first call
         env.call(name, {})
     env.reset(task)
     values = [*VALUES, nested(3000), {"requestor": "user"}, "C1001", "L1002"]

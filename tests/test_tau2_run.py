@@ -66,7 +66,7 @@ def test_two_pact_steps_on_telecom(tmp_path, solo):
 FULL = pytest.param(20, marks=pytest.mark.skipif(not os.environ.get("PACT_TEST_TAU2_FULL"), reason="takes minutes"))
 
 
-@pytest.mark.parametrize("count", [3, FULL])
+@pytest.mark.parametrize("count", [2, FULL])
 def test_rewards_of_rl_on_telecom_are_those_of_the_package_s_evaluator(tmp_path, count):
     """GRPO, two steps of 4 rollouts per task with the scripted user: every episode is judged again by the package.
 

@@ -1,4 +1,4 @@
-"""model.chat_template_kwargs: they reach every rendering, and what a template does not read is an error."""
+"""model.chat_template_kwargs: they reach every rendering, and a variable that a template does not read is an error."""
 
 from __future__ import annotations
 

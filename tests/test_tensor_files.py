@@ -14,7 +14,7 @@ from pact_fast.train import checkpoint, checkpoint_writer
 
 
 def stored(folder, tensors, cuts=None):
-    """Files of the tensors: one with whole ones, or one for each rank that holds what is between two cuts."""
+    """Files of the tensors: one with whole ones, or one for each rank, with the part between two cuts."""
     if cuts is None:
         shards.write_file(tensors, folder / "whole.safetensors")
         return TensorFiles([folder / "whole.safetensors"])

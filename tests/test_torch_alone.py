@@ -68,7 +68,7 @@ def normalized(name: str) -> str:
 
 
 def dependencies(package: str) -> set[str]:
-    """Distributions that a package requires on this machine, and what those require."""
+    """Distributions that a package requires on this machine, transitively."""
     found, left = set(), [package]
     while left:
         name = normalized(left.pop())

@@ -25,7 +25,7 @@ from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall
 from pact_fast.errors import DataError, PactError
 from pact_fast.rewards.advantages import token_advantages
 from pact_fast.rollout.agent import AgentLoop, Job
-from pact_fast.train.pretrain import _batch
+from pact_fast.train.pretrain import sft_batch
 from pact_fast.train.records import rollout_record
 from tests.support.asking_user import AskingUser
 from tests.support.groups import step_context_of
@@ -79,7 +79,7 @@ def reasoned(message: dict) -> dict:
 
 
 def turn_ids(renderer: ChatRenderer, expert: ExpertTrace) -> list[np.ndarray]:
-    """What the expert wrote, turn by turn, the answer last."""
+    """Return the ids of the expert's turns; the answer is last."""
     turns = [renderer.assistant_turn(turn.reasoning, turn.content, turn.calls)[0] for turn in expert.turns]
     return [*turns, renderer.assistant_turn(expert.answer_reasoning, expert.answer, [])[0]]
 
@@ -222,7 +222,7 @@ class Formulas:
         )
 
     def rollouts(self, context: np.ndarray):
-        """For every rollout: [(what stands before a sampled token, its index)], with `context` in place of the prompt."""
+        """For every rollout: [(context of a sampled token, its index)], with `context` in place of the prompt."""
         prompt = self.group.prompt_ids
         for trajectory in self.group.trajectories:
             tokens = []
@@ -246,7 +246,7 @@ class Formulas:
         return total / len(self.group.trajectories)
 
     def expert(self, weights_of, final_answer: bool) -> torch.Tensor:
-        """Σ m·(−log π) / Σ m over the expert's tokens, each after what the template shows before it."""
+        """Σ m·(−log π) / Σ m over the expert's tokens, each in the context that the template renders."""
         task = self.group.task
         context = self.renderer.trace_context(task, task.expert, "turns", answer=final_answer)
         weights = weights_of(context)[context.generated]
@@ -349,7 +349,7 @@ def test_the_record_of_a_rollout_shows_the_branches_of_the_trace_and_what_is_tra
 
 def test_pretraining_trains_each_token_once_in_its_branch():
     renderer, tasks = dropping("qwen3_5_think"), [task_of(DIALOGUE), task_of(INTERRUPTED), task_of(DIALOGUE)]
-    batch = _batch(tasks, [task.expert for task in tasks], renderer)
+    batch = sft_batch(tasks, [task.expert for task in tasks], renderer)
     found = [
         (
             np.concatenate([*(node.ids for node in s.node.path()[:-1]), s.node.ids[:index]]).tolist(),

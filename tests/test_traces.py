@@ -1,4 +1,4 @@
-"""`pact-fast traces`: what is kept and why not, from reference calls and from a teacher, resumed after a kill."""
+"""`pact-fast traces`: kept and rejected rows, from reference calls and from a teacher, and after a kill."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pact_fast.cli.main import main
 from pact_fast.data.readers import read_tasks
 from pact_fast.data.types import ExpertTrace, ExpertTurn, ToolCall
 from pact_fast.synthesis.journal import Journal
-from pact_fast.synthesis.traces.reference import template
+from pact_fast.synthesis.traces.reference import template_reasoning
 from pact_fast.synthesis.traces.segments import segment_ends
 from pact_fast.synthesis.traces.verify import REASONS
 from tests.support.llm_server import llm_server, said
@@ -194,10 +194,14 @@ def test_a_model_behind_an_endpoint_plays_the_user_of_traces(tmp_path, library):
 def test_templates_preview_no_call_whatever_the_description_says():
     tool = {"type": "function", "function": {"name": "find_it", "description": 'Use find_it(key="x") to find.'}}
     call = ToolCall("find_it", {"key": "x"})
-    for text in (template(0, [call], [tool]), template(3, [call], []), template(1, [call], [tool])):
+    for text in (
+        template_reasoning(0, [call], [tool]),
+        template_reasoning(3, [call], []),
+        template_reasoning(1, [call], [tool]),
+    ):
         assert "find_it" not in text and prefix_ends(text, [call])[-1] == len(text) > 0
     tool["function"]["description"] = "This tool belongs to the X API. Tool description: Look for a thing. And more."
-    assert template(0, [call], [tool]).endswith("What I need next: Look for a thing.")
+    assert template_reasoning(0, [call], [tool]).endswith("What I need next: Look for a thing.")
 
 
 # --- a teacher

@@ -233,7 +233,11 @@ def test_a_missing_package_is_an_error_of_the_settings_before_any_data_is_read(n
 
 @pytest.mark.parametrize(
     ("names", "problem"),
-    [("wandbb", "did you mean 'wandb'"), (["none", "wandb"], "'none' stands alone"), ("no.py:T", "no file no.py")],
+    [
+        ("wandbb", "did you mean 'wandb'"),
+        (["none", "wandb"], "'none' cannot be combined"),
+        ("no.py:T", "no file no.py"),
+    ],
 )
 def test_a_wrong_name_is_refused(names, problem):
     with pytest.raises(PactError, match=problem):

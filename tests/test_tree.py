@@ -41,7 +41,7 @@ def test_attention_equals_a_dense_mask_in_fp64(seed):
 
 
 def varlen(function):
-    """A variable-length kernel in fp64 from one dense call per sequence; what CudaFlash expects of the one on CUDA."""
+    """A variable-length kernel in fp64 from one dense call per sequence; the interface that CudaFlash expects on CUDA."""
 
     def run(*tensors, plan, causal, scale):
         parts = []
@@ -208,7 +208,7 @@ def test_attention_equals_flex_attention_with_the_trees_mask(seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("device", ["cpu", "flash-cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_error_is_at_most_twice_that_of_a_dense_mask_in_the_same_dtype(device, dtype, head_dim, monkeypatch):
-    if device == "flash-cpu":  # what serves where the library cannot be compiled
+    if device == "flash-cpu":  # the fallback if the library cannot be compiled
         monkeypatch.setattr("pact_fast.model.attention.cpu.serves", lambda *_: False)
         device = "cpu"
     rng = random.Random(head_dim)

@@ -129,9 +129,9 @@ def two_updates(renderer, kind: str, *, share: bool, resume: bool = False) -> to
             learner, updates = learner_of(model), learner.updates
             learner.backend.load_state(saved)
             learner.updates = updates
-        plans = [algorithm.prompt_batch(group, context) for group in groups]
-        learner.prepare(plans)
-        learner.update(plans)
+        batches = [algorithm.prompt_batch(group, context) for group in groups]
+        learner.prepare(batches)
+        learner.update(batches)
     return torch.cat([p.detach().flatten() for p in learner.model.parameters()])
 
 

@@ -47,7 +47,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_a_compiled_layer_changes_nothing():
     model, forest = make("qwen3"), trees()
     plain = gradients(model, as_tree(model, forest))
-    # the operators of tests/test_ops.py go through Inductor; here it would see only what is the model's own
+    # the operators of tests/test_ops.py go through Inductor; here it would see only the model's own operators
     model.base_model.layers[0].compile(dynamic=True, backend="aot_eager")
     compiled = gradients(model, as_tree(model, forest))
     assert (compiled - plain).norm() <= 2e-6 * plain.norm()
@@ -95,7 +95,7 @@ def test_paths_forward_refuses_a_pack_with_shared_prefixes():
 @pytest.mark.parametrize("dense", [False, True])
 def test_branches_over_a_kept_path_have_the_hidden_states_of_the_whole_tree(dense, monkeypatch):
     """The teacher's stream: rollouts after x → h* over the keys and values that the pass over x → h*, x → {τ} has made."""
-    if dense:  # what serves where there is no flash kernel
+    if dense:  # the fallback without a flash kernel
         monkeypatch.setattr("pact_fast.model.attention.tree.select_flash_kernel", lambda q: None)
     model, rng = make("qwen3"), random.Random(5)
     x, h, *rollouts = (np.array([rng.randrange(97) for _ in range(n)]) for n in (7, 5, 4, 1, 6))

@@ -1,4 +1,4 @@
-"""A model that plays the user: it is trained on what it sees in a rollout, its flaws are found, its engine is its own."""
+"""A model that plays the user: it is trained on its context in a rollout, its flaws are found, and it has a separate engine."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def turns_of(renderer, expert):
 
 
 def dialogue(renderer, task, agent=None, user=None, **config):
-    """The trajectory of a dialogue in which both sides say what they are told to; by default, what their examples say."""
+    """The trajectory of a dialogue in which both sides follow scripts; by default, their examples."""
     agent = turns_of(renderer, task.expert) if agent is None else agent
     user = turns_of(renderer, example(task).expert) if user is None else user
     engine = Script(renderer, {0: agent, 1: user})

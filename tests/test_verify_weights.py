@@ -19,7 +19,7 @@ from tests.support.models import make
 
 
 class StandIn:
-    """What VllmEngine needs of vLLM. `fault`: called on the tensors as they arrive; `dies`: calls that end in a death."""
+    """Stand-in for vLLM. `fault` is called on the tensors as they arrive; calls named in `dies` kill the engine."""
 
     name, synchronous = "the engine", True
 

@@ -1,4 +1,4 @@
-"""vLLM in this process: what it samples, what it holds, and that no fault in its weights goes unseen."""
+"""vLLM in this process: samples, weights, and detection of every fault in its weights."""
 
 import copy
 from types import SimpleNamespace
@@ -184,7 +184,7 @@ class TestFaults:
         monkeypatch.undo()
 
     def test_a_late_update(self, policy, engine, model, monkeypatch):
-        """Old weights arrive after the new ones were verified: what was sampled since then must not be trained on."""
+        """Old weights arrive after the new ones were verified: tokens sampled since then must not be trained on."""
         engine.update_weights(model, 103)
         load, late = engine.transport.load_weights, copy.deepcopy(model)
         perturb(late)
@@ -195,7 +195,7 @@ class TestFaults:
         monkeypatch.undo()
 
     def test_a_tied_head_that_keeps_its_packed_copy(self, engine, model, monkeypatch):
-        """What vLLM's own reload leaves on CPU; our worker repairs it, and without the repair the check must see it."""
+        """vLLM's reload leaves a stale copy on CPU. Our worker updates it; without that, the check must fail."""
         rpc = engine.transport.llm_engine.collective_rpc
 
         def stale(method, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""A vLLM server that answers nonsense: one typed error at once, whatever it sends. No vLLM is needed."""
+"""A vLLM server that answers nonsense: one typed error at once, for any answer. No vLLM is needed."""
 
 import gzip
 import json
@@ -13,9 +13,9 @@ import pytest
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout
 from pact_fast.rollout.engine import Request
 from pact_fast.rollout.vllm import http_client
-from pact_fast.rollout.vllm.answers import read_world_size, short
 from pact_fast.rollout.vllm.client import VllmServerClient, VllmServerTransport
 from pact_fast.rollout.vllm.engine import VllmEngine
+from pact_fast.rollout.vllm.responses import read_world_size, short
 from pact_fast.rollout.vllm.transport import TurnRequest
 
 MODELS = {"data": [{"id": "model"}]}
@@ -23,7 +23,7 @@ CONTEXT, EOT, VOCABULARY, MOST = [5, 6], 1, 100, 4
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers each path with what `server.answers` has for it: JSON data, or (status, headers, chunks of the body)."""
+    """Answers each path from `server.answers`: JSON data, or (status, headers, chunks of the body)."""
 
     protocol_version = "HTTP/1.1"
 
@@ -188,7 +188,7 @@ def test_gigabytes_in_a_compressed_megabyte_are_refused_unread(server, transport
 
 def test_an_endless_answer_is_refused_early(server, transport, monkeypatch):
     monkeypatch.setattr(http_client, "MAX_TURN_BYTES", 1 << 20)
-    monkeypatch.setattr(http_client, "MAX_ANSWER_BYTES", 2 << 20)
+    monkeypatch.setattr(http_client, "MAX_RESPONSE_BYTES", 2 << 20)
     endless = 200, {}, (b" " * (1 << 16) for _ in range(1 << 12))  # 256 MiB
     server.sent, server.answers["/v1/completions"] = 0, endless
     with asked(server, transport) as engine, pytest.raises(EngineError, match="more than 1 MiB"):
@@ -221,7 +221,7 @@ def test_a_connection_that_breaks_is_a_dead_engine(server, transport):
 
 
 def test_errors_of_aborted_turns_do_not_end_the_same_turns_submitted_again(server, transport):
-    """As after a restart: a turn keeps its key, and what arrived meanwhile belongs to the earlier request."""
+    """As after a restart: a turn keeps its key, and an answer that arrived meanwhile belongs to the earlier request."""
     server.seen.clear()
     turns = [TurnRequest(str(n), CONTEXT, MOST, 1.0, n, [EOT], 0) for n in range(4)]
     server.answers["/v1/completions"] = 500, {}, [b"gone"]

@@ -1,4 +1,4 @@
-"""Dialogues whose template rewrites the past, on real vLLM: it goes back in a context, and finds what stays in its cache."""
+"""Dialogues whose template rewrites the past, on real vLLM, which finds the kept tokens in its cache."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_every_branch_is_sampled_in_its_own_context(engine, renderer, model):
 
 
 def test_what_stays_of_a_context_is_found_in_the_prefix_cache(engine, model):
-    """`keep` in the middle of a block, at its end, and beyond the prompt; what is forgotten has no influence."""
+    """`keep` in the middle of a block, at its end, and beyond the prompt; dropped tokens have no influence."""
     rng = np.random.default_rng(0)
     vocab = model.config.vocab_size
     for session, keep in enumerate((160, 190, 200, 205)):

@@ -1,4 +1,4 @@
-"""`pact-fast doctor` with vLLM tries the engine itself, and says what is wrong with it."""
+"""`pact-fast doctor` with vLLM tests the engine itself, and reports its problems."""
 
 import contextlib
 import copy
@@ -115,7 +115,7 @@ def test_a_prefix_that_is_not_cached_is_found(checks, monkeypatch):
     monkeypatch.setattr(ColocatedVllm, "poll", forget)
     longest = max(checks.trajectories, key=lambda t: len(t.prompt_ids) + len(t.ids))
     assert len(longest.prompt_ids) + len(longest.ids) >= MIN_CACHED_CONTEXT
-    with pytest.raises(PactError, match="computed again when it was requested a second time"):
+    with pytest.raises(PactError, match="computed again at its second request"):
         checks.prefix_cache()
 
 

@@ -106,7 +106,7 @@ class TestFaults:
         monkeypatch.undo()
 
     def test_an_adapter_on_the_embedding(self, engine, model, monkeypatch):
-        """vLLM has room for one there; the trainer has none, so what stands in it must be seen."""
+        """vLLM has room for one there; the trainer has none, so its contents must be detected."""
         load = engine.transport.load_adapter
 
         def more(tensors, version):

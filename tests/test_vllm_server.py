@@ -1,4 +1,4 @@
-"""vLLM in a process of its own: a run goes on when it is killed or hangs, and a running `vllm serve` is used as it is."""
+"""vLLM in a process of its own: a run continues when it is killed or hangs, and a running `vllm serve` is used as it is."""
 
 import json
 import os
@@ -171,7 +171,7 @@ def test_sampling_during_updates_is_bounded_and_stamped(tmp_path, monkeypatch):
     steps_only = [record for record in records if "async/staleness" in record]
     assert steps_only[0]["async/staleness"] == 0 and steps_only[-1]["async/staleness"] > 0
     assert [record["async/stale_groups"] for record in steps_only] == [0, 0, 0, 0, 1, 0]
-    # what the older weights would have said is corrected for, and the difference shows
+    # log-probs of older weights are corrected for, and the difference shows
     assert max(record.get("mismatch/max", 0.0) for record in steps_only) > 1e-4
 
 
@@ -211,7 +211,7 @@ def test_a_running_server(policy, tmp_path):
             perturb(policy.model)
             engine.update_weights(policy.model, version)
             assert largest_gap(policy.model, contexts, sample(engine, contexts, 16, version)) <= 1e-4
-        # what another trainer does to the server is seen before the next update
+        # another trainer's change of the server is detected before the next update
         engine.transport.rpc("pact_finish_loading", args=["77"])
         with pytest.raises(PactError, match="version 77, the trainer has sent 1"):
             engine.update_weights(policy.model, 2)

@@ -170,7 +170,7 @@ def test_a_running_server_that_was_not_started_for_it(policy, tmp_path, caplog):
     with running_server(policy, tmp_path) as config.rollout.vllm_server_base_url:
         config.rollout.vllm_weight_transfer = "nccl"
         with pytest.raises(
-            PactError, match=r"not started with --weight-transfer-config '\{\"backend\": \"nccl\"\}'; do so"
+            PactError, match=r"not started with --weight-transfer-config '\{\"backend\": \"nccl\"\}'; restart it with"
         ):
             make_engine(config, policy.model, policy.renderer, folder=tmp_path)
         config.rollout.vllm_weight_transfer = "auto"

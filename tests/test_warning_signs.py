@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pact_fast.train.warning_signs import FIRST, LAST, WarningSigns
+from pact_fast.train.warning_signs import BASELINE_STEPS, RECENT_STEPS, WarningSigns
 
 HEALTHY = {
     "time/step": 1.0, "reward/zero_advantage_groups": 0.4, "prompt/entropy": 0.5, "success": 0.3,
@@ -14,10 +14,10 @@ HEALTHY = {
 }  # fmt: skip
 
 
-def run(late: dict[str, float | None], early: dict[str, float] = {}, steps: int = LAST):  # noqa: B006
-    """Values and texts of the last step of FIRST healthy steps and `steps` of `late`."""
+def run(late: dict[str, float | None], early: dict[str, float] = {}, steps: int = RECENT_STEPS):  # noqa: B006
+    """Values and texts of the last step of BASELINE_STEPS healthy steps and `steps` of `late`."""
     signs, texts = WarningSigns(), []
-    for metrics in [HEALTHY | early] * FIRST + [HEALTHY | late] * steps:
+    for metrics in [HEALTHY | early] * BASELINE_STEPS + [HEALTHY | late] * steps:
         values, new = signs.see(metrics)
         texts += new
     return values, texts
@@ -30,7 +30,7 @@ def shown(late: dict[str, float | None], **options) -> set[str]:
 def test_a_healthy_run_has_no_sign_and_says_so_in_its_metrics():
     values, texts = run({})
     assert texts == [] and set(values.values()) == {0.0}
-    assert run({}, steps=LAST - 1)[0] == {}  # too early to tell
+    assert run({}, steps=RECENT_STEPS - 1)[0] == {}  # too early to tell
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_healthy_run_has_no_sign_and_says_so_in_its_metrics():
     ],
 )
 def test_each_sign_shows_and_is_told_once(late, name, words):
-    values, texts = run(late, steps=LAST + 4)
+    values, texts = run(late, steps=RECENT_STEPS + 4)
     assert {key for key, value in values.items() if value} == {f"warnings/{name}"}
     assert len(texts) == 1 and words in texts[0]
 
@@ -63,7 +63,7 @@ def test_steps_without_a_metric_count_for_nothing():
 
 def test_a_resumed_run_has_the_same_signs_and_does_not_tell_them_again(tmp_path):
     late = HEALTHY | {"control_token_prob": 0.3}
-    records = [HEALTHY] * FIRST + [late] * LAST
+    records = [HEALTHY] * BASELINE_STEPS + [late] * RECENT_STEPS
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in [*records, {"step": 3, "eval/success": 0.5}]))
     values, texts = WarningSigns.resumed(path).see(late)

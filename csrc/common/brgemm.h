@@ -1,8 +1,8 @@
 // oneDNN's BRGEMM micro-kernel, C (+)= A·B with fp32 accumulation (AMX, AVX512-BF16 or AVX-512), as libtorch_cpu
 // exports it.
 //
-// It is not part of torch's stable ABI, hence the weak symbols and the self-test of brgemm_ready(): where the symbol is
-// missing or computes something else, callers must take another path.
+// It is not part of torch's stable ABI, so it needs the weak symbols and the self-test of brgemm_ready(): if the symbol
+// is missing or computes something else, callers must take another path.
 
 #pragma once
 

@@ -38,7 +38,7 @@ template <typename Kernel>
 void run_head_grads(Kernel& kernel) {
   const int64_t rows = kernel.shape.rows, vocab = kernel.shape.vocab, width = kernel.shape.width;
   const int64_t panels = ceil_div(width, Kernel::kNR), threads = torch::stable::get_num_threads();
-  // Where the panels of dX are too few for the threads, its rows are split as well.
+  // If dX has fewer panels than there are threads, its rows are split as well.
   const int64_t splits =
       std::clamp<int64_t>(ceil_div(4 * threads, panels), 1, ceil_div(std::max(rows, int64_t{1}), kMinSplitRows));
   const int64_t split_rows = round_up(ceil_div(rows, splits), Kernel::kRowAlign);

@@ -66,6 +66,15 @@ inline void check_matrix(const Tensor& t, ScalarType type, int64_t rows, int64_t
                   dtype_name(type), " [", rows, ", ", columns, "]");
 }
 
+// [1, heads, rows, head_dim] with contiguous rows.
+inline void check_heads(const Tensor& t, ScalarType type, int64_t heads, int64_t rows, int64_t head_dim,
+                        const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == type && t.size(0) == 1 && t.size(1) == heads &&
+                      t.size(2) == rows && t.size(3) == head_dim && t.stride(3) == 1,
+                  "pact_fast: ", name, " must be ", dtype_name(type), " [1, ", heads, ", ", rows, ", ", head_dim,
+                  "] with contiguous rows");
+}
+
 // [n], contiguous; a missing tensor passes.
 inline void check_vector(const std::optional<Tensor>& t, ScalarType type, int64_t n, const char* name) {
   STD_TORCH_CHECK(

@@ -111,7 +111,7 @@ class ImportanceWeight:
 
     @property
     def in_loss(self) -> bool:
-        """The loss kernel computes this weight itself (`is_cap`). Others need π_old before the update."""
+        """The loss kernel computes this weight itself (`importance_cap`). Others need π_old before the update."""
         return self.level == "token" and self.bound == "truncate"
 
 
@@ -142,8 +142,8 @@ class Requirements:
         return any(not weight.in_loss for weight in self.importance.values())
 
     @property
-    def is_cap(self) -> dict[LossContext, float] | None:
-        """Argument `is_cap` of pact_loss: caps of the weights that the loss computes itself, by context."""
+    def importance_cap(self) -> dict[LossContext, float] | None:
+        """Argument `importance_cap` of pact_loss: caps of the weights that the loss computes itself, by context."""
         return {context: w.clip_max for context, w in self.importance.items() if w.in_loss} or None
 
 

@@ -1,4 +1,4 @@
-"""Rollouts and expert traces whose history was rewritten, as nodes of a token tree: branches share what they have in common.
+"""Rollouts and expert traces whose history was rewritten, as nodes of a token tree: branches share common beginnings.
 
 A template may drop what it has written, for instance the reasoning of earlier turns once the user speaks again. The
 sequence then goes on in another context: it branches (`Branching`). Every token that is trained is scored once, in the

@@ -1,7 +1,7 @@
 """SFT, then RL, as one run: complete expert traces for the first N training steps, then the prompt-only policy loss.
 
-Model, optimizer state and learning-rate schedule go on through the switch. The stage is a function of the training step,
-so a resumed run is in the right one.
+Model, optimizer state and learning-rate schedule continue across the switch. The stage is a function of the training
+step, so a resumed run is in the right one.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from pact_fast.batch.parts import (
 from pact_fast.batch.tree import Node, TokenTree
 
 
-class Span(NamedTuple):
+class AttentionSpan(NamedTuple):
     """Query rows [q0, q1) that see key rows [k0, k1)."""
 
     q0: int
@@ -37,14 +37,14 @@ class Span(NamedTuple):
     k1: int
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """One dense (variable-length) attention call.
 
     spans   in order of their query rows; no query row is in two spans of a call
     causal  True: each span's queries are its own keys, seen causally. False: queries see the whole key range
     """
 
-    spans: list[Span]
+    spans: list[AttentionSpan]
     causal: bool
 
     def contiguous_rows(self) -> slice | None:
@@ -69,7 +69,7 @@ class PackedBatch:
     input_ids: np.ndarray
     position_ids: np.ndarray
     subtree_end: np.ndarray
-    calls: list[Call]
+    calls: list[AttentionCall]
     owned: list[Node]
     _rows: dict[int, tuple[list[range], int]] = field(repr=False)
 
@@ -152,8 +152,8 @@ def lay_out(parts: Sequence[OwnedPart]) -> PackedBatch:
     """A pack of parts of trees, one after the other. Two parts may repeat a node, so row numbers are kept per part."""
     rows: dict[int, tuple[list[range], int]] = {}
     owned: list[Node] = []
-    runs: list[Span] = []
-    branches: list[Span] = []
+    runs: list[AttentionSpan] = []
+    branches: list[AttentionSpan] = []
     subtree_ends: list[np.ndarray] = []
     row = 0
     for part, sources in parts:
@@ -178,7 +178,7 @@ def lay_out(parts: Sequence[OwnedPart]) -> PackedBatch:
         input_ids=np.concatenate(empty + [node.ids for node in nodes]),
         position_ids=np.concatenate(empty + [np.arange(node.start, node.end) for node in nodes]),
         subtree_end=np.concatenate(empty + subtree_ends),
-        calls=[Call(runs, True), *_nesting_levels(branches)],
+        calls=[AttentionCall(runs, True), *_nesting_levels(branches)],
         owned=owned,
         _rows=rows,
     )
@@ -211,7 +211,9 @@ def _subtree_ends(part: TreePart, first_row: dict[int, int]) -> dict[int, int]:
     return end
 
 
-def _spans(part: TreePart, first_row: dict[int, int], end: dict[int, int]) -> tuple[list[Span], list[Span]]:
+def _spans(
+    part: TreePart, first_row: dict[int, int], end: dict[int, int]
+) -> tuple[list[AttentionSpan], list[AttentionSpan]]:
     """(runs, branches) of one part of a tree.
 
     A run is a path of nodes whose rows are contiguous; it attends to itself causally, and every row is in one run. The
@@ -221,7 +223,7 @@ def _spans(part: TreePart, first_row: dict[int, int], end: dict[int, int]) -> tu
     """
     run_start: dict[int, int] = {}
     runs: list[tuple[int, int]] = []
-    branches: list[Span] = []
+    branches: list[AttentionSpan] = []
     continues_parent: set[int] = set()
     children: dict[int, list[Node]] = {}
     for node in part:
@@ -242,13 +244,13 @@ def _spans(part: TreePart, first_row: dict[int, int], end: dict[int, int]) -> tu
         continues_parent.add(id(first_child))
         q0, q1 = end[id(first_child)], end[id(node)]
         if q1 > q0 and node_end > start:
-            branches.append(Span(q0, q1, start, node_end))
-    return [Span(a, b, a, b) for a, b in runs if b > a], branches
+            branches.append(AttentionSpan(q0, q1, start, node_end))
+    return [AttentionSpan(a, b, a, b) for a, b in runs if b > a], branches
 
 
-def _nesting_levels(branches: list[Span]) -> list[Call]:
+def _nesting_levels(branches: list[AttentionSpan]) -> list[AttentionCall]:
     """One call for each level of nesting: two branches are nested or disjoint, and those of one level share no rows."""
-    levels: list[list[Span]] = []
+    levels: list[list[AttentionSpan]] = []
     enclosing_ends: list[int] = []  # q1 of the branches that contain the current row, outermost first
     for span in sorted(branches, key=lambda s: (s.q0, -s.q1)):
         while enclosing_ends and enclosing_ends[-1] <= span.q0:
@@ -257,4 +259,4 @@ def _nesting_levels(branches: list[Span]) -> list[Call]:
             levels.append([])
         levels[len(enclosing_ends)].append(span)
         enclosing_ends.append(span.q1)
-    return [Call(spans, False) for spans in levels]
+    return [AttentionCall(spans, False) for spans in levels]

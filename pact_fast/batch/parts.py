@@ -1,6 +1,6 @@
-"""Parts of token trees: how trees are split under a budget of tokens, what a part costs, and which pack gets it.
+"""Parts of token trees: splitting trees under a token budget, the cost of parts, and their assignment to packs.
 
-Packs are assigned from a table of costs alone, so that whoever assigns them need not hold the tokens.
+Packs are assigned from a table of costs alone, so that the assigning process does not need the tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def split_trees(trees: Sequence[TokenTree], max_tokens: int, share: bool) -> lis
         [leaf.path() for leaf in leaves]
         for tree in trees
         if tree.nodes
-        for leaves in _leaves_together(tree, tree.subtree_sizes())
+        for leaves in _leaf_groups(tree, tree.subtree_sizes())
     ]
 
 
@@ -61,7 +61,7 @@ def _leaves(tree: TokenTree, sizes: dict[int, int]) -> list[Node]:
     return [node for node in _depth_first(tree.nodes[0], None, sizes) if not node.children]
 
 
-def _leaves_together(tree: TokenTree, sizes: dict[int, int]) -> list[list[Node]]:
+def _leaf_groups(tree: TokenTree, sizes: dict[int, int]) -> list[list[Node]]:
     """The leaves in depth-first order; those of a pair as one entry, at the place of its first."""
     partner = {id(a): b for pair in tree.pairs for a, b in (pair, pair[::-1])}
     together: list[list[Node]] = []
@@ -91,7 +91,7 @@ def _split(tree: TokenTree, budget: int) -> list[TreePart]:
     parts: list[TreePart] = []
     selected: set[int] = set()
     size = 0
-    for leaves in _leaves_together(tree, subtree_sizes):
+    for leaves in _leaf_groups(tree, subtree_sizes):
         path = list(dict.fromkeys(node for leaf in leaves for node in leaf.path()))
         new = [node for node in path if id(node) not in selected]
         extra = sum(len(node.ids) for node in new)

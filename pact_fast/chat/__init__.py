@@ -6,7 +6,7 @@ named_templates  which of several templates renders a conversation
 template_variables
                  variables of the template, and the date that it writes
 call_ids         ids of calls and results, for templates that need them
-history          what a template makes of earlier turns once the user speaks again: branches of rollouts and expert traces
+history          earlier turns as a template rewrites them when the user speaks again: branches of rollouts and traces
 trace_context    the expert trace as tokens after its prompt, and its branches
 structure        the tokens that stand around turns and never in one
 encoding         text to ids, with control over which strings may become control tokens

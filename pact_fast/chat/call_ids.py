@@ -11,7 +11,7 @@ def with_call_ids(messages: Sequence[Message], named: bool = False) -> list[Mess
     """The messages, with an id for every call and its result.
 
     Call n of an assistant turn is "call" and five digits, which also fits Mistral's templates (nine letters or digits).
-    Ids begin anew in every turn, so that what a template writes after a turn does not depend on the turns before it.
+    Numbering restarts in every turn, so that a template's text after a turn does not depend on the turns before it.
     Results are paired by the ids that they have already, else by position. `named`: ids that hold the tool's name, as
     Kimi K2's templates write them in place of it.
     """

@@ -16,7 +16,7 @@ from pact_fast.data.types import Message, ToolCall, ToolSchema, text_of
 from pact_fast.errors import PASSED_ON, PactError, error_line
 from pact_fast.limits import time_limit
 
-SECONDS = 2.0  # for a rendering, which takes milliseconds
+RENDER_SECONDS = 2.0  # for a rendering, which takes milliseconds
 QUESTION: Message = {"role": "user", "content": "Go on."}
 # On offer in every probe, as in the conversations that are trained on: some templates cannot render a call without.
 PROBE_NAME = "look_up"
@@ -83,7 +83,9 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Sequence[ToolSchema], generate: bool = False, **variables: Any
     ) -> str:
         try:
-            with time_limit(SECONDS, "the chat template (a loop without end? set model.chat_template to another one)"):
+            with time_limit(
+                RENDER_SECONDS, "the chat template (a loop without end? set model.chat_template to another one)"
+            ):
                 return self._tokenizer.apply_chat_template(
                     [{**m, "content": text_of(m.get("content"))} for m in messages],
                     chat_template=self._source(bool(tools)),
@@ -226,7 +228,10 @@ class ChatTemplate:
         return pieces
 
     def _find_transform(self, role: str, ends: Ends) -> Callable[[str], str]:
-        """How the template transforms the content of a message of this role."""
+        """Find the transform that the template applies to the content of a `role` message, by rendering probes.
+
+        Raises PactError if none of _TRANSFORMS explains the rendering.
+        """
         pattern: Pattern = ((role, "f" if role == "tool" else ""),)
         if role != "tool" and not self._keeps_end(ends):  # gpt-oss ends an earlier answer by another token
             pattern = (("tool", "f"), *pattern)

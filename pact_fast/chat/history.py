@@ -1,8 +1,8 @@
-"""What a chat template makes of the past once the user speaks again: most drop the reasoning of earlier turns.
+"""Rewriting of earlier turns by chat templates: most drop their reasoning when the user speaks again.
 
-A template that does so never shows the model what was appended turn by turn. The history is then written anew: the prompt,
-every earlier turn as it was sampled, but for its reasoning, and the text between them. Ids that were sampled are kept; what
-the template writes in place of the reasoning (nothing, or an empty block) is found by rendering probes.
+Under such a template, the next prompt is not the sampled sequence plus the new message. The history is rebuilt: the prompt,
+every earlier turn with its sampled ids but without its reasoning, and the text between turns. The text that the template
+writes in place of the reasoning (nothing, or an empty block) is found by rendering probes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LabelledTokens:
 
 
 class Renderer(Protocol):
-    """What is needed of a ChatRenderer."""
+    """The part of ChatRenderer that History needs."""
 
     template: ChatTemplate
     format: ToolFormat
@@ -92,9 +92,9 @@ class History:
         return _REASONING in self._render([QUESTION, _turn("", True), _RESULT, QUESTION])
 
     def rewrites(self, replied: bool) -> bool:
-        """Whether a message of the user changes the past, so that `go_on` has to write it anew.
+        """Whether a message of the user changes earlier turns, so that `continuation` has to rebuild them.
 
-        `replied`: the user replies to a turn; False: there are results of its calls between.
+        `replied`: True if the user replies to a turn, False if results of its calls come between.
         """
         return self.drops_reasoning and (replied or not self.keeps_until_answered)
 
@@ -109,20 +109,21 @@ class History:
         found = controls.match(after) if controls else None
         return (found.group() if found else eot), call_eot
 
-    def go_on(
+    def continuation(
         self, pieces: Sequence[LabelledTokens], said: LabelledTokens, replied: bool = True
     ) -> tuple[int, LabelledTokens]:
-        """What follows when the user has spoken, where that `rewrites` the past.
+        """Rebuild the sequence after a user's message that `rewrites` the past.
 
-        Returns (tokens of the sequence that stay, the tokens behind them).
-
-        Less than pieces[0] stays where the template leaves out what the generation prompt has opened for the turn.
+        Less than pieces[0] is kept if the template leaves out the text that the generation prompt opened for the turn.
 
         Args:
-            pieces: The sequence: what there was when the past was rewritten last, then turns, and the text behind each of
-                them but the last.
-            said: The user's message, as `bridge_tokens` renders it, perhaps behind results of the last turn's calls.
-            replied: The user replies to the last turn; False: there are results between.
+            pieces: The sequence so far: the tokens at the last rewrite, then alternately a turn and the text after it
+                (the last turn has none).
+            said: The user's message as rendered by `bridge_tokens`, after the results of the last turn's calls, if any.
+            replied: True if the user replies to the last turn, False if results of calls come between.
+
+        Returns:
+            (number of tokens of the sequence that are kept, the tokens that follow them)
         """
         before, *rest = pieces
         new: list[LabelledTokens] = [] if rest else [before]
@@ -130,7 +131,7 @@ class History:
             cut, shown = self._past_turn(before, turn, after_result=number > 0, last=replied and turn is rest[-1])
             new += [before[: len(before) - cut], shown]
             before = rest[2 * number + 1] if turn is not rest[-1] else before
-        old, whole = joined(pieces), joined([*new, said])
+        old, whole = concatenate(pieces), concatenate([*new, said])
         same = min(len(old), len(whole))
         differs = np.flatnonzero(old.ids[:same] != whole.ids[:same])
         keep = int(differs[0]) if len(differs) else same
@@ -141,7 +142,7 @@ class History:
         if not self.drops_reasoning:
             return np.concatenate([prompt_ids, ids])
         turn = LabelledTokens(ids, components, np.zeros(len(ids), np.int16))
-        cut, shown = self._past_turn(untouched(prompt_ids), turn, after_result=False, last=True)
+        cut, shown = self._past_turn(labelled_prompt(prompt_ids), turn, after_result=False, last=True)
         return np.concatenate([prompt_ids[: len(prompt_ids) - cut], shown.ids])
 
     def _past_turn(
@@ -170,11 +171,11 @@ class History:
         parts.append(self._like(turn, np.array(renderer.encoder.plain(split), np.int64), Component.ANSWER))
         end = renderer.encoder.control_ids[self.ends[0]]
         if last and len(visible) and int(visible.ids[-1]) in renderer.eot_ids and int(visible.ids[-1]) != end:
-            visible = joined([visible[:-1], self._like(turn, np.array([end]), Component.TEMPLATE)])
-        return cut, joined([*parts, visible])
+            visible = concatenate([visible[:-1], self._like(turn, np.array([end]), Component.TEMPLATE)])
+        return cut, concatenate([*parts, visible])
 
     def _visible_from(self, turn: LabelledTokens, offsets: np.ndarray) -> int:
-        """Byte of a turn at which what follows its reasoning begins, line breaks between them excluded."""
+        """Byte offset of the text after a turn's reasoning and the line breaks that follow it."""
         n = len(turn) - (len(turn) > 0 and int(turn.ids[-1]) in self._renderer.eot_ids)
         others = np.flatnonzero(turn.components[:n] != Component.REASONING)
         start = int(offsets[others[0] if len(others) else n])
@@ -206,15 +207,15 @@ class History:
         return bool(text.strip())
 
     def _find_opening(self, called: bool, after_result: bool, reasoned: bool) -> tuple[str, str]:
-        """What the template does before the visible part of an earlier turn.
+        """Find the text that the template writes between the previous message and the visible part of an earlier turn.
 
         Args:
-            called: The turn begins with a call, else with text.
-            after_result: It follows the result of a call, else a user's message.
-            reasoned: It held reasoning; some templates write another blank behind an empty block where there was none.
+            called: The turn begins with a call (else with text).
+            after_result: The turn follows the result of a call (else a user's message).
+            reasoned: The turn held reasoning. Without it, some templates write other whitespace after the empty block.
 
         Returns:
-            (the end of the text before the turn, generation prompt included, that it does not write; what it writes instead)
+            (end of the text before the turn, generation prompt included, that the template omits; its replacement)
         """
         marked: Message = {**(_RESULT if after_result else QUESTION), "content": _MARK}
         earlier = [QUESTION, _turn("", True), marked] if after_result else [marked]
@@ -249,12 +250,12 @@ def _unreasoned(messages: Sequence[Message]) -> list[Message]:
     return [{key: message[key] for key in keys if key in message} for message in messages]
 
 
-def untouched(ids: np.ndarray) -> LabelledTokens:
+def labelled_prompt(ids: np.ndarray) -> LabelledTokens:
     """Tokens of a prompt."""
     return LabelledTokens(ids, np.full(len(ids), Component.TEMPLATE, np.uint8), np.zeros(len(ids), np.int16))
 
 
-def joined(parts: Sequence[LabelledTokens]) -> LabelledTokens:
+def concatenate(parts: Sequence[LabelledTokens]) -> LabelledTokens:
     """The parts as one."""
     columns = zip(*((part.ids, part.components, part.turn_ids) for part in parts), strict=True)
     return LabelledTokens(*(np.concatenate(column) for column in columns))

@@ -69,7 +69,7 @@ class ChatRenderer:
 
     @functools.cached_property
     def history(self) -> History:
-        """What the template makes of earlier turns once the user speaks again."""
+        """Rewriting of earlier turns by the template when the user speaks again."""
         return History(self)
 
     def stop_ids(self, at_tool_call: bool) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ class ChatRenderer:
         if end is None:
             raise PactError(
                 f"rollout.stop_at_tool_call: calls of {type(self.format).__name__} do not end with a token of their own "
-                "in this tokenizer; leave it off"
+                "in this tokenizer; set it to false"
             )
         return (*self.eot_ids, end)
 
@@ -293,7 +293,7 @@ class ChatRenderer:
 
 
 def _of_turn(index: int, ids: np.ndarray, components: np.ndarray) -> LabelledTokens:
-    """Tokens of the turn `index`, or of what follows it."""
+    """Tokens of turn `index`, or of the text after it."""
     return LabelledTokens(ids, components, np.full(len(ids), index, np.int16))
 
 

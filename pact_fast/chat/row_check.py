@@ -23,7 +23,7 @@ from pact_fast.errors import DataError, PactError
 
 _MARK = "Zq0Zrow"  # a word that no template contains or changes
 _MAX_WORDS = 1 << 20  # held in memory
-_EXTRA = f"{THINK}\n\n{END_THINK}\n\n<|end of turn|>"  # what a turn may have beside its text
+_EXTRA = f"{THINK}\n\n{END_THINK}\n\n<|end of turn|>"  # template text of a turn beside its content
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class RowCheck:
         ):  # for instance that of another template, for rows without tools
             raise DataError(
                 f"the chat template ends its prompt with {text[-20:]!r}, and that of other prompts with "
-                f"{template.generation_prompt[-20:]!r}; set model.chat_template to one that ends all prompts alike",
+                f"{template.generation_prompt[-20:]!r}; set model.chat_template to one that ends all "
+                "prompts in the same way",
                 field="prompt",
             )
         return text
@@ -160,7 +161,7 @@ class RowCheck:
         if self._reasoning_closed and any(turn.reasoning for turn in trace.turns):
             raise DataError(
                 f"the expert reasons, but the chat template's generation prompt has closed {THINK} already, so that the "
-                "reasoning would stand in a second block; set model.chat_template to one that leaves it open, or remove "
+                "reasoning would be in a second block; set model.chat_template to one that leaves it open, or remove "
                 "the reasoning",
                 field="expert_trace",
             )

@@ -9,7 +9,7 @@ import numpy as np
 
 from pact_fast.chat.call_ids import with_call_ids
 from pact_fast.chat.chat_template import PROBE_NAME, PROBE_TOOL, call_message
-from pact_fast.chat.history import CURES, LabelledTokens, joined, untouched
+from pact_fast.chat.history import CURES, LabelledTokens, concatenate, labelled_prompt
 from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.data.types import Message, ToolCall
 from pact_fast.errors import PactError
@@ -28,7 +28,7 @@ Turn = tuple[str, list[ToolCall], list[Message]]  # text and calls of a turn, an
 def check_template(renderer: ChatRenderer) -> list[str]:
     """PactError with reason and cure if template, tokenizer and tool format do not work together, or take too much.
 
-    Returns notes on what works and is worth knowing, one line each.
+    Returns notes, one line each, on supported but unusual behaviour.
     """
     with memory_limit(MEMORY, "the chat template (set model.chat_template to another one)"):
         _check_clock(renderer)
@@ -59,7 +59,7 @@ def check_user_turns(renderer: ChatRenderer, after_results: bool = False) -> lis
 
 def _check_rewritten(renderer: ChatRenderer, turns: Sequence[Turn]) -> None:
     """Whenever the user has spoken, the tokens must be those of the template's rendering, without earlier reasoning."""
-    pieces, messages = [untouched(renderer.prompt_ids(_PROMPT, [PROBE_TOOL]))], list(_PROMPT)
+    pieces, messages = [labelled_prompt(renderer.prompt_ids(_PROMPT, [PROBE_TOOL]))], list(_PROMPT)
     for text, calls, following in turns:
         bridge = renderer.bridge_tokens(following)
         turn, said = (
@@ -72,13 +72,13 @@ def _check_rewritten(renderer: ChatRenderer, turns: Sequence[Turn]) -> None:
         messages += [{**spoken, **thought}, *following]
         spoke = following[-1]["role"] == "user"
         if spoke and renderer.history.rewrites(replied=not calls):
-            keep, tokens = renderer.history.go_on(pieces, said, replied=not calls)
-            pieces = [joined([joined(pieces)[:keep], tokens])]
+            keep, tokens = renderer.history.continuation(pieces, said, replied=not calls)
+            pieces = [concatenate([concatenate(pieces)[:keep], tokens])]
         else:
             pieces.append(said)
         if not spoke:
             continue
-        ids = joined(pieces).ids
+        ids = concatenate(pieces).ids
         ours, theirs = _text(renderer, ids), _rendered(renderer, messages)
         if ours != theirs:
             at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
@@ -151,7 +151,7 @@ def _check_texts(renderer: ChatRenderer, turns: Sequence[Turn]) -> list[str]:
 
     Templates keep, strip or blank the reasoning of earlier turns. So the turns compared have no reasoning, and empty
     think blocks are ignored. A difference only in blanks beside control tokens is a note: Hermes 2 Pro and 3 write a line
-    break after the last tool result only once the conversation goes on.
+    break after the last tool result only when the conversation continues.
     """
     notes: list[str] = []
     messages = list(_PROMPT)

@@ -1,4 +1,4 @@
-"""`model.chat_template_kwargs`: variables of chat templates, checked against what a template reads."""
+"""`model.chat_template_kwargs`: variables of chat templates, checked against the variables that a template reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pact_fast.errors import PactError
 from pact_fast.registry import did_you_mean
 from pact_fast.text import short
 
-# What a conversation itself gives to a template, and arguments of transformers' apply_chat_template.
+# Variables that the conversation itself defines, and arguments of transformers' apply_chat_template.
 RESERVED = frozenset({
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
     "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
@@ -48,7 +48,7 @@ def template_variables(given: Mapping[str, Any], sources: Collection[str]) -> di
 
 
 def fix_date(source: str, date: object) -> str:
-    """A template whose calls of `strftime_now` are replaced by what they give on this date.
+    """Replace the calls of `strftime_now` in a template by their results on this date.
 
     transformers passes text and numbers to templates, not functions, so the clock itself cannot be replaced.
 

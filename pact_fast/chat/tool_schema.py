@@ -47,7 +47,7 @@ def parameters_of(name: str, tools: Sequence[ToolSchema]) -> dict[str, Any]:
 
 
 def declared_types(schema: dict[str, Any]) -> set[type]:
-    """The Python types that `type`, `anyOf` and `oneOf` of a schema name; empty if they name none that is known."""
+    """The Python types that `type`, `anyOf` and `oneOf` of a schema name; empty if they name no known type."""
     types: set[type] = set()
     alternatives = [schema.get(key) for key in ("anyOf", "oneOf")]
     for one in (schema, *(item for group in alternatives if isinstance(group, list) for item in group)):

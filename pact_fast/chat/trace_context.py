@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pact_fast.chat.history import History, LabelledTokens, joined, untouched
+from pact_fast.chat.history import History, LabelledTokens, concatenate, labelled_prompt
 from pact_fast.components import Component
 from pact_fast.data.branching import Branching
 
@@ -41,7 +41,7 @@ class TraceContext(Branching):
     branches: np.ndarray
 
     def last_branch(self) -> TraceContext:
-        """The sequence in which the trace ends, alone: what a policy sees that goes on from there."""
+        """The last sequence of the trace alone: the context of a policy that continues from there."""
         if not len(self.branches):
             return self
         path = self._paths()[-1]
@@ -57,25 +57,25 @@ class TraceWriter:
 
     Args:
         prompt_ids: What the trace follows; empty for a trace that does not branch.
-        history: Rewrites what stands before a message of the user; None: nothing does.
+        history: Rewrites the turns before a message of the user; None: they stay unchanged.
     """
 
     def __init__(self, prompt_ids: np.ndarray, history: History | None):
         self._prompt_ids, self._history = prompt_ids, history
-        # since the past was rewritten last: what there was, then turns and text between them
-        self._sequence = [untouched(prompt_ids)]
+        # since the last rewrite: the tokens at that time, then turns and the text between them
+        self._sequence = [labelled_prompt(prompt_ids)]
         self._tokens: list[LabelledTokens] = []
         self._levels: list[np.ndarray] = []
         self._generated: list[np.ndarray] = []
         self._branches: list[tuple[int, int]] = []
 
     def turn(self, tokens: LabelledTokens, level: np.ndarray) -> None:
-        """Append what the expert wrote; level: uint8 [n], see TraceContext."""
+        """Append a turn of the expert; level: uint8 [n], see TraceContext."""
         self._store(tokens, level, np.isin(tokens.components, WRITTEN))
         self._sequence.append(tokens)
 
     def follow(self, tokens: LabelledTokens, *, user: bool, replied: bool) -> None:
-        """Append what followed the turn.
+        """Append the text after the turn.
 
         Args:
             tokens: Results of calls and a message of the user, as `bridge_tokens` renders them.
@@ -87,15 +87,15 @@ class TraceWriter:
             self._sequence.append(tokens)
             return
         size = sum(map(len, self._sequence))
-        keep, tokens = self._history.go_on(self._sequence, tokens, replied=replied)
+        keep, tokens = self._history.continuation(self._sequence, tokens, replied=replied)
         if keep < size:
             self._branches.append((sum(map(len, self._tokens)), keep - len(self._prompt_ids)))
         self._append(tokens)
-        self._sequence = [joined([joined(self._sequence)[:keep], tokens])]
+        self._sequence = [concatenate([concatenate(self._sequence)[:keep], tokens])]
 
     def context(self) -> TraceContext:
-        """What has been written."""
-        tokens = joined(self._tokens) if self._tokens else untouched(np.zeros(0, np.int64))
+        """Return the tokens written so far as a TraceContext."""
+        tokens = concatenate(self._tokens) if self._tokens else labelled_prompt(np.zeros(0, np.int64))
         levels, generated = (
             np.concatenate([np.zeros(0, kind), *parts])
             for kind, parts in ((np.uint8, self._levels), (bool, self._generated))

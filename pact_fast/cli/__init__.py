@@ -2,9 +2,9 @@
 
 main.py            the process: arguments, exit status, errors as one line
 parser.py          commands, options and help texts
-commands.py        what each command does; heavy modules are imported by the command that needs them
+commands.py        the commands; heavy modules are imported by the command that needs them
 doctor.py          checks before a run
-model_row.py       what works with a model, for `doctor MODEL`
+model_row.py       features that work with a model, for `doctor MODEL`
 estimate.py        memory and time estimates as tables
 session.py         sampling from a model without training it
 eval_benchmark.py  `eval BENCH`: a benchmark's samples, resumable

@@ -1,4 +1,4 @@
-"""What the commands do: each takes parsed arguments, imports what it needs, and returns an exit status."""
+"""The commands. Each takes parsed arguments and returns an exit status; imports are local to keep `--help` fast."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
         )
     for option in ("engine", "category", "limit"):
         if getattr(arguments, option) is not None:
-            raise PactError(f"--{option} belongs to a benchmark; give its name and --model")
+            raise PactError(f"--{option} applies to benchmarks only; give the name of a benchmark and --model")
     from pact_fast.cli.session import evaluate_command
 
     return evaluate_command(arguments.source, arguments.settings, arguments.out)
@@ -146,7 +146,10 @@ def run_bench(arguments: argparse.Namespace) -> int:
     sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
     found = {name: text for name, text in sources.items() if '\nif __name__ == "__main__":' in text}
     if not found:
-        raise PactError(f"no benchmarks in {folder}: the installed package has none; run the command from a checkout")
+        raise PactError(
+            f"no benchmarks in {folder}: they are in the repository, not in the installed package; clone it, and install it "
+            "with `pip install -e .` or run `python -m benchmarks.NAME` in it"
+        )
     if arguments.name is None:
         for name, text in found.items():
             print(f"{name:20} {text.splitlines()[0].strip(chr(34))}")

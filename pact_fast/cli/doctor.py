@@ -187,11 +187,11 @@ class _Checks:
             raise PactError("the first tasks offer no tools; a tool-use agent needs the column `tools` in its data")
         if failed and len(failed) == calls:
             raise PactError(
-                f"all {calls} expert calls of the first tasks return an error, the first {' '.join(failed[0].split())}; "
-                "correct the tools"
+                f"all {calls} expert calls of the first tasks return an error, for example "
+                f"{' '.join(failed[0].split())}; correct the tools"
             )
         if failed:
-            self.warnings.append(f"{len(failed)} of {calls} expert calls return an error, the first {failed[0]}")
+            self.warnings.append(f"{len(failed)} of {calls} expert calls return an error, for example {failed[0]}")
         tasks = min(8, len(self.sample))
         lines = "".join(f"\n      {line}" for report in reports.values() for line in report)
         return f"{offered} tools in the first {tasks} tasks; {calls} expert calls run, {len(failed)} returned an error{lines}"

@@ -11,9 +11,9 @@ from typing import Any
 from pact_fast.cli.language_model import add_llm, llm_config
 
 DESCRIPTION = """\
-Make tasks of a domain, with checkers that are executed, and training dialogues (docs/eigendata.md). Every round plans, writes,
-verifies and plays tasks; then prompts and workflow are revised from the failures. A command that was stopped continues where
-it was when it is given again.
+Make tasks of a domain with executable checkers, and training dialogues (docs/eigendata.md). Every round plans, writes,
+verifies and plays tasks; then prompts and workflow are revised from the failures. A stopped command continues when
+it is repeated.
 """
 EXAMPLES = """\
   pact-fast data eigendata helpdesk -o data/helpdesk
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _roles(arguments: argparse.Namespace, models: tuple[str, ...]) -> Iterator[tuple[Any, int]]:
-    """(the backends, connected to the language model while they are needed; tasks at the same time)."""
+    """(the roles, connected to the language model while they are needed; tasks at the same time)."""
     from pact_fast.errors import PactError
 
     if bool(models) != bool(arguments.llm):
@@ -78,7 +78,7 @@ def _roles(arguments: argparse.Namespace, models: tuple[str, ...]) -> Iterator[t
         yield None, 1
         return
     from pact_fast.llm import LLMClient
-    from pact_fast.synthesis.eigendata.backends import check_roles, make_roles
+    from pact_fast.synthesis.eigendata.make_roles import check_roles, make_roles
 
     check_roles(models)
     config = llm_config(arguments.llm, arguments.out)

@@ -30,7 +30,7 @@ from pact_fast.users.endpoint import ANSWERS, user_llm
 
 JOBS = 1024  # trajectories that are prepared at once
 # settings of a run that decide nothing about its samples: how fast, how many at once, how training used them
-SPEED = (
+WITHOUT_EFFECT = (
     *("num_generations", "oversampling_factor", "temperature", "max_batch_size", "engine_timeout", "vllm_mode"),
     *("vllm_server_base_url", "vllm_server_timeout", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"),
     *(
@@ -45,7 +45,7 @@ SPEED = (
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What the command line asks for.
+    """Parsed arguments of `pact-fast eval BENCHMARK`.
 
     name         of the benchmark, or `file.py:Class`
     model        run directory, recipe, YAML file, model folder or hub name
@@ -133,8 +133,11 @@ def benchmark_config(request: EvalRequest, kind: type[Benchmark]) -> tuple[Confi
 
 
 def identity(request: EvalRequest, config: Config, run: Path | None) -> dict[str, Any]:
-    """What every sample depends on. More samples, categories or tasks may be added to the same results."""
-    rollout = config.rollout.model_dump(exclude={*SPEED, "user_llm"})
+    """Return the settings that every sample depends on, as JSON data.
+
+    The number of samples, the categories and the limit of tasks are not among them: results can be extended later.
+    """
+    rollout = config.rollout.model_dump(exclude={*WITHOUT_EFFECT, "user_llm"})
     user = user_llm(config.rollout)
     return {
         "benchmark": request.name,
@@ -169,7 +172,7 @@ def _run(
     store: ResultStore,
     progress: Progress,
 ) -> None:
-    """Sample what is not finished; a finished evaluation loads no model."""
+    """Sample the unfinished tasks; a finished evaluation loads no model."""
     open_jobs = [
         (category, task, k)
         for k in range(request.samples)  # first one sample of everything

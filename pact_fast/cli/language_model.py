@@ -19,7 +19,7 @@ def add_llm(parser: argparse.ArgumentParser, help_text: str) -> None:
 
 
 def llm_config(items: list[str], out: Path) -> LLMConfig:
-    """The settings that --llm names, later ones over earlier ones; answers are kept in `out/answers` unless they say where.
+    """Merge the settings given by --llm; later ones override earlier ones. `cache_dir` is `out/answers` by default.
 
     Raises:
         PactError: A file cannot be read, or a setting is wrong.

@@ -59,7 +59,7 @@ def entry() -> NoReturn:
 
 
 class _VisibleRecord(logging.LogRecord):
-    """A log record without control characters: libraries log what stands in files of strangers."""
+    """A log record without control characters: libraries log text of untrusted files."""
 
     def getMessage(self) -> str:
         return visible(super().getMessage())

@@ -28,7 +28,7 @@ def is_model(source: str) -> bool:
 
 
 def model_command(source: str, settings: list[str]) -> int:
-    """Print what of a model works, and how, a line each: ok or FAIL. Returns the number of failures as status 0 or 1.
+    """Print a line for each supported feature of a model: ok or FAIL. Returns the number of failures as status 0 or 1.
 
     Args:
         source: A model folder or hub name.
@@ -47,7 +47,7 @@ def _model_config(source: str, settings: list[str]) -> ModelConfig:
     for setting in settings:
         key, _, value = setting.partition("=")
         if not key.startswith("model."):
-            raise PactError(f"{key}: of a model, only settings of the section model apply; name a recipe instead")
+            raise PactError(f"{key}: for a model, only settings of the section `model` apply; name a recipe instead")
         values[key.removeprefix("model.")] = yaml.safe_load(value)
     try:
         return ModelConfig.model_validate(values)

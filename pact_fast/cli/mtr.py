@@ -12,9 +12,9 @@ from pact_fast.cli.language_model import add_llm, llm_config
 
 DESCRIPTION = """\
 Make tasks with simulated tools and verified expert traces from rows of HotpotQA, MuSiQue, 2WikiMultiHopQA, Bamboogle or
-FlashRAG, by rules. Rows with decompositions or triples give traces: `pact-fast train` reads train.jsonl. The others give tasks
-without a trace, tasks.jsonl: their tool searches the row's passages, and with --llm a language model writes further ones.
-Killed and started again, it continues and gives the same files. docs/mtr.md
+FlashRAG, by rules. Rows with decompositions or triples become tasks with traces (train.jsonl, for `pact-fast train`).
+Other rows become tasks without traces (tasks.jsonl), with a tool that searches the row's passages; with --llm, a
+language model writes further tools. A killed command continues when it is repeated, and writes the same files. docs/mtr.md
 """
 EXAMPLES = """\
   pact-fast data mtr musique_train.jsonl -o mtr-data

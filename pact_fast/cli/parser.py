@@ -39,9 +39,9 @@ TRAIN_EXAMPLES = """\
 """
 EVAL = """\
 Measure the success rate on held-out tasks, sampled (with rollout.temperature, top_p, top_k and min_p) and greedy, with
-95 % intervals. The model is a run's newest checkpoint, or the one that a recipe starts from. Prints JSON, which states how
-it sampled. With the name of a benchmark and --model, runs the benchmark instead: pass@1, pass^k and their intervals by
-category, as a table and as JSON. An interrupted benchmark continues when the same command is given again.
+95 % intervals. The model is a run's newest checkpoint, or the one that a recipe starts from. Prints JSON, including the
+sampling settings. With the name of a benchmark and --model, runs the benchmark instead: pass@1, pass^k and their
+intervals by category, as a table and as JSON. An interrupted benchmark continues when you repeat the command.
 """
 EVAL_EXAMPLES = """\
   pact-fast eval runs/quickstart
@@ -92,13 +92,13 @@ EXPORT_EXAMPLES = """\
   pact-fast export runs/quickstart quickstart-model
 """
 RECIPES = """\
-List the shipped recipes. Each is a YAML file whose first lines say how to start it and what it needs.
+List the shipped recipes. Each is a YAML file; comments at its beginning explain how to start it and what it requires.
 """
 RECIPES_EXAMPLES = """\
   pact-fast recipes
 """
 CONVERT = """\
-Write the tasks of a benchmark as JSON Lines in our own columns, with expert traces where the benchmark has a ground truth,
+Write the tasks of a benchmark as JSON Lines in our own columns, with expert traces for categories with a ground truth,
 for data.train and data.eval.
 """
 CONVERT_EXAMPLES = """\
@@ -173,16 +173,16 @@ def _add_eval(subparsers: Any) -> None:
     )
     bench_options.add_argument("--samples", type=int, default=1, help="samples per task, for pass^k (default: 1)")
     bench_options.add_argument(
-        "--temperature", type=float, default=0.0, help="of sampling (default: 0, which is greedy)"
+        "--temperature", type=float, default=0.0, help="sampling temperature (default: 0, greedy)"
     )
-    bench_options.add_argument("--limit", type=int, help="at most so many tasks per category")
+    bench_options.add_argument("--limit", type=int, help="maximum number of tasks per category (default: all)")
 
 
 def _add_rollout(subparsers: Any) -> None:
     rollout = _command(subparsers, "rollout", commands.run_rollout, "sample trajectories", ROLLOUT, ROLLOUT_EXAMPLES)
     _recipe(rollout, "RUN|RECIPE|FILE", "run directory (its newest model), recipe name or YAML file")
     rollout.add_argument("--tasks", type=int, default=4, help="number of tasks (default: 4)")
-    rollout.add_argument("--split", choices=["train", "eval"], default="eval", help="which tasks (default: eval)")
+    rollout.add_argument("--split", choices=["train", "eval"], default="eval", help="tasks to sample (default: eval)")
     rollout.add_argument("--out", type=Path, help="JSON Lines file to write (default: print the trajectories)")
 
 
@@ -250,9 +250,11 @@ def _add_data(subparsers: Any) -> None:
     )
     _recipe(convert, "BENCH", "name of a benchmark (`pact-fast eval`), or file.py:Class")
     convert.add_argument("-o", "--out", type=Path, required=True, help="JSON Lines file to write")
-    convert.add_argument("--split", choices=["train", "test", "all"], default="all", help="which tasks (default: all)")
+    convert.add_argument(
+        "--split", choices=["train", "test", "all"], default="all", help="tasks to write (default: all)"
+    )
     convert.add_argument("--category", action="append", metavar="NAME", help="only this category or group")
-    convert.add_argument("--limit", type=int, help="at most so many rows per category")
+    convert.add_argument("--limit", type=int, help="maximum number of rows per category (default: all)")
 
 
 def _add_bench(subparsers: Any) -> None:

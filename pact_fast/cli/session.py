@@ -58,7 +58,7 @@ class Session:
         return tasks
 
     def _check(self, task: Task) -> None:
-        """DataError if the task lacks what its environment needs; training checks it with everything else of a row."""
+        """DataError if the task does not meet the requirements of its environment; training checks rows completely."""
         name = task.env or environment_name(self.config.env, self.config.data)
         check_environment(task, environment.get(name))
 
@@ -147,7 +147,7 @@ def evaluate_command(source: str, settings: Sequence[str], out: Path | None) -> 
     session.close()
     text = json.dumps(result, indent=2)
     if out:
-        write_named(out, text + "\n")  # first: whoever reads the output may have gone
+        write_named(out, text + "\n")  # first: the reader of stdout may have closed it
     print(text)
     return 0
 

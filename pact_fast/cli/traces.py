@@ -11,18 +11,19 @@ from typing import Any
 from pact_fast.cli.language_model import add_llm, llm_config
 
 DESCRIPTION = """\
-Make expert traces for the rows of a file, and keep those that execution verifies. PACT learns from rows with a trace.
+Make expert traces for the rows of a file, and keep those that pass a verification by execution. PACT learns from rows
+with a trace.
 
-Where the calls come from:
-  --calls reference   the row's own (column reference_calls, or a trace that is to be made anew), executed in the row's
-                      environment. Reasoning that the row does not have is a template, and the column `reasoning` of
-                      the new rows says so: template, row (its own), teacher.
+Source of the calls:
+  --calls reference   the row's calls (column reference_calls, or an expert trace), executed in the row's environment.
+                      Missing reasoning is filled in from a template. The column `reasoning` of the new rows names its
+                      source: template, row or teacher.
   --calls teacher     a language model behind an OpenAI-compatible endpoint, which acts in the environment.
 
-A trace is kept if the environment's success is 1 (or, where it has no verdict, the row's answer is given), if playing it
-again gives the same observations, and if it does not write the answer before a tool has stated it. OUT/train.jsonl has
-the rows with traces, OUT/rejected.jsonl every other row with its reasons, OUT/summary.json the counts. The same command
-continues where a killed one stopped, and gives the same files. docs/traces.md
+A trace is kept if the environment's success is 1 (or, for environments without success, the row's answer is given), if
+replaying it gives the same observations, and if it does not write the answer before a tool has stated it.
+OUT/train.jsonl has the rows with traces, OUT/rejected.jsonl every other row with its reasons, OUT/summary.json the
+counts. A killed command continues when it is repeated, and writes the same files. docs/traces.md
 """
 EXAMPLES = """\
   pact-fast traces rows.jsonl -o traces
@@ -47,14 +48,14 @@ def add_traces(commands: Any, command: Callable[..., argparse.ArgumentParser]) -
     parser.add_argument("-o", "--out", metavar="OUT", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--calls", choices=["reference", "teacher"], default="reference",
-        help="where the calls come from (default: reference)",
+        help="source of the calls (default: reference)",
     )  # fmt: skip
     parser.add_argument(
         "--attempts", type=int, default=1, help="episodes of the teacher per row, until one is kept (default: 1)"
     )
     parser.add_argument(
         "--segments", choices=["rules", "model"], default="rules",
-        help="who says where the segments of a reasoning end; model: with the rules as fallback (default: rules)",
+        help="segmentation of the reasoning; model: by the language model, with the rules as fallback (default: rules)",
     )  # fmt: skip
     add_llm(parser, "settings of the teacher, or of the model that finds segments")
     parser.add_argument("--limit", type=int, help="read only this many rows (default: all)")
@@ -123,10 +124,10 @@ def _language_model(arguments: argparse.Namespace) -> Any:
     asked = arguments.calls == "teacher" or arguments.segments == "model"
     if asked and not arguments.llm:
         raise PactError(
-            "a teacher, or segments by a model, needs one: add --llm model=NAME, and --llm base_url=URL for an endpoint"
+            "--calls teacher and --segments model need a model: add --llm model=NAME, and --llm base_url=URL for an endpoint"
         )
     if not asked and arguments.llm:
-        raise PactError("--llm needs somebody who asks it: add --calls teacher or --segments model")
+        raise PactError("--llm has no effect by itself: add --calls teacher or --segments model")
     return llm_config(arguments.llm, arguments.out) if asked else None
 
 

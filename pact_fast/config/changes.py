@@ -32,14 +32,14 @@ MAY_CHANGE = (
     "rollout.user_llm.server_timeout", "rollout.user_llm.timeout", "rollout.user_llm.total_timeout",
     "rollout.user_llm.max_retries", "rollout.user_llm.max_concurrency", "rollout.user_llm.token_budget",
     "rollout.user_llm.price", "rollout.user_llm.cache_dir", "rollout.user_llm.replay",
-    # what is done about bad rows, which in large files are found when they are drawn
+    # handling of bad rows, which in large files are found when they are drawn
     "data.on_bad_row",
     # code that is fixed or moved between two starts
     "algorithm.reward.functions",
     # the optimizer and the end of the run
     "trainer.max_steps", "trainer.learning_rate", "trainer.lr_scheduler_type", "trainer.warmup_steps",
     "trainer.weight_decay", "trainer.max_grad_norm", "trainer.max_skipped_updates", "trainer.max_off_policy_steps",
-    # what is saved, evaluated and logged
+    # saving, evaluation and logging
     "trainer.save_steps", "trainer.save_minutes", "trainer.save_total_limit", "trainer.eval_steps", "trainer.eval_tasks",
     "trainer.log_completions", "trainer.save_rollouts", "trainer.keep_rollouts", "trainer.report_to",
 )  # fmt: skip

@@ -11,7 +11,7 @@ class SamplingFilters:
 
     min_p  first: tokens with at least this fraction of the most likely token's probability; 0: off
     top_k  then: the k most likely tokens, with all that tie with the last of them; 0: off
-    top_p  last: of what is left, the fewest most likely tokens whose probabilities sum to at least p; 1: off
+    top_p  last: of the remaining tokens, the fewest most likely ones whose probabilities sum to at least p; 1: off
     """
 
     top_p: float = 1.0

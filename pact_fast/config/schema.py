@@ -1,6 +1,6 @@
 """The schema of a run's configuration. Importable without torch.
 
-Names are TRL's where the meaning is the same (`beta` is the KL coefficient, `epsilon_high`, `num_generations`, …).
+Names are TRL's if the meaning is the same (`beta` is the KL coefficient, `epsilon_high`, `num_generations`, …).
 Field descriptions are the reference documentation: `docs/configuration.md` is generated from them.
 """
 
@@ -51,7 +51,8 @@ class ModelConfig(Section):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description="Variables for the chat template, such as {enable_thinking: false} or {reasoning_effort: low}. "
-        "{strftime_now: 2025-06-30} fixes the date that a template writes. Whoever serves the trained model passes the same.",
+        "{strftime_now: 2025-06-30} fixes the date that a template writes. Serve the trained "
+        "model with the same variables.",
     )
     tool_format: str = Field(
         "auto",
@@ -116,9 +117,10 @@ class EnvConfig(Section):
     name: str = Field(
         "auto",
         description="`lookup_chain`: built-in multi-hop look-ups; `python_tools`: tools given as Python source (FTRL, "
-        "ToolHop), run in sandboxed processes; `simulated`: tools answered from a row's facts (docs/mtr.md); `functions`, "
-        "`trl`, `verifiers`, `mcp`, `gymnasium`: what you have already (docs/adapters.md); your own as "
-        "`file.py:Class`; `auto`: python_tools with data files, else lookup_chain. A row's column `env` takes precedence.",
+        "ToolHop), run in sandboxed processes; `simulated`: tools answered from a row's facts (docs/mtr.md); "
+        "`functions`, `trl`, `verifiers`, `mcp`, `gymnasium`: adapters for existing tools and environments "
+        "(docs/adapters.md); your own as `file.py:Class`; `auto`: python_tools with data files, else lookup_chain. A "
+        "row's column `env` takes precedence.",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of the environment (docs/environments.md)."
@@ -162,14 +164,15 @@ class RolloutConfig(Section):
     max_user_turns: int | None = Field(
         None,
         ge=1,
-        description="Messages of the user per trajectory, the prompt's not counted, where the environment has a user "
-        "(docs/conversations.md); null: `max_turns` alone limits the dialogue.",
+        description="Messages of the user per trajectory after the prompt, if the environment has a user "
+        "(docs/conversations.md); null: only `max_turns` limits the dialogue.",
     )
     user: Literal["environment", "policy", "model", "endpoint"] = Field(
         "environment",
-        description="Who answers turns without tool calls: `environment`: its method `respond`, if it has one; `policy`: the "
-        "policy itself, with the environment's `user_prompt` (self-play, docs/conversations.md); `model`: a frozen model of "
-        "its own, with the same prompt; `endpoint`: a language model behind an OpenAI-compatible endpoint, with it, too.",
+        description="Who answers turns without tool calls: `environment`: its method `respond`, if it has one; "
+        "`policy`: the policy itself, with the environment's `user_prompt` (self-play, docs/conversations.md); "
+        "`model`: a separate frozen model, with the same prompt; `endpoint`: a language model at an OpenAI-compatible "
+        "endpoint, with the same prompt.",
     )
     user_model: str | None = Field(
         None,
@@ -189,10 +192,11 @@ class RolloutConfig(Section):
     user_stop: str = Field(
         "###STOP###",
         min_length=1,
-        description="Ends the dialogue, at the end of a message of the policy or model that plays the user.",
+        description="Marker at the end of a message with which the policy or model that plays the user ends the "
+        "dialogue.",
     )
     train_as: Literal["agent", "user"] = Field(
-        "agent", description="Whose side of the dialogue is trained; `user` needs `user=policy`."
+        "agent", description="Side of the dialogue that is trained; `user` needs `user=policy`."
     )
     max_turn_tokens: int = Field(1024, ge=1, description="Sampled tokens per assistant turn.")
     max_completion_length: int = Field(
@@ -256,8 +260,9 @@ class RolloutConfig(Section):
     )
     verify_weights: Literal["always", "first", "never"] = Field(
         "always",
-        description="vLLM: when fingerprints of the engine's weights are compared with the trainer's: after every update "
-        "and before the next one; after the first transfer to an engine only (and after a restart); never.",
+        description="vLLM: when the fingerprints of the engine's weights are compared with the trainer's. `always`: "
+        "after every update and before the next one; `first`: after the first transfer to an engine or a restart; "
+        "`never`.",
     )
     vllm_args: dict[str, Any] = Field(
         default_factory=dict, description="Additional vLLM engine arguments, for example {enforce_eager: true}."
@@ -302,7 +307,7 @@ class AnchorConfig(Section):
 
 
 class TraceConfig(Section):
-    """How the expert trace enters the context of the trace-conditioned loss (method, section 2)."""
+    """Rendering of the expert trace in the context of the trace-conditioned loss (method, section 2)."""
 
     rendering: Literal["demonstration", "turns", "hint"] = Field(
         "demonstration",
@@ -348,7 +353,7 @@ class SFTConfig(Section):
 
 
 class OverlongBufferConfig(Section):
-    """Soft overlong punishment (DAPO; keys as in verl): rollouts that come close to their limit lose reward."""
+    """Soft overlong punishment (DAPO; keys as in verl): a penalty for rollouts close to the length limit."""
 
     enable: bool = Field(False, description="Subtract the penalty from the reward of training rollouts.")
     len: int = Field(
@@ -369,22 +374,24 @@ class RewardConfig(Section):
     )
     outcome: str = Field(
         "success",
-        description="The environment's reward that `grpo` uses and `env_weight` counts: `success`, or another one that it "
-        "returns, such as `trace_reward` of `simulated` (docs/mtr.md). `none`: no outcome counts, only `functions` "
-        "(docs/rewards.md). Evaluations always report `success`.",
+        description="The environment's reward that `grpo` uses and `env_weight` weights: `success`, or another key of "
+        "its rewards, such as `trace_reward` of `simulated` (docs/mtr.md). `none`: no outcome reward, only "
+        "`functions` (docs/rewards.md). Evaluations always report `success`.",
     )
     env_weight: float = Field(
         0.0,
-        description="Weight of the environment's `success` (`outcome`) in the trajectory reward. Not for `grpo`, which uses "
-        "it alone.",
+        description="Weight of the environment's `success` (`outcome`) in the trajectory reward. Ignored by `grpo`, "
+        "whose reward is the outcome.",
     )
     match_weight: float = Field(
-        1.0, ge=0, description="Weight of the sum of turn rewards (matching) in the trajectory reward. Not for `grpo`."
+        1.0,
+        ge=0,
+        description="Weight of the summed turn rewards (matching) in the trajectory reward. Not allowed with `grpo`.",
     )
     functions: list[str] = Field(
         default_factory=list,
-        description="Further rewards, which are added: `toolrl`, `ftrl` (docs/rewards.md), or functions of your own, "
-        "`file.py:name` or `module:name`, with TRL's keyword signature.",
+        description="Additional rewards, which are summed: `toolrl`, `ftrl` (docs/rewards.md), or functions of your "
+        "own, `file.py:name` or `module:name`, with TRL's keyword signature.",
     )
     overlong_buffer: OverlongBufferConfig = Field(default_factory=OverlongBufferConfig)
 
@@ -403,7 +410,7 @@ class FilterGroupsConfig(Section):
         "used up, dropped groups fill the step.",
     )
     max_mean_reward: float | None = Field(
-        None, description="Also drop groups whose mean reward is at least this (solved almost always); null: do not."
+        None, description="Also drop groups whose mean reward is at least this value (almost always solved); null: off."
     )
 
 
@@ -411,7 +418,7 @@ class SFTThenRLConfig(Section):
     """`algorithm.name=sft_then_rl` (method, section 5)."""
 
     steps: int | None = Field(None, ge=1, description="Training steps of SFT on complete traces, before RL.")
-    rl: Literal["grpo", "matchtir"] = Field("grpo", description="Algorithm of the steps after them.")
+    rl: Literal["grpo", "matchtir"] = Field("grpo", description="Algorithm after the SFT steps.")
 
 
 class ChordConfig(Section):
@@ -421,10 +428,10 @@ class ChordConfig(Section):
     mu_valley: float = Field(0.1, ge=0, le=1, description="μ after the decay.")
     mu_warmup_steps: int = Field(0, ge=0, description="Training steps in which μ rises linearly from 0 to `mu_peak`.")
     mu_decay_steps: int = Field(
-        0, ge=0, description="Training steps after these in which μ falls to `mu_valley`, along a cosine; 0: at once."
+        0, ge=0, description="Steps after the warm-up in which μ falls to `mu_valley`, along a cosine; 0: at once."
     )
     enable_phi_function: bool = Field(
-        True, description="Weight the traces' tokens by φ = p·(1 − p). False: all alike (CHORD-μ)."
+        True, description="Weight the traces' tokens by φ = p·(1 − p). False: equal weights (CHORD-μ)."
     )
     rl: Literal["grpo", "matchtir"] = Field("grpo", description="Rewards and advantages of the rollouts.")
 
@@ -434,7 +441,7 @@ class LuffyConfig(Section):
 
     gamma: float = Field(0.1, gt=0, description="γ of the shaping p/(p + γ).")
     expert_reward: float = Field(
-        1.0, description="Reward of the expert trace in its group: what a rollout earns that does as well."
+        1.0, description="Reward of the expert trace in its group, as for an equally good rollout."
     )
 
 
@@ -456,7 +463,7 @@ class SdftConfig(Section):
 
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = Field(
         "reverse_kl",
-        description="Of the policy without the trace (p) from itself with the trace (q), over the whole vocabulary: "
+        description="Divergence between the policy without the trace (p) and with it (q), over the whole vocabulary: "
         "`reverse_kl`: KL(p ‖ q), as in SDFT; `forward_kl`: KL(q ‖ p); `jsd`: the mean KL of both to their mixture, as in "
         "OPSD.",
     )
@@ -616,26 +623,27 @@ class TrainerConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Largest gradient norm; larger gradients are scaled down.")
     save_steps: int = Field(10, ge=1, description="Steps between checkpoints; the last step is always saved.")
     save_minutes: float | None = Field(
-        None, gt=0, description="Minutes between checkpoints, in place of save_steps; looked at after every step."
+        None, gt=0, description="Minutes between checkpoints, instead of save_steps; checked after every step."
     )
     save_total_limit: int = Field(2, ge=1, description="Number of checkpoints to keep.")
     eval_steps: int | None = Field(
         None,
         ge=1,
-        description="Steps between evaluations on held-out tasks, which must exist; null: only before and after training.",
+        description="Steps between evaluations; needs held-out tasks. null: only before and after training.",
     )
     eval_tasks: int = Field(200, ge=1, description="Held-out tasks per evaluation.")
     report_to: str | list[str] = Field(
         "tensorboard",
-        description="Where metrics go, besides metrics.jsonl: `tensorboard`, `trackio`, `wandb`, your own tracker as "
-        "`file.py:Class`, a list of these, or `none` (docs/tracking.md).",
+        description="Trackers that receive metrics, in addition to metrics.jsonl: `tensorboard`, `trackio`, `wandb`, "
+        "your own tracker as `file.py:Class`, a list of these, or `none` (docs/tracking.md).",
     )
     log_completions: int = Field(4, ge=0, description="Rollouts printed as a table at each evaluation.")
     save_rollouts: int = Field(32, ge=0, description="Rollouts per step written to rollouts/, for `pact-fast view`.")
     keep_rollouts: int | None = Field(
         200,
         ge=1,
-        description="Newest steps whose rollouts are all kept; of the steps before them, every tenth is. null: all steps.",
+        description="Number of newest steps whose rollouts are kept; of older steps, every tenth is kept. null: all "
+        "steps.",
     )
 
     @property
@@ -649,10 +657,10 @@ class TrainerConfig(Section):
 
 
 class PretrainConfig(Section):
-    """SFT before RL: on noisy traces of lookup_chain, which makes the base model of the quickstart, or on complete traces.
+    """SFT before RL, on noisy traces of lookup_chain (for the base model of the quickstart) or on complete traces.
 
-    With noise, the base model learns syntax and copying but not the strategy, which RL can then improve. Tasks of other
-    environments are trained on their own expert traces as they are, the final answer included.
+    With noise, the base model learns syntax and copying but not the strategy, which RL can then improve. For other
+    environments, the expert traces of the tasks are used unchanged, the final answer included.
     """
 
     steps: int = Field(800, ge=1, description="Optimizer steps.")
@@ -674,14 +682,14 @@ class PretrainConfig(Section):
 
 
 class Config(Section):
-    """Settings of a run that belong to no section."""
+    """Top-level settings of a run."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of all random numbers.")
     output_dir: str = Field("runs/{recipe}", description="Run directory; `{recipe}` stands for the recipe's name.")
     resume: Literal["auto", "never"] = Field(
         "never",
         description="`auto` continues from the newest complete checkpoint of the run directory, if there is one. The last "
-        "section lists the settings that may then differ.",
+        "section lists the settings that may change at a resume.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: a GPU if there is one.")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: all cores.")

@@ -1,4 +1,4 @@
-"""Sequences that share what they have in common: a rollout, or an expert trace, whose past the chat template has rewritten."""
+"""Sequences with shared beginnings: a rollout, or an expert trace, whose past the chat template has rewritten."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Branching:
-    """Token ids after a prompt that may branch: what sequences they stand for. A base of records that have these fields.
+    """Token ids after a prompt that may branch, and their sequences. Base class of records with these fields.
 
     prompt_ids  int64, the prompt
     ids         [n] int64: the tokens of all branches, one branch behind the other; what a branch shares with the one before it
@@ -38,8 +38,12 @@ class Branching:
         return max(map(len, self._paths())) - self.rewound
 
     def sequences(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the sampler saw and wrote, branch by branch: (int64 ids of the whole sequence, prompt included; int64 [m]
-        indices into `ids` of the tokens that the branch adds, the last m of the sequence)."""
+        """Return the sequence of each branch as the sampler saw it.
+
+        Returns:
+            One pair per branch: (int64 ids of the whole sequence, prompt included; int64 [m] indices into `ids` of the
+            tokens that the branch adds, which are the last m of the sequence).
+        """
         head = self.prompt_ids[: len(self.prompt_ids) - self.rewound]
         starts = [0, *self.branches[:, 0].tolist(), len(self.ids)]
         return [

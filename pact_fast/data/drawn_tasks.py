@@ -17,9 +17,9 @@ from pact_fast.data.indexed_tasks import IndexedTasks
 from pact_fast.data.types import Task
 from pact_fast.errors import DataError
 
-FIRST = 2000  # rows of a file that are looked at before the first step
-SAMPLE = 2000  # and rows from anywhere, drawn from the seed
-TRIES = 1000  # rows that are drawn in place of one that cannot be used
+CHECKED_FIRST = 2000  # rows of a file that are looked at before the first step
+CHECKED_ANYWHERE = 2000  # and rows from anywhere, drawn from the seed
+MAX_REDRAWS = 1000  # rows that are drawn in place of one that cannot be used
 
 
 Check = Callable[[Task], object]
@@ -79,11 +79,13 @@ class DrawnTasks:
                 if not self._skip:
                     raise
                 last = error
-        raise DataError(f"{last.problem}; and none of {TRIES:,} rows drawn in its place can be used", file=last.file)
+        raise DataError(
+            f"{last.problem}; none of {MAX_REDRAWS:,} rows drawn in its place can be used either", file=last.file
+        )
 
     def _candidates(self, position: int, seed: Sequence[int]) -> Iterator[int]:
         yield position
-        yield from np.random.default_rng(seed).integers(len(self), size=TRIES).tolist()
+        yield from np.random.default_rng(seed).integers(len(self), size=MAX_REDRAWS).tolist()
 
     def first(self, count: int) -> list[Task]:
         """The first `count` tasks that can be used, or all of them if there are fewer."""
@@ -100,6 +102,6 @@ class DrawnTasks:
 
     def sample(self, seed: int) -> list[int]:
         """Positions to look at before the first step: the first ones, some from anywhere, and those that look wrong."""
-        anywhere = np.random.default_rng((seed, len(self))).integers(len(self), size=SAMPLE)
-        first = np.arange(min(FIRST, len(self)))
+        anywhere = np.random.default_rng((seed, len(self))).integers(len(self), size=CHECKED_ANYWHERE)
+        first = np.arange(min(CHECKED_FIRST, len(self)))
         return np.unique(np.concatenate([first, anywhere, self._tasks.suspects()]).astype(np.int64)).tolist()

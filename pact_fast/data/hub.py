@@ -41,7 +41,7 @@ def hub_rows(dataset: HubDataset, part: bool) -> Iterator[NumberedRow]:
 
     Args:
         dataset: The split.
-        part: The caller will stop before the end: read over the network what is asked for. Else whole files are
+        part: The caller will stop before the end: read only the requested rows over the network. Else whole files are
             downloaded to the cache of huggingface_hub, one after the other, where the next run finds them.
 
     Raises:
@@ -112,7 +112,7 @@ def _download(dataset: HubDataset, path: str) -> Path:
 
 @contextmanager
 def _hub_errors(dataset: HubDataset) -> Iterator[None]:
-    """Turns whatever the libraries raise into a DataError with the cure; their exceptions are of a dozen families."""
+    """Turn any exception of the libraries, which have a dozen families of them, into a DataError with the cure."""
     try:
         yield
     except PactError:
@@ -146,7 +146,7 @@ def _problem(dataset: HubDataset, error: Exception) -> str:
 
 
 def _is_unreachable(error: BaseException | None) -> bool:
-    """Whether an exception, or what caused it, is a failed connection."""
+    """Whether an exception, or its cause, is a failed connection."""
     while error is not None:
         if isinstance(error, ConnectionError) or type(error).__name__ in (
             "ConnectError",

@@ -178,7 +178,7 @@ def _detect(source: str, files: Sequence[FileRows], skip: bool) -> RowFormat:
 
 
 def count_rows(sources: Source | Sequence[Source], max_rows: int | None, limit: int) -> int:
-    """How many rows there are that can be read one by one; counting ends after `limit` of them."""
+    """Count the rows that can be read one by one. Stops counting after `limit` rows."""
     most = min(max_rows or limit + 1, limit + 1)
     total = 0
     for source in row_sources(sources, max_rows):
@@ -190,14 +190,14 @@ def count_rows(sources: Source | Sequence[Source], max_rows: int | None, limit: 
 
 
 def _count(path: Path, limit: int) -> int:
-    """Rows of a file, at most `limit`: its lines, or what the footer of a parquet file says; 0 for other files."""
+    """Rows of a file, at most `limit`: its lines, or the row count of a parquet footer; 0 for other files."""
     kind = _kind(path)
     if kind == "parquet":
         import pyarrow.parquet as pq
 
         try:
             return min(limit, pq.read_metadata(path).num_rows)
-        except Exception:  # reading it tells what is wrong
+        except Exception:  # reading the row reports the error
             return 0
     count = 0
     if kind == "lines":

@@ -89,7 +89,7 @@ MESSAGE = KeyTable(
         "tool_use_id": "tool_call_id",
         "tool_name": "name",
     },
-    # what chat APIs return beside the text
+    # fields that chat APIs return beside the text
     ("id", "object", "created", "index", "refusal", "audio", "annotations", "finish_reason", "stop_reason", "metadata"),
 )
 CALL = KeyTable(

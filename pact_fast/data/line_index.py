@@ -127,7 +127,7 @@ class _Lines:
     starts    where each begins
     rows      numbers of those that are not blank
     blanks    numbers of the blank ones
-    suspects  numbers of rows that do not begin with { and end with }, or hold a NUL byte or what is not UTF-8
+    suspects  numbers of rows that do not begin with { and end with }, or hold a NUL byte or invalid UTF-8
     """
 
     def __init__(self, chunk: bytes):

@@ -1,4 +1,4 @@
-"""Formats of prompts: what is added to the question of a row."""
+"""Formats of prompts: instructions that are added to the question of a row."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def write_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
 def _line(task: Task) -> bytes:
     taken = [name for name in OWN_FIELDS if name in task.columns]
     if taken:
-        raise PactError(f"task {short(task.id)}: a further column may not be named '{taken[0]}'; rename it")
+        raise PactError(f"task {short(task.id)}: an extra column may not be named '{taken[0]}'; rename it")
     row = {
         "id": task.id,
         "prompt": task.prompt,

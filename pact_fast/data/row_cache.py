@@ -1,8 +1,8 @@
-"""What is derived from a data file once and kept: made by one process of a node, and read by all.
+"""Cache of data derived from a data file: written by one process of a node, read by all.
 
-An entry is a folder below `rows/` of the cache folder ($XDG_CACHE_HOME/pact_fast). Its name holds the file's size, time of
-change and first and last bytes, so that a changed file has another entry. It appears when it is complete; what a killed
-process leaves behind is removed by the next one.
+An entry is a folder below `rows/` of the cache folder ($XDG_CACHE_HOME/pact_fast). Its name depends on the file's size,
+modification time and first and last bytes, so that a changed file gets another entry. An entry appears when it is
+complete; incomplete entries of a killed process are removed by the next one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import BinaryIO, NamedTuple
 from pact_fast.errors import PactError
 from pact_fast.files import cache_folder, io_errors, private_folder
 
-VERSION = 1  # of what entries hold
-ENDS = 1 << 16  # bytes at either end of a file that tell it from others
+VERSION = 1  # of the format of entries
+END_BYTES = 1 << 16  # bytes at either end of a file that tell it from others
 CURE = "free some space, or set XDG_CACHE_HOME to a folder that is writable"
 
 
@@ -48,17 +48,17 @@ class FileChanged(PactError):
 
 
 class CacheEntry:
-    """What `make` derives from a data file, in a folder of files.
+    """Cached result of `make` for a data file: a folder of files.
 
     Args:
         path: The data file.
-        what: Name of what is derived, part of the folder's name.
-        make: Writes to the folder that it is given. Called by one process of a node; the others wait for it.
+        what: Kind of the derived data; part of the folder's name.
+        make: Writes the files into the folder it is given. Called by one process of a node; the others wait for it.
 
     Raises:
-        FileChanged: The data file has changed meanwhile.
-        PactError: There is no space. (A cache folder that cannot be written to is replaced by a private one.)
-        Whatever `make` raises.
+        FileChanged: The data file changed while `make` ran.
+        PactError: The disk is full. (A cache folder that is not writable is replaced by a private one.)
+        Exception: Any exception of `make`.
     """
 
     def __init__(self, path: Path, what: str, make: Callable[[Path], None]):
@@ -78,7 +78,7 @@ class CacheEntry:
         return found
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file of the entry, which is made again if somebody has cleared the cache folder."""
+        """Open a file of the entry. The entry is made again if the cache folder has been cleared."""
         try:
             return (self.folder / name).open("rb", buffering=0)
         except FileNotFoundError:
@@ -110,9 +110,9 @@ def _write(path: Path, state: FileState, target: Path, make: Callable[[Path], No
 def _digest(path: Path, state: FileState) -> str:
     digest = hashlib.sha256(repr((VERSION, *state)).encode())
     with path.open("rb") as file:
-        digest.update(file.read(ENDS))
-        file.seek(max(0, state.size - ENDS))
-        digest.update(file.read(ENDS))
+        digest.update(file.read(END_BYTES))
+        file.seek(max(0, state.size - END_BYTES))
+        digest.update(file.read(END_BYTES))
     return digest.hexdigest()[:24]
 
 
@@ -129,7 +129,7 @@ def _home(path: Path) -> Path:
 
 
 def _remove_others(home: Path, key: str) -> None:
-    """Remove entries of the file as it was before, and what killed processes have left. The caller holds the lock."""
+    """Remove entries of older states of the file, and leftovers of killed processes. The caller holds the lock."""
     state = key.partition("-")[0]
     for path in home.iterdir():
         if path.is_dir() and not path.name.startswith(f"{state}-"):

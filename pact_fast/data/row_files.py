@@ -154,7 +154,7 @@ def parquet_batches(name: str, file: BinaryIO) -> Iterator[Any]:
 
 @contextmanager
 def parquet_errors(name: str) -> Iterator[None]:
-    """DataError for whatever the reader of a damaged file happens to run into."""
+    """Turn any exception of the reader of a damaged file into a DataError."""
     try:
         yield
     except PASSED_ON:
@@ -184,7 +184,7 @@ def _batches(parquet: Any, name: str, compressed: int) -> Iterator[Any]:
     except DataError:
         raise
     except PactError as error:
-        raise DataError(f"{error}, as in a file that was made to fill the memory; write it again", file=name) from None
+        raise DataError(f"{error}, as in a file made to exhaust the memory; write it again", file=name) from None
 
 
 def _decoded_bytes(column: Any) -> int:

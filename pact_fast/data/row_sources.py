@@ -1,4 +1,4 @@
-"""Where rows come from: files, patterns of files, and datasets of the Hugging Face Hub, all read in the same way."""
+"""Sources of rows: files, glob patterns, and datasets of the Hugging Face Hub, all read in the same way."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def row_sources(sources: Source | Sequence[Source], max_rows: int | None = None)
 
 
 def resolve_data(data: DataConfig, recorded: DataConfig | None = None) -> DataConfig:
-    """The settings with what their names stand for now: patterns as lists of files, datasets with their commit.
+    """Return the settings with resolved names: patterns as lists of files, datasets with their commit.
 
     Args:
         data: The settings as given.
         recorded: Those of the run that is resumed. A dataset without a revision keeps the commit that stands there, though
-            its main branch may have moved: the run goes on with the rows that it began with.
+            its main branch may have moved: the run continues with its original rows.
 
     Raises:
         DataError: A pattern fits no file, or a dataset cannot be looked up.

@@ -478,7 +478,7 @@ def read_json(text: str, field: str, prefix: str = "") -> Any:
 
 
 def _check_depth(text: str, data: Any) -> None:
-    """RecursionError if data is nested more than MAX_DEPTH deep: what copies and writes it would fail later."""
+    """RecursionError if data is nested more than MAX_DEPTH deep, because copying or writing it would fail later."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
     level = [data]

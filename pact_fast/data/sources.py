@@ -128,7 +128,7 @@ class FileTasks:
         return (self[position] for position in range(len(self)))
 
     def sample(self) -> list[int]:
-        """Positions, in the order of `__iter__`, of what is looked at before the first step.
+        """Positions, in the order of `__iter__`, of the tasks that are checked before the first step.
 
         These are all tasks that are held, and some of the others, a function of seed and files.
         """

@@ -77,7 +77,7 @@ class ExpertTurn:
     calls         the tool calls
     observations  their results, one per call
     content       visible text before the calls; usually empty where there are calls
-    user          what the user said after the turn; None: nothing
+    user          the user's message after the turn; None: there is none
     segments      ends of the reasoning's segments, in characters; None: by the rules of `chat/segments.py`
     """
 
@@ -139,7 +139,7 @@ class ExpertTrace:
             user = _user_text(messages, index)
             index += user is not None
             if user is not None and index >= len(messages):
-                raise ValueError(f"message {index - 1}: the user has the last word, and nobody answers it")
+                raise ValueError(f"message {index - 1}: the last message is the user's; add the assistant's answer")
             if not calls and user is None:
                 if index < len(messages):
                     raise ValueError(
@@ -205,7 +205,7 @@ def text_of(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False)
 
 
-# Where reasoning begins and ends in the text of a message, in the spellings of several model families.
+# Start and end tags of reasoning in the text of a message, for several model families.
 _THINK = re.compile(r"<think(?:ing)?>|\[THINK\]|◁think▷", re.IGNORECASE)
 _END_THINK = re.compile(r"</think(?:ing)?>|\[/THINK\]|◁/think▷", re.IGNORECASE)
 
@@ -327,7 +327,7 @@ class TurnRecord:
     content       visible text
     attempts      the calls in order; a malformed one is the text of its error
     observations  results of the attempts, in their order
-    user          what the user said after the turn; None: nothing, or there is no user
+    user          the user's message after the turn; None: there is none, or no user
     """
 
     text: str
@@ -370,7 +370,7 @@ class StopReason(StrEnum):
 class Trajectory(Branching):
     """One rollout τ: token ids as sampled, never tokenised again. Arrays [n] have one entry per response token.
 
-    Where the chat template rewrites what it has written (docs/conversations.md), the rollout branches.
+    If the chat template rewrites earlier turns (docs/conversations.md), the rollout branches.
 
     task_id       id of the task
     prompt_ids    int64, the prompt x
@@ -382,7 +382,7 @@ class Trajectory(Branching):
     versions      [n] int32: version of the weights that sampled the token; -1 where not sampled
     turns         the assistant turns, parsed
     stop_reason   why the trajectory ended
-    opening       what the other side said before the first turn, where a policy plays the user; else None
+    opening       the other side's message before the first turn, if a policy plays the user; else None
     branches      [b, 2] int64, see Branching
     env_rewards   returned by the environment
     turn_rewards, reward_parts, reward

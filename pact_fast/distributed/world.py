@@ -1,6 +1,6 @@
 """The ranks of a run: the number of this process among them, and the collectives by which they agree.
 
-All ranks know a table of what a step costs; tokens go to the ranks that plan or train them, and nowhere else. Sums of
+All ranks know a table of the costs of a step; tokens go to the ranks that batch or train them, and nowhere else. Sums of
 statistics and whether to continue are exchanged, too. Gradients and weights are left to the training backend.
 """
 

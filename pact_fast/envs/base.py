@@ -38,7 +38,7 @@ class Environment(Protocol):
 
 
 class ConversationalEnvironment(Environment, Protocol):
-    """An environment with somebody to talk to: the episode goes on after a turn without tool calls, until it says so.
+    """An environment with a user: an episode continues after a turn without tool calls until the environment ends it.
 
     `tools` may change between turns. The loop reads it after every reply; calls of later turns are checked against the
     new list. How the policy learns of it is up to the environment: the prompt stands, so the reply has to say it.
@@ -55,7 +55,7 @@ class ConversationalEnvironment(Environment, Protocol):
 
 
 def has_user(env: object) -> TypeGuard[ConversationalEnvironment]:
-    """Whether an environment, or a class of environments, has somebody to talk to."""
+    """Whether an environment, or a class of environments, has a user."""
     return callable(getattr(env, "respond", None))
 
 

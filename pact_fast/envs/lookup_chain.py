@@ -1,7 +1,7 @@
 """Built-in environment: multi-hop look-ups with tools, generated from a seed.
 
 A task asks where a chain of relations leads ("From @cleo follow: boss city."), from one start or from two at once. Each
-tool looks up one relation. Its answers are drawn anew for each task, so they cannot be memorised: the policy has to
+tool looks up one relation. Its answers are drawn at random for each task and cannot be memorised: the policy has to
 call, read and call again. Some tools are distractors; some are flaky, which means that they fail at the first try and
 must be called again; two starts are looked up in parallel calls. Difficulty is the number of relations (hops).
 
@@ -90,11 +90,11 @@ class LookupChainTasks:
         self.distractors, self.flaky, self.parallel = distractors, flaky, parallel
 
     def task(self, index: int) -> Task:
-        """Task number `index`; its id is `toolchain-{split}-{seed}-{index}`."""
+        """Task number `index`; its id is `lookup_chain-{split}-{seed}-{index}`."""
         # the environment's former name stays in the label: another label would draw other tasks
         rng = random.Random(f"toolchain/{self.seed}/{self.split}/{index}")
         while True:
-            task = self._draw(rng, f"toolchain-{self.split}-{self.seed}-{index}")
+            task = self._draw(rng, f"lookup_chain-{self.split}-{self.seed}-{index}")
             if split_of(task) == self.split:
                 return task
 
@@ -121,7 +121,7 @@ class LookupChainTasks:
             reference_calls=expert.calls,
             answer=expert.answer,
             env="lookup_chain",
-            env_args={"facts": facts, "starts": list(starts), "relations": needed, "busy": list(flaky)},
+            env_args={"facts": facts, "starts": list(starts), "relations": needed, "flaky": list(flaky)},
         )
 
 
@@ -169,7 +169,7 @@ class LookupChain:
                 f"task {task.id} is not a lookup_chain task (env_args has no 'facts'); set env.name for your data"
             )
         self._facts = task.env_args["facts"]
-        self._failures_left = {relation: len(task.env_args["starts"]) for relation in task.env_args["busy"]}
+        self._failures_left = {relation: len(task.env_args["starts"]) for relation in _flaky(task)}
         return None
 
     @property
@@ -216,8 +216,15 @@ def split_of(task: Task) -> Split:
 def noisy_trace(task: Task, noise: TraceNoise, rng: random.Random) -> ExpertTrace:
     """A trace of the task with errors drawn from `noise`; its answer is the name that it reaches."""
     args = task.env_args
-    question = Question(tuple(args["starts"]), tuple(args["relations"]), tuple(args["busy"]))
+    question = Question(tuple(args["starts"]), tuple(args["relations"]), _flaky(task))
     return write_trace(question, args["facts"], noise, rng)
+
+
+def _flaky(task: Task) -> tuple[str, ...]:
+    """The relations that fail at the first try. PactError for rows that name them by the key of earlier versions."""
+    if "busy" in task.env_args:
+        raise PactError(f"task {task.id}: the key 'busy' of env_args is now called 'flaky'; rename it in your data")
+    return tuple(task.env_args["flaky"])
 
 
 def write_trace(

@@ -52,7 +52,7 @@ class EnvironmentFactory:
         return made
 
     def close(self) -> None:
-        """End what the environments of each class share, such as a process pool: calls under way end at once."""
+        """Close the shared resources of each environment class, such as process pools. Running calls end at once."""
         for made in self._last_made.values():
             close = getattr(made, "close", None)
             if callable(close):
@@ -70,7 +70,7 @@ class EnvironmentFactory:
 
 
 def is_built_in(cls: type) -> bool:
-    """Whether an environment is one of this package. Others get copies of tasks: they may change what they get."""
+    """Whether an environment is one of this package. Others get copies of tasks, because they may change them."""
     return cls.__module__.startswith("pact_fast.")
 
 

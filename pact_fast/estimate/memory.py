@@ -21,17 +21,17 @@ from pact_fast.model.build import architecture
 from pact_fast.rollout.registry import engine_builder
 
 CUDA_CONTEXT = 1 << 30  # bytes of the driver and libraries outside torch's allocator; assumed, not measured
-STEP = 128  # tokens; `auto_pack_tokens` returns a multiple
-MARGIN = 0.9  # fraction of free memory to use: estimates are a few percent low, and allocators fragment
-ENOUGH = 1 << 17  # tokens; larger packs make matrix products no faster
-CLOSE = 0.02  # fraction of free memory that may stay unused, which saves traces
+MULTIPLE = 128  # tokens; `auto_pack_tokens` returns a multiple
+USABLE_FRACTION = 0.9  # fraction of free memory to use: estimates are a few percent low, and allocators fragment
+MAX_USEFUL_TOKENS = 1 << 17  # tokens; larger packs make matrix products no faster
+UNUSED_FRACTION = 0.02  # fraction of free memory that may stay unused, which saves traces
 
 
 @dataclass
 class MemoryEstimate:
     """Peak memory of an update on one device.
 
-    parts       bytes at the moment of the peak, by what they are for
+    parts       bytes at the moment of the peak, by use
     tokens      tokens of the largest pack
     parameters  elements of the model's parameters
     traffic     bytes per token that the decoder's operators read and write, without matrix products and attention
@@ -124,9 +124,9 @@ def fitting_pack_tokens(config: Config, devices: int, device: str, free_bytes: i
     trainer = config.trainer
     path = rollout.max_prompt_length + rollout.max_completion_length
     batch = (trainer.prompts_per_update or trainer.prompts_per_step) * rollout.num_generations * path
-    most = min(batch, ENOUGH)  # there are no more tokens in a batch
+    most = min(batch, MAX_USEFUL_TOKENS)  # there are no more tokens in a batch
     sharding = sharding_of(config, devices)
-    return auto_pack_tokens(config, int(MARGIN * free_bytes), sharding=sharding, device=device, most=most)
+    return auto_pack_tokens(config, int(USABLE_FRACTION * free_bytes), sharding=sharding, device=device, most=most)
 
 
 def auto_pack_tokens(
@@ -154,7 +154,8 @@ def auto_pack_tokens(
         loads = [full_load(config, tokens)] * 2
         return estimate(config, loads, sharding=sharding, device=device, capacity=None).total
 
-    low = -(-max(config.rollout.max_prompt_length + config.rollout.max_completion_length, STEP) // STEP) * STEP
+    path = config.rollout.max_prompt_length + config.rollout.max_completion_length
+    low = -(-max(path, MULTIPLE) // MULTIPLE) * MULTIPLE
     held = peak(low)
     if held > free_bytes:
         raise PactError(
@@ -162,25 +163,25 @@ def auto_pack_tokens(
             "model.gradient_checkpointing=true, lower rollout.max_completion_length, or shard with trainer.deepspeed"
         )
     if most is not None:
-        most = max(-(-most // STEP) * STEP, low)
+        most = max(-(-most // MULTIPLE) * MULTIPLE, low)
         if peak(most) <= free_bytes:
             return most
     # memory is almost linear in tokens: extrapolate from two points, then check the third
     high, top = 2 * low, peak(2 * low)
-    while top <= free_bytes and free_bytes - top > CLOSE * free_bytes:
+    while top <= free_bytes and free_bytes - top > UNUSED_FRACTION * free_bytes:
         per_token = max((top - held) / (high - low), 1.0)
         low, held = high, top
-        high = max(int(low + (free_bytes - top) / per_token) // STEP * STEP, low + STEP)
+        high = max(int(low + (free_bytes - top) / per_token) // MULTIPLE * MULTIPLE, low + MULTIPLE)
         top = peak(high)
     if top <= free_bytes:
         return high
-    while high - low > STEP:
+    while high - low > MULTIPLE:
         guess = low + (high - low) * (free_bytes - held) / (top - held)
-        middle = min(max(int(guess) // STEP * STEP, low + STEP), high - STEP)
+        middle = min(max(int(guess) // MULTIPLE * MULTIPLE, low + MULTIPLE), high - MULTIPLE)
         needed = peak(middle)
         if needed <= free_bytes:
             low, held = middle, needed
-            if free_bytes - needed <= CLOSE * free_bytes:
+            if free_bytes - needed <= UNUSED_FRACTION * free_bytes:
                 break
         else:
             high, top = middle, needed

@@ -20,7 +20,7 @@ BY_FLOPS = ("mm", "attention", "empty")  # parts of operator names; their time i
 
 
 class MemoryKind(Enum):
-    """What memory is used for; the value is the name for display."""
+    """Uses of memory. The value is the display name."""
 
     WEIGHTS = "weights"
     GRADIENTS = "gradients"

@@ -1,6 +1,6 @@
-"""Parts of a step outside the model's passes: planning on the processor, fingerprints of weights, checkpoints.
+"""Parts of a step outside the model's passes: batches and records on the CPU, fingerprints of weights, checkpoints.
 
-Seconds of processor time were measured on a CPU by `python -m benchmarks.scale` and
+Seconds of CPU time were measured on a CPU by `python -m benchmarks.scale` and
 `python -m benchmarks.weights_fingerprint` (docs/benchmarks.md). What happens on a GPU is an assumption.
 """
 
@@ -17,11 +17,11 @@ from pact_fast.estimate.step_part import StepPart
 from pact_fast.estimate.workload import Lengths
 from pact_fast.rollout.registry import engine_builder
 
-# seconds of a rank's processor time, a fit to the part `step` at 64 prompts on 64 ranks to 1,024 on 512
-PLAN_TOKEN = 3.1e-7  # a token of the rollouts that the rank plans
-PLAN_ROLLOUT = 4.6e-6  # a rollout of the whole batch, a row of the table
-PLAN_RANK = 2.5e-4  # a rank, in collectives
-WRITE_TOKEN = 8e-7  # a token that rank 0 writes to rollouts/
+# seconds of a rank's CPU time, a fit to the part `step` at 64 prompts on 64 ranks to 1,024 on 512
+BATCH_PER_TOKEN = 3.1e-7  # a token of the rollouts that the rank makes batches of
+BATCH_PER_ROLLOUT = 4.6e-6  # a rollout of the whole batch, a row of the table
+BATCH_PER_RANK = 2.5e-4  # a rank, in collectives
+WRITE_PER_TOKEN = 8e-7  # a token that rank 0 writes to rollouts/
 # bytes/s
 FINGERPRINT_CPU = GIGA / 0.17  # measured; a GPU reads them at its memory's rate, an assumption
 HOST_COPY = {
@@ -30,17 +30,17 @@ HOST_COPY = {
 }  # measured, into fresh pages; assumed, for memory that is not pinned
 
 
-def planning(config: Config, lengths: Lengths, gpus: int) -> list[StepPart]:
-    """What rank 0 computes in Python: it plans its prompts, assigns packs, reduces metrics and writes rollouts."""
+def batches_and_records(config: Config, lengths: Lengths, gpus: int) -> list[StepPart]:
+    """Estimate rank 0's work in Python: its prompt batches, assigning packs, reducing metrics, writing rollouts."""
     rollouts = config.trainer.prompts_per_step * lengths.rollouts
     if not make_algorithm(config.algorithm).needs_rollouts:
         return []
     own = rollouts * lengths.response / gpus
-    seconds = own * PLAN_TOKEN + rollouts * PLAN_ROLLOUT + gpus * PLAN_RANK
-    written = min(config.trainer.save_rollouts, rollouts) * lengths.response * WRITE_TOKEN
+    seconds = own * BATCH_PER_TOKEN + rollouts * BATCH_PER_ROLLOUT + gpus * BATCH_PER_RANK
+    written = min(config.trainer.save_rollouts, rollouts) * lengths.response * WRITE_PER_TOKEN
     return [
-        StepPart("planning", "packs and metrics, processor", seconds, "s", 1.0),
-        StepPart("planning", "rollouts to disk, processor", written, "s", 1.0),
+        StepPart("batching", "packs and metrics, CPU time", seconds, "s", 1.0),
+        StepPart("records", "rollouts to disk, CPU time", written, "s", 1.0),
     ]
 
 
@@ -59,14 +59,14 @@ def fingerprints(config: Config, hardware: Hardware, model: PreTrainedModel) -> 
 def checkpoint(
     config: Config, hardware: Hardware, sharding: Sharding, model: PreTrainedModel, seconds: float
 ) -> list[StepPart]:
-    """What a step waits for checkpoints, on average.
+    """Estimate the seconds per step for which training waits for checkpoints, on average.
 
     Args:
         config: The run's configuration.
         hardware: Rates of a device.
         sharding: How training state is split.
         model: The model, on the meta device.
-        seconds: Of a step without checkpoints.
+        seconds: Duration of a step without checkpoints.
     """
     size = checkpoint_bytes(config, sharding, _count(model), _count(model, trained_only=True))
     copies = size / sharding.devices / HOST_COPY[hardware.device]

@@ -13,7 +13,7 @@ PREFETCH = 50_000_000  # elements that ZeRO-3 prefetches (its default)
 
 @dataclass(frozen=True)
 class Sharding:
-    """How training state is split over devices.
+    """Partitioning of the training state over devices.
 
     devices            devices that train together
     stage              ZeRO stage

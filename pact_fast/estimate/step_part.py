@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class StepPart:
     """One part of a step's time on one device.
 
-    phase   rollout, update, before (passes without gradient), communication, planning (processor) or checkpoint
+    phase   rollout, log-probs (passes without gradient), update, communication, batching, records or checkpoint
     name    for display
     amount  per step, in `unit`
     unit    "FLOP", "B", or "s" for what was measured in seconds

@@ -25,7 +25,7 @@ from pact_fast.model.build import meta_model
 from pact_fast.model.flops import decoder_flops
 from pact_fast.rollout.registry import engine_builder
 
-SAMPLE = 16  # prompts whose packs are made; the result is scaled to all prompts of a step
+SAMPLED_PROMPTS = 16  # prompts whose packs are made; the result is scaled to all prompts of a step
 OPTIMIZER_PASSES = 10  # 4-byte reads and writes per trained weight: norm 1, clip 2, fused AdamW 7
 
 
@@ -81,7 +81,7 @@ def estimate_step(config: Config, hardware: Hardware, lengths: Lengths, sharding
     """
     trainer = config.trainer
     prompts = trainer.prompts_per_step
-    sample = min(trainer.prompts_per_update or prompts, SAMPLE)
+    sample = min(trainer.prompts_per_update or prompts, SAMPLED_PROMPTS)
     loads = update_loads(config, lengths, sample)
     model = meta_model(config)
     updates = prompts // (trainer.prompts_per_update or prompts)
@@ -92,7 +92,7 @@ def estimate_step(config: Config, hardware: Hardware, lengths: Lengths, sharding
         *_passes(config, hardware, sharding, loads, model, scale, updates, memory.traffic),
         *_communication(config, hardware, model, sharding, updates, math.ceil(len(loads) * scale / updates)),
         *overhead.fingerprints(config, hardware, model),
-        *overhead.planning(config, lengths, gpus),
+        *overhead.batches_and_records(config, lengths, gpus),
     ]
     parts += overhead.checkpoint(config, hardware, sharding, model, sum(part.seconds for part in parts))
     tokens = sum(len(load.batch) for load in loads)
@@ -150,9 +150,9 @@ def _passes(
     third = extra * scale / 3
     if extra:
         parts.append(
-            StepPart("before", "old and reference log-probs", third * (weights + head), "FLOP", hardware.matmul)
+            StepPart("log-probs", "old and reference log-probs", third * (weights + head), "FLOP", hardware.matmul)
         )
-        parts.append(StepPart("before", "attention of these", third * pairs, "FLOP", hardware.attention))
+        parts.append(StepPart("log-probs", "attention of these", third * pairs, "FLOP", hardware.attention))
     return parts
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks: what `pact-fast eval BENCH` measures (docs/evaluation.md).
+"""Benchmarks of `pact-fast eval BENCH` (docs/evaluation.md).
 
 benchmark   the Benchmark class and its registry
 benchmarks  one file per benchmark

@@ -1,4 +1,4 @@
-"""What a benchmark is: tasks by category, the settings that it is run with, and the scores that it reports.
+"""Benchmarks: tasks by category, the settings of an evaluation, and the reported scores.
 
     @benchmark("mine")
     class Mine(Benchmark):

@@ -1,6 +1,6 @@
 """Finished samples of an evaluation on disk: an interrupted evaluation continues where it stopped.
 
-OUT/settings.json              what all samples were made with
+OUT/settings.json              settings of all samples
 OUT/results.jsonl              one line per finished sample, see `Sample`
 OUT/rollouts/eval_N.jsonl      the failures, FAILURES_PER_PAGE per file, for `pact-fast view OUT --step N`
 OUT/summary.json               scores by category
@@ -106,7 +106,7 @@ class ResultStore:
             file.write(line)
 
     def _read(self) -> None:
-        """Read the finished samples; what an interruption cut off is removed from the files."""
+        """Read the finished samples, and remove incomplete lines from the files."""
         self._failures = 0
         kept = []
         for value in _read_lines(self._results):

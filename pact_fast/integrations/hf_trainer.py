@@ -15,7 +15,7 @@ import torch
 
 from pact_fast.errors import PactError
 from pact_fast.integrations.fused_forward import replace_forward
-from pact_fast.integrations.self_check import RandomState, agree, check_head_of, due, z_dtype
+from pact_fast.integrations.self_check import RandomState, check_close, check_head_of, due, z_dtype
 from pact_fast.kernels import head_of, linear_cross_entropy
 
 HOST = "Trainer"
@@ -63,7 +63,7 @@ def _without_logits(causal_lm: Any, before: Callable[..., Any]) -> Callable[...,
             with random.replayed(), torch.no_grad():
                 theirs = before(*args, labels=labels, **options | {"num_items_in_batch": count}).loss
             dtype = z_dtype(hidden, head)
-            agree("the loss", total / divisor, theirs, dtype, HOST)
+            check_close("the loss", total / divisor, theirs, dtype, HOST)
             rows = torch.nn.functional.pad(kept, (0, 1)).flatten().nonzero().squeeze(1)
             check_head_of(causal_lm, hidden.flatten(0, 1), rows, labels[:, 1:][kept], 1.0, HOST)
         return CausalLMOutputWithPast(loss=total / divisor)

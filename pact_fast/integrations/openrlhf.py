@@ -19,7 +19,7 @@ from pact_fast.integrations.class_head import replace_method
 from pact_fast.integrations.fused_forward import separate_logprobs
 from pact_fast.integrations.host_loss import HostLoss
 from pact_fast.integrations.openrlhf_step import loss_of_step
-from pact_fast.integrations.self_check import RandomState, agree, check_head_of, due, z_dtype
+from pact_fast.integrations.self_check import RandomState, check_close, check_head_of, due, z_dtype
 from pact_fast.kernels import head_of
 from pact_fast.kernels.head.logit_transform import causal_lm_of, decoder_of
 from pact_fast.model.forward import inside_forward
@@ -28,7 +28,7 @@ HOST = "OpenRLHF"
 
 
 class _State:
-    """What is known of an actor's model: whether it has been checked, and whether its loss is a sum over tokens."""
+    """State of an actor's model: whether it has been checked, and whether its loss is a sum over tokens."""
 
     def __init__(self) -> None:
         self.checked, self.host_loss = False, HostLoss()
@@ -96,7 +96,7 @@ class _Forward:
         self._at = (scored & self._attention if actor.packing_samples else scored).flatten().nonzero().squeeze(1)
 
     def run(self, host: Any, before: Callable[..., Any]) -> Any:
-        """What `Actor.forward` returns."""
+        """Compute the result of `Actor.forward` with the fused head."""
         check = torch.is_grad_enabled() and due(self._state.checked, len(self._at))
         random = RandomState(self._sequences.device) if check else None
         scores = inside_forward(self._actor.model, functools.partial(self._score, host, check))
@@ -107,7 +107,7 @@ class _Forward:
             with random.replayed(), torch.no_grad():
                 theirs = before(self._actor, self._sequences, self._action_mask, **own)
             kept = self._scattered(torch.ones_like(scores[0]))[:, -theirs.shape[1] - 1 : -1]
-            agree("log-probs", logprob[:, -theirs.shape[1] :] * kept, theirs * kept, self._dtype, HOST, scale=1.0)
+            check_close("log-probs", logprob[:, -theirs.shape[1] :] * kept, theirs * kept, self._dtype, HOST, scale=1.0)
         if self._action_mask is not None:
             logprob = logprob[:, -self._action_mask.shape[1] :] * self._action_mask.float()
         if not self._options.get("return_output"):

@@ -22,7 +22,7 @@ class _LossReached(Exception):
 
 
 class _Scores:
-    """Stands for the actor: what its forward pass returns is known."""
+    """Stand-in for the actor whose forward pass returns known values."""
 
     def __init__(self, logprob: torch.Tensor, entropy: torch.Tensor):
         self._scores = logprob, SimpleNamespace(entropy=entropy)

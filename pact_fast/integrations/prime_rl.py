@@ -14,7 +14,7 @@ import torch
 
 from pact_fast.errors import PactError
 from pact_fast.integrations.class_head import ClassHead, replace_method
-from pact_fast.integrations.self_check import agree, z_dtype
+from pact_fast.integrations.self_check import check_close, z_dtype
 from pact_fast.kernels import Head, linear_cross_entropy
 
 HOST = "prime-rl"
@@ -42,7 +42,7 @@ def install() -> Callable[[], None]:
         for head in _classes(known)
     ]
     if not undo:
-        raise PactError(f"{HOST}: {PACKAGE}.lm_head has none of the heads that are known; use prime-rl 0.8")
+        raise PactError(f"{HOST}: {PACKAGE}.lm_head has no supported head class; use prime-rl 0.8")
 
     def remove() -> None:
         while undo:
@@ -88,7 +88,7 @@ def _cross_entropy(before: Callable[..., Any]) -> Callable[..., Any]:
         if head.check(rows, self.weight, targets, softcap=softcap):
             with torch.no_grad():
                 theirs = before(self, hidden_states, labels, *args, **options)["loss"]
-            agree("the loss", loss, theirs, z_dtype(rows, Head(self.weight)), HOST)
+            check_close("the loss", loss, theirs, z_dtype(rows, Head(self.weight)), HOST)
         return {"loss": loss}
 
     return forward

@@ -18,7 +18,7 @@ ROWS = 16  # of the first batch, for which full logits are made
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
-def agree(
+def check_close(
     what: str, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype, host: str, scale: float = 1e-9
 ) -> None:
     """Raise PactError if two tensors differ by more than the rounding of a host that computes in `dtype`.
@@ -78,9 +78,9 @@ def check_head(
     # a call of the host's module, which may have hooks for a backward pass that does not come
     with _without_dropout(layer), torch.no_grad():
         theirs = logprob(layer(rows if head.input_scale == 1.0 else rows * head.input_scale))
-    agree("log-probs", ours, theirs, dtype, host, scale=1.0)
+    check_close("log-probs", ours, theirs, dtype, host, scale=1.0)
     for what, a, b in gradients:
-        agree(what, a, b, dtype, host)
+        check_close(what, a, b, dtype, host)
 
 
 class RandomState:

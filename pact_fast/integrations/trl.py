@@ -3,7 +3,7 @@
     trainer = GRPOTrainer(...)
     install(trainer)  # before trainer.train()
 
-docs/integrations.md says what is served. `install` needs torch, transformers and trl.
+docs/integrations.md lists the supported features. `install` needs torch, transformers and trl.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from pact_fast.errors import PactError
 from pact_fast.integrations.fused_forward import replace_forward, separate_logprobs, summed_logprobs
-from pact_fast.integrations.self_check import RandomState, agree, check_head_of, due, z_dtype
+from pact_fast.integrations.self_check import RandomState, check_close, check_head_of, due, z_dtype
 from pact_fast.kernels import head_of
 
 HOST = "TRL"
@@ -27,10 +27,10 @@ Mode = Literal["head", "loss", "tree"]
 
 
 class Installed:
-    """What `install` has done to a trainer.
+    """Changes that `install` made to a trainer.
 
     served  {part: how}, such as {"head": "log-probs", "loss": "one pass"}
-    reasons  {part: reason} of what is left to the host
+    reasons  {part: reason} of the parts that are left to the host
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ def install(trainer: Any, mode: Mode = "loss") -> Installed:
             pass that makes the logits. "tree": in addition, GRPO computes a prompt once for its completions.
 
     Returns:
-        What is served, and the reasons for what is left to TRL.
+        The served parts, and the reasons for parts that are left to TRL.
 
     Raises:
         PactError: The trainer has no fused head, or its model's head is not supported. On the first batch: the
@@ -90,7 +90,7 @@ def _fused(causal_lm: Any, before: Any, summed: bool) -> Callable[..., Any]:
 
     settings = inspect.getclosurevars(getattr(before, "__func__", before)).nonlocals
     if not {"temperature", "outputs", "cast_lm_head_to_fp32"} <= settings.keys():
-        raise PactError("TRL: the model has no fused head that is known; use TRL 1.15 or newer, and install once")
+        raise PactError("TRL: the model has no supported fused head; use TRL 1.15 or newer, and install once")
     temperature, names = settings["temperature"], [n for n in settings["outputs"] if n in STATISTICS]
     full_precision, checked = settings["cast_lm_head_to_fp32"], False
 
@@ -120,7 +120,7 @@ def _fused(causal_lm: Any, before: Any, summed: bool) -> Callable[..., Any]:
                 checked, dtype = True, z_dtype(rows, head)
                 with random.replayed(), torch.no_grad():
                     theirs = before(*args, fused_lm_head=True, **given, **options)
-                agree("log-probs", logprob, theirs.log_probs[mask], dtype, HOST, scale=1.0)
+                check_close("log-probs", logprob, theirs.log_probs[mask], dtype, HOST, scale=1.0)
                 every = torch.arange(len(rows), device=rows.device)
                 check_head_of(causal_lm, rows, every, target, temperature, HOST)
         fields = {"log_probs": logprob} | {n: statistics[STATISTICS[n]] for n in names}

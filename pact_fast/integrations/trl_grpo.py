@@ -12,13 +12,13 @@ import torch
 
 from pact_fast.integrations import trl_loss
 from pact_fast.integrations.prompt_tree import PromptTrees, group_shuffle, unsupported_tree
-from pact_fast.integrations.self_check import RandomState, agree, check_head_of, due, z_dtype
+from pact_fast.integrations.self_check import RandomState, check_close, check_head_of, due, z_dtype
 from pact_fast.kernels import head_of, pact_loss
 from pact_fast.kernels.head.logit_transform import causal_lm_of
 from pact_fast.model.forward import inside_forward
 
 HOST = "TRL's GRPO"
-TEXT = {
+TEXT_INPUTS = {
     "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "advantages", "num_items_in_batch",
     "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio",
 }  # fmt: skip
@@ -26,7 +26,7 @@ TEXT = {
 
 def install(trainer: Any, tree: bool, served: dict[str, str], reasons: dict[str, str], undo: list[Any]) -> None:
     """See `trl.install`."""
-    reason = trl_loss.refusal(trainer)
+    reason = trl_loss.unsupported(trainer)
     if reason is not None:
         reasons["loss"] = f"{reason}; the head is served"
         return
@@ -57,7 +57,7 @@ class FusedComputeLoss:
 
     def __call__(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         trainer = self._trainer
-        if not trainer.model.training or set(inputs) - TEXT:  # evaluation; images
+        if not trainer.model.training or set(inputs) - TEXT_INPUTS:  # evaluation; images
             return self._host(model, inputs)
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
@@ -66,7 +66,7 @@ class FusedComputeLoss:
         trees = PromptTrees.of_padded(inputs) if self.tree else None
         start = inputs["prompt_ids"].shape[1]
         row = trees.rows(at) if trees else at[0] * ids.shape[1] + at[1] + start - 1
-        tokens = trl_loss.table(trainer, inputs, mask, at, row)
+        tokens = trl_loss.loss_table(trainer, inputs, mask, at, row)
         loss, causal_lm = trl_loss.loss_of_token(trainer, inputs, at), causal_lm_of(model)
 
         def run() -> tuple[torch.Tensor, ...]:
@@ -118,8 +118,8 @@ class FusedComputeLoss:
         with random.replayed(), torch.no_grad():
             length = inputs["completion_ids"].shape[1]
             theirs = trainer._get_per_token_logps_and_entropies(model, ids, attention, length, compute_entropy=True)
-        agree("log-probs", logprob, theirs[0][at], self._dtype, HOST)
-        agree("entropies", entropy, theirs[1][at], self._dtype, HOST)
+        check_close("log-probs", logprob, theirs[0][at], self._dtype, HOST)
+        check_close("entropies", entropy, theirs[1][at], self._dtype, HOST)
         state = {
             name: getattr(trainer, name) for name in ("_entropy_window_stats", "_last_world_entropy", "entropy_coef")
         }
@@ -134,11 +134,11 @@ class FusedComputeLoss:
             for name, value in state.items():
                 setattr(trainer, name, value)
         mine = mine - trl_loss.entropy_coef(trainer) * tokens.entropy_weight * y
-        agree("the loss", total, expected, torch.float32, HOST, scale=float(mine.detach().abs().sum()))
+        check_close("the loss", total, expected, torch.float32, HOST, scale=float(mine.detach().abs().sum()))
         derivatives = torch.autograd.grad(mine.sum(), (x, y), allow_unused=True)
         for name, *pair in zip(("log-probs", "entropies"), derivatives, by_host, strict=True):
             a, b = (torch.zeros_like(x) if t is None else t for t in pair)
-            agree(f"derivatives by {name}", a, b, torch.float32, HOST)
+            check_close(f"derivatives by {name}", a, b, torch.float32, HOST)
 
 
 class _Ignore(dict):

@@ -14,7 +14,7 @@ At = tuple[torch.Tensor, torch.Tensor]  # (row, column) [N] of the tokens with a
 ONE_PASS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")  # losses of a token
 
 
-def refusal(trainer: Any) -> str | None:
+def unsupported(trainer: Any) -> str | None:
     """Why the loss of a token depends on more than the token itself; None if it does not."""
     if trainer.loss_type not in ONE_PASS:
         return f"loss_type='{trainer.loss_type}' needs all log-probs of a sequence first"
@@ -31,7 +31,7 @@ def entropy_coef(trainer: Any) -> float:
     return 0.0 if not trainer._entropy_bonus_enabled or closed else trainer.entropy_coef
 
 
-def table(trainer: Any, inputs: dict[str, Any], mask: torch.Tensor, at: At, row: torch.Tensor) -> LossTokens:
+def loss_table(trainer: Any, inputs: dict[str, Any], mask: torch.Tensor, at: At, row: torch.Tensor) -> LossTokens:
     """The tokens, with the normaliser of the loss type as weight. mask: [B, C]; row: [N]."""
     kind, accumulation, batch = trainer.loss_type, trainer.current_gradient_accumulation_steps, len(mask)
     lengths, total = mask.sum(1).clamp(min=1).double(), mask.sum().clamp(min=1).double()

@@ -12,7 +12,7 @@ import torch
 from pact_fast.integrations.fused_forward import separate_logprobs
 from pact_fast.integrations.host_loss import HostLoss
 from pact_fast.integrations.prompt_tree import unsupported_tree
-from pact_fast.integrations.self_check import RandomState, agree, check_head_of, due, z_dtype
+from pact_fast.integrations.self_check import RandomState, check_close, check_head_of, due, z_dtype
 from pact_fast.integrations.verl_batch import VerlBatch, group_size
 from pact_fast.kernels import head_of
 from pact_fast.kernels.head.logit_transform import causal_lm_of, decoder_of
@@ -71,7 +71,7 @@ class FusedEngineMixin:
                 theirs = own(micro_batch, None, True)[1]["model_output"]
             for name, ours in (("log_probs", logprob), ("entropy", entropy)):
                 if name in theirs:
-                    agree(name, ours, theirs[name].values()[tokens.row], self._pact_dtype, HOST, scale=1.0)
+                    check_close(name, ours, theirs[name].values()[tokens.row], self._pact_dtype, HOST, scale=1.0)
         with autocast:
             output, loss, metrics = tokens.model_output(logprob, entropy), torch.ones((), device=logprob.device), {}
             if loss_function is not None:

@@ -3,7 +3,7 @@
 config      LLMConfig: endpoint, sampling, deadlines, budget, cache
 client      LLMClient: complete, map; cache, retries, repairs
 request     Request: one question, the body that is sent for it, and the key that it is cached under
-answers     what a server may answer, and what a model may: bounded, checked, never evaluated
+answers     validation of answers: bounded, checked, never evaluated
 cache       AnswerCache: answers on disk, the first writer wins
 connection  HTTP through the `openai` package, with deadlines that hold
 ledger      tokens, seconds and cost by role; the token budget

@@ -1,6 +1,6 @@
-"""What a server may answer, and what a model may. Everything is bounded, checked and data: nothing is evaluated.
+"""Validation of answers of a server and of the model behind it. Sizes are bounded, and nothing is evaluated as code.
 
-Markers of roles or tools inside a model's text are characters of it.
+Role and tool markers inside a model's text are treated as ordinary characters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INSTALL = "pip install 'pact-fast[llm]'"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server has answered, as the cache keeps it.
+    """Answer of a server, as stored in the cache.
 
     text               the content, "" if there is none
     reasoning          hidden reasoning, if the server tells it apart
@@ -48,7 +48,7 @@ class Malformed(Exception):
 
 
 class Unusable(Exception):
-    """A model's answer that is not what was asked for: (reason code of InvalidAnswer, problem)."""
+    """Invalid answer of a model: (reason code of InvalidAnswer, problem)."""
 
     def __init__(self, reason: str, problem: str):
         self.reason, self.problem = reason, problem
@@ -61,7 +61,7 @@ def read_answer(data: bytes, prompt_characters: int, secret: str | None = None) 
     Args:
         data: The body.
         prompt_characters: Length of the prompt, for servers that report no usage.
-        secret: A text that is replaced wherever it occurs: a server may echo the key.
+        secret: A text whose occurrences are replaced: a server may echo the key.
 
     Raises:
         Malformed: It has another shape.
@@ -135,7 +135,7 @@ def read_tool_calls(answer: Answer) -> list[ToolCall]:
 
 
 def hide(value: Any, secret: str | None) -> Any:
-    """JSON data or a text with `(hidden)` wherever a secret occurs in it."""
+    """Replace every occurrence of a secret in JSON data or a text by `(hidden)`."""
     if not secret:
         return value
     if isinstance(value, str):

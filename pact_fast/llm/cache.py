@@ -1,7 +1,7 @@
 """Answers on disk, a file for each, named by the hash of its request.
 
 A file is written beside its place, flushed, and linked to its name, which fails if the name is taken: the first writer
-wins, other processes read what it wrote, and a kill at any moment leaves no half answer. Files need no locks, no
+wins, other processes read its file, and a kill at any moment leaves no half answer. Files need no locks, no
 recovery and no server, work on network file systems, and can be read, copied and deleted one by one; a database would
 write faster than models answer, which nobody needs.
 """
@@ -22,7 +22,7 @@ from pact_fast.files import io_errors
 from pact_fast.llm.answers import Answer
 from pact_fast.llm.request import FORMAT
 
-STALE = 24 * 3600  # seconds after which a file that was never linked is what a killed process has left
+STALE = 24 * 3600  # seconds after which an unlinked file counts as the leftover of a killed process
 CURE = "free some space or make the folder writable, and start again: answers that are there are kept"
 
 

@@ -30,7 +30,7 @@ FIRST_WAIT, MAX_WAIT = 0.5, 30.0  # seconds before the first retry, and before a
 class Completion:
     """A valid answer.
 
-    text        what the model wrote
+    text        the model's text
     value       its JSON value, which fits the request's schema; None without a schema
     tool_calls  calls of tools, with arguments that are JSON objects (their fit to the tools' schemas is not checked)
     reasoning   hidden reasoning, if the server tells it apart
@@ -81,7 +81,7 @@ class LLMClient:
         return LLMClient(self.config, role, _shared=self._shared)
 
     def close(self) -> None:
-        """Cancel what is under way, close connections and the server that was started; of all roles that share them.
+        """Cancel running requests, and close the connections and the started server, for all roles that share them.
 
         What the cache holds is answered afterwards, too; all else is a ServerFailed.
         """
@@ -190,7 +190,7 @@ class LLMClient:
                 self._shared.ledger.repaired(self.role, self.config.model)
 
     def _completion(self, request: Request, key: str, answer: Answer, cached: bool, repairs: int) -> Completion:
-        """The answer, checked. Unusable if it is not what was asked for."""
+        """Return the checked answer. Unusable if it is invalid."""
         if answer.finish_reason in ("content_filter", "refusal"):
             raise Unusable("refusal", "the server has filtered the answer")
         if answer.finish_reason == "length":
@@ -239,7 +239,7 @@ class LLMClient:
 
 
 class _Shared:
-    """What the roles of one endpoint share."""
+    """State shared by the roles of one endpoint."""
 
     def __init__(self, config: LLMConfig):
         self._config = config
@@ -284,7 +284,7 @@ class _Shared:
             if not isinstance(result, Failure):
                 return result
             wait = max(result.wait, _backoff(retry))
-            if not result.passing or retry == self._config.max_retries:
+            if not result.retryable or retry == self._config.max_retries:
                 raise ServerFailed(role, result.reason, result.problem + (f" (after {retry} retries)" if retry else ""))
             if time.monotonic() + wait >= deadline:
                 raise ServerFailed(

@@ -66,7 +66,7 @@ class LLMConfig(Section):
     )
     price: Price | None = Field(None, description="For the cost in the report.")
     cache_dir: str | None = Field(None, description="Folder of the answer cache; null: answers are not kept.")
-    replay: bool = Field(False, description="Answer from the cache only; what is not there is an error.")
+    replay: bool = Field(False, description="Answer from the cache only; a missing answer is an error.")
 
     @classmethod
     def read(cls, values: dict[str, Any], name: str = "llm") -> LLMConfig:
@@ -113,7 +113,7 @@ class LLMConfig(Section):
         return self
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide what the model answers, not where it is, how fast, or what is kept."""
+        """The settings that affect the answers, without those of endpoint, speed and cache."""
         names = {"model", "temperature", "top_p", "max_tokens", "extra_body", "seed"}
         return self.model_dump(include=names)
 

@@ -1,8 +1,8 @@
 """HTTP through the `openai` package, from an event loop in a background thread, with deadlines that hold.
 
-The package's own timeout starts anew with every byte; here a request is cancelled when its time is up, whatever the
-server is doing. Answers are bounded in size before they are read, and are never decompressed. What went wrong leaves
-this file as plain values without the exception behind it, whose request holds the key.
+The package's own timeout restarts with every byte; here a request is cancelled at its deadline in any case. Answers are
+bounded in size before they are read, and are never decompressed. Errors leave this file as plain values, without the
+original exception, whose request holds the key.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from pact_fast.text import one_line
 
 CONNECT_TIMEOUT = 10.0  # seconds
 NO_KEY = "none"  # the package insists on one
-PASSING = {408, 409, 425, 429}  # statuses after which the same request may succeed, besides 5xx
+RETRYABLE_STATUSES = {408, 409, 425, 429}  # statuses after which the same request may succeed, besides 5xx
 
 
 @dataclass(frozen=True)
 class Failure:
     """A request without a usable answer.
 
-    reason   reason code of ServerFailed
-    problem  for people, on one line
-    passing  whether the same request may succeed later
-    wait     seconds that the server asks to wait before it
+    reason     reason code of ServerFailed
+    problem    for people, on one line
+    retryable  whether the same request may succeed later
+    wait       seconds that the server asks to wait before it
     """
 
     reason: str
     problem: str
-    passing: bool
+    retryable: bool
     wait: float = 0.0
 
 
@@ -59,7 +59,7 @@ class Connection:
         try:
             import openai
         except ImportError:
-            raise PactError(f"a language model is asked through the openai package: {INSTALL}") from None
+            raise PactError(f"requests to a language model need the openai package: {INSTALL}") from None
         self._openai, self._limit = openai, config.max_answer_bytes
         key = config.api_key()
         self._secret = key if key and len(key) >= SHORTEST_KEY else None
@@ -116,7 +116,7 @@ class Connection:
             timeout=http.Timeout(None, connect=CONNECT_TIMEOUT),
             limits=limits,
             follow_redirects=False,  # nobody else gets the key
-            # certificates take a while to load; without TLS none are needed, and with none nobody is trusted
+            # certificates take a while to load, and are not needed without TLS; with none, no server is trusted
             verify=True if base_url.startswith("https:") else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
             headers={"Accept-Encoding": "identity"},
             event_hooks={"response": [self._bound]},
@@ -146,7 +146,7 @@ class Connection:
     async def _post(self, body: dict[str, Any]) -> bytes:
         sent = {"model": body["model"], "messages": body["messages"]}
         rest = {key: value for key, value in body.items() if key not in sent}
-        # what is sent is the body as it is: named arguments are validated and reordered by the package
+        # the body is sent unchanged: the package would validate and reorder named arguments
         response = await self._client.chat.completions.with_raw_response.create(**sent, extra_body=rest)
         return response.http_response.content
 
@@ -176,7 +176,7 @@ class Connection:
             return Failure("rate_limit", problem, True, _retry_after(response.headers))
         if status >= 500:
             return Failure("unavailable", problem, True, _retry_after(response.headers))
-        return Failure("refused", problem, status in PASSING)
+        return Failure("refused", problem, status in RETRYABLE_STATUSES)
 
     def _shown(self, text: str) -> str:
         return one_line(str(hide(" ".join(text.split()), self._secret)))

@@ -20,8 +20,9 @@ class LLMError(PactError):
 class InvalidAnswer(LLMError):
     """The model has answered, and the answer cannot be used, after all repairs. Other calls may well succeed.
 
-    `invalid_json`, `schema`, `check`: what was asked for is not in it; `truncated`: it ends at the token limit; `empty`;
-    `tool_call`: a call without a name, or with arguments that are not a JSON object; `refusal`: the server has filtered it.
+    `invalid_json`, `schema`, `check`: it does not hold the requested value; `truncated`: it ends at the token limit;
+    `empty`; `tool_call`: a call without a name, or with arguments that are not a JSON object; `refusal`: the
+    server has filtered it.
     """
 
     def __init__(self, role: str, reason: str, problem: str, text: str = ""):
@@ -42,4 +43,4 @@ class BudgetExceeded(LLMError):
 
 
 class ReplayMiss(LLMError):
-    """The cache has no answer, and in replay mode nobody else is asked. Reason `replay_miss`."""
+    """The cache has no answer, and in replay mode no server is asked. Reason `replay_miss`."""

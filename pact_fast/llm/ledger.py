@@ -1,4 +1,4 @@
-"""What calls have taken, by role and model, and the budget of tokens that they share."""
+"""Usage of calls by role and model, and their shared token budget."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Ledger:
 
     @contextmanager
     def reserve(self, role: str, tokens: int, deadline: float) -> Iterator[None]:
-        """Holds back what a request may take, while it is under way.
+        """Reserve the tokens that a request may take while it is running.
 
         Waits while requests under way could use up the budget, until they have ended or the deadline has passed.
 

@@ -11,7 +11,7 @@ from typing import Any
 from pact_fast.data.types import Message, ToolSchema
 from pact_fast.llm.config import LLMConfig
 
-FORMAT = 1  # of requests, and of what the cache keeps; a change makes all earlier answers unreachable
+FORMAT = 1  # of requests and of cache entries; a change makes all earlier answers unreachable
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Request:
     max_tokens   instead of the client's
     stop         texts at which the answer ends
     repairs      how often an invalid answer is sent back with its error, at most
-    check        says what is wrong with a value that fits the schema (or with the text, if there is none); None: nothing
+    check        returns the problem of a value that fits the schema (or of the text, without one); None: it is valid
     """
 
     messages: Sequence[Message]

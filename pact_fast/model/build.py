@@ -132,7 +132,7 @@ def zero3_init(config: Config) -> Iterator[None]:
 def from_pretrained(factory, source: str, what: str, **kwargs):
     """factory.from_pretrained(source, **kwargs) with one-line errors, which call the result `what`.
 
-    Code of the model's own is never run, not even if somebody at the terminal says so.
+    Code in the model folder is never run, not even if the user confirms it at the terminal.
     """
     _check_config_file(source)
     problem, cure = f"cannot load the {what} from '{source}'", f"check that it is a complete {what} for transformers"

@@ -10,7 +10,7 @@ import torch
 from pact_fast.config import TrainerConfig
 from pact_fast.errors import PactError
 
-REFUSED = {  # settings of zero_optimization, and what the trainer or its checkpoints rely on
+REFUSED = {  # settings of zero_optimization, and the assumptions of trainer and checkpoints that they break
     "round_robin_gradients": "a checkpoint takes the parts of the optimizer state in the order of the parameters",
     "mics_shard_size": "each rank saves its own part of the training state, over all ranks",
     "zenflow": "weights and moments must change in the optimizer step alone",
@@ -22,7 +22,7 @@ def deepspeed_config(trainer: TrainerConfig, dtype: str) -> dict[str, Any]:
     """DeepSpeed's configuration. `trainer.deepspeed.args` is merged into it and takes precedence.
 
     Only for runs with `trainer.deepspeed`. `dtype` is `model.dtype`; with "bfloat16", gradients accumulate in fp32.
-    PactError: `args` has what is not supported.
+    PactError: `args` has an unsupported setting.
     """
     settings = trainer.deepspeed
     assert settings is not None
@@ -55,7 +55,7 @@ def deepspeed_config(trainer: TrainerConfig, dtype: str) -> dict[str, Any]:
 
 
 def _check_supported(zero: dict[str, Any], bf16: bool) -> None:
-    """PactError for what would not start, or would train, and save or resume something else."""
+    """PactError for settings that would not start, or would train, save or resume something else."""
     offload = zero.get("offload_optimizer") or {}
     if bf16 and zero.get("stage") == 1 and not offload:
         raise PactError(

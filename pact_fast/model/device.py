@@ -37,7 +37,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def release_memory() -> None:
-    """Give freed memory of the CPU back to the system: glibc keeps what lies between blocks that are in use."""
+    """Give freed memory of the CPU back to the system: glibc keeps free memory between blocks in use."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # not musl
         libc.malloc_trim(0)
 

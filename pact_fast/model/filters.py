@@ -7,7 +7,7 @@ import torch
 from pact_fast.config.filters import SamplingFilters
 
 CANDIDATES = 256  # most likely tokens that are sorted for top-p at first
-WIDER = 16  # times as many are sorted in the rows where they do not reach p
+WIDENING = 16  # times as many are sorted in the rows where they do not reach p
 
 
 def filtered(logits: torch.Tensor, filters: SamplingFilters) -> torch.Tensor:
@@ -61,7 +61,7 @@ def _top_p(logits: torch.Tensor, p: float, width: int = CANDIDATES) -> torch.Ten
     width = width if 4 * width <= vocabulary else vocabulary
     result, short = _cut(logits, logits.topk(width).values, logits.logsumexp(-1, keepdim=True), p)
     if width < vocabulary and short.any():
-        result[short] = _top_p(logits[short], p, WIDER * width)
+        result[short] = _top_p(logits[short], p, WIDENING * width)
     return result
 
 

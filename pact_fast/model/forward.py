@@ -44,7 +44,7 @@ POINTWISE_LAYERS = {"mlp", "moe"}
 
 
 def layer_kinds(config: Any) -> list[str]:
-    """The kind of every decoder layer, as transformers names them; [] where all are alike."""
+    """The kind of every decoder layer, as transformers names them; [] if all are equal."""
     return list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [])
 
 

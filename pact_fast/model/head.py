@@ -1,4 +1,4 @@
-"""What a model class does between its decoder and its logits: `kernels/head/logit_transform.py`, for the trainer's own use."""
+"""Re-export of `kernels/head/logit_transform.py` for the trainer: a model's operations between decoder and logits."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class Policy(torch.nn.Module):
 class FusedHead(torch.nn.Module):
     """The language-model head, without logits of all rows at once. Weight [V, D] and bias [V] are the model's own.
 
-    transform  what the model's class does before and after the head
+    transform  operations of the model's class before and after the head
     filters    which tokens the rollouts were sampled from
     """
 
@@ -133,7 +133,7 @@ class FusedHead(torch.nn.Module):
     def log_kept_mass(
         self, hidden: torch.Tensor, tokens: LossTokens, temperature: float | torch.Tensor
     ) -> torch.Tensor:
-        """Log-probability of what the sampler's filters keep, before each prompt-only rollout token; fp32 [N], nats.
+        """Log of the sampler filters' kept mass before each prompt-only rollout token; fp32 [N], nats.
 
         The sampler's log-prob is normalised over the kept tokens, the trainer's over all. Sampler's + this is the
         sampler's over all. 0 for other tokens, and for those with `old_logprob`: the policy has moved since, and this was

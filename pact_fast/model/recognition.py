@@ -1,4 +1,4 @@
-"""Whether a decoder's code computes what a kernel of `kernels/decoder/` computes.
+"""Tests whether a decoder's code computes the same as a kernel of `kernels/decoder/`.
 
 The code is compared with the kernel's formula once, on probe values, so that no model class has to be named.
 """

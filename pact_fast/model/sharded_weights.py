@@ -30,7 +30,7 @@ class ShardedWeights:
         self._model, self._rank = model, rank
 
     def parts(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(key of `tensor_files.fragment_key`, flat tensor): what this rank holds. They change in an optimizer step."""
+        """(key of `tensor_files.fragment_key`, flat tensor) of this rank's parts. They change in an optimizer step."""
         for name, parameter in base_parameters(self._model):
             start, part = own_part(parameter, self._rank)
             if len(part):
@@ -52,7 +52,7 @@ class ShardedWeights:
 
 
 def sharded_weights(model: PreTrainedModel, rank: int) -> ShardedWeights | None:
-    """None if every rank holds all weights, or if parts of them are on a disk, from where DeepSpeed fetches what it gathers."""
+    """None if every rank holds all weights, or if parts of them are on a disk, from which DeepSpeed gathers them."""
     if not needs_all_ranks(model):
         return None
     parts = [getattr(parameter, "ds_tensor", None) for _, parameter in base_parameters(model)]
@@ -61,7 +61,7 @@ def sharded_weights(model: PreTrainedModel, rank: int) -> ShardedWeights | None:
 
 
 def own_part(parameter: Any, rank: int) -> tuple[int, torch.Tensor]:
-    """(start, part): what a rank holds of a flat parameter that ZeRO-3 has partitioned."""
+    """(start, part) of a rank in a flat parameter that ZeRO-3 has partitioned."""
     start, stop = own_range(parameter, rank)
     return start, parameter.ds_tensor.detach()[: stop - start]
 

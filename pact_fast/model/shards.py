@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]
 MODEL_SHARD_BYTES = 1 << 30  # of a file of `write_model_shards`; the rank holds one of them at a time
-PIECE = 16 << 20  # bytes that are hashed and written at a time
+WRITE_BYTES = 16 << 20  # bytes that are hashed and written at a time
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -103,8 +103,8 @@ def write_file(tensors: Tensors, path: Path) -> FileDigest:
     head: Iterable[bytes | memoryview] = (struct.pack("<Q", len(text)), text)
     with path.open("wb", buffering=0) as file:
         for part in itertools.chain(head, (_bytes(tensors[key].contiguous()).data for key in order)):
-            for start in range(0, len(part), PIECE):
-                piece = memoryview(part)[start : start + PIECE]
+            for start in range(0, len(part), WRITE_BYTES):
+                piece = memoryview(part)[start : start + WRITE_BYTES]
                 digest.update(piece)
                 while len(piece):
                     piece = piece[file.write(piece) :]

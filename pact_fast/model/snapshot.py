@@ -25,7 +25,7 @@ Digests = dict[Path, FileDigest]
 
 
 class Abandoned(Exception):
-    """Nobody needs the files any more."""
+    """The files are no longer needed."""
 
 
 class SnapshotWriter:
@@ -34,7 +34,7 @@ class SnapshotWriter:
     Files are written in the order of their submission. After an error the thread ends, and later files are dropped.
 
     Args:
-        budget: Bytes of copies that may wait to be written; where there would be more, whoever copies waits for the disk.
+        budget: Largest total of copies that wait to be written, in bytes; further copies wait for the disk.
         live: Tensors that keep their values until the owner has called `wait_copied`. They and views of them are copied
             in the thread.
     """
@@ -94,7 +94,7 @@ class SnapshotWriter:
             self._changed.wait_for(lambda: self._ended or not self._to_copy)
 
     def wait_ended(self, timeout: float | None = None) -> BaseException | None:
-        """Wait until the thread has ended, at most `timeout` seconds. Returns what went wrong; None: nothing."""
+        """Wait until the thread has ended, at most `timeout` seconds. Returns the error, or None."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended, timeout)
             return self._error
@@ -126,7 +126,7 @@ class SnapshotWriter:
             self._changed.notify_all()
 
     def _next(self) -> Callable[[], None] | None:
-        """What to do next: copies first, while the budget lasts."""
+        """Return the next action, `_copy` or `_write`; None at the end. Copies come first while the budget lasts."""
         with self._changed:
             while True:
                 if self._abandoned:
@@ -233,7 +233,7 @@ def write_now(
 
 
 class _WriteNow:
-    """Writes files when they are submitted, in place of a `SnapshotWriter`. The tensors are nobody else's."""
+    """Writes files at once when they are submitted, in place of a `SnapshotWriter`. No one else changes the tensors."""
 
     def __init__(self) -> None:
         self.files: Digests = {}
@@ -292,7 +292,7 @@ class _FileTask:
 
 @contextmanager
 def _side_stream(ready: tuple[torch.device, torch.cuda.Event] | None) -> Iterator[None]:
-    """A stream beside the one on which training goes on, after an event of that one; nothing without a GPU."""
+    """A stream beside that of training, which waits for an event of that stream; nothing without a GPU."""
     if ready is None:
         yield
         return

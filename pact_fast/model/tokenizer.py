@@ -93,7 +93,7 @@ def _training_texts(tasks: Iterable[Task]) -> Iterator[str]:
         yield from (f"{m['role']}\n{text_of(m.get('content'))}" for m in task.prompt)
         for turn in task.expert.turns if task.expert else ():
             yield "assistant\n"
-            # markers are tokens by themselves, so merges are learnt on the text between them
+            # markers are tokens by themselves, so merges are learned on the text between them
             yield from re.split("|".join(MARKERS), hermes.render(turn.reasoning, turn.content, turn.calls))
             yield from (f"\n{text}\n" for text in turn.observations)
             if turn.user is not None:

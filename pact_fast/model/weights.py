@@ -63,20 +63,20 @@ class WeightsUnavailable(PactError):
 
 
 class WeightSnapshot:
-    """One version of the model's weights, as an iterable of (name, tensor) that fingerprints what it yields.
+    """One version of the model's weights, as an iterable of (name, tensor) that fingerprints the tensors it yields.
 
     It is a `WeightSource` of vLLM. An engine that was restarted iterates once more; if the weights have changed since
     the first pass, or cannot be gathered again, that raises WeightsUnavailable.
 
-    shared    whether ZeRO-3 has partitioned the weights, so that iterating is a collective operation
-    expected  rows, columns and fingerprint of each tensor that was yielded
-    bytes     size of the tensors that were yielded
+    partitioned  whether ZeRO-3 has partitioned the weights, so that iterating is a collective operation
+    expected     rows, columns and fingerprint of each tensor that was yielded
+    bytes        size of the tensors that were yielded
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
         self._model, self._dtype = model, dtype
         self._iterated = False
-        self.shared = needs_all_ranks(model)
+        self.partitioned = needs_all_ranks(model)
         self.expected: ExpectedWeights = {}
         self.bytes = 0
 
@@ -91,7 +91,7 @@ class WeightSnapshot:
 
     def check_available(self) -> None:
         """Raise WeightsUnavailable if a pass would need other ranks: they join the first pass only."""
-        if self._iterated and self.shared:
+        if self._iterated and self.partitioned:
             raise WeightsUnavailable("ZeRO-3 has partitioned them over ranks that have moved on")
 
     def _fingerprinted(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -126,7 +126,7 @@ def checkpoint_weights(model: PreTrainedModel, dtype: torch.dtype | None = None)
 
 
 def checkpoint_shapes(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[TensorSpec]:
-    """The specs of what `checkpoint_weights` yields. Nothing is gathered."""
+    """The specs of the tensors of `checkpoint_weights`. Nothing is gathered."""
     for bucket in weight_buckets(model):
         tensors = {
             name: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta") for name, p in bucket

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jinja2
 
 from pact_fast.components import Component
-from pact_fast.files import ANOTHER, write_named, write_text
+from pact_fast.files import OTHER_FILE_CURE, write_named, write_text
 from pact_fast.report import charts
 from pact_fast.report.before_after import comparisons, percent, points
 from pact_fast.report.run_data import Rollout, Run, TokenColumns, read_run
@@ -63,7 +63,7 @@ def write_view(
     if out:
         write_named(Path(out), page)
         return Path(out)
-    write_text(run_dir / "view.html", page, ANOTHER)
+    write_text(run_dir / "view.html", page, OTHER_FILE_CURE)
     return run_dir / "view.html"
 
 

@@ -20,7 +20,7 @@ from pact_fast.files import io_errors, write_bytes
 
 INDEX = "index.jsonl"
 LEVEL = 6  # of gzip; 9 takes three times as long for 2 % less
-EVERY = 10  # of the steps that are not all kept, one in so many
+KEEP_EVERY = 10  # of the steps that are not all kept, one in so many
 NAME = re.compile(r"(step|eval|skipped)_(\d+)\.jsonl(\.gz)?")
 
 
@@ -36,12 +36,12 @@ def write_rollout_file(folder: Path, name: str, lines: Sequence[str]) -> None:
 
 
 def thin_out(folder: Path, step: int, keep: int | None) -> None:
-    """Remove the training rollouts of the step that is `keep` steps before `step`, unless it is a multiple of EVERY.
+    """Remove the training rollouts of the step that is `keep` steps before `step`, unless it is a multiple of KEEP_EVERY.
 
     Called after every step, this leaves the newest `keep` steps and every tenth of those before them.
     """
     old = step - keep if keep is not None else 0
-    if old > 0 and old % EVERY:
+    if old > 0 and old % KEEP_EVERY:
         path = folder / f"step_{old:06d}.jsonl.gz"
         with io_errors(path):
             path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ answers     token F1 of the final answer
 qa          exact match and F1 by the rules of HotpotQA, 2WikiMultiHopQA, MuSiQue and Bamboogle
 functions   the user's reward functions
 advantages  group, turn and token advantages
-feedback    what tools said, apart from echoes of the policy and errors
+feedback    feedback of tools, without echoes of the policy and errors
 ftrl        FTRL's solve-P, solve-R and solve-F1
 toolhop     ToolHop's answer correctness
 """

@@ -1,7 +1,7 @@
-"""What tools said during a trajectory, apart from what the policy said through them (docs/method.md, section 7).
+"""Feedback of tools during a trajectory, without the echoes of their arguments (docs/method.md, section 7).
 
-A tool often repeats its arguments: "no data for 1987". Scored as text alone, such an answer contains whatever the policy
-guessed, so a call with 160 guesses in one argument would contain the expected text.
+A tool often repeats its arguments: "no data for 1987". If only the text were scored, such an answer would contain every
+guess of the policy, and a call with 160 guesses in one argument would contain the expected text.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def _score(
 
 
 def ftrl_reward(task: Task, trajectory: Trajectory) -> float | None:
-    """FTRL's training reward (arXiv 2508.08791) of a whole trajectory: its solve-F1, less for what cannot be scored.
+    """FTRL's training reward (arXiv 2508.08791) of a whole trajectory: solve-F1, or a penalty.
 
     −0.3 if every call is malformed, −0.5 without any call and any answer. None where the environment gives no `solve_f1`
     (`env_args.scoring: ftrl`). The authors reward single turns, with F1 = 2·solved/(calls + 1).

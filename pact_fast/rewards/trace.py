@@ -108,7 +108,10 @@ def _grammatical(turns: Sequence[TurnRecord], answered: bool) -> bool:
 
 
 def _written(turn: TurnRecord) -> Iterator[str]:
-    """What the policy wrote in a turn, without its calls' markup, which is that of some templates' observations, too."""
+    """Yield the texts that the policy wrote in a turn, without the markup of calls.
+
+    Some templates use the same markup for observations.
+    """
     yield from (turn.reasoning, turn.content)
     yield from (text for call in turn.calls for text in texts_of(call.arguments))
 
@@ -162,7 +165,7 @@ def novel_calls(turns: Sequence[TurnRecord], question: str) -> Iterator[bool]:
 
 
 def grounded(text: str, seen: str) -> bool:
-    """Whether an argument occurs in what the policy has seen."""
+    """Whether an argument occurs in the texts that the policy has seen."""
     if holds(seen, text):
         return True
     if _ARITHMETIC.fullmatch(text) and (numbers := _NUMBER.findall(text)):

@@ -1,7 +1,7 @@
 """Rollouts: the agent loop that samples multi-turn trajectories, and the engines that generate their tokens.
 
 agent         AgentLoop: samples many trajectories at once
-turns         TurnLoop: what follows a sampled turn, such as tool calls, a user's reply, or the end
+turns         TurnLoop: the step after a sampled turn, such as tool calls, a user's reply, or the end
 env_calls     methods of environments, run in threads where they may take long
 episode       a trajectory under way, and the sides of the policies that take part in it
 pending       tool calls and replies that trajectories wait for

@@ -45,7 +45,7 @@ class AgentLoop:
         renderer: Renders prompts and observations, parses turns.
         make_env: A fresh environment for a task; it serves one trajectory.
         config: Limits of turns, tokens and time; who plays the user.
-        users: Makes the users of `rollout.user=endpoint`; whoever gives them closes them.
+        users: Makes the users of `rollout.user=endpoint`; the caller closes it.
 
     Raises:
         PactError: The engine does not apply the filters that `config` sets, or there are no users where it wants them.
@@ -66,7 +66,7 @@ class AgentLoop:
         self._calls = EnvironmentCalls()
         self._turns = TurnLoop(engine, renderer, self._calls, config)
         self._prompts: dict[bytes, np.ndarray] | None = None  # of the call of `run` under way
-        self._checked_user_turns = not isinstance(renderer, ChatRenderer)  # what stands in its place has no template
+        self._checked_user_turns = not isinstance(renderer, ChatRenderer)  # a stand-in has no template
         if config.filters and not getattr(engine, "applies_filters", False):
             raise PactError(
                 f"{getattr(engine, 'name', 'the engine')} does not apply rollout.top_p, top_k and min_p ({config.filters}); "
@@ -112,7 +112,7 @@ class AgentLoop:
         """
         results: dict[int, Trajectory] = {}
         calls = PendingToolCalls(self.engine.synchronous)
-        # a side keeps its place in the engine while the other speaks: all sides of what runs must have one
+        # a side keeps its place in the engine while the other speaks: all sides of running episodes must have one
         most = self.config.max_batch_size // 2 if self.config.user == "policy" else len(jobs)
         schedule = Schedule(jobs, most, keep, self.config.trajectory_timeout)
         running = schedule.running
@@ -260,7 +260,7 @@ class AgentLoop:
         return trajectory
 
     def _judge_user(self, episode: Episode, trajectory: Trajectory) -> dict[str, float]:
-        """What the environment finds wrong with the side of the user, if it looks at it."""
+        """Return the flaws that the environment finds in the user's side; {} if it does not judge users."""
         judge = getattr(episode.env, "judge_user", None)
         if not callable(judge):
             return {}

@@ -1,6 +1,6 @@
 """Smoke test of a live engine, for `pact-fast doctor`.
 
-Starts the engine, sends the model's weights, samples a few of the recipe's tasks, and checks what came back: whether
+Starts the engine, sends the model's weights, samples a few of the recipe's tasks, and checks the results: whether
 tool calls survive rendering and parsing, how far log-probs differ from the model's, and whether the prefix cache works.
 """
 
@@ -125,8 +125,8 @@ class EngineSmokeTest:
                 again = self.renderer.parse(ids, job.task.tools).attempts
                 if again != made:
                     raise PactError(
-                        f"task {trajectory.task_id}: the sampled turn {turn.text!r} is parsed as {made}, but these "
-                        f"calls, rendered, as {again}; choose another model.tool_format"
+                        f"task {trajectory.task_id}: the sampled turn {turn.text!r} is parsed as {made}, but "
+                        f"rendering these calls gives a turn parsed as {again}; choose another model.tool_format"
                     )
                 calls += len(made)
                 same += np.array_equal(ids, _sampled_ids(trajectory, index))
@@ -163,10 +163,10 @@ class EngineSmokeTest:
             return "none: for a model with recurrent layers, vLLM's CPU build computes every context from its beginning"
         if not found and len(context) >= MIN_CACHED_CONTEXT:
             raise PactError(
-                f"a context of {len(context)} tokens was computed again when it was requested a second time, and so would "
-                "be that of every turn; remove enable_prefix_caching from rollout.vllm_args, or start the server with it"
+                f"prefix caching is off: a context of {len(context)} tokens was computed again at its second request; "
+                "remove enable_prefix_caching from rollout.vllm_args, or start the server with it"
             )
-        return f"{found} of {len(context)} tokens were not computed again when a context was requested a second time"
+        return f"{found} of {len(context)} tokens were not computed again at the second request of a context"
 
     def memory(self) -> str:
         """Memory for weights and key-value cache; an upper bound, as layers with sliding windows keep less."""
@@ -215,7 +215,7 @@ class EngineSmokeTest:
     def _log_kept_mass_bounds(
         self, transform: LogitTransform, hidden: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bounds of what the filters keep before each token, fp64 [n] on the CPU, from its hidden state [n, D]."""
+        """Bounds of the filters' kept mass before each token, fp64 [n] on the CPU, from its hidden state [n, D]."""
         rollout, head = self.config.rollout, head_layer(self.model)
         slack = 10 * MAX_LOGPROB_DIFF if self.config.model.dtype == "float32" else MEAN_LOGPROB_DIFF
         parts = []

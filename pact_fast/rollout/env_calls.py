@@ -16,7 +16,7 @@ from pact_fast.envs.registry import is_built_in
 from pact_fast.plugins import no_exit
 from pact_fast.rollout.pending import Pending
 
-MAX_CALLS = 256  # of tools and users at a time; a thread starts when a call finds none that is idle
+MAX_CALLS = 256  # of tools and users at a time; a call starts a thread if none is idle
 
 
 def copy_for(env: Environment, value: Any) -> Any:
@@ -66,7 +66,7 @@ class EnvironmentCalls:
         return self.in_thread(method, *arguments)
 
     def in_thread(self, method: Callable[..., str | None], *arguments: Any) -> Future:
-        """Call what may take long."""
+        """Make a call that may take long."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="tool")
         return self._pool.submit(method, *arguments)

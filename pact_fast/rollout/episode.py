@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pact_fast.chat.history import LabelledTokens, joined, untouched
+from pact_fast.chat.history import LabelledTokens, concatenate, labelled_prompt
 from pact_fast.config.filters import UNFILTERED, SamplingFilters
 from pact_fast.data.types import StopReason, Task, ToolSchema, Trajectory, TurnRecord
 from pact_fast.envs.base import Environment
@@ -34,13 +34,13 @@ class Job:
 
 @dataclass
 class Side:
-    """One policy's view of an episode: what it was shown, and what it said.
+    """One policy's view of an episode: its context and its own turns.
 
     session     of the engine
     prompt_ids  [n] int64
     tools       on offer now
     unsent      tokens that the engine has not been given yet; its next request begins with them
-    opening     what the other side said before the first turn; None: the prompt holds it
+    opening     the other side's message before the first turn; None: the prompt holds it
     length      tokens after the prompt, in the sequence that the engine has now
     pieces      that sequence, where the user may change it: what there was when the user spoke last, then turns and the
                 text between them
@@ -63,7 +63,7 @@ class Side:
     branches: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.pieces.append(untouched(self.prompt_ids))
+        self.pieces.append(labelled_prompt(self.prompt_ids))
 
     def append(self, ids: np.ndarray, components: np.ndarray, logprobs: np.ndarray | None, version: int) -> None:
         """Tokens of the current turn; text that was not sampled has no logprobs and version -1."""
@@ -77,7 +77,7 @@ class Side:
         if keep < len(self.prompt_ids) + self.length:
             self.branches.append((sum(map(len, self.ids)), keep - len(self.prompt_ids)))
         self._store(tokens, None, -1)
-        self.pieces = [joined([joined(self.pieces)[:keep], tokens])]
+        self.pieces = [concatenate([concatenate(self.pieces)[:keep], tokens])]
         self.length = keep + len(tokens) - len(self.prompt_ids)
 
     def tokens(self, ids: np.ndarray, components: np.ndarray) -> LabelledTokens:
@@ -93,7 +93,7 @@ class Side:
         self.versions.append(np.full(n, version, np.int32))
 
     def add_message(self, text: str) -> None:
-        """Record what the other side said after the last turn."""
+        """Record the other side's message after the last turn."""
         if self.turns:
             self.turns[-1].user = text
         else:
@@ -126,7 +126,7 @@ class Episode:
     user     side of the policy that plays the user; None: the environment does, or a model behind an endpoint, or nobody
     endpoint the user that a model behind an endpoint plays
     speaker  whose turn it is, or was last
-    offered  a copy of what the environment offered when it was last asked; used where it has a user
+    offered  a copy of the tools that the environment offered last; used if it has a user
     started  seconds
     """
 

@@ -1,4 +1,4 @@
-"""How much probability filters keep, between bounds that hold however another engine rounds and breaks ties."""
+"""Bounds of the probability mass that filters keep. They hold for any rounding and tie-breaking of another engine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def log_kept_mass_bounds(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bounds of `pact_fast.model.filters.log_kept_mass` for an engine whose logits differ a little.
 
-    A token within `slack` of a limit may be on either side of it. The lower bound counts what is kept in any case, the
-    upper bound also what may be kept.
+    A token within `slack` of a limit may be on either side of it. The lower bound counts the tokens that are kept in
+    any case, the upper bound also those that may be kept.
 
     Args:
         logits: [n, V] after the temperature.

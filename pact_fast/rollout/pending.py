@@ -1,4 +1,4 @@
-"""What trajectories wait for: tool calls and replies of users that run while the engine generates."""
+"""Pending results: tool calls and replies of users that run while the engine generates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PendingToolCalls:
         return len(self._calls)
 
     def add(self, index: int, results: list[Pending], blocking: bool) -> None:
-        """What one turn of trajectory `index` waits for; `blocking`: it runs in threads and may take long."""
+        """Wait for the results of one turn of trajectory `index`. `blocking`: they run in threads and may take long."""
         self._calls[index] = results
         if self._synchronous:
             heapq.heappush(self._due, (self._clock + (TOOL_STEPS if blocking else 0), next(self._order), index))
@@ -69,7 +69,7 @@ class PendingToolCalls:
                 return
 
     def due(self) -> list[tuple[int, list[Pending]]]:
-        """Remove and return (trajectory, results) of what is to be picked up now."""
+        """Remove and return the due results as (trajectory, results)."""
         indices = self._due_by_clock() if self._synchronous else self._complete()
         return [(index, self._calls.pop(index)) for index in indices if index in self._calls]
 

@@ -27,7 +27,7 @@ from pact_fast.rollout.null_engine import NullEngine
 
 
 class EngineBuilder:
-    """Builds an engine, and answers what a run, its checks and its estimates must know before there is one.
+    """Builder of an engine; it answers questions of a run, its checks and estimates before the engine exists.
 
     own_weights      True: it holds a copy of the weights, which has to be sent after every update; `pact-fast doctor`
                      tries such an engine. False: it samples from the trainer's own parameters

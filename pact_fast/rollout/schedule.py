@@ -16,14 +16,14 @@ class Schedule:
 
     Args:
         jobs: What to sample.
-        places: Most trajectories at a time.
+        max_running: Most trajectories at a time.
         keep: Most trajectories of a group. None: all.
         timeout: Seconds that a trajectory may take. None: no limit.
     """
 
-    def __init__(self, jobs: list[Job], places: int, keep: int | None, timeout: float | None):
+    def __init__(self, jobs: list[Job], max_running: int, keep: int | None, timeout: float | None):
         self.running: dict[int, Episode] = {}
-        self._jobs, self._places, self._keep, self._timeout = jobs, places, keep, timeout
+        self._jobs, self._max_running, self._keep, self._timeout = jobs, max_running, keep, timeout
         self._next = 0
         self._by_start: deque[int] = deque()  # all have the same limit of time: who starts first is overdue first
         self._ended: Counter[int] = Counter()  # by group
@@ -36,7 +36,7 @@ class Schedule:
         """The next trajectory that is needed, if there is a place for it; to be passed to `start`."""
         while self._next < len(self._jobs) and self._is_full(self._jobs[self._next].group):
             self._next += 1
-        return self._next if self._next < len(self._jobs) and len(self.running) < self._places else None
+        return self._next if self._next < len(self._jobs) and len(self.running) < self._max_running else None
 
     def start(self, index: int, episode: Episode) -> None:
         """`index`: as `startable` returned it."""

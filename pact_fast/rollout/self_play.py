@@ -6,7 +6,7 @@ The environment says who the user is, by optional methods:
     user_tools -> list of schemas                   tools of its own, if it has any
     call_as_user(name, arguments) -> str            runs one of them, in the way of `call`
     user_stops -> list of words                     by which it ends the dialogue, beside rollout.user_stop
-    judge_user(task, trajectory) -> {name: value}   what is wrong with the user's side, for the metrics
+    judge_user(task, trajectory) -> {name: value}   flaws of the user's side, for the metrics
     user_messages(task) -> list of messages         the user's side of the task's expert dialogue, after the question
 """
 
@@ -89,10 +89,10 @@ def user_prompt_ids(
     Args:
         renderer: Renders that turn.
         view: See `user_view`; its last message is the question.
-        render: `renderer.prompt_ids`, or a cache of it, for what comes before.
+        render: `renderer.prompt_ids`, or a cache of it, for the messages before.
     """
     before = render(view.prompt[:-1], view.tools)
     ids, components = renderer.assistant_turn("", text_of(view.prompt[-1]["content"]), [])
-    if not isinstance(renderer, ChatRenderer):  # what stands in its place has no template
+    if not isinstance(renderer, ChatRenderer):  # a stand-in has no template
         return np.concatenate([before, ids])
     return renderer.history.asked(before, ids, components)

@@ -1,4 +1,4 @@
-"""What follows a sampled turn of an episode: tool calls, the user's reply, the other side's turn, or the end."""
+"""The step after a sampled turn of an episode: tool calls, the user's reply, the other side's turn, or the end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TurnLoop:
 
     Args:
         engine: Generates the turns.
-        renderer: Parses turns, and renders what is written between them.
+        renderer: Parses turns, and renders the text between them.
         calls: Runs tools and users.
         config: Limits of turns and tokens.
     """
@@ -60,9 +60,9 @@ class TurnLoop:
         self._engine.submit(Request(session, ids, limit, rng_key, temperature, job.filters, is_user, keep))
 
     def take(self, episode: Episode, completion: Completion) -> tuple[StopReason | None, list[Pending]]:
-        """Record a sampled turn and start what follows it: tool calls, the user's reply, or the other side's turn.
+        """Record a sampled turn and start the next action: tool calls, the user's reply, or the other side's turn.
 
-        Returns the stop reason, if any, and what has to be waited for, if anything.
+        Returns the stop reason, if any, and the pending results, if any.
         """
         side = episode.speaker
         parsed = self._renderer.parse(completion.ids, side.tools)
@@ -86,7 +86,7 @@ class TurnLoop:
         return StopReason.ANSWER, []
 
     def advance(self, episode: Episode, pending: list[Pending]) -> StopReason | None:
-        """Append what a turn waited for and submit the next turn; returns a stop reason if the trajectory ends."""
+        """Append the results of a turn and submit the next one; returns a stop reason if the trajectory ends."""
         with no_exit_in(episode.env):
             results = [result.result() if isinstance(result, Future) else result for result in pending]
         # a turn with an attempt at a call, malformed or not, never waits for the user: an error is no reply
@@ -111,7 +111,7 @@ class TurnLoop:
         return self._append(episode, messages, self._renderer.call_eot_id)
 
     def _add_reply(self, episode: Episode, reply: str | None) -> StopReason | None:
-        """Continue with what the user of the environment, or behind an endpoint, said after the last turn."""
+        """Continue with the reply of the environment's or endpoint's user to the last turn."""
         if reply is None and episode.endpoint is not None:
             return StopReason.USER_FAILED if episode.endpoint.failed else StopReason.USER
         if reply is None:
@@ -169,7 +169,7 @@ class TurnLoop:
         keep: int | None = None
         tokens = side.tokens(ids, components)
         if messages[0]["role"] == "user" and drops_reasoning(self._renderer):
-            keep, tokens = self._renderer.history.go_on(side.pieces, tokens)
+            keep, tokens = self._renderer.history.continuation(side.pieces, tokens)
         length = (side.length if keep is None else keep - len(side.prompt_ids)) + len(tokens)
         remaining = self._config.max_completion_length - length
         if remaining < 1:

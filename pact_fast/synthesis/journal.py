@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_fast.errors import PactError
-from pact_fast.files import ANOTHER, io_errors
+from pact_fast.files import OTHER_FILE_CURE, io_errors
 from pact_fast.text import first_difference
 
 JOURNAL = "journal.jsonl"
@@ -32,7 +32,7 @@ class Journal:
     def __init__(self, out: Path, identity: Record, summary: str = "summary.json"):
         self._path, self._identity = out / JOURNAL, identity
         self.records: list[Record] = []
-        with io_errors(out, ANOTHER):
+        with io_errors(out, OTHER_FILE_CURE):
             out.mkdir(parents=True, exist_ok=True)
         self.summary = self._finished(out / summary)
         if self.summary is None:
@@ -43,7 +43,7 @@ class Journal:
         return sum(not record["reasons"] for record in self.records)
 
     def __enter__(self) -> Journal:
-        with io_errors(self._path, ANOTHER):
+        with io_errors(self._path, OTHER_FILE_CURE):
             for half in self._path.parent.glob(".*.????????.tmp"):  # a kill while `write_text` wrote
                 half.unlink(missing_ok=True)
             self._file = self._path.open("ab")
@@ -56,7 +56,7 @@ class Journal:
 
     def add(self, record: Record) -> None:
         """Append a record."""
-        with io_errors(self._path, ANOTHER):
+        with io_errors(self._path, OTHER_FILE_CURE):
             self._write(record)
         self.records.append(record)
 
@@ -81,14 +81,14 @@ class Journal:
         head, *lines = whole.splitlines() or [b""]
         if head:
             self._check(_json(head), self._path)
-        with io_errors(self._path, ANOTHER), self._path.open("r+b") as file:
+        with io_errors(self._path, OTHER_FILE_CURE), self._path.open("r+b") as file:
             file.truncate(len(whole))
         self.records = [json.loads(line) for line in lines]
 
     def _check(self, known: Any, path: Path) -> None:
         if difference := first_difference(known, self._identity):
             raise PactError(
-                f"{path} is of other settings: {difference}; name another folder with -o, or remove this one"
+                f"{path} was written with other settings: {difference}; name another folder with -o, or remove this one"
             )
 
 

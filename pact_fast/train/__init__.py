@@ -6,7 +6,7 @@ inputs.py         data files, tokenizer, rows and checkpoint, the same on all ra
 models.py         base model, policy and reference policy
 pretrain.py       the training of the base model
 user_model.py     the frozen model that plays the user
-step.py           one training step: collect → score → plan → update → sync
+step.py           one training step: collect → score → batch → update → sync
 collect.py        rollouts → groups with rewards and advantages
 filter_groups.py  dynamic sampling: groups without signal are replaced
 prefetch.py       rollouts of the next steps, sampled during the update

@@ -145,7 +145,7 @@ def check_environment(task: Task, env: type) -> None:
 
 
 def rows_to_check(tasks: TaskSource, config: Config, complete: bool = False) -> int:
-    """How many rows `check_rows` checks."""
+    """Return the number of rows that `check_rows` checks."""
     return len(_positions(tasks, complete)) if isinstance(tasks, FileTasks) else config.trainer.prompts_per_step
 
 
@@ -202,7 +202,7 @@ class SkippedRows:
         self._lines = dict.fromkeys(known)
 
     def write(self) -> str | None:
-        """List what was found since the last call. Returns a line for people; None if there is nothing new."""
+        """List the rows found since the last call. Returns a line for display; None if there is nothing new."""
         found = self._errors[self._written :]
         self._written += len(found)
         before = len(self._lines)

@@ -55,7 +55,7 @@ def latest(root: Path, *, verify: bool = False) -> Path | None:
     File sizes, state.json and the headers of tensor files are always checked; `verify` also reads every file and checks
     its SHA-256.
     """
-    for path in reversed(steps(root)):
+    for path in reversed(checkpoint_folders(root)):
         found = problem(path, verify)
         if found is None:
             return path
@@ -94,7 +94,7 @@ def rewind_metrics(path: Path, size: int) -> None:
     """Cut metrics.jsonl to the `size` bytes that it had at a checkpoint.
 
     A resumed run repeats the later steps, which would otherwise be recorded twice. If the file is shorter (full disk,
-    incomplete copy), its complete lines are kept. The file is written anew, so that a copy by hard links (cp -al) of the
+    incomplete copy), its complete lines are kept. The file is replaced, so that a copy by hard links (cp -al) of the
     run directory keeps its own.
     """
     if not path.exists():
@@ -109,7 +109,7 @@ def rewind_metrics(path: Path, size: int) -> None:
 # -- folders ---------------------------------------------------------------------------------------------------------
 
 
-def steps(root: Path) -> list[Path]:
+def checkpoint_folders(root: Path) -> list[Path]:
     """Checkpoints, complete or not, oldest first."""
     paths = [path for path in root.glob("step_*") if re.fullmatch(r"step_[0-9]{1,18}", path.name)]
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
@@ -156,7 +156,7 @@ def problem(path: Path, verify: bool = False) -> str | None:
 
 
 def _manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """(size, SHA-256) of every file by name. ValueError if manifest.json is not what a save writes."""
+    """(size, SHA-256) of every file by name. ValueError if manifest.json does not have the form that a save writes."""
     manifest = _read_object(path / "manifest.json")
     files = manifest.get("files")
     if not isinstance(manifest.get("step"), int) or not isinstance(files, dict) or "state.json" not in files:
@@ -171,7 +171,10 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def _damage(path: Path) -> str | None:
-    """What keeps files of the right sizes from being read: the state, or the header of a tensor file."""
+    """Return a description of the damage if state.json or the header of a tensor file cannot be read, else None.
+
+    File sizes have been checked before.
+    """
     try:
         _read_object(path / "state.json")
     except (ValueError, OSError):
@@ -187,7 +190,7 @@ def _damage(path: Path) -> str | None:
 
 def prune(root: Path, keep: int) -> None:
     """Remove checkpoints older than the newest `keep` complete ones. Newer damaged ones stay: a later save replaces them."""
-    found = steps(root)
+    found = checkpoint_folders(root)
     complete = [path for path in found if problem(path) is None]
     for path in found[: found.index(complete[-keep:][0])]:
         hide_and_remove(path)

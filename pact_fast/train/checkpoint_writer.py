@@ -1,4 +1,4 @@
-"""Saving a checkpoint while training goes on: copied in memory, written to a hidden folder, and renamed when it is complete.
+"""Saving a checkpoint during training: copied in memory, written to a hidden folder, and renamed when it is complete.
 
     start_save           every rank takes its share of the files; a thread on each copies and writes them
     wait_copied          training waits for the copies before the next optimizer step, which would change the tensors
@@ -38,9 +38,9 @@ from pact_fast.train.checkpoint import hide_and_remove, prune, sha256
 NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 FileTable = dict[str, dict[str, Any]]  # path in the folder → size and SHA-256, as in manifest.json
 WEIGHTS = "weights"  # folder of the parts of weights, which is removed at the end
-POLL = 0.05  # seconds between looks for the parts of other ranks
-PATIENCE = 10.0  # seconds for other ranks' notes when this rank ends without them
-AGREE = 1.0  # seconds between the times when ranks tell each other whether a thread has failed
+POLL_SECONDS = 0.05  # seconds between looks for the parts of other ranks
+NOTE_TIMEOUT = 10.0  # seconds for other ranks' notes when this rank ends without them
+AGREEMENT_SECONDS = 1.0  # seconds between the times when ranks tell each other whether a thread has failed
 
 
 def save(root: Path, step: int, **arguments: Any) -> Path:
@@ -154,12 +154,12 @@ class PendingSave:
             own = {path.relative_to(self._temporary).as_posix(): d._asdict() for path, d in digests.items()}
             own = {name: digest for name, digest in own.items() if not name.startswith(f"{WEIGHTS}/")}
             if self._world.is_main:
-                others = self._others()
+                others = self._files_of_others()
                 if weights:
                     shutil.rmtree(self._temporary / WEIGHTS)  # or it would be a part of the checkpoint
                 complete(others | own)
             else:
-                write_bytes(self._part(self._world.rank), json.dumps(own).encode())
+                write_bytes(self._part_path(self._world.rank), json.dumps(own).encode())
 
         phases = [functools.partial(self._write_model, weights)] if weights else []
         self._writer.close(*phases, last)
@@ -170,9 +170,9 @@ class PendingSave:
         own = [path.name for path in digests if path.parent == folder]
         write_bytes(folder / f"written-{rank}.json", json.dumps(own).encode())
         if self._world.is_main:  # looks for the notes of all; the others for one
-            notes = (self._note(folder / f"written-{other}.json", other) for other in range(self._world.size))
+            notes = (self._wait_for_note(folder / f"written-{other}.json", other) for other in range(self._world.size))
             write_bytes(folder / "written.json", json.dumps([name for note in notes for name in note]).encode())
-        listed = self._note(folder / "written.json", 0)
+        listed = self._wait_for_note(folder / "written.json", 0)
         stored = functools.cache(lambda: TensorFiles(folder / name for name in listed))
         buckets = self._until_abandoned(weights.tensors(stored))
         digests |= snapshot.write_now(self._temporary / "model", "model", buckets, rank, self._world.size)
@@ -189,7 +189,7 @@ class PendingSave:
 
     def ready(self) -> bool:
         """Whether `finish` would not wait: all ranks are done, or one has failed."""
-        # of all ranks, so that they go on together; a failure on one must not wait for the others
+        # of all ranks, so that they continue together; a failure on one must not wait for the others
         writer = self._writer
         working, failed = self._world.sum_counts(not writer.ended(), writer.failed())
         return bool(failed) or not working
@@ -202,7 +202,7 @@ class PendingSave:
         """
         with self.errors():
             while True:  # a thread may wait for one that has failed on another rank
-                error = self._writer.wait_ended(AGREE if self._world.size > 1 else None)
+                error = self._writer.wait_ended(AGREEMENT_SECONDS if self._world.size > 1 else None)
                 if self.ready():
                     break
             self._raise_on_all(error if self._writer.failed() else None)
@@ -211,7 +211,7 @@ class PendingSave:
     def finish_alone(self) -> None:
         """End without the other ranks, which may not be there any more; the checkpoint is completed if they have done theirs.
 
-        Errors are left to whoever resumes: the checkpoint is then not there.
+        Errors are not reported: the checkpoint is then missing, and a resumed run uses an older one.
         """
         self._alone = True
         self._writer.wait_ended()
@@ -233,24 +233,24 @@ class PendingSave:
             )
             raise PactError(f"cannot save the checkpoint {self.path}: {error_line(error)}; {cure}") from error
 
-    def _part(self, rank: int) -> Path:
+    def _part_path(self, rank: int) -> Path:
         return self._temporary / f".part-{rank}.json"
 
-    def _others(self) -> FileTable:
+    def _files_of_others(self) -> FileTable:
         """The files of all other ranks, when they are written. The notes about them are removed."""
         files: FileTable = {}
         for rank in range(1, self._world.size):
-            part = self._part(rank)
-            files |= self._note(part, rank)
+            part = self._part_path(rank)
+            files |= self._wait_for_note(part, rank)
             part.unlink()
         return files
 
-    def _note(self, path: Path, rank: int) -> Any:
-        """What another rank's thread says, when it does."""
+    def _wait_for_note(self, path: Path, rank: int) -> Any:
+        """Wait for the note of another rank's thread, and return its content."""
         alone = 0.0
         while not path.exists():
-            alone += POLL if self._alone else 0.0
-            if self._writer.abandoned(POLL) or alone > PATIENCE:
+            alone += POLL_SECONDS if self._alone else 0.0
+            if self._writer.abandoned(POLL_SECONDS) or alone > NOTE_TIMEOUT:
                 raise snapshot.Abandoned(f"rank {rank} has not written its part of the checkpoint")
         return json.loads(path.read_bytes())
 

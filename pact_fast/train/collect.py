@@ -27,7 +27,7 @@ from pact_fast.train.filter_groups import FURTHER_BATCHES, FilterCounts, Further
 from pact_fast.train.prefetch import RolloutPrefetcher
 from pact_fast.train.progress import Progress
 
-NEVER = np.iinfo(np.int64).max  # weight version of a rollout without sampled tokens
+NO_VERSION = np.iinfo(np.int64).max  # weight version of a rollout without sampled tokens
 
 
 class Outcome(NamedTuple):
@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
     reward        its reward
     turn_rewards  of its turns, where dynamic sampling asks for them
     sampled       number of sampled tokens
-    oldest        oldest weight version that sampled one of them; NEVER: none
+    oldest        oldest weight version that sampled one of them; NO_VERSION: none
     versions      sum of their weight versions
     """
 
@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
     def of(cls, trajectory: Trajectory, use_turns: bool) -> Outcome:
         versions = trajectory.versions[trajectory.sampled].astype(np.int64)
         turns = tuple(trajectory.turn_rewards) if use_turns else ()
-        return cls(trajectory.reward, turns, len(versions), int(versions.min(initial=NEVER)), int(versions.sum()))
+        return cls(trajectory.reward, turns, len(versions), int(versions.min(initial=NO_VERSION)), int(versions.sum()))
 
 
 @dataclass
@@ -156,7 +156,7 @@ class RolloutCollector:
         if self.filtered.without_signal == len(chosen):
             self._progress.note(
                 f"step {step + 1}: none of {self.filtered.sampled} groups has a signal (mean reward "
-                f"{self.filtered.reward_mean:.2f}); there is nothing to learn in this step, and the run goes on"
+                f"{self.filtered.reward_mean:.2f}); there is nothing to learn in this step; the run continues"
             )
         return chosen
 

@@ -25,7 +25,7 @@ EVAL_STREAM = 1 << 32  # takes the place of the training step in random seeds, s
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an evaluation samples its one rollout per task. temperature: 0 is greedy, and `filters` then have no effect."""
+    """Sampling settings of an evaluation, with one rollout per task. Temperature 0 is greedy and ignores `filters`."""
 
     temperature: float
     filters: SamplingFilters = UNFILTERED

@@ -2,7 +2,7 @@
 
 A group whose rewards are all equal has advantages of zero and teaches nothing. Such groups are dropped, and groups of
 further prompts are sampled in their place: never more than `max_num_gen_batches` batches in a step, so that a step ends
-whatever the policy can do. Where the bound is reached first, dropped groups fill the step.
+whatever the policy can do. If the bound is reached first, dropped groups fill the step.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pact_fast.data.types import Task
 
 # Most superfluous groups of a step, relative to those that it cannot do without. Sampling only as many as are missing would
 # leave none over, but takes many small rounds.
-WASTE = 0.3
+MAX_SUPERFLUOUS = 0.3
 # Number of the first batch of further prompts, beyond the last step of any run, and not of this run: a run that is resumed
 # with more steps sees the same prompts.
 FURTHER_BATCHES = 1 << 24
 
 
 class RolloutRewards(Protocol):
-    """A rollout, or what is known of it: its reward, and those of its turns."""
+    """A rollout, or its summary: its reward, and those of its turns."""
 
     @property
     def reward(self) -> float: ...
@@ -51,7 +51,7 @@ G = TypeVar("G", bound=ScoredGroup)
 
 @dataclass(frozen=True)
 class FilterCounts:
-    """What filtering did in a step.
+    """Counts and mean rewards of a step's filtering.
 
     sampled          groups that were sampled
     dropped          of these, groups without signal
@@ -82,7 +82,7 @@ class FilterCounts:
 
 
 def has_signal(group: ScoredGroup, config: FilterGroupsConfig, use_turns: bool) -> bool:
-    """Whether something can be learnt from a group: its rewards differ, and its mean reward is below the limit.
+    """Whether a group has a learning signal: its rewards differ, and its mean reward is below the limit.
 
     Args:
         group: A group with its rollouts, scored.
@@ -97,7 +97,7 @@ def has_signal(group: ScoredGroup, config: FilterGroupsConfig, use_turns: bool) 
 
 
 def further_groups(missing: int, kept: int, sampled: int, budget: int) -> int:
-    """How many groups to sample next: at least as many as are missing, more where few of them have a signal.
+    """Return the number of groups to sample next: at least the missing ones, more if few groups have a signal.
 
     Args:
         missing: Groups that the step still lacks.
@@ -107,7 +107,7 @@ def further_groups(missing: int, kept: int, sampled: int, budget: int) -> int:
     """
     needed = int(missing * (sampled + 2) / (kept + 1))  # by the yield so far, and one success of two before it
     # in the worst case every further group has a signal: all beyond `missing` are then superfluous
-    return min(budget, max(missing, min(needed, missing + int(WASTE * (sampled + missing)))))
+    return min(budget, max(missing, min(needed, missing + int(MAX_SUPERFLUOUS * (sampled + missing)))))
 
 
 class FurtherTasks:
@@ -153,7 +153,7 @@ def filter_groups(
         groups: The first batch, scored.
         sample: (prompts, position of the first among all of the step) → their groups, scored.
         further: Further prompts.
-        config: The bound, and what counts as without signal.
+        config: The bound, and the definition of a group without signal.
         use_turns: Rewards of turns count, too.
     """
     wanted = len(groups)

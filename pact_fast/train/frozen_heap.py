@@ -1,4 +1,4 @@
-"""Garbage collections that do not look at what the imports and the model have made."""
+"""Garbage collections that skip the objects of imports and the model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from contextlib import contextmanager
 
 @contextmanager
 def frozen_heap() -> Iterator[None]:
-    """Inside, what exists now is left out of garbage collections; reference counts free it as before.
+    """Exclude existing objects from garbage collections inside the context; reference counts free them as before.
 
     The imports alone leave a million objects, and a full collection that walks through them stops sampling for a quarter of a
     second. The turns of a thousand rollouts make enough objects to bring one about.
+
+    A heap that the caller has frozen is left as it is: `gc.unfreeze` would take back all of it.
     """
-    gc.collect()  # cycles that nobody needs would stay
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()  # unused cycles would stay
     gc.freeze()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a run reads before its model is built, the same on all ranks: data files, tokenizer, rows, checkpoint."""
+"""Inputs of a run, read before the model is built: data files, tokenizer, rows, checkpoint. Equal on all ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def resolve_run_data(config: Config, run: Path, world: World) -> Config:
 
     def find() -> None:
         saved = run / "config.yaml"
-        resumed = config.resume == "auto" and saved.exists() and checkpoint.steps(run / "checkpoints")
+        resumed = config.resume == "auto" and saved.exists() and checkpoint.checkpoint_folders(run / "checkpoints")
         recorded = load_config(str(saved)).data if resumed else None
         found.append(resolve_data(config.data, recorded).model_dump())
 

@@ -122,7 +122,7 @@ class Learner:
         self.updates = 0
         self.world = world or World()
         self.requirements = algorithm.requirements(sampler_differs)
-        self.loss_settings = {**algorithm.loss_settings(), "is_cap": self.requirements.is_cap}
+        self.loss_settings = {**algorithm.loss_settings(), "importance_cap": self.requirements.importance_cap}
         check_policy_loss(self.loss_settings.get("policy_loss", "ppo"))
         if self.requirements.divergence and self.world.sequence_parallel > 1:
             raise PactError(

@@ -96,7 +96,7 @@ def rollout_metrics(groups: list[Group], world: World | None = None) -> dict[str
 
 
 def _columns(groups: list[Group], trajectories: list[Trajectory]) -> dict[str, np.ndarray]:
-    """One value per rollout; per group: learnt and group_sampled; per attempt at a call: malformed."""
+    """One value per rollout; per group: `learnt` and `group_sampled`; per attempt at a call: malformed."""
     malformed = [isinstance(a, str) for t in trajectories for turn in t.turns for a in turn.attempts]
     return {
         "reward": np.array([t.reward for t in trajectories], np.float64),

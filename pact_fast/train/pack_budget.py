@@ -25,7 +25,7 @@ def with_pack_budget(
     """The configuration with a number for trainer.max_tokens_per_pack. All ranks call it and get the same number.
 
     Args:
-        config: The run's configuration; null is replaced by the estimate of what fits into the free memory.
+        config: The run's configuration; null is replaced by the estimate that fits into the free memory.
         run: The run directory. A budget that ran out of memory before is not tried again.
         world: All ranks.
         device: This rank's device.

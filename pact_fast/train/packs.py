@@ -72,7 +72,7 @@ class StepPacks:
     packs        those of this replica, one per micro-step
     cost         of all ranks
     longest      tokens of the longest sequence of all ranks
-    local_units  units of this rank's own prompts by number, whoever trains them
+    local_units  units of this rank's own prompts by number, whichever rank trains them
     owner        owner rank of a unit's prompt, by the unit's number
     """
 
@@ -145,7 +145,7 @@ def _split(
 ) -> tuple[list[Unit], list[np.ndarray]]:
     """The units of this rank's trees, and the tables of all ranks' units, by rank.
 
-    With fewer units than replicas, trees are split further than the budget requires, on all ranks alike.
+    With fewer units than replicas, trees are split further than the budget requires, in the same way on all ranks.
     """
     budget = max_tokens
     while True:

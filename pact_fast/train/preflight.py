@@ -22,7 +22,7 @@ from pact_fast.users.endpoint import user_llm
 
 
 def check_settings(config: Config, algorithm: Algorithm) -> None:
-    """PactError for settings that are pointless together, whatever the data are, or that name a missing tracker or a
+    """PactError for settings that are pointless together with any data, or that name a missing tracker or a
     wrong setting of the user's language model."""
     check_trackers(config.trainer.report_to)
     if config.trainer.deepspeed:
@@ -33,12 +33,12 @@ def check_settings(config: Config, algorithm: Algorithm) -> None:
     if rewarded and config.rollout.num_generations == 1:
         raise PactError(
             f"rollout.num_generations=1 with algorithm.name={name}: the advantages of a group of one rollout are 0, so "
-            "nothing is learnt from it; set rollout.num_generations to 2 or more"
+            "nothing is learned from it; set rollout.num_generations to 2 or more"
         )
     if rewarded and config.rollout.top_k == 1:
         raise PactError(
             f"rollout.top_k=1 with algorithm.name={name}: all rollouts of a prompt are the greedy one, so their advantages "
-            "are 0 and nothing is learnt; set rollout.top_k to 2 or more, or to 0 for all tokens"
+            "are 0 and nothing is learned; set rollout.top_k to 2 or more, or to 0 for all tokens"
         )
     if config.algorithm.filter_groups.enable and not rewarded:
         raise PactError(
@@ -55,7 +55,7 @@ def check_settings(config: Config, algorithm: Algorithm) -> None:
     if buffer.enable and buffer.len > limit:
         raise PactError(
             f"algorithm.reward.overlong_buffer.len={buffer.len} is longer than a rollout "
-            f"(rollout.max_completion_length={limit}), so every rollout would be punished; lower it"
+            f"(rollout.max_completion_length={limit}), so every rollout would be penalised; lower it"
         )
     if not data.train and (data.eval or data.expert):
         key = "data.eval" if data.eval else "data.expert"
@@ -96,7 +96,7 @@ def check_tasks(config: Config, algorithm: Algorithm, tasks: TaskSource, notes: 
         config: The run's configuration.
         algorithm: Its algorithm.
         tasks: Its tasks.
-        notes: Gets what is allowed, and perhaps not meant.
+        notes: Gets notes on settings that are allowed but probably unintended.
 
     Raises:
         PactError: No task has anything to reward, or there are no held-out tasks for trainer.eval_steps.
@@ -124,8 +124,8 @@ def _check_rewards(config: Config, algorithm: Algorithm, train: list[Task], note
         if any(_gives_success(config, task) for task in train):
             cure = "set algorithm.reward.env_weight=1 to count the environment's success"
         raise PactError(
-            f"no task has anything to reward, so nothing would be learnt (the first is {without[0].id}); {cure}, or set "
-            "algorithm.reward.functions"
+            f"no task has anything to reward, so nothing would be learned (first task: {without[0].id}); {cure}, or "
+            "set algorithm.reward.functions"
         )
     if without:
         notes.append(f"{len(without)} of {len(train)} tasks have nothing to reward, the first is {without[0].id}")

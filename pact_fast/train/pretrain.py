@@ -64,7 +64,7 @@ def pretrain(
         tasks_of_step = tasks.train(place, settings.batch_size)
         rng = random.Random(f"pretrain/{config.seed}/{step}")
         traces = [_trace(task, noise, rng) for task in tasks_of_step]
-        batch = _batch(tasks_of_step, traces, renderer)
+        batch = sft_batch(tasks_of_step, traces, renderer)
         total = sum(len(s.index) for s in batch.scored)
         for s in batch.scored:
             s.sft_weight = np.full(len(s.index), 1.0 / total)
@@ -96,10 +96,10 @@ def _trace(task: Task, noise: TraceNoise, rng: random.Random) -> ExpertTrace:
     return task.expert
 
 
-def _batch(tasks: Sequence[Task], traces: Sequence[ExpertTrace], renderer: ChatRenderer) -> PromptBatch:
+def sft_batch(tasks: Sequence[Task], traces: Sequence[ExpertTrace], renderer: ChatRenderer) -> PromptBatch:
     """Traces of tasks, answers included, with weight 1 on every generated token.
 
-    They are one tree: what their prompts have in common at their start (system message and tools, as a rule) is computed once.
+    They are one tree: the common beginning of their prompts (usually system message and tools) is computed once.
     """
     shown = [
         renderer.trace_context(task, trace, "turns", answer=True) for task, trace in zip(tasks, traces, strict=True)

@@ -1,7 +1,7 @@
 """Quantiles of values that are spread over ranks: exact, from counts alone.
 
 The bits of non-negative floats are ordered as the floats are, so a value of a given rank in the sorted order is found digit
-by digit (radix selection): three sums of counts over ranks, whatever the number of values.
+by digit (radix selection): three sums of counts over ranks for any number of values.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def rng_state() -> tuple[dict[str, Any], Tensors]:
 
 
 def set_rng_state(state: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Restore what `rng_state` returned. States of CUDA devices that this machine lacks are ignored."""
+    """Restore the result of `rng_state`. States of CUDA devices that this machine lacks are ignored."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["numpy"])

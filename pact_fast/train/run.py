@@ -4,8 +4,8 @@ All random numbers are functions of (seed, step, position), never of earlier dra
 tools. A run that is killed and resumed therefore repeats its lost steps bit for bit (on CPU, with the same number of
 threads).
 
-Every rank runs the same life cycle (docs/scaling.md): it samples its part of the rollouts, plans its part of the prompts
-and trains its part of the packs. Only rank 0 writes files and logs.
+Every rank runs the same life cycle (docs/scaling.md): it samples its part of the rollouts, makes batches of its part of the
+prompts and trains its part of the packs. Only rank 0 writes files and logs.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Trainer:
             raise
 
     def _open(self, config: Config, notes: list[str]) -> None:
-        """Open the run directory, of which this process has the lock, and make what needs files of it."""
+        """Open the run directory, whose lock this process holds, and make the objects that need its files."""
         self._newest = newest_checkpoint(config, self.run, self.world)
         self.world.run_on_main(
             lambda: notes.append(open_run(config, self._newest is not None) or ""), "the run directory"
@@ -276,7 +276,7 @@ class Trainer:
 
     def _start(self) -> RunState:
         """The state of a new run."""
-        seed_generators(self.config.seed)  # whatever was drawn to build it, perhaps by an earlier process
+        seed_generators(self.config.seed)  # independent of draws while it was built, perhaps by an earlier process
         self._open_metrics(0, 0)
         return RunState()
 
@@ -345,7 +345,7 @@ class Trainer:
         )
         if self._skipped > self.config.trainer.max_skipped_updates:
             raise PactError(
-                f"{self._skipped} updates in a row had a loss or gradient that is not finite (trainer.max_skipped_updates); "
+                f"{self._skipped} updates in a row had a non-finite loss or gradient (trainer.max_skipped_updates); "
                 f"look at {saved}, lower trainer.learning_rate, and continue from the last checkpoint with resume=auto"
             )
 
@@ -429,7 +429,7 @@ class Trainer:
         )
 
     def _finish_save(self, wait: bool) -> None:
-        """Raise what kept the last checkpoint from being written; with `wait`, it is complete when this returns."""
+        """Raise the error of the last checkpoint's writing, if any; with `wait`, it is complete when this returns."""
         pending = self._pending_save
         if pending is None or not (wait or pending.ready()):
             return
@@ -467,7 +467,7 @@ class Trainer:
         return summary
 
     def _close(self) -> None:
-        """Stop sampling, environments and the engine; then let the trackers send what is left."""
+        """Stop sampling, environments and the engine; then let the trackers send remaining metrics."""
         failed = sys.exc_info()[0] is not None
         pending, self._pending_save = self._pending_save, None
         if pending and self.world.size == 1:

@@ -1,4 +1,4 @@
-"""The run directory: what is in it, and whether a start may write there.
+"""The run directory: its files, and whether a start may write there.
 
 config.yaml, summary.json, metrics.jsonl, latest, tracking_id, tensorboard/, wandb/, tokenizer/, base/, rollouts/,
 checkpoints/, report.html
@@ -21,7 +21,7 @@ from pact_fast.errors import PactError
 from pact_fast.files import io_errors, remove, write_text
 from pact_fast.train import checkpoint
 
-# What a run writes into its directory. Whatever else is there is the user's.
+# Files and folders that a run writes into its directory. All others belong to the user.
 FOLDERS = ("tokenizer", "base", "rollouts", "tensorboard", "wandb", "checkpoints", "engine")
 FILES = (
     *("config.yaml", "metrics.jsonl", "summary.json", "report.html", "view.html", "latest", "max_tokens_per_pack"),
@@ -56,7 +56,7 @@ def open_run(config: Config, resumed: bool) -> str | None:
     if holds_run(run) and config.resume == "never":
         raise PactError(f"{run} already holds a run; continue it with resume=auto, or choose another output_dir=")
     repeated = None
-    if resumed or checkpoint.steps(run / "checkpoints"):
+    if resumed or checkpoint.checkpoint_folders(run / "checkpoints"):
         check_resumed(config, run / "config.yaml")
     if not resumed:
         _check_no_checkpoint_is_lost(run)
@@ -71,7 +71,7 @@ def open_run(config: Config, resumed: bool) -> str | None:
                 f"{run / 'config.yaml'} was not written by a run, and would be replaced; choose another output_dir="
             )
     with io_errors(run):
-        for leftover in _unfinished(run):  # nobody else writes while we hold the lock
+        for leftover in _unfinished(run):  # no other process writes while we hold the lock
             remove(leftover)
         (run / "rollouts").mkdir(parents=True, exist_ok=True)
     if not resumed:
@@ -89,7 +89,7 @@ def _unfinished(run: Path) -> Iterator[Path]:
 def holds_run(run: Path) -> bool:
     """Whether training has begun in a directory: it has metrics, a checkpoint, or traces of one."""
     names = ("metrics.jsonl", "summary.json", LATEST)
-    return any((run / name).exists() for name in names) or bool(checkpoint.steps(run / "checkpoints"))
+    return any((run / name).exists() for name in names) or bool(checkpoint.checkpoint_folders(run / "checkpoints"))
 
 
 def save_config(config: Config) -> None:
@@ -114,7 +114,7 @@ def _check_kinds(run: Path) -> None:
 
 def _check_no_checkpoint_is_lost(run: Path) -> None:
     """PactError if there was a checkpoint, and none can be used: a new start would write over the run."""
-    found = checkpoint.steps(run / "checkpoints")
+    found = checkpoint.checkpoint_folders(run / "checkpoints")
     if found:
         reason = f"{found[-1].name}: {checkpoint.problem(found[-1])}"
     elif (run / LATEST).exists() or (run / "summary.json").exists():
@@ -123,7 +123,7 @@ def _check_no_checkpoint_is_lost(run: Path) -> None:
         return
     raise PactError(
         f"{run} holds a run, but no checkpoint that can be used ({reason}); restore its checkpoints from a copy, or delete "
-        f"{run} to begin anew"
+        f"{run} to start again"
     )
 
 
@@ -159,16 +159,16 @@ def _is_ours(path: Path) -> bool:
 
 
 def _remove_leftovers(config: Config, run: Path) -> None:
-    """Remove what a start without a checkpoint left behind."""
+    """Remove the leftovers of a start without a checkpoint."""
     leftovers = [run / name for name in (*FOLDERS, *FILES) if name not in KEPT and (run / name).exists()]
     if leftovers and not _is_ours(run / "config.yaml"):
-        raise PactError(f"{leftovers[0]} was not made by a run (no config.yaml of one); choose another output_dir=")
+        raise PactError(f"{leftovers[0]} was not made by a run (no config.yaml beside it); choose another output_dir=")
     model, data = config.model, config.data
     sources = [name for value in (data.train, data.eval, data.expert) for name in source_names(value)]
     for used in filter(None, (model.path, model.tokenizer, model.chat_template, *sources)):
         for leftover in leftovers:
             if Path(used).resolve().is_relative_to(leftover.resolve()):
-                raise PactError(f"{used} lies in {leftover}, which a new run replaces; choose another output_dir=")
+                raise PactError(f"{used} is inside {leftover}, which a new run replaces; choose another output_dir=")
     with io_errors(run):
         for leftover in leftovers:
             remove(leftover)

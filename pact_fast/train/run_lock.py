@@ -27,8 +27,8 @@ from pact_fast.errors import PactError
 from pact_fast.text import short, visible
 
 LOCK = "run.lock"
-HEARTBEAT = 10.0  # seconds between heartbeats
-SILENCE = 45.0  # without one for so long, a process of another host counts as dead
+HEARTBEAT_SECONDS = 10.0  # seconds between heartbeats
+HEARTBEAT_TIMEOUT = 45.0  # without one for so long, a process of another host counts as dead
 ATTEMPTS = 100  # at a file that others remove while it is opened
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of a file system that cannot lock
 
@@ -56,7 +56,7 @@ class RunLock:
                 f"cannot lock {run}: {error.strerror}; make the folder writable, or choose another"
             ) from None
         record = _own_record()
-        self._held = _Held(self._path, descriptor, record, run if created else None)
+        self._held = _HeldLock(self._path, descriptor, record, run if created else None)
         self._finalizer = weakref.finalize(self, self._held.release)
         try:
             before = _read(self._path)
@@ -75,7 +75,7 @@ class RunLock:
         record = _read(self._path)
         if record and record.get("id") != self._held.record["id"]:
             raise PactError(
-                f"{self._run} was taken over by {_who(record)}, so this process stops; what it had saved is there"
+                f"{self._run} was taken over by {_holder_text(record)}, so this process stops; its checkpoints are kept"
             )
 
     def release(self) -> None:
@@ -83,7 +83,7 @@ class RunLock:
         self._finalizer()
 
 
-class _Held:
+class _HeldLock:
     """The locked file of this process, and the thread that writes heartbeats to it."""
 
     def __init__(self, path: Path, descriptor: int, record: Record, folder: Path | None):
@@ -98,7 +98,7 @@ class _Held:
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
 
     def _beat(self) -> None:
-        while not self._ended.wait(HEARTBEAT):
+        while not self._ended.wait(HEARTBEAT_SECONDS):
             with self._mutex:
                 if self._ended.is_set():  # the descriptor may be another file's by now
                     return
@@ -131,7 +131,7 @@ class _Held:
             os.close(self._descriptor)
 
 
-_all_held: weakref.WeakSet[_Held] = weakref.WeakSet()
+_all_held: weakref.WeakSet[_HeldLock] = weakref.WeakSet()
 
 
 def _forked() -> None:
@@ -165,7 +165,7 @@ def _open_locked(run: Path, path: Path) -> tuple[int, bool]:
             os.close(descriptor)
             raise
         os.close(descriptor)  # of a file that its last holder has removed
-    raise PactError(f"cannot lock {run}: other processes start and end there all the time; start again")
+    raise PactError(f"cannot lock {run}: other processes keep starting and ending there; try again")
 
 
 def _flock(descriptor: int) -> bool:
@@ -183,10 +183,12 @@ def _flock(descriptor: int) -> bool:
 
 def _watch(path: Path, before: Record, note: Callable[[str], object]) -> None:
     """Wait whether the holder of another host, or of a file system without locks, shows a heartbeat."""
-    note(f"{path.parent} was last used by {_who(before)}; waiting {SILENCE:.0f} s for a heartbeat from there")
-    deadline = time.monotonic() + SILENCE
+    note(
+        f"{path.parent} was last used by {_holder_text(before)}; waiting {HEARTBEAT_TIMEOUT:.0f} s for a heartbeat from there"
+    )
+    deadline = time.monotonic() + HEARTBEAT_TIMEOUT
     while time.monotonic() < deadline:
-        time.sleep(min(1.0, SILENCE / 10))
+        time.sleep(min(1.0, HEARTBEAT_TIMEOUT / 10))
         now = _read(path)
         if now and (now.get("id"), now.get("beat")) != (before.get("id"), before.get("beat")):
             raise PactError(_in_use(path.parent, now))
@@ -196,14 +198,14 @@ def _own_record() -> Record:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "boot": _boot(),
+        "boot": _boot_id(),
         "started": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         "beat": 0,
         "id": secrets.token_hex(8),
     }
 
 
-def _boot() -> str:
+def _boot_id() -> str:
     """Identifies this start of this machine: containers that share a kernel, and its locks, share it."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -232,12 +234,12 @@ def _read_with_retries(path: Path) -> Record | None:
 
 def _in_use(run: Path, record: Record | None) -> str:
     return (
-        f"{run} is in use by {_who(record)}; wait until it has ended, or stop it, and start again, or choose another "
+        f"{run} is in use by {_holder_text(record)}; wait until it has ended, or stop it, and start again, or choose another "
         "output_dir="
     )
 
 
-def _who(record: Record | None) -> str:
+def _holder_text(record: Record | None) -> str:
     if record is None:
         return "another process"
     host, pid, started = (record.get(key) for key in ("host", "pid", "started"))

@@ -1,4 +1,4 @@
-"""Seeds of the global random number generators, for what draws from them: dropout, and code of the user's."""
+"""Seeds of the global random number generators, which dropout and user code draw from."""
 
 from __future__ import annotations
 

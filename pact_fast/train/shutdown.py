@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 class GracefulShutdown:
     """Context manager that handles SIGTERM and SIGHUP; one that is ignored (nohup) stays ignored.
 
-    While `deferred` is set, a signal sets `requested` and the work goes on until the caller checks it; otherwise
+    While `deferred` is set, a signal sets `requested` and the work continues until the caller checks it; otherwise
     ShutdownRequested is raised in the main thread. A second signal ends the process at once.
 
     signal_name  of the signal that came, for messages; "SIGTERM" before one has come, and where another rank got it

@@ -1,4 +1,4 @@
-"""One training step: collect → score → plan → update → sync."""
+"""One training step: collect → score → batch → update → sync."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Stepper:
         clock.append(time.perf_counter())
         self._engine.sleep()
         prompts = len(self._collector.outcomes)
-        contexts, batches = self._plan(step, groups)
+        contexts, batches = self._prompt_batches(step, groups)
         results = self._update(batches, prompts)
         clock.append(time.perf_counter())
         self._engine.update_weights(learner.model, learner.updates)  # sync
@@ -82,7 +82,7 @@ class Stepper:
         }
         return StepResult(prompts, batches, results, self._on_all(metrics, groups))
 
-    def _plan(self, step: int, groups: list[Group]) -> tuple[list[StepContext], list[PromptBatch]]:
+    def _prompt_batches(self, step: int, groups: list[Group]) -> tuple[list[StepContext], list[PromptBatch]]:
         """Ask the algorithm for the trees and weights of this rank's prompts.
 
         This is done before the first optimizer step on the rollout batch, because `Learner.prepare` needs all of them.
@@ -136,7 +136,7 @@ class Stepper:
         }
 
     def _on_all(self, metrics: dict[str, float], groups: list[Group]) -> dict[str, float]:
-        """Rank 0's metrics, with what reward functions logged, on all ranks. PactError if two have the same name."""
+        """Rank 0's metrics and those logged by reward functions, on all ranks. PactError if two have the same name."""
         logged = logged_metrics(groups, self._learner.world)
 
         def join() -> list[Any]:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-FIRST = 3  # steps whose mean a run is compared with
-LAST = 5  # steps over which the present is averaged
+BASELINE_STEPS = 3  # steps whose mean a run is compared with
+RECENT_STEPS = 5  # steps over which the present is averaged
 Metrics = Mapping[str, float | None]
 
 
@@ -51,8 +51,8 @@ SIGNS = {
     "no_signal": Sign(
         ("reward/zero_advantage_groups",),
         _no_signal,
-        f"in the last {LAST} steps, {{last:.0%}} of the groups had no advantage: all rollouts of a prompt earn the same; "
-        "choose easier or harder tasks, more rollouts per prompt, or algorithm.filter_groups",
+        f"in the last {RECENT_STEPS} steps, {{last:.0%}} of the groups had no advantage: all rollouts of a prompt earn the "
+        "same; choose easier or harder tasks, more rollouts per prompt, or algorithm.filter_groups",
     ),
     "entropy": Sign(
         ("prompt/entropy", "success"),
@@ -97,14 +97,14 @@ class WarningSigns:
         """The metrics `warnings/…` of a step (1: the sign shows), and texts of signs that show for the first time."""
         for key, values in self._history.items():
             value = metrics.get(key)
-            if value is not None and math.isfinite(value):  # metrics.jsonl has null for what is not finite
+            if value is not None and math.isfinite(value):  # metrics.jsonl has null for non-finite values
                 values.append(value)
         found, texts = {}, []
         for name, sign in SIGNS.items():
-            if min(len(self._history[key]) for key in sign.keys) < FIRST + LAST:
+            if min(len(self._history[key]) for key in sign.keys) < BASELINE_STEPS + RECENT_STEPS:
                 continue
-            first = {key: _mean(self._history[key][:FIRST]) for key in sign.keys}
-            last = {key: _mean(self._history[key][-LAST:]) for key in sign.keys}
+            first = {key: _mean(self._history[key][:BASELINE_STEPS]) for key in sign.keys}
+            last = {key: _mean(self._history[key][-RECENT_STEPS:]) for key in sign.keys}
             found[f"warnings/{name}"] = float(sign.shows(first, last))
             if found[f"warnings/{name}"] and name not in self._told:
                 self._told.add(name)

@@ -1,6 +1,6 @@
-"""Who may play the user of an episode: a script, or a model behind an endpoint. A policy of the engine: `rollout/self_play.py`.
+"""Users of an episode: a script, or a model behind an endpoint. For self-play, see `rollout/self_play.py`.
 
-stop      the word by which a user ends the dialogue, and nobody else
+stop      the word with which a user, and only a user, ends the dialogue
 script    ScriptedUser: a list of messages
 model     ModelUser: a language model with a prompt, and tools, of its own
 endpoint  the users of a run with `rollout.user=endpoint`

@@ -51,7 +51,7 @@ class EndpointUsers:
         """The user of an episode.
 
         Args:
-            view: The task from the user's side: its prompt, which ends with what the user has said.
+            view: The task from the user's side: its prompt, which ends with the user's message.
             tools: The user's own.
             call: Runs one of them.
             stops: Further words that end the dialogue, as the environment says.
@@ -66,7 +66,7 @@ class EndpointUsers:
         return self._client.report()
 
     def close(self) -> None:
-        """Cancel what is under way, and close the connections."""
+        """Cancel running requests, and close the connections."""
         self._client.close()
 
 

@@ -16,7 +16,7 @@ CallTool = Callable[[str, dict[str, Any]], str]
 
 
 class Answer(Protocol):
-    """What a model says: its visible text, and calls of the user's own tools."""
+    """Answer of a model: its visible text, and calls of the user's own tools."""
 
     @property
     def text(self) -> str: ...
@@ -35,9 +35,9 @@ class Client(Protocol):
 class ModelUser:
     """Talks to the agent in the user's place.
 
-    The model sees its own prompt, what both said, and its own calls with their results. It never sees the agent's reasoning,
-    calls or observations, and the agent sees none of the user's. Role markers in what the agent says are broken up, since
-    the endpoint may read them as control tokens.
+    The model sees its own prompt, the messages of both sides, and its own calls with their results. It never sees the
+    agent's reasoning, calls or observations, and the agent sees none of the user's. Role markers in the agent's
+    messages are broken up, since the endpoint may read them as control tokens.
 
     Args:
         client: The model.
@@ -75,7 +75,7 @@ class ModelUser:
         ]
 
     def reply(self, text: str) -> str | None:
-        """What the user says to the visible text of the agent, or None: the dialogue is over.
+        """Return the user's reply to the visible text of the agent; None ends the dialogue.
 
         Raises:
             LLMError: Of the client; there is no answer.

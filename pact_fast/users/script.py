@@ -1,4 +1,4 @@
-"""A user who says what is written, whatever the agent answers."""
+"""A user with a fixed list of messages, independent of the agent's answers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The word by which a user ends the dialogue.
 
-It counts only in what the user itself says, and only at the end of the message. In anybody else's text it is text: an agent
+It counts only in the user's own messages, and only at their end. In other texts it is plain text: an agent
 that writes it ends nothing, nor does a user who quotes it in the middle of a sentence.
 """
 

@@ -1,1 +1,1 @@
-"""What test files share. Test files import from here, never from each other."""
+"""Helpers shared by test files. Test files import from here, never from each other."""

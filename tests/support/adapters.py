@@ -79,7 +79,7 @@ def evaluate(expression: str) -> str:
     Args:
         expression: The expression.
     """
-    return str(eval(expression))  # what the sandbox is for
+    return str(eval(expression))  # the reason for the sandbox
 
 
 class Log:

@@ -1,4 +1,4 @@
-"""A line of the kernels broken on purpose, for tests of what notices it."""
+"""Kernels with one line broken on purpose, to test that checks detect it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import pytest
 AGAIN = "second chance"  # category of a test that failed beside others and passed alone
 
 
-# Files of few tests that take long. Workers get whole files, and whoever got one of these last would end alone.
+# Files of few tests that take long. A worker gets whole files; one of these at the end would keep one worker busy alone.
 LONGEST = (
     "test_memory_estimate", "test_distributed_run", "test_distributed", "test_build", "test_chaos", "test_run_lock",
     "test_smollm2", "test_ftrl_run", "test_head_precision", "test_update_step", "test_benchmarks", "test_triton_interpreter",

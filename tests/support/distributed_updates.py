@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pact_fast.algorithms.registry import algorithm, make_algorithm
+from pact_fast.chat.rendering import ChatRenderer
 from pact_fast.config import AlgorithmConfig, TrainerConfig
 from pact_fast.distributed.world import World, init_world
 from pact_fast.train.learner import Learner
-from tests.support.groups import lookup_chain_renderer, make_groups, step_context_of
+from tests.support.groups import make_groups, step_context_of
 from tests.support.processes import deepspeed_on_gloo
+from tests.support.runs import TOKENIZERS
 
 STEPS = 3
 OFFLOAD = {"offload_optimizer": "cpu"}
@@ -36,11 +39,17 @@ PACKS = {
 }  # "whole": fewer packs than processes; "small": many a step, and not evenly many
 
 
+@functools.cache
+def loaded_renderer() -> ChatRenderer:
+    """Each rank would train a tokenizer of its own first."""
+    return ChatRenderer(AutoTokenizer.from_pretrained(TOKENIZERS["tiny"]))
+
+
 def run(case: str, world: World) -> dict[str, np.ndarray]:
     """`case`: backend/packs/model, for example zero3/small/llama; further words: kl, sequence, dropped, an algorithm."""
     backend, packs, kind, *more = case.split("/")
     torch.manual_seed(0)
-    renderer = lookup_chain_renderer()
+    renderer = loaded_renderer()
     settings: dict[str, Any] = dict(
         vocab_size=len(renderer.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=1, head_dim=8, max_position_embeddings=2048, tie_word_embeddings=kind == "qwen3",
@@ -67,9 +76,9 @@ def run(case: str, world: World) -> dict[str, np.ndarray]:
     for step in range(STEPS):
         update = step_context_of(renderer, config, groups, step=step, world=world)
         own = [group for group in groups if world.owner_of(group.prompt_index, len(groups)) == world.rank]
-        plans = rule.prompt_batches(own, update)
-        learner.prepare(plans)
-        result = learner.accumulate(plans)
+        batches = rule.prompt_batches(own, update)
+        learner.prepare(batches)
+        result = learner.accumulate(batches)
         if step == 0:
             gradient = whole_gradient(learner)
         norms.append(learner.step())
@@ -99,7 +108,7 @@ def whole_gradient(learner: Learner) -> np.ndarray:
 
 
 def losing_one(backward):
-    """What DeepSpeed's CPU offload has done to others: one micro-batch that nobody misses."""
+    """Return a backward pass that silently drops one micro-batch, a fault reported for DeepSpeed's CPU offload."""
     lost = []
 
     def faulty(batch, scored, result, last):

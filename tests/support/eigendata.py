@@ -100,7 +100,7 @@ def unsolvable(domain: Domain, instance: Instance, rng: random.Random) -> Instan
 
 
 def order_sensitive_checker(domain: Domain, instance: Instance, rng: random.Random) -> Instance | None:
-    """The checker compares the journal, too, which lists what was done in its order."""
+    """The checker compares the journal, too, which lists the actions in their order."""
     made = {instance.gold[i].name for i in writes(domain, instance) if instance.gold[i].by == "agent"}
     if len(made - {"resume_line"}) < 2:  # resuming depends on paying; two others never depend on each other
         return None
@@ -108,7 +108,7 @@ def order_sensitive_checker(domain: Domain, instance: Instance, rng: random.Rand
 
 
 class RandomKeys(type(helpdesk())):  # type: ignore[misc]
-    """A helpdesk whose refunds and cancellations leave a reference that nobody can know before."""
+    """A helpdesk whose refunds and cancellations leave a reference that cannot be known before."""
 
     agent_tools = tuple(type(helpdesk()).agent_tools)
 
@@ -133,7 +133,7 @@ def _with_reference(tool):
 
 
 class OwnWorld:
-    """An episode on plain copies of the tables, cut to what is the subject's and a few others': obvious."""
+    """An episode on plain copies of the tables, reduced to the records of the subject and of a few others."""
 
     def __init__(self, domain: Domain, instance: Instance):
         self.domain, self.instance = domain, instance
@@ -248,7 +248,7 @@ def failing_controls(domain: Domain, instance: Instance) -> list[str]:
 
 
 def confirm(folder: Path) -> int:
-    """Replay all tasks of a folder; prints what does not hold. Returns the number of tasks with problems."""
+    """Replay all tasks of a folder, and print violations. Returns the number of tasks with problems."""
     domain, wrong, count = helpdesk(), 0, 0
     for file in ("train.jsonl", "held_out.jsonl"):
         for line in (folder / file).read_text(encoding="utf-8").splitlines():

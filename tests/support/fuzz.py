@@ -1,4 +1,4 @@
-"""How many random cases a fuzz loop tries."""
+"""Number of random cases of a fuzz loop."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def cases(usual: int = 1000) -> int:
-    """PACT_FUZZ, for those who look for a rare case; else `usual`, which any run of the tests can afford."""
+    """Return PACT_FUZZ if it is set, to search for rare cases; else `usual`, which every test run can afford."""
     return int(os.environ.get("PACT_FUZZ", usual))

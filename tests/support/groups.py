@@ -71,7 +71,7 @@ def make_groups(
     ]
 
 
-@functools.cache  # rendering takes longer than most of what is done with the groups
+@functools.cache  # rendering takes longer than most uses of the groups
 def _made_groups(
     renderer: ChatRenderer, reward: str, prompts: int, rollouts: int, seed: int, use_turns: bool
 ) -> list[Group]:

@@ -1,4 +1,4 @@
-"""What several ranks of a host trainer do with the kernels; each rank checks its own results (test_host_ranks.py)."""
+"""Cases of test_host_ranks.py: several ranks of a host trainer use the kernels, and each checks its own results."""
 
 from __future__ import annotations
 

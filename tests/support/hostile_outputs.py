@@ -1,4 +1,4 @@
-"""What a hostile policy may write, and a look-out for what the interpreter does meanwhile."""
+"""Outputs of a hostile policy, and an audit hook that records forbidden actions of the interpreter."""
 
 from __future__ import annotations
 

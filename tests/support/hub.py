@@ -16,7 +16,7 @@ Files = dict[str, bytes]  # path in the repository → content
 
 
 class LocalHub:
-    """Datasets as commits. `with LocalHub() as hub:`; `url` is what HF_ENDPOINT names.
+    """Datasets as commits. `with LocalHub() as hub:`; `url` is the value for HF_ENDPOINT.
 
     requests  (method, path, bytes that were asked for as in "0-99", or "") of all requests so far
     """

@@ -1,4 +1,4 @@
-"""A peer that speaks the OpenAI protocol over HTTP, and says what a test tells it to."""
+"""A server of the OpenAI protocol over HTTP with answers given by the test."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ platform.processor()  # starts a process, once; openai wants it for a header
 
 @dataclass
 class Reply:
-    """What is sent: a status, headers, and chunks of a body with seconds of silence before each."""
+    """Response of the server: status, headers, and chunks of the body, with `pause` seconds before each."""
 
     chunks: list[bytes] = field(default_factory=list)
     status: int = 200
@@ -47,7 +47,7 @@ def refused(status: int, text: str = "no", **headers: str) -> Reply:
 
 
 class LLMServer(ThreadingHTTPServer):
-    """`answer` makes the reply to each request; `bodies` and `keys` are what came."""
+    """`answer` makes the reply to each request; `bodies` and `keys` record the requests."""
 
     daemon_threads = True
     request_queue_size = 128

@@ -80,9 +80,9 @@ def assert_computes(
 ) -> None:
     """The algorithm's loss of `groups` and its gradients by hidden states and head are those of `expected`, to 1e-10."""
     truth = expected if isinstance(expected, Truth) else Truth.of(expected, hiddens, weight)
-    plans = algorithm.prompt_batches(groups, step)
-    batches = pack([tree for plan in plans for tree in plan.trees], max_tokens=700, share=share, merge=merge)
-    scored = [s for plan in plans for s in plan.scored]
+    prompt_batches = algorithm.prompt_batches(groups, step)
+    batches = pack([tree for one in prompt_batches for tree in one.trees], max_tokens=700, share=share, merge=merge)
+    scored = [s for one in prompt_batches for s in one.scored]
     prefixes = [
         [key_of(batch.input_ids[: q + 1][batch.subtree_end[: q + 1] > q]) for q in range(len(batch))]
         for batch in batches
@@ -97,7 +97,7 @@ def assert_computes(
         tokens, here = loss_table_to_tensors(batch, scored)
         hidden.requires_grad_()
         settings = {**algorithm.loss_settings(), **token_pairs(here, needs, "cpu")}
-        out = pact_loss(hidden, weight, tokens, **settings, is_cap=needs.is_cap, backend="torch")
+        out = pact_loss(hidden, weight, tokens, **settings, importance_cap=needs.importance_cap, backend="torch")
         d_hidden, d_weight = torch.autograd.grad(out.loss, [hidden, weight])
         loss += float(out.loss.detach())
         weight_grad += d_weight

@@ -1,4 +1,4 @@
-"""What torch really allocates, also inside operators of our own."""
+"""Peak of the memory that torch allocates, including allocations inside our own operators."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tests.support.models import DECODERS, SHAPE
 from tests.support.runs import TINY_RUN
 
 KINDS = {"qwen3_5_text": "linear_attention", "gpt_oss": "sliding_attention", "gemma3_text": "sliding_attention"}
-"""Decoders of these runs, and what of them the embedded engine does not serve."""
+"""Decoders of these runs, and their features that the embedded engine does not support."""
 REWARD = """
 def short(completions, **kwargs):
     return [-float(len(messages[-1]["content"])) for messages in completions]

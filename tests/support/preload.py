@@ -1,12 +1,14 @@
-"""What the fork server has ready before it forks the first process: what every run imports, and what it makes anew each time.
+"""Preloaded state of the fork server: the imports of every run, and objects that every run would otherwise rebuild.
 
-A module of its own, because the fork server can import modules only. Run by `python -m`, a process does the same work itself.
+A separate module, because the fork server can only import modules. A process started by `python -m` does the same work
+itself.
 """
 
 import atexit
 import contextlib
 import gc
 import os
+from unittest import mock
 
 import pytest  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
@@ -22,9 +24,11 @@ from pact_fast.envs.registry import environment
 from pact_fast.rollout.registry import engine
 from pact_fast.train.trackers.registry import tracker
 
-with contextlib.suppress(ImportError):  # whoever saves a model imports it, through accelerate
+with contextlib.suppress(ImportError):  # imported through accelerate when a model is saved
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
+    # Imported by every engine of DeepSpeed, and decorated: that would import Inductor, for an optimizer that nobody uses here
+    with mock.patch("torch.compile", lambda function, **_: function):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 for registry in (algorithm, engine, environment, tool_format, tracker):
     registry.names()  # imports all that are registered

@@ -24,7 +24,7 @@ STACKS_AFTER = 200.0  # seconds; most ranks are given 300
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(
     ["tests.support.preload", "vllm.entrypoints.openai.api_server"]
-)  # what is not installed is left out
+)  # packages that are not installed are left out
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -43,7 +43,7 @@ def run_module(module: str, *arguments: str, ranks: int = 1, timeout: float = 60
 
 
 class Ranks:
-    """`function(*arguments)` in as many forked processes, which see what torchrun tells its own.
+    """`function(*arguments)` in as many forked processes, with the environment variables that torchrun sets.
 
     With one rank there is no group. Results travel in files.
     """
@@ -77,7 +77,7 @@ class Ranks:
         try:
             while (running := [p for p in self._processes if p.exitcode is None]) and time.monotonic() < deadline:
                 if not failed and any(self.exit_codes):
-                    failed, deadline = True, min(deadline, time.monotonic() + grace)  # for what the others have to say
+                    failed, deadline = True, min(deadline, time.monotonic() + grace)  # so that the others can report
                 connection.wait([process.sentinel for process in running], timeout=1)
             return self.exit_codes
         finally:
@@ -132,7 +132,7 @@ def deepspeed_on_gloo() -> None:
 
 
 class ForkedModule:
-    """What `subprocess.Popen` and `subprocess.run` make of `python -m module …`, forked instead of started.
+    """Process of `python -m module …`, forked instead of started, with the interface of `subprocess`.
 
     Args:
         command: Begins with this interpreter and -m.

@@ -15,8 +15,8 @@ from pathlib import Path
 from tests.support.models import TINY
 from tests.support.processes import ROOT, WARM, redirect_output
 
-# What runs with these settings would train on a thousand tasks first, with the same outcome: a third of a tiny run's CPU
-# time. tests/test_tokenizer.py compares.
+# Tokenizers that runs with these settings would otherwise train first, on a thousand tasks: a third of a tiny run's
+# CPU time. tests/test_tokenizer.py checks that they are equal.
 TOKENIZERS = {
     "quickstart": ROOT / "tests/data/tokenizer_quickstart",
     "tiny": ROOT / "tests/data/tokenizer_lookup_chain",
@@ -48,7 +48,7 @@ SETTINGS = [
 
 
 def metrics(run: Path) -> list[dict]:
-    """All records without what a clock decides."""
+    """All records without values that depend on a clock."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "tokens_per_second"} for r in records]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 CONTEXTS = ("root", "root-container", "root-old-kernel", "user", "user-plain", "user-cgroup")
 WITH_NAMESPACES = ("root", "user")
 USER = 1_700_000_001  # nobody has it
-# what Docker leaves to root by default
+# capabilities that Docker leaves to root by default
 KEPT = {"chown": 0, "dac_override": 1, "fowner": 3, "fsetid": 4, "kill": 5, "setgid": 6, "setuid": 7, "setpcap": 8,
         "net_bind_service": 10, "net_raw": 13, "sys_chroot": 18, "mknod": 27, "audit_write": 29, "setfcap": 31}  # fmt: skip
 MOUNT_SETATTR = 442

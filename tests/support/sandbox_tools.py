@@ -1,4 +1,4 @@
-"""Hostile tools, pools in the situations of `sandbox_contexts`, and what a tool may have left behind."""
+"""Hostile tools, pools in the situations of `sandbox_contexts`, and checks for leftovers of a tool."""
 
 import contextlib
 import os
@@ -99,7 +99,7 @@ def named() -> list[int]:
 
 
 def traces() -> set[str]:
-    """Objects that outlive processes and that a tool may have made, whoever can see them."""
+    """Objects that outlive processes and that a tool may have made, visible to it or not."""
     found = {str(path) for folder in ("/dev/shm", "/dev/mqueue") for path in Path(folder).glob(f"*{KEY:x}*")}
     for kind in ("shm", "sem", "msg"):
         for line in Path(f"/proc/sysvipc/{kind}").read_text().splitlines()[1:]:
@@ -125,7 +125,7 @@ def processes(pool: SandboxPool) -> tuple[int, int]:
 
 
 def folder_of(pool: SandboxPool) -> Path:
-    """Where the pool's only worker keeps the folders of calls."""
+    """Return the folder in which the pool's only worker keeps the folders of calls."""
     (worker,) = pool._state.running()
     return Path(worker._folder)
 

@@ -1,4 +1,4 @@
-"""An engine that says what it is told."""
+"""An engine with scripted output."""
 
 from __future__ import annotations
 

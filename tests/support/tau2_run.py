@@ -25,7 +25,7 @@ def name_files(rows: Path, episodes: Path) -> None:
 
 
 class Watched(Tau2):
-    """Writes what happened in an episode, and what it was worth: one JSON object per line."""
+    """Writes the events of an episode and its reward, one JSON object per line."""
 
     @classmethod
     def factory(cls, args, tool_timeout):
@@ -64,7 +64,7 @@ class Watched(Tau2):
 
 
 class HalfExpert(Engine):
-    """The embedded engine for every second rollout of a prompt; the others say what the expert trace says.
+    """The embedded engine for every second rollout of a prompt; the others replay the expert trace.
 
     A policy that is good at some things: its groups have a signal.
     """

@@ -1,4 +1,4 @@
-"""Ranks as threads of this process: what they send each other is encoded and decoded as between processes."""
+"""Ranks as threads of this process; their messages are encoded and decoded as between processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Hub:
-    """Where the ranks meet. bytes_to: what each of them has received."""
+    """Exchange point of the ranks. bytes_to: bytes that each rank has received."""
 
     def __init__(self, size: int):
         self.barrier = threading.Barrier(size, timeout=300)

@@ -108,7 +108,7 @@ def compare_steps(trainer: Any) -> list[float]:
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
 
     def gradients(run: Any) -> tuple[list[torch.Tensor], Any]:
-        """What `run` adds to the gradients, and what it returns."""
+        """Return the gradients that `run` adds, and its result."""
         before = [0 if p.grad is None else p.grad.clone() for p in parameters]
         result = run()
         after = (torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)

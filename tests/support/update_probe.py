@@ -58,7 +58,7 @@ def probe(
 
 
 def fix_malloc() -> None:
-    """What measure.MALLOC sets for a process that starts, for one that was forked: freed memory goes back to the system."""
+    """Apply measure.MALLOC to a forked process, so that freed memory is returned to the system."""
     libc = ctypes.CDLL(None)
     for parameter, name in ((-3, "MMAP_THRESHOLD_"), (-1, "TRIM_THRESHOLD_"), (-8, "ARENA_MAX")):
         assert libc.mallopt(parameter, int(MALLOC[f"MALLOC_{name}"])) == 1
@@ -74,15 +74,16 @@ def main(out: Path, config: dict[str, Any], lengths: tuple[int, int, int, int], 
     assert parsed.model.random_init and small.model.random_init
     small.model.random_init |= TINY
     warm = learner(small, world)
-    warm.update(plans(WARM_UP, 1, TINY["vocab_size"]))  # whatever libraries load, they have loaded
+    warm.update(prompt_batches(WARM_UP, 1, TINY["vocab_size"]))  # libraries have finished lazy loading
     del warm
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     baseline = resident_bytes("VmRSS")
     subject, vocab = learner(parsed, world), parsed.model.random_init["vocab_size"]
-    subject.update(plans(WARM_UP, 1, vocab))  # AdamW has its states from here on
-    release_memory()  # what the head keeps counts as the update's
-    data = [one for i, one in enumerate(plans(lengths, prompts, vocab)) if world.owner_of(i, prompts) == world.rank]
+    subject.update(prompt_batches(WARM_UP, 1, vocab))  # AdamW has its states from here on
+    release_memory()  # memory that the head keeps counts as the update's
+    all_batches = enumerate(prompt_batches(lengths, prompts, vocab))
+    data = [batch for i, batch in all_batches if world.owner_of(i, prompts) == world.rank]
     found = [_rates(parsed)] if rates else []
     with PeakMemory(torch.device("cpu")) as memory:
         result = subject.update(data)
@@ -92,14 +93,14 @@ def main(out: Path, config: dict[str, Any], lengths: tuple[int, int, int, int], 
         out.write_text(json.dumps(report(memory, baseline, result, found)))
     if world.size > 1:
         world.any(False, "the end")  # waits until every rank is here
-        os._exit(0)  # how several processes take their connections down is not what is measured
+        os._exit(0)  # closing the connections of several processes is not measured
 
 
 def report(memory: PeakMemory, baseline: int, result: UpdateResult, rates: list[dict[str, Any]]) -> dict[str, Any]:
     assert memory.before is not None and memory.bytes is not None
     return {
         "peak": memory.before + memory.bytes - baseline,
-        "beyond": memory.bytes,  # what was held before the update
+        "beyond": memory.bytes,  # memory held before the update
         "seconds": sum(result.seconds.values()),
         "rates": rates,
         "tokens": result.tokens,
@@ -132,7 +133,7 @@ def learner(config: Config, world: World) -> Learner:
     )
 
 
-def plans(lengths: tuple[int, int, int, int], prompts: int, vocab: int) -> list[PromptBatch]:
+def prompt_batches(lengths: tuple[int, int, int, int], prompts: int, vocab: int) -> list[PromptBatch]:
     """Both contexts of every prompt, all rollout tokens and the whole trace supervised."""
     prompt, trace, response, rollouts = lengths
     rng = np.random.default_rng(0)

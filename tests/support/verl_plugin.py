@@ -1,4 +1,4 @@
-"""What verl has loaded in a new process that names our plugin; run in a forked process that has not imported verl."""
+"""Checks of the modules that verl loads with our plugin; run in a forked process that has not imported verl."""
 
 from __future__ import annotations
 

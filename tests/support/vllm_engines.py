@@ -1,4 +1,4 @@
-"""A small policy that makes tool calls, and what vLLM tests share. Real vLLM; no GPU needed."""
+"""A small policy that makes tool calls, and helpers shared by vLLM tests. Real vLLM; no GPU needed."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def run(folder: Path) -> None:
 
 
 def train(plain: torch.nn.Module, split: torch.nn.Module) -> None:
-    """The first process says what the weights are now."""
+    """The first process reports the current weights."""
     perturb(plain)
     parameters = list(split.parameters())
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0), torch.no_grad():

@@ -1,8 +1,7 @@
-"""A ZeRO-3 model in two ranks (test_weights_zero3.py): weights gathered and saved, gradients through a tree."""
+"""A ZeRO-3 model in several ranks (test_weights_zero3.py): weights gathered and saved, gradients through a tree."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import errno
 import functools
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -58,10 +56,11 @@ def partitioned(plain: PreTrainedModel, persistence: int = 0) -> Any:
     return engine
 
 
-def save(folder: Path, failing: str | None = None) -> None:
-    """Saves a partitioned model after a step, in small files, and what gathering it gives to `folder`/gathered.
+def save(folder: Path, failing: tuple[str, ...]) -> None:
+    """Saves a partitioned model after a step, in small files, and the gathered model to `folder`/gathered.
 
-    `failing`: how the names of the files begin that rank 1 cannot write, so that the save fails on all.
+    Before, for each of `failing`, to a folder of that name: rank 1 cannot write the files whose names begin with it, and the
+    save must fail on all. What each rank was told is in RANK.json of that folder.
     """
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **ODD), dtype=torch.float32)
@@ -70,18 +69,29 @@ def save(folder: Path, failing: str | None = None) -> None:
     engine.step()
     world = World(torch.distributed.get_rank(), torch.distributed.get_world_size())
     snapshot.SHARD_BYTES, weights.BUCKET = 20_000, 1
-    sharded = sharded_weights(engine.module, world.rank)
-    assert sharded is not None
-    if failing and world.rank == 1:
-        shards.write_file = functools.partial(full_disk, failing, write_file)
-        checkpoint_writer.write_bytes = functools.partial(full_disk, failing, write_bytes)
-    with pytest.raises(PactError, match="No space left") if failing else contextlib.nullcontext():
-        checkpoint_writer.save(
-            folder, 1, tensors={}, state={}, write_model=lambda path: path.mkdir(), weights=sharded, keep=1, world=world
-        )
+    for name in failing:
+        if world.rank == 1:
+            shards.write_file = functools.partial(full_disk, name, write_file)
+            checkpoint_writer.write_bytes = functools.partial(full_disk, name, write_bytes)
+        try:
+            save_to(folder / name, engine.module, world)
+            told = ""
+        except PactError as error:
+            told = str(error)
+        (folder / name / f"{world.rank}.json").write_text(json.dumps(told))
+    shards.write_file, checkpoint_writer.write_bytes = write_file, write_bytes
+    save_to(folder, engine.module, world)
     gathered = {name: tensor.clone() for name, tensor in weights.checkpoint_weights(engine.module)}
     if world.is_main:
         write_file(gathered, folder / "gathered")
+
+
+def save_to(folder: Path, model: PreTrainedModel, world: World) -> None:
+    sharded = sharded_weights(model, world.rank)
+    assert sharded is not None
+    checkpoint_writer.save(
+        folder, 1, tensors={}, state={}, write_model=lambda path: path.mkdir(), weights=sharded, keep=1, world=world
+    )
 
 
 def full_disk(name: str, write: Callable[..., Any], *args: Any) -> Any:
@@ -93,7 +103,7 @@ def full_disk(name: str, write: Callable[..., Any], *args: Any) -> Any:
 
 
 def main(folder: Path) -> None:
-    """Writes what this rank saw to `folder`/RANK.json."""
+    """Writes this rank's observations to `folder`/RANK.json."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **SHAPE), dtype=torch.float32)
     engine = partitioned(plain)

@@ -13,15 +13,15 @@ from pact_fast.data.types import ToolCall, ToolSchema
 
 
 class ArgumentTags(NamedTuple):
-    """How a call is written.
+    """Syntax of a call whose arguments are written between tags.
 
-    name      its beginning; group 1 is the name of the tool
-    opening   before the text of an argument; group 1 is the argument's name
-    closing   behind it
-    rest      what may follow the last argument
-    no_name   the error of a call without a name
-    unclosed  the error of an argument without an end; `{}` stands for its name
-    expected  what should stand where something else does, for its error
+    name      start of the call; group 1 is the tool's name
+    opening   opening tag of an argument; group 1 is the argument's name
+    closing   closing tag of an argument
+    rest      text allowed after the last argument
+    no_name   error message for a call without a name
+    unclosed  error message for an argument that is not closed; `{}` is replaced by its name
+    expected  the expected tags, named in the error message for any other text
     """
 
     name: re.Pattern[str]

@@ -97,9 +97,9 @@ def call_json(value: Any, markers: Sequence[str]) -> str:
 
 
 def json_end(text: str, start: int) -> int | None:
-    """Where the JSON value that begins at `start` ends; None if it is malformed or nested too deep for the parser.
+    """Return the index after the JSON value at `start`; None if it is malformed or nested too deep for the parser.
 
-    Bytes may be read as Latin-1: JSON's structure is ASCII, and each byte is one character.
+    `text` may be bytes decoded as Latin-1: JSON's structure is ASCII, and each byte is one character.
     """
     try:
         return _DECODER.raw_decode(text, start)[1]

@@ -68,7 +68,7 @@ def _read_list(
 
 
 def _closed(data: bytes, end: int, closing: bytes) -> int:
-    """The end of a list with what may stand behind it."""
+    """The end of a list with the text allowed after it."""
     rest = data[end : end + len(closing) + 8].lstrip()
     return data.index(closing, end) + len(closing) if closing and rest.startswith(closing) else end
 

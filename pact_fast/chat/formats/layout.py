@@ -36,7 +36,7 @@ class Layout:
 
 
 def measured_layout(template: ChatTemplate, written: str, think: tuple[str, str], default: Layout) -> Layout:
-    """The layout of a template; what it does not show (it may drop reasoning) is as in the default.
+    """Find the layout of a template. Parts that it does not show (it may drop reasoning) keep their defaults.
 
     Args:
         template: The chat template.

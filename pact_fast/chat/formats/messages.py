@@ -1,4 +1,4 @@
-"""Turns that are messages, each with a header that says what it is and to whom: the reading that such formats share."""
+"""Turns made of messages whose headers name their kind and recipient: the parser shared by such formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECIPIENT = re.compile(r"\bto=(\S+?)(?=\s|<\||$)")  # in a header
 
 
 class Header(NamedTuple):
-    """What a header says: the component of its message, and for a call the name of the tool."""
+    """Parsed header of a message: the component of its text and, for a call, the name of the tool."""
 
     component: Component
     name: str = ""
@@ -44,7 +44,7 @@ class MessageFormat(ToolFormat):
 
     @abstractmethod
     def read_header(self, header: str) -> Header | None:
-        """What a header says; None if it is none, but the text of an answer."""
+        """Parse a header. Return None if the text is not a header but part of an answer."""
 
     @abstractmethod
     def read_call(self, name: str, body: bytes, tools: Sequence[ToolSchema]) -> ToolCall | str:

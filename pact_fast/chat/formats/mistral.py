@@ -42,7 +42,7 @@ class Mistral(ToolFormat):
 
 
 def _read(body: bytes, tools: Sequence[ToolSchema]) -> tuple[ToolCall | str, int]:
-    """(call or error, its length) at the beginning of what stands behind a marker; text behind a call belongs to none."""
+    """Parse the text after a marker: (call or error, its length). Text after the call belongs to no call."""
     name = _NAME.match(body)
     if not name:
         return f"the call must have the form {_MARKER}NAME{_ARGS}{{…}}", len(body)

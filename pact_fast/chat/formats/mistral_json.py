@@ -23,7 +23,7 @@ _LIST = re.compile(re.escape(_MARKER).encode())
 class MistralJson(ToolFormat):
     """[TOOL_CALLS] [{"name": …, "arguments": {…}, "id": "call00000"}, …]: all calls of a turn in one list.
 
-    Ids are those of `call_ids`: nine letters or digits, anew in every turn. Some templates write no blank, or no ids.
+    Ids are those of `call_ids`: nine letters or digits, numbered per turn. Some templates write no blank, or no ids.
     """
 
     markers = (*ToolFormat.markers, _MARKER)

@@ -32,7 +32,7 @@ def write_calls(calls: Sequence[ToolCall], markers: Sequence[str], escaped: bool
         calls: At least one.
         markers: Strings that the text of an argument must not contain; their first character is replaced.
         escaped: Escape quotes, backslashes and line breaks of strings, and write lists as JSON; otherwise strings are
-            written as they are wherever they can be read back, and lists as Python prints them.
+            written as they are if they can be read back, and lists as Python prints them.
     """
     return "[" + ", ".join(f"{call.name}({_arguments(call, markers, escaped)})" for call in calls) + "]"
 

@@ -17,7 +17,7 @@ _WORDS = {
     "True": True,
     "False": False,
     "None": None,
-}  # templates that print Python's words, and models that learnt them
+}  # templates that print Python's words, and models that learned them
 
 
 def write_value(value: Any, markers: Sequence[str], python_words: bool = False) -> str:

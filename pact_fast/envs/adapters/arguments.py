@@ -11,11 +11,11 @@ MAX_DEPTH = 100  # levels of lists and objects, as in data rows
 
 
 class BadCall(Exception):
-    """A call that is not made; the text is what the policy sees."""
+    """A rejected call. The text is shown to the policy."""
 
 
 def copy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy that shares nothing with `arguments`. BadCall that says what is wrong with them."""
+    """A copy that shares nothing with `arguments`. BadCall names the problem if they are invalid."""
     if _depth(arguments) > MAX_DEPTH:
         raise BadCall(f"the arguments are nested more than {MAX_DEPTH} levels deep")
     try:

@@ -67,7 +67,7 @@ class FunctionTools:
 
         Raises:
             BadCall: See `check`.
-            Exception: Whatever the tool raises; PactError if it ends the program.
+            Exception: Any exception of the tool; PactError if it ends the program.
         """
         given = self.check(name, arguments)
         function = self._functions[name]

@@ -58,7 +58,7 @@ class Functions:
             cls(found).start({})
             pool = SandboxPool(timeout=tool_timeout)
             return lambda: cls(found, tool_timeout, True, (pool, sources))
-        cls(found).start({})  # finds what is wrong before the model is loaded
+        cls(found).start({})  # finds errors before the model is loaded
         return lambda: cls(found, tool_timeout, read.blocking)
 
     @staticmethod
@@ -124,7 +124,7 @@ class Functions:
         return {}
 
     def machine_report(self) -> list[str]:
-        """Where the tools run, for `pact-fast doctor`."""
+        """Describe where the tools run, in lines for `pact-fast doctor`."""
         if self._sandbox:
             return describe(self._sandbox[0].protections)
         return ["tools: run in this process, with all its rights"]

@@ -12,7 +12,7 @@ class GeneratedTasks:
 
     Args:
         name: Prefix of the ids.
-        prompt: The question, to which `reset` appends what there is to see.
+        prompt: The question, to which `reset` appends the first observation.
         seed: Seed of the run.
     """
 

@@ -111,7 +111,7 @@ class Gymnasium:
         return self._over
 
     def step(self, text: Any) -> str:
-        """Take an action, and return what is seen then. What is no action is an error, and takes no step."""
+        """Take an action and return the observation. An invalid action returns an error and takes no step."""
         if self._over:
             return "error: the episode is over"
         try:

@@ -101,10 +101,10 @@ class Mcp:
         except TimeoutError:
             return f"error: the tool did not finish within {self._timeout:g} s"
         except ServerFailed as error:
-            return cut(f"error: {error}; it is started anew by the next call, without its state", self._args.max_output)
+            return cut(f"error: {error}; it is restarted by the next call, without its state", self._args.max_output)
         except PactError:
             raise
-        except Exception as error:  # the server refuses the request, or its answer is not what it has declared
+        except Exception as error:  # the server refuses the request, or its answer does not fit its schema
             refused = f"error: {error_line(error)}" if hasattr(error, "error") else failure(error)
             return cut(refused, self._args.max_output)
         return cut(observation(result.model_dump(by_alias=True, mode="json", exclude_none=True)), self._args.max_output)

@@ -21,7 +21,10 @@ INSTALL = "mcp"
 START = 30.0  # seconds that a server may take to start and to list its tools
 PING = 2.0  # seconds after which a server that has missed a deadline counts as dead
 CONNECTION_CLOSED = -32000  # the client's error code for requests of a connection that has ended
-FORGOTTEN = ("session not found", "session terminated")  # a server over HTTP was started anew; the code says nothing
+SESSION_LOST = (
+    "session not found",
+    "session terminated",
+)  # after a restart of an HTTP server; its error code is generic
 MAX_TOOLS = 1000
 MAX_DESCRIPTION = 8000
 
@@ -77,8 +80,8 @@ class Connection:
 
         Raises:
             TimeoutError: There is none within `timeout` seconds. A server that does not answer a ping, either, is ended.
-            ServerFailed: The server cannot be started, or has ended. The next request starts it anew.
-            Exception: What else the client raises; the session goes on.
+            ServerFailed: The server cannot be started, or has ended. The next request restarts it.
+            Exception: Any other exception of the client; the session continues.
         """
         session = await self._started()
         try:
@@ -179,7 +182,7 @@ def _ended(error: Exception) -> bool:
     """Whether an error of the client means that the connection is over, and not that the server refuses the request."""
     code = getattr(getattr(error, "error", None), "code", None)
     if code is not None:
-        return code == CONNECTION_CLOSED or str(error).lower().startswith(FORGOTTEN)
+        return code == CONNECTION_CLOSED or str(error).lower().startswith(SESSION_LOST)
     return not isinstance(error, RuntimeError | ValueError)
 
 

@@ -1,4 +1,4 @@
-"""What foreign code returned, as the text of an observation."""
+"""Conversion of return values of third-party code to the text of an observation."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class Trl:
         return self._tools.schemas
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """The result as TRL shows it: `str` of what the method returned, or of {"error": …}."""
+        """The result as TRL shows it: `str` of the method's return value, or of {"error": …}."""
         try:
             result = self._tools.invoke(name, arguments, self._timeout)
             return cut(_shown(result))
@@ -134,7 +134,7 @@ class Trl:
             return cut(str({"error": str(error)}), 1000)
 
     def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
-        """`success`: what `get_reward` returns, if there is one; and the values of env.args.reward by their names."""
+        """`success`: the value of `get_reward`, if there is one; and the values of env.args.reward by their names."""
         values: dict[str, float] = {}
         if callable(getattr(self._now, "get_reward", None)):
             values["success"] = _number("get_reward", _call(self._now.get_reward))

@@ -42,7 +42,7 @@ class VerifiersArgs(Args):
 
 @functools.lru_cache(maxsize=8)
 def _loaded(id: str, args: str) -> Any:
-    """One instance of the package's environment serves all rollouts, as in the package: what differs is their state."""
+    """One instance of the package's environment serves all rollouts, as in the package; each has its own state."""
     return load(id, json.loads(args))
 
 
@@ -68,7 +68,7 @@ class Verifiers:
 
     @classmethod
     def factory(cls, args: dict[str, Any], tool_timeout: float) -> Callable[[], Verifiers | VerifiersTaskset]:
-        """PactError if the environment cannot be loaded, or needs what is not supported."""
+        """PactError if the environment cannot be loaded, or needs an unsupported feature."""
         read = read_args(VerifiersArgs, args)
         if has_tasksets():
             return functools.partial(VerifiersTaskset, _load_taskset(read))
@@ -219,7 +219,7 @@ class Verifiers:
         state["completion"] = dialogue[len(state["prompt"]) :]
 
     def _turn(self, turn: TurnRecord, number: int) -> tuple[Any, list[Any]]:
-        """(the assistant's message, what followed it) of a turn."""
+        """(the assistant's message, the messages after it) of a turn."""
         types = self._types
         calls = [
             types.ToolCall(id=f"call_{number}_{at}", name=call.name, arguments=json.dumps(call.arguments))
@@ -243,7 +243,7 @@ class VerifiersDialogue(Verifiers):
     """An environment that answers turns without calls."""
 
     def respond(self, text: str) -> str | None:
-        """What the environment says; None when one of its stop conditions holds."""
+        """Return the environment's message; None when one of its stop conditions holds."""
         said = self._types.AssistantMessage(content=text)
         self._add_step(said)
         self._messages.append(said)

@@ -1,4 +1,4 @@
-"""What of the package verifiers is served: loading an environment, refusing what cannot work here, its rows as tasks."""
+"""Environments of the package verifiers: load one, reject unsupported features, and convert its rows to tasks."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _kept_signal_handlers() -> Iterator[None]:
 
 
 def _check(package: Any, env: Any) -> None:
-    """PactError if the environment is none, or needs what a trainer with its own loop cannot give."""
+    """PactError if the object is no environment, or needs features that a trainer with its own loop cannot provide."""
     base = package.MultiTurnEnv
     name = type(env).__name__
     if not isinstance(env, base):

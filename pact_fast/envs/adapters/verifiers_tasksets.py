@@ -34,7 +34,7 @@ def load_taskset(id: str, args: str) -> TasksetTasks:
         args: Settings of its configuration, as JSON.
 
     Raises:
-        PactError: It cannot be loaded, or needs what is not supported.
+        PactError: It cannot be loaded, or needs an unsupported feature.
     """
     loaders = need("verifiers.v1.utils.loaders", INSTALL)
     try:
@@ -155,7 +155,7 @@ class VerifiersTaskset:
         server = need("mcp.server.mcpserver", INSTALL).MCPServer("tools")
         discover = need("verifiers.v1.utils.decorators", INSTALL).discover_decorated
         for toolset in self._task.toolsets(self._task.config):
-            toolset._inert_state = self._state  # what its methods see as self.state where no server is
+            toolset._inert_state = self._state  # its methods see it as self.state without a server
             await toolset.setup()
             await toolset.setup_task(self._task.data)
             prefix = f"{toolset.server_name}_" if toolset.server_name else ""
@@ -218,7 +218,7 @@ class VerifiersTaskset:
 
 
 def _messages(kinds: Any, turn: TurnRecord, number: int) -> list[tuple[Any, bool]]:
-    """(message, whether it was sampled) of a turn and what followed it."""
+    """(message, whether it was sampled) of a turn and the messages after it."""
     calls = [
         kinds.ToolCall(id=f"call_{number}_{at}", name=call.name, arguments=json.dumps(call.arguments))
         for at, call in enumerate(turn.calls)

@@ -3,8 +3,8 @@
 entries    the tasks of the installed package bfcl-eval, read as data
 schemas    its function documents as OpenAI schemas
 calls      calls in Python's notation, parsed as data
-session    the API objects of one episode, and what calls do to them
-limits     what a call may cost
+session    the API objects of one episode, and execution of calls
+limits     limits of the cost of a call
 prompts    prompts and later messages, as the official runner words them
 verdict    the check after every turn of a multi-turn task
 ast_match  the check of a single-turn task

@@ -84,7 +84,7 @@ class Bfcl:
         return [tool_schema(function) for function in [*self._entry.functions, *late]]
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Run a call of a multi-turn task. A single-turn call is judged by what it says, and runs nothing."""
+        """Run a call of a multi-turn task. A single-turn call is judged by its text, and not executed."""
         return self._execute(PythonCall(name, (), arguments))
 
     def respond(self, text: str) -> str | None:
@@ -109,7 +109,7 @@ class Bfcl:
     def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
         """`success`: the official verdict. Multi-turn tasks also give `turns_passed`, a fraction."""
         if self._entry is None:
-            raise PactError("reward of bfcl is asked before reset")
+            raise PactError("bfcl: reward was called before reset; call reset first")
         if self.verdict is None:
             return {"success": float(self._accepted(trajectory))}
         forced = self._forced or longest_turn(trajectory.turns) > MAX_STEPS

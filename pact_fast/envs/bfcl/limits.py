@@ -1,4 +1,4 @@
-"""What one call may cost. Calls beyond get an error text; no call of the benchmark's ground truth comes near."""
+"""Limits of the cost of one call. A call above a limit gets an error text; ground-truth calls stay far below."""
 
 from __future__ import annotations
 

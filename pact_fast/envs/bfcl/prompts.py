@@ -1,4 +1,4 @@
-"""What the policy is told: prompts and later messages, as the official runner words them."""
+"""Prompts and later messages to the policy, with the wording of the official runner."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def user_message(entry: Entry, turn: int, format: str) -> str:
     """The user's message of a later turn; where functions are added, their documents and the official sentence.
 
     The prompt stands once it is sampled from, so late functions are shown in the message, in either format. The official
-    runner does so for prompted models; for others it renders the prompt anew.
+    runner does so for prompted models; for others it renders the prompt again.
     """
     late = entry.late.get(turn)
     if late is None:

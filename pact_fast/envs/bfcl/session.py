@@ -25,7 +25,7 @@ from pact_fast.errors import PactError
 PACKAGE = "bfcl_eval.eval_checker.multi_turn_eval.func_source_code"
 STATELESS = ("MathAPI",)
 FORBIDDEN = ("kill", "exit", "quit", "remove", "unlink", "popen", "Popen", "run")  # by the official executor
-GROWS = ("cp", "mv")  # calls after which a file system is measured
+GROWING_CALLS = ("cp", "mv")  # calls after which a file system is measured
 
 
 class ApiSession:
@@ -59,7 +59,7 @@ class ApiSession:
         return sorted(self._methods)
 
     def run(self, name: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> str:
-        """What the official executor returns for a call; never raises."""
+        """Execute a call and return the text that the official executor returns. Never raises."""
         kwargs = kwargs or {}
         try:
             return self._run(name, args, kwargs)
@@ -86,7 +86,7 @@ class ApiSession:
         with _own_precision():
             result = method(*copy.deepcopy(args), **copy.deepcopy(kwargs))
             text = _text(result)
-        if name in GROWS:
+        if name in GROWING_CALLS:
             self._measure()
         return text
 

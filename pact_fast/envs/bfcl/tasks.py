@@ -80,7 +80,7 @@ def is_held_out(task_id: str) -> bool:
 def make_task(entry: Entry, format: str = "json", *, expert: bool = False) -> Task:
     """The Task of an entry. `expert`: with the expert trace and the reference calls (format `json` only)."""
     trace = expert_trace(entry) if expert and format == "json" else None
-    # a row's tools hold for its whole trace: where functions come late, the environment says what is on offer
+    # a row's tools apply to its whole trace; if functions come late, the environment lists the offered ones
     listed = format == "json" and not entry.late
     return Task(
         id=entry.id,

@@ -4,8 +4,8 @@ database   the state of an episode: records are copied at first touch
 tools      tools are typed Python functions; their schemas are derived
 base       Domain, which a user brings, and the registry of domains
 instance   a task of a domain as data: initial state, user, gold calls, checker
-checker    executes a checker: final state, assertions, what must be said
-controls   negative controls: what must pass, what must fail, and who is to blame
+checker    executes a checker: final state, assertions, required statements
+controls   replays that a checker must pass or reject, and the cause to blame otherwise
 user       the scripted user
 user_side  the user's side of an instance, for a policy or a model that plays the user
 user_quality

@@ -41,14 +41,14 @@ class UserAction:
 
 @dataclass(frozen=True)
 class IssueDraft:
-    """An issue of one subject: edits that break something, the calls that fix it, and what must hold then.
+    """An issue of one subject: edits that break something, the calls that fix it, and the conditions that hold then.
 
     init        changes that break it
     fix         calls that fix it, reads included
     last        calls that come after the fixes of all issues; equal ones are made once
     assertions  conditions that hold when it is fixed
-    complaint   what the user says about it
-    knows       what the user can tell when asked
+    complaint   the user's words about it
+    knows       {name: value} of facts that the user tells when asked
     secrets     values that the user must not say, because the agent has to find them
     say         texts that the agent must tell the user
     """
@@ -83,11 +83,11 @@ class Domain:
     base          {table: {key: record}}, JSON data that episodes share
     agent_tools   functions whose first parameter is the database
     user_tools    the same for the user; their second parameter is the user's device
-    user_actions  what the agent can ask the user to do
+    user_actions  actions that the agent can ask the user for
     predicates    conditions on the final state: functions whose first parameter is the database
-    bookkeeping   what does not count when two final states are compared (logs, counters)
+    bookkeeping   differences that a comparison of final states ignores (logs, counters)
     subjects      entities that a task can be about, for example all customers
-    issues        kinds of problems, for the `rules` backend of synthesis
+    issues        kinds of problems, of which the rules of EigenData compose tasks
     introduction  how a dialogue about a subject begins
 
     Only policy, base and agent_tools are compulsory; without issues, tasks need a model to be written.
@@ -123,16 +123,16 @@ class Domain:
         return []
 
     def introduction(self, db: Database, subject: str, rng: random.Random) -> Introduction:
-        """How a dialogue about `subject` begins. What is left open is drawn with `rng`."""
+        """Return the part that all tasks about `subject` have in common. Free choices are drawn with `rng`."""
         return Introduction()
 
 
 @dataclass(frozen=True)
 class Introduction:
-    """What all tasks of a subject share.
+    """Part that all tasks of a subject have in common.
 
     first    calls with which the agent finds the subject
-    knows    what the user can tell when asked
+    knows    {name: value} of facts that the user tells when asked
     device   the device that the user's tools act on
     secrets  values that the user must not say
     init     edits of the initial state

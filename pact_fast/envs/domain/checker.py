@@ -1,4 +1,4 @@
-"""Executes the checker of an instance: final state against that of the gold calls, assertions, what must be said."""
+"""Execution of an instance's checker: final state against that of the gold calls, assertions, required statements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Sandbox(Protocol):
 
 @dataclass
 class Replay:
-    """What calls did from the beginning of an episode.
+    """Effects of the calls of an episode.
 
     db            the state after them
     observations  one per call
@@ -45,7 +45,7 @@ class Verdict:
     difference  first difference between the final state and that of the gold calls; None: equal, or not compared
     failed      assertions that do not hold
     unsaid      texts that the agent has not told the user
-    function    None: the checker's function holds, or there is none; else what it returned
+    function    None: the checker's function holds, or there is none; else its result
     """
 
     difference: str | None = None
@@ -59,14 +59,14 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """What is wrong, on one line; empty if nothing is."""
+        """Reasons for the failure on one line; empty if the episode passed."""
         parts = [self.difference and f"state: {self.difference}", *(f"assertion: {text}" for text in self.failed)]
         parts += [f"not said: {text}" for text in self.unsaid]
         parts += [self.function and f"function: {self.function}"]
         return "; ".join(part for part in parts if part)
 
 
-def begin(domain: Domain, instance: Instance) -> Database:
+def initial_state(domain: Domain, instance: Instance) -> Database:
     """The state in which the episode begins. KeyError if an edit names a record that does not exist."""
     db = Database(domain.base)
     for edit in instance.init:
@@ -92,7 +92,7 @@ def run_step(domain: Domain, instance: Instance, db: Database, step: Step) -> tu
 
 
 def replay(domain: Domain, instance: Instance, steps: Iterable[Step], *, watch: bool = False) -> Replay:
-    """Make calls from the beginning of the episode. A failed call changes nothing, and the others go on.
+    """Make calls from the beginning of the episode. A failed call changes nothing; the others are still made.
 
     Args:
         domain: The domain.
@@ -100,7 +100,7 @@ def replay(domain: Domain, instance: Instance, steps: Iterable[Step], *, watch: 
         steps: The calls, in their order.
         watch: Find out which calls change the state.
     """
-    played = Replay(begin(domain, instance))
+    played = Replay(initial_state(domain, instance))
     before = played.db.digest() if watch else ""
     for step in steps:
         text, carried_out = run_step(domain, instance, played.db, step)

@@ -1,4 +1,4 @@
-"""Negative controls of an instance: what its checker must pass, what it must not, and who is to blame where it does.
+"""Controls of an instance: replays that its checker must pass or reject, and the cause to blame for a wrong verdict.
 
 A task is accepted when all of them hold. No model is asked: every control is a replay.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pact_fast.envs.domain.base import Domain
-from pact_fast.envs.domain.checker import Replay, Sandbox, Verdict, begin, judge, replay, state_difference
+from pact_fast.envs.domain.checker import Replay, Sandbox, Verdict, initial_state, judge, replay, state_difference
 from pact_fast.envs.domain.instance import Instance, Step
 from pact_fast.text import short
 
@@ -24,7 +24,7 @@ class Finding:
 
     control  its name, see CONTROLS
     blame    whose fault that is
-    detail   what happened
+    detail   description of the failure
     """
 
     control: str
@@ -44,7 +44,7 @@ def check_instance(
         sandbox: Runs the checker's function, if it has one.
     """
     try:
-        begin(domain, instance)
+        initial_state(domain, instance)
     except (KeyError, TypeError) as error:
         return [Finding("gold_runs", "task", f"the initial state cannot be made: no {error}")]
     tests = _Controls(domain, instance, sandbox)
@@ -68,7 +68,7 @@ class _Controls:
         return judge(self.domain, self.instance, played.db, said, gold=self.played.db, sandbox=self.sandbox)
 
     def same(self, one: Replay, other: Replay) -> bool:
-        """Whether two states are equal as the domain sees it, whatever the checker compares."""
+        """Whether two states are equal by the rules of the domain, regardless of the checker's comparison."""
         return state_difference(one.db, other.db, self.domain.bookkeeping) is None
 
     def must_fail(self, control: str, what: str, played: Replay, *, silent: bool = False) -> Iterator[Finding]:
@@ -114,7 +114,7 @@ class _Controls:
             known += f" {text}"
 
     def keeps_secrets(self) -> Iterator[Finding]:
-        """The user's words give away neither values to be found, nor what must be told, nor tools of the agent."""
+        """The user's words contain no value to be found, no text to be told, and no name of an agent's tool."""
         user = self.instance.user
         text = " ".join([user.opening, user.goal, *user.knows.values()])
         for secret in (*user.secrets, *self.instance.checker.say, *self.domain.agent):
@@ -123,7 +123,7 @@ class _Controls:
                 return
 
     def goal_stated(self) -> Iterator[Finding]:
-        """Something besides the gold calls says what is wanted: a wrong solution would agree with itself."""
+        """The goal is stated independently of the gold calls; otherwise a wrong solution would agree with itself."""
         checker = self.instance.checker
         if not self.writes or not self.domain.predicates or not checker.compare or checker.function:
             return

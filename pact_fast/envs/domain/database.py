@@ -21,7 +21,7 @@ _MISSING = object()
 class Table(MutableMapping[str, Record]):
     """One table. `table[key]` is a record that may be changed in place; the base keeps its own.
 
-    `find` and `peek` look at records without copying them; what they return must not be changed.
+    `find` and `peek` return records without copying them; callers must not change these records.
     """
 
     def __init__(self, base: Mapping[str, Record]):
@@ -136,7 +136,7 @@ class Database:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def snapshot(self) -> dict[str, dict[str, Record | None]]:
-        """What `restore` takes back."""
+        """Return a copy of the changed records, for `restore`."""
         return {name: table.copy_touched() for name, table in self._tables.items()}
 
     def restore(self, saved: dict[str, dict[str, Record | None]]) -> None:

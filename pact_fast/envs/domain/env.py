@@ -7,7 +7,7 @@ from typing import Any
 
 from pact_fast.data.types import ExpertTrace, Message, Task, ToolCall, ToolSchema, Trajectory
 from pact_fast.envs.domain.base import Domain, make_domain
-from pact_fast.envs.domain.checker import Sandbox, Verdict, begin, judge
+from pact_fast.envs.domain.checker import Sandbox, Verdict, initial_state, judge
 from pact_fast.envs.domain.database import Database
 from pact_fast.envs.domain.instance import Instance
 from pact_fast.envs.domain.tools import call_tool
@@ -67,7 +67,7 @@ class DomainEnvironment:
     def start(self, instance: Instance) -> None:
         """Begin an episode: the initial state, and a user who has said the opening."""
         self.instance = instance
-        self._db: Database = begin(self.domain, instance)
+        self._db: Database = initial_state(self.domain, instance)
         self.user = DomainUser(self.domain, instance, self._db)
         self._said: list[str] = []
         self._over = False
@@ -102,7 +102,7 @@ class DomainEnvironment:
         return text
 
     def respond(self, text: str) -> str | None:
-        """The user's answer to what the agent says; None when the conversation is over."""
+        """The user's answer to the agent's message; None when the conversation is over."""
         self._said.append(text)
         reply = None if self._over else self.user.reply(text)
         self._over = reply is None
@@ -122,7 +122,7 @@ class DomainEnvironment:
         return call_as_user(self.domain, self.instance, self._db, name, arguments)
 
     def user_messages(self, task: Task) -> list[Message]:
-        """What follows the question in the task's expert dialogue, from the user's side; empty without a dialogue."""
+        """Return the task's expert dialogue after the question, from the user's side; empty without a dialogue."""
         return user_dialogue(self.domain, self.instance, task.expert) if task.expert else []
 
     def judge_user(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
@@ -144,7 +144,7 @@ class DomainEnvironment:
         }
 
     def verdict(self) -> Verdict:
-        """The checker's verdict on the state as it is, and on what the agent has said."""
+        """The checker's verdict on the current state and the agent's messages."""
         return judge(self.domain, self.instance, self._db, self._said, sandbox=self._sandbox)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A task of a domain as data: how the episode begins, who the user is, what is right, and how that is checked."""
+"""A task of a domain as data: initial state, user, gold calls, and checker."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Assertion:
 
 @dataclass(frozen=True)
 class Rule:
-    """What does not count when two states are compared.
+    """Difference that is ignored when two states are compared.
 
     how    ignore: the table, or its field, does not count; unordered: lists in the field are compared as sets with
            multiplicity; total: lists of numbers in the field are compared by their sum
@@ -59,12 +59,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Checker:
-    """What a solution must have done. Data, executed by `checker.judge`.
+    """Conditions that a solution must meet, as data; `checker.judge` evaluates them.
 
-    compare     the final state must equal that after the gold calls, up to `normalise`
+    compare     the final state must equal the state after the gold calls, up to `normalise`
     assertions  conditions on the final state
     say         texts that the agent must have told the user
-    normalise   what does not count in the comparison
+    normalise   differences that the comparison ignores
     function    Python source of `check(state, said) -> bool`, run in the sandbox; None: there is none
     """
 
@@ -80,7 +80,7 @@ class User:
     """The user of an episode.
 
     opening   first message
-    knows     what the user tells when asked, by name ("phone number")
+    knows     facts that the user tells when asked, by name ("phone number")
     goal      said again where the user did not understand
     device    key of the record that the user's tools act on; None: the user has no tools
     patience  messages in a row that the user may fail to understand
@@ -106,7 +106,7 @@ class Instance:
     init      changes of the database before the episode
     user      the user
     gold      calls that solve the task, reads included
-    checker   what a solution must have done
+    checker   conditions that a solution must meet
     versions  stage → version of the prompts and workflow that made the instance
     """
 

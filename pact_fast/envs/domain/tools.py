@@ -16,7 +16,7 @@ Tool = Callable[..., Any]
 
 
 class ToolError(Exception):
-    """A tool refuses; the text is what its caller sees. What the call had changed is undone."""
+    """Refusal of a tool. Its caller sees the text, and the changes of the call are undone."""
 
 
 def by_name(functions: Iterable[Tool]) -> dict[str, Tool]:

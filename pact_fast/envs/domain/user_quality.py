@@ -1,6 +1,7 @@
-"""What is wrong with a model that plays the user: protocol breaks, premature stops, and what it gives away.
+"""Flaws of a model that plays the user: protocol violations, premature stops, and leaks.
 
-The scripted user is the yardstick for leaving: a stop is premature where the script, told the same, would have gone on.
+Premature stops are judged by the scripted user: a stop is premature if the script would have continued after the same
+messages of the agent.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 from pact_fast.data.types import StopReason, ToolCall, Trajectory
 from pact_fast.envs.domain.base import Domain
-from pact_fast.envs.domain.checker import begin
+from pact_fast.envs.domain.checker import initial_state
 from pact_fast.envs.domain.instance import Instance
 from pact_fast.envs.domain.user import DomainUser
 from pact_fast.users.stop import STOP, read_stop
@@ -22,7 +23,7 @@ def user_flaws(domain: Domain, instance: Instance, trajectory: Trajectory, over:
     `user_protocol_break`  a malformed call, a call of a tool that the user does not have, an empty message, a stop word that
                            does not end the message, or more tokens than a user may take
     `user_premature_stop`  the user ended the dialogue, and the scripted user would not have
-    `user_leak`            the user said what the agent has to find, or the name of a tool of the agent
+    `user_leak`            the user stated a value that the agent has to find, or the name of a tool of the agent
 
     Args:
         domain: The domain of the instance.
@@ -40,7 +41,7 @@ def user_flaws(domain: Domain, instance: Instance, trajectory: Trajectory, over:
 
 
 def breaks_protocol(domain: Domain, instance: Instance, trajectory: Trajectory) -> bool:
-    """Whether a turn of the user is none that a user can take."""
+    """Whether a turn of the user violates the protocol."""
     if trajectory.stop_reason is StopReason.MAX_USER_TOKENS:
         return True
     own = domain.user if instance.user.device is not None else {}
@@ -55,13 +56,13 @@ def breaks_protocol(domain: Domain, instance: Instance, trajectory: Trajectory) 
 
 def would_leave(domain: Domain, instance: Instance, told: Sequence[str]) -> bool:
     """Whether the scripted user leaves at the last of these messages of the agent, or has lost its patience before."""
-    script = DomainUser(domain, instance, begin(domain, instance))
+    script = DomainUser(domain, instance, initial_state(domain, instance))
     replies = [script.reply(text) for text in told]
     return script.gave_up or (bool(replies) and replies[-1] is None)
 
 
 def leaks(domain: Domain, instance: Instance, trajectory: Trajectory) -> list[str]:
-    """What the user gave away: values that the agent has to find and has not said itself, and names of its tools."""
+    """List the user's leaks: values that the agent has to find and has not said itself, and names of its tools."""
     user = instance.user
     heard = " ".join([user.opening, user.goal, *user.knows.values(), trajectory.opening or ""])
     found: list[str] = []

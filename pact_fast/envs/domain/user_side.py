@@ -1,7 +1,7 @@
 """The user's side of an instance: the prompt of a policy that plays the user, its tools, and the scripted user's example.
 
-The scripted user's dialogue, seen from its side, is what a user model is trained on: the messages of the agent are what it
-is told, its own calls and words are what it learns, and it ends the dialogue by the stop word.
+A user model is trained on the scripted user's side of a dialogue: the agent's messages are context, the user's calls
+and words are trained, and it ends the dialogue by the stop word.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from pact_fast.data.types import ExpertTrace, Message, ToolSchema
 from pact_fast.envs.domain.base import Domain
-from pact_fast.envs.domain.checker import begin, run_step
+from pact_fast.envs.domain.checker import initial_state, run_step
 from pact_fast.envs.domain.database import Database
 from pact_fast.envs.domain.instance import Instance, Step
 from pact_fast.envs.domain.tools import call_tool, schema_of
@@ -19,7 +19,7 @@ from pact_fast.users.stop import STOP
 
 
 def user_prompt(instance: Instance) -> str:
-    """The system prompt of a model that plays the user: what the user wants and knows, and how the dialogue ends."""
+    """The system prompt of a model that plays the user: the user's goal and knowledge, and the end of the dialogue."""
     user = instance.user
     known = "; ".join(f"your {name} is {value}" for name, value in user.knows.items())
     return "\n".join(
@@ -52,7 +52,7 @@ def user_dialogue(domain: Domain, instance: Instance, expert: ExpertTrace) -> li
         instance: The task.
         expert: The agent's side of a dialogue with the scripted user, which is played again.
     """
-    db = begin(domain, instance)
+    db = initial_state(domain, instance)
     script = DomainUser(domain, instance, db)
     messages: list[Message] = []
     said = [(turn.content, turn.calls) for turn in expert.turns] + [(expert.answer or "", ())]

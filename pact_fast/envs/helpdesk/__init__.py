@@ -3,8 +3,8 @@
 world   the customers and their data, made from a seed
 desk    the tools of the agent
 phone   the tools of the customer, on the phone itself
-faults  issues of a line: what can be wrong, and how it is fixed
-orders  what customers want of their orders
+faults  issues of a line, and their fixes
+orders  issues about orders
 domain  all of it as a domain, and the environment
 small   a smaller domain, for tiny models
 """

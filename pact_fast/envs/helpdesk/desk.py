@@ -29,7 +29,7 @@ def _order(db: Database, order_id: str) -> Record:
 
 
 def _note(db: Database, text: str) -> None:
-    """The journal of what was done, in order: bookkeeping that no verdict compares."""
+    """The journal of actions in order: bookkeeping that no verdict compares."""
     db["journal"][db.new_key("journal", "N")] = {"text": text}
 
 

@@ -1,4 +1,4 @@
-"""Issues of a line. Each says which edits break it, which calls fix it, and what must hold then."""
+"""Issues of a line. Each lists the edits that break it, the calls that fix it, and the conditions that hold then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What customers want of their orders. Issues of one group touch the same order and exclude each other."""
+"""Issues about orders: what customers ask for. Issues of one group concern the same order and exclude each other."""
 
 from __future__ import annotations
 

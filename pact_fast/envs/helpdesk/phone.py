@@ -1,4 +1,4 @@
-"""Tools of the customer, on the phone itself. Their results are what the customer says."""
+"""Tools of the customer, on the phone itself. The customer reports their results."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The helpdesk in small: 120 customers with word-like ids, six tools of the agent, four of the customer.
 
 Made for models that are trained in minutes. An id such as @Elm is one word after a sign of its own, and every word is the
-handle of one customer and the account of another, so that copying ids is soon learnt; amounts are round; the policy and every
-tool take a line.
+handle of one customer and the account of another, so that models learn to copy ids quickly. Amounts are round. The policy
+and the description of every tool are one line each.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class SmallHelpdesk(Domain):
         return list(self.base["accounts"])
 
     def introduction(self, db: Database, subject: str, rng: random.Random) -> Introduction:
-        """Two customers change handles, so that no pair of handle and account can be learnt by heart."""
+        """Swap the handles of two customers, so that pairs of handle and account cannot be memorised."""
         other = rng.choice([key for key in self.base["accounts"] if key != subject and _handle(db, key) != subject])
         handle = _handle(db, other)
         return Introduction(

@@ -3,7 +3,7 @@
 env          the environment: calls, FTRL and ToolHop scoring
 pool         SandboxPool: the workers of a run
 client       one worker, as the trainer sees it
-protections  what a sandbox may protect
+protections  names and descriptions of the sandbox's protections
 worker       the sandbox itself, a script of its own
 """
 

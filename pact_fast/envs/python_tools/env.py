@@ -79,7 +79,7 @@ class PythonTools:
         return self._tools
 
     def machine_report(self) -> list[str]:
-        """What protects this machine from the tools, for `pact-fast doctor`."""
+        """Describe the sandbox's protections, in lines for `pact-fast doctor`."""
         return describe(self._pool.protections)
 
     def close(self) -> None:

@@ -73,7 +73,7 @@ class ForkServer:
                 server.kill()
 
     def close(self) -> None:
-        """Kill the server, for good. Its workers must be stopped by then, or they are nobody's children."""
+        """Kill the server, for good. Stop its workers before, or they become orphans."""
         self._closed = True
         self.discard()
 
@@ -82,7 +82,7 @@ class _Server:
     """The process, and the socket to it.
 
     discarded  it was killed
-    said       what it wrote to its standard error, once it was killed
+    said       its standard error, after it was killed
     """
 
     def __init__(self, options: list[str]):
@@ -140,7 +140,7 @@ class _Server:
 
 
 def not_started(said: str) -> PactError:
-    """The error for a worker or a server that does not start. `said`: what it wrote."""
+    """The error for a worker or a server that does not start. `said`: its output."""
     lines = said.strip().splitlines()
     if lines and lines[-1].startswith("env.args"):
         return PactError(lines[-1])

@@ -38,8 +38,8 @@ class SandboxPool:
     processes. `protections` names the further ones that the system allowed; `PROTECTIONS` and docs/environments.md
     describe them.
 
-    It contains accidents and clumsy tools and is not a security boundary; docs/environments.md lists what is covered and
-    what is not. Run code that you expect to be hostile in a virtual machine.
+    It contains accidents and clumsy tools and is not a security boundary; docs/environments.md lists its protections and
+    their gaps. Run code that you expect to be hostile in a virtual machine.
 
     Args:
         workers: Calls that may run at the same time; "auto": as many as there are, up to 64. A worker starts when it is
@@ -144,7 +144,7 @@ class _Job:
         self._finished.acquire()
 
     def result(self) -> str:
-        """Wait for the observation. Raises what `finish` was given, or whatever interrupts the caller."""
+        """Wait for the observation. Raises the exception passed to `finish`, or any that interrupts the caller."""
         self._finished.acquire()
         if isinstance(self._result, BaseException):
             raise self._result
@@ -168,7 +168,7 @@ class _Job:
                 self._worker = None
 
     def abandon(self) -> None:
-        """Nobody waits for the answer: run nothing, or end by disconnecting the worker."""
+        """Abandon the call: do not start it, or end it by disconnecting the worker."""
         with self._lock:
             self._abandoned = True
             if self._worker:
@@ -176,7 +176,7 @@ class _Job:
 
 
 class _State:
-    """What the pool's threads share. It does not refer to the pool, so that a forgotten pool is closed.
+    """State shared by the pool's threads. It holds no reference to the pool, so that an unused pool is closed.
 
     A worker belongs to a thread of the pool and never to a caller: an exception that reaches a caller in the middle of a
     call (Ctrl-C) can neither leave an unread answer to the next one nor lose a worker.
@@ -254,7 +254,7 @@ class _State:
             if worker and (answer is WORKER_FAILED or not isinstance(answer, str) or worker.disconnected):
                 self._retire(worker, KILL_SECONDS)
                 worker = None
-                self._forks.discard()  # what has ended or stopped a worker may have done the same to the server
+                self._forks.discard()  # the cause that ended or stopped a worker may have hit the server, too
             self._count_idle()  # before the answer: its caller may have the next call
             job.finish(answer)
             del job, answer

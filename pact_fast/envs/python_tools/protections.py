@@ -1,4 +1,4 @@
-"""What the sandbox may protect, in the words of docs/environments.md."""
+"""Names and descriptions of the sandbox's protections, in the words of docs/environments.md."""
 
 from __future__ import annotations
 

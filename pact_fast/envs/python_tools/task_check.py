@@ -1,4 +1,4 @@
-"""Checks that a task has what python_tools needs: the sources of its tools, and the reference of its scoring."""
+"""Checks of a task for python_tools: the sources of its tools, and the reference of its scoring."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ASYNC = re.compile(r"^async\s+def\s+(\w+)", re.MULTILINE)
 def check_task(task: Task) -> None:
     """DataError, without file and line, if a task cannot be run or scored.
 
-    Every tool on offer needs a source: a call of one without would fail whatever its arguments.
+    Every tool on offer needs a source: a call of one without would fail with any arguments.
     """
     try:
         _check_scoring(task)

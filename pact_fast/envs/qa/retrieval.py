@@ -1,4 +1,4 @@
-"""Where a question's search tool looks: the row's passages, a corpus in memory, or a server."""
+"""Retrievers of a question's search tool: over the row's passages, a corpus in memory, or a server."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 env        the environment `simulated`: calls and rewards
 actor      ToolActor: input schema, cache, backend, output check, repairs, typed errors
-world      what a row states: tools with output schemas, facts, passages
-backend    ToolBackend, the protocol of whatever answers calls
+world      the contents of a row: tools with output schemas, facts, passages
+backend    ToolBackend, the protocol of backends that answer calls
 facts      the backend that looks up the row's own facts and searches its passages; no model
 model      the backend that asks a language model
 utilities  calculator, date difference, compare: always computed in code

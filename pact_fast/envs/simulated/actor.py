@@ -32,7 +32,7 @@ MAX_REPAIRS = 2
 MAX_OUTPUT = 8192  # characters of an observation
 MAX_MESSAGE = 300  # characters of an error
 
-# What structures a conversation in some chat template, or would begin a turn: an observation is data
+# Markup of conversations in some chat template, and beginnings of turns; an output that contains it is rejected
 MARKUP = re.compile(
     r"<\|[^|<>]{1,60}\|>|<｜[^｜<>]{1,60}｜>|</?\s*(?:tool_calls?|tool_response|tools?|think(?:ing)?|answer|information|"
     r"function_calls?|observation)\b[^<>]{0,80}>|<(?:start|end)_of_turn>|\[/?(?:INST|TOOL_CALLS|TOOL_RESULTS|"
@@ -45,7 +45,7 @@ class ToolActor:
     """Answers calls. One instance serves all episodes of a process; `episode` starts one.
 
     Args:
-        backend: Answers what no utility does.
+        backend: Answers calls of tools that are no utilities.
         store: Observations that were given before; the rollouts of a group share it.
         faults: Injected faults.
         max_output: Longest observation, in characters.
@@ -127,7 +127,7 @@ class Episode:
         return actor.store.put(key, produced, actor.version)
 
     def _noise(self, tool: ToolSpec, arguments: dict[str, Any]) -> str:
-        """The least fitting passages, whatever the backend."""
+        """Return the least relevant passages, with any backend."""
         passages = self._world.passages
         scores = BM25([f"{p.title} {p.text}" for p in passages]).scores(str(arguments.get("query", "")))
         worst = sorted(range(len(passages)), key=lambda i: (scores[i], i))[:RESULT_LIMIT]
@@ -144,7 +144,7 @@ class Episode:
                 raw = self._actor.backend.respond(request)
             except (*PASSED_ON, ToolFailure):
                 raise
-            except Exception as error:  # whatever somebody's backend runs into
+            except Exception as error:  # a third-party backend may raise anything
                 raise ToolFailure("unavailable", f"the tool failed ({type(error).__name__})") from error
             try:
                 return self._checked(raw, tool, arguments)

@@ -1,4 +1,4 @@
-"""ToolBackend, the protocol of whatever answers the calls of simulated tools, and what it is told.
+"""ToolBackend, the protocol of backends that answer calls of simulated tools, and its request.
 
 A backend sees one call at a time: the tool with its output schema, the arguments (which fit the input schema already),
 the facts of the row, the earlier calls if the tool is stateful, and what was wrong with its earlier outputs for this call.

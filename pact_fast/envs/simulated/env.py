@@ -108,7 +108,7 @@ def gold_answers(task: Task) -> list[str]:
 
 
 def qa_set(task: Task) -> QaSet:
-    """Whose rules score the row: its `env_args.qa_set`; HotpotQA's if it has none."""
+    """Return the dataset whose metric scores the row: `env_args.qa_set`, by default HotpotQA."""
     name = task.env_args.get("qa_set", "hotpotqa")
     if name not in get_args(QaSet):
         raise PactError(
@@ -144,7 +144,7 @@ def make_actor(args: Mapping[str, Any]) -> ToolActor:
         )
     if not backend.deterministic and cache is None:
         raise PactError(
-            f"env.args.backend={name} may answer a call twice in two ways; set env.args.cache to a file that keeps its "
+            f"env.args.backend={name} may answer equal calls differently; set env.args.cache to a file that keeps its "
             "first answers"
         )
     limit = args.get("max_output", MAX_OUTPUT)

@@ -38,9 +38,9 @@ def leaked(output: Any, tool: ToolSpec, arguments: dict[str, Any], world: ToolWo
 
 
 def facts_behind(tool: ToolSpec, arguments: dict[str, Any], world: ToolWorld) -> list[str]:
-    """What the row states about a call: the values that a look-up asks for, or the passages that a search finds.
+    """Return the row's facts behind a call: the values that a look-up asks for, or the passages that a search finds.
 
-    Of a tool that a model has written: the facts whose arguments the call names, and the passages that a search for its
+    For a tool written by a model: the facts about the entities in the arguments, and the passages that a search for the
     arguments finds.
     """
     if tool.kind == LOOKUP:

@@ -1,4 +1,4 @@
-"""The backend `model`: a language model writes what a tool returns, from the facts behind the call and nothing else.
+"""The backend `model`: a language model writes the output of a tool, only from the facts behind the call.
 
 The actor has checked the arguments before, looks the call up in its store, and checks what the model writes; it asks
 again with the error, twice at most. So this file has only to ask. The model sees neither the question nor the answers:
@@ -47,7 +47,7 @@ class ModelBackend:
         return cls(LLMClient(LLMConfig.read(args, "env.args.backend_args"), ROLE))
 
     def respond(self, request: ToolRequest) -> Any:
-        """What the model writes; the actor checks it, so an invalid answer is given back as the text that it is.
+        """Return the model's output. The actor validates it, so an invalid answer is returned as plain text.
 
         Raises:
             LLMError: The server fails, the budget is used up, or replay misses: the run ends, and nothing is stored.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_fast.envs.simulated.backend import ToolFailure, ToolRequest
-from pact_fast.files import ANOTHER, io_errors
+from pact_fast.files import OTHER_FILE_CURE, io_errors
 
 IN_MEMORY = 65536  # observations of a store without a file; the oldest are dropped, since they can be computed again
 
@@ -34,7 +34,7 @@ class ObservationStore:
         self.writer: str | None = None
         self._lock = threading.Lock()
         if path is not None:
-            with io_errors(path, ANOTHER):
+            with io_errors(path, OTHER_FILE_CURE):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("ab+") as file:
                     self._catch_up(file)
@@ -52,7 +52,7 @@ class ObservationStore:
                 while len(self._known) >= IN_MEMORY:
                     del self._known[next(iter(self._known))]
                 return self._known.setdefault(key, observation)
-            with io_errors(self._path, ANOTHER), self._path.open("ab+") as file:
+            with io_errors(self._path, OTHER_FILE_CURE), self._path.open("ab+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 complete = self._catch_up(file)
                 if key not in self._known:
@@ -64,7 +64,7 @@ class ObservationStore:
             return self._known[key]
 
     def _catch_up(self, file: Any) -> bool:
-        """Read what was appended since. Returns whether the file ends with a whole line."""
+        """Read the lines appended since the last read. Returns whether the file ends with a whole line."""
         file.seek(self._read)
         data = file.read()
         whole = data[: data.rfind(b"\n") + 1]

@@ -1,4 +1,4 @@
-"""Utility tools, computed in code whatever the backend: a wrong sum of a model would compound over the turns."""
+"""Utility tools, computed in code with any backend: a wrong sum of a model would compound over the turns."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ _DATES = (
 
 
 def parse_date(text: str) -> tuple[int, int, int] | None:
-    """(year, month, day) of a date; 0 for what it does not state. None if it is no date."""
+    """(year, month, day) of a date; 0 for parts that it does not state. None if it is no date."""
     cleaned = " ".join(text.lower().strip(" .").split())
     for pattern in _DATES:
         if (match := pattern.fullmatch(cleaned)) is None:
@@ -147,7 +147,7 @@ def parse_date(text: str) -> tuple[int, int, int] | None:
 
 
 def _date(text: str) -> datetime.date:
-    """A date; what it does not state is January, and the first."""
+    """Return a date; a missing month is January, a missing day the first."""
     found = parse_date(text)
     try:
         if found is None:

@@ -1,4 +1,4 @@
-"""What the row of a simulated task states: its tools with output schemas, its facts and its passages."""
+"""The world of a simulated task, read from its row: tools with output schemas, facts and passages."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class ToolSpec:
-    """A tool with what OpenAI's schema has no place for.
+    """Tool with the fields that OpenAI's schema lacks.
 
     name, description, parameters  as in the schema
-    output    JSON schema of what the tool returns
+    output    JSON schema of the tool's result
     kind      lookup, search, the name of a utility, or model: only a model backend can answer it
     relation  of a look-up
     stateful  its result may depend on earlier calls
@@ -75,7 +75,7 @@ class ToolSpec:
         return {"type": "function", "function": function}
 
     def to_json(self) -> dict[str, Any]:
-        """What `env_args` keeps of a tool, beside its schema in the column `tools`."""
+        """Return the part of a tool that is stored in `env_args`; its schema is in the column `tools`."""
         data: dict[str, Any] = {"kind": self.kind, "output": self.output}
         if self.relation:
             data["relation"] = self.relation
@@ -102,7 +102,7 @@ class ToolWorld:
 
     @classmethod
     def from_task(cls, tools: list[ToolSchema], env_args: Mapping[str, Any]) -> ToolWorld:
-        """From the columns `tools` and `env_args`. PactError that names what is missing or wrong."""
+        """From the columns `tools` and `env_args`. PactError names the missing or invalid field."""
         extra = _part(env_args, "tools", dict)
         specs = {}
         for tool in tools:

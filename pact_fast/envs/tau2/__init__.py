@@ -3,7 +3,7 @@
 upstream    the one file that imports the package: guarded imports, raw data, prompts and tool schemas
 arithmetic  the tool `calculate` without `eval`
 tables      copy-on-write tables over the shared database of a domain
-domains     what differs between the domains: toolkits, state of an episode
+domains     the domains: toolkits, policy, state of an episode
 episode     one dialogue's state: calls of agent and user, errors, how it ended
 reference   the tasks as shipped, their splits and reference actions
 verdict     the reward of an episode as the package's evaluator gives it, from the records that were touched

@@ -36,12 +36,12 @@ class Dialogue:
             {"role": "user", "content": GREETING},
             {"role": "assistant", "content": opening(task)},
         ]
-        self._solved_by_nothing = self._holds()
+        self._solved_at_start = self._holds()
         self.role = Role(name, task, self._satisfied)
         self._user = make_user(self.role)
 
     def respond(self, text: str) -> str | None:
-        """The user's answer to the agent, after what it does on its phone; None when the dialogue is over."""
+        """The user's answer to the agent, after its actions on the phone; None when the dialogue is over."""
         if self.episode.ending is not None:
             return None
         if not text.strip():
@@ -81,7 +81,7 @@ class Dialogue:
 
     def _satisfied(self) -> bool:
         """Whether the task is solved, and was not from the beginning."""
-        return not self._solved_by_nothing and self._holds()
+        return not self._solved_at_start and self._holds()
 
     def _holds(self) -> bool:
         return all(judge(self.episode, self.said).components.values())

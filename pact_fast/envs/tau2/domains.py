@@ -1,4 +1,4 @@
-"""What differs between the domains: the toolkits, the policy, and the state of an episode."""
+"""Domains of τ²-bench, and how they differ: toolkits, policy, and the state of an episode."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Domain:
 
     name     airline, retail or telecom
     schemas  {side: tools on offer}
-    policy   what the agent must follow; solo: the policy of an agent that works on a ticket alone
+    policy   rules that the agent must follow; solo: the policy of an agent that works on a ticket alone
     start    makes the state of an episode, before the task's initialisation
     """
 
@@ -98,7 +98,7 @@ def _records(name: str) -> Domain:
 
 
 class TelecomState(State):
-    """Telecom: two small databases, the operator's and the user's phone, made anew for each episode."""
+    """Telecom: two small databases, the operator's and the user's phone, created for each episode."""
 
     def __init__(self, kit: Any, user_kit: Any, environment: Any):
         self._environment = environment

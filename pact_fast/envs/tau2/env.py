@@ -55,7 +55,7 @@ class Tau2Args(BaseModel):
 
 
 class _Tau2Environment(ABC):
-    """What both environments share. Serves one task at a time, which its `env_args` name: domain and task."""
+    """Base class of both environments. Serves one task at a time, given by `env_args`: domain and task id."""
 
     blocking = False
     solo: ClassVar[bool]
@@ -101,7 +101,7 @@ class _Tau2Environment(ABC):
         return self.episode.call("assistant", name, arguments)
 
     def reward(self, task: Task, trajectory: Trajectory) -> dict[str, float]:
-        """`success`, its components by name in lower case, and `nothing`: what the task pays for doing nothing."""
+        """`success`, its components by name in lower case, and `nothing`: the reward of doing nothing."""
         episode = self.episode
         if self.solo and episode.ending == "agent_stop":
             beside = _calls_beside_done(trajectory)
@@ -127,7 +127,7 @@ class _Tau2Environment(ABC):
 
 @environment("tau2_solo")
 class Tau2Solo(_Tau2Environment):
-    """Telecom, the agent alone on a ticket. There is nobody to talk to: a message without a call ends the episode."""
+    """Telecom, the agent alone on a ticket. There is no user: a message without a call ends the episode."""
 
     solo = True
 

@@ -51,7 +51,7 @@ class Episode:
         self.state.sync()
 
     def call(self, side: Side, name: str, arguments: dict[str, Any]) -> str:
-        """Run a tool of one side and return what it says. Never raises; a failure is `Error: …`."""
+        """Run a tool of one side and return its output. Never raises; a failure is `Error: …`."""
         if self.ending is not None:
             return CLOSED
         if self.solo and name == DONE:

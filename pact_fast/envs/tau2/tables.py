@@ -47,7 +47,7 @@ class SharedTable:
 
 
 class EpisodeTable:
-    """A table as one episode sees it. It has of a dict what the package's tools use."""
+    """Table as one episode sees it, with the methods of dict that the package's tools use."""
 
     def __init__(self, shared: SharedTable):
         self._shared = shared

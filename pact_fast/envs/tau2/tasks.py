@@ -71,7 +71,7 @@ def training_ids(name: str, task_set: str) -> list[str]:
 
 
 def held_out_ids(name: str) -> list[str]:
-    """Ids of the held-out tasks: the package's test split, whatever the seed."""
+    """Ids of the held-out tasks: the package's test split, independent of the seed."""
     return split_ids(name, "test")
 
 

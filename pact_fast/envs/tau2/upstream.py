@@ -49,7 +49,7 @@ def load(name: str) -> Any:
 
 
 def folder() -> Path:
-    """Where the package is installed. PactError if it is not."""
+    """Return the folder of the installed package. PactError if it is not installed."""
     found = importlib.util.find_spec("tau2")
     if found is None or not found.submodule_search_locations:
         raise PactError(f"the environment tau2 needs the package {PACKAGE}: {INSTALL}")
@@ -99,5 +99,5 @@ def tool_schemas(toolkit: Any) -> list[dict[str, Any]]:
 
 
 def to_text(result: Any) -> str:
-    """What a tool returned, as the package shows it to the policy."""
+    """Convert a tool's result to the text that the package shows to the policy."""
     return load("environment.environment").Environment.to_json_str(result)

@@ -1,4 +1,4 @@
-"""The other side of a dialogue: what a user is asked, a scripted user, and users that a chat model plays.
+"""Users of τ²-bench dialogues: their protocol, a scripted user, and users that a chat model plays.
 
 A user sees the dialogue from its own side, in the roles that a chat model expects: the agent's messages are those of a
 `user`, its own are those of the `assistant`, what its phone answers comes from a `tool`.
@@ -26,7 +26,7 @@ PATIENCE = 6  # messages of the agent after which a scripted user whose request 
 
 @dataclass(frozen=True)
 class UserTurn:
-    """What a user does next: call tools of its own, or else say something."""
+    """Next turn of a user: calls of its own tools, or else a message."""
 
     text: str = ""
     calls: tuple[ToolCall, ...] = ()
@@ -34,7 +34,7 @@ class UserTurn:
 
 @dataclass(frozen=True)
 class Role:
-    """What a user is told before the dialogue.
+    """Task of a user, given before the dialogue.
 
     domain     name of the domain
     task       the task as the package ships it
@@ -175,7 +175,7 @@ def _names(words: str, call: ToolCall) -> bool:
 
 
 def opening(task: dict[str, Any]) -> str:
-    """A user's first message: why it calls, and what it knows of itself."""
+    """A user's first message: its reason to call, and the facts about itself that it knows."""
     scenario = _instructions(task)
     return "\n".join(first_person(scenario[key]) for key in ("reason_for_call", "known_info") if scenario.get(key))
 

@@ -1,7 +1,7 @@
-"""The reward of an episode: what the package's evaluator gives it, from the records that it touched.
+"""The reward of an episode, equal to that of the package's evaluator, from the records that it touched.
 
 The evaluator builds two environments, replays the episode in one and the reference actions in the other, and hashes both
-databases. Here the episode's own state is judged; what the reference actions change is a constant of the task.
+databases. Here the episode's own state is judged; the changes of the reference actions are a constant of the task.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def judge(episode: Episode, texts: Sequence[str]) -> Verdict:
     """The verdict over a finished episode.
 
     Args:
-        episode: An episode that neither side ended gets 0, whatever its state.
+        episode: An episode that neither side ended gets 0 in any state.
         texts: What the agent said, without its reasoning.
 
     Raises:

@@ -6,7 +6,7 @@ from pact_fast.data.types import Task
 from pact_fast.envs.registry import make_tasks
 from pact_fast.evaluation.benchmark import Benchmark, benchmark
 
-MOST = 10_000  # all of them
+ALL = 10_000  # all of them
 
 
 @benchmark("helpdesk-small")
@@ -25,4 +25,4 @@ class HelpdeskSmall(Benchmark):
     }
 
     def tasks(self, category: str) -> list[Task]:
-        return make_tasks(self.config).held_out(MOST)
+        return make_tasks(self.config).held_out(ALL)

@@ -28,7 +28,7 @@ class _QuestionAnswering(Benchmark):
     metrics = {"f1": "F1"}  # noqa: RUF012
 
     def tasks(self, category: str) -> list[Task]:
-        """With env.name=simulated, the tools that MTR's rules make of a row; else a search tool, or none."""
+        """With env.name=simulated, the tools that MTR's rules generate from a row; else a search tool, or none."""
         if self.config.env.name == "simulated":
             actor = make_actor(self.config.env.args)
             made = (make_task(row, actor).task for row in self._rows)

@@ -1,4 +1,4 @@
-"""Checks of what a caller gives to the head's functions: shapes, types and ranges, one line per error.
+"""Checks of the arguments of the head's functions: shapes, types and ranges, one line per error.
 
 Those of values run inside the custom ops, so that compiled graphs check them too. On CUDA they are device-side
 assertions, which need no synchronisation.

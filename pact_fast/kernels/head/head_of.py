@@ -40,7 +40,7 @@ class Head:
     _lora: tuple[tuple[Any, Any, float], ...] = ()  # (A, dropout, scaling) of each active adapter
 
     def input(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., D] hidden states of the decoder → what multiplies `weight`: [..., D + r] with LoRA.
+        """Return the factor of `weight` for hidden states [..., D] of the decoder: [..., D + r] with LoRA.
 
         h·(W + s·B·A)ᵀ = [h, s·h·Aᵀ]·[W, B]ᵀ: exact, and the base weight is neither changed nor copied in fp32.
         """
@@ -69,7 +69,7 @@ def head_of(model: Any) -> Head:
     as they are active.
 
     Raises:
-        PactError: The model has no such head, or something about it is not supported; the message says what.
+        PactError: The model has no such head, or it has an unsupported feature, which the message names.
     """
     causal_lm = causal_lm_of(model)
     layer = head_layer(causal_lm)

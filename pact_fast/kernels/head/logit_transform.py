@@ -1,6 +1,6 @@
-"""What a model class does between its decoder and its logits, found by running that code on known values.
+"""Operations of a model class between decoder and logits, found by running its code on known values.
 
-Models are those of transformers, known by their methods: nothing but torch is imported.
+Models are those of transformers, recognised by their methods, so that only torch is imported.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def logit_transform(model: Any) -> LogitTransform:
                 for decoder in {decoder_of(model), causal_lm.get_decoder()}:  # some classes call the inner one (OPT)
                     stack.enter_context(_replaced(decoder, give_hidden))
                 stack.enter_context(_replaced(head, give_output))
-                # without hooks of trainers, and without what stands in for the forward in `inside_forward`
+                # without hooks of trainers, and without the replaced forward of `inside_forward`
                 forward = getattr(causal_lm.forward, "own", causal_lm.forward)
                 logits = forward(input_ids=ids, use_cache=False).logits
         except Exception as error:

@@ -25,7 +25,7 @@ class LogProbs(_LogProbs):
 
     logprob     [N]  log-prob of the target
     entropy     [N]  entropy of the distribution; None if not asked for
-    statistics  {name: [N]}  what was asked for, detached; not a part of the pair
+    statistics  {name: [N]}  the requested statistics, detached; not a part of the pair
     """
 
     statistics: dict[str, torch.Tensor]

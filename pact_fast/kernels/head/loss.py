@@ -65,7 +65,7 @@ def pact_loss(
     delta: float | None = None,
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
-    is_cap: float | Mapping[LossContext, float] | None = None,
+    importance_cap: float | Mapping[LossContext, float] | None = None,
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -95,14 +95,14 @@ def pact_loss(
         delta: Bound of the ratio where the advantage is negative (dual clip), more than 1 + high. ppo and gspo only.
         kl_coef: Coefficient of k3, the KL to the reference; needs `tokens.ref_logprob`.
         entropy_coef: Coefficient of the entropy bonus.
-        is_cap: Policy terms are weighted by w = min(is_cap, exp(old − sampler)), stop-gradient; needs
+        importance_cap: Policy terms are weighted by w = min(importance_cap, exp(old − sampler)), stop-gradient; needs
             `tokens.sampler_logprob`. A mapping gives each context its cap; w = 1 for contexts left out. None: w = 1.
         temperature: Divides the logits; a number or [N].
         softcap: z = softcap·tanh(z/softcap), before the temperature; None: no cap.
         logit_scale: Positive factor of hWᵀ + b, before the soft-cap.
         bias: [V] bias of the head.
         pairs: Experimental: adds Σ pair weight·divergence of pairs of tokens, see `TokenPairs`.
-        statistics: Names of what to return per token beside log-prob and entropy, see `linear_logprob`.
+        statistics: Names of further statistics to return per token, see `linear_logprob`.
         backend: "auto", or one of `backends()`.
 
     Raises:
@@ -111,14 +111,14 @@ def pact_loss(
     """
     check_head(hidden, weight, bias)
     check_devices(tokens, hidden)
-    caps = None if is_cap is None else _caps_by_context(is_cap)
+    caps = None if importance_cap is None else _caps_by_context(importance_cap)
     if pairs is not None:
         pairs.check()
     temperatures, cap = fold_logit_scale(logit_scale, per_token(temperature, tokens.target), softcap)
     names = check_statistics(statistics)
     settings: dict[str, Any] = dict(
         policy_loss=policy_loss, clip_low=clip[0], clip_high=clip[1], delta=delta, kl_coef=kl_coef,
-        entropy_coef=entropy_coef, is_cap=caps, softcap=cap,
+        entropy_coef=entropy_coef, importance_cap=caps, softcap=cap,
         divergence=DIVERGENCES[0] if pairs is None else pairs.divergence,
         second_grad=pairs is not None and pairs.second_grad,
         backend=backend, operand_dtype=autocast_dtype(hidden, weight),
@@ -137,11 +137,11 @@ def pact_loss(
     )  # fmt: skip
 
 
-def _caps_by_context(is_cap: float | Mapping[LossContext, float]) -> list[float]:
+def _caps_by_context(importance_cap: float | Mapping[LossContext, float]) -> list[float]:
     """One cap per context; NaN: no importance weight."""
-    if isinstance(is_cap, Mapping):
-        return [float(is_cap.get(context, math.nan)) for context in LossContext]
-    return [float(is_cap)] * len(LossContext)
+    if isinstance(importance_cap, Mapping):
+        return [float(importance_cap.get(context, math.nan)) for context in LossContext]
+    return [float(importance_cap)] * len(LossContext)
 
 
 def run_pact_loss(
@@ -171,7 +171,7 @@ def run_pact_loss(
     delta: float | None,
     kl_coef: float,
     entropy_coef: float,
-    is_cap: Sequence[float] | None,
+    importance_cap: Sequence[float] | None,
     softcap: float | None,
     divergence: str,
     second_grad: bool,
@@ -198,7 +198,8 @@ def run_pact_loss(
     check_table(tokens, hidden, weight)
     check_temperature(temperature)
     rule = make_policy_loss(policy_loss)
-    settings = LossSettings(rule, (clip_low, clip_high), delta, kl_coef, entropy_coef, is_cap, softcap, sft_loss)  # type: ignore[arg-type]
+    clip = (clip_low, clip_high)
+    settings = LossSettings(rule, clip, delta, kl_coef, entropy_coef, importance_cap, softcap, sft_loss)  # type: ignore[arg-type]
     _check_settings(settings, policy_loss if isinstance(policy_loss, str) else "a function", tokens)
     pairs = None
     if pair_index is not None and pair_weight is not None:
@@ -238,8 +239,10 @@ def _check_settings(settings: LossSettings, policy_loss: str, tokens: LossTokens
             raise PactError(f"delta={settings.delta} must be greater than 1 + clip[1] = {high}")
     if settings.kl_coef and tokens.ref_logprob is None:
         raise PactError("kl_coef needs tokens.ref_logprob; fill it with the reference's log-probs or set kl_coef=0")
-    if settings.is_cap is not None and tokens.sampler_logprob is None:
-        raise PactError("is_cap needs tokens.sampler_logprob; fill it with the sampler's log-probs or set is_cap=None")
+    if settings.importance_cap is not None and tokens.sampler_logprob is None:
+        raise PactError(
+            "importance_cap needs tokens.sampler_logprob; fill it with the sampler's log-probs or set importance_cap=None"
+        )
     if settings.rule.sequence_ratio and tokens.sequence is None:
         raise PactError(
             f"policy_loss='{policy_loss}' needs an id per sequence, for one ratio each; fill tokens.sequence"

@@ -236,20 +236,24 @@ def importance_weight(old: torch.Tensor, sampler: torch.Tensor, cap: torch.Tenso
 
 
 class LossSettings(NamedTuple):
-    """The settings of `pact_loss`; is_cap: one cap per LossContext, NaN for no importance weights; sft_loss: None: −log π."""
+    """The settings of `pact_loss`.
+
+    importance_cap  one cap per LossContext, NaN for no importance weights
+    sft_loss        None: −log π
+    """
 
     rule: PolicyLoss
     clip: Clip
     delta: float | None
     kl_coef: float
     entropy_coef: float
-    is_cap: Sequence[float] | None
+    importance_cap: Sequence[float] | None
     softcap: float | None
     sft_loss: SftLoss | None = None
 
 
 class SequenceTerms(NamedTuple):
-    """What the terms of n tokens take from their sequences, [n] each.
+    """Per-sequence inputs of the loss terms of n tokens, [n] each.
 
     log_ratio  mean log-ratio of the token's (sequence, context)
     slope      derivative of the policy loss of the whole sequence by the token's log-prob, weights included; None: that of
@@ -317,14 +321,14 @@ def token_terms(
         safe_log_ratio = torch.where(advantage == 0, 0.0, rule_log_ratio)
         term = settings.rule.term(safe_log_ratio, advantage, logprob, settings.clip, settings.delta)
     weight = torch.ones_like(logprob)
-    if settings.is_cap is not None and tokens.sampler_logprob is not None:
-        caps = torch.tensor(settings.is_cap, dtype=dtype, device=old.device)[tokens.context]
+    if settings.importance_cap is not None and tokens.sampler_logprob is not None:
+        caps = torch.tensor(settings.importance_cap, dtype=dtype, device=old.device)[tokens.context]
         weight = importance_weight(old, tokens.sampler_logprob.to(dtype), caps)
     reference = torch.full_like(logprob, torch.nan) if tokens.ref_logprob is None else tokens.ref_logprob.to(dtype)
     kl, kl_slope = k3(reference, logprob)
     # the term, KL and entropy bonus; with the same weight they are added first
-    spread = None if sequence is None else sequence.slope
-    own_slope = weight * term.slope if spread is None else torch.zeros_like(logprob)
+    sequence_slope = None if sequence is None else sequence.slope
+    own_slope = weight * term.slope if sequence_slope is None else torch.zeros_like(logprob)
     policy = [(rl_weight, weight * term.value, own_slope)]
     for own, value, slope in (
         (tokens.kl_weight, settings.kl_coef * kl, settings.kl_coef * kl_slope),
@@ -336,7 +340,7 @@ def token_terms(
         else:
             policy.append((own.to(dtype), value, torch.zeros_like(value) if slope is None else slope))
     g = sum((_weighted(w, slope) for w, _, slope in policy[1:]), _weighted(*policy[0][::2]))
-    g = g if spread is None else g + spread
+    g = g if sequence_slope is None else g + sequence_slope
     entropy_weight = rl_weight if tokens.entropy_weight is None else tokens.entropy_weight.to(dtype)
     h = -settings.entropy_coef * entropy_weight
     if term.entropy_slope is not None:

@@ -26,7 +26,7 @@ from pact_fast.kernels.head.softmax_torch import JSD, KL, Pairing, RowStats
 
 NUM_WARPS = 8
 LANES = tl.constexpr(NUM_WARPS * 32 * 4)  # four neighbours per thread: one 16-byte access
-DEPTH = tl.constexpr(4)  # independent loads in flight per thread; more would cost registers, hence occupancy
+DEPTH = tl.constexpr(4)  # independent loads in flight per thread; more would cost registers and thereby occupancy
 LOWEST = tl.constexpr(-1e30)  # instead of −inf, whose differences are NaN
 LOG_2 = tl.constexpr(0.6931471805599453)
 

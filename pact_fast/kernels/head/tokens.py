@@ -31,12 +31,12 @@ class LossTokens:
     rl_weight        float    weight of the policy loss, every normaliser included (float32 or float64)
     sft_weight       float    weight of the SFT loss, −log π by default, every normaliser included (float32 or float64)
     ref_logprob      float32  log π_ref, for the k3 KL term; None: no term
-    sampler_logprob  float32  log-prob with which the token was sampled, for `is_cap`; NaN: importance weight 1
+    sampler_logprob  float32  log-prob with which the token was sampled, for `importance_cap`; NaN: importance weight 1
     kl_weight        float    weight of the KL term, every normaliser included; None: rl_weight
     entropy_weight   float    weight of the entropy bonus, every normaliser included; None: rl_weight
 
-    Only row and target must be given, and what the loss needs: advantage and rl_weight for a policy loss, sft_weight for
-    SFT. A table without weights only measures. A number stands for [N] times that number.
+    Only row and target are required, and the columns that the loss reads: advantage and rl_weight for a policy loss,
+    sft_weight for SFT. A table without weights only measures. A number stands for [N] times that number.
     """
 
     row: torch.Tensor
@@ -81,20 +81,22 @@ class LossTokens:
             )
         if row.ndim != 1:
             raise PactError(f"LossTokens: row {list(row.shape)} must be [N], one hidden state per supervised token")
-        self.row = _ids("row", row, row)
-        self.target = _ids("target", target, row)
-        self.context = _ids("context", context, row)
-        self.component = _ids("component", component, row)
-        self.sequence = None if sequence is None else _ids("sequence", sequence, row)
-        self.advantage = _reals("advantage", 0.0 if advantage is None else advantage, row)
-        self.old_logprob = _reals("old_logprob", old_logprob, row)
-        self.rl_weight = _reals("rl_weight", 0.0 if rl_weight is None else rl_weight, row, torch.float64)
-        self.sft_weight = _reals("sft_weight", sft_weight, row, torch.float64)
-        self.ref_logprob = None if ref_logprob is None else _reals("ref_logprob", ref_logprob, row)
-        self.sampler_logprob = None if sampler_logprob is None else _reals("sampler_logprob", sampler_logprob, row)
-        self.kl_weight = None if kl_weight is None else _reals("kl_weight", kl_weight, row, torch.float64)
+        self.row = _int_column("row", row, row)
+        self.target = _int_column("target", target, row)
+        self.context = _int_column("context", context, row)
+        self.component = _int_column("component", component, row)
+        self.sequence = None if sequence is None else _int_column("sequence", sequence, row)
+        self.advantage = _float_column("advantage", 0.0 if advantage is None else advantage, row)
+        self.old_logprob = _float_column("old_logprob", old_logprob, row)
+        self.rl_weight = _float_column("rl_weight", 0.0 if rl_weight is None else rl_weight, row, torch.float64)
+        self.sft_weight = _float_column("sft_weight", sft_weight, row, torch.float64)
+        self.ref_logprob = None if ref_logprob is None else _float_column("ref_logprob", ref_logprob, row)
+        self.sampler_logprob = (
+            None if sampler_logprob is None else _float_column("sampler_logprob", sampler_logprob, row)
+        )
+        self.kl_weight = None if kl_weight is None else _float_column("kl_weight", kl_weight, row, torch.float64)
         self.entropy_weight = (
-            None if entropy_weight is None else _reals("entropy_weight", entropy_weight, row, torch.float64)
+            None if entropy_weight is None else _float_column("entropy_weight", entropy_weight, row, torch.float64)
         )
 
     @staticmethod
@@ -121,7 +123,7 @@ class LossTokens:
             advantages: Number, [B] (one per sequence) or [B, C]. None: SFT, −log π with the same weights.
             old_logprobs: [B, C] log π_old. None: the current policy, ratio 1.
             ref_logprobs: [B, C] log π_ref, for `kl_coef`.
-            sampler_logprobs: [B, C] log-probs with which the tokens were sampled, for `is_cap`.
+            sampler_logprobs: [B, C] log-probs with which the tokens were sampled, for `importance_cap`.
             components: int64 [B, C] `Component`, for statistics.
             normalise: "token": every token weighs the same (1/number of tokens). "sequence": every sequence does
                 (1/(B·its number of tokens)). A number: 1/(B·number), the constant length of Dr. GRPO
@@ -189,23 +191,23 @@ class LossTokens:
         return LossTokens(**joined)
 
 
-def _ids(name: str, column: Column, row: torch.Tensor) -> torch.Tensor:
+def _int_column(name: str, column: Column, row: torch.Tensor) -> torch.Tensor:
     """The column as int64 [N]."""
-    column = _full(name, column, row, torch.int64)
+    column = _full_column(name, column, row, torch.int64)
     if column.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise PactError(f"LossTokens: {name} is {str(column.dtype).removeprefix('torch.')}; it must be an integer type")
     return column.to(torch.int64)
 
 
-def _reals(name: str, column: Column, row: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def _float_column(name: str, column: Column, row: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The column as floating-point [N]; dtype: of a number."""
-    column = _full(name, column, row, dtype)
+    column = _full_column(name, column, row, dtype)
     if column.is_complex():
         raise PactError(f"LossTokens: {name} is complex; it must be a floating-point type")
     return column if column.is_floating_point() else column.to(torch.float32)
 
 
-def _full(name: str, column: Column, row: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _full_column(name: str, column: Column, row: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The column [N]; numbers and 0-d tensors are repeated."""
     if not isinstance(column, torch.Tensor):
         return torch.full(row.shape, column, dtype=dtype, device=row.device)

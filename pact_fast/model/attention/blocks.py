@@ -1,6 +1,7 @@
 """Tree attention in torch for every score rule, dtype and device: exact, in blocks of rows, with recomputed scores.
 
-Serves what the kernels do not. Memory is linear in the number of rows; keys that no row of a block sees are left out.
+Serves the cases that the kernels do not. Memory is linear in the number of rows; keys that no row of a block
+sees are left out.
 """
 
 from __future__ import annotations

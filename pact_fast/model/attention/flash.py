@@ -1,4 +1,4 @@
-"""Dense flash-attention kernels for one `Call` of a pack: the interface, and torch's kernel for CPU.
+"""Dense flash-attention kernels for one `AttentionCall` of a pack: the interface, and torch's kernel for CPU.
 
 Tree attention merges the results of several calls, so forward returns the log-sum-exp with the output, and backward
 takes the merged output and the merged log-sum-exp.
@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from pact_fast.batch.packing import Call
+from pact_fast.batch.packing import AttentionCall
 
 
 class FlashKernel(Protocol):
@@ -21,12 +21,12 @@ class FlashKernel(Protocol):
 
     windows: bool
 
-    def rows(self, call: Call) -> slice | torch.Tensor:
+    def rows(self, call: AttentionCall) -> slice | torch.Tensor:
         """The n query rows of the call, in the order of its spans; int64 [n] if they are not contiguous."""
         ...
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out [1, Hq, n, D], log-sum-exp [1, Hq, n]) of the call's query rows."""
         ...
@@ -39,7 +39,7 @@ class FlashKernel(Protocol):
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        call: Call,
+        call: AttentionCall,
         scale: float,
         dq: torch.Tensor,
         dk: torch.Tensor,
@@ -73,12 +73,12 @@ class CpuFlash:
 
     windows = False
 
-    def rows(self, call: Call) -> slice | torch.Tensor:
+    def rows(self, call: AttentionCall) -> slice | torch.Tensor:
         whole = call.contiguous_rows()
         return whole if whole is not None else torch.cat([torch.arange(s.q0, s.q1) for s in call.spans])
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         n = sum(s.q1 - s.q0 for s in call.spans)
         # rows outermost: the layout that the output projection reads, so that it does not copy

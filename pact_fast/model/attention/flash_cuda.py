@@ -1,4 +1,4 @@
-"""The flash-attention kernels that torch ships for CUDA, in bf16 and fp16: one variable-length launch per `Call`."""
+"""The flash-attention kernels that torch ships for CUDA, in bf16 and fp16: one variable-length launch per `AttentionCall`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pact_fast.batch.packing import Call
+from pact_fast.batch.packing import AttentionCall
 
 
 class _VarlenPlan(NamedTuple):
@@ -69,11 +69,11 @@ class CudaFlash:
         self._device = device
         self._plans: dict[int, _VarlenPlan] = {}  # by id(call.spans); the same for all layers
 
-    def rows(self, call: Call) -> slice | torch.Tensor:
+    def rows(self, call: AttentionCall) -> slice | torch.Tensor:
         return self._plan(call).rows
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         plan = self._plan(call)
         out, lse = varlen_forward(_rows_first(q)[plan.rows], _keys(k, call), _keys(v, call), plan, call.causal, scale)
@@ -93,7 +93,7 @@ class CudaFlash:
             _rows_first(dv)[k0:k1] += dv_rows[part]
             start = part.stop
 
-    def _plan(self, call: Call) -> _VarlenPlan:
+    def _plan(self, call: AttentionCall) -> _VarlenPlan:
         plan = self._plans.get(id(call.spans))
         if plan is None:
             queries = [s.q1 - s.q0 for s in call.spans]
@@ -114,7 +114,7 @@ def _rows_first(t: torch.Tensor) -> torch.Tensor:
     return t[0].transpose(0, 1)
 
 
-def _keys(t: torch.Tensor, call: Call) -> torch.Tensor:
+def _keys(t: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     """The keys of all spans: [1, H, S, D] → [n, H, D]."""
     rows = _rows_first(t)
     if call.causal or len(call.spans) == 1:  # runs are contiguous from the first row on

@@ -2,7 +2,7 @@
 
 A model selects attention by a name in its config, and reads it again when gradient checkpointing repeats a layer in the
 backward pass. While a tree is computed the name is "pact_tree_" + the name before. Functions under that name do what the
-name before does wherever no tree is passed on.
+name before does if no tree is passed on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a layer's attention does beyond softmax(scale · q kᵀ + tree mask) v."""
+"""Score rules of attention layers beyond softmax(scale · q kᵀ + tree mask) v: windows, soft caps, sinks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class ScoreRule(NamedTuple):
-    """How scores are made and which of them count. Every layer may have its own.
+    """Scale, window and soft cap of a layer's attention scores. Layers may differ.
 
     scale    factor of q kᵀ, usually D^-0.5
     window   a row sees keys at most window − 1 positions before its own, along its path; None: all of them
@@ -21,7 +21,7 @@ class ScoreRule(NamedTuple):
 
 
 class SlidingWindow(NamedTuple):
-    """What the model's code gets in place of a mask for layers with a window: the tree is in the TreeLayout."""
+    """Placeholder for the attention mask of layers with a window. The mask itself follows from the TreeLayout."""
 
     size: int
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pact_fast.batch.packing import Call, PackedBatch, Span
+from pact_fast.batch.packing import AttentionCall, AttentionSpan, PackedBatch
 from pact_fast.model.attention import cpu
 from pact_fast.model.attention.blocks import Block, BlockAttention, mask_blocks
 from pact_fast.model.attention.flash import FlashKernel, select_flash_kernel
@@ -49,7 +49,7 @@ class TreeLayout:
     def __init__(self, batch: PackedBatch, device: torch.device | str = "cpu", prefix_length: int = 0):
         self.calls = [call for call in batch.calls if call.spans]
         if prefix_length:
-            whole_prefix = Call([Span(0, len(batch), 0, prefix_length)], False)
+            whole_prefix = AttentionCall([AttentionSpan(0, len(batch), 0, prefix_length)], False)
             self.calls = [*(_shift_keys(call, prefix_length) for call in self.calls), whole_prefix]
         self.keep: PrefixCache | None = None
         self.cache: PrefixCache | None = None
@@ -100,8 +100,8 @@ class TreeLayout:
         return self._mask
 
 
-def _shift_keys(call: Call, offset: int) -> Call:
-    return Call([Span(s.q0, s.q1, s.k0 + offset, s.k1 + offset) for s in call.spans], call.causal)
+def _shift_keys(call: AttentionCall, offset: int) -> AttentionCall:
+    return AttentionCall([AttentionSpan(s.q0, s.q1, s.k0 + offset, s.k1 + offset) for s in call.spans], call.causal)
 
 
 def tree_mask(subtree_end: torch.Tensor) -> torch.Tensor:
@@ -176,7 +176,7 @@ class _TreeAttention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         sinks: torch.Tensor | None,
-        calls: list[Call],
+        calls: list[AttentionCall],
         scale: float,
         kernel: FlashKernel,
     ) -> torch.Tensor:

@@ -20,7 +20,7 @@ Exchange = Callable[[torch.Tensor], torch.Tensor]
 
 
 class RowShards:
-    """How the T rows of a pack are divided among the P ranks of `group`.
+    """Division of the T rows of a pack among the P ranks of `group`.
 
     group   process group
     rank    this rank's number in the group

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pact_fast.batch.packing import Span
+from pact_fast.batch.packing import AttentionSpan
 from pact_fast.model.attention import flash_cuda
 from pact_fast.model.attention.scores import add_sinks, sink_gradient
 
@@ -32,7 +32,9 @@ class WindowPlan(NamedTuple):
     window: int
 
 
-def window_plan(runs: list[Span], end: np.ndarray, rows: int, window: int, device: torch.device | str) -> WindowPlan:
+def window_plan(
+    runs: list[AttentionSpan], end: np.ndarray, rows: int, window: int, device: torch.device | str
+) -> WindowPlan:
     """The plan of a pack.
 
     Args:

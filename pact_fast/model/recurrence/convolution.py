@@ -27,12 +27,12 @@ class ConvolutionPlan(NamedTuple):
 
 def convolution_plan(segments: list[Segment], width: int, device: torch.device | str = "cpu") -> ConvolutionPlan:
     """The plan for kernels of `width` taps."""
-    rows = segments[-1].last if segments else 0
+    rows = segments[-1].end if segments else 0
     source: list[np.ndarray] = []
     place: list[np.ndarray] = []
     at = 0
     for index, segment in enumerate(segments):
-        own = np.arange(segment.first, segment.last)
+        own = np.arange(segment.start, segment.end)
         if segment.parent is None or segment.parent != index - 1:  # else its path is just before it
             before = _last_rows(segments, segment.parent, width - 1)
             source.append(np.pad(before, (width - 1 - len(before), 0), constant_values=rows))
@@ -52,7 +52,7 @@ def _last_rows(segments: list[Segment], index: int | None, count: int) -> np.nda
     parts: list[np.ndarray] = []
     while index is not None and count > 0:
         segment = segments[index]
-        parts.append(np.arange(max(segment.first, segment.last - count), segment.last))
+        parts.append(np.arange(max(segment.start, segment.end - count), segment.end))
         count -= len(parts[-1])
         index = segment.parent
     return np.concatenate([np.zeros(0, np.int64), *parts[::-1]])

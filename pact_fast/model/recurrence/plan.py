@@ -1,4 +1,4 @@
-"""What recurrent layers need to know of a pack, made at first use and shared by all layers."""
+"""Index tensors of a pack for recurrent layers, made at first use and shared by all layers."""
 
 from __future__ import annotations
 

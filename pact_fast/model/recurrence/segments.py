@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 CHUNK = 64  # tokens that a chunked rule computes at a time; padding within a chunk costs nothing
-WASTE = 0.25  # chunks of padding that a group may have, in proportion to its chunks
+MAX_PADDING = 0.25  # chunks of padding that a group may have, in proportion to its chunks
 
 
 class Segment(NamedTuple):
-    """Rows [first, last), and the segment that they continue; None at the beginning of a sequence."""
+    """Rows [start, end), and the segment that they continue; None at the beginning of a sequence."""
 
-    first: int
-    last: int
+    start: int
+    end: int
     parent: int | None
 
 
@@ -62,10 +62,10 @@ def segments_of(subtree_end: np.ndarray) -> list[Segment]:
     starts = [0, *(np.flatnonzero(np.diff(subtree_end)) + 1), rows] if rows else [0]
     segments: list[Segment] = []
     open_segments: list[int] = []  # those that contain the current row in their subtree, outermost first
-    for first, last in itertools.pairwise(starts):
-        while open_segments and subtree_end[segments[open_segments[-1]].first] <= first:
+    for start, end in itertools.pairwise(starts):
+        while open_segments and subtree_end[segments[open_segments[-1]].start] <= start:
             open_segments.pop()
-        segments.append(Segment(int(first), int(last), open_segments[-1] if open_segments else None))
+        segments.append(Segment(int(start), int(end), open_segments[-1] if open_segments else None))
         open_segments.append(len(segments) - 1)
     return segments
 
@@ -98,7 +98,7 @@ def levels_of(segments: list[Segment], device: torch.device | str = "cpu", *, pa
         keeping = [part for part, group in zip(parts, levels[-1], strict=True) if group.keeps]
         kept = {index: number for number, index in enumerate(index for part in keeping for index in part)}
     rows = np.concatenate([np.zeros(0, np.int64), *order])
-    place = np.empty(segments[-1].last if segments else 0, np.int64)
+    place = np.empty(segments[-1].end if segments else 0, np.int64)
     place[rows[::-1]] = np.arange(len(rows))[::-1]  # of a repeated row, the first occurrence counts
     return Levels(torch.as_tensor(rows, device=device), torch.as_tensor(place, device=device), levels)
 
@@ -107,9 +107,9 @@ def _groups(members: list[int], segments: list[Segment]) -> list[list[int]]:
     """Segments of similar length, the longest first."""
     groups: list[list[int]] = []
     longest = used = 0
-    for index in sorted(members, key=lambda i: segments[i].first - segments[i].last):
-        chunks = -(-(segments[index].last - segments[index].first) // CHUNK)
-        if groups and longest * (len(groups[-1]) + 1) <= (1 + WASTE) * (used + chunks):
+    for index in sorted(members, key=lambda i: segments[i].start - segments[i].end):
+        chunks = -(-(segments[index].end - segments[index].start) // CHUNK)
+        if groups and longest * (len(groups[-1]) + 1) <= (1 + MAX_PADDING) * (used + chunks):
             groups[-1].append(index)
             used += chunks
         else:
@@ -119,8 +119,8 @@ def _groups(members: list[int], segments: list[Segment]) -> list[list[int]]:
 
 
 def _rows(part: list[int], segments: list[Segment], padded: bool) -> np.ndarray:
-    longest = max(segments[i].last - segments[i].first for i in part)
-    rows = [np.arange(segments[i].first, segments[i].last) for i in part]
+    longest = max(segments[i].end - segments[i].start for i in part)
+    rows = [np.arange(segments[i].start, segments[i].end) for i in part]
     return np.concatenate([np.pad(r, (0, longest - len(r)), mode="edge") for r in rows] if padded else rows)
 
 
@@ -132,7 +132,7 @@ def _group(
     device: torch.device | str,
     padded: bool,
 ) -> SegmentBatch:
-    lengths = np.array([segments[i].last - segments[i].first for i in part])
+    lengths = np.array([segments[i].end - segments[i].start for i in part])
     parents = [kept[parent] for i in part if (parent := segments[i].parent) is not None]
     padding = np.arange(lengths.max()) >= lengths[:, None]
     boundaries = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)

@@ -1,7 +1,7 @@
 """The embedded engine: continuous batching on a transformers model in this process.
 
 Every running session feeds one token per step: the token it has just sampled, or the next token of the text appended to
-its context. Turns therefore need no barrier, and an observation is fed while the other sessions go on sampling. Long
+its context. Turns therefore need no barrier, and an observation is fed while the other sessions continue sampling. Long
 texts are prefilled, many tokens per forward pass; sessions that start with the same prompt share it.
 """
 
@@ -42,7 +42,7 @@ class _Session:
     slot: int
     generator: np.random.Generator
     length: int = 0  # tokens in the cache
-    pending: deque[int] = field(default_factory=deque)  # tokens to feed before sampling goes on
+    pending: deque[int] = field(default_factory=deque)  # tokens to feed before sampling continues
     request: Request | None = None  # None: waiting for its next turn
     filters: SamplingFilters | None = None  # None: every token may be sampled
     ids: list[int] = field(default_factory=list)
@@ -249,7 +249,7 @@ def _rewind(session: _Session, keep: int) -> None:
 
 
 def _filter(logp: torch.Tensor, filters: list[SamplingFilters | None]) -> torch.Tensor:
-    """Log-probs [n, V], normalised over what the filters of each row keep; −inf for the other tokens."""
+    """Log-probs [n, V], normalised over the tokens that the filters of each row keep; −inf for the other tokens."""
     kinds = {kind for kind in filters if kind}
     if len(kinds) == 1 and None not in filters:
         return torch.log_softmax(filtered(logp, kinds.pop()), -1)

@@ -2,7 +2,7 @@
 
 builder          VllmBuilder: the engine that the configuration asks for
 engine           VllmEngine: turns, weight updates and their verification, recovery; the same for every placement
-transport        VllmTransport: what VllmEngine needs of a running vLLM
+transport        VllmTransport: the interface of VllmEngine to a running vLLM
 colocated        ColocatedVllm: vLLM in the trainer's process
 client           VllmServerClient: a server behind a URL; VllmServerTransport, which both kinds of servers share
 process          VllmServerProcess: a server that the trainer starts and supervises

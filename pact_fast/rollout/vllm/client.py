@@ -20,9 +20,9 @@ import torch
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
 from pact_fast.model.weights import WeightShard, WeightSnapshot
 from pact_fast.rollout.vllm import http_client
-from pact_fast.rollout.vllm.answers import read_completion, read_reports, read_results, read_served_model
 from pact_fast.rollout.vllm.colocated import WORKER_EXTENSION, filter_params, merge_reports
-from pact_fast.rollout.vllm.http_connection import Answer, Exchange
+from pact_fast.rollout.vllm.http_connection import Exchange, HttpResponse
+from pact_fast.rollout.vllm.responses import read_completion, read_reports, read_results, read_served_model
 from pact_fast.rollout.vllm.transport import TurnOutput, TurnRequest, VllmTransport
 from pact_fast.rollout.vllm.weight_files import WeightFiles
 from pact_fast.rollout.vllm.weight_transfer import FILES, NCCL, NcclTransfer
@@ -43,7 +43,7 @@ class _Turn(Exchange):
     def body(self) -> bytes:
         return self._transport.encode_turn(self.request)
 
-    def finish(self, outcome: Answer | EngineError) -> None:
+    def finish(self, outcome: HttpResponse | EngineError) -> None:
         self._transport.finish_turn(self, outcome)
 
 
@@ -127,14 +127,14 @@ class VllmServerTransport(VllmTransport):
         }  # fmt: skip
         return json.dumps(body, separators=(",", ":")).encode()
 
-    def finish_turn(self, exchange: _Turn, answer: Answer | EngineError) -> None:
+    def finish_turn(self, exchange: _Turn, response: HttpResponse | EngineError) -> None:
         """Put the turn's output, or an EngineError, into the results. Called in the thread of the connections."""
         outcome: TurnOutput | EngineError
         try:
-            if isinstance(answer, EngineError):
-                outcome = answer
+            if isinstance(response, EngineError):
+                outcome = response
             else:
-                outcome = read_completion(self.name, http_client.checked_json(answer, self.name), exchange.request)
+                outcome = read_completion(self.name, http_client.checked_json(response, self.name), exchange.request)
         except EngineError as error:
             outcome = error
         except Exception as error:  # whatever it is, nobody waits for this call
@@ -149,7 +149,7 @@ class VllmServerTransport(VllmTransport):
         self._results.put(batch)
 
     def _drop_turns(self) -> None:
-        """Abort all turns under way, and discard results that nobody has polled."""
+        """Abort all running turns, and discard results that have not been polled."""
         self.abort(list(self._turns))  # their results will be unknown to `poll`
         self._errors.clear()
 
@@ -245,9 +245,9 @@ class VllmServerTransport(VllmTransport):
         """The JSON that an endpoint answers.
 
         Raises:
-            EngineTimeout: No answer within the deadline.
+            EngineTimeout: No response within the deadline.
             EngineDied: The connection broke, or status 5xx.
-            EngineError: Status 4xx, or an answer that cannot be read.
+            EngineError: Status 4xx, or a response that cannot be read.
         """
         return http_client.checked_json(self._http.request(method, path, timeout=self._timeout, **kwargs), self.name)
 
@@ -308,13 +308,13 @@ class VllmServerClient(VllmServerTransport):
             raise
 
     def _connect(self, start_timeout: float, transfer_required: bool) -> None:
-        """Wait for the server, and check that it can do what is asked of it."""
+        """Wait for the server, and check that it supports the required features."""
         self._wait_ready(start_timeout)
         self._check_extension()
         if self._transfer and any(found != NCCL for found in self.rpc("pact_transfer_backend") or [None]):
             problem = f'{self.name} was not started with --weight-transfer-config \'{{"backend": "{NCCL}"}}\''
             if transfer_required:
-                raise PactError(f"{problem}; do so, or set rollout.vllm_weight_transfer=files")
+                raise PactError(f"{problem}; restart it with this option, or set rollout.vllm_weight_transfer=files")
             log.warning("%s; its weights go through files in %s", problem, self.weight_files.folder)
             self._transfer = None
 

@@ -195,7 +195,7 @@ def _turn_output(output: Any) -> TurnOutput:
 
 @contextmanager
 def _start_errors(model_folder: Path) -> Iterator[None]:
-    """Turn whatever vLLM raises as it starts into one line with the cure.
+    """Turn any exception of vLLM at its start into one line with the cure.
 
     vLLM imports a model's code in another process first, and if that fails, its error names no reason. So it is imported
     here once more.

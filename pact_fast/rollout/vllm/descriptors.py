@@ -1,4 +1,4 @@
-"""How many connections to a server a process may hold: the system's limit of open files, raised as far as it goes."""
+"""Limit of connections per process: the system's limit of open files, raised as far as possible."""
 
 from __future__ import annotations
 

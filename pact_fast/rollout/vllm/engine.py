@@ -82,7 +82,7 @@ class VllmEngine(Engine):
         self._closed = False
         self._turn_count = 0  # makes the key of every turn unique
         # A plain lock is not fair: the sampling thread would take it again and again, and an update would wait for
-        # ever. Whoever waits for _lock holds _fair_lock, so the next one queues behind.
+        # ever. A thread that waits for _lock holds _fair_lock, so the next one queues behind it.
         self._fair_lock, self._lock = threading.Lock(), threading.Lock()
         self._completed: list[Completion] = []  # finished during a weight update, for the next `step`
         self._last_activity = time.monotonic()  # when a turn last finished, or the first one was submitted
@@ -232,7 +232,7 @@ class VllmEngine(Engine):
         turn both verifications off. May be called while another thread samples; that thread waits.
 
         Raises:
-            WeightMismatch: The engine holds anything else than what was sent.
+            WeightMismatch: The engine's weights differ from those that were sent.
             EngineError: The engine failed more often than MAX_RESTARTS in a row, or before it ever served.
         """
         with self._exclusive():
@@ -301,7 +301,7 @@ class VllmEngine(Engine):
             self.version = version
 
     def _verify_until_stable(self, version: int, *, weights: bool = True) -> None:
-        """Verify what was loaded, then sample from it. An engine that dies is restarted and verified again."""
+        """Verify the loaded weights, then sample from them. An engine that dies is restarted and verified again."""
         while self.version < 0:
             try:
                 self._verify(version, weights=weights)

@@ -12,11 +12,11 @@ from typing import Any
 
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout
 from pact_fast.rollout.vllm.descriptors import open_request_limit
-from pact_fast.rollout.vllm.http_connection import Answer, Exchange
+from pact_fast.rollout.vllm.http_connection import Exchange, HttpResponse
 from pact_fast.rollout.vllm.http_pool import ConnectionPool
 
-MAX_TURN_BYTES = 32 << 20  # of the answer to a turn: over 200 bytes for each of 131,072 tokens
-MAX_ANSWER_BYTES = (
+MAX_TURN_BYTES = 32 << 20  # of the response to a turn: over 200 bytes for each of 131,072 tokens
+MAX_RESPONSE_BYTES = (
     256 << 20
 )  # of any other: reports of a large mixture of experts have some 100 bytes per tensor and worker
 
@@ -53,14 +53,14 @@ class HttpClient:
         self._post(self._pool.send, exchange)
 
     def cancel(self, exchange: Exchange) -> None:
-        """Nobody waits for the exchange any more. Its `finish` may be under way at this moment."""
+        """Abandon the exchange. Its `finish` may be running at this moment."""
         self._post(self._pool.cancel, exchange)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """For `Exchange.finish`: call back once all that has arrived is read."""
         self._loop.call_soon(callback)
 
-    def request(self, method: str, path: str, timeout: float, json: dict[str, Any] | None = None) -> Answer:
+    def request(self, method: str, path: str, timeout: float, json: dict[str, Any] | None = None) -> HttpResponse:
         """Send a request and wait at most `timeout` seconds for all of its response.
 
         Raises:
@@ -71,12 +71,12 @@ class HttpClient:
         exchange = _Request(method, path, json)
         self.start(exchange)
         try:
-            return exchange.answer.result(timeout)
+            return exchange.response.result(timeout)
         except TimeoutError:
-            problem = f"no answer to {path} within {timeout:g} s (rollout.engine_timeout)"
+            problem = f"no response to {path} within {timeout:g} s (rollout.engine_timeout)"
             raise EngineTimeout(self._engine, problem) from None
         finally:
-            if not exchange.answer.done():
+            if not exchange.response.done():
                 self.cancel(exchange)
 
     def close(self) -> None:
@@ -104,40 +104,40 @@ class HttpClient:
 class _Request(Exchange):
     """A request for which a thread waits."""
 
-    __slots__ = ("_body", "answer")
+    __slots__ = ("_body", "response")
 
     def __init__(self, method: str, path: str, body: dict[str, Any] | None):
-        super().__init__(method, path, MAX_ANSWER_BYTES, turn=False)
+        super().__init__(method, path, MAX_RESPONSE_BYTES, turn=False)
         self._body = b"" if body is None else json.dumps(body).encode()
-        self.answer: Future[Answer] = Future()
+        self.response: Future[HttpResponse] = Future()
 
     def body(self) -> bytes:
         return self._body
 
-    def finish(self, outcome: Answer | EngineError) -> None:
+    def finish(self, outcome: HttpResponse | EngineError) -> None:
         if isinstance(outcome, EngineError):
-            self.answer.set_exception(outcome)
+            self.response.set_exception(outcome)
         else:
-            self.answer.set_result(outcome)
+            self.response.set_result(outcome)
 
 
-def checked_json(answer: Answer, engine: str) -> Any:
-    """The JSON of an answer; None if it has none.
+def checked_json(response: HttpResponse, engine: str) -> Any:
+    """The JSON of a response; None if it has none.
 
     Raises:
         EngineDied: Status 5xx.
         EngineError: Status 4xx or 3xx, or something that is not JSON though it says so.
     """
-    path, status = answer.path, answer.status
+    path, status = response.path, response.status
     if not 200 <= status < 300:
-        text = answer.content[:300].decode("utf-8", "replace")
+        text = response.content[:300].decode("utf-8", "replace")
         if status >= 500:
             raise EngineDied(engine, f"status {status} from {path}: {text}")
         raise EngineError(engine, f"{path} refused ({status}): {text}")
-    if "json" not in answer.kind:
+    if "json" not in response.kind:
         return None
     try:
-        return json.loads(answer.content)
+        return json.loads(response.content)
     except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and integers of 5000 digits
         problem = "it is nested too deeply" if isinstance(error, RecursionError) else ascii(str(error))[1:-1][:80]
-        raise EngineError(engine, f"{path}: the answer is not JSON ({problem})") from None
+        raise EngineError(engine, f"{path}: the response is not JSON ({problem})") from None

@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection: requests go out one after the other, and answers are bounded before they are read."""
+"""One HTTP/1.1 connection: requests go out one after the other, and responses are bounded before they are read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import httptools
 
 from pact_fast.errors import EngineDied, EngineError
 
-MAX_HEAD_BYTES = 64 << 10  # status line and headers of an answer
+MAX_HEAD_BYTES = 64 << 10  # status line and headers of a response
 READ_BYTES = 64 << 10
 
 
-class Answer(NamedTuple):
+class HttpResponse(NamedTuple):
     """The response to a request: path of the request, status, content type, and all of the body."""
 
     path: str
@@ -24,13 +24,13 @@ class Answer(NamedTuple):
 
 
 class Exchange:
-    """A request, and what becomes of its answer. Both methods are called in the thread of the connections.
+    """A request and the handler of its response. Both methods are called in the thread of the connections.
 
     method, path  of the request
-    limit         bytes of the body of the answer
+    limit         bytes of the body of the response
     turn          it counts towards the limit of open turns, and may wait for its turn
     connection    that it is on
-    cancelled     nobody waits for it
+    cancelled     the caller has abandoned it
     """
 
     __slots__ = ("cancelled", "connection", "limit", "method", "path", "turn")
@@ -44,7 +44,7 @@ class Exchange:
         """JSON to send; empty: none."""
         raise NotImplementedError
 
-    def finish(self, outcome: Answer | EngineError) -> None:
+    def finish(self, outcome: HttpResponse | EngineError) -> None:
         """Called once, unless the exchange was cancelled."""
         raise NotImplementedError
 
@@ -68,12 +68,12 @@ class Connection(asyncio.BufferedProtocol):
         self._engine, self._buffer, self._free = engine, buffer, free
         self.exchange: Exchange | None = None
         self.idle_since, self.lost = 0.0, False
-        self._answer: Answer | None = None
+        self._response: HttpResponse | None = None
         self._refusal: EngineError | None = None
         self._reset()
 
     def send(self, exchange: Exchange, data: bytes) -> None:
-        """Send a request, whose answer ends the exchange."""
+        """Send a request, whose response ends the exchange."""
         self._reset()
         self.exchange, exchange.connection = exchange, self
         self._transport.write(data)
@@ -105,64 +105,64 @@ class Connection(asyncio.BufferedProtocol):
             self._parser.feed_data(self._buffer[:count])
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._reusable = False
-            if self._answer is None:
+            if self._response is None:
                 return self._end(EngineDied(self._engine, f"{self.exchange.path}: no HTTP ({error or 'an upgrade'})"))
         if not self._in_body:
             self._head_bytes += count
             if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse(f"the answer has more than {MAX_HEAD_BYTES >> 10} KiB of headers")
+                self._refuse(f"the response has more than {MAX_HEAD_BYTES >> 10} KiB of headers")
         if self._refusal is not None:
             self._end(self._refusal)
-        elif self._answer is not None:
-            self._end(self._answer)
+        elif self._response is not None:
+            self._end(self._response)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost, self._reusable = True, False
         if self.exchange is None:
             return
         if error is None and self._ends_with_connection:
-            self._end(self._make_answer())
+            self._end(self._make_response())
         else:
-            problem = str(error or "the connection closed before the end of the answer")
+            problem = str(error or "the connection closed before the end of the response")
             self._end(EngineDied(self._engine, f"{self.exchange.path}: {problem}"))
 
     # -- httptools, whose callbacks only record ------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        if self._answer is not None:  # a second answer to one request
+        if self._response is not None:  # a second response to one request
             self._reusable = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._answer is None:
+        if self._response is None:
             self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
-        if self._answer is not None:
+        if self._response is not None:
             return
         self._in_body, self._status = True, self._parser.get_status_code()
         encoding = self._headers.get(b"content-encoding", b"identity")
         if encoding.lower() != b"identity":  # a few bytes could become gigabytes
             shown = ascii(encoding.decode("latin-1"))[:40]
-            self._refuse(f"the answer is compressed ({shown}), unasked")
+            self._refuse(f"the response is compressed ({shown}), unasked")
         self._ends_with_connection = not self._headers.keys() & {b"content-length", b"transfer-encoding"}
 
     def on_body(self, body: bytes) -> None:
-        if self._answer is not None or self._refusal is not None:
+        if self._response is not None or self._refusal is not None:
             return
         self._body.append(body)
         self._body_bytes += len(body)
         assert self.exchange
         if self._body_bytes > self.exchange.limit:
-            self._refuse(f"the answer has more than {self.exchange.limit >> 20} MiB")
+            self._refuse(f"the response has more than {self.exchange.limit >> 20} MiB")
 
     def on_message_complete(self) -> None:
-        if self._answer is not None:
+        if self._response is not None:
             return
-        if self._status < 200:  # an interim answer; the final one follows
+        if self._status < 200:  # an interim response; the final one follows
             self._reset()
             return
         self._reusable = self._parser.should_keep_alive()
-        self._answer = self._make_answer()
+        self._response = self._make_response()
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -171,12 +171,12 @@ class Connection(asyncio.BufferedProtocol):
         self._body: list[bytes] = []
         self._status = self._head_bytes = self._body_bytes = 0
         self._in_body = self._ends_with_connection = self._reusable = False
-        self._answer = self._refusal = None
+        self._response = self._refusal = None
 
-    def _make_answer(self) -> Answer:
+    def _make_response(self) -> HttpResponse:
         assert self.exchange
         kind = self._headers.get(b"content-type", b"").decode("latin-1")
-        return Answer(self.exchange.path, self._status, kind, b"".join(self._body))
+        return HttpResponse(self.exchange.path, self._status, kind, b"".join(self._body))
 
     def _refuse(self, problem: str) -> None:
         assert self.exchange
@@ -184,8 +184,8 @@ class Connection(asyncio.BufferedProtocol):
             self._refusal = EngineError(self._engine, f"{self.exchange.path}: {problem}")
         self._reusable = False
 
-    def _end(self, outcome: Answer | EngineError) -> None:
-        """End the exchange, and make the connection free first: the next request is sent before this answer is read."""
+    def _end(self, outcome: HttpResponse | EngineError) -> None:
+        """End the exchange, and make the connection free first: the next request is sent before this response is read."""
         exchange, reusable = self.exchange, self._reusable and not self.lost
         assert exchange
         exchange.connection = None

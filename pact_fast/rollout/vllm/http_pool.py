@@ -57,7 +57,7 @@ class ConnectionPool:
             self._begin(exchange)
 
     def cancel(self, exchange: Exchange) -> None:
-        """Nobody waits for the exchange: its connection is closed, upon which vLLM drops the request."""
+        """Abandon the exchange: close its connection, upon which vLLM drops the request."""
         exchange.cancelled = True
         connection = exchange.connection
         if connection is not None:
@@ -187,7 +187,7 @@ class ConnectionPool:
         self._starting = False
 
     def _close_idle(self) -> None:
-        """Close what has been idle for long, and look again while something is idle."""
+        """Close connections that have been idle for long, and check again while some are idle."""
         loop = asyncio.get_running_loop()
         while self._idle and (self._idle[0].lost or self._idle[0].idle_since <= loop.time() - KEEP_ALIVE):
             self._close(self._idle.popleft())

@@ -1,4 +1,4 @@
-"""The interface between VllmEngine and a running vLLM, wherever it runs."""
+"""The interface between VllmEngine and a running vLLM, in this process or another."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class VllmTransport(Protocol):
         """Load this adapter under a name of its own, and use it for every turn from now on."""
 
     def restart(self) -> None:
-        """Start the engine again if it is ours, else reconnect, and load what was loaded last.
+        """Restart the engine if it is ours, else reconnect, and load the last weights again.
 
         Raises:
             WeightsUnavailable: That version of the weights no longer exists.

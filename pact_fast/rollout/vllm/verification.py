@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class WeightVerifier:
-    """Remembers the fingerprints of what was sent last, and compares them with the workers' reports.
+    """Keeps the fingerprints of the weights that were sent last, and compares them with the workers' reports.
 
     Args:
         transport: Where vLLM runs.
@@ -49,7 +49,7 @@ class WeightVerifier:
         return self._when == "always" or (self._when == "first" and not self.verified)
 
     def engine_restarted(self) -> None:
-        """The engine has lost what was verified."""
+        """Note that the engine has lost its verified weights."""
         self.verified = False
 
     def expect_weights(self, model: PreTrainedModel, snapshot: WeightSnapshot) -> None:
@@ -67,7 +67,7 @@ class WeightVerifier:
         """Compare the adapter, if there is one, and, if `weights`, the weights (under it).
 
         Raises:
-            WeightMismatch: The engine holds anything else than what was sent, or another version of it.
+            WeightMismatch: The engine's weights differ from those that were sent, or have another version.
         """
         if self._adapter:
             shards = self._of_version(version, self._transport.report_adapter())

@@ -61,7 +61,7 @@ class WeightFiles:
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """Turn an OSError into a PactError, and remove what was half written."""
+        """Turn an OSError into a PactError, and remove partly written files."""
         try:
             yield
         except OSError as error:

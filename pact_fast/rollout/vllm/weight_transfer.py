@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from pact_fast.config import Config
 from pact_fast.errors import EngineDied, EngineError, EngineTimeout, PactError
 from pact_fast.model.weights import BUCKET, TensorSpec, WeightSnapshot, needs_all_ranks
-from pact_fast.rollout.vllm.answers import read_world_size
 from pact_fast.rollout.vllm.colocated import import_vllm
+from pact_fast.rollout.vllm.responses import read_world_size
 
 FILES, NCCL = "files", "nccl"
 
@@ -155,7 +155,7 @@ class _WeightStream:
             if self.failed:
                 raise self.failed
             # copy: vLLM packs it with later ones, but gathered tensors exist only during their iteration
-            yield name, tensor.to(self._device or tensor.device, copy=self._weights.shared)
+            yield name, tensor.to(self._device or tensor.device, copy=self._weights.partitioned)
 
     def finish(self) -> None:
         """Exhaust a pass that has begun, because gathering is a collective; one that has not may begin later."""
@@ -198,7 +198,7 @@ def init_nccl_group(nccl_id: bytes, size: int, device: Any) -> Any:
 
 
 def _worker_init_info(nccl_id: bytes, size: int) -> dict[str, Any]:
-    """What the server's workers need to join the group as ranks 1 to size − 1."""
+    """Return the payload with which the server's workers join the group as ranks 1 to size − 1."""
     from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
 
     encoded = base64.b64encode(nccl_id).decode()

@@ -1,8 +1,8 @@
 """EigenData: tasks with executable checkers, made by a workflow that improves itself (arXiv 2601.22607).
 
 engine     plan → synthesis → verification → rollout → assessment → reflection, resumable
-roles      what the engine asks of a backend: planner, synthesizer, verifiers, player, reflector
-backends   which backend plays which role: the rules, or a language model
+roles      the interface of a role: planner, synthesizer, verifiers, player, reflector
+make_roles the implementation of each role: the rules, or a language model
 pipeline   one attempt at a task: the stages in their order
 versions   prompts and workflow as versioned files
 evolution  measures proposals of the reflector on fixed probes, and keeps or rolls back

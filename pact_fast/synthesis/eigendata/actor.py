@@ -21,7 +21,7 @@ class JsonActor:
 
     Args:
         client: The model.
-        prompt: Who it is, and what it wants.
+        prompt: Its role and its goal.
         tools: Tools that it may call.
         sample: Index of the sample: another dialogue under the same prompt.
         speaks: Whether it may say something.
@@ -89,7 +89,7 @@ def _closed(properties: dict[str, Any], required: list[str] | None = None) -> di
 
 
 def _manual(tools: Sequence[ToolSchema], speaks: bool) -> str:
-    """How an act is written, and the tools."""
+    """Return the instructions of the prompt: the JSON forms of an act, and the tools."""
     lines = ["Answer with one JSON object:"]
     lines += ['{"act": "call", "tool": "…", "arguments": {…}}'] if tools else []
     lines += ['{"act": "say", "text": "…"}'] if speaks else []

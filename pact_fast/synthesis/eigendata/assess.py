@@ -11,7 +11,7 @@ from pact_fast.synthesis.eigendata.versions import Version
 
 
 class RulesTrajectoryVerifier:
-    """The score is the fraction of dialogues that pass. Who is to blame follows from what the user did."""
+    """The score is the fraction of dialogues that pass. The cause to blame follows from the user's actions."""
 
     def assess(self, domain: Domain, instance: Instance, rollouts: Sequence[Rollout], version: Version) -> Assessment:
         score = sum(rollout.passed for rollout in rollouts) / max(len(rollouts), 1)

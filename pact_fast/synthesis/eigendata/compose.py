@@ -22,7 +22,7 @@ OPENINGS = {
 
 
 class RulesSynthesizer:
-    """A task is the sum of its issues' drafts: edits, fixes, assertions, and what the user says."""
+    """Composes a task from its issues' drafts: edits, fixes, assertions, and the user's words."""
 
     def synthesize(
         self, domain: Domain, plan: TaskPlan, subject: str, version: Version, rng: random.Random
@@ -74,12 +74,12 @@ class RulesTaskVerifier:
 
 
 def with_id(instance: Instance) -> Instance:
-    """The instance with an id made of its content."""
+    """Return the instance with an id derived from its content."""
     return replace(instance, id=f"{instance.domain}-{instance.digest[:16]}")
 
 
 def _gold(drafts: Sequence[IssueDraft], last_steps: str) -> list[Step]:
-    """The fixes in order, then what follows all of them: equal steps once."""
+    """The fixes in order, then the common final steps; equal steps occur once."""
     steps: list[Step] = []
     for draft in drafts:
         steps += draft.fix
@@ -103,5 +103,5 @@ def _opening(
 
 
 def seed_of(*parts: object) -> int:
-    """A seed made of anything with a text, the same in every process."""
+    """Return a seed derived from the text of any value, equal in all processes."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big")

@@ -2,7 +2,7 @@
 
 A folder holds everything, and a command that was killed continues from it:
 
-    settings.json      what was asked for
+    settings.json      settings of the run
     versions/0001/     prompts and workflow, one folder per version
     plans/0001.jsonl   the plans of a version
     candidates.jsonl   all attempts, with findings and dialogues
@@ -38,14 +38,14 @@ Advance = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for.
+    """Settings of a synthesis run.
 
     domain  name, or file.py:Class
     seed    of all random numbers
     rounds  rounds of synthesis; reflection comes after each but the last
     plans   pairs of synthesis and evaluation plan
     count   tasks to make in all rounds; a few less are accepted
-    models  roles that a language model plays (`backends.ROLES`)
+    models  roles that a language model plays (`make_roles.ROLES`)
     """
 
     domain: str
@@ -69,7 +69,7 @@ class DataEngine:
         domain: The domain.
         out: The folder; one with the same settings is continued.
         settings: What to make.
-        roles: Backends; None: rules.
+        roles: Who plays each role; None: the rules.
         start: Folder of the first version's files; None: the shipped ones.
         workers: Tasks at the same time, for models that answer several questions at a time. It changes no result.
 
@@ -90,7 +90,7 @@ class DataEngine:
             raise PactError("rounds, plans and count must be at least 1")
         if roles is None and not domain.issues:
             raise PactError(
-                f"the domain {domain.name} has no issues, which the rules compose tasks of; give it some "
+                f"the domain {domain.name} has no issues from which the rules compose tasks; give it some "
                 "(docs/eigendata.md), or another synthesizer"
             )
         self.domain, self.out, self.settings = domain, out, settings
@@ -202,17 +202,17 @@ class DataEngine:
             for key, value in asked.items():
                 if saved.get(key) != value:
                     raise PactError(
-                        f"{self.out} was begun with {key}={saved.get(key)!r}, not {value!r}; name another folder, or "
+                        f"{self.out} was started with {key}={saved.get(key)!r}, not {value!r}; name another folder, or "
                         "remove this one"
                     )
             return
         if any(self.out.glob("*.jsonl")):
-            raise PactError(f"{self.out} holds files of something else; name another folder")
+            raise PactError(f"{self.out} holds files that this command did not write; name another folder")
         Version.read(self._start).save(self.out / "versions")
         write_text(path, json.dumps(asked, indent=2) + "\n", CURE)
 
     def _resume(self) -> Version:
-        """The version to go on with, after reading the rounds that are finished."""
+        """Read the finished rounds, and return the version to continue with."""
         path = self.out / "rounds.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         for line in lines:
@@ -282,4 +282,4 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise PactError(f"{path} cannot be read: {error}; remove the folder to start anew") from None
+        raise PactError(f"{path} cannot be read: {error}; remove the folder to start again") from None

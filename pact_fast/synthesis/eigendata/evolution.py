@@ -18,9 +18,9 @@ PROPOSALS = 24  # measured in one round at most
 
 @dataclass(frozen=True)
 class Probe:
-    """What a version does on the probes.
+    """Results of a version on the probes.
 
-    accepted  tasks without findings under all controls, whatever the workflow
+    accepted  tasks without findings under all controls, independent of the workflow
     total     probes
     controls  probes with a finding of a control, by control
     rollouts  dialogues that were played
@@ -141,7 +141,7 @@ def evolve(
         trials.append(Trial(proposed.number, version.number, revision, measured.acceptance, result.acceptance, adopted))
         if adopted:
             version, measured = proposed, result
-            rejected.clear()  # what did not help before may help now
+            rejected.clear()  # proposals that did not help before may help now
         else:
             rejected.append(revision)
     return version, trials

@@ -1,4 +1,4 @@
-"""Writes what the engine made as training data: tasks, with dialogues as expert traces, and numbers about them."""
+"""Export of the engine's tasks as training data, with dialogues as expert traces and statistics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pact_fast.synthesis.eigendata.versions import CURE, Version
 
 @dataclass
 class DataSet:
-    """What was accepted, and what is known about it.
+    """Accepted tasks and their statistics.
 
     candidates  all attempts
     accepted    those that are part of the data
@@ -71,7 +71,7 @@ def summarise(
         candidates: All attempts.
         accepted: The candidates that are rows.
         splits: {split: its candidates}.
-        leaked: What the splits share.
+        leaked: Overlap of the splits.
         rates: {id of a task: {reference policy: pass rate}}.
     """
     instances = [_instance(candidate) for candidate in accepted]

@@ -1,7 +1,7 @@
 """Tasks of the small helpdesk, made by the rules when a run begins: no files, for the recipe `eigendata-quickstart`.
 
 Every task has passed all controls. Customers are either of training or held out, never both. The dialogues for SFT are those of
-a scripted agent that may stop too early, so that what is learnt from them leaves something to RL.
+a scripted agent that may stop too early, so that SFT on them leaves room for RL.
 """
 
 from __future__ import annotations
@@ -65,18 +65,20 @@ def _make(seed: int, count: int, max_issues: int, early_stop: float) -> dict[str
             continue
         messages = candidate.rollout.messages
         if early_stop:
-            messages = _hasty(domain, candidate.instance, version, early_stop, random.Random(f"{seed}/{slot}"))
+            messages = _dialogue_with_early_stop(
+                domain, candidate.instance, version, early_stop, random.Random(f"{seed}/{slot}")
+            )
         task = instance_task(domain, candidate.instance, DOMAIN, messages)
         splits[split_of(_customer(candidate.instance))].append(replace(task, env=None))
     return splits
 
 
 def _customer(instance: Instance) -> str:
-    """A handle and an account: both are dealt anew for every task, and each of the words stands in training."""
+    """A handle and an account, drawn at random for every task. Each single word occurs in training."""
     return " ".join((instance.subject, *instance.user.knows.values()))
 
 
-def _hasty(
+def _dialogue_with_early_stop(
     domain: Domain, instance: Instance, version: Version, early_stop: float, rng: random.Random
 ) -> list[Message]:
     """A dialogue of an agent that may stop too early, but not before its first question is answered."""

@@ -15,7 +15,7 @@ from pact_fast.synthesis.eigendata.versions import Version
 
 
 class ModelPlanner:
-    """Lets a model choose the issues and the style of each plan; what overlaps another plan is sent back.
+    """Lets a model choose the issues and the style of each plan; an overlap with another plan is sent back.
 
     Args:
         client: The model.

@@ -43,7 +43,7 @@ class ModelPlayer:
 
 
 def _agent_acts(actor: JsonActor, messages: list[Message]) -> Iterator[Act]:
-    """What the agent does. It hears everything that the dialogue gained since its last act, but its own words."""
+    """Yield the agent's acts. Before each act, it is shown all new messages of the dialogue except its own."""
     heard = 1  # the policy is in its prompt
     while True:
         for message in messages[heard:]:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from pact_fast.data.types import ToolCall
 from pact_fast.envs.domain import Domain, Instance, Step
-from pact_fast.envs.domain.checker import begin, run_step
+from pact_fast.envs.domain.checker import initial_state, run_step
 from pact_fast.envs.domain.user_side import user_schemas
 from pact_fast.llm import InvalidAnswer, LLMClient
 from pact_fast.synthesis.eigendata.actor import JsonActor
@@ -93,7 +93,7 @@ class ModelSynthesizer(_ModelRevision):
         tools = [*domain.schemas, *user_schemas(domain, task)]
         actor = JsonActor(self._client, prompt, tools, sample=sample, speaks=False)
         actor.observe("Begin.")
-        db, gold = begin(domain, task), list[Step]()
+        db, gold = initial_state(domain, task), list[Step]()
         for _ in range(MAX_CALLS):
             call = actor.act()
             if not isinstance(call, ToolCall):

@@ -28,7 +28,7 @@ from pact_fast.synthesis.eigendata.versions import Version
 
 @dataclass
 class Roles:
-    """Who does what; the defaults are the `rules` backend."""
+    """Implementation of each role; by default the rules."""
 
     planner: Planner = field(default_factory=RulesPlanner)
     synthesizer: Synthesizer = field(default_factory=RulesSynthesizer)
@@ -43,7 +43,7 @@ class Pipeline:
 
     Args:
         domain: The domain.
-        roles: The backends.
+        roles: Who plays each role.
         seed: Seed of all random numbers. A candidate is a function of seed, version and its position alone, so that several
             can be made at the same time.
     """
@@ -99,7 +99,7 @@ class Pipeline:
                 self._assess(candidate, rollouts, version)
             if candidate.findings:
                 return len(rollouts)
-        if not verified:  # whatever the workflow says, nothing is accepted whose controls do not hold
+        if not verified:  # no workflow can accept a task whose controls do not hold
             candidate.findings = self._verify(candidate, replace(plan, controls=()), version)
             candidate.stage = "verification" if candidate.findings else candidate.stage
         return len(rollouts)

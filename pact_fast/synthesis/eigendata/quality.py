@@ -61,7 +61,7 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
 
 @dataclass(frozen=True)
 class Diversity:
-    """How different tasks are.
+    """Diversity statistics of a set of tasks.
 
     combinations  distinct sets of issues
     call_paths    distinct sequences of gold tools
@@ -130,7 +130,7 @@ def split_of(subject: str, held_out: float = HELD_OUT) -> str:
 
 @dataclass(frozen=True)
 class Leakage:
-    """What the two splits share, which should be nothing: ids of tasks, equal tasks, entities of the database."""
+    """Overlap of the two splits, which should be empty: task ids, equal tasks, entities of the database."""
 
     ids: tuple[str, ...]
     tasks: tuple[str, ...]
@@ -141,7 +141,7 @@ class Leakage:
 
 
 def leakage(domain: Domain, train: Sequence[Instance], held_out: Sequence[Instance]) -> Leakage:
-    """What train and held-out tasks share."""
+    """Find the overlap of train and held-out tasks."""
 
     def common(a: Iterable[str], b: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(set(a) & set(b)))

@@ -1,7 +1,7 @@
 """Rules: reflection by attribution. Each control names the settings that can make it fail, and the next value is tried.
 
-Nothing here knows which value is right: the engine measures every proposal on a fixed set of probes and keeps what helps.
-Thresholds are never lowered, and controls never left out: acceptance must not rise by accepting worse tasks.
+Nothing here knows which value is right: the engine measures every proposal on a fixed set of probes and keeps the
+improvements. Thresholds are never lowered, and controls never left out: more acceptance must not come from worse tasks.
 """
 
 from __future__ import annotations

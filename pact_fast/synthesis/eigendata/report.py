@@ -36,8 +36,8 @@ def write_report(engine: DataEngine, data: DataSet) -> Path:
         trials=[trial.to_json() for trial in engine.trials],
         coverage=_bars(data.summary["coverage"]),
         difficulty=_difficulty(data.rates),
-        dialogues=[_dialogue(c, data.rates) for c in _spread(data.accepted, DIALOGUES)],
-        failures=[_dialogue(c, {}) for c in _spread([c for c in data.candidates if c.findings], FAILURES)],
+        dialogues=[_dialogue(c, data.rates) for c in _sample_evenly(data.accepted, DIALOGUES)],
+        failures=[_dialogue(c, {}) for c in _sample_evenly([c for c in data.candidates if c.findings], FAILURES)],
     )
     path = engine.out / "report.html"
     write_text(path, page, CURE)
@@ -69,7 +69,7 @@ def _difficulty(rates: dict[str, dict[str, float]]) -> list[tuple[str, float, li
     return found
 
 
-def _spread(items: Sequence[Candidate], count: int) -> list[Candidate]:
+def _sample_evenly(items: Sequence[Candidate], count: int) -> list[Candidate]:
     """At most `count` of the items, evenly spaced."""
     step = max(1, len(items) // count)
     return list(items[::step][:count])

@@ -1,7 +1,7 @@
-"""What the engine asks of a backend: one Protocol per role, and the records that pass between them.
+"""Interface between the engine and its roles: one Protocol per role, and the records that they exchange.
 
-The `rules` backend (planner.py, compose.py, rollout.py, assess.py, reflect.py) needs no model. A backend of your own
-implements any of these and is passed to `DataEngine`.
+The rules (planner.py, compose.py, rollout.py, assess.py, reflect.py) need no model. A class of your own implements any of
+these and is passed to `DataEngine`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Assessment:
-    """The verdict on an instance's rollouts: a score in [0, 1], and what went wrong."""
+    """The verdict on an instance's rollouts: a score in [0, 1], and the failures."""
 
     score: float
     findings: tuple[Finding, ...] = ()
@@ -69,7 +69,7 @@ class Candidate:
     version                     number of the prompts and workflow that made it
     instance                    the task; None: none could be made
     stage                       the last stage that it reached
-    findings                    what was found, of that stage
+    findings                    findings of that stage
     accepted                    whether it is part of the data
     score                       of its rollouts; None: there are none
     rollout                     one of its dialogues
@@ -103,7 +103,7 @@ class Revision:
 
 
 class Planner(Protocol):
-    """Writes plans one after the other, each knowing what exists."""
+    """Writes plans one after the other; each sees the existing ones."""
 
     def plan(
         self, domain: Domain, existing: Sequence[TaskPlan], version: Version, rng: random.Random
@@ -121,7 +121,7 @@ class Synthesizer(Protocol):
 
 
 class TaskVerifier(Protocol):
-    """Says what is wrong with a task before it is played."""
+    """Finds problems of a task before it is played."""
 
     def verify(self, domain: Domain, plan: TaskPlan, instance: Instance, version: Version) -> list[Finding]:
         """Findings, the most telling first; empty: the task is right."""
@@ -138,7 +138,7 @@ class TrajectoryVerifier(Protocol):
     """Scores the dialogues of a task, and says who is to blame for failures."""
 
     def assess(self, domain: Domain, instance: Instance, rollouts: Sequence[Rollout], version: Version) -> Assessment:
-        """The score, and what went wrong."""
+        """Return the score and the failures."""
 
 
 class Reflector(Protocol):
@@ -147,4 +147,4 @@ class Reflector(Protocol):
     def reflect(
         self, version: Version, candidates: Sequence[Candidate], rejected: Sequence[Revision]
     ) -> list[Revision]:
-        """Proposals, each tried on its own; `rejected`: what was tried before and rolled back."""
+        """Proposals, each tried on its own; `rejected`: proposals that were rolled back before."""

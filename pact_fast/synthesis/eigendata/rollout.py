@@ -54,7 +54,7 @@ def play(
     env: DomainEnvironment | None = None,
     messages: list[Message] | None = None,
 ) -> Rollout:
-    """A dialogue: the acts of an agent, and what environment and user make of them.
+    """Play a dialogue: the acts of an agent, and the responses of environment and user.
 
     Args:
         domain: The domain.
@@ -62,7 +62,7 @@ def play(
         acts: What the agent does, in order; the dialogue ends when they do, or when the user leaves.
         max_messages: Messages of all parties; more end the dialogue without success.
         env: Plays the task; None: with the scripted user.
-        messages: An empty list that gets the dialogue as it goes on, for agents that read it; None: a new one.
+        messages: An empty list that gets the dialogue as it grows, for agents that read it; None: a new one.
     """
     env = env or DomainEnvironment.of(domain)
     env.start(instance)
@@ -95,7 +95,7 @@ def play(
 
 
 def gold_acts(domain: Domain, instance: Instance) -> Iterator[Act]:
-    """The perfect agent: asks for what it needs to know, makes the gold calls, asks the user for the user's, and closes."""
+    """The perfect agent: asks for missing facts, makes the gold calls, asks the user for the user's, and closes."""
     asked = {value: name for name, value in instance.user.knows.items() if value not in instance.user.opening}
     for step in instance.gold:
         if step.by == "user":

@@ -1,6 +1,6 @@
 """Prompts and workflow as versioned files: `versions/0003/workflow.yaml`. A version is never changed once written.
 
-The rules backend reads settings (`*.yaml`); backends with a model read prompts (`*.md`) in the same folder.
+The rules read settings (`*.yaml`); roles that a model plays read prompts (`*.md`) in the same folder.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Version:
         return Version(number, self.number, files)
 
     def save(self, folder: Path) -> None:
-        """Write it to `folder`/0003, in place of what a killed process may have left there."""
+        """Write it to `folder`/0003, replacing leftovers of a killed process."""
         target = folder / f"{self.number:04d}"
         with io_errors(target, CURE):
             remove(target)
@@ -118,7 +118,7 @@ class Version:
             parent = folder / "parent"
             version = cls(number, int(parent.read_text()) if parent.exists() else 0, files)
         except (OSError, ValueError) as error:
-            raise PactError(f"{folder} holds no prompts and workflow: {error}; remove it to start anew") from None
+            raise PactError(f"{folder} holds no prompts and workflow: {error}; remove it to start again") from None
         for name in CHOICES:
             if name not in version.files:
                 raise PactError(f"{folder} has no {name}; copy it from {START}")

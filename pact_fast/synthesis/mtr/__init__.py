@@ -1,6 +1,6 @@
 """MTR, simulation-first training (arXiv 2510.06825): QA rows in, tools and verified traces out, by rules (docs/mtr.md).
 
-qa         QARow, one question with what its data set states about it
+qa         QARow, one question with the data set's facts about it
 readers    the official files of HotpotQA, MuSiQue, 2WikiMultiHopQA, Bamboogle, and FlashRAG's
 mentions   how a question words the entities of its facts
 names      names of tools

@@ -1,4 +1,4 @@
-"""AutoAgent: complete think-act-observe traces, scripted from a plan, or read from what a policy did.
+"""AutoAgent: complete think-act-observe traces, scripted from a plan, or converted from a policy's trajectory.
 
 A script reads only what the question says and what was observed; the plan tells it which facts to ask for, and the gold
 answer nothing. Whether a trace is kept is decided afterwards, by `verify`.
@@ -55,7 +55,7 @@ def script(row: QARow, plan: LookupPlan, tools: Toolset, episode: Episode) -> Ex
 
 
 class _Writer:
-    """Writes turns. `news`: what the last turn's observations say, for the next turn's reasoning."""
+    """Writes turns. `news`: content of the last turn's observations, for the next turn's reasoning."""
 
     def __init__(self, row: QARow, tools: Toolset, episode: Episode):
         self._row, self._tools, self._episode = row, tools.world.tools, episode
@@ -105,7 +105,7 @@ class _Writer:
 
 
 def _intent(hops: Sequence[Hop]) -> str:
-    """What a turn is for: `I need the director of Free Guy.`, or `I need to know: Who published it?`."""
+    """Word the goal of a turn: `I need the director of Free Guy.`, or `I need to know: Who published it?`."""
     goals = list(dict.fromkeys(hop.goal for hop in hops))
     if any(goal.endswith("?") for goal in goals):
         return f"I need to know: {' '.join(goals)}"
@@ -117,7 +117,7 @@ def _sentence(text: str) -> str:
 
 
 def _compare(row: QARow, plan: LookupPlan, writer: _Writer) -> str:
-    """The answer of a comparison, decided from what was observed. NoScript if that gives no answer."""
+    """The answer of a comparison, computed from the observations. NoScript if that gives no answer."""
     chains = plan.roots()
     if len(chains) != 2:
         raise NoScript("no_comparison")
@@ -171,7 +171,7 @@ def same_place(one: str, other: str) -> bool:
 
 
 def from_trajectory(trajectory: Trajectory) -> ExpertTrace | None:
-    """The trace of what a policy did; None if a limit cut it, or a call was malformed."""
+    """Return the trace of a trajectory; None if a limit cut it, or a call was malformed."""
     if trajectory.stop_reason is not StopReason.ANSWER or any(turn.errors for turn in trajectory.turns):
         return None
     *turns, last = trajectory.turns
@@ -180,7 +180,7 @@ def from_trajectory(trajectory: Trajectory) -> ExpertTrace | None:
 
 
 def sampled(loop: Any, tasks: Sequence[Task], job: Callable[[Task, int], Any]) -> list[tuple[Task, ExpertTrace | None]]:
-    """What a policy did on tasks, through an agent loop: one trace a task, None where `from_trajectory` has none.
+    """Sample one trace per task through an agent loop; None where `from_trajectory` returns none.
 
     Args:
         loop: An AgentLoop; its environment must be `simulated`.

@@ -1,6 +1,6 @@
 """Multi-hop questions about invented people and places, made from a seed: the environment `simulated` without data.
 
-Facts are drawn anew for each question, so they cannot be memorised. A row has the form of 2Wiki's: a question, triples that
+Facts are drawn for each question and cannot be memorised. A row has the form of 2Wiki's: a question, triples that
 answer it, further triples that give tools which lead astray. ToolMaker and AutoAgent make a task of it as of any other row.
 """
 
@@ -33,13 +33,13 @@ _PLACES = """alba bree cove dale elm fjord glen hythe isle kirk lund moor nook o
     york zell"""
 PEOPLE = tuple(f"@{name.capitalize()}" for name in _PEOPLE.split())
 PLACES = tuple(f"@{name.capitalize()}" for name in _PLACES.split())
-NAMED = ("person", "place")  # what a chain goes through, and ends in: a year has more tokens, and is harder to copy
+NAMED = ("person", "place")  # entities of a chain and its end; no years, which have more tokens and are harder to copy
 TOKENS = {"person": PEOPLE, "place": PLACES, "year": tuple(str(year) for year in range(1900, 2000))}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What questions look like.
+    """Shape of generated questions.
 
     hops         least and most relations of a chain
     distractors  relations offered beyond those of the question
@@ -133,9 +133,11 @@ class GeneratedQuestionTasks:
             if (sum(row.question.encode()) % 8 == 0) == (split == "eval"):
                 made = make_task(row, self._actor, system=SYSTEM)
                 if not made.reasons:
-                    return self._with_taught_trace(row, made, rng) if split == "train" else replace(made.task, env=None)
+                    return (
+                        self._with_training_trace(row, made, rng) if split == "train" else replace(made.task, env=None)
+                    )
 
-    def _with_taught_trace(self, row: QARow, made: MadeTask, rng: random.Random) -> Task:
+    def _with_training_trace(self, row: QARow, made: MadeTask, rng: random.Random) -> Task:
         """The task with the trace of a teacher that may stop too early."""
         plan = make_plan(row)
         hops = len(plan.hops) if plan.entities else 1

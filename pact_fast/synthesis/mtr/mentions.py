@@ -1,4 +1,4 @@
-"""How a question words the entities of its facts."""
+"""Mentions of entities: the wording that a question uses for the entities of its facts."""
 
 from __future__ import annotations
 

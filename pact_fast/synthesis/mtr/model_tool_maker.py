@@ -121,7 +121,7 @@ class ModelToolMaker:
         try:
             value = self._client.ask(Request(messages, schema=INTERFACES, repairs=self._repairs, check=problem)).value
         except InvalidAnswer as error:
-            if error.reason != "check":  # what the checks refuse is left out below, the rest is used
+            if error.reason != "check":  # tools that fail the checks are left out below, the rest is used
                 return _toolset(row, plan, {}, (Rejected("", (NO_INTERFACE,)),), 0)
             value = read_json(error.text)
         drafts = drafts_of(value)
@@ -132,7 +132,7 @@ class ModelToolMaker:
 def _toolset(
     row: QARow, plan: LookupPlan, tools: dict[str, ToolSpec], rejected: tuple[Rejected, ...], made: int
 ) -> Toolset:
-    """The tools that were accepted, with the utilities of the class, and what a model backend may know."""
+    """The tools that were accepted, with the utilities of the class, and the facts for a model backend."""
     for tool in utilities(row, plan):
         tools.setdefault(tool.name, tool)
     facts = tuple(hop.fact for hop in (*plan.hops, *plan.other) if hop.arguments)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from pact_fast.files import ANOTHER, write_text
+from pact_fast.files import OTHER_FILE_CURE, write_text
 from pact_fast.synthesis.mtr.tool_maker import REASONS as TOOL_REASONS
 from pact_fast.synthesis.mtr.verify import REASONS
 
@@ -35,4 +35,4 @@ def write_page(path: Path, manifest: dict[str, Any], tools: dict[str, Any], exam
         meaning={**REASONS, "unreadable": "no reader accepts the row"},
         tool_meaning=TOOL_REASONS,
     )
-    write_text(path, page, ANOTHER)
+    write_text(path, page, OTHER_FILE_CURE)

@@ -3,7 +3,7 @@
     train.jsonl     tasks with a trace; `pact-fast train` reads them
     tasks.jsonl     tasks with tools and without a trace: for rollouts, or for traces of a teacher
     rejected.jsonl  {id, reasons} of every other row
-    tools.json      every tool with its frequency, and what was merged and rejected
+    tools.json      every tool with its frequency, and the merged and rejected ones
     report.html     acceptance by reason, tools, a trace to read
     manifest.json   settings, digest of the input, counts; written last
 
@@ -29,7 +29,7 @@ from pact_fast.data.readers import write_tasks
 from pact_fast.envs.simulated.env import make_actor
 from pact_fast.envs.simulated.world import LOOKUP, MODEL, SEARCH
 from pact_fast.errors import DataError
-from pact_fast.files import ANOTHER, io_errors, remove, write_text
+from pact_fast.files import OTHER_FILE_CURE, io_errors, remove, write_text
 from pact_fast.synthesis.journal import JOURNAL, Journal
 from pact_fast.synthesis.mtr.make_task import MadeTask, make_task
 from pact_fast.synthesis.mtr.model_tool_maker import ModelToolMaker
@@ -39,14 +39,14 @@ from pact_fast.synthesis.mtr.tool_maker import make_tools
 from pact_fast.synthesis.mtr.verify import MAX_TURNS
 from pact_fast.synthesis.ordered import ordered
 
-VERSION = 2  # of what a row gives
+VERSION = 2  # of the output of a row
 MANIFEST = "manifest.json"
 UNREADABLE = "unreadable"  # the reason of a row that no reader accepts
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result, beside the rows.
+    """Settings that the result depends on, besides the rows.
 
     max_rows   read only this many rows; None: all
     max_turns  longest trace that is kept, in assistant turns
@@ -70,7 +70,7 @@ def make_dataset(
 
     Args:
         source: The file.
-        out: The folder; what an interrupted call has left there is continued.
+        out: The output folder. An interrupted call is continued there.
         settings: What else decides the result.
         progress: Called after every row with (rows done, traces kept).
         tool_maker: A language model that makes the tools of rows without a plan; None: the rules do.
@@ -102,7 +102,7 @@ def make_dataset(
     if not journal.records:
         raise DataError("holds no rows; give a file with at least one", file=str(source))
     manifest = _write(out, identity, journal.records)
-    with io_errors(out, ANOTHER):
+    with io_errors(out, OTHER_FILE_CURE):
         remove(out / JOURNAL)
     return manifest
 
@@ -144,7 +144,7 @@ def _unreadable(error: DataError) -> dict[str, Any]:
 
 
 def _record(made: MadeTask) -> dict[str, Any]:
-    """What the files need of a row, as JSON."""
+    """Return the parts of a row that the output files need, as JSON data."""
     task, tools = made.task, made.tools
     schemas = [
         [tool.name, tool.kind, sorted(tool.parameters.get("properties", {}))] for tool in tools.world.tools.values()
@@ -186,9 +186,11 @@ def _write(out: Path, identity: dict[str, Any], records: Sequence[dict[str, Any]
     bare = [record["task"] for record in records if record["reasons"] and "task" in record]
     _write_tasks(out / "tasks.jsonl", [_task(task) for task in bare])
     rejected = [{k: r[k] for k in ("id", "reasons", "error") if k in r} for r in records if r["reasons"]]
-    write_text(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), ANOTHER)
+    write_text(
+        out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), OTHER_FILE_CURE
+    )
     tools = tool_table(records)
-    write_text(out / "tools.json", json.dumps(tools, indent=1, ensure_ascii=False) + "\n", ANOTHER)
+    write_text(out / "tools.json", json.dumps(tools, indent=1, ensure_ascii=False) + "\n", OTHER_FILE_CURE)
     manifest = {
         "made_from": identity,
         "rows": len(records),
@@ -199,7 +201,7 @@ def _write(out: Path, identity: dict[str, Any], records: Sequence[dict[str, Any]
         "tools": len(tools["tools"]),
     }
     write_page(out / "report.html", manifest, tools, kept[0]["task"] if kept else None)
-    write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n", ANOTHER)
+    write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n", OTHER_FILE_CURE)
     return manifest
 
 
@@ -207,12 +209,12 @@ def _write_tasks(path: Path, tasks: Sequence[Any]) -> None:
     """`write_tasks`, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     write_tasks(temporary, tasks)
-    with io_errors(path, ANOTHER):
+    with io_errors(path, OTHER_FILE_CURE):
         temporary.replace(path)
 
 
 def tool_table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Tools by frequency, and what was made, merged and rejected."""
+    """Tools by frequency, and counts of made, merged and rejected ones."""
     counts = Counter((name, kind, tuple(parameters)) for r in records for name, kind, parameters in r["tools"])
     rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     task_tools = sum(kind == "lookup" for r in records for _, kind, _ in r["tools"])

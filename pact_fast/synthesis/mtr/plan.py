@@ -30,11 +30,11 @@ class Hop:
     """One look-up.
 
     relation     name of the relation, which is also that of its tool, without "get_"
-    description  what the tool returns
+    description  description of the tool's result
     arguments    by parameter, as the question or an earlier value words them; empty: there is no entity to look up, so the
                  passages are searched
-    values       what the look-up finds
-    goal         what is sought, for the reasoning: "the director of Free Guy", or a question that ends with "?"
+    values       results of the look-up
+    goal         goal of the look-up, for the reasoning: "the director of Free Guy", or a question that ends with "?"
     depth        0 if it needs the question alone, else 1 + the depth of the hops it needs
     """
 

@@ -1,4 +1,4 @@
-"""QARow: one question, its answers, and what its data set states about how to answer it."""
+"""QARow: one question, its answers, and the data set's facts for answering it."""
 
 from __future__ import annotations
 

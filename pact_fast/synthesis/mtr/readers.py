@@ -12,7 +12,7 @@ from pact_fast.data.row_files import add_location, file_rows
 from pact_fast.data.rows import read_id, type_name
 from pact_fast.envs.simulated.world import Passage
 from pact_fast.errors import DataError
-from pact_fast.files import ANOTHER, io_errors
+from pact_fast.files import OTHER_FILE_CURE, io_errors
 from pact_fast.synthesis.mtr.qa import QARow, SubQuestion, Triple
 from pact_fast.text import short
 
@@ -53,7 +53,7 @@ def read_rows(path: Path, on_bad_row: Callable[[DataError], None] | None = None)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    with io_errors(path, ANOTHER):
+    with io_errors(path, OTHER_FILE_CURE):
         text = path.read_bytes().decode("utf-8-sig", "replace")
     for number, row in enumerate(csv.DictReader(io.StringIO(text)), 1):
         yield number, {str(key).strip().lower(): value for key, value in row.items() if key is not None}

@@ -112,7 +112,7 @@ def utilities(row: QARow, plan: LookupPlan) -> list[ToolSpec]:
 
 
 def secrets(row: QARow, plan: LookupPlan) -> list[str]:
-    """What no interface may say: the answers, and the values on the way to them, unless the question says them."""
+    """List the texts that no interface may contain: answers and intermediate values that the question does not name."""
     found = [*row.answers, *(value for hop in plan.hops for value in hop.values)]
     return [text for text in dict.fromkeys(found) if not holds(row.question, text)]
 

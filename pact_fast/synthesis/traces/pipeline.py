@@ -26,23 +26,23 @@ from pact_fast.data.readers import read_tasks, write_tasks
 from pact_fast.data.types import ExpertTrace, Task, Trajectory
 from pact_fast.envs.registry import EnvironmentFactory, environment, environment_name
 from pact_fast.errors import DataError, PactError
-from pact_fast.files import ANOTHER, io_errors, remove, write_text
+from pact_fast.files import OTHER_FILE_CURE, io_errors, remove, write_text
 from pact_fast.llm import LLMClient
 from pact_fast.synthesis.journal import JOURNAL, Journal, Record
-from pact_fast.synthesis.traces.reference import Planned, ReferenceActor, plan
+from pact_fast.synthesis.traces.reference import ReferenceActor, ReferenceTurns, reference_turns
 from pact_fast.synthesis.traces.segments import with_model_segments
 from pact_fast.synthesis.traces.teacher import TeacherActor
 from pact_fast.synthesis.traces.transcript import CannotAct, Key, play
 from pact_fast.synthesis.traces.verify import rejection_reasons, same_episode, trace_of
 from pact_fast.users.endpoint import ANSWERS, EndpointUsers, user_llm
 
-VERSION = 1  # of what a row gives
+VERSION = 1  # of the output of a row
 PART = 64  # rows that are played at once, and lost to a kill: the model's answers are kept
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result beside the rows, their environment and the model.
+    """Settings that the result depends on, besides the rows, their environment and the model.
 
     calls     `reference`: the row's own calls, executed; `teacher`: those of a model
     attempts  episodes of a teacher per row, until one is kept
@@ -67,7 +67,7 @@ def make_traces(
 
     Args:
         config: The rows, their environment, and the limits of an episode (`rollout`).
-        out: The folder; what an interrupted call has left there is continued.
+        out: The output folder. An interrupted call is continued there.
         settings: What else decides the result.
         client: The language model; needed where `settings` names a teacher or a model.
         progress: Called with (rows done, rows, traces kept), also once before the first.
@@ -102,19 +102,19 @@ def make_traces(
             progress(len(journal.records), len(tasks), journal.kept)
     records = {record["id"]: record for record in journal.records}
     summary = _write(out, identity, tasks, records, unreadable)
-    with io_errors(out, ANOTHER):
+    with io_errors(out, OTHER_FILE_CURE):
         remove(out / JOURNAL)
     return summary
 
 
 def _ticker(progress: Callable[[int, int, int], None], done: int, rows: int, kept: int) -> Callable[[], object]:
-    """A function that counts episodes as they end: what is kept of them is known later."""
+    """Return a function that counts finished episodes; which of them are kept is known later."""
     count = itertools.count(done + 1)
     return lambda: progress(next(count), rows, kept)
 
 
 def _identity(config: Config, settings: Settings, client: LLMClient | None, tasks: Sequence[Task]) -> Record:
-    """What the files depend on, as JSON data."""
+    """Return everything that the output files depend on, as JSON data."""
     user = user_llm(config.rollout)
     identity = {
         "version": VERSION,
@@ -141,7 +141,7 @@ class _Maker:
         self._make_env = EnvironmentFactory(config)
 
     def close(self) -> None:
-        """End what the environments share."""
+        """Close the shared resources of the environments."""
         self._make_env.close()
         if self._users:
             self._users.close()
@@ -162,7 +162,7 @@ class _Maker:
         return [records[index] for index in range(len(tasks))]
 
     def _problem(self, task: Task) -> str | None:
-        """What the row lacks for its environment."""
+        """Return the reason why the environment rejects the row, or None."""
         check = getattr(environment.get(task.env or self._default), "check_task", None)
         try:
             if check is not None:
@@ -173,27 +173,30 @@ class _Maker:
 
     def _by_reference(self, tasks: dict[int, Task], tick: Callable[[], object]) -> dict[int, Record | _PlayedTrace]:
         """Episodes of the rows' own calls."""
-        plans = {index: planned for index, task in tasks.items() if (planned := plan(task))}
+        references = {index: found for index, task in tasks.items() if (found := reference_turns(task))}
         results: dict[int, Record | _PlayedTrace] = {
-            index: _rejected(task, ["no_reference"]) for index, task in tasks.items() if index not in plans
+            index: _rejected(task, ["no_reference"]) for index, task in tasks.items() if index not in references
         }
-        played = [((index, 0), tasks[index]) for index in plans]
-        trajectories, failures = self._play(played, plans, tick)
+        played = [((index, 0), tasks[index]) for index in references]
+        trajectories, failures = self._play(played, references, tick)
         for (key, task), trajectory in zip(played, trajectories, strict=True):
             failure = failures.get(key)
             reasons = [failure.reason] if failure else rejection_reasons(task, trajectory, copied=True)
-            made = _PlayedTrace(trajectory, "template" if plans[key[0]].templates else "row", "reference")
+            made = _PlayedTrace(trajectory, "template" if references[key[0]].templates else "row", "reference")
             results[key[0]] = _rejected(task, reasons, failure.detail if failure else "") if reasons else made
         return results
 
     def _play(
-        self, played: Sequence[tuple[Key, Task]], plans: dict[int, Planned], tick: Callable[[], object] = lambda: None
+        self,
+        played: Sequence[tuple[Key, Task]],
+        references: dict[int, ReferenceTurns],
+        tick: Callable[[], object] = lambda: None,
     ) -> tuple[list[Trajectory], dict[Key, CannotAct]]:
-        """Play plans to their ends: rollout.max_turns is a limit of those who look for a solution."""
-        longest = max((len(planned.turns) for planned in plans.values()), default=0)
+        """Play the reference turns to their ends: rollout.max_turns is a limit of those who look for a solution."""
+        longest = max((len(found.turns) for found in references.values()), default=0)
         limits = self._config.rollout
         limits = limits.model_copy(update={"max_turns": max(limits.max_turns, longest + 1)})
-        return play(played, ReferenceActor(plans), self._make_env, limits, tick, self._users)
+        return play(played, ReferenceActor(references), self._make_env, limits, tick, self._users)
 
     def _by_teacher(self, tasks: dict[int, Task], tick: Callable[[], object]) -> dict[int, Record | _PlayedTrace]:
         """Episodes of the teacher, repeated for rows of which none was kept."""
@@ -213,7 +216,7 @@ class _Maker:
         return results
 
     def _verified(self, tasks: dict[int, Task], made: dict[int, Record | _PlayedTrace]) -> dict[int, Record]:
-        """The records of what was made: played again from the trace alone, with segments by a model if that is asked."""
+        """Return the records of the traces: replayed from the trace alone, with segments by a model if requested."""
         kept: dict[int, tuple[_PlayedTrace, ExpertTrace]] = {}
         records: dict[int, Record] = {}
         for index, result in made.items():
@@ -223,9 +226,11 @@ class _Maker:
             else:
                 records[index] = result if isinstance(result, dict) else _rejected(tasks[index], ["unfinished"])
         rows = {index: replace(tasks[index], expert=trace) for index, (_, trace) in kept.items()}
-        plans: dict[int, Planned] = {index: planned for index, row in rows.items() if (planned := plan(row))}
-        played = [((index, 0), rows[index]) for index in plans]
-        again, _ = self._play(played, plans)
+        references: dict[int, ReferenceTurns] = {
+            index: found for index, row in rows.items() if (found := reference_turns(row))
+        }
+        played = [((index, 0), rows[index]) for index in references]
+        again, _ = self._play(played, references)
         for ((index, _), _), trajectory in zip(played, again, strict=True):
             if not same_episode(kept[index][0].trajectory, trajectory):
                 records[index] = _rejected(tasks[index], ["not_repeatable"])
@@ -273,12 +278,14 @@ def _write(
 ) -> Record:
     kept = [_with_trace(task, records[task.id]) for task in tasks if not records[task.id]["reasons"]]
     temporary = out / ".train.jsonl.tmp"
-    with io_errors(out, ANOTHER):
+    with io_errors(out, OTHER_FILE_CURE):
         write_tasks(temporary, kept)
         temporary.replace(out / "train.jsonl")
     rejected = [records[task.id] for task in tasks if records[task.id]["reasons"]]
     rejected += [{"id": None, "reasons": ["unreadable"], "detail": str(error)} for error in unreadable]
-    write_text(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), ANOTHER)
+    write_text(
+        out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), OTHER_FILE_CURE
+    )
     summary = {
         "made_from": identity,
         "rows": len(tasks) + len(unreadable),
@@ -291,7 +298,7 @@ def _write(
             name for record in records.values() for name, n in record.get("segments", {}).items() for _ in range(n)
         ),
     }
-    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n", ANOTHER)
+    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n", OTHER_FILE_CURE)
     return summary
 
 

@@ -18,14 +18,14 @@ _FIRST_SENTENCE = re.compile(r"(.{8,200}?[.!?])(?:\s|$)", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Planned:
+class ReferenceTurns:
     """The turns of an episode, the answer included. `templates`: how many are to have reasoning from a template."""
 
     turns: tuple[ParsedTurn, ...]
     templates: int
 
 
-def plan(task: Task) -> Planned | None:
+def reference_turns(task: Task) -> ReferenceTurns | None:
     """The turns of a row's expert trace, else one turn per reference call; None if it has neither.
 
     An expert's reasoning is kept; where there is none, and for reference calls, a template takes its place when the turn
@@ -41,11 +41,11 @@ def plan(task: Task) -> Planned | None:
     else:
         return None
     last.reasoning = last.reasoning or ANSWERING
-    return Planned((*turns, last), sum(bool(turn.calls) and not turn.reasoning for turn in turns))
+    return ReferenceTurns((*turns, last), sum(bool(turn.calls) and not turn.reasoning for turn in turns))
 
 
-def template(number: int, calls: Sequence[ToolCall], tools: Sequence[ToolSchema]) -> str:
-    """Reasoning before calls: what their tools are for, in the words of their descriptions, if that previews no call.
+def template_reasoning(number: int, calls: Sequence[ToolCall], tools: Sequence[ToolSchema]) -> str:
+    """Reasoning before calls: the purpose of their tools, in the words of the descriptions, if that previews no call.
 
     Args:
         number: Turns before this one.
@@ -73,18 +73,18 @@ def _purpose(name: str, tools: Sequence[ToolSchema]) -> str:
 
 
 class ReferenceActor:
-    """Plays plans by row; `plans`: first number of a key → the plan."""
+    """Plays the reference turns of rows; `references`: first number of a key → the turns of its row."""
 
     workers = 1
 
-    def __init__(self, plans: dict[int, Planned]):
-        self._plans = plans
+    def __init__(self, references: dict[int, ReferenceTurns]):
+        self._references = references
 
     def act(self, context: Context) -> ParsedTurn:
-        turns = self._plans[context.key[0]].turns
+        turns = self._references[context.key[0]].turns
         if context.turns >= len(turns):
-            raise CannotAct("unfinished", "the episode goes on after the last reference turn")
+            raise CannotAct("unfinished", "the episode continues after the last reference turn")
         turn = turns[context.turns]
         if turn.reasoning or not turn.calls:
             return turn
-        return replace(turn, reasoning=template(context.turns, turn.calls, context.tools))
+        return replace(turn, reasoning=template_reasoning(context.turns, turn.calls, context.tools))

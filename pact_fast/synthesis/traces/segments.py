@@ -1,4 +1,4 @@
-"""Where the segments of a reasoning end, as a language model sees it; the rules (`chat/segments.py`) where it fails."""
+"""Segmentation of reasoning by a language model, with the rules of `chat/segments.py` as the fallback."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class TeacherActor:
         self.workers = client.config.max_concurrency
 
     def act(self, context: Context) -> ParsedTurn:
-        """LLMError, other than for an answer that cannot be used, ends the run: what was answered is in the cache."""
+        """An LLMError other than an invalid answer ends the run; earlier answers are in the cache."""
         request = Request(
             teacher_messages(context.messages), tools=_tools(context.tools), sample=context.key[1], repairs=REPAIRS
         )

@@ -33,7 +33,7 @@ BYTES_PER_TOKEN = 4  # by which limits of observations, which are given in token
 
 @dataclass(frozen=True)
 class Context:
-    """What an actor is shown.
+    """State of an episode that an actor is shown.
 
     key       of the episode
     messages  the prompt, and all messages since; assistant turns as `assistant_message` writes them
@@ -99,7 +99,7 @@ def play(
 
     table = MessageTable()
     engine = ActorEngine(table, actor)
-    # a function of its own: what environments share, such as a process pool, serves the next call, too
+    # a separate function: shared resources of environments, such as a process pool, serve the next call, too
     loop = AgentLoop(engine, cast(ChatRenderer, table), lambda task: make_env(task), config, users)
     try:
         return loop.run([Job(task, key) for key, task in tasks], ended), engine.failures
@@ -109,7 +109,7 @@ def play(
 
 
 class MessageTable:
-    """Has what the agent loop asks of a ChatRenderer, for messages in the place of tokens."""
+    """The interface of ChatRenderer that the agent loop uses, for messages instead of tokens."""
 
     eot_id = call_eot_id = END
     eot_ids = frozenset((END,))

@@ -16,16 +16,16 @@ from pact_fast.synthesis.traces.reference import CLOSING
 
 REASONS = {
     "unreadable": "the row cannot be read",
-    "bad_row": "the row lacks what its environment needs",
+    "bad_row": "the row does not meet the requirements of its environment",
     "no_reference": "the row has neither reference calls nor an expert trace to make",
     "invalid_answer": "the teacher's answers could not be used",
     "limit": "a limit of turns or time ended the episode",
-    "unfinished": "the episode goes on after the last reference turn",
+    "unfinished": "the episode continues after the last reference turn",
     "malformed_call": "a call could not be read, or does not fit its tool",
     "no_turns": "nothing was done before the answer, so there is nothing to learn from",
     "tool_error": "a reference call failed, and the environment has no verdict",
     "unsolved": "the environment's success, or the answer, is not 1",
-    "no_verdict": "neither the environment nor an answer of the row can verify what the teacher did",
+    "no_verdict": "neither the environment nor an answer of the row can verify the teacher's episode",
     "no_evidence": "the answer was copied from the row, and no tool stated it",
     "answer_leak": "the answer is written before any tool stated it",
     "imitated_observation": "text that the agent wrote imitates an observation",
@@ -35,7 +35,7 @@ REASONS = {
 
 
 def trace_of(trajectory: Trajectory) -> ExpertTrace | None:
-    """The trace of what was done; None if the episode was cut, or a call was malformed."""
+    """Return the trace of an episode; None if it was cut, or a call was malformed."""
     if trajectory.stop_reason.is_truncated or any(turn.errors for turn in trajectory.turns):
         return None
     try:
@@ -54,7 +54,7 @@ def success_of(task: Task, trajectory: Trajectory) -> float | None:
 
 
 def rejection_reasons(task: Task, trajectory: Trajectory, *, copied: bool) -> list[str]:
-    """The reasons why what was done is not kept, keys of REASONS in their order; empty: it is kept.
+    """Return the reasons against keeping an episode, keys of REASONS in their order; empty: it is kept.
 
     Args:
         task: The row.

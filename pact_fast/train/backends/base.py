@@ -68,7 +68,7 @@ class Backend(Protocol):
         ...
 
     def load_state(self, saved: Mapping[str, torch.Tensor]) -> None:
-        """Restore what `state` yielded. If the state is sharded, only what this rank needs is read of `TensorFiles`.
+        """Restore the tensors of `state`. If the state is sharded, each rank reads only its part of `TensorFiles`.
 
         Raises:
             PactError: The saved state belongs to a model with other parameters.

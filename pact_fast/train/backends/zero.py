@@ -128,13 +128,13 @@ class Zero:
         if self._stage < 3:
             return parameter._hp_mapping.get_hp_fragment(key).detach()
         optimizer = self.engine.optimizer
-        # what the public function returns before it copies it to the GPU
+        # the public function's result before it is copied to the GPU
         part, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True, optim_state_key=key)
         start, stop = self._own_range(parameter)
         return part.detach()[: stop - start]
 
     def _set_part(self, parameter: Any, kind: str, value: torch.Tensor) -> None:
-        """Set what `_own_part` returns."""
+        """Set the tensors that `_own_part` returns."""
         if self._stage < 3:
             self._own_part(parameter, kind).copy_(value)
             return

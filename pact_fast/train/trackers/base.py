@@ -1,4 +1,4 @@
-"""The base class of trackers, and what a tracker knows of the run."""
+"""The base class of trackers, and their view of the run."""
 
 from __future__ import annotations
 
@@ -55,4 +55,4 @@ class Tracker:
         raise NotImplementedError
 
     def close(self, failed: bool) -> None:
-        """Send what is left. `failed`: the run ends by an exception."""
+        """Send remaining metrics. `failed`: the run ends by an exception."""

@@ -51,7 +51,7 @@ class Trackers:
         """The result of a call; after an exception, a warning and None, and the tracker is out."""
         try:
             return call()
-        except Exception as error:  # whatever a package raises, or a network
+        except Exception as error:  # packages and networks may raise anything
             self._open.pop(name, None)
             self._note(
                 f"warning: trainer.report_to: {name} failed and gets no more metrics of this process "
@@ -64,7 +64,7 @@ def open_trackers(config: Config, run: Path, first: int, note: Callable[[str], N
     """The trackers that `trainer.report_to` names.
 
     Args:
-        config: Settings of the run; secrets are left out of what trackers get.
+        config: Settings of the run; trackers get them without secrets.
         run: The run directory.
         first: The step that the run resumes from, 0 for a new one.
         note: Prints a line.

@@ -20,7 +20,7 @@ def tracker_classes(report_to: str | list[str]) -> dict[str, type[Tracker]]:
     """
     names = source_names(report_to)
     if NONE in names and len(names) > 1:
-        raise PactError(f"trainer.report_to: '{NONE}' stands alone; remove it, or the other names")
+        raise PactError(f"trainer.report_to: '{NONE}' cannot be combined with other names; remove it, or them")
     return {name: tracker.get(name) for name in names if name != NONE}
 
 

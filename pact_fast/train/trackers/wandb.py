@@ -16,7 +16,7 @@ FINISH_SECONDS = 60.0  # for uploads at the end; without a network, W&B would wa
 class WandbTracker(Tracker):
     """A W&B run whose x-axis is the metric `step`. WANDB_PROJECT, WANDB_NAME, WANDB_MODE and the others count.
 
-    W&B's own step cannot go back, as it must when a resumed run repeats lost steps; hence an axis of our own.
+    W&B's own step cannot decrease, but a resumed run repeats lost steps, so metrics have an x-axis of our own.
     """
 
     requires = "wandb"

@@ -20,7 +20,7 @@ exits, and so do both when the trainer is gone.
 package around it, and imports its own files by relative names.
 
 frames       messages: a length, then JSON
-settings     what the trainer chooses, and the limits of a call
+settings     settings of a worker, and the limits of a call
 linux        system calls
 namespaces   network, mounts, devices
 seccomp      system calls that tools cannot make

@@ -16,7 +16,7 @@ import sys
 from . import namespaces, tool
 from .leftovers import end_descendants
 from .settings import WORK_BYTES, Settings
-from .zygote import Call, Trials, usable_filter
+from .zygote import Call, SystemProbe, usable_filter
 
 CODE = "/tmp/worker"
 
@@ -28,7 +28,7 @@ class Bubblewrap:
         SystemExit: bwrap is not installed, or does not run here.
     """
 
-    def __init__(self, settings: Settings, trials: Trials):
+    def __init__(self, settings: Settings, probe: SystemProbe):
         self.settings = settings
         program = shutil.which("bwrap", path=os.defpath)
         if program is None:
@@ -39,7 +39,7 @@ class Bubblewrap:
             reason = trial.stderr.decode("utf-8", "replace").strip().splitlines()
             raise SystemExit(f"env.args.sandbox=bubblewrap: {reason[-1] if reason else 'bwrap failed without a word'}")
         self.group: str | None = None
-        filtered = ["keys", "sockets"] if trials.code else []
+        filtered = ["keys", "sockets"] if probe.code else []
         identity = ["identity"] if settings.uid is not None else []
         self.protections = ["network", "files", "devices", "processes", "ipc", *filtered, "count", *identity]
         self.process: subprocess.Popen[bytes] | None = None
@@ -76,7 +76,7 @@ def python() -> str:
 
 
 def arguments() -> list[str]:
-    """Options of bwrap for what `namespaces.enter` makes."""
+    """Options of bwrap for the same isolation as `namespaces.enter`."""
     root = os.geteuid() == 0  # the tool's process sets its own user id, after Python has started
     kinds = ["--unshare-pid", "--unshare-net", "--unshare-ipc", *([] if root else ["--unshare-user"])]
     rights = ["--cap-drop", "ALL", *(["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else [])]
@@ -97,6 +97,6 @@ def main(argv: list[str]) -> None:
     code = usable_filter()
     null, output = os.open(os.devnull, os.O_RDWR), os.dup(1)
     os.dup2(result, tool.RESULT, inheritable=False)
-    tool.give_up_rights(settings, code, count_processes=True)
+    tool.drop_privileges(settings, code, count_processes=True)
     tool.arrange_descriptors(null, request, output)
     tool.serve(settings)

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from .linux import works
+from .linux import works_in_child
 
 
 def make_group(name: str, processes: int) -> str | None:
@@ -23,7 +23,7 @@ def make_group(name: str, processes: int) -> str | None:
         folder = f"{parent}/{name}"
         with contextlib.suppress(OSError):
             os.mkdir(folder)
-            if limit_group(folder, processes) and works(functools.partial(join_group, folder)):
+            if limit_group(folder, processes) and works_in_child(functools.partial(join_group, folder)):
                 return folder
         _remove(folder)
     return None
@@ -46,7 +46,7 @@ def limit_group(folder: str, processes: int) -> bool:
 
 
 def remove_group(folder: str | None, seconds: float = 1.0) -> None:
-    """Remove what `make_group` has made. The processes in it must be gone, or about to be."""
+    """Remove the group of `make_group`. The processes in it must be gone, or about to be."""
     end = time.monotonic() + seconds
     while folder and not _remove(folder) and time.monotonic() < end:
         time.sleep(0.001)

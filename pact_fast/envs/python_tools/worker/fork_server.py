@@ -1,6 +1,6 @@
-"""The fork server of a pool: starts Python once, finds out once what the system allows, and forks every worker.
+"""The fork server of a pool: starts Python once, tests once which isolation the system allows, and forks every worker.
 
-It sees no request and no answer. When it is gone, the workers that it has forked go on, and the trainer starts another one.
+It sees no request and no answer. When it is gone, its workers continue, and the trainer starts another one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NoReturn
 from . import supervisor, tool
 from .frames import PID, START
 from .linux import PR_SET_DUMPABLE, libc_call
-from .zygote import Trials, try_out
+from .zygote import SystemProbe, probe_system
 
 
 def main(argv: list[str]) -> None:
@@ -27,9 +27,9 @@ def main(argv: list[str]) -> None:
     control = socket.socket(fileno=0)
     trainer = os.pidfd_open(os.getppid())
     tool.preload()
-    trials = try_out(argv[2])
+    probe = probe_system(argv[2])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers
-    libc_call("prctl", PR_SET_DUMPABLE, 0)  # a tool of the same user must not change what workers are forked from
+    libc_call("prctl", PR_SET_DUMPABLE, 0)  # a tool of the same user must not change the parent of the workers
     while True:
         # watch the trainer's process, too: a process that it forked may hold its end of the socket open
         ready, _, _ = select.select([control.fileno(), trainer], [], [])
@@ -40,12 +40,12 @@ def main(argv: list[str]) -> None:
             return
         if os.fork() == 0:
             control.close()
-            _become_worker(ends, trainer, argv, trials)
+            _become_worker(ends, trainer, argv, probe)
         for end in ends:
             os.close(end)
 
 
-def _become_worker(ends: list[int], trainer: int, argv: list[str], trials: Trials) -> NoReturn:
+def _become_worker(ends: list[int], trainer: int, argv: list[str], probe: SystemProbe) -> NoReturn:
     """In the forked child: tell the trainer the process, with its pid and a descriptor of it, and serve."""
     try:
         os.setsid()
@@ -58,7 +58,7 @@ def _become_worker(ends: list[int], trainer: int, argv: list[str], trials: Trial
         with socket.socket(fileno=os.dup(0)) as to_trainer:
             socket.send_fds(to_trainer, [PID.pack(os.getpid())], [process])
         os.close(process)
-        supervisor.main(argv, trainer, trials)
+        supervisor.main(argv, trainer, probe)
     except SystemExit:
         pass
     except BaseException:

@@ -1,4 +1,4 @@
-"""Ending what a call has left behind, where no namespace ends it: processes, folders, shared files."""
+"""Removal of a call's leftovers if no namespace removes them: processes, folders, shared files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def end_descendants(own_uid: int | None, seconds: float = 10.0) -> None:
 
 
 def remove_files_of(own_uid: int) -> None:
-    """Remove what the user has in the folders where any user may write, /dev/shm among them, which is memory."""
+    """Remove the user's files from world-writable folders, including /dev/shm, which takes memory."""
     for folder in SHARED_FOLDERS:
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
@@ -50,7 +50,7 @@ def remove_files_of(own_uid: int) -> None:
 
 
 def remove_tree(folder: str) -> None:
-    """Remove a folder however deep it is and whatever modes it has. Errors are ignored: another process may help.
+    """Remove a folder of any depth and with any modes. Errors are ignored: another process may help.
 
     A folder is moved up before it is emptied, so that paths stay short and nothing recurses.
     """

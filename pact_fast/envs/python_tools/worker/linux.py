@@ -59,7 +59,7 @@ def set_pdeathsig(parent: int) -> None:
         os._exit(1)
 
 
-def works(action: Callable[[], Any]) -> bool:
+def works_in_child(action: Callable[[], Any]) -> bool:
     """Whether the system allows an action that cannot be undone. Tried in a child."""
     child = os.fork()
     if child == 0:

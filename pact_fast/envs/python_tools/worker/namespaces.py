@@ -23,10 +23,10 @@ from .linux import (
     libc_call,
     mount,
     set_mount_attributes,
-    works,
+    works_in_child,
 )
 
-OF_A_CALL = CLONE_NEWPID | CLONE_NEWIPC  # the others are the worker's
+CALL_NAMESPACES = CLONE_NEWPID | CLONE_NEWIPC  # the others are the worker's
 DEVICES = ("null", "zero", "full", "random", "urandom")
 LIBRARY, WORK = "/tmp/library", "/tmp/work"
 
@@ -46,7 +46,7 @@ def enter() -> None:
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     libc_call("unshare", CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC)
-    if not works(lambda: libc_call("unshare", OF_A_CALL)):
+    if not works_in_child(lambda: libc_call("unshare", CALL_NAMESPACES)):
         raise PermissionError("no PID or IPC namespaces")
     library = os.open(os.path.dirname(os.__file__), os.O_PATH)  # opened before /tmp is covered, which may hold it
     mount(None, "/", None, MS_REC | MS_PRIVATE)

@@ -1,4 +1,4 @@
-"""System calls that tools cannot make, by a seccomp filter: about what Docker's default profile refuses.
+"""System calls that tools cannot make, by a seccomp filter similar to Docker's default profile.
 
 What they have in common: they make something that no namespace contains and no resource limit counts, or they reach
 beyond the tool's own processes. Python has no binding of libseccomp that is maintained and needs no library, so the

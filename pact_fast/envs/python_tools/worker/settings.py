@@ -1,4 +1,4 @@
-"""What the trainer chooses for a worker, and the limits of every call."""
+"""Settings of a tool worker, and the fixed limits of every call."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Settings:
 
 
 def unused_uid(process: int) -> int | None:
-    """A user id that nobody has, different for each worker, so that the process limit counts the processes of one call.
+    """Return an unused user id, different for each worker, so that the process limit counts the processes of one call.
 
-    In a container that maps no such ids it is nobody's, which others may have, too. None if that is not mapped either.
+    In a container that maps no such ids, it is the id of `nobody`, which others may use. None if that is not mapped.
     """
     with open("/proc/self/uid_map") as file:
         ranges = [tuple(map(int, line.split())) for line in file]

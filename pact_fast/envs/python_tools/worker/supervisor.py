@@ -20,13 +20,13 @@ from .leftovers import end_descendants, remove_files_of, remove_tree
 from .linux import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, libc_call
 from .settings import Settings, unused_uid
 from .tool import truncate
-from .zygote import CALL, CAUSE, END, Trials, start_zygote
+from .zygote import CALL, CAUSE, END, SystemProbe, start_zygote
 
-GARBAGE = "error: the tool wrote garbage to its result channel"
+MALFORMED_RESULT = "error: the tool wrote garbage to its result channel"
 ZYGOTE_SECONDS = 1.0  # for the zygote to clean up after itself; less than the trainer grants both
 
 
-class Gone(Exception):
+class PeerGone(Exception):
     """The trainer or the zygote is gone."""
 
 
@@ -37,22 +37,22 @@ class Supervisor:
     request: its `id`, and the observation `text`.
     """
 
-    def __init__(self, settings: Settings, trainer_process: int, trials: Trials):
+    def __init__(self, settings: Settings, trainer_process: int, probe: SystemProbe):
         self.settings = settings
         self.group: str | None = None
         self.trainer = socket.socket(fileno=0)
         self.trainer_process = trainer_process
-        libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1)  # what the zygote leaves behind if it is killed
-        zygote, self.control = start_zygote(settings, trials)
+        libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1)  # adopts the zygote's processes if it is killed
+        zygote, self.control = start_zygote(settings, probe)
         self.zygote = os.pidfd_open(zygote)
         libc_call("prctl", PR_SET_DUMPABLE, 0)  # a tool of the same user must not read this process's memory
 
     def serve(self) -> None:
         """Serve until the trainer is gone."""
-        with contextlib.suppress(Gone, BrokenPipeError, ConnectionResetError):
+        with contextlib.suppress(PeerGone, BrokenPipeError, ConnectionResetError):
             hello = self.control.recv(1 << 12)
             if not hello:
-                raise Gone
+                raise PeerGone
             first = json.loads(hello) | {"folder": self.settings.folder}
             self.group = first["group"]
             self.trainer.sendall(frame(first))
@@ -73,7 +73,7 @@ class Supervisor:
     def _serve_call(self) -> None:
         message, pipes, *_ = socket.recv_fds(self.control, 16, 3)
         if message != CALL:
-            raise Gone
+            raise PeerGone
         try:
             request = self._receive()
             with contextlib.suppress(BrokenPipeError):  # the tool died while it waited; _wait_for_result reports it
@@ -104,7 +104,7 @@ class Supervisor:
             if not ready:
                 return f"error: the tool did not finish within {timeout:g} s"
             if ready & {self.trainer.fileno(), self.trainer_process, self.zygote}:
-                raise Gone
+                raise PeerGone
             if output in ready:
                 chunk = os.read(output, 1 << 16)
                 printed += chunk[: max(0, 4 * self.settings.max_output + 4 - len(printed))]
@@ -118,7 +118,7 @@ class Supervisor:
                 if len(frame_read) >= LENGTH.size:
                     size = LENGTH.unpack_from(frame_read)[0]
                     if size > 12 * self.settings.max_output + 1000:  # a character is at most 12 bytes of JSON
-                        return GARBAGE
+                        return MALFORMED_RESULT
                     if len(frame_read) >= LENGTH.size + size:
                         return self._observation(bytes(frame_read[LENGTH.size : LENGTH.size + size]), printed, output)
 
@@ -135,14 +135,14 @@ class Supervisor:
                 while len(printed) <= 4 * limit and (chunk := os.read(output, 1 << 16)):
                     printed += chunk
             text = printed.decode("utf-8", "replace").strip() or "None"
-        return truncate(text, limit) if isinstance(text, str) else GARBAGE
+        return truncate(text, limit) if isinstance(text, str) else MALFORMED_RESULT
 
     def _cause_of_death(self) -> str:
         """` (SIGKILL)` if the tool died of a signal that has a name, ` (signal 40)` if it has none; otherwise ""."""
         self.control.send(CAUSE)
         answer = self.control.recv(1)
         if not answer:
-            raise Gone
+            raise PeerGone
         if answer[0] == 0:
             return ""
         names = {int(member): member.name for member in signal.Signals}
@@ -158,21 +158,21 @@ class Supervisor:
             # watch the trainer's process, too: a process that it forked may hold its end of the socket open
             ready, _, _ = select.select([self.trainer.fileno(), self.trainer_process, self.zygote], [], [])
             if self.trainer.fileno() not in ready:
-                raise Gone
+                raise PeerGone
             chunk = self.trainer.recv(min(size - len(data), 1 << 16))
             if not chunk:
-                raise Gone
+                raise PeerGone
             data += chunk
         return bytes(data)
 
 
-def main(argv: list[str], trainer_process: int, trials: Trials) -> None:
+def main(argv: list[str], trainer_process: int, probe: SystemProbe) -> None:
     """Serve the trainer on descriptor 0.
 
     Args:
         argv: Address space in MiB, characters of an observation, the kind of sandbox.
         trainer_process: A descriptor of the trainer's process (pidfd).
-        trials: What the system allows.
+        probe: What the system allows.
     """
     folder = tempfile.mkdtemp(prefix="pact-tool-")
     os.chmod(folder, 0o711)  # a tool of another user works in a folder inside
@@ -180,7 +180,7 @@ def main(argv: list[str], trainer_process: int, trials: Trials) -> None:
     supervisor = None
     try:
         settings = Settings(int(argv[0]) << 20, int(argv[1]), argv[2], folder, uid)
-        supervisor = Supervisor(settings, trainer_process, trials)
+        supervisor = Supervisor(settings, trainer_process, probe)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         supervisor.serve()
     finally:

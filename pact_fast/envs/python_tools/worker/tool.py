@@ -37,7 +37,7 @@ def preload() -> None:
     gc.freeze()  # a garbage collection in a child would write to, and so copy, every page
 
 
-def give_up_rights(settings: Settings, code: bytes | None, *, count_processes: bool) -> None:
+def drop_privileges(settings: Settings, code: bytes | None, *, count_processes: bool) -> None:
     """Limits, user id, capabilities and system calls of this process, for ever.
 
     Args:

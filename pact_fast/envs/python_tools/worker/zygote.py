@@ -25,12 +25,12 @@ from .linux import (
     libc_call,
     mount,
     set_pdeathsig,
-    works,
+    works_in_child,
 )
 from .settings import PROCESSES, WORK_BYTES, Settings
 
-END, CAUSE = b"end", b"cause"  # what the supervisor says
-CALL = b"call"  # what the zygote says, with a call's descriptors
+END, CAUSE = b"end", b"cause"  # messages of the supervisor
+CALL = b"call"  # message of the zygote, with a call's descriptors
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Trials:
-    """What the system allows. Tried out once, for all workers of a fork server: each of them applies it.
+class SystemProbe:
+    """Isolation that the system allows, tested once for all workers of a fork server; each worker applies it.
 
     isolated  `namespaces.enter` succeeds
     code      the filter of system calls; None if the system takes none
@@ -78,19 +78,19 @@ class Launcher(Protocol):
         """End all processes of the call and remove its folder."""
 
 
-class Forks:
+class ForkLauncher:
     """Forks the processes: reaper, init and tool in namespaces of their own, or the tool alone."""
 
-    def __init__(self, settings: Settings, trials: Trials):
+    def __init__(self, settings: Settings, probe: SystemProbe):
         self.settings = settings
         self.process = os.pidfd_open(os.getpid())
         self.null = os.open(os.devnull, os.O_RDWR)
-        self.isolated = trials.isolated
+        self.isolated = probe.isolated
         if self.isolated:
             namespaces.enter()  # a worker that cannot does not start: it would protect less than the others
             namespaces.redirect_imports(os.path.dirname(os.__file__), namespaces.LIBRARY)
         libc_call("prctl", PR_SET_DUMPABLE, 0)  # a tool of the same user must not read this process's memory
-        self.code = trials.code
+        self.code = probe.code
         self.own_user = self.isolated or settings.uid is not None  # which has no processes but the call's
         self.group = None if self.own_user else make_group(os.path.basename(settings.folder), PROCESSES)
         self.protections = [
@@ -153,7 +153,7 @@ class Forks:
             os.setsid()
             set_pdeathsig(self.process)
             if self.isolated:
-                libc_call("unshare", namespaces.OF_A_CALL)
+                libc_call("unshare", namespaces.CALL_NAMESPACES)
                 reaper = os.pidfd_open(os.getpid())
                 if init := os.fork():
                     forward_exit(init)
@@ -164,7 +164,7 @@ class Forks:
             os.chdir(work)
             if self.group:
                 join_group(self.group)
-            tool.give_up_rights(self.settings, self.code, count_processes=self.own_user)
+            tool.drop_privileges(self.settings, self.code, count_processes=self.own_user)
             if not self.isolated:
                 set_pdeathsig(self.process)  # setresuid has cleared the first one
             tool.arrange_descriptors(self.null, request, output)
@@ -188,15 +188,15 @@ class Forks:
         return folder
 
 
-def try_out(sandbox: str) -> Trials:
-    """Find out, in children, what the system allows a worker that starts here."""
-    return Trials(sandbox == "namespaces" and works(namespaces.enter), usable_filter())
+def probe_system(sandbox: str) -> SystemProbe:
+    """Test in child processes which isolation the system allows for workers that start here."""
+    return SystemProbe(sandbox == "namespaces" and works_in_child(namespaces.enter), usable_filter())
 
 
 def usable_filter() -> bytes | None:
     """The filter of system calls; None if the system takes none."""
     code = seccomp.program()
-    return code if code and works(lambda: seccomp.install(code)) else None
+    return code if code and works_in_child(lambda: seccomp.install(code)) else None
 
 
 def forward_exit(child: int, highest: int = 255) -> NoReturn:
@@ -211,7 +211,7 @@ def forward_exit(child: int, highest: int = 255) -> NoReturn:
             os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else min(os.WEXITSTATUS(status), highest))
 
 
-def start_zygote(settings: Settings, trials: Trials) -> tuple[int, socket.socket]:
+def start_zygote(settings: Settings, probe: SystemProbe) -> tuple[int, socket.socket]:
     """Fork the zygote. Returns its pid, and the socket to it.
 
     Its first message there is the JSON of the launcher's protections and group. Then it sends the descriptors of a call
@@ -229,7 +229,7 @@ def start_zygote(settings: Settings, trials: Trials) -> tuple[int, socket.socket
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)  # the trainer's socket
         os.close(null)
-        launcher = _launcher(settings, trials)
+        launcher = _launcher(settings, probe)
         _serve(theirs, launcher)
     except SystemExit as error:
         print(error, file=sys.stderr)
@@ -243,12 +243,12 @@ def start_zygote(settings: Settings, trials: Trials) -> tuple[int, socket.socket
         os._exit(0)
 
 
-def _launcher(settings: Settings, trials: Trials) -> Launcher:
+def _launcher(settings: Settings, probe: SystemProbe) -> Launcher:
     if settings.sandbox == "bubblewrap":
         from .bubblewrap import Bubblewrap
 
-        return Bubblewrap(settings, trials)
-    return Forks(settings, trials)
+        return Bubblewrap(settings, probe)
+    return ForkLauncher(settings, probe)
 
 
 def _serve(supervisor: socket.socket, launcher: Launcher) -> None:

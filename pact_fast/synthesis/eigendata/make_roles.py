@@ -1,4 +1,4 @@
-"""Which backend plays which role: `rules`, or a language model."""
+"""Who plays each role: the rules, or a language model."""
 
 from __future__ import annotations
 
