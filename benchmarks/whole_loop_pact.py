@@ -177,7 +177,7 @@ def watch_pact(stack: contextlib.ExitStack, phases: Phases, steps: int) -> None:
     watch(Lookups, "reset _look_up", "environment")
     watch(Trl, "reward", "rewards")
     watch(RolloutCollector, "_score _advantages", "rewards")
-    watch(Stepper, "_plan _metrics _on_all", "batch")
+    watch(Stepper, "_prompt_batches _metrics _on_all", "batch")
     watch(Learner, "_make_packs", "batch")
     watch(Learner, "prepare", "old log-probs")
     watch(Learner, "accumulate", "forward and backward")
