@@ -12,10 +12,10 @@ benchmarks/whole_loop_trl.py. One side runs after the other in this process, in 
 one thread unless OMP_NUM_THREADS says otherwise.
 
 Before anything is timed, TRL is given a step's rollouts of ours: prompts, tool calls, observations and their tokens, rewards
-and the gradient must be the same. What is not the same: a malformed call ends a rollout of TRL's, ours sees an error and goes
-on (the base hardly writes any); random numbers.
+and the gradient must be the same. Two differences remain: random numbers, and a malformed call, which ends a rollout of
+TRL's, while ours gets an error and continues (the base rarely writes one).
 
-ms/step         of training steps with their checkpoints, without start-up and evaluation, mean; wall clock, and processor time,
+ms/step         of training steps with their checkpoints, without start-up and evaluation, mean; wall clock, and CPU time,
                 which other programs disturb less
 TRL / ours      median over all pairs of steps (same seed, same step, same prompts) of the ratio, and its quartiles
 threshold       halfway between the base's success and the lower of both final successes, or --threshold; the time to it is
@@ -139,7 +139,7 @@ def run_seed(args: argparse.Namespace, report: dict[str, Any], base: Base, work:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What a resumed run must have in common with the one before."""
+    """Settings that a resumed run must have in common with the previous one, as JSON data."""
     return json.loads(
         json.dumps(
             {
@@ -158,7 +158,7 @@ def opened(args: argparse.Namespace) -> dict[str, Any]:
         if earlier["settings"] == report["settings"]:
             report |= {"base": earlier["base"], "runs": earlier["runs"]}
         else:
-            log(f"{args.out} has other settings, and is written anew")
+            log(f"{args.out} has other settings, and is overwritten")
     return report
 
 

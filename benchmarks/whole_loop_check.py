@@ -23,7 +23,7 @@ LIMIT = 1e-4  # of a gradient's relative difference, fp32
 
 
 def disagreements(budget: Budget, base: Base, rows: Path) -> list[str]:
-    """What TRL makes of a step's rollouts of ours in another way, a line each.
+    """Differences between both sides on one step's rollouts of ours, a line each.
 
     Args:
         budget: Of the step.
@@ -55,7 +55,7 @@ def disagreements(budget: Budget, base: Base, rows: Path) -> list[str]:
 def _differs(
     trainer: Any, group: Group, rollout: Trajectory, messages: list[Any], parts: list[list[int]]
 ) -> str | None:
-    """What TRL sees in a rollout that we do not."""
+    """Differences between a rollout as TRL and as we see it."""
     env = Lookups()
     env.reset(**group.task.columns)
     for turn, message, bridge in zip(rollout.turns, messages, parts[1::2], strict=False):

@@ -38,7 +38,7 @@ TASK_MODULE = "benchmarks.whole_loop_task"
 
 @dataclass(frozen=True)
 class Budget:
-    """What both sides get.
+    """Budget of both sides.
 
     hops            fewest and most relations of a question
     steps           optimizer steps, each on rollouts of its own

@@ -28,7 +28,7 @@ Times = dict[str, float]  # wall and cpu, in seconds
 
 
 def now() -> Times:
-    """Wall-clock time, and processor time of all threads of this process."""
+    """Wall-clock time, and CPU time of all threads of this process."""
     return {"wall": time.perf_counter(), "cpu": time.process_time()}
 
 
@@ -63,7 +63,7 @@ class Phases:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What runs inside belongs to the phase `name`, but for what inner phases take."""
+        """Count the time spent inside for the phase `name`, without the time of inner phases."""
         if not self._stack or threading.get_ident() != self._thread:
             yield
             return

@@ -111,7 +111,7 @@ def threshold_ratio(found: dict[str, Any], clock: str) -> float | None:
 
 
 def failures(report: dict[str, Any], *, quick: bool) -> list[str]:
-    """What makes the command fail."""
+    """Reasons for exit status 1, a line each."""
     found = report["summary"]
     lines = [
         f"{run['side']}, seed {run['seed']}: phases differ from the clock by {run['unexplained']:.1%}"
@@ -157,7 +157,7 @@ def speed_table(report: dict[str, Any]) -> str:
     found = report["summary"]
     rows = [
         [
-            "wall clock" if clock == "wall" else "processor time",
+            "wall clock" if clock == "wall" else "CPU time",
             *(f"{found['ms_per_step'][side][clock]:.0f}" for side in SIDES),
             f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
             number(threshold_ratio(found, clock), ".2f"),
