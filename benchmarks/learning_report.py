@@ -141,14 +141,23 @@ def rank_table(study: Study) -> str:
 
 
 def reliance_table(study: Study) -> str:
-    """Log-probs of PACT's rollouts with the trace less those without, in nats per token, in the first and the last step."""
+    """Success of the base model without and with the trace in its prompt; and the log-probs of PACT's rollouts with the trace
+    less those without, in nats per token, in the first and the last step.
+    """
     rows = []
     for regime in study.regimes:
-        records = study.runs.get((regime, OURS), [])
-        if records and all(record.get(RELIANCE) for record in records):
-            ends = [Interval.of([record[RELIANCE][step] for record in records]).text(sign=True) for step in (0, -1)]
-            rows.append([f"`{regime}`", *ends])
-    return markdown(["regime", "first step", "last step"], rows)
+        bases, ours = (study.runs.get((regime, name), []) for name in (BASE, OURS))
+        if (
+            not ours
+            or any("with_trace" not in record for record in bases)
+            or any(RELIANCE not in record for record in ours)
+        ):
+            continue
+        with_trace = Interval.of([record["with_trace"]["sampled"] for record in bases])
+        ends = [Interval.of([record[RELIANCE][step] for record in ours]).text(sign=True) for step in (0, -1)]
+        rows.append([f"`{regime}`", study.final(regime, BASE, "sampled").text(), with_trace.text(), *ends])
+    header = ["regime", "base model, sampled", "with the trace in its prompt", "log-probs, first step", "last step"]
+    return markdown(header, rows)
 
 
 def tables(study: Study) -> dict[str, str]:

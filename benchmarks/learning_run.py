@@ -17,7 +17,7 @@ import torch
 from benchmarks.learning_clock import FILE as CLOCK
 from benchmarks.learning_methods import ALL
 from benchmarks.learning_regimes import BASES, REGIMES, Regime
-from benchmarks.learning_tasks import Part, write_files
+from benchmarks.learning_tasks import Part, write_demonstrated, write_files
 from pact_fast.chat.rendering import make_renderer
 from pact_fast.cli.session import make_session
 from pact_fast.config import Config, load_config
@@ -192,48 +192,56 @@ def evaluated_steps(budget: Budget) -> list[int]:
 def evaluate_checkpoint(config: Config, step: int, job: Job, work: Path) -> dict[str, Any]:
     """Success of the checkpoint of a step, sampled and greedy, on the job's held-out tasks."""
     weights = Path(config.output_dir) / "checkpoints" / f"step_{step}" / "model"
-    return {"step": step} | evaluate_model(config, weights, work / "tasks" / f"{job.regime}-{job.seed}", job)
+    held_out = work / "tasks" / f"{job.regime}-{job.seed}" / f"{job.part}.jsonl"
+    return {"step": step} | evaluate_model(config, weights, held_out, job.seed)
 
 
-def evaluate_model(config: Config, weights: Path, files: Path, job: Job) -> dict[str, float]:
-    """Success in [0, 1] of a model on the job's held-out tasks: "sampled" at the run's temperature, and "greedy".
+def evaluate_model(config: Config, weights: Path, held_out: Path, seed: int) -> dict[str, float]:
+    """Success in [0, 1] of a model on the tasks of a file: "sampled" at the run's temperature, and "greedy".
 
     Rollouts of both share the batches of the engine.
 
     Args:
         config: The configuration of the run.
         weights: Folder of the model.
-        files: Folder of the task files.
-        job: Its seed draws the samples; its part names the tasks.
+        held_out: The file.
+        seed: Draws the samples.
     """
-    data = config.data.model_copy(update={"eval": str(files / f"{job.part}.jsonl")})
+    data = config.data.model_copy(update={"eval": str(held_out)})
     model = config.model.model_copy(
         update={"path": str(weights), "tokenizer": config.model.tokenizer or config.model.path}
     )
     rollout = config.rollout.model_copy(update={"max_batch_size": 256})
     config = config.model_copy(update={"data": data, "model": model, "rollout": rollout})
     tasks = make_tasks(config)
-    held_out, kinds = tasks.held_out(1 << 30), evaluation_kinds(config)
+    rows, kinds = tasks.held_out(1 << 30), evaluation_kinds(config)
     session = make_session(config, tasks)
     try:
-        jobs = [entry for sampling in kinds.values() for entry in evaluation_jobs(held_out, sampling, job.seed)]
+        jobs = [entry for sampling in kinds.values() for entry in evaluation_jobs(rows, sampling, seed)]
         trajectories = session.loop.run(jobs)
     finally:
         session.close()
     score_evaluation(trajectories)
-    n = len(held_out)
+    n = len(rows)
     return {kind: success_rate(trajectories[i * n : (i + 1) * n]).mean for i, kind in enumerate(kinds)}
 
 
 def evaluate_base(name: str, seed: int, budget: Budget, work: Path) -> dict[str, Any]:
-    """Success of a regime's base model before training, on the test tasks: a record as of `run_job`, with step 0 alone."""
+    """Success of a regime's base model before training, on the test tasks: a record as of `run_job`, with step 0 alone.
+
+    It has "with_trace", too: success where the prompt holds the task's expert trace.
+    """
     job = Job(name, "base", seed, 0.0, "test")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         like = Job(name, "grpo", seed, 1e-6, "test")
         config = job_config(like, REGIMES[name], budget, work, work / "runs" / job.name)
         weights = Path(str(config.model.path))
-        point = evaluate_model(config, weights, work / "tasks" / f"{name}-{seed}", job)
-    return asdict(job) | {"curve": [{"step": 0} | point | {"tokens": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0}]}
+        files = work / "tasks" / f"{name}-{seed}"
+        point = evaluate_model(config, weights, files / "test.jsonl", seed)
+        write_demonstrated(files / "test.jsonl", files / "test-with-trace.jsonl")
+        with_trace = evaluate_model(config, weights, files / "test-with-trace.jsonl", seed)
+    curve = [{"step": 0} | point | {"tokens": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0}]
+    return asdict(job) | {"curve": curve, "with_trace": with_trace}
 
 
 def costs(step: int, metrics: list[dict], clock: list[dict], budget: Budget) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pact_fast.chat.chat_template import call_message
 from pact_fast.chat.rendering import question_of
-from pact_fast.data.readers import write_tasks
+from pact_fast.data.readers import read_tasks, write_tasks
 from pact_fast.data.sources import TaskSource
 from pact_fast.data.types import ExpertTrace, ExpertTurn, Task, ToolCall
 from pact_fast.envs.lookup_chain import RELATIONS, LookupChainTasks, TraceNoise, noisy_trace
@@ -118,6 +118,11 @@ class DemonstratedTasks:
 
     def held_out(self, count: int) -> list[Task]:
         return self._tasks.held_out(count)
+
+
+def write_demonstrated(source: Path, target: Path) -> None:
+    """Write the tasks of a file with their expert traces in their prompts."""
+    write_tasks(target, (replace(demonstrated(task), env_args=task.env_args) for task in read_tasks(str(source))))
 
 
 def demonstrated(task: Task) -> Task:

@@ -185,13 +185,15 @@ def test_the_rank_counts_methods_that_did_better(tmp_path):
 
 def test_ablations_are_no_methods_to_rank_and_the_trace_has_a_table(tmp_path):
     runs = [record("pact", s, 1e-3, "test", 0.5) | {"trace_logprob_diff": [-0.5 - s, 0.1]} for s in range(2)]
+    runs += [record("base", s, 0.0, "test", 0.2) | {"with_trace": {"sampled": 0.9, "greedy": 1.0}} for s in range(2)]
     runs += [record("pact-no-sft", s, 1e-3, "test", 0.9) for s in range(2)]
     runs += [record("grpo", s, 1e-3, "test", 0.4) for s in range(2)]
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"runs": runs}))
     study = learning_report.Study.read(path)
     assert "| 1 of 2 " in learning_report.rank_table(study)
-    assert "| `dense` | -1.00 [" in learning_report.reliance_table(study)
+    assert "| `dense` | 0.20 [0.20, 0.20] " in (table := learning_report.reliance_table(study))
+    assert "| 0.90 [0.90, 0.90] " in table and "| -1.00 [" in table
     assert "`pact-no-sft`" in learning_report.regime_table(study, "dense")
 
 
