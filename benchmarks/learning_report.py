@@ -30,7 +30,7 @@ from benchmarks.learning_stats import Interval, Paired
 from benchmarks.learning_tuning import best_rate, tried_rates
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = "learning-cpu-2026-11-30.json"
+RESULTS = "learning-cpu-2026-12-01.json"
 PAGE, IMAGES = ROOT / "docs" / "results.md", ROOT / "docs" / "images"
 COLOURS = ("#2463a8", "#c8553d", "#2a9d6f", "#b58900", "#7a4fa3", "#555f6b", "#d1719c", "#3aa6b9", "#8c6d46", "#1b1b1b")
 OURS, BASE = "pact", "base"

@@ -211,7 +211,7 @@ def evaluate_model(config: Config, weights: Path, held_out: Path, seed: int) -> 
     model = config.model.model_copy(
         update={"path": str(weights), "tokenizer": config.model.tokenizer or config.model.path}
     )
-    rollout = config.rollout.model_copy(update={"max_batch_size": 256})
+    rollout = config.rollout.model_copy(update={"max_batch_size": 256, "max_prompt_length": 512})
     config = config.model_copy(update={"data": data, "model": model, "rollout": rollout})
     tasks = make_tasks(config)
     rows, kinds = tasks.held_out(1 << 30), evaluation_kinds(config)
